@@ -1,0 +1,375 @@
+"""`PagedCache`: a Transformers `Cache` whose keys and values live in pages."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hf_fastattn.batch import Batch
+from hf_fastattn.cache_layer import PagedLayer
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.dense import dense_slots
+from hf_fastattn.kernels.plan import AttentionPlan
+from hf_fastattn.page_groups import PageGroups, is_pageable, layer_window, template_layers
+from hf_fastattn.page_table import PageTable
+from hf_fastattn.pages import CacheFullError
+
+
+def _release(tables: dict[int | None, PageTable]) -> None:
+    for table in tables.values():
+        table.clear()
+
+
+class PagedCache(Cache):
+    """Keys and values of a batch of rows, in pages of a pool (Kwon et al., 2023, "PagedAttention").
+
+    Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
+    expects. Rows share pages after `reorder_cache`, `batch_repeat_interleave` and `batch_select_indices`, and copy the
+    last, partial one when they write. A patched model reads the pages in place; any other model gets dense,
+    left-padded tensors from `update()`, as from a `DynamicCache`.
+
+    Args:
+        config: the model's configuration (`model.config`).
+        fastattn_config: page size and memory limit; ignored if `groups` is given.
+        groups: pages to use; new ones by default.
+        counters: where pages are counted.
+        room: tokens that a row is expected to reach, to choose pages it can grow into.
+
+    Raises:
+        ValueError: no layer of the model can be paged.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        fastattn_config: FastAttnConfig | None = None,
+        *,
+        groups: PageGroups | None = None,
+        counters: CallCounters | None = None,
+        room: int = 0,
+    ) -> None:
+        self._config = config
+        self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
+        self.counters = counters or CallCounters()
+        self.room = room
+        self.record_past = False
+        layers = []
+        for index, layer in enumerate(template_layers(config)):
+            layers.append(PagedLayer(self, index, layer_window(layer)) if is_pageable(layer) else layer)
+        super().__init__(layers=layers)
+        self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        if not self._paged:
+            raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
+        windows = dict.fromkeys(layer.window for layer in self._paged)
+        self.tables = {w: PageTable(self.groups.group(w).pool, self.groups.page_size, w) for w in windows}
+        self._finalizer = weakref.finalize(self, _release, self.tables)
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.lengths: list[int] = []
+        self._columns = 0
+        self._stored: Tensor | None = None
+        self._batch: Batch | None = None
+        self._new_stored: Tensor | None = None
+        self._query_length = 0
+        self._dense = False
+        self._open = False
+        self._created_rows = False
+        self._written = [0] * len(self.layers)
+
+    # ---- one forward ------------------------------------------------------------------------------------------
+
+    def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
+        """Reserve pages for a forward; `commit()` or `rollback()` must follow.
+
+        Args:
+            batch_size: rows of the forward (B).
+            query_length: columns of the forward, padding included (S).
+            new: `[B, S]` bool, the columns that hold a token; all of them by default.
+            dense: the layers will call `update()` instead of reading pages.
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+            CacheFullError: the pages do not fit into the memory limit; the cache is as before.
+        """
+        if self._open:
+            self.rollback()
+        self._created_rows = not self.lengths
+        if self._created_rows:
+            self.lengths = [0] * batch_size
+            for table in self.tables.values():
+                table.add_rows(batch_size)
+        if len(self.lengths) != batch_size:
+            raise ValueError(
+                f"past_key_values holds {len(self.lengths)} rows, but the batch has {batch_size}; "
+                "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
+            )
+        counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
+        targets = [have + count for have, count in zip(self.lengths, counts, strict=True)]
+        self._open, self._dense, self._new_stored, self._query_length = True, dense, new, query_length
+        self._reserve(targets)
+        self._batch = self._make_batch(counts, targets)
+        return self._batch
+
+    def _reserve(self, targets: list[int]) -> None:
+        try:
+            for window, table in self.tables.items():
+                moves = table.reserve(self.lengths, targets, max([self.room, *targets]), self.counters)
+                self.groups.group(window).storage.copy(moves, table.pool.capacity)
+        except CacheFullError as full:
+            asked = sum(-(-target // self.groups.page_size) for target in targets)
+            self.rollback()
+            raise CacheFullError(
+                f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and "
+                f"{self.groups.pages_in_use} are in use; {self.groups.describe_limit()}. Use fewer or shorter rows, "
+                "or a higher FastAttnConfig(memory_limit=...)"
+            ) from full
+
+    def _make_batch(self, counts: list[int], targets: list[int]) -> Batch:
+        size = self.groups.page_size
+        plans, slots = {}, {}
+        for window, table in self.tables.items():
+            prefixes = table.prefixes(self.lengths)
+            plans[window] = AttentionPlan(table.rows, counts, targets, size, window, prefixes)
+            slots[window] = [
+                pages[token // size] * size + token % size
+                for pages, first, last in zip(table.rows, self.lengths, targets, strict=True)
+                for token in range(first, last)
+            ]
+        return Batch(counts, targets, plans, slots)
+
+    def commit(self) -> None:
+        """The forward is done: its tokens belong to the cache."""
+        assert self._batch is not None
+        if self._stored is not None or self._new_stored is not None:
+            parts = []
+            for part, columns in ((self._stored, self._columns), (self._new_stored, self._query_length)):
+                full = torch.ones(len(self.lengths), columns, dtype=torch.bool)
+                parts.append(full if part is None else part.cpu())
+            self._stored = torch.cat(parts, 1)
+        self._columns += self._query_length
+        self.lengths = self._batch.seq_lens
+        self._written = [self._columns] * len(self.layers)
+        self._open, self._batch, self._new_stored = False, None, None
+        if not self.record_past:
+            self._release_behind()
+
+    def rollback(self) -> None:
+        """The forward failed: the cache is as before it."""
+        self._open, self._batch, self._new_stored = False, None, None
+        self._written = [self._columns] * len(self.layers)
+        for table in self.tables.values():
+            if self._created_rows:
+                table.clear()
+            else:
+                table.trim(self.lengths)
+        if self._created_rows:
+            self.lengths = []
+
+    @property
+    def paged_batch(self) -> Batch | None:
+        """The batch of the forward under way, if its layers are to read pages."""
+        return self._batch if self._open and not self._dense else None
+
+    def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
+        window = self.layers[layer_idx].window
+        group = self.groups.group(window)
+        held = sum(page >= 0 for pages in self.tables[window].rows for page in pages) if self._columns == 0 else -1
+        return group.storage.layer(layer_idx, states, group.pool.capacity, replace=held == group.pool.in_use)
+
+    # ---- what Transformers calls ------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, G, S, D]` keys and values; returns all of them as `[B, G, L, D]`, as a `DynamicCache` would.
+
+        Columns that are not stored (padding) are zero.
+
+        Raises:
+            ValueError: the shapes do not fit the cache, or layers were called out of step.
+            CacheFullError: the memory limit is reached.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PagedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        batch, columns = self._dense_batch(key_states, layer_idx)
+        past_keys, past_values = self._dense_past(layer, columns, key_states)
+        k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
+        slots = batch.slot_mapping(layer.window, key_states.device)
+        with torch.no_grad():
+            for pages, states in ((k_pages, key_states), (v_pages, value_states)):
+                tokens = states.transpose(1, 2).flatten(0, 1)
+                if self._new_stored is not None:
+                    tokens = tokens[self._new_stored.flatten().to(tokens.device)]
+                pages.flatten(0, 1).index_copy_(0, slots, tokens)
+        self._written[layer_idx] = columns + key_states.shape[2]
+        return torch.cat((past_keys, key_states), 2), torch.cat((past_values, value_states), 2)
+
+    def _dense_batch(self, key_states: Tensor, layer_idx: int) -> tuple[Batch, int]:
+        """The batch that this layer's `update()` belongs to, and the columns before it."""
+        if self._open and self._batch is not None:
+            return self._batch, self._columns
+        start, query_length = self._written[layer_idx], key_states.shape[2]
+        if start == self._columns:
+            # The first layer of a forward that nobody announced: an unpatched model.
+            batch = self.begin(key_states.shape[0], query_length, dense=True)
+            written = self._written
+            self.commit()
+            self._written = [min(done, start) for done in written]
+            self._unannounced = (batch, start)
+            return batch, start
+        batch, first = getattr(self, "_unannounced", (None, -1))
+        if batch is None or start != first or start + query_length != self._columns:
+            raise ValueError(
+                f"layer {layer_idx} of past_key_values holds {start} tokens and is given {query_length} more, "
+                f"but the cache is at {self._columns}; call reset() after a failed forward"
+            )
+        return batch, first
+
+    def _dense_past(self, layer: PagedLayer, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, L, D]` of the columns before `columns` that a mask of Transformers covers."""
+        held = self.groups.group(layer.window).storage.pages(layer.index)
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        if held is None or columns == first or not self.lengths:
+            empty = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
+            return empty, empty
+        stored = None if self._stored is None else self._stored[:, :columns]
+        slots, missing = dense_slots(self.tables[layer.window], stored, first, columns, like.device)
+        dense = []
+        for pages in held:
+            tokens = pages.flatten(0, 1)[slots]
+            if missing is not None:
+                tokens = tokens.masked_fill(missing[..., None, None], 0)
+            dense.append(tokens.transpose(1, 2))
+        return dense[0], dense[1]
+
+    def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
+        """All that the layer holds, dense; None before its first write."""
+        held = self.groups.group(layer.window).storage.pages(layer.index)
+        if held is None or not self.lengths:
+            return None
+        like = held[0].new_empty(len(self.lengths), held[0].shape[2], 0, held[0].shape[3])
+        return self._dense_past(layer, self._columns, like)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in the cache, padding included."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """`(kv length, kv offset)` of what `update()` will return for the layer."""
+        layer = self.layers[layer_idx]
+        return (layer if isinstance(layer, PagedLayer) else self._paged[0]).get_mask_sizes(query_length)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
+
+        Raises:
+            RuntimeError: pages behind a sliding window were released already; call `activate_past_recording()` first.
+        """
+        removed = int(tokens_to_remove)
+        removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
+        if removed:
+            self._check_croppable()
+            keep = self._columns - removed
+            if self._stored is None:
+                self.lengths = [length - removed for length in self.lengths]
+            else:
+                gone = self._stored[:, keep:].sum(1).tolist()
+                self.lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
+                self._stored = self._stored[:, :keep]
+            self._columns = keep
+            self._written = [keep] * len(self.layers)
+            for table in self.tables.values():
+                table.trim(self.lengths)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(-removed)
+        self._release_behind()
+
+    def _check_croppable(self) -> None:
+        for window in self.tables:
+            if window is not None and self._columns >= window and not self.record_past:
+                raise RuntimeError(
+                    f"crop() was called after the sliding window of {window} tokens was passed, and what lay before "
+                    "it is released; call activate_past_recording() on the cache first"
+                )
+
+    def activate_past_recording(self) -> None:
+        """Release nothing behind a window until the next `crop()`."""
+        self.record_past = True
+        super().activate_past_recording()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` is: page tables move, pages are shared."""
+        self.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, sharing its pages."""
+        self.select_rows([row for row in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (numbers or a bool mask)."""
+        self.select_rows(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
+        if not self.lengths or list(rows) == list(range(len(self.lengths))):
+            return
+        for table in self.tables.values():
+            table.trim(self.lengths)
+            table.select(rows, self.counters)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._stored is not None:
+            self._stored = self._stored[list(rows)]
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(torch.tensor(rows))
+
+    def reset(self) -> None:
+        """Release all pages; the cache is as new."""
+        for table in self.tables.values():
+            table.clear()
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reset()
+        self._start_empty()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first forward."""
+        return len(self.lengths) or -1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A fork: shares the pages, copies what it writes to."""
+        other = PagedCache(self._config, groups=self.groups, counters=self.counters, room=self.room)
+        memo[id(self)] = other
+        for window, table in self.tables.items():
+            table.trim(self.lengths)
+            table.fork_into(other.tables[window])
+        other.lengths, other._columns = list(self.lengths), self._columns
+        other._stored, other.record_past = self._stored, self.record_past
+        other._written = list(self._written)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, PagedLayer):
+                other.layers[index] = copy.deepcopy(layer, memo)
+        return other
+
+    # ---- masks ------------------------------------------------------------------------------------------------
+
+    @property
+    def stored(self) -> Tensor | None:
+        """`[B, columns]` bool on the host: columns whose token is stored; None if all are."""
+        return self._stored
+
+    def _release_behind(self) -> None:
+        for table in self.tables.values():
+            table.release_behind(self.lengths)

@@ -1,0 +1,31 @@
+"""The `hf-fastattn` command: `hf-fastattn demo [MODEL] [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+# name: (module with a `main(argv) -> int`, one line of help); modules load only when their command runs.
+COMMANDS = {
+    "demo": ("hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command named first in `argv` (default: the process's arguments); returns its exit status."""
+    listing = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-fastattn",
+        description=f"commands:\n{listing}\n\n`hf-fastattn COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to the command")
+    arguments = parser.parse_args(argv)
+    module = importlib.import_module(COMMANDS[arguments.command][0])
+    return module.main(arguments.options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

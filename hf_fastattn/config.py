@@ -1,0 +1,68 @@
+"""The options of `hf_fastattn.patch`, as one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+BACKENDS = ("auto", "reference")
+SAMPLING_MODES = ("transformers",)
+
+
+@dataclass(frozen=True)
+class FastAttnConfig:
+    """How a patched model stores its K/V pages and computes attention.
+
+    Args:
+        page_size: tokens a page holds; a power of two from 1 to 1024.
+        memory_limit: most bytes that the pages of one model may take, over all layers; `None` sets no limit.
+        keep_memory: share (0 to 1) of the page storage kept allocated between `generate()` calls when no cache
+            holds a page. A model in train mode keeps nothing, so that a training step finds its memory free.
+        backend: `"reference"` (PyTorch, any device) or `"auto"`, which picks the best backend for the device.
+        sampling: `"transformers"`: tokens are drawn by Transformers' own code from torch's generator.
+
+    Raises:
+        TypeError: an option has the wrong type, or is unknown.
+        ValueError: an option is out of its range.
+    """
+
+    page_size: int = 16
+    memory_limit: int | None = None
+    keep_memory: float = 1.0
+    backend: str = "auto"
+    sampling: str = "transformers"
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"page_size must be an int, got {size!r}; use a power of two such as 16")
+        if size < 1 or size > 1024 or size & (size - 1):
+            raise ValueError(f"page_size={size} is not a power of two from 1 to 1024; use for example 16")
+        limit = self.memory_limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+            raise TypeError(f"memory_limit must be a number of bytes (int) or None, got {limit!r}")
+        if limit is not None and limit <= 0:
+            raise ValueError(f"memory_limit={limit} must be a positive number of bytes, or None for no limit")
+        if not isinstance(self.keep_memory, int | float) or not 0 <= self.keep_memory <= 1:
+            raise ValueError(f"keep_memory={self.keep_memory!r} must be a share between 0 and 1")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is unknown; choose one of {BACKENDS}")
+        if self.sampling not in SAMPLING_MODES:
+            raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
+
+
+def resolve_config(config: FastAttnConfig | None, options: dict[str, Any]) -> FastAttnConfig:
+    """`config` as given, or a new one from keyword `options`.
+
+    Raises:
+        TypeError: both are given, `config` is of another type, or an option is unknown.
+    """
+    if config is not None and not isinstance(config, FastAttnConfig):
+        raise TypeError(f"config must be a FastAttnConfig, got {type(config).__name__}")
+    if config is not None and options:
+        raise TypeError(f"give either config= or single options, not both (got {sorted(options)})")
+    known = [field.name for field in fields(FastAttnConfig)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown option(s) {unknown}; the options are {known}")
+    return config if config is not None else FastAttnConfig(**options)

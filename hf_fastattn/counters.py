@@ -1,0 +1,27 @@
+"""What one `generate()` call did: the counters that tests, evaluations and users read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CallCounters:
+    """Counts of one call, or of the forwards since it.
+
+    Attributes:
+        forwards: forwards of the base decoder on the paged path.
+        fallbacks: forwards or calls that ran Transformers' own path instead, by reason.
+        prompt_tokens: tokens computed by paged forwards with more than one new token a row.
+        pages_allocated: pages taken from the pool.
+        pages_shared: pages that a fork gave a further owner instead of copying them.
+        pages_copied: pages copied before a write, since others held them too.
+    """
+
+    forwards: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    pages_allocated: int = 0
+    pages_shared: int = 0
+    pages_copied: int = 0

@@ -1,0 +1,36 @@
+"""Dense, left-padded views of paged rows, for code that wants `[B, G, L, D]`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.page_table import PageTable
+
+
+def dense_slots(
+    table: PageTable, stored: Tensor | None, first: int, last: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which slot holds each column of each row.
+
+    Args:
+        table: the rows' pages.
+        stored: `[B, last]` bool, the columns that hold a token; None if all do.
+        first: first column wanted; `last` the one after the last.
+
+    Returns:
+        `[B, last - first]` slots `page * P + offset` (any valid slot where no token is stored), and the bool mask of
+        those places, or None if there are none.
+    """
+    size = table.page_size
+    slots = torch.zeros(len(table.rows), last - first, dtype=torch.int64)
+    missing = None if stored is None else ~stored[:, first:last]
+    for row, pages in enumerate(table.rows):
+        of_tokens = (torch.tensor(pages, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
+        if stored is None:
+            slots[row] = of_tokens[first:last]
+        else:
+            before = int(stored[row, :first].sum())
+            here = stored[row, first:last]
+            slots[row, here] = of_tokens[before : before + int(here.sum())]
+    return slots.to(device), None if missing is None else missing.to(device)

@@ -1,0 +1,117 @@
+"""`PageGroups`: the pools and tensors of one model, one group for each distinct attention window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.page_storage import PageStorage
+from hf_fastattn.pages import PagePool
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Layers that see the same keys: they share page numbers, tables and counts."""
+
+    window: int | None
+    pool: PagePool
+    storage: PageStorage
+
+
+def layer_window(layer: Any) -> int | None:
+    """The window of a Transformers cache layer; None if it sees all keys.
+
+    Raises:
+        ValueError: the layer is of a kind that pages cannot hold.
+    """
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    if type(layer) is DynamicLayer:
+        return None
+    raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be paged")
+
+
+def is_pageable(layer: Any) -> bool:
+    """Whether the layer is an ordinary attention layer, full or with a sliding window."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def template_layers(config: Any) -> list[Any]:
+    """The layers Transformers would give a dynamic cache of this model, as templates for ours."""
+    template: Cache = DynamicCache(config=config.get_text_config(decoder=True))
+    return template.layers
+
+
+class PageGroups:
+    """The page groups of a model.
+
+    Args:
+        config: the model's configuration; tells layers, windows and the size of a token.
+        fastattn: page size and memory limit.
+        dtype: dtype that keys will have, for the memory limit; the configuration's by default.
+    """
+
+    def __init__(self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None) -> None:
+        text = config.get_text_config(decoder=True)
+        self.page_size = fastattn.page_size
+        self._fastattn = fastattn
+        windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dtype = dtype or getattr(text, "dtype", None) or torch.float32
+        itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
+        self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize
+        self._groups = {
+            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
+            for window in dict.fromkeys(windows)
+        }
+
+    def _max_pages(self) -> int | None:
+        limit = self._fastattn.memory_limit
+        # Every group may hold the same number of tokens.
+        return None if limit is None else limit // max(self.page_bytes, 1)
+
+    def group(self, window: int | None) -> PageGroup:
+        """The group of layers with this window.
+
+        Raises:
+            ValueError: the model these pages were made for has no such layers.
+        """
+        if window not in self._groups:
+            raise ValueError(f"no layer with window {window} belongs to these pages; known: {list(self._groups)}")
+        return self._groups[window]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._groups.values())
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages held by caches, over all groups."""
+        return sum(group.pool.in_use for group in self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for pages."""
+        return sum(group.storage.nbytes for group in self)
+
+    def describe_limit(self) -> str:
+        """The memory limit in words, for an error."""
+        limit, most = self._fastattn.memory_limit, self._max_pages()
+        if limit is None or most is None:
+            return "no memory_limit is set"
+        return (
+            f"memory_limit={limit} bytes holds {most} pages of {self.page_size} tokens "
+            f"({self.page_bytes} bytes a page over all layers), that is {most * self.page_size} tokens"
+        )
+
+    def shrink(self, keep: float) -> None:
+        """Give memory back: if no page is held, keep at most the share `keep` of the storage."""
+        for group in self:
+            if group.pool.in_use or keep >= 1:
+                continue
+            group.pool.shrink(int(group.pool.capacity * keep))
+            group.storage.clear()

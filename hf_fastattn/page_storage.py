@@ -1,0 +1,86 @@
+"""`PageStorage`: the tensors behind the pages of one group, one pair a layer, on that layer's device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class PageStorage:
+    """K and V pages `[N, P, G, D]` of each layer, made when the layer first writes.
+
+    Args:
+        page_size: tokens a page (P).
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self._pages: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, layer_idx: int, states: Tensor, capacity: int, replace: bool) -> tuple[Tensor, Tensor]:
+        """The K and V pages of a layer, grown to `capacity` pages.
+
+        Args:
+            layer_idx: the layer.
+            states: `[..., G, D]` keys about to be written: their heads, dtype and device are what pages must have.
+            capacity: pages needed.
+            replace: nothing stored is still needed, so pages of another shape may be dropped.
+
+        Raises:
+            ValueError: the pages hold tokens of other heads, dtype or device.
+        """
+        held = self._pages.get(layer_idx)
+        if held is not None:
+            pages = held[0]
+            same = pages.shape[2:] == states.shape[-2:] and pages.dtype == states.dtype
+            if same and pages.device == states.device:
+                if pages.shape[0] >= capacity:
+                    return held
+            elif replace:
+                held = None
+            else:
+                raise ValueError(
+                    f"past_key_values holds keys of {tuple(pages.shape[2:])} (heads, head dim), {pages.dtype}, "
+                    f"{pages.device} in layer {layer_idx}, but the model writes {tuple(states.shape[-2:])}, "
+                    f"{states.dtype}, {states.device}; use a cache made for this model, dtype and device, "
+                    "or call reset() on it first"
+                )
+        shape = (capacity, self.page_size, *states.shape[-2:])
+        old_keys, old_values = held or (None, None)
+        self._pages[layer_idx] = (self._grown(old_keys, shape, states), self._grown(old_values, shape, states))
+        return self._pages[layer_idx]
+
+    @staticmethod
+    def _grown(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        # A tensor made inside inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            pages = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if old is not None:
+            with torch.no_grad():
+                pages[: old.shape[0]].copy_(old)
+        return pages
+
+    def copy(self, moves: list[tuple[int, int]], capacity: int) -> None:
+        """Copy pages `(source, target)` in every layer, grown to `capacity` pages."""
+        if not moves:
+            return
+        for layer_idx, (held, _) in list(self._pages.items()):
+            pair = self.layer(layer_idx, held, capacity, replace=False)
+            device = pair[0].device
+            source, target = (torch.tensor(side, device=device) for side in zip(*moves, strict=True))
+            for pages in pair:
+                with torch.no_grad():
+                    pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def pages(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """The K and V pages of a layer, or None if it has not written yet."""
+        return self._pages.get(layer_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(pages.nbytes for pair in self._pages.values() for pages in pair)
+
+    def clear(self) -> None:
+        """Drop all tensors."""
+        self._pages.clear()

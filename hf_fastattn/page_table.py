@@ -1,0 +1,173 @@
+"""`PageTable`: the pages of the rows of one cache, in one page group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.pages import PagePool
+
+# A growing sequence gets this much room after it, at most, before another may settle there.
+MAX_ROOM_TOKENS = 2048
+
+
+class PageTable:
+    """Rows of pages: column `c` of a row holds its tokens `c * P` to `(c + 1) * P - 1`, or -1 once released.
+
+    Args:
+        pool: where the pages come from.
+        page_size: tokens a page (P).
+        window: keys a query sees, itself included; `None` for all. Pages that no later query can see are released.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, window: int | None = None) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.window = window
+        self.rows: list[list[int]] = []
+        # Columns that a row is known to share with the rows of the same origin; see `prefixes`.
+        self._origin: list[tuple[int, int]] = []
+
+    def add_rows(self, count: int) -> None:
+        """Append `count` empty rows."""
+        first = len(self.rows)
+        self.rows.extend([] for _ in range(count))
+        self._origin.extend((first + row, 0) for row in range(count))
+
+    def reserve(
+        self, lengths: Sequence[int], targets: Sequence[int], room: int, counters: CallCounters
+    ) -> list[tuple[int, int]]:
+        """Give every row pages for its tokens `lengths[b]` to `targets[b] - 1`, owned by that row alone.
+
+        Args:
+            lengths: tokens that each row holds.
+            targets: tokens that each row will hold.
+            room: tokens that a row may reach; the pages are chosen so that it can grow in place.
+
+        Returns:
+            `(source, target)` pages to copy before the write: partial pages that were shared.
+
+        Raises:
+            CacheFullError: the pool is full. Rows are as before, but for pages reserved beyond their length.
+        """
+        size = self.page_size
+        copies = []
+        fresh: list[int] = []
+        for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
+            pages = self.rows[row]
+            if target == length:
+                continue
+            column = length // size
+            if column < len(pages) and self.pool.owners(pages[column]) > 1:
+                fresh.append(row)
+                continue
+            need = -(-target // size) - len(pages)
+            if need <= 0:
+                continue
+            if not pages or pages[-1] < 0 or self.pool.owners(pages[-1]) > 1:
+                fresh.append(row)
+                continue
+            pages.extend(self._take(need, pages[-1], counters))
+        for row, run in self._fresh_runs(fresh, lengths, targets, room, counters):
+            column = lengths[row] // size
+            if lengths[row] % size:
+                copies.append((self.rows[row][column], run[0]))
+            self.pool.release(self.rows[row][column:])
+            self.rows[row][column:] = run
+        counters.pages_copied += len(copies)
+        return copies
+
+    def _fresh_runs(
+        self,
+        rows: list[int],
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+    ) -> list[tuple[int, list[int]]]:
+        """New pages from the column of its next token on, for each of `rows`, at equal distances if possible."""
+        if not rows:
+            return []
+        size = self.page_size
+        counts = [-(-targets[row] // size) - lengths[row] // size for row in rows]
+        reach = max(-(-min(room, targets[row] + MAX_ROOM_TOKENS) // size) - lengths[row] // size for row in rows)
+        step = max([*counts, reach])
+        runs = self.pool.allocate_rows(counts, step)
+        counters.pages_allocated += sum(counts)
+        return list(zip(rows, runs, strict=True))
+
+    def _take(self, count: int, after: int, counters: CallCounters) -> list[int]:
+        pages = self.pool.allocate(count, after=after)
+        counters.pages_allocated += count
+        return pages
+
+    def select(self, indices: Sequence[int], counters: CallCounters) -> None:
+        """Row b becomes a fork of row `indices[b]`; pages are shared until one of their owners writes."""
+        selected = [list(self.rows[index]) for index in indices]
+        for pages in selected:
+            self.pool.fork(page for page in pages if page >= 0)
+        held_before = sum(page >= 0 for pages in self.rows for page in pages)
+        held_after = sum(page >= 0 for pages in selected for page in pages)
+        for pages in self.rows:
+            self.pool.release(page for page in pages if page >= 0)
+        counters.pages_shared += max(held_after - held_before, 0)
+        self._origin = self._origin_of(indices)
+        self.rows = selected
+
+    def fork_into(self, other: PageTable) -> None:
+        """Give `other`, an empty table of the same pool, forks of all rows."""
+        other.rows = [list(pages) for pages in self.rows]
+        other._origin = list(self._origin)
+        for pages in other.rows:
+            self.pool.fork(page for page in pages if page >= 0)
+
+    def _origin_of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        repeated = len(set(indices)) < len(indices)
+        if all(columns == 0 for _, columns in self._origin) and repeated:
+            # The first fork: what a row holds now in whole pages is what its copies will share.
+            return [(index, len(self.rows[index])) for index in indices]
+        return [self._origin[index] for index in indices]
+
+    def prefixes(self, lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+        """`(first_row, last_row, columns)` of neighbouring rows whose first `columns` pages are the same."""
+        found = []
+        row = 0
+        while row < len(self.rows):
+            last = row + 1
+            origin, columns = self._origin[row]
+            while columns and last < len(self.rows) and self._origin[last][0] == origin:
+                last += 1
+            if columns and last - row > 1:
+                # The page after the last whole one was copied by whoever wrote to it, and nobody may end inside.
+                columns = min(columns, min(lengths[row:last]) // self.page_size)
+                while columns and len({self.rows[r][columns - 1] for r in range(row, last)}) > 1:
+                    columns -= 1
+                if columns:
+                    found.append((row, last, columns))
+            row = last
+        return found
+
+    def trim(self, lengths: Sequence[int]) -> None:
+        """Release the pages beyond `lengths[b]` tokens of each row."""
+        for pages, length in zip(self.rows, lengths, strict=True):
+            keep = -(-length // self.page_size)
+            self.pool.release(page for page in pages[keep:] if page >= 0)
+            del pages[keep:]
+
+    def release_behind(self, lengths: Sequence[int], slack: int = 0) -> None:
+        """Release the pages that no query from `lengths[b] - slack` on can see through the window."""
+        if self.window is None:
+            return
+        for pages, length in zip(self.rows, lengths, strict=True):
+            column = max(length - slack - self.window + 1, 0) // self.page_size
+            for behind in range(min(column, len(pages)) - 1, -1, -1):
+                if pages[behind] < 0:
+                    break
+                self.pool.release([pages[behind]])
+                pages[behind] = -1
+
+    def clear(self) -> None:
+        """Release everything; no rows remain."""
+        for pages in self.rows:
+            self.pool.release(page for page in pages if page >= 0)
+        self.rows, self._origin = [], []

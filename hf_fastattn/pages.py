@@ -1,0 +1,172 @@
+"""`PagePool`: who owns which page. Pure Python, no tensors, so that it can be tested anywhere.
+
+The block allocator with reference counts and copy-on-write of PagedAttention (Kwon et al., 2023, "Efficient Memory
+Management for Large Language Model Serving with PagedAttention"), with one addition: runs of adjacent pages are
+preferred, so that a backend can read a sequence as one strided view instead of gathering it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CacheFullError(RuntimeError):
+    """The pages asked for do not fit into the memory limit."""
+
+
+class PagePool:
+    """Page numbers `0 .. capacity - 1`, each free or held by one or more owners.
+
+    Args:
+        capacity: pages to begin with.
+        max_pages: most pages the pool may grow to; `None` sets no limit.
+
+    Raises:
+        ValueError: `capacity` is negative or above `max_pages`.
+    """
+
+    def __init__(self, capacity: int = 0, max_pages: int | None = None) -> None:
+        if capacity < 0 or (max_pages is not None and capacity > max_pages):
+            raise ValueError(f"capacity={capacity} must lie between 0 and max_pages={max_pages}")
+        self.max_pages = max_pages
+        self._held = bytearray(capacity)
+        self._owners = [0] * capacity
+        self._in_use = 0
+
+    @property
+    def capacity(self) -> int:
+        """Pages that exist, free or held."""
+        return len(self._held)
+
+    @property
+    def in_use(self) -> int:
+        """Pages held by at least one owner."""
+        return self._in_use
+
+    def owners(self, page: int) -> int:
+        """How many owners hold `page`; 0 if it is free."""
+        return self._owners[page]
+
+    def allocate(self, count: int, after: int | None = None, room: int | None = None) -> list[int]:
+        """Take `count` free pages, each with one owner.
+
+        Args:
+            count: pages to take.
+            after: the page that the run should follow, if its neighbours are free.
+            room: length of the free run to look for when starting anew, so that the sequence can go on growing in
+                place; at least `count`.
+
+        Returns:
+            Page numbers, ascending and adjacent whenever such a run is free.
+
+        Raises:
+            ValueError: `count` is negative.
+            CacheFullError: the pool may not grow far enough; nothing was taken.
+        """
+        if count < 0:
+            raise ValueError(f"count={count} must not be negative")
+        if count == 0:
+            return []
+        start = self._run(count, after, max(count, room or 0))
+        return self._take(self._scattered(count) if start is None else list(range(start, start + count)))
+
+    def _take(self, pages: list[int]) -> list[int]:
+        for page in pages:
+            self._held[page] = 1
+            self._owners[page] = 1
+        self._in_use += len(pages)
+        return pages
+
+    def allocate_rows(self, counts: list[int], step: int) -> list[list[int]]:
+        """`counts[b]` pages for each of several sequences, `step` pages apart where there is such a run.
+
+        Raises:
+            CacheFullError: the pool may not grow far enough; nothing was taken.
+        """
+        start = self._run(step * len(counts), None, 0)
+        if start is None:
+            return self._rows_apart(counts)
+        runs = []
+        for row, count in enumerate(counts):
+            first = start + row * step
+            runs.append(self._take(list(range(first, first + count))))
+        return runs
+
+    def _rows_apart(self, counts: list[int]) -> list[list[int]]:
+        runs: list[list[int]] = []
+        try:
+            for count in counts:
+                runs.append(self.allocate(count))
+        except CacheFullError as full:
+            for run in runs:
+                self.release(run)
+            free = self.capacity - self._in_use
+            raise CacheFullError(
+                f"{sum(counts)} pages were asked for and {free} of at most {self.max_pages} are free"
+            ) from full
+        return runs
+
+    def fork(self, pages: Iterable[int]) -> None:
+        """Add an owner to each of `pages`, which must be held."""
+        for page in pages:
+            if not self._owners[page]:
+                raise ValueError(f"page {page} is free; only a held page can be forked")
+            self._owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Take an owner from each of `pages`; a page without owners is free again."""
+        for page in pages:
+            if not self._owners[page]:
+                raise ValueError(f"page {page} is free already; it was released twice")
+            self._owners[page] -= 1
+            if not self._owners[page]:
+                self._held[page] = 0
+                self._in_use -= 1
+
+    def shrink(self, capacity: int) -> None:
+        """Forget free pages from the end until `capacity` pages, or the last held page, are reached."""
+        keep = max(capacity, self._held.rfind(1) + 1)
+        del self._held[keep:]
+        del self._owners[keep:]
+
+    def _run(self, count: int, after: int | None, room: int) -> int | None:
+        if after is not None:
+            start = after + 1
+            self._grow_to(start + count)
+            if start + count <= self.capacity and not any(self._held[start : start + count]):
+                return start
+        for length in sorted({room, count}, reverse=True):
+            if not length:
+                continue
+            start = self._held.find(bytes(length))
+            if start >= 0:
+                return start
+            tail = self._held.rfind(1) + 1
+            if self._grow_to(tail + length):
+                return tail
+        return None
+
+    def _scattered(self, count: int) -> list[int]:
+        free = [page for page, held in enumerate(self._held) if not held]
+        if len(free) < count:
+            raise CacheFullError(
+                f"{count} pages were asked for and {len(free)} of at most {self.max_pages} are free"
+            )
+        return free[:count]
+
+    def _grow_to(self, capacity: int) -> bool:
+        """Grow to at least `capacity` pages, by half at least, so that growth is rare; False beyond the limit."""
+        if capacity <= self.capacity:
+            return True
+        if self.max_pages is not None and capacity > self.max_pages:
+            # The last pages below the limit are still worth having for a shorter run.
+            self._extend(self.max_pages)
+            return False
+        target = max(capacity, self.capacity * 3 // 2)
+        self._extend(target if self.max_pages is None else min(target, self.max_pages))
+        return True
+
+    def _extend(self, capacity: int) -> None:
+        extra = capacity - self.capacity
+        self._held.extend(bytes(extra))
+        self._owners.extend([0] * extra)

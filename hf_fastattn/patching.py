@@ -1,0 +1,148 @@
+"""`patch`, `unpatch`, `patched`: one model made fast, and put back exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_fastattn.config import FastAttnConfig, resolve_config
+from hf_fastattn.generation import FastGenerationMixin, fast_class
+from hf_fastattn.page_groups import is_pageable, template_layers
+from hf_fastattn.patches.attention import attention_forward
+from hf_fastattn.patches.decoder import decoder_forward
+from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.module_state import STATE, replace_forward
+from hf_fastattn.patches.registry import family_of
+from hf_fastattn.patches.scope import PatchScope
+from hf_fastattn.runtime import Runtime
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PatchState:
+    """Attached to a patched model as `_fastattn`."""
+
+    runtime: Runtime
+    scope: PatchScope
+    family: Family
+    modules: tuple[str, ...]
+
+
+def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) -> Model:
+    """Make `model.generate()` use paged attention. Other instances and classes are untouched.
+
+    Args:
+        model: a Transformers causal language model of a supported family, or a wrapper of one (PEFT).
+        config: options; or give single options by keyword (`page_size=32`).
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a Transformers model, or an unknown option.
+        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, or
+            the model is patched already with other options. The model is then as before.
+    """
+    resolved = resolve_config(config, options)
+    target = find_model(model)
+    state = vars(target).get(STATE)
+    if isinstance(target, FastGenerationMixin) and state is not None:
+        if state.runtime.config != resolved:
+            raise ValueError(
+                f"the model is patched already, with {state.runtime.config}; unpatch() it before patching with {resolved}"
+            )
+        return model
+    family = family_of(target.config.get_text_config(decoder=True).model_type)
+    _check_layers(target)
+    scope = PatchScope()
+    runtime = Runtime(resolved, target.config, target.dtype)
+    try:
+        names = _replace_forwards(target, scope, runtime, family)
+        scope.set(target, STATE, PatchState(runtime, scope, family, tuple(names)))
+        scope.set(target, "__class__", fast_class(type(target)))
+    except BaseException:
+        scope.undo()
+        raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`: every attribute is as before. A model that is not patched is left as it is.
+
+    Returns:
+        The same object.
+    """
+    target = find_model(model)
+    if isinstance(target, FastGenerationMixin):
+        target._fastattn.scope.undo()
+    return model
+
+
+@contextmanager
+def patched(model: Model, config: FastAttnConfig | None = None, **options: Any) -> Iterator[Model]:
+    """`patch` for the length of a `with` block. A model that was patched before stays patched."""
+    before = isinstance(find_model(model), FastGenerationMixin)
+    patch(model, config, **options)
+    try:
+        yield model
+    finally:
+        if not before:
+            unpatch(model)
+
+
+def find_model(model: Any) -> Any:
+    """The Transformers model that `generate()` belongs to, inside wrappers such as PEFT's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = model
+    for _ in range(8):
+        if isinstance(inner, PreTrainedModel):
+            break
+        unwrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
+        if unwrapped is None:
+            raise TypeError(f"model is a {type(model).__name__}; expected a Transformers model, or a PEFT wrapper of one")
+        inner = unwrapped
+    if not hasattr(inner, "generate"):
+        raise TypeError(
+            f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel"
+        )
+    return inner
+
+
+def _check_layers(model: Any) -> None:
+    for index, layer in enumerate(template_layers(model.config)):
+        if not is_pageable(layer):
+            raise ValueError(
+                f"layer {index} keeps its state in a {type(layer).__name__}, which cannot be paged yet; "
+                "models of full and sliding-window attention layers can be patched"
+            )
+
+
+def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> list[str]:
+    names = []
+    attention = 0
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == family.decoder:
+            replace_forward(scope, module, decoder_forward, runtime, family, name)
+        elif kind == family.attention:
+            replace_forward(scope, module, attention_forward, runtime, family, name)
+            attention += 1
+        else:
+            continue
+        names.append(name)
+    decoders = len(names) - attention
+    if decoders != 1 or attention < 1:
+        raise ValueError(
+            f"found {decoders} {family.decoder} and {attention} {family.attention} modules, expected one decoder and "
+            "its layers; a model whose modules were replaced cannot be patched"
+        )
+    return names

@@ -1,0 +1,80 @@
+"""`report`: what a patch replaced, which backend runs, and what the last call did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.generation import FastGenerationMixin
+from hf_fastattn.patching import find_model
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `hf_fastattn` does for a model.
+
+    Attributes:
+        patched: whether the model is patched; all else is empty if not.
+        family: its model type.
+        backend: the kernels in use, and `backend_reason` why these.
+        config: the options.
+        modules: names of the modules whose forward was replaced.
+        last_call: counters of the last `generate()`, and of forwards since.
+        pages_in_use: pages held by caches now.
+        page_bytes_allocated: bytes of page storage now.
+    """
+
+    patched: bool
+    family: str | None = None
+    backend: str | None = None
+    backend_reason: str | None = None
+    config: FastAttnConfig | None = None
+    modules: tuple[str, ...] = ()
+    last_call: CallCounters | None = None
+    pages_in_use: int = 0
+    page_bytes_allocated: int = 0
+
+    def __str__(self) -> str:
+        if not self.patched or self.last_call is None:
+            return "not patched"
+        call = self.last_call
+        falls = ", ".join(f"{reason} ({count})" for reason, count in call.fallbacks.items()) or "none"
+        return "\n".join(
+            (
+                f"family        {self.family}, {len(self.modules)} modules replaced",
+                f"backend       {self.backend} ({self.backend_reason})",
+                f"options       {self.config}",
+                f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed",
+                f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
+                f"fallbacks     {falls}",
+                f"now           {self.pages_in_use} pages in use, {self.page_bytes_allocated / 2**20:.1f} MiB allocated",
+            )
+        )
+
+
+def report(model: Any) -> Report:
+    """What is replaced in `model`, why, and what its last call did.
+
+    Raises:
+        TypeError: not a Transformers model.
+    """
+    target = find_model(model)
+    if not isinstance(target, FastGenerationMixin):
+        return Report(patched=False)
+    state = target._fastattn
+    runtime = state.runtime
+    asked = runtime.config.backend
+    reason = "asked for" if asked == "reference" else "the only backend so far; runs on any device"
+    return Report(
+        patched=True,
+        family=state.family.model_type,
+        backend="reference",
+        backend_reason=reason,
+        config=runtime.config,
+        modules=state.modules,
+        last_call=runtime.counters,
+        pages_in_use=runtime.groups.pages_in_use,
+        page_bytes_allocated=runtime.groups.nbytes,
+    )

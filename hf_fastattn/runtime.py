@@ -1,0 +1,110 @@
+"""`Runtime`: what lives with a patched model between calls: options, pages, counters, calls under way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fastattn.cache import PagedCache
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.page_groups import PageGroups
+
+logger = logging.getLogger("hf_fastattn")
+
+
+@dataclass
+class Call:
+    """One `generate()` under way, and the caches made for it."""
+
+    caches: list[PagedCache] = field(default_factory=list)
+
+    def release(self, result: Any) -> list[PagedCache]:
+        """Release the caches but the one that `result` returns to the caller."""
+        kept = getattr(result, "past_key_values", None)
+        for cache in self.caches:
+            if cache is not kept:
+                cache.reset()
+        return [cache for cache in self.caches if cache is kept]
+
+
+class Runtime:
+    """State of one patched model.
+
+    Args:
+        config: the options.
+        model_config: the model's configuration.
+        dtype: the model's dtype, for the memory limit.
+    """
+
+    def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
+        self.config = config
+        self.groups = PageGroups(model_config, config, dtype)
+        self.counters = CallCounters()
+        self.prefilling = False
+        self._calls: list[Call] = []
+        self._lock = threading.RLock()
+        self._logged: set[str] = set()
+
+    @contextmanager
+    def call(self, training: bool) -> Iterator[Any]:
+        """A `generate()` call; yields a function that is told its result. Pages are released on the way out.
+
+        Raises:
+            RuntimeError: another thread is generating with this model.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "this model is generating in another thread; use one model a thread (they may share weights), "
+                "or wait for the other call"
+            )
+        result: list[Any] = [None]
+        call = Call()
+        try:
+            if not self._calls:
+                self.counters = CallCounters()
+            self._calls.append(call)
+            yield lambda value: result.__setitem__(0, value)
+        finally:
+            returned = call.release(result[0])
+            self._calls.remove(call)
+            if self._calls:
+                # An assistant's cache comes back to its caller, which is ours too.
+                self._calls[-1].caches.extend(returned)
+            else:
+                self.groups.shrink(0.0 if training else self.config.keep_memory)
+            self._lock.release()
+
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        """Forwards inside compute the prompt."""
+        before, self.prefilling = self.prefilling, True
+        try:
+            yield
+        finally:
+            self.prefilling = before
+
+    def new_cache(self, model_config: Any, room: int) -> PagedCache:
+        """A cache for the call under way."""
+        cache = PagedCache(model_config, groups=self.groups, counters=self.counters, room=room)
+        self._calls[-1].caches.append(cache)
+        return cache
+
+    def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
+        """Count a forward of the base decoder."""
+        if fallback is not None:
+            self.count_fallback(fallback)
+            return
+        self.counters.forwards += 1
+        self.counters.prompt_tokens += prompt_tokens
+
+    def count_fallback(self, reason: str) -> None:
+        """Count, and log once, that Transformers' own path runs."""
+        self.counters.fallbacks[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("hf_fastattn runs Transformers' own attention: %s", reason)

@@ -1,0 +1,124 @@
+"""The base decoder's forward of a patched model: padding dropped, the batch described once for all layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache import PagedCache
+from hf_fastattn.patches.module_state import STATE, call_original
+from hf_fastattn.patches.padding import Padding, visible_columns
+
+
+def decoder_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run the decoder over pages if the cache is ours and nothing asks for more; else as it was.
+
+    Takes and returns what the original takes and returns; hidden states of padding are zero on the paged path.
+
+    Raises:
+        ValueError: the cache belongs to another model, or the mask shows tokens that were padding when they were cached.
+        CacheFullError: the memory limit is reached; the cache is as before the call.
+    """
+    arguments = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+    kwargs["use_cache"] = use_cache
+    if not isinstance(past_key_values, PagedCache):
+        return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    return _cached_forward(self, arguments, past_key_values, kwargs)
+
+
+# The batch is described by Python numbers that change every step: tracing it would recompile every step.
+@torch.compiler.disable
+def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    runtime = vars(self)[STATE].runtime
+    mask = arguments["attention_mask"]
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    rows, columns = tokens.shape[:2]
+    past = cache.get_seq_length()
+    _check_owner(cache, self.config)
+    visible = visible_columns(mask, cache, rows, columns)
+    reason = _why_not_paged(self, mask, cache, visible, kwargs)
+    new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
+    batch = cache.begin(rows, columns, new, dense=reason is not None)
+    padding = None
+    if reason is None:
+        padding = None if new is None else Padding(new.to(tokens.device))
+        arguments = _paged_arguments(arguments, padding, past, rows, columns)
+    try:
+        outputs = call_original(self, past_key_values=cache, **arguments, **kwargs)
+    except BaseException:
+        cache.rollback()
+        raise
+    cache.commit()
+    runtime.count_forward(reason, batch.tokens if past == 0 or runtime.prefilling else 0)
+    return outputs if padding is None else padding.restore_outputs(outputs)
+
+
+def _paged_arguments(
+    arguments: dict[str, Any], padding: Padding | None, past: int, rows: int, columns: int
+) -> dict[str, Any]:
+    """Arguments for the original forward: packed, and with a mask that nobody computes or reads."""
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    position_ids = arguments["position_ids"]
+    if position_ids is None:
+        position_ids = torch.arange(past, past + columns, device=tokens.device)[None]
+    if padding is not None:
+        position_ids = padding.pack(position_ids.expand(rows, -1))
+        for name in ("input_ids", "inputs_embeds"):
+            if arguments[name] is not None:
+                arguments[name] = padding.pack(arguments[name])
+    # Transformers passes a 4-D mask on as it is; our attention ignores it.
+    mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+    return {**arguments, "position_ids": position_ids, "attention_mask": mask}
+
+
+def _why_not_paged(
+    decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
+    """Why this forward has to run the original attention; None if pages will do."""
+    config = decoder.config
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        return "gradients are needed"
+    if decoder.training and getattr(config, "attention_dropout", 0.0):
+        return "attention dropout is active"
+    if kwargs.get("output_attentions", config.output_attentions):
+        return "attention weights are asked for"
+    if kwargs.get("is_causal", True) is False:
+        return "is_causal=False"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return "a custom attention mask is given"
+    if visible is None:
+        return None
+    past = cache.get_seq_length()
+    stored = torch.ones(visible.shape[0], past, dtype=torch.bool) if cache.stored is None else cache.stored
+    if not torch.equal(visible[:, :past], stored):
+        return "the mask hides tokens that are cached"
+    if any(window is not None for window in cache.tables) and bool((visible[:, 1:] < visible[:, :-1]).any()):
+        return "the mask has holes, and a sliding window counts them"
+    return None
+
+
+def _check_owner(cache: PagedCache, config: Any) -> None:
+    ours, theirs = len(cache.layers), config.num_hidden_layers
+    if ours < theirs:
+        raise ValueError(
+            f"past_key_values was made for a model of {ours} layers, but this one has {theirs}; "
+            "use PagedCache(model.config)"
+        )
