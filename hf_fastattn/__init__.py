@@ -1,8 +1,8 @@
 """hf_fastattn: fast `model.generate()` for Transformers, with one line.
 
-    hf_fastattn.patch(model)
-    model.generate(**inputs, max_new_tokens=256)
-    hf_fastattn.unpatch(model)
+hf_fastattn.patch(model)
+model.generate(**inputs, max_new_tokens=256)
+hf_fastattn.unpatch(model)
 """
 
 from hf_fastattn.cache import PagedCache

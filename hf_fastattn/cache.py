@@ -17,7 +17,7 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots
 from hf_fastattn.kernels.plan import AttentionPlan
-from hf_fastattn.page_groups import PageGroups, is_pageable, layer_window, template_layers
+from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, layer_window, template_layers
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
 
@@ -56,6 +56,7 @@ class PagedCache(Cache):
         room: int = 0,
     ) -> None:
         self._config = config
+        self._layout = cache_layout(config)
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
         self.counters = counters or CallCounters()
         self.room = room
@@ -83,6 +84,8 @@ class PagedCache(Cache):
         self._open = False
         self._created_rows = False
         self._written = [0] * len(self.layers)
+        # The last forward that came through `update()` alone, and the columns before it.
+        self._unannounced: tuple[Batch, int] | None = None
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
@@ -173,6 +176,19 @@ class PagedCache(Cache):
         if self._created_rows:
             self.lengths = []
 
+    def check_owner(self, config: Any) -> None:
+        """Raise a `ValueError` if the cache was made for a model that stores other keys than that of `config`."""
+        if config is self._config:
+            return
+        ours, theirs = self._layout, cache_layout(config)
+        if ours != theirs:
+            raise ValueError(
+                f"past_key_values was made for a model of (key heads, head dim, windows by layer) {ours}, but this one "
+                f"has {theirs}; use PagedCache(model.config)"
+            )
+        # The next forward compares identities only.
+        self._config = config
+
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
@@ -227,13 +243,12 @@ class PagedCache(Cache):
             self._written = [min(done, start) for done in written]
             self._unannounced = (batch, start)
             return batch, start
-        batch, first = getattr(self, "_unannounced", (None, -1))
-        if batch is None or start != first or start + query_length != self._columns:
+        if self._unannounced is None or (start, start + query_length) != (self._unannounced[1], self._columns):
             raise ValueError(
                 f"layer {layer_idx} of past_key_values holds {start} tokens and is given {query_length} more, "
                 f"but the cache is at {self._columns}; call reset() after a failed forward"
             )
-        return batch, first
+        return self._unannounced
 
     def _dense_past(self, layer: PagedLayer, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, G, L, D]` of the columns before `columns` that a mask of Transformers covers."""

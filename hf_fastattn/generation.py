@@ -23,6 +23,7 @@ class FastGenerationMixin:
     """Goes in front of a model's class; see `fast_class`."""
 
     _fastattn: Any
+    _fastattn_base: Any
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -72,11 +73,12 @@ class FastGenerationMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the plain, unpatched model."""
-        return _unpatched_twin(self).__reduce_ex__(protocol)
+        # From protocol 2 on pickle insists that the object's class be the pickled one; 1 names the class freely.
+        return _unpatched_twin(self).__reduce_ex__(1)
 
 
 @functools.cache
-def fast_class(base: type) -> type:
+def fast_class(base: Any) -> type:
     """A subclass of a model class with our hooks, by the same name: Transformers looks classes up by it.
 
     Its `generate()` takes and returns what the model's does; pages are released when it returns or fails.
@@ -91,7 +93,7 @@ def fast_class(base: type) -> type:
             return result
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate})
+    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})
 
 
 def _why_stock_cache(supplied: Any, cache: Any, generation_config: Any, model_kwargs: dict) -> str | None:
@@ -161,7 +163,7 @@ def _unpatched_twin(model: Any) -> Any:
     scope = model._fastattn.scope
     twins: dict[int, Any] = {}
     for module in model.modules():
-        cls = type(module).__mro__[2] if module is model else type(module)
+        cls: Any = model._fastattn_base if module is model else type(module)
         twins[id(module)] = cls.__new__(cls)
     for module in model.modules():
         state = scope.original_vars(module)

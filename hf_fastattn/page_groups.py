@@ -46,6 +46,19 @@ def template_layers(config: Any) -> list[Any]:
     return template.layers
 
 
+def key_shape(config: Any) -> tuple[int, int]:
+    """Key heads and head dim of a model's attention layers."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def cache_layout(config: Any) -> tuple[Any, ...]:
+    """Key heads, head dim and the layers' windows: models that differ here cannot use each other's cache."""
+    layers = template_layers(config)
+    return *key_shape(config), *(layer_window(layer) if is_pageable(layer) else type(layer) for layer in layers)
+
+
 class PageGroups:
     """The page groups of a model.
 
@@ -60,8 +73,7 @@ class PageGroups:
         self.page_size = fastattn.page_size
         self._fastattn = fastattn
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, head_dim = key_shape(config)
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
         self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize

@@ -149,9 +149,7 @@ class PagePool:
     def _scattered(self, count: int) -> list[int]:
         free = [page for page, held in enumerate(self._held) if not held]
         if len(free) < count:
-            raise CacheFullError(
-                f"{count} pages were asked for and {len(free)} of at most {self.max_pages} are free"
-            )
+            raise CacheFullError(f"{count} pages were asked for and {len(free)} of at most {self.max_pages} are free")
         return free[:count]
 
     def _grow_to(self, capacity: int) -> bool:

@@ -111,9 +111,7 @@ def find_model(model: Any) -> Any:
             raise TypeError(f"model is a {type(model).__name__}; expected a Transformers model, or a PEFT wrapper of one")
         inner = unwrapped
     if not hasattr(inner, "generate"):
-        raise TypeError(
-            f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel"
-        )
+        raise TypeError(f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel")
     return inner
 
 

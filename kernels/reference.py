@@ -113,9 +113,7 @@ def _prefill_row(
     past = plan.seq_lens[row] - tokens
     # [S, H, D] -> [G, R, S, D]; the keys [1, G, L, D] -> [G, R, L, D] with stride 0 over R
     query = q.view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3)
-    k, v = (
-        _read(pages, run, plan)[0].unsqueeze(1).expand(-1, heads // groups, -1, -1) for pages in (keys, values)
-    )
+    k, v = (_read(pages, run, plan)[0].unsqueeze(1).expand(-1, heads // groups, -1, -1) for pages in (keys, values))
     if past == 0 and (plan.window is None or plan.window >= tokens):
         out, lse = attention_state(query, k, v, scale=scale, causal=True, softcap=softcap)
         return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim), lse.permute(2, 0, 1).reshape(tokens, heads)

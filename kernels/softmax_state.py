@@ -41,9 +41,7 @@ def attention_state(
     """
     if q.device.type == "cpu" and softcap is None and q.dtype in _CPU_DTYPES and q.dtype == k.dtype:
         mask = None if bias is None else bias.to(q.dtype)[None, None]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q.to(accumulate), k.to(accumulate).transpose(-1, -2)) * scale
     if softcap is not None:

@@ -52,7 +52,7 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
     rows, columns = tokens.shape[:2]
     past = cache.get_seq_length()
-    _check_owner(cache, self.config)
+    cache.check_owner(self.config)
     visible = visible_columns(mask, cache, rows, columns)
     reason = _why_not_paged(self, mask, cache, visible, kwargs)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
@@ -89,9 +89,7 @@ def _paged_arguments(
     return {**arguments, "position_ids": position_ids, "attention_mask": mask}
 
 
-def _why_not_paged(
-    decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]
-) -> str | None:
+def _why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
@@ -112,13 +110,7 @@ def _why_not_paged(
         return "the mask hides tokens that are cached"
     if any(window is not None for window in cache.tables) and bool((visible[:, 1:] < visible[:, :-1]).any()):
         return "the mask has holes, and a sliding window counts them"
+    if not bool(visible[:, -1].all()):
+        # generate() reads the logits of the last column, token or not
+        return "the mask hides the last token of a row"
     return None
-
-
-def _check_owner(cache: PagedCache, config: Any) -> None:
-    ours, theirs = len(cache.layers), config.num_hidden_layers
-    if ours < theirs:
-        raise ValueError(
-            f"past_key_values was made for a model of {ours} layers, but this one has {theirs}; "
-            "use PagedCache(model.config)"
-        )

@@ -1,0 +1,114 @@
+"""The operations registered with `torch.library`, as `torch.ops.hf_fastattn.*`: for own loops and for `torch.compile`.
+
+They take the batch as tensors, as design and field do (`page_table`, `cu_seqlens_q`, `seq_lens`), and read it on the
+host; a loop over layers makes one `AttentionPlan` instead and calls `reference.paged_attention` with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels import reference, rope, softmax_state
+from hf_fastattn.kernels.plan import AttentionPlan
+
+
+def _plan(
+    page_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, page_size: int, window: int | None, shared: int
+) -> AttentionPlan:
+    pages, starts, lengths = page_table.tolist(), cu_seqlens_q.tolist(), seq_lens.tolist()
+    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    if len(pages) != len(lengths) or len(counts) != len(lengths):
+        raise ValueError(
+            f"page_table has {len(pages)} rows, seq_lens {len(lengths)}, cu_seqlens_q {len(counts)}; "
+            "they must be [B, pages], [B] and [B + 1]"
+        )
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        if not 0 <= count <= length:
+            raise ValueError(f"row {row} has {count} new tokens of {length}; seq_lens counts the new ones too")
+        if length > len(pages[row]) * page_size:
+            raise ValueError(f"row {row} has {length} tokens, but its {len(pages[row])} pages hold {page_size} each")
+    prefixes = [(0, len(pages), shared)] if shared else []
+    return AttentionPlan(pages, counts, lengths, page_size, window, prefixes)
+
+
+@torch.library.custom_op("hf_fastattn::paged_attention", mutates_args=())
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    shared_pages: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of packed queries over paged keys and values.
+
+    Args:
+        q: `[T, H, D]` queries after RoPE.
+        k_pages: `[N, P, G, D]`; `v_pages` likewise.
+        page_table: `[B, pages]` int32.
+        cu_seqlens_q: `[B + 1]` int32, where each row's queries begin.
+        seq_lens: `[B]` int32, keys after the append.
+        scale: factor on the scores.
+        window: keys a query sees, itself included; all by default.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        shared_pages: leading columns of `page_table` that are the same in all rows: computed once in decode.
+
+    Returns:
+        Output `[T, H, D]` and LSE `[T, H]` in fp32, natural logarithm.
+
+    Raises:
+        ValueError: the shapes or lengths do not fit each other.
+    """
+    plan = _plan(page_table, cu_seqlens_q, seq_lens, k_pages.shape[1], window, shared_pages)
+    out, lse = reference.paged_attention(q, k_pages, v_pages, plan, scale=scale, softcap=softcap)
+    return out.clone() if out.data_ptr() == q.data_ptr() else out, lse.float()
+
+
+@paged_attention.register_fake
+def _(q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, scale, window=None, softcap=None, shared_pages=0):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_fastattn::rope_append", mutates_args=("k_pages", "v_pages"))
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """[qk-norm] + RoPE + append; see `rope.rope_append`, but `sin: [T, rotary dims]` is the model's own.
+
+    Returns:
+        `[T, H, D]` rotated queries.
+    """
+    return rope.rope_append(
+        q, k, v, cos, rope.signed_sin(sin), k_pages, v_pages, slot_mapping, q_norm=q_norm, k_norm=k_norm, eps=eps
+    )
+
+
+@rope_append.register_fake
+def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping, q_norm=None, k_norm=None, eps=1e-6):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("hf_fastattn::merge_states", mutates_args=())
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention state over the keys of both states; see `softmax_state.merge_states`."""
+    return softmax_state.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+@merge_states.register_fake
+def _(out_a, lse_a, out_b, lse_b):  # type: ignore[no-untyped-def]
+    return torch.empty_like(out_a), torch.empty_like(lse_a)

@@ -1,0 +1,163 @@
+"""The page allocator and the tables under random programs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.page_table import PageTable
+from hf_fastattn.pages import CacheFullError, PagePool
+
+SIZE = 4
+
+
+class RandomTables(RuleBasedStateMachine):
+    """Tables of one pool, against a model in which every row is simply a list of tokens."""
+
+    @initialize(limit=st.one_of(st.none(), st.integers(4, 40)), window=st.one_of(st.none(), st.integers(1, 9)))
+    def start(self, limit, window):
+        self.pool = PagePool(0, limit)
+        self.window = window
+        self.counters = CallCounters()
+        self.tables: list[PageTable] = []
+        self.rows: list[list[list[int]]] = []
+        self.memory: dict[int, list[int | None]] = {}
+        self.next_token = 0
+
+    @precondition(lambda self: len(self.tables) < 3)
+    @rule(rows=st.integers(1, 3))
+    def new_table(self, rows):
+        table = PageTable(self.pool, SIZE, self.window)
+        table.add_rows(rows)
+        self.tables.append(table)
+        self.rows.append([[] for _ in range(rows)])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), room=st.integers(0, 40))
+    def append(self, data, room):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        table, rows = self.tables[which], self.rows[which]
+        lengths = [len(row) for row in rows]
+        targets = [length + data.draw(st.integers(0, 7)) for length in lengths]
+        try:
+            moves = table.reserve(lengths, targets, room, self.counters)
+        except CacheFullError:
+            table.trim(lengths)
+            return
+        for source, target in moves:
+            self.memory[target] = list(self.memory[source])
+        for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
+            for token in range(length, target):
+                page = table.rows[row][token // SIZE]
+                assert self.pool.owners(page) == 1, "a shared page would be written"
+                if token % SIZE == 0:
+                    self.memory[page] = [None] * SIZE
+                self.memory[page][token % SIZE] = self.next_token
+                rows[row].append(self.next_token)
+                self.next_token += 1
+        table.release_behind([len(row) for row in rows])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def select(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        table, rows = self.tables[which], self.rows[which]
+        table.trim([len(row) for row in rows])
+        picks = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=4))
+        table.select(picks, self.counters)
+        self.rows[which] = [list(rows[pick]) for pick in picks]
+
+    @precondition(lambda self: self.tables and self.window is None)
+    @rule(data=st.data())
+    def crop(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        for row in self.rows[which]:
+            del row[len(row) - data.draw(st.integers(0, min(len(row), 6))) :]
+        self.tables[which].trim([len(row) for row in self.rows[which]])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def drop_table(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        self.tables.pop(which).clear()
+        self.rows.pop(which)
+
+    @precondition(lambda self: hasattr(self, "pool"))
+    @rule(capacity=st.integers(0, 10))
+    def shrink(self, capacity):
+        self.pool.shrink(capacity)
+
+    @invariant()
+    def every_row_reads_its_own_tokens(self):
+        for table, rows in zip(getattr(self, "tables", []), getattr(self, "rows", []), strict=True):
+            for pages, row in zip(table.rows, rows, strict=True):
+                first = 0 if self.window is None else max(len(row) - self.window + 1, 0)
+                for token in range(first, len(row)):
+                    page = pages[token // SIZE]
+                    assert self.memory[page][token % SIZE] == row[token]
+
+    @invariant()
+    def owners_are_the_rows_that_hold_the_page(self):
+        held: dict[int, int] = {}
+        for table in getattr(self, "tables", []):
+            for pages in table.rows:
+                for page in pages:
+                    if page >= 0:
+                        held[page] = held.get(page, 0) + 1
+        if hasattr(self, "pool"):
+            assert self.pool.in_use == len(held)
+            assert all(self.pool.owners(page) == count for page, count in held.items())
+            assert self.pool.max_pages is None or self.pool.capacity <= self.pool.max_pages
+
+    @invariant()
+    def prefixes_are_shared(self):
+        for table, rows in zip(getattr(self, "tables", []), getattr(self, "rows", []), strict=True):
+            for first, last, columns in table.prefixes([len(row) for row in rows]):
+                assert last - first > 1
+                assert len({tuple(table.rows[row][:columns]) for row in range(first, last)}) == 1
+                assert all(len(rows[row]) >= columns * SIZE for row in range(first, last))
+
+    def teardown(self):
+        for table in getattr(self, "tables", []):
+            table.clear()
+        if hasattr(self, "pool"):
+            assert self.pool.in_use == 0
+
+
+RandomTables.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRandomTables = RandomTables.TestCase
+
+
+def test_runs_are_adjacent_and_grow_in_place():
+    pool = PagePool()
+    first, second = pool.allocate_rows([2, 3], 8)
+    assert (first, second) == ([0, 1], [8, 9, 10])
+    assert pool.allocate(2, after=1) == [2, 3]
+    assert pool.allocate(1, after=7) != [8]
+
+
+def test_full_pool_says_what_fits_and_takes_nothing():
+    pool = PagePool(max_pages=4)
+    pool.allocate(3)
+    with pytest.raises(CacheFullError, match="2 pages were asked for and 1 of at most 4 are free"):
+        pool.allocate(2)
+    with pytest.raises(CacheFullError, match="2 pages were asked for and 1 of at most 4"):
+        pool.allocate_rows([1, 1], 1)
+    assert pool.in_use == 3
+
+
+def test_misuse_is_named():
+    pool = PagePool()
+    [page] = pool.allocate(1)
+    pool.release([page])
+    with pytest.raises(ValueError, match="released twice"):
+        pool.release([page])
+    with pytest.raises(ValueError, match="only a held page"):
+        pool.fork([page])
+    with pytest.raises(ValueError, match="count=-1"):
+        pool.allocate(-1)
+    with pytest.raises(ValueError, match="capacity=5"):
+        PagePool(5, max_pages=2)
