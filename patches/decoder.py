@@ -110,7 +110,7 @@ def _why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor |
         return "the mask hides tokens that are cached"
     if any(window is not None for window in cache.tables) and bool((visible[:, 1:] < visible[:, :-1]).any()):
         return "the mask has holes, and a sliding window counts them"
-    if not bool(visible[:, -1].all()):
+    if bool((visible.any(1) & ~visible[:, -1]).any()):
         # generate() reads the logits of the last column, token or not
         return "the mask hides the last token of a row"
     return None

@@ -1,0 +1,75 @@
+# make demo [MODEL=id-or-path] [ARGS=...]   generate with stock Transformers and with the patched model
+# make test                                 lint, types, tests
+# make smoke517                             one test per family on the oldest supported Transformers
+#
+# Each target makes its own virtual environment the first time. To use one you have, say where its
+# interpreter is: `make test PYTHON=/path/to/python` (or PYTHON517= for smoke517); nothing but this
+# project itself is then ever installed into it.
+
+BASE_PYTHON ?= python3
+MODEL ?=
+ARGS ?=
+
+VENV := .venv
+VENV517 := .venv-517
+INSTALL = -m pip install --quiet --disable-pip-version-check
+
+# A CUDA build of torch pins its own Triton, so with a GPU both versions are left to pip.
+PINNED_BY_GPU := $(if $(shell command -v nvidia-smi 2>/dev/null),torch|triton,none)
+
+ifdef PYTHON
+READY := existing
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+ifdef PYTHON517
+READY517 :=
+else
+PYTHON517 := $(VENV517)/bin/python
+READY517 := $(VENV517)/.installed
+endif
+
+.PHONY: demo test lint format smoke517 existing clean
+
+demo: $(READY)
+	@$(PYTHON) -u -m hf_fastattn.eval.demo $(MODEL) $(ARGS)
+
+test: lint
+	@$(PYTHON) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	@$(PYTHON) -m ruff check --quiet .
+	@$(PYTHON) -m mypy --no-error-summary
+
+format: $(READY)
+	@$(PYTHON) -m ruff check --quiet --fix .
+	@$(PYTHON) -m ruff format .
+
+smoke517: $(READY517)
+	@$(PYTHON517) -m pytest -q tests/test_family_smoke.py
+
+existing:
+	@$(PYTHON) -c "import torch, transformers" || \
+	  { echo "$(PYTHON) lacks torch or transformers; install them, or leave PYTHON= out"; exit 1; }
+	@$(PYTHON) -c "import hf_fastattn" 2>/dev/null || $(PYTHON) $(INSTALL) --no-deps -e .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (one to three minutes, once)"
+	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
+	@grep -vE '^($(PINNED_BY_GPU))==' constraints.txt > $(VENV)/constraints.txt
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt torch setuptools
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV517)/.installed: pyproject.toml constraints-517.txt
+	@echo "setting up $(VENV517) (one to three minutes, once)"
+	@test -x $(VENV517)/bin/python || $(BASE_PYTHON) -m venv $(VENV517)
+	@grep -vE '^($(PINNED_BY_GPU))==' constraints-517.txt > $(VENV517)/constraints.txt
+	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt torch setuptools pytest hypothesis
+	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV517) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

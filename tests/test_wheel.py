@@ -1,0 +1,96 @@
+"""The wheel, built from a copy of the tree and run from elsewhere: links become folders, data files travel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "hf_fastattn", "kernels", "patches", "eval")
+FOLDERS = ("kernels", "patches", "eval")
+
+GENERATE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import hf_fastattn, hf_fastattn.cli
+from hf_fastattn.eval.demo import SHIPPED_CHECKPOINT
+
+print(hf_fastattn.__file__)
+print(SHIPPED_CHECKPOINT)
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False)
+model = LlamaForCausalLM(config).eval()
+prompt = torch.randint(3, 97, (1, 20))
+stock = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+with hf_fastattn.patched(model):
+    ours = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    call = hf_fastattn.report(model).last_call
+    assert call.forwards > 0 and not call.fallbacks, call
+assert torch.equal(stock, ours), (stock, ours)
+"""
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--quiet", "--no-deps", "--no-index"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: setuptools leaves a build folder behind, whose stale files would be in the next wheel.
+    folder = tmp_path_factory.mktemp("wheel")
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "work")
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    # One file that must travel and one that must not, whatever the checkpoint folder holds at the moment.
+    for name in ("weights", "work"):
+        (tree / "eval" / "checkpoint" / name).mkdir(parents=True, exist_ok=True)
+        (tree / "eval" / "checkpoint" / name / "planted.json").write_text("{}")
+    pip("wheel", "--no-build-isolation", "--wheel-dir", folder, tree)
+    (built,) = folder.glob("hf_fastattn-*.whl")
+    return built
+
+
+def test_wheel_has_every_source_and_data_file(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    suffixes = {".py", ".md", ".txt", ".json", ".jsonl", ".jinja", ".model", ".safetensors"}
+    expected = {"hf_fastattn/py.typed", "hf_fastattn/eval/checkpoint/weights/planted.json"}
+    expected |= {f"hf_fastattn/{path.name}" for path in (ROOT / "hf_fastattn").glob("*.py")}
+    for folder in FOLDERS:
+        files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+        expected |= {f"hf_fastattn/{path.as_posix()}" for path in files if "work" not in path.parts}
+    assert not expected - names
+
+
+def test_wheel_has_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert "hf_fastattn" in tops
+    assert all(top == "hf_fastattn" or top.endswith(".dist-info") for top in tops)
+    assert not [name for name in names if "/work/" in name or "__pycache__" in name]
+
+
+def test_installed_wheel_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip("install", "--target", target, wheel)
+    assert not (target / "kernels").exists()
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    process = subprocess.run(
+        [sys.executable, "-c", GENERATE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    module, checkpoint = process.stdout.split()[-2:]
+    assert Path(module).is_relative_to(target) and Path(checkpoint).is_relative_to(target)
+    if (ROOT / "eval" / "checkpoint" / "weights" / "config.json").is_file():
+        assert (Path(checkpoint) / "config.json").is_file()
