@@ -1,4 +1,4 @@
-"""The `hf-fastattn` command: `hf-fastattn demo [MODEL] [options]`."""
+"""The `hf-fastattn` command: `hf-fastattn demo [MODEL]`, `hf-fastattn speed`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # name: (module with a `main(argv) -> int`, one line of help); modules load only when their command runs.
 COMMANDS = {
     "demo": ("hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side"),
+    "speed": ("hf_fastattn.eval.speed", "time stock Transformers and the patched model in interleaved pairs"),
 }
 
 

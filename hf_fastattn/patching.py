@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,7 +65,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
     try:
         names = _replace_forwards(target, scope, runtime, family)
         scope.set(target, STATE, PatchState(runtime, scope, family, tuple(names)))
-        base: Hashable = type(target)
+        base: Any = type(target)
         scope.set(target, "__class__", fast_class(base))
     except BaseException:
         scope.undo()
