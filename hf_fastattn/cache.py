@@ -124,8 +124,8 @@ class PagedCache(Cache):
     def _reserve(self, targets: list[int]) -> None:
         try:
             for window, table in self.tables.items():
-                moves = table.reserve(self.lengths, targets, max([self.room, *targets]), self.counters)
-                self.groups.group(window).storage.copy(moves, table.pool.capacity)
+                group, room = self.groups.group(window), max([self.room, *targets])
+                table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
         except CacheFullError as full:
             asked = sum(-(-target // self.groups.page_size) for target in targets)
             self.rollback()
@@ -148,8 +148,8 @@ class PagedCache(Cache):
             ]
         return Batch(counts, targets, plans, slots)
 
-    def commit(self) -> None:
-        """The forward is done: its tokens belong to the cache."""
+    def commit(self, release: bool = True) -> None:
+        """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
         assert self._batch is not None
         if self._stored is not None or self._new_stored is not None:
             parts = []
@@ -161,7 +161,7 @@ class PagedCache(Cache):
         self.lengths = self._batch.seq_lens
         self._written = [self._columns] * len(self.layers)
         self._open, self._batch, self._new_stored = False, None, None
-        if not self.record_past:
+        if release and not self.record_past:
             self._release_behind()
 
     def rollback(self) -> None:
@@ -237,9 +237,12 @@ class PagedCache(Cache):
         start, query_length = self._written[layer_idx], key_states.shape[2]
         if start == self._columns:
             # The first layer of a forward that nobody announced: an unpatched model.
+            # Its other layers still read what lies behind their window, so pages are released a forward later.
+            if not self.record_past:
+                self._release_behind()
             batch = self.begin(key_states.shape[0], query_length, dense=True)
             written = self._written
-            self.commit()
+            self.commit(release=False)
             self._written = [min(done, start) for done in written]
             self._unannounced = (batch, start)
             return batch, start

@@ -40,7 +40,7 @@ class FastGenerationMixin:
                 runtime.count_fallback(reason)
             return done
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        paged = runtime.new_cache(config, max_cache_length + 1)
+        paged = runtime.new_cache(config, self.dtype, max_cache_length + 1)  # type: ignore[attr-defined]
         if generation_config.is_assistant:
             paged.activate_past_recording()
         model_kwargs["past_key_values"] = paged

@@ -21,6 +21,10 @@ class PageGroup:
     pool: PagePool
     storage: PageStorage
 
+    def copy_pages(self, moves: list[tuple[int, int]]) -> None:
+        """Copy pages `(source, target)` in every layer of the group."""
+        self.storage.copy(moves, self.pool.capacity)
+
 
 def layer_window(layer: Any) -> int | None:
     """The window of a Transformers cache layer; None if it sees all keys.

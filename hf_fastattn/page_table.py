@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages import PagePool
@@ -35,23 +35,26 @@ class PageTable:
         self._origin.extend((first + row, 0) for row in range(count))
 
     def reserve(
-        self, lengths: Sequence[int], targets: Sequence[int], room: int, counters: CallCounters
-    ) -> list[tuple[int, int]]:
+        self,
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+        copy_pages: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
         """Give every row pages for its tokens `lengths[b]` to `targets[b] - 1`, owned by that row alone.
 
         Args:
             lengths: tokens that each row holds.
             targets: tokens that each row will hold.
             room: tokens that a row may reach; the pages are chosen so that it can grow in place.
-
-        Returns:
-            `(source, target)` pages to copy before the write: partial pages that were shared.
+            counters: where pages are counted.
+            copy_pages: copies the contents of pages `(source, target)`: partial pages that were shared.
 
         Raises:
             CacheFullError: the pool is full. Rows are as before, but for pages reserved beyond their length.
         """
         size = self.page_size
-        copies = []
         fresh: list[int] = []
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
             pages = self.rows[row]
@@ -68,14 +71,15 @@ class PageTable:
                 fresh.append(row)
                 continue
             pages.extend(self._take(need, pages[-1], counters))
-        for row, run in self._fresh_runs(fresh, lengths, targets, room, counters):
+        runs = self._fresh_runs(fresh, lengths, targets, room, counters)
+        partial = [(row, run) for row, run in runs if lengths[row] % size]
+        # Before the release: a source may lose its last owner by it.
+        copy_pages([(self.rows[row][lengths[row] // size], run[0]) for row, run in partial])
+        counters.pages_copied += len(partial)
+        for row, run in runs:
             column = lengths[row] // size
-            if lengths[row] % size:
-                copies.append((self.rows[row][column], run[0]))
             self.pool.release(self.rows[row][column:])
             self.rows[row][column:] = run
-        counters.pages_copied += len(copies)
-        return copies
 
     def _fresh_runs(
         self,

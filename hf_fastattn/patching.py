@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +25,8 @@ from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.runtime import Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
+
+TESTED = ("5.17.0", "5.24")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
         return model
     family = family_of(target.config.get_text_config(decoder=True).model_type)
     _check_layers(target)
+    _warn_outside_tested_range(transformers.__version__)
     scope = PatchScope()
     runtime = Runtime(resolved, target.config, target.dtype)
     try:
@@ -114,6 +120,16 @@ def find_model(model: Any) -> Any:
     if not hasattr(inner, "generate"):
         raise TypeError(f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel")
     return inner
+
+
+def _warn_outside_tested_range(version: str) -> None:
+    first, last = TESTED
+    if not Version(first) <= Version(version) < Version(last):
+        warnings.warn(
+            f"hf_fastattn is tested with transformers >= {first} and < {last}, this is {version}; "
+            "compare its outputs with those of the unpatched model",
+            stacklevel=3,
+        )
 
 
 def _check_layers(model: Any) -> None:

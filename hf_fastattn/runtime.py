@@ -43,6 +43,7 @@ class Runtime:
 
     def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
         self.config = config
+        self._dtype = dtype
         self.groups = PageGroups(model_config, config, dtype)
         self.counters = CallCounters()
         self.prefilling = False
@@ -88,8 +89,11 @@ class Runtime:
         finally:
             self.prefilling = before
 
-    def new_cache(self, model_config: Any, room: int) -> PagedCache:
+    def new_cache(self, model_config: Any, dtype: Any, room: int) -> PagedCache:
         """A cache for the call under way."""
+        if dtype != self._dtype and not self.groups.pages_in_use:
+            # The model was cast since: pages are counted in another size.
+            self._dtype, self.groups = dtype, PageGroups(model_config, self.config, dtype)
         cache = PagedCache(model_config, groups=self.groups, counters=self.counters, room=room)
         self._calls[-1].caches.append(cache)
         return cache

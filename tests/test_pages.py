@@ -42,13 +42,17 @@ class RandomTables(RuleBasedStateMachine):
         table, rows = self.tables[which], self.rows[which]
         lengths = [len(row) for row in rows]
         targets = [length + data.draw(st.integers(0, 7)) for length in lengths]
+
+        def copy_pages(moves):
+            for source, target in moves:
+                assert self.pool.owners(source), "a freed page would be copied"
+                self.memory[target] = list(self.memory[source])
+
         try:
-            moves = table.reserve(lengths, targets, room, self.counters)
+            table.reserve(lengths, targets, room, self.counters, copy_pages)
         except CacheFullError:
             table.trim(lengths)
             return
-        for source, target in moves:
-            self.memory[target] = list(self.memory[source])
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
             for token in range(length, target):
                 page = table.rows[row][token // SIZE]
