@@ -83,7 +83,8 @@ def measure(model: Any, ids: torch.Tensor, samples: int, new: int, pairs: int, s
     want = model.generate(ids, **greedy)
     with hf_fastattn.patched(model):
         equal = torch.equal(want, model.generate(ids, **greedy))
-    stock, ours = [], []
+    stock: list[Timing] = []
+    ours: list[Timing] = []
     for number in range(pairs + 1):
         for is_patched in (True, False) if number % 2 else (False, True):
             if is_patched:
@@ -104,8 +105,10 @@ def measure(model: Any, ids: torch.Tensor, samples: int, new: int, pairs: int, s
         ids.shape[1],
         new,
         equal,
-        *(1e3 * statistics.median(t.first for t in side) for side in (stock, ours)),
-        *(1e3 * statistics.median(t.per_token for t in side) for side in (stock, ours)),
+        1e3 * statistics.median(timing.first for timing in stock),
+        1e3 * statistics.median(timing.first for timing in ours),
+        1e3 * statistics.median(timing.per_token for timing in stock),
+        1e3 * statistics.median(timing.per_token for timing in ours),
         statistics.median(b.first / a.first for a, b in zip(stock, ours, strict=True)) if equal else None,
         statistics.median(b.per_token / a.per_token for a, b in zip(stock, ours, strict=True)) if equal else None,
         call.forwards,
