@@ -21,7 +21,6 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
-from hf_fastattn.page_storage import PageStorage
 from tests.models import (
     FAMILIES,
     VOCAB,
@@ -40,19 +39,6 @@ from tests.models import (
 OLD = Version(transformers.__version__) < Version("5.23")
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "top_k": 0}
 Batch = Mapping[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def nan_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New pages are full of NaN: a read of a slot that holds no token would show."""
-    grown = PageStorage._grown
-
-    def filled(old: torch.Tensor | None, *args: Any) -> torch.Tensor:
-        pages = grown(old, *args)
-        pages[0 if old is None else old.shape[0] :] = float("nan")
-        return pages
-
-    monkeypatch.setattr(PageStorage, "_grown", staticmethod(filled))
 
 
 def run(model: Any, batch: Batch, new: int = 24, **kwargs: Any) -> Any:
@@ -686,19 +672,6 @@ def test_repeated_calls_reuse_the_pool() -> None:
         batch = padded_batch(2 + seed % 2, 20 + 9 * seed, seed)
         assert_same_tokens(stock, model, batch, 12, num_beams=1 + seed % 3)
         assert_fast(model, real_tokens(batch))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_freed_pages_are_not_read(family: str) -> None:
-    stock, model = pair(family)
-    run(model, padded_batch(), 30, num_beams=3)
-    for group in model._fastattn.runtime.groups:
-        for pages in group.storage._pages.values():
-            for tensor in pages:
-                tensor.fill_(float("nan"))
-    assert_same_tokens(stock, model, padded_batch(), 24)
-    assert_same_tokens(stock, model, padded_batch(), 24, num_beams=3)
-    assert_fast(model, real_tokens(padded_batch()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
