@@ -147,9 +147,9 @@ def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: F
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == family.decoder:
-            replace_forward(scope, module, decoder_forward, runtime, family, name)
+            replace_forward(scope, module, decoder_forward, runtime, name)
         elif kind == family.attention:
-            replace_forward(scope, module, attention_forward, runtime, family, name)
+            replace_forward(scope, module, attention_forward, runtime, name)
             attention += 1
         else:
             continue

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.runtime import Runtime
 
@@ -24,17 +23,15 @@ class ModuleState:
 
     Attributes:
         runtime: shared by all modules of the model.
-        family: what the model type's file says.
         original: the instance's own forward before the patch; None if it used its class's.
     """
 
     runtime: Runtime
-    family: Family
     original: Callable[..., Any] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleState:
         # A copied submodule goes on with the same pages; its own forward must be the copy's.
-        return ModuleState(self.runtime, self.family, copy.deepcopy(self.original, memo))
+        return ModuleState(self.runtime, copy.deepcopy(self.original, memo))
 
 
 def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,9 +40,7 @@ def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs) if original is not None else type(module).forward(module, *args, **kwargs)
 
 
-def replace_forward(
-    scope: PatchScope, module: nn.Module, forward: Callable[..., Any], runtime: Runtime, family: Family, name: str
-) -> None:
+def replace_forward(scope: PatchScope, module: nn.Module, forward: Callable[..., Any], runtime: Runtime, name: str) -> None:
     """Bind `forward` to this instance, where accelerate's hooks keep working.
 
     Raises:
@@ -68,7 +63,7 @@ def replace_forward(
             f"{name} ({type(module).__name__}.forward) takes {theirs}, expected {ours}: this version of Transformers "
             "is not supported"
         )
-    scope.set(module, STATE, ModuleState(runtime, family, current))
+    scope.set(module, STATE, ModuleState(runtime, current))
     scope.set(module, slot, types.MethodType(forward, module))
 
 
