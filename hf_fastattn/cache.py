@@ -17,9 +17,11 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots
 from hf_fastattn.kernels.plan import AttentionPlan
-from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, layer_window, template_layers
+from hf_fastattn.padding import Padding
+from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
+from hf_fastattn.recurrent_layer import RecurrentLayer
 
 
 def _release(tables: dict[int | None, PageTable]) -> None:
@@ -33,7 +35,8 @@ class PagedCache(Cache):
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
     expects. Rows share pages after `reorder_cache`, `batch_repeat_interleave` and `batch_select_indices`, and copy the
     last, partial one when they write. A patched model reads the pages in place; any other model gets dense,
-    left-padded tensors from `update()`, as from a `DynamicCache`.
+    left-padded tensors from `update()`, as from a `DynamicCache`. Linear-attention layers keep their recurrent states
+    as in Transformers.
 
     Args:
         config: the model's configuration (`model.config`).
@@ -61,9 +64,7 @@ class PagedCache(Cache):
         self.counters = counters or CallCounters()
         self.room = room
         self.record_past = False
-        layers = []
-        for index, layer in enumerate(template_layers(config)):
-            layers.append(PagedLayer(self, index, layer_window(layer)) if is_pageable(layer) else layer)
+        layers = [self._own_layer(index, layer) for index, layer in enumerate(template_layers(config))]
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
         if not self._paged:
@@ -73,11 +74,18 @@ class PagedCache(Cache):
         self._finalizer = weakref.finalize(self, _release, self.tables)
         self._start_empty()
 
+    def _own_layer(self, index: int, template: Any) -> Any:
+        if is_pageable(template):
+            return PagedLayer(self, index, layer_window(template))
+        return RecurrentLayer(template.number_of_states) if is_recurrent(template) else template
+
     def _start_empty(self) -> None:
         self.lengths: list[int] = []
         self._columns = 0
         self._stored: Tensor | None = None
         self._batch: Batch | None = None
+        self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
+        self.padding: Padding | None = None
         self._new_stored: Tensor | None = None
         self._query_length = 0
         self._dense = False
@@ -117,6 +125,7 @@ class PagedCache(Cache):
         counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
         targets = [have + count for have, count in zip(self.lengths, counts, strict=True)]
         self._open, self._dense, self._new_stored, self._query_length = True, dense, new, query_length
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
         self._reserve(targets)
         self._batch = self._make_batch(counts, targets)
         return self._batch
@@ -146,7 +155,7 @@ class PagedCache(Cache):
                 for pages, first, last in zip(table.rows, self.lengths, targets, strict=True)
                 for token in range(first, last)
             ]
-        return Batch(counts, targets, plans, slots)
+        return Batch(counts, targets, plans, slots, self.groups.backend, self.groups.workspaces)
 
     def commit(self, release: bool = True) -> None:
         """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
@@ -160,13 +169,15 @@ class PagedCache(Cache):
         self._columns += self._query_length
         self.lengths = self._batch.seq_lens
         self._written = [self._columns] * len(self.layers)
-        self._open, self._batch, self._new_stored = False, None, None
+        self._close()
         if release and not self.record_past:
             self._release_behind()
 
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
-        self._open, self._batch, self._new_stored = False, None, None
+        for layer, held in self._snapshots:
+            layer.restore(held)
+        self._close()
         self._written = [self._columns] * len(self.layers)
         for table in self.tables.values():
             if self._created_rows:
@@ -175,6 +186,13 @@ class PagedCache(Cache):
                 table.trim(self.lengths)
         if self._created_rows:
             self.lengths = []
+
+    def _close(self) -> None:
+        self._open, self._batch, self._new_stored, self.padding, self._snapshots = False, None, None, None, []
+
+    @property
+    def _recurrent(self) -> list[RecurrentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
 
     def check_owner(self, config: Any) -> None:
         """Raise a `ValueError` if the cache was made for a model that stores other keys than that of `config`."""
@@ -291,7 +309,8 @@ class PagedCache(Cache):
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
 
         Raises:
-            RuntimeError: pages behind a sliding window were released already; call `activate_past_recording()` first.
+            RuntimeError: pages behind a sliding window were released already, or a linear-attention layer has a state
+                that cannot be taken back; call `activate_past_recording()` first.
         """
         removed = int(tokens_to_remove)
         removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
@@ -309,11 +328,16 @@ class PagedCache(Cache):
             for table in self.tables.values():
                 table.trim(self.lengths)
         for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
+            if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(-removed)
         self._release_behind()
 
     def _check_croppable(self) -> None:
+        if self._recurrent and not self.record_past:
+            raise RuntimeError(
+                "crop() was called on a cache with linear-attention layers, whose states hold no past; prefill again, "
+                "or call activate_past_recording() on the cache first"
+            )
         for window in self.tables:
             if window is not None and self._columns >= window and not self.record_past:
                 raise RuntimeError(

@@ -6,17 +6,12 @@ import copy
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.utils import ModelOutput
 
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.prompt_rows import distinct_rows, expansion_of, unshared
 from hf_fastattn.runtime import Runtime
-
-# Inputs that belong to the rows of a text prompt; any other one keeps the rows apart.
-_ROW_INPUTS = ("attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
-_SHARED_INPUTS = ("past_key_values", "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
 
 
 class FastGenerationMixin:
@@ -46,6 +41,16 @@ class FastGenerationMixin:
         model_kwargs["past_key_values"] = paged
         return done
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        before = {name: unshared(value) for name, value in model_kwargs.items()}
+        ids, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        self._fastattn.runtime.expansion = expansion_of(expand_size, before, expanded)
+        return ids, expanded
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
     ) -> Any:
@@ -53,18 +58,16 @@ class FastGenerationMixin:
         cache = model_kwargs.get("past_key_values")
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
-            rows = distinct_rows(input_ids, model_kwargs)
+            rows = distinct_rows(input_ids, model_kwargs, runtime.expansion)
         with runtime.prefill():
             if rows is None:
                 return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
-            first, copies = rows
-            kwargs = {name: _select(value, first, name) for name, value in model_kwargs.items()}
             outputs = super()._prefill(  # type: ignore[misc]
-                input_ids[first], generation_config, kwargs, is_first_iteration
+                input_ids[rows.first], generation_config, rows.select(model_kwargs), is_first_iteration
             )
         assert isinstance(cache, PagedCache)
-        cache.select_rows(copies)
-        return _expand_outputs(outputs, torch.tensor(copies))
+        cache.select_rows(rows.copies)
+        return rows.expand(outputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A plain, unpatched copy."""
@@ -106,56 +109,6 @@ def _why_stock_cache(supplied: Any, cache: Any, generation_config: Any, model_kw
     if mask is not None and not bool(mask.any(1).all()):
         return "a row of the prompt has no visible token"
     return None
-
-
-def distinct_rows(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
-    """The rows of a prompt batch that differ.
-
-    Returns:
-        The first row of each kind, and for every row which of them it equals; None if all differ, or if inputs are
-        given that this code does not know how to take apart.
-    """
-    count = input_ids.shape[0]
-    tensors = [input_ids]
-    for name, value in model_kwargs.items():
-        if value is None or name in _SHARED_INPUTS or isinstance(value, bool | int | str):
-            continue
-        if name not in _ROW_INPUTS or not isinstance(value, Tensor) or value.shape[0] not in (1, count):
-            return None
-        if value.shape[0] == count:
-            tensors.append(value)
-    first: list[int] = []
-    copies: list[int] = []
-    kinds: dict[tuple[bytes, ...], int] = {}
-    host = [tensor.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy() for tensor in tensors if tensor.numel()]
-    for row in range(count):
-        key = tuple(rows[row].tobytes() for rows in host)
-        if key not in kinds:
-            kinds[key] = len(first)
-            first.append(row)
-        copies.append(kinds[key])
-    return (first, copies) if len(first) < count else None
-
-
-def _select(value: Any, rows: list[int], name: str) -> Any:
-    if name in _ROW_INPUTS and isinstance(value, Tensor) and value.shape[0] > 1:
-        return value[rows]
-    return value
-
-
-def _expand_outputs(outputs: ModelOutput, rows: Tensor) -> ModelOutput:
-    """The outputs of the distinct rows, for all rows."""
-
-    def expand(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.index_select(0, rows.to(value.device))
-        if isinstance(value, tuple):
-            return tuple(expand(item) for item in value)
-        return value
-
-    for name, value in list(outputs.items()):
-        outputs[name] = expand(value)
-    return outputs
 
 
 def _unpatched_twin(model: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.page_storage import PageStorage
 from hf_fastattn.pages import PagePool
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def is_pageable(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+def is_recurrent(layer: Any) -> bool:
+    """Whether the layer keeps the state of a linear attention and nothing else."""
+    return type(layer) is LinearAttentionLayer
+
+
 def template_layers(config: Any) -> list[Any]:
     """The layers Transformers would give a dynamic cache of this model, as templates for ours."""
     template: Cache = DynamicCache(config=config.get_text_config(decoder=True))
@@ -75,6 +83,8 @@ class PageGroups:
     def __init__(self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None) -> None:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
+        self.backend = fastattn.backend
+        self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self._fastattn = fastattn
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
         heads, head_dim = key_shape(config)

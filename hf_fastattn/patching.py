@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation import FastGenerationMixin, fast_class
-from hf_fastattn.page_groups import is_pageable, template_layers
-from hf_fastattn.patches.attention import attention_forward
-from hf_fastattn.patches.decoder import decoder_forward
+from hf_fastattn.page_groups import is_pageable, is_recurrent, template_layers
+from hf_fastattn.patches.attention import ATTENTION_FORWARDS
+from hf_fastattn.patches.decoder import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.module_state import STATE, replace_forward
 from hf_fastattn.patches.registry import family_of
@@ -64,7 +64,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
             )
         return model
     family = family_of(target.config.get_text_config(decoder=True).model_type)
-    _check_layers(target)
+    _check_layers(target, family)
     _warn_outside_tested_range(transformers.__version__)
     scope = PatchScope()
     runtime = Runtime(resolved, target.config, target.dtype)
@@ -132,12 +132,12 @@ def _warn_outside_tested_range(version: str) -> None:
         )
 
 
-def _check_layers(model: Any) -> None:
+def _check_layers(model: Any, family: Family) -> None:
     for index, layer in enumerate(template_layers(model.config)):
-        if not is_pageable(layer):
+        if not is_pageable(layer) and not (family.linear_attention and is_recurrent(layer)):
             raise ValueError(
-                f"layer {index} keeps its state in a {type(layer).__name__}, which cannot be paged yet; "
-                "models of full and sliding-window attention layers can be patched"
+                f"layer {index} keeps its state in a {type(layer).__name__}, which a {family.model_type} model is not "
+                "known to have; full, sliding-window and, in some families, linear attention layers can be patched"
             )
 
 
@@ -147,9 +147,9 @@ def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: F
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == family.decoder:
-            replace_forward(scope, module, decoder_forward, runtime, name)
+            replace_forward(scope, module, DECODER_FORWARDS, runtime, family, name)
         elif kind == family.attention:
-            replace_forward(scope, module, attention_forward, runtime, name)
+            replace_forward(scope, module, ATTENTION_FORWARDS, runtime, family, name)
             attention += 1
         else:
             continue

@@ -8,6 +8,8 @@ from typing import Any
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.generation import FastGenerationMixin
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.page_groups import key_shape
 from hf_fastattn.patching import find_model
 
 
@@ -63,14 +65,14 @@ def report(model: Any) -> Report:
     target = find_model(model)
     if not isinstance(target, FastGenerationMixin):
         return Report(patched=False)
-    state = target._fastattn
+    state: Any = target._fastattn
+    inner: Any = target
     runtime = state.runtime
-    asked = runtime.config.backend
-    reason = "asked for" if asked == "reference" else "the only backend so far; runs on any device"
+    backend, reason = choose_backend(runtime.config.backend, inner.device, inner.dtype, key_shape(inner.config)[1])
     return Report(
         patched=True,
         family=state.family.model_type,
-        backend="reference",
+        backend=backend,
         backend_reason=reason,
         config=runtime.config,
         modules=state.modules,

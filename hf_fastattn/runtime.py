@@ -13,6 +13,7 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.page_groups import PageGroups
+from hf_fastattn.prompt_rows import Expansion
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -22,6 +23,7 @@ class Call:
     """One `generate()` under way, and the caches made for it."""
 
     caches: list[PagedCache] = field(default_factory=list)
+    expansion: Expansion | None = None
 
     def release(self, result: Any) -> list[PagedCache]:
         """Release the caches but the one that `result` returns to the caller."""
@@ -79,6 +81,16 @@ class Runtime:
             else:
                 self.groups.shrink(0.0 if training else self.config.keep_memory)
             self._lock.release()
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """How the innermost call repeated its inputs; None outside of a call."""
+        return self._calls[-1].expansion if self._calls else None
+
+    @expansion.setter
+    def expansion(self, expansion: Expansion) -> None:
+        if self._calls:
+            self._calls[-1].expansion = expansion
 
     @contextmanager
     def prefill(self) -> Iterator[None]:

@@ -1,15 +1,19 @@
 """The operations registered with `torch.library`, as `torch.ops.hf_fastattn.*`: for own loops and for `torch.compile`.
 
-They take the batch as tensors, as design and field do (`page_table`, `cu_seqlens_q`, `seq_lens`), and read it on the
-host; a loop over layers makes one `AttentionPlan` instead and calls `reference.paged_attention` with it.
+They take the batch as tensors (`page_table`, `cu_seqlens_q`, `seq_lens`) and run the Triton kernels on CUDA devices, the
+reference elsewhere. The reference reads the batch on the host: a loop over layers makes one `AttentionPlan` instead and
+calls `reference.paged_attention` with it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.kernels import reference, rope, softmax_state
+from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.plan import AttentionPlan
 
 
@@ -32,6 +36,10 @@ def _plan(
     return AttentionPlan(pages, counts, lengths, page_size, window, prefixes)
 
 
+def _on_triton(x: Tensor) -> bool:
+    return choose_backend("auto", x.device, x.dtype, x.shape[-1])[0] == "triton"
+
+
 @torch.library.custom_op("hf_fastattn::paged_attention", mutates_args=())
 def paged_attention(
     q: Tensor,
@@ -44,6 +52,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     shared_pages: int = 0,
+    max_query_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values.
 
@@ -56,7 +65,9 @@ def paged_attention(
         scale: factor on the scores.
         window: keys a query sees, itself included; all by default.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        shared_pages: leading columns of `page_table` that are the same in all rows: computed once in decode.
+        shared_pages: leading columns of `page_table` that are the same in all rows; the reference computes them once in
+            decode.
+        max_query_len: the most new tokens of a row; read from `cu_seqlens_q`, which waits for the device, if not given.
 
     Returns:
         Output `[T, H, D]` and LSE `[T, H]` in fp32, natural logarithm.
@@ -64,13 +75,24 @@ def paged_attention(
     Raises:
         ValueError: the shapes or lengths do not fit each other.
     """
+    if _on_triton(q):
+        from hf_fastattn.kernels import paged
+
+        longest = int(cu_seqlens_q.diff().max()) if max_query_len is None else max_query_len
+        return paged.paged_attention(
+            q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens,
+            max_query_len=longest, scale=scale, window=window, softcap=softcap,
+        )  # fmt: skip
     plan = _plan(page_table, cu_seqlens_q, seq_lens, k_pages.shape[1], window, shared_pages)
     out, lse = reference.paged_attention(q, k_pages, v_pages, plan, scale=scale, softcap=softcap)
     return out.clone() if out.data_ptr() == q.data_ptr() else out, lse.float()
 
 
 @paged_attention.register_fake
-def _(q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, scale, window=None, softcap=None, shared_pages=0):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, scale,
+    window=None, softcap=None, shared_pages=0, max_query_len=None,
+):  # fmt: skip
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -87,25 +109,35 @@ def rope_append(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    unit_offset: bool = False,
 ) -> Tensor:
     """[qk-norm] + RoPE + append; see `rope.rope_append`, but `sin: [T, rotary dims]` is the model's own.
 
     Returns:
         `[T, H, D]` rotated queries.
     """
-    return rope.rope_append(
-        q, k, v, cos, rope.signed_sin(sin), k_pages, v_pages, slot_mapping, q_norm=q_norm, k_norm=k_norm, eps=eps
-    )
+    if _on_triton(q):
+        from hf_fastattn.kernels import append
+
+        launch = append.rope_append
+    else:
+        launch = rope.rope_append
+    norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "unit_offset": unit_offset}
+    return launch(q, k, v, cos, rope.signed_sin(sin), k_pages, v_pages, slot_mapping, **norms)
 
 
 @rope_append.register_fake
-def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping, q_norm=None, k_norm=None, eps=1e-6):  # type: ignore[no-untyped-def]
+def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping, q_norm=None, k_norm=None, eps=1e-6, unit_offset=False):  # type: ignore[no-untyped-def]
     return torch.empty_like(q)
 
 
 @torch.library.custom_op("hf_fastattn::merge_states", mutates_args=())
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The attention state over the keys of both states; see `softmax_state.merge_states`."""
+    if _on_triton(out_a):
+        from hf_fastattn.kernels import merge
+
+        return merge.merge_states(out_a, lse_a, out_b, lse_b)
     return softmax_state.merge_states(out_a, lse_a, out_b, lse_b)
 
 

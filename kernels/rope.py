@@ -27,10 +27,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos + turned.roll(dim // 2, -1) * sin, x[..., dim:]), dim=-1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, the mean square in fp32, as Transformers rounds it."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich, 2019), as Transformers rounds it.
+
+    With `n = x * rsqrt(mean(x^2) + eps)`, all of it in fp32 (fp64 for fp64 input), the result is
+    `weight * round(n)`: n is rounded to the dtype of x first, the product is one in that dtype. With `unit_offset`
+    it is `round(n * (1 + weight))`: the weight is widened, the product is one in fp32, rounded to the dtype of x once.
+    """
     wide = x.float() if x.dtype != torch.float64 else x
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (wide * (1.0 + weight.to(wide.dtype))).to(x.dtype)
     return weight * wide.to(x.dtype)
 
 
@@ -47,6 +54,7 @@ def rope_append(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    unit_offset: bool = False,
 ) -> Tensor:
     """Normalise and rotate q and k, and write k and v into their pages.
 
@@ -58,14 +66,15 @@ def rope_append(
         slot_mapping: `[T]` int64, `page * P + offset` of each token.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.
+        unit_offset: its weights are stored less one; see `rms_norm` for how that form is rounded.
 
     Returns:
         `[T, H, D]` rotated queries.
     """
     if q_norm is not None:
-        q = rms_norm(q, q_norm, eps)
+        q = rms_norm(q, q_norm, eps, unit_offset)
     if k_norm is not None:
-        k = rms_norm(k, k_norm, eps)
+        k = rms_norm(k, k_norm, eps, unit_offset)
     k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin))
     v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
     return rotate(q, cos, sin)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_fastattn.batch import Batch
 from hf_fastattn.cache import PagedCache
-from hf_fastattn.kernels import reference
-from hf_fastattn.kernels import rope as rope_kernels
-from hf_fastattn.patches.module_state import call_original
+from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.module_state import STATE, call_original
+from hf_fastattn.patches.qk_norm import normalise
 
 
 def attention_forward(
@@ -23,15 +25,15 @@ def attention_forward(
     """Project, rotate and append in one operation, attend over the pages; the original if no paged forward is on.
 
     Args:
-        hidden_states: `[B, S, hidden]`, or `[1, T, hidden]` if the rows are packed.
+        hidden_states: `[B, S, hidden]`, or `[1, T, hidden]` if the rows are packed; where the padded layout is kept,
+            the cache's `padding` says which of the columns hold tokens, and the output of the others is zero.
         position_embeddings: cos and sin, `[1 or B, S, rotary dims]`.
         past_key_values: the cache; its batch says where tokens are written and what they read.
 
     Returns:
         Output of the shape of `hidden_states`, and None for the attention weights.
     """
-    batch = past_key_values.paged_batch if isinstance(past_key_values, PagedCache) else None
-    if batch is None:
+    if not _is_paged(past_key_values):
         return call_original(
             self,
             hidden_states,
@@ -41,22 +43,100 @@ def attention_forward(
             **kwargs,
         )
     assert position_embeddings is not None
-    shape = (batch.tokens, -1, self.head_dim)
-    q = self.q_proj(hidden_states).view(shape)
-    k = self.k_proj(hidden_states).view(shape)
-    v = self.v_proj(hidden_states).view(shape)
-    window = past_key_values.layers[self.layer_idx].window
-    k_pages, v_pages = past_key_values.pages_for(self.layer_idx, k)
-    cos, sin = batch.rope(*position_embeddings)
-    q = rope_kernels.rope_append(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        k_pages,
-        v_pages,
-        batch.slot_mapping(window, k.device),
+    return _attend(self, hidden_states, position_embeddings, kwargs.get("position_ids"), past_key_values), None
+
+
+def attention_forward_with_positions(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_forward`, in the order of arguments of models whose attention needs the positions."""
+    return attention_forward(
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask,
+        past_key_values,
+        position_ids=position_ids,
+        **kwargs,
     )
-    out, _ = reference.paged_attention(q, k_pages, v_pages, batch.plans[window], scale=self.scaling)
-    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def attention_forward_mask_first(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention_forward`, in the order of arguments of Qwen2-VL and Qwen2.5-VL."""
+    return attention_forward(
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask,
+        past_key_values,
+        position_ids=position_ids,
+        **kwargs,
+    )
+
+
+ATTENTION_FORWARDS = (attention_forward, attention_forward_with_positions, attention_forward_mask_first)
+
+
+def _is_paged(past_key_values: Any) -> bool:
+    return isinstance(past_key_values, PagedCache) and past_key_values.paged_batch is not None
+
+
+def _attend(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None,
+    cache: PagedCache,
+) -> Tensor:
+    batch, padding, family = cache.paged_batch, cache.padding, vars(module)[STATE].family
+    assert batch is not None
+    if padding is not None:
+        hidden_states = padding.pack(hidden_states)
+        position_embeddings = padding.pack_rope(*position_embeddings)
+        position_ids = None if position_ids is None else padding.pack_positions(position_ids)
+    q, gate = _queries(module, family, hidden_states, batch.tokens)
+    shape = (batch.tokens, -1, module.head_dim)
+    k = module.k_proj(hidden_states).view(shape)
+    v = module.v_proj(hidden_states).view(shape)
+    q, k, norm = normalise(module, family, q, k)
+    window = cache.layers[module.layer_idx].window
+    k_pages, v_pages = cache.pages_for(module.layer_idx, k)
+    cos, sin = batch.rope(*position_embeddings)
+    q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
+    if family.query_scale is not None:
+        q = q * _query_scale(module, family, position_ids, batch).to(q.dtype)
+    out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling)
+    if gate is not None:
+        out = out * torch.sigmoid(gate)
+    out = module.o_proj(out.reshape(*hidden_states.shape[:-1], -1))
+    return out if padding is None else padding.restore(out)
+
+
+def _queries(module: Any, family: Family, hidden_states: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Queries `[T, H, D]`, and the gate `[T, H, D]` on the output where the family has one."""
+    projected = module.q_proj(hidden_states)
+    if not family.output_gate:
+        return projected.view(tokens, -1, module.head_dim), None
+    q, gate = projected.view(tokens, -1, 2 * module.head_dim).chunk(2, dim=-1)
+    return q, gate
+
+
+def _query_scale(module: Any, family: Family, position_ids: Tensor | None, batch: Batch) -> Tensor:
+    """The family's factor on the queries, `[T, 1, 1]`."""
+    assert position_ids is not None and family.query_scale is not None
+    scale = family.query_scale(module.config, position_ids)
+    return scale.expand(batch.tokens // scale.shape[-1], -1).reshape(batch.tokens, 1, 1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache import PagedCache
-from hf_fastattn.patches.module_state import STATE, call_original
-from hf_fastattn.patches.padding import Padding, visible_columns
+from hf_fastattn.padding import Padding
+from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
+from hf_fastattn.patches.visible import visible_columns
 
 
 def decoder_forward(
@@ -24,7 +25,8 @@ def decoder_forward(
 ) -> Any:
     """Run the decoder over pages if the cache is ours and nothing asks for more; else as it was.
 
-    Takes and returns what the original takes and returns; hidden states of padding are zero on the paged path.
+    Takes and returns what the original takes and returns. Hidden states of padding are zero on the paged path, but
+    for models with linear-attention layers, where they are as arbitrary as in the original.
 
     Raises:
         ValueError: the cache belongs to another model, or the mask shows tokens that were padding when they were cached.
@@ -36,10 +38,45 @@ def decoder_forward(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
     }
-    kwargs["use_cache"] = use_cache
+    return _forward(self, arguments, past_key_values, {**kwargs, "use_cache": use_cache})
+
+
+def decoder_forward_deepstack(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    visual_pos_masks: Tensor | None = None,
+    deepstack_visual_embeds: list[Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`decoder_forward` of Qwen3-VL, which adds features of the images to the states of the first layers.
+
+    Args:
+        visual_pos_masks: `[B, S]` bool, where image tokens stand.
+        deepstack_visual_embeds: per layer `[image tokens, hidden]`, in the order of the mask.
+    """
+    arguments = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "visual_pos_masks": visual_pos_masks,
+        "deepstack_visual_embeds": deepstack_visual_embeds,
+    }
+    return _forward(self, arguments, past_key_values, {**kwargs, "use_cache": use_cache})
+
+
+DECODER_FORWARDS = (decoder_forward, decoder_forward_deepstack)
+
+
+def _forward(self: Any, arguments: dict[str, Any], past_key_values: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(past_key_values, PagedCache):
         return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
-    if (input_ids is None) == (inputs_embeds is None):
+    if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     return _cached_forward(self, arguments, past_key_values, kwargs)
 
@@ -47,7 +84,7 @@ def decoder_forward(
 # The batch is described by Python numbers that change every step: tracing it would recompile every step.
 @torch.compiler.disable
 def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
-    runtime = vars(self)[STATE].runtime
+    state: ModuleState = vars(self)[STATE]
     mask = arguments["attention_mask"]
     tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
     rows, columns = tokens.shape[:2]
@@ -57,21 +94,32 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     reason = _why_not_paged(self, mask, cache, visible, kwargs)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     batch = cache.begin(rows, columns, new, dense=reason is not None)
-    padding = None
-    if reason is None:
-        padding = None if new is None else Padding(new.to(tokens.device))
-        arguments = _paged_arguments(arguments, padding, past, rows, columns)
+    padding = None if new is None or reason is not None else Padding(new, tokens.device)
     try:
+        if reason is None and state.family.linear_attention:
+            # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
+            cache.padding, padding = padding, None
+            arguments = _padded_arguments(arguments, cache.padding, columns)
+        elif reason is None:
+            arguments = _packed_arguments(arguments, padding, past, rows, columns)
         outputs = call_original(self, past_key_values=cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
         raise
     cache.commit()
-    runtime.count_forward(reason, batch.tokens if past == 0 or runtime.prefilling else 0)
+    state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
     return outputs if padding is None else padding.restore_outputs(outputs)
 
 
-def _paged_arguments(
+def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, columns: int) -> dict[str, Any]:
+    """Arguments for the original forward of a model with linear-attention layers: only these get a mask."""
+    linear = None
+    if padding is not None and columns > 1:
+        linear = arguments["attention_mask"][:, -columns:].contiguous()
+    return {**arguments, "attention_mask": {"full_attention": None, "linear_attention": linear}}
+
+
+def _packed_arguments(
     arguments: dict[str, Any], padding: Padding | None, past: int, rows: int, columns: int
 ) -> dict[str, Any]:
     """Arguments for the original forward: packed, and with a mask that nobody computes or reads."""
@@ -80,13 +128,27 @@ def _paged_arguments(
     if position_ids is None:
         position_ids = torch.arange(past, past + columns, device=tokens.device)[None]
     if padding is not None:
-        position_ids = padding.pack(position_ids.expand(rows, -1))
+        position_ids = padding.pack_positions(position_ids)
         for name in ("input_ids", "inputs_embeds"):
             if arguments[name] is not None:
                 arguments[name] = padding.pack(arguments[name])
+        if arguments.get("visual_pos_masks") is not None:
+            arguments = _packed_visual(arguments, padding)
     # Transformers passes a 4-D mask on as it is; our attention ignores it.
     mask = torch.empty(1, 1, 1, 1, device=tokens.device)
     return {**arguments, "position_ids": position_ids, "attention_mask": mask}
+
+
+def _packed_visual(arguments: dict[str, Any], padding: Padding) -> dict[str, Any]:
+    """The same with the image tokens under the mask left out."""
+    where = arguments["visual_pos_masks"]
+    shown = padding.visible.to(where.device)[where]
+    embeds = arguments["deepstack_visual_embeds"]
+    return {
+        **arguments,
+        "visual_pos_masks": padding.pack(where),
+        "deepstack_visual_embeds": embeds and [features[shown.to(features.device)] for features in embeds],
+    }
 
 
 def _why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
@@ -98,6 +160,8 @@ def _why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor |
         return "attention dropout is active"
     if kwargs.get("output_attentions", config.output_attentions):
         return "attention weights are asked for"
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        return "router logits, padding's too, are asked for"
     if kwargs.get("is_causal", True) is False:
         return "is_causal=False"
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.runtime import Runtime
 
@@ -23,15 +24,17 @@ class ModuleState:
 
     Attributes:
         runtime: shared by all modules of the model.
+        family: of the model.
         original: the instance's own forward before the patch; None if it used its class's.
     """
 
     runtime: Runtime
+    family: Family
     original: Callable[..., Any] | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleState:
         # A copied submodule goes on with the same pages; its own forward must be the copy's.
-        return ModuleState(self.runtime, copy.deepcopy(self.original, memo))
+        return ModuleState(self.runtime, self.family, copy.deepcopy(self.original, memo))
 
 
 def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -40,11 +43,18 @@ def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs) if original is not None else type(module).forward(module, *args, **kwargs)
 
 
-def replace_forward(scope: PatchScope, module: nn.Module, forward: Callable[..., Any], runtime: Runtime, name: str) -> None:
-    """Bind `forward` to this instance, where accelerate's hooks keep working.
+def replace_forward(
+    scope: PatchScope,
+    module: nn.Module,
+    forwards: Sequence[Callable[..., Any]],
+    runtime: Runtime,
+    family: Family,
+    name: str,
+) -> None:
+    """Bind that of `forwards` which takes the module's arguments to this instance, where accelerate's hooks keep working.
 
     Raises:
-        ValueError: the module's forward was replaced by someone else, or takes other arguments than ours.
+        ValueError: the module's forward was replaced by someone else, or takes other arguments than any of ours.
     """
     # accelerate's hook is the instance's forward and calls `_old_forward`
     slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
@@ -56,15 +66,20 @@ def replace_forward(scope: PatchScope, module: nn.Module, forward: Callable[...,
         )
     if slot == "forward" and current is not None:
         raise ValueError(f"{name}.forward was replaced by {_describe(current)}; undo that before patch()")
-    ours = list(inspect.signature(forward).parameters)[1:]
-    theirs = list(inspect.signature(type(module).forward).parameters)[1:]
-    if ours != theirs:
+    theirs = _parameters(type(module).forward)
+    forward = next((ours for ours in forwards if _parameters(ours) == theirs), None)
+    if forward is None:
+        expected = " or ".join(str(_parameters(ours)) for ours in forwards)
         raise ValueError(
-            f"{name} ({type(module).__name__}.forward) takes {theirs}, expected {ours}: this version of Transformers "
-            "is not supported"
+            f"{name} ({type(module).__name__}.forward) takes {theirs}, expected {expected}: this version of "
+            "Transformers is not supported"
         )
-    scope.set(module, STATE, ModuleState(runtime, current))
+    scope.set(module, STATE, ModuleState(runtime, family, current))
     scope.set(module, slot, types.MethodType(forward, module))
+
+
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _describe(function: Any) -> str:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
-from tests.models import FAMILIES, VOCAB, assert_fast, padded_batch, pair, real_tokens, single, tiny
+from tests.models import CORE, VOCAB, assert_fast, padded_batch, pair, real_tokens, single, tiny
 
 # Bytes of a page of 16 tokens over the 3 layers of the llama of tests/models.py: K and V, 2 heads of 16, fp32.
 PAGE_BYTES = 2 * 3 * 16 * 2 * 16 * 4
@@ -163,7 +163,7 @@ def test_interrupt_inside_a_layer(where: str, step: int) -> None:
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("size", [1, 6])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_a_cache_survives_an_interrupted_forward(family: str, size: int, where: str) -> None:
     stock, model = pair(family)
     cache, theirs = hf_fastattn.PagedCache(model.config), DynamicCache(config=stock.config)
@@ -346,13 +346,13 @@ MASKS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 
 
 @pytest.mark.parametrize("what", MASKS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_unusual_masks(what: str, family: str, beams: int) -> None:
     assert_as_stock(MASKS[what](), family, num_beams=beams)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_empty_prompt_row(family: str) -> None:
     """As in stock, or an error that names the row; the other rows don't matter then."""
     stock, model = pair(family)
@@ -411,7 +411,7 @@ def test_unknown_generate_argument() -> None:
     assert_as_stock(padded_batch(), "llama", max_new_tokens=4, colour="red")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_bool_mask(family: str) -> None:
     batch = padded_batch()
     batch["attention_mask"] = batch["attention_mask"].bool()
@@ -423,7 +423,7 @@ def test_bool_mask(family: str) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_four_dimensional_mask_falls_back(family: str) -> None:
     stock, model = pair(family)
     ids = padded_batch(2)["input_ids"].clamp_min(1)

@@ -12,7 +12,7 @@ import torch
 from hf_fastattn.kernels import reference, rope
 from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.patches import decoder
-from tests.models import FAMILIES, assert_fast, padded_batch, pair, single
+from tests.models import CORE, assert_fast, padded_batch, pair, single
 
 # Large enough that a window never releases a page: a wider window then reads an old key, not freed memory.
 WIDE_PAGES = {"page_size": 128}
@@ -97,7 +97,7 @@ def assert_noticed(
     assert planted.times > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("change", PLAN_FAULTS)
 def test_page_table_faults(
     family: str,
@@ -112,7 +112,8 @@ def test_page_table_faults(
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_window_faults(shift: int, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
+@pytest.mark.parametrize("family", ["qwen2_window", "mistral_window", "ministral", "qwen2_moe", "qwen3_window"])
+def test_window_faults(family: str, shift: int, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     def shifted(plan: AttentionPlan) -> AttentionPlan:
         assert plan.window is not None
         return replace(plan, window=plan.window + shift)
@@ -121,7 +122,7 @@ def test_window_faults(shift: int, monkeypatch: pytest.MonkeyPatch, planted: Pla
         return plan.window is not None
 
     assert_noticed(
-        "qwen2_window",
+        family,
         planted,
         lambda: plant_in_plan(monkeypatch, planted, shifted, windowed),
         WIDE_PAGES,
@@ -129,7 +130,7 @@ def test_window_faults(shift: int, monkeypatch: pytest.MonkeyPatch, planted: Pla
 
 
 @pytest.mark.parametrize("decode_only", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_scale_fault(family: str, decode_only: bool, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     launch = reference.paged_attention
 
@@ -142,7 +143,7 @@ def test_scale_fault(family: str, decode_only: bool, monkeypatch: pytest.MonkeyP
     assert_noticed(family, planted, lambda: monkeypatch.setattr(reference, "paged_attention", faulty))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_head_order_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     """Query heads dealt out to the key heads in turn, instead of in blocks."""
     launch = reference.paged_attention
@@ -155,10 +156,10 @@ def test_head_order_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted:
     assert_noticed(family, planted, lambda: monkeypatch.setattr(reference, "paged_attention", faulty))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_position_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     """Generated tokens stand one further on than they are; RoPE is relative, so the prompt stays."""
-    prepare = decoder._paged_arguments
+    prepare = decoder._packed_arguments
 
     def faulty(*args: Any) -> dict[str, Any]:
         arguments = prepare(*args)
@@ -167,21 +168,21 @@ def test_position_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: P
             arguments["position_ids"] = arguments["position_ids"] + 1
         return arguments
 
-    assert_noticed(family, planted, lambda: monkeypatch.setattr(decoder, "_paged_arguments", faulty))
+    assert_noticed(family, planted, lambda: monkeypatch.setattr(decoder, "_packed_arguments", faulty))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_slot_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     """Once, in one layer, the keys of two rows are written to each other's slots."""
     launch = rope.rope_append
 
-    def faulty(*args: Any) -> Any:
+    def faulty(*args: Any, **norms: Any) -> Any:
         slots = args[-1]
         if slots.shape[0] == 3:
             planted.times += 1
             if planted.times == 10:
                 slots = slots[[1, 0, 2]]
-        return launch(*args[:-1], slots)
+        return launch(*args[:-1], slots, **norms)
 
     assert_noticed(family, planted, lambda: monkeypatch.setattr(rope, "rope_append", faulty))
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import (
     DynamicCache,
     LogitsProcessor,
@@ -22,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
 from tests.models import (
-    FAMILIES,
+    CORE,
+    OLD,
     VOCAB,
     assert_fast,
     letters,
@@ -34,9 +33,6 @@ from tests.models import (
     tiny,
 )
 
-# Before 5.23, stock loses keys or fails when it crops a cache whose window is already full, and feeds the whole chat
-# again when a later turn is prefilled in chunks.
-OLD = Version(transformers.__version__) < Version("5.23")
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "top_k": 0}
 Batch = Mapping[str, torch.Tensor]
 
@@ -65,7 +61,7 @@ def assert_fresh_rows(tokens: torch.Tensor, prompt_length: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_greedy(family: str, page_size: int) -> None:
     stock, model = pair(family, {"page_size": page_size})
     batch = padded_batch()
@@ -75,7 +71,7 @@ def test_greedy(family: str, page_size: int) -> None:
     assert call.forwards == 64
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_four_beams(family: str) -> None:
     stock, model = pair(family)
     batch = padded_batch()
@@ -85,7 +81,7 @@ def test_four_beams(family: str) -> None:
     assert call.forwards == 64
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_sampling(family: str) -> None:
     stock, model = pair(family)
     batch = padded_batch()
@@ -94,7 +90,7 @@ def test_sampling(family: str) -> None:
     assert_same_tokens(stock, model, batch, 8, do_sample=True, top_k=5, top_p=0.9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_samples_share_the_prompt(family: str, rows: int) -> None:
     stock, model = pair(family)
@@ -125,7 +121,7 @@ def test_a_sliding_window_gives_pages_back() -> None:
     assert 6 <= cache.groups.pages_in_use <= 7
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_beams_with_return_sequences(family: str) -> None:
     stock, model = pair(family)
     batch = padded_batch()
@@ -136,7 +132,7 @@ def test_beams_with_return_sequences(family: str) -> None:
     assert_fast(model, real_tokens(batch), shared=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_identical_rows_are_computed_once(family: str) -> None:
     stock, model = pair(family)
     batch = padded_batch()
@@ -168,7 +164,7 @@ def test_rows_that_differ_only_in_padding_tokens(order: list[int]) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize("patched_assistant", [False, True])
 def test_assisted(family: str, sampling: bool, patched_assistant: bool) -> None:
@@ -193,7 +189,7 @@ def test_assisted(family: str, sampling: bool, patched_assistant: bool) -> None:
         assert_fast(assistant)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_assistant_that_is_always_wrong(family: str) -> None:
     stock, model = pair(family)
     assistant = tiny(family, seed=9)
@@ -205,7 +201,7 @@ def test_assistant_that_is_always_wrong(family: str) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_assistant_early_exit(family: str) -> None:
     stock, model = pair(family)
     tokens = run(model, single(), 32, assistant_early_exit=2)
@@ -213,7 +209,7 @@ def test_assistant_early_exit(family: str) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("sampling", [False, True])
 def test_prompt_lookup(family: str, sampling: bool) -> None:
     stock, model = pair(family)
@@ -229,7 +225,7 @@ def test_prompt_lookup(family: str, sampling: bool) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_chunked_prefill(family: str, rows: int) -> None:
     stock, model = pair(family)
@@ -259,7 +255,7 @@ class Collect(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("options", [{}, SAMPLING, {"prompt_lookup_num_tokens": 3}])
 def test_streamer(family: str, options: dict[str, Any]) -> None:
     stock, model = pair(family)
@@ -311,7 +307,7 @@ class RowStops(StoppingCriteria):
         return input_ids.shape[1] >= 40 + 3 * torch.arange(input_ids.shape[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("options", [{}, SAMPLING])
 def test_stopping_criteria(family: str, options: dict[str, Any]) -> None:
     stock, model = pair(family)
@@ -328,7 +324,7 @@ def test_stopping_criteria(family: str, options: dict[str, Any]) -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_end_at_different_steps(family: str, beams: int) -> None:
     stock, model = pair(family)
@@ -341,7 +337,7 @@ def test_rows_end_at_different_steps(family: str, beams: int) -> None:
     assert_fast(model, real_tokens(batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_stop_strings(family: str) -> None:
     stock, model = pair(family)
     batch, tokenizer = padded_batch(), letters()
@@ -385,7 +381,7 @@ RETURNED = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_returned_scores_and_states(family: str, copies: int, beams: int) -> None:
@@ -403,7 +399,7 @@ def test_returned_scores_and_states(family: str, copies: int, beams: int) -> Non
     assert_fast(model, real_tokens(batch), shared=max(copies, beams) > 1, held=None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_returned_attentions_fall_back(family: str, beams: int) -> None:
     stock, model = pair(family, attn_implementation="eager")
@@ -425,7 +421,7 @@ def test_eager_model_takes_the_fast_path() -> None:
     assert_fast(model, real_tokens(batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 3}])
 def test_inputs_embeds(family: str, options: dict[str, Any]) -> None:
     stock, model = pair(family)
@@ -462,7 +458,7 @@ def test_inputs_embeds_that_differ_are_not_taken_for_equal_rows() -> None:
     assert_fast(model, 40)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_no_mask_given(family: str) -> None:
     stock, model = pair(family)
     batch = {"input_ids": padded_batch(2)["input_ids"].clamp_min(1)}
@@ -470,7 +466,7 @@ def test_no_mask_given(family: str) -> None:
     assert_fast(model, 74)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_one_token_prompts(family: str) -> None:
     stock, model = pair(family)
     batch = {"input_ids": torch.tensor([[5], [6]])}
@@ -478,7 +474,7 @@ def test_one_token_prompts(family: str) -> None:
     assert_fast(model, 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_users_dynamic_cache_falls_back(family: str) -> None:
     stock, model = pair(family)
     theirs, ours = DynamicCache(config=stock.config), DynamicCache(config=model.config)
@@ -523,7 +519,7 @@ def chat(model: Any, cache: Any, rows: int, **kwargs: Any) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("options", [{}, SAMPLING, {"prefill_chunk_size": 5}])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_chat_over_a_paged_cache(family: str, rows: int, options: dict[str, Any]) -> None:
     stock, model = pair(family)
     if "prefill_chunk_size" in options and OLD:
@@ -553,7 +549,7 @@ def test_a_later_turn_computes_only_new_tokens() -> None:
     assert_fast(model, 1 + 11, held=None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("copies", [1, 3])
 def test_returned_cache_can_be_used_again(family: str, copies: int) -> None:
     stock, model = pair(family)
@@ -617,7 +613,7 @@ def manual_loop(model: Any, batch: Batch, cache: Any, steps: int = 12) -> torch.
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_manual_loop(family: str) -> None:
     stock, model = pair(family)
     cache = hf_fastattn.PagedCache(model.config)
@@ -627,7 +623,7 @@ def test_manual_loop(family: str) -> None:
     assert hf_fastattn.report(model).last_call.fallbacks == {}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_cache_operations_of_a_manual_loop(family: str) -> None:
     """Crop, reorder, repeat and select between forwards, as stock's cache does."""
     stock, model = pair(family)
@@ -655,7 +651,7 @@ def test_cache_operations_of_a_manual_loop(family: str) -> None:
     assert hf_fastattn.report(model).last_call.fallbacks == {}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_forward_without_a_cache(family: str) -> None:
     stock, model = pair(family)
     with torch.no_grad():
@@ -674,7 +670,7 @@ def test_repeated_calls_reuse_the_pool() -> None:
         assert_fast(model, real_tokens(batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_copies_of_a_filled_cache(family: str, rows: int) -> None:
     """A system prompt computed once, its cache copied for each question, as Transformers' guide does it."""
@@ -702,7 +698,7 @@ def test_copies_of_a_filled_cache(family: str, rows: int) -> None:
     assert call.forwards == 20
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_fallback_in_the_middle(family: str) -> None:
     """Attentions asked for between two forwards on pages: the cache serves both ways, padding included."""
     stock, model = pair(family, attn_implementation="eager")
@@ -741,7 +737,7 @@ def test_fallback_in_the_middle(family: str) -> None:
     assert_fast(model, held=None, fallbacks=("attention weights",))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
 def test_unpatched_model_with_a_paged_cache(family: str, options: dict[str, Any]) -> None:
     stock = tiny(family)

@@ -53,9 +53,7 @@ def test_no_file_is_named_like_a_package_in_use(folder: str) -> None:
 
 
 def test_transformers_imports_from_the_root() -> None:
-    assert (
-        run_python("from transformers import LlamaForCausalLM; print(LlamaForCausalLM.__name__)") == "LlamaForCausalLM"
-    )
+    assert run_python("from transformers import LlamaForCausalLM; print(LlamaForCausalLM.__name__)") == "LlamaForCausalLM"
 
 
 def test_import_has_no_side_effects() -> None:

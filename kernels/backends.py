@@ -1,0 +1,46 @@
+"""Which kernels compute: PyTorch's (`reference`, any device) or Triton's (`triton`, CUDA devices)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from hf_fastattn.kernels.launch import why_unsupported
+
+# Tensor cores for bf16, and cp.async, which the kernels' pipelines are made of.
+MIN_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """`("reference" or "triton", why)` for heads of `head_dim` and `dtype` on `device`.
+
+    Args:
+        asked: `FastAttnConfig.backend`.
+
+    Raises:
+        ValueError: the backend that was asked for cannot run there.
+    """
+    if asked == "reference":
+        return "reference", "asked for"
+    reason = _why_not_triton(device, dtype, head_dim)
+    if reason is None:
+        return "triton", "asked for" if asked == "triton" else f"a {device.type} device"
+    if asked == "triton":
+        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'reference'")
+    return "reference", reason
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # Triton's documented switch: kernels run on the CPU, slowly, for tests.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"Triton needs a CUDA device, this is {device.type}"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"the GPU has compute capability {torch.cuda.get_device_capability(device)}, Triton's kernels need (8, 0)"
+    return why_unsupported(head_dim, dtype)

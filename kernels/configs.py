@@ -1,0 +1,111 @@
+"""Block shapes, warps and pipeline stages of the attention kernels, as data.
+
+Nothing is tuned at run time: the entries are those that compile without spills for their architecture, the fastest of
+these where a GPU of that kind was at hand (Hopper). An architecture without a row takes that of `DEFAULT`, whose shared
+memory fits every GPU from compute capability 8.0 on.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch configuration of one attention kernel.
+
+    Attributes:
+        block_m: packed query rows (tokens * R) a tile; split-KV takes its own from the queries there are.
+        block_n: keys a tile.
+        warps: warps a program.
+        stages: of the K/V pipeline; the page lookup before a load takes every second one.
+        programs: that split-KV launches a multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int = 2
+
+
+DEFAULT = 80
+# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile
+PREFILL: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 128): Tile(128, 32, 8, 3),
+    (80, 2, 256): Tile(64, 32, 8, 2),
+    (80, 4, 256): Tile(16, 16, 4, 2),
+    (90, 2, 128): Tile(128, 128, 8, 3),
+    (90, 2, 256): Tile(128, 32, 8, 3),
+    (100, 2, 128): Tile(128, 64, 8, 3),
+}
+# For launches of at most 64 packed query rows a kv head.
+PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 128): Tile(64, 32, 4, 3),
+    (90, 2, 128): Tile(64, 64, 4, 3),
+    (100, 2, 128): Tile(64, 64, 4, 3),
+}
+SPLIT_KV: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 128): Tile(64, 64, 4, 5),
+    (80, 2, 256): Tile(64, 32, 4, 3),
+    (80, 4, 256): Tile(64, 16, 4, 2),
+}
+# Fewer (row, kv head) pairs than multiprocessors: latency counts, so larger tiles and fewer parts to merge.
+SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
+    (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
+}
+
+
+def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:
+    """The entry for an architecture, element size and head dim; that of `DEFAULT` if it has none; else None."""
+    for row in (arch, DEFAULT):
+        for limit in (128, 256):
+            if block_d <= limit and (row, itemsize, limit) in table:
+                return table[row, itemsize, limit]
+    return None
+
+
+def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int) -> Tile:
+    """The tile of a prefill of `queries` packed query rows a kv head."""
+    short = tile_of(PREFILL_SHORT, arch, itemsize, block_d) if queries <= 64 else None
+    found = short or tile_of(PREFILL, arch, itemsize, block_d)
+    assert found is not None
+    return found
+
+
+def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
+    """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair."""
+    few = queries <= 16 and pairs < processors
+    found = (tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) if few else None) or tile_of(SPLIT_KV, arch, itemsize, block_d)
+    assert found is not None
+    return found
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability of the GPU that a launch on `device` is for: 90 for Hopper."""
+    return _cuda_arch(device) if device.type == "cuda" else _compiled_arch()
+
+
+@functools.cache
+def _cuda_arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return _row(10 * major + minor)
+
+
+def _compiled_arch() -> int:
+    """That of the target which kernels are compiled for without a GPU; `DEFAULT` where they are interpreted."""
+    from triton.runtime import driver
+
+    try:
+        return _row(int(driver.active.get_current_target().arch))
+    except RuntimeError:
+        return DEFAULT
+
+
+def _row(capability: int) -> int:
+    # Datacenter Blackwell comes as 10.0 and 10.3; 12.0 has the shared memory of a desktop GPU.
+    return {90: 90, 100: 100, 103: 100}.get(capability, DEFAULT)

@@ -1,0 +1,272 @@
+"""Paged decode and short appends: split-KV attention that plans its own split, in one launch.
+
+The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. The K/V tiles of
+all (row, kv head, query block) triples form one flat list, which every program cuts into equal ranges by itself from
+`seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are balanced
+to one tile, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. A
+program holds at most two partial states, its first and its last; the last program to arrive at a split triple merges its
+parts by LSE in fixed order, so results are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fastattn.kernels.configs import arch_of, split_kv_tile
+from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
+from hf_fastattn.kernels.workspace import Workspace
+
+# Fp32 elements of partial states that a merging program has in flight.
+MERGE_ELEMENTS = 4096
+
+
+@triton.jit(do_not_specialize=["rows", "window", "stride_table"])
+def split_kv_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
+    partial_ptr, partial_lse_ptr, arrived_ptr,
+    rows, window, scale, softcap,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One persistent program: an equal share of the flat list of K/V tiles. `cu_seqlens_ptr` is None in decode."""
+    pid = tl.program_id(0)
+    LN2: tl.constexpr = 0.6931471805599453
+
+    # ---- the list: rows, in each the kv heads, in each the query blocks, in each the tiles
+    row = tl.arange(0, BLOCK_B)
+    valid = row < rows
+    lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
+    if cu_seqlens_ptr is None:
+        news = tl.full([BLOCK_B], 1, tl.int32)
+    else:
+        news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
+    blocks = (news * RATIO + BLOCK_M - 1) // BLOCK_M
+    tiles = (lengths + BLOCK_N - 1) // BLOCK_N
+    if HAS_WINDOW:
+        tiles -= tl.maximum(lengths - news + 1 - window, 0) // BLOCK_N
+    # A row without keys has an output too.
+    units = tl.where(valid, tl.maximum(tiles, 1) * blocks, 0)
+    upto = tl.cumsum(units, 0)
+    total = tl.sum(units, 0) * GROUPS
+    programs = tl.maximum(tl.minimum(total, tl.num_programs(0)), 1)
+    # The first `extra` programs take one tile more than the others.
+    share = total // programs
+    extra = total % programs
+    position = pid * share + tl.minimum(pid, extra)
+    end = position + share + (pid < extra).to(tl.int32)
+    if pid >= programs:
+        end = position
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    while position < end:
+        # ---- the triple at `position`: all tiles of a row have upto - units <= position / GROUPS < upto
+        before = (upto <= position // GROUPS) & valid
+        b = tl.sum(before.to(tl.int32), 0)
+        base = tl.max(tl.where(before, upto, 0), 0) * GROUPS
+        length = tl.load(seq_lens_ptr + b)
+        if cu_seqlens_ptr is None:
+            first_token = b
+            new = 1
+        else:
+            first_token = tl.load(cu_seqlens_ptr + b)
+            new = tl.load(cu_seqlens_ptr + b + 1) - first_token
+        first_tile = 0
+        if HAS_WINDOW:
+            first_tile = tl.maximum(length - new + 1 - window, 0) // BLOCK_N
+        count = tl.maximum((length + BLOCK_N - 1) // BLOCK_N - first_tile, 1)
+        triple = (position - base) // count
+        tile = (position - base) % count
+        take = tl.minimum(count - tile, end - position)
+        if ONE_BLOCK:
+            head = triple
+            first_query = 0
+        else:
+            block_count = (new * RATIO + BLOCK_M - 1) // BLOCK_M
+            head = triple // block_count
+            first_query = (triple % block_count) * BLOCK_M
+        query = first_query + m
+
+        # ---- attention of the packed queries over tiles [tile, tile + take)
+        token = query // RATIO
+        ok_m = token < new
+        place = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
+        q = tl.load(q_ptr + place[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
+        last_key = length - new + token  # [BLOCK_M] the last key that each query sees
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        table = page_table_ptr + b.to(tl.int64) * stride_table
+        start = (first_tile + tile) * BLOCK_N
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(length - new + 1 - window, 0)
+        for key in tl.range(start, start + take * BLOCK_N, BLOCK_N, num_stages=STAGES):
+            key_n = key + n
+            ok_n = (key_n < length) & (key_n >= lowest)
+            page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
+            # One offset for K and V, whose strides agree.
+            slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
+            offset = slot[:, None] + (head * stride_head + d)[None, :]
+            ok = ok_n[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + offset, mask=ok, other=0.0)
+            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
+            if HAS_WINDOW:
+                seen = seen & (key_n[None, :] > last_key[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            v = tl.load(v_ptr + offset, mask=ok, other=0.0)
+            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
+        out, lse = softmax_end(row_max, row_sum, acc)
+
+        if take == count:
+            out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
+            tl.store(
+                out_ptr + out_row[:, None] * D + d[None, :],
+                out.to(out_ptr.dtype.element_ty),
+                mask=ok_m[:, None] & (d < D)[None, :],
+            )
+            tl.store(lse_ptr + out_row, lse * LN2, mask=ok_m)
+        else:
+            # ---- a part of a split triple: programs `first` to `last` hold its parts
+            first = program_of(position - tile, share, extra)
+            last = program_of(position - tile + count - 1, share, extra)
+            # A split triple is the last one of its first program and the first one of all others.
+            part = pid * 2 + (pid == first).to(tl.int32)
+            in_part = (part * BLOCK_M + m)[:, None] * BLOCK_D + d[None, :]
+            tl.store(partial_ptr + in_part, out, mask=ok_m[:, None])
+            tl.store(partial_lse_ptr + part * BLOCK_M + m, lse)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel", scope="gpu")
+            if arrived == last - first:
+                tl.store(arrived_ptr + first, 0)
+                merge_parts(
+                    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
+                    GROUPS, RATIO, D, BLOCK_D, BLOCK_M, MERGE_ROWS, MERGE_PARTS,
+                )  # fmt: skip
+        position += take
+
+
+@triton.jit
+def program_of(tile, share, extra):
+    """The program whose range holds a tile of the flat list."""
+    long = extra * (share + 1)
+    return tl.where(tile < long, tile // (share + 1), extra + (tile - long) // tl.maximum(share, 1))
+
+
+@triton.jit
+def merge_parts(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of programs `first` to `last`, in order, for MERGE_ROWS query rows at a time."""
+    LN2: tl.constexpr = 0.6931471805599453
+    d = tl.arange(0, BLOCK_D)
+    for row in range(0, BLOCK_M, MERGE_ROWS):
+        m = row + tl.arange(0, MERGE_ROWS)
+        query = first_query + m
+        ok_m = query // RATIO < new
+        top = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([MERGE_ROWS], tl.float32)
+        out = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
+        for program in range(first, last + 1, MERGE_PARTS):
+            # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
+            for u in tl.static_range(MERGE_PARTS):
+                ok = query // RATIO < tl.where(program + u <= last, new, 0)
+                part = ((program + u) * 2 + (program + u == first).to(tl.int32)) * BLOCK_M + m
+                # Past the first-level cache, which may hold what stood there before another program wrote.
+                lse = tl.load(partial_lse_ptr + part, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                place = part[:, None] * BLOCK_D + d[None, :]
+                x = tl.load(partial_ptr + place, mask=ok[:, None], other=0.0, cache_modifier=".cg")
+                new_top = tl.maximum(top, lse)
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+                weight = tl.math.exp2(lse - shift)
+                decay = tl.math.exp2(top - shift)
+                total = total * decay + weight
+                out = out * decay[:, None] + x * weight[:, None]
+                top = new_top
+        seen = total > 0
+        out = out * tl.where(seen, 1.0 / total, 0.0)[:, None]
+        out_row = (first_token + query // RATIO).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
+        tl.store(
+            out_ptr + out_row[:, None] * D + d[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=ok_m[:, None] & (d < D)[None, :],
+        )
+        tl.store(lse_ptr + out_row, tl.where(seen, (top + tl.math.log2(total)) * LN2, float("-inf")), mask=ok_m)
+
+
+def paged_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_query_len: int = 1,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a few new tokens a row over paged keys and values.
+
+    Args:
+        q: `[T, H, D]` queries after RoPE; T = B, one a row, unless `cu_seqlens_q` is given.
+        k_pages: `[N, P, G, D]` pages of keys, any strides but 1 in the last dimension; `v_pages` with the same.
+        page_table: `[B, columns]` int32; columns that no query of the row sees are not read.
+        seq_lens: `[B]` int32, keys of each row after the append.
+        scale: factor on the scores.
+        window: keys a query sees, itself included; all by default.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        cu_seqlens_q: `[B + 1]` int32, where each row's queries begin, for more than one new token a row.
+        max_query_len: the most new tokens of a row, known on the host.
+        workspace: room for partial states, for one stream; a new one by default.
+
+    Returns:
+        Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm; 0 and -inf where a query sees no key.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit each other or the kernel.
+    """
+    check_pages(q, k_pages, v_pages)
+    tokens, heads, dim = q.shape
+    rows, page, groups = seq_lens.shape[0], k_pages.shape[1], k_pages.shape[2]
+    if page_table.shape[0] != rows or (cu_seqlens_q is None and tokens != rows):
+        raise ValueError(
+            f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
+        )
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    if not tokens:
+        return out, lse
+    ratio, block_d = heads // groups, power_of_2(dim)
+    room = workspace or Workspace(q.device)
+    queries = max_query_len * ratio
+    tile = split_kv_tile(arch_of(q.device), q.element_size(), block_d, queries, rows * groups, room.processors)
+    block_m = min(max(power_of_2(queries), 16), tile.block_m)
+    merge_rows = min(power_of_2(queries), 16)
+    factor, cap = score_factors(scale, softcap)
+    partial, partial_lse, arrived = room.split_kv(block_m, block_d)
+    with on_device_of(q):
+        split_kv_kernel[(tile.programs * room.processors,)](
+            q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_lse, arrived,
+            rows, window or 0, factor, cap,
+            q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
+            ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=dot_precision(q.dtype), num_warps=tile.warps,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,61 @@
+"""What every launcher needs: the tensor's own device, block sizes, and checks of what it was given."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch under the tensor's device: Triton takes the current one, which may be another."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (and 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton multiplies fp32 in TF32 unless told otherwise."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def why_unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take these heads; None if they can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} (the Triton kernels take {', '.join(map(str, DTYPES))})"
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+        return f"head dim {head_dim} (the Triton kernels take multiples of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM})"
+    return None
+
+
+def check_pages(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Raise a `ValueError` unless `q: [T, H, D]` fits pages `[N, P, G, D]`, both in a form that the kernels take."""
+    reason = why_unsupported(q.shape[-1], q.dtype)
+    if reason:
+        raise ValueError(f"q has {reason}; use the reference backend")
+    if k_pages.shape != v_pages.shape or k_pages.stride() != v_pages.stride():
+        raise ValueError(
+            f"k_pages {tuple(k_pages.shape)} with strides {k_pages.stride()} and v_pages {tuple(v_pages.shape)} with "
+            f"strides {v_pages.stride()} must be alike"
+        )
+    if q.ndim != 3 or k_pages.ndim != 4 or q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[2]:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and k_pages {tuple(k_pages.shape)}; expected [T, H, D] and [N, P, G, D] with "
+            "H a multiple of G"
+        )
+    if q.dtype != k_pages.dtype or q.dtype != v_pages.dtype:
+        raise ValueError(f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; they must be of one dtype")
+    if q.stride(-1) != 1 or k_pages.stride(-1) != 1:
+        raise ValueError("q and the pages must be contiguous in their last dimension")

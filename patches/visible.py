@@ -1,0 +1,42 @@
+"""Which columns of a padded batch hold tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache import PagedCache
+
+
+def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Tensor | None:
+    """`[B, past + S]` bool on the host: what the mask shows; None if that is everything.
+
+    Raises:
+        ValueError: the mask does not fit, or shows a token that was padding, and so not stored, when it was cached.
+    """
+    past, stored = cache.get_seq_length(), cache.stored
+    if mask is None:
+        if stored is not None and not bool(stored.all()):
+            raise ValueError(
+                f"attention_mask is None, but past_key_values holds padding ({int((~stored).sum())} columns); "
+                "pass the mask of all turns, [batch, past + new columns]"
+            )
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    if tuple(mask.shape) != (rows, past + columns):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected {(rows, past + columns)}: {rows} rows, "
+            f"{past} columns in the cache and {columns} new ones"
+        )
+    visible = mask.to("cpu", torch.bool)
+    if stored is not None and bool((visible[:, :past] & ~stored).any()):
+        raise ValueError(
+            "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "
+            "keep them masked"
+        )
+    if bool(visible.all()):
+        return None
+    return visible
