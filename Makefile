@@ -1,6 +1,6 @@
 # make demo [MODEL=id-or-path] [ARGS=...]   generate with stock Transformers and with the patched model
-# make test                                 lint, types, tests
-# make smoke517                             one test per family on the oldest supported Transformers
+# make test [ARGS=...]                      lint, types, tests; one closing line
+# make smoke517                             one test per family and the kernels on the oldest supported versions
 #
 # Each target makes its own virtual environment the first time. To use one you have, say where its
 # interpreter is: `make test PYTHON=/path/to/python` (or PYTHON517= for smoke517); nothing but this
@@ -37,7 +37,7 @@ demo: $(READY)
 	@$(PYTHON) -u -m hf_fastattn.eval.demo $(MODEL) $(ARGS)
 
 test: lint
-	@$(PYTHON) -m pytest -q $(ARGS)
+	@$(PYTHON) tests/run.py $(ARGS)
 
 lint: $(READY)
 	@$(PYTHON) -m ruff check --quiet .
@@ -48,7 +48,7 @@ format: $(READY)
 	@$(PYTHON) -m ruff format .
 
 smoke517: $(READY517)
-	@$(PYTHON517) -m pytest -q tests/test_family_smoke.py
+	@$(PYTHON517) tests/run.py tests/test_family_smoke.py tests/triton_tools tests/kernels
 
 existing:
 	@$(PYTHON) -c "import torch, transformers" || \

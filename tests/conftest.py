@@ -1,8 +1,10 @@
-"""Shared test set-up: the `gpu` marker, and few threads so that test machines are shared fairly."""
+"""Shared test set-up: the `gpu` and `interpreter` markers, NaN where nothing was written, few threads."""
 
 import math
+import os
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +17,53 @@ from hf_fastattn.pages import PagePool
 torch.set_num_threads(1)
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter, in a pytest run of its own")
+    if INTERPRETING:
+        from tests.triton_tools import interpreter
+
+        interpreter.repair()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETING:
+        others = [item for item in items if not item.get_closest_marker("interpreter")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("interpreter")]
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("interpreter") and not INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (`make test` runs pytest once more with it)"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels compiled without a GPU are compiled anew in every run, and left where pytest cleans up."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nan_in_what_kernels_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and workspaces of the launchers start as NaN: an element that a kernel leaves unwritten shows."""
+
+    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_with_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            ours = sys._getframe(1).f_globals.get("__name__", "").startswith("hf_fastattn.kernels.")
+            return tensor.fill_(math.nan) if ours and tensor.is_floating_point() else tensor
+
+        return allocate_with_nan
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)

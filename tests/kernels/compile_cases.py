@@ -1,0 +1,103 @@
+"""Which launches are compiled for which GPUs, and what the result may take. A new kernel or variant is a new line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_fastattn.kernels.append import rope_append
+from hf_fastattn.kernels.decode import paged_decode
+from hf_fastattn.kernels.merge import merge_states
+from hf_fastattn.kernels.prefill import paged_prefill
+from tests.triton_tools.fake_driver import fake_driver
+from tests.triton_tools.resources import Resources, resources
+from tests.triton_tools.targets import TARGETS
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch.
+
+    Args:
+        launch: calls a launcher on CPU tensors.
+        kernels: names of the kernels that it launches.
+        programs: how many of their programs have to fit on a multiprocessor at once.
+        exact: fp32 products may not be TF32.
+        targets: names in `TARGETS`; a kernel for one architecture only can abort the compiler on others.
+    """
+
+    launch: Callable[[], object]
+    kernels: tuple[str, ...]
+    programs: int
+    exact: bool = False
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(4, page, groups, dim, dtype=dtype), torch.zeros(4, page, groups, dim, dtype=dtype)
+
+
+def append(heads: int, groups: int, dim: int, *, tokens: int = 1, rotary: int | None = None, norm: bool = False) -> object:
+    q, k = (torch.zeros(tokens, count, dim, dtype=BF16) for count in (heads, groups))
+    cos = torch.zeros(tokens, rotary or dim, dtype=BF16)
+    weight = torch.ones(dim, dtype=BF16) if norm else None
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    return rope_append(q, k, k, cos, cos, *pages(groups, dim, 16, BF16), slots, q_norm=weight, k_norm=weight)
+
+
+def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, columns, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+
+
+def decode(
+    ratio: int, dim: int, dtype: torch.dtype = BF16, *, page: int = 16, rows: int = 8, columns: int = 16, **options: Any
+) -> object:
+    q = torch.zeros(rows, 8 * ratio, dim, dtype=dtype)
+    return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, **options)
+
+
+def prefill(
+    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
+    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, **options: Any,
+) -> object:  # fmt: skip
+    q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
+    begins = torch.linspace(0, tokens, rows + 1).to(torch.int32)
+    return paged_prefill(q, *pages(8, dim, page, dtype), page_table, begins, lengths, scale=1.0, **options)
+
+
+def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
+    out, lse = torch.zeros(tokens, 4, dim, dtype=dtype), torch.zeros(tokens, 4)
+    return merge_states(out, lse, out, lse)
+
+
+CASES = {
+    "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
+    "append, qk-norm": Case(lambda: append(32, 8, 128, tokens=512, norm=True), ("rope_append_kernel",), programs=4),
+    "append, partial rotary": Case(lambda: append(4, 4, 80, rotary=32, norm=True), ("rope_append_kernel",), programs=8),
+    "decode": Case(lambda: decode(4, 128), ("split_kv_kernel",), programs=2),
+    "decode, fp32": Case(lambda: decode(4, 128, FP32), ("split_kv_kernel",), programs=2, exact=True),
+    "decode, D = 80": Case(lambda: decode(1, 80, FP16), ("split_kv_kernel",), programs=2),
+    "decode, D = 256": Case(lambda: decode(8, 256, softcap=50.0), ("split_kv_kernel",), programs=2),
+    "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
+    "prefill": Case(lambda: prefill(4, 128), ("prefill_kernel",), programs=1),
+    "prefill, short": Case(lambda: prefill(4, 128, tokens=16), ("prefill_kernel",), programs=2),
+    "prefill, fp32": Case(lambda: prefill(4, 128, FP32), ("prefill_kernel",), programs=1, exact=True),
+    "prefill, D = 96": Case(lambda: prefill(1, 96, FP16, window=128), ("prefill_kernel",), programs=1),
+    "prefill, D = 256": Case(lambda: prefill(8, 256, softcap=50.0), ("prefill_kernel",), programs=1),
+    "prefill, window": Case(lambda: prefill(7, 64, page=64, window=128), ("prefill_kernel",), programs=1),
+    "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
+    "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),
+}
+
+
+def compile_case(name: str, target_name: str) -> list[Resources]:
+    """What the kernels of one case take; runs in a worker process."""
+    target = TARGETS[target_name]
+    with fake_driver(target) as fake:
+        CASES[name].launch()
+        return [resources(kernel, target) for kernel in fake.compiled()]

@@ -1,0 +1,41 @@
+"""How often a kernel is compiled: not again for another batch size, table width or window, and seldom in all."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels import compile_cases
+from tests.kernels.sweep import MOST_SPECIALISATIONS
+from tests.kernels.test_compile import jit_functions
+from tests.triton_tools.fake_driver import fake_driver
+from tests.triton_tools.targets import TARGETS
+
+# What a loop of generate() changes from one step or call to the next.
+LAUNCHES = {
+    "append, tokens": [lambda n=n: compile_cases.append(8, 2, 64, tokens=n) for n in (1, 2, 16, 100)],
+    "decode, rows": [lambda n=n: compile_cases.decode(4, 64, rows=n) for n in (1, 2, 16)],
+    "decode, columns": [lambda n=n: compile_cases.decode(4, 64, columns=n) for n in (1, 2, 16)],
+    "decode, window": [lambda n=n: compile_cases.decode(4, 64, window=n) for n in (1, 10, 16)],
+    "prefill, rows": [lambda n=n: compile_cases.prefill(4, 64, tokens=512, rows=n) for n in (1, 2, 16)],
+    "prefill, columns": [lambda n=n: compile_cases.prefill(4, 64, columns=n) for n in (1, 2, 16)],
+    "prefill, tokens": [lambda n=n: compile_cases.prefill(4, 64, tokens=n) for n in (100, 128)],
+    "merge, rows": [lambda n=n: compile_cases.merge(64, compile_cases.BF16, tokens=n) for n in (1, 3, 16)],
+}
+
+
+@pytest.mark.parametrize("launches", LAUNCHES.values(), ids=LAUNCHES)
+def test_one_binary_serves_all(launches):
+    with fake_driver(TARGETS["sm_90"]) as fake:
+        for launch in launches:
+            launch()
+        assert len(fake.compiled()) == 1
+
+
+@pytest.mark.gpu
+def test_the_sweep_needs_few_specialisations():
+    """Comes after the sweeps, in the order of the files."""
+    counts = {
+        name: sum(len(cache[0]) for device, cache in function.device_caches.items() if device == 0)
+        for name, function in jit_functions().items()
+    }
+    assert sum(counts.values()) <= MOST_SPECIALISATIONS, counts

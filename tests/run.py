@@ -1,0 +1,63 @@
+"""Runs the tests twice and closes with one line: as usual, then those that need Triton's interpreter.
+
+A process with TRITON_INTERPRET=1 cannot compile kernels, so there have to be two. Arguments go to both pytest runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+NOTHING_COLLECTED = 5
+# How conftest.py begins the reason of a test that the second run is for.
+RUN_BY_THE_OTHER = "needs TRITON_INTERPRET=1"
+
+
+def run(arguments: list[str], interpret: bool, report: Path) -> int:
+    """One pytest run, reported to `report`; returns its exit status."""
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": str(int(interpret))}).returncode
+
+
+def count(report: Path) -> tuple[Counter[str], Counter[str]]:
+    """How many tests passed, failed, were skipped; and how many were skipped for which reason."""
+    outcomes, reasons = Counter[str](), Counter[str]()
+    for case in ElementTree.parse(report).iter("testcase"):
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcomes["failed"] += 1
+        elif skipped is None:
+            outcomes["passed"] += 1
+        elif not skipped.get("message", "").startswith(RUN_BY_THE_OTHER):
+            outcomes["skipped"] += 1
+            reasons[skipped.get("message", "")] += 1
+    return outcomes, reasons
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    outcomes, reasons, statuses = Counter[str](), Counter[str](), []
+    with tempfile.TemporaryDirectory() as folder:
+        for interpret in (False, True):
+            report = Path(folder, f"{interpret}.xml")
+            statuses.append(run(arguments, interpret, report))
+            if report.exists():
+                for total, part in zip((outcomes, reasons), count(report), strict=True):
+                    total.update(part)
+    parts = [f"{outcome} {outcomes[outcome]}" for outcome in ("failed", "passed", "skipped") if outcomes[outcome]]
+    if reasons:
+        parts[-1] += f" ({', '.join(f'{number}: {reason}' for reason, number in reasons.items())})"
+    print(", ".join([*parts, f"in {time.monotonic() - started:.0f} s"]))
+    if all(status == NOTHING_COLLECTED for status in statuses):
+        return NOTHING_COLLECTED
+    return next((status for status in statuses if status not in (0, NOTHING_COLLECTED)), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

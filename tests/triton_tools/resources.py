@@ -1,0 +1,72 @@
+"""What a compiled kernel takes of a multiprocessor: registers, spilled bytes, shared memory, warps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import CompiledKernel
+
+from tests.triton_tools.targets import RESERVED, Target
+
+# The disassemblers that come in the Triton wheel.
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one specialisation of `kernel` compiled for `target`."""
+
+    kernel: str
+    target: Target
+    registers: int
+    spilled_bytes: int
+    shared_memory: int
+    warps: int
+    uses_tf32: bool
+
+    @property
+    def programs_per_processor(self) -> int:
+        """How many programs a multiprocessor holds at once, by registers (given out in eights) and shared memory."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(65_536 // registers, self.target.processor_memory // (self.shared_memory + RESERVED))
+
+
+def resources(compiled: CompiledKernel, target: Target) -> Resources:
+    """Reads the binary; no driver is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _output([_TOOLS / "cuobjdump", "-res-usage", binary])
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        # A spill needs a stack frame, and most kernels have none: assembling once more is seldom needed.
+        spilled = _spilled_bytes(compiled.asm["ptx"], target, Path(folder)) if int(stack) else 0
+    return Resources(
+        kernel=compiled.src.fn.__name__,
+        target=target,
+        registers=int(registers),
+        spilled_bytes=spilled,
+        shared_memory=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        uses_tf32="tf32" in compiled.asm["ptx"],
+    )
+
+
+def _spilled_bytes(ptx: str, target: Target, folder: Path) -> int:
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    log = _output(
+        [get_ptxas(target.arch).path, "-v", f"--gpu-name={target.ptxas_name}", source, "-o", folder / "again.cubin"]
+    )
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
+
+
+def _output(command: list[str | Path]) -> str:
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout + process.stderr
