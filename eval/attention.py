@@ -1,0 +1,177 @@
+"""Speed of the attention kernels against PyTorch's, FlashInfer's and the memory's.
+
+    python -m hf_fastattn.eval.attention --output results
+
+Each shape: its correctness first (no speed is printed on red), then ours, PyTorch's `scaled_dot_product_attention` on
+contiguous keys and values, and FlashInfer where it is installed, as CUDA-graph replays in interleaved rounds. Keys and
+values rotate through more memory than the second-level cache holds. Decode and append are compared with the measured
+speed of reading memory, prefill with that of a matrix product. Without a GPU the reference runs small shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_fastattn.eval.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape, agrees, make_inputs, shapes
+from hf_fastattn.eval.attention_plot import draw_attention
+from hf_fastattn.eval.ceilings import Ceilings, measure_ceilings
+from hf_fastattn.eval.environment import command, environment
+from hf_fastattn.eval.flashinfer_peer import flashinfer_launches
+from hf_fastattn.eval.graph_timer import Launch, Timer, interleaved, median_ratio
+from hf_fastattn.eval.report import environment_lines, write
+
+SCALE = DIM**-0.5
+
+
+def our_launch(inputs: Inputs) -> Launch:
+    """Paged attention of set i: Triton on a GPU, the reference elsewhere."""
+    sets = list(zip(inputs.q, inputs.k_pages, inputs.v_pages, strict=True))
+    if inputs.page_table.device.type != "cuda":
+        from hf_fastattn.kernels import reference
+        from hf_fastattn.kernels.plan import AttentionPlan
+
+        plan = AttentionPlan(
+            [[page for page in row if page >= 0] for row in inputs.page_table.tolist()],
+            inputs.shape.news,
+            inputs.shape.lengths,
+            inputs.k_pages[0].shape[1],
+        )
+        return lambda i: reference.paged_attention(*sets[i % len(sets)], plan, scale=SCALE)
+    from hf_fastattn.kernels.paged import paged_attention
+    from hf_fastattn.kernels.workspace import Workspace
+
+    workspace, longest = Workspace(inputs.page_table.device), max(inputs.shape.news)
+    begins = None if longest == 1 else inputs.cu_seqlens_q
+    return lambda i: paged_attention(
+        *sets[i % len(sets)],
+        inputs.page_table,
+        begins,
+        inputs.seq_lens,
+        max_query_len=longest,
+        scale=SCALE,
+        workspace=workspace,
+    )
+
+
+def sdpa_launch(inputs: Inputs) -> Launch | None:
+    """PyTorch's attention on contiguous `[B, G, L, D]` keys and values; None for ragged rows and appends."""
+    shape = inputs.shape
+    if not shape.is_uniform or shape.kind == "append":
+        return None
+    rows, length, new = len(shape.lengths), shape.lengths[0], shape.news[0]
+    like = inputs.q[0]
+    dense = [torch.randn(2, rows, GROUPS, length, DIM, dtype=like.dtype, device=like.device) for _ in range(inputs.sets)]
+    if shape.kind == "prefill":
+        # Heads expanded beforehand: PyTorch's fastest path takes no grouped heads.
+        dense = [pair.repeat_interleave(HEADS // GROUPS, 2) for pair in dense]
+    queries = [q.view(rows, new, HEADS, DIM).transpose(1, 2) for q in inputs.q]
+    options: dict[str, Any] = {"is_causal": True} if shape.kind == "prefill" else {"enable_gqa": True}
+    return lambda i: F.scaled_dot_product_attention(
+        queries[i % len(queries)], dense[i % len(dense)][0], dense[i % len(dense)][1], **options
+    )
+
+
+def measure(
+    shape: Shape, page: int, device: torch.device, dtype: torch.dtype, rounds: int, ceilings: Ceilings
+) -> dict[str, Any]:
+    """One line of the table; only the name and `agrees: False` if the result is wrong."""
+    inputs = make_inputs(shape, page, device, dtype)
+    ours = our_launch(inputs)
+    row: dict[str, Any] = {"kind": shape.kind, "shape": shape.name, "agrees": agrees(inputs, ours(0)[0])}  # type: ignore[index]
+    if not row["agrees"]:
+        return row
+    limit = shape.operations / ceilings.matmul if shape.kind == "prefill" else shape.kv_bytes / ceilings.read
+    launches = {"ours": ours, "sdpa": sdpa_launch(inputs), **flashinfer_launches(inputs)}
+    repeats = max(inputs.sets, min(max(int(2e-3 / limit), 1), 20)) if device.type == "cuda" else 3
+    timers = {name: Timer(launch, repeats, device) for name, launch in launches.items() if launch is not None}
+    times = dict(zip(timers, interleaved(list(timers.values()), rounds), strict=True))
+    row["us"] = {name: 1e6 * median(found) for name, found in times.items()}
+    row["limit_us"] = 1e6 * limit
+    row["share_of_limit"] = limit / median(times["ours"])
+    row["ratios"] = {name: median_ratio(times["ours"], found) for name, found in times.items() if name != "ours"}
+    row["tflops"] = shape.operations / median(times["ours"]) / 1e12
+    row["gbs"] = shape.kv_bytes / median(times["ours"]) / 1e9
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    peers = sorted({name for row in rows for name in row.get("ratios", {})})
+    head = ["shape", "ours, us", "GB/s", "TFLOP/s", "limit, us", "share of the limit"]
+    head += [column for name in peers for column in (f"{name}, us", f"ours / {name}")]
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        lines += ["", f"### {kind}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in (row for row in rows if row["kind"] == kind):
+            if not row["agrees"]:
+                lines.append(f"| {row['shape']} | WRONG RESULT |" + " |" * (len(head) - 2))
+                continue
+            cells = [row["shape"], f"{row['us']['ours']:.1f}", f"{row['gbs']:.0f}", f"{row['tflops']:.1f}"]
+            cells += [f"{row['limit_us']:.1f}", f"{row['share_of_limit']:.2f}"]
+            for name in peers:
+                known = name in row["ratios"]
+                cells += [f"{row['us'][name]:.1f}", f"{row['ratios'][name]:.2f}"] if known else ["", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page-size", type=int, default=16, help="tokens a page")
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
+    parser.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
+    parser.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        print("no GPU: the PyTorch reference at small sizes; these figures say nothing about the kernels")
+    start = time.perf_counter()
+    ceilings = measure_ceilings(device, dtype)
+    rows = []
+    for shape in shapes(small=device.type == "cpu"):
+        if options.kind and shape.kind not in options.kind:
+            continue
+        rows.append(measure(shape, options.page_size, device, dtype, options.rounds, ceilings))
+        print(rows[-1], flush=True)
+    record = {
+        "command": command("hf_fastattn.eval.attention", argv),
+        "environment": environment(device),
+        "dtype": str(dtype),
+        "page_size": options.page_size,
+        "ceilings": {
+            "read_tbs": ceilings.read / 1e12,
+            "copy_tbs": ceilings.copy / 1e12,
+            "matmul_tflops": ceilings.matmul / 1e12,
+        },
+        "seconds": time.perf_counter() - start,
+        "rows": rows,
+    }
+    found = record["ceilings"]
+    lines = [
+        "# Attention kernels",
+        "",
+        environment_lines(record),
+        "",
+        f"H {HEADS}, G {GROUPS}, D {DIM}, {record['dtype']}, pages of {options.page_size}, permuted; medians of "
+        f"{options.rounds} rounds. Ceilings in this run: read {found['read_tbs']:.3g} TB/s, copy {found['copy_tbs']:.3g} "
+        f"TB/s, matrix product {found['matmul_tflops']:.3g} TFLOP/s. `sdpa`: contiguous keys and values, the same bytes.",
+        table(rows),
+    ]
+    write(options.output, "attention", "\n".join(lines), record, lambda plt: draw_attention(plt, record))
+    return 0 if all(row["agrees"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""What an evaluation ran on: versions, device and settings; nothing that names a machine or a person."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_fastattn
+
+PACKAGE = Path(hf_fastattn.__file__).resolve().parent
+_COMPUTES = ("", "kernels", "patches")
+
+
+def environment(device: str | torch.device) -> dict[str, str]:
+    """Versions of what computes, the commit if this is a clone, and the device's name."""
+    device = torch.device(device)
+    found = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "datasets")},
+        "hf_fastattn": _version("hf-fastattn"),
+        "commit": _commit(),
+        "source": source_hash(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def command(module: str, arguments: list[str]) -> str:
+    """The command line as it would be typed, with absolute paths cut to their last part."""
+    words = [re.sub(r"^(--[\w-]+=)?/.*/([^/]+)$", r"\1\2", word) for word in arguments]
+    return " ".join(["python", "-m", module, *words])
+
+
+def source_hash() -> str:
+    """A short hash of the code that computes, so that a result is never taken for one of other code."""
+    digest = hashlib.sha256()
+    for folder in _COMPUTES:
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """A short hash of settings that JSON can write, independent of their order."""
+    import json
+
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return f"{commit}, modified" if commit and git("status", "--porcelain", "-uno") else commit
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
