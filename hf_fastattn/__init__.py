@@ -7,6 +7,7 @@ hf_fastattn.unpatch(model)
 
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.interface import register
 from hf_fastattn.pages import CacheFullError, PagePool
 from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.patching import patch, patched, unpatch
@@ -20,6 +21,7 @@ __all__ = [
     "PatchScope",
     "patch",
     "patched",
+    "register",
     "report",
     "unpatch",
 ]

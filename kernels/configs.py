@@ -37,8 +37,8 @@ DEFAULT = 80
 PREFILL: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(128, 32, 8, 3),
     (80, 2, 256): Tile(64, 32, 8, 2),
-    (80, 4, 256): Tile(16, 16, 4, 2),
-    (90, 2, 128): Tile(128, 128, 8, 3),
+    (80, 4, 256): Tile(16, 16, 8, 2),
+    (90, 2, 128): Tile(128, 64, 8, 5),
     (90, 2, 256): Tile(128, 32, 8, 3),
     (100, 2, 128): Tile(128, 64, 8, 3),
 }
@@ -51,9 +51,10 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 4, 3),
-    (80, 4, 256): Tile(64, 16, 4, 2),
+    (80, 4, 256): Tile(16, 16, 8, 2),
 }
-# Fewer (row, kv head) pairs than multiprocessors: latency counts, so larger tiles and fewer parts to merge.
+# Where a (row, kv head) pair has this many multiprocessors latency counts: larger tiles, and fewer parts to merge.
+FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
@@ -79,7 +80,7 @@ def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int) -> Tile:
 
 def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair."""
-    few = queries <= 16 and pairs < processors
+    few = queries <= 16 and pairs * FEW_PAIRS <= processors
     found = (tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) if few else None) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
     return found

@@ -27,7 +27,7 @@ MERGE_ELEMENTS = 4096
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
 def split_kv_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
-    partial_ptr, partial_lse_ptr, arrived_ptr,
+    partial_ptr, partial_sum_ptr, arrived_ptr,
     rows, window, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
@@ -37,7 +37,6 @@ def split_kv_kernel(
 ):  # fmt: skip
     """One persistent program: an equal share of the flat list of K/V tiles. `cu_seqlens_ptr` is None in decode."""
     pid = tl.program_id(0)
-    LN2: tl.constexpr = 0.6931471805599453
 
     # ---- the list: rows, in each the kv heads, in each the query blocks, in each the tiles
     row = tl.arange(0, BLOCK_B)
@@ -125,16 +124,16 @@ def split_kv_kernel(
             scores = tl.where(seen, scores, float("-inf"))
             v = tl.load(v_ptr + offset, mask=ok, other=0.0)
             row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
-        out, lse = softmax_end(row_max, row_sum, acc)
 
         if take == count:
+            out, lse = softmax_end(row_max, row_sum, acc)
             out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
             tl.store(
                 out_ptr + out_row[:, None] * D + d[None, :],
                 out.to(out_ptr.dtype.element_ty),
                 mask=ok_m[:, None] & (d < D)[None, :],
             )
-            tl.store(lse_ptr + out_row, lse * LN2, mask=ok_m)
+            tl.store(lse_ptr + out_row, lse, mask=ok_m)
         else:
             # ---- a part of a split triple: programs `first` to `last` hold its parts
             first = program_of(position - tile, share, extra)
@@ -142,14 +141,16 @@ def split_kv_kernel(
             # A split triple is the last one of its first program and the first one of all others.
             part = pid * 2 + (pid == first).to(tl.int32)
             in_part = (part * BLOCK_M + m)[:, None] * BLOCK_D + d[None, :]
-            tl.store(partial_ptr + in_part, out, mask=ok_m[:, None])
-            tl.store(partial_lse_ptr + part * BLOCK_M + m, lse)
+            tl.store(partial_ptr + in_part, acc, mask=ok_m[:, None])
+            # Maximum and sum apart: their logarithm in one number would round the weight of the part.
+            tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2, row_max)
+            tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2 + 1, row_sum)
             tl.debug_barrier()
             arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel", scope="gpu")
             if arrived == last - first:
                 tl.store(arrived_ptr + first, 0)
                 merge_parts(
-                    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
+                    partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
                     GROUPS, RATIO, D, BLOCK_D, BLOCK_M, MERGE_ROWS, MERGE_PARTS,
                 )  # fmt: skip
         position += take
@@ -164,45 +165,44 @@ def program_of(tile, share, extra):
 
 @triton.jit
 def merge_parts(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
+    partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of programs `first` to `last`, in order, for MERGE_ROWS query rows at a time."""
-    LN2: tl.constexpr = 0.6931471805599453
     d = tl.arange(0, BLOCK_D)
     for row in range(0, BLOCK_M, MERGE_ROWS):
         m = row + tl.arange(0, MERGE_ROWS)
         query = first_query + m
         ok_m = query // RATIO < new
-        top = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([MERGE_ROWS], tl.float32)
-        out = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
+        row_max = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([MERGE_ROWS], tl.float32)
+        acc = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
         for program in range(first, last + 1, MERGE_PARTS):
             # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
             for u in tl.static_range(MERGE_PARTS):
                 ok = query // RATIO < tl.where(program + u <= last, new, 0)
                 part = ((program + u) * 2 + (program + u == first).to(tl.int32)) * BLOCK_M + m
                 # Past the first-level cache, which may hold what stood there before another program wrote.
-                lse = tl.load(partial_lse_ptr + part, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                part_max = tl.load(partial_sum_ptr + part * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                part_sum = tl.load(partial_sum_ptr + part * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
                 place = part[:, None] * BLOCK_D + d[None, :]
                 x = tl.load(partial_ptr + place, mask=ok[:, None], other=0.0, cache_modifier=".cg")
-                new_top = tl.maximum(top, lse)
-                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-                weight = tl.math.exp2(lse - shift)
-                decay = tl.math.exp2(top - shift)
-                total = total * decay + weight
-                out = out * decay[:, None] + x * weight[:, None]
-                top = new_top
-        seen = total > 0
-        out = out * tl.where(seen, 1.0 / total, 0.0)[:, None]
+                new_max = tl.maximum(row_max, part_max)
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+                weight = tl.math.exp2(part_max - shift)
+                decay = tl.math.exp2(row_max - shift)
+                row_sum = row_sum * decay + part_sum * weight
+                acc = acc * decay[:, None] + x * weight[:, None]
+                row_max = new_max
+        out, lse = softmax_end(row_max, row_sum, acc)
         out_row = (first_token + query // RATIO).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
         tl.store(
             out_ptr + out_row[:, None] * D + d[None, :],
             out.to(out_ptr.dtype.element_ty),
             mask=ok_m[:, None] & (d < D)[None, :],
         )
-        tl.store(lse_ptr + out_row, tl.where(seen, (top + tl.math.log2(total)) * LN2, float("-inf")), mask=ok_m)
+        tl.store(lse_ptr + out_row, lse, mask=ok_m)
 
 
 def paged_decode(
@@ -257,10 +257,10 @@ def paged_decode(
     block_m = min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = min(power_of_2(queries), 16)
     factor, cap = score_factors(scale, softcap)
-    partial, partial_lse, arrived = room.split_kv(block_m, block_d)
+    partial, partial_sum, arrived = room.split_kv(block_m, block_d)
     with on_device_of(q):
         split_kv_kernel[(tile.programs * room.processors,)](
-            q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_lse, arrived,
+            q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,

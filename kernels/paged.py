@@ -10,8 +10,10 @@ from hf_fastattn.kernels.decode import paged_decode
 from hf_fastattn.kernels.prefill import paged_prefill
 from hf_fastattn.kernels.workspace import Workspace
 
-# Up to this many packed query rows (new tokens * R) a kv head, it takes a split of the keys to fill the GPU.
+# Up to this many packed query rows (new tokens * R) a row and kv head, it takes a split of the keys to fill the GPU.
 MAX_SPLIT_QUERIES = 64
+# Packed query rows of a prefill tile: with fewer tiles than multiprocessors a split pays too.
+TILE_QUERIES = 128
 
 
 def paged_attention(
@@ -49,7 +51,10 @@ def paged_attention(
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-    if cu_seqlens_q is not None and max_query_len * (q.shape[1] // k_pages.shape[2]) > MAX_SPLIT_QUERIES:
+    workspace = workspace or Workspace(q.device)
+    split = cu_seqlens_q is None or max_query_len * (q.shape[1] // k_pages.shape[2]) <= MAX_SPLIT_QUERIES
+    if not split and q.shape[0] * q.shape[1] > workspace.processors * TILE_QUERIES:
+        assert cu_seqlens_q is not None
         return paged_prefill(q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, **options)
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,

