@@ -46,20 +46,16 @@ def our_launch(inputs: Inputs) -> Launch:
             inputs.k_pages[0].shape[1],
         )
         return lambda i: reference.paged_attention(*sets[i % len(sets)], plan, scale=SCALE)
+    from hf_fastattn.kernels.backends import choose_backend
     from hf_fastattn.kernels.paged import paged_attention
     from hf_fastattn.kernels.workspace import Workspace
 
     workspace, longest = Workspace(inputs.page_table.device), max(inputs.shape.news)
     begins = None if longest == 1 else inputs.cu_seqlens_q
-    return lambda i: paged_attention(
-        *sets[i % len(sets)],
-        inputs.page_table,
-        begins,
-        inputs.seq_lens,
-        max_query_len=longest,
-        scale=SCALE,
-        workspace=workspace,
-    )
+    batch = (inputs.page_table, begins, inputs.seq_lens)
+    options: dict[str, Any] = {"max_query_len": longest, "scale": SCALE, "workspace": workspace}
+    options["hopper"] = choose_backend("auto", inputs.q[0].device, inputs.q[0].dtype, DIM)[0] == "hopper"
+    return lambda i: paged_attention(*sets[i % len(sets)], *batch, **options)
 
 
 def sdpa_launch(inputs: Inputs) -> Launch | None:

@@ -18,7 +18,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 
 import hf_fastattn
 from hf_fastattn.eval.checkpoint.recall import heldout_documents
+from hf_fastattn.eval.models import SHIPPED as SHIPPED_CHECKPOINT
 
-SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoint" / "weights"
 PROMPT = 'def read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
 SLOW_SECONDS = 10.0
 
@@ -184,9 +183,7 @@ def generation_settings(tokenizer: Any, new_tokens: int, do_sample: bool) -> dic
     """Arguments of generate() that do not depend on what a checkpoint's generation config says about sampling."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     warping = (
-        {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
-        if do_sample
-        else dict.fromkeys(("temperature", "top_p", "top_k"))
+        {"temperature": 0.8, "top_p": 0.95, "top_k": 0} if do_sample else dict.fromkeys(("temperature", "top_p", "top_k"))
     )
     return {"max_new_tokens": new_tokens, "do_sample": do_sample, "num_beams": 1, "pad_token_id": pad or 0, **warping}
 

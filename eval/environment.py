@@ -20,14 +20,13 @@ _COMPUTES = ("", "kernels", "patches")
 
 def environment(device: str | torch.device) -> dict[str, str]:
     """Versions of what computes, the commit if this is a clone, and the device's name."""
-    device = torch.device(device)
     found = {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "datasets")},
         "hf_fastattn": _version("hf-fastattn"),
         "commit": _commit(),
         "source": source_hash(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": _device(torch.device(device)),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -52,6 +51,12 @@ def settings_hash(settings: dict[str, Any]) -> str:
     import json
 
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, threads: {torch.get_num_threads()}"
 
 
 def _version(name: str) -> str:

@@ -3,14 +3,14 @@
     python -m hf_fastattn.eval.speed --model <hub id or path> --batch 1 8 --prompt 512 --new 64 --pairs 9
 
 Each pair runs both in turn, the order alternating, so that a drift of the machine's speed cancels in the ratio; the
-median ratio is what counts. A case whose greedy tokens differ prints no ratio. Prints a table and one JSON line.
+median ratio is what counts. A case where the two disagree (see `agreement.py`) prints no ratio. Prints a table and one
+JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 import hf_fastattn
-
-SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+from hf_fastattn.eval import report
+from hf_fastattn.eval.agreement import Agreement
+from hf_fastattn.eval.environment import environment
+from hf_fastattn.eval.models import SHIPPED
+from hf_fastattn.eval.shapes import SHAPES, random_model
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,11 @@ def timed(model: Any, ids: torch.Tensor, samples: int, new: int) -> Timing:
     return Timing(first - start, (rest[-1] - first) / len(rest))
 
 
-def measure(model: Any, ids: torch.Tensor, samples: int, new: int, pairs: int, say: Callable[[str], None]) -> Case:
-    """Time `pairs` pairs of one case, after a check that greedy tokens agree."""
-    greedy = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    want = model.generate(ids, **greedy)
-    with hf_fastattn.patched(model):
-        equal = torch.equal(want, model.generate(ids, **greedy))
+def measure(
+    model: Any, agrees: Agreement, ids: torch.Tensor, samples: int, new: int, pairs: int, say: Callable[[str], None]
+) -> Case:
+    """Time `pairs` pairs of one case, after a check that both compute the same."""
+    equal = agrees(ids)
     stock: list[Timing] = []
     ours: list[Timing] = []
     for number in range(pairs + 1):
@@ -134,7 +135,7 @@ def table(cases: list[Case]) -> str:
     head = "| batch x samples | prompt | new | first token, stock | patched | ratio | a token, stock | patched | ratio |"
     rows = [head, "|" + "---|" * 9]
     for c in cases:
-        ratio = [f"{r:.2f}" if r is not None else "tokens differ" for r in (c.first_ratio, c.token_ratio)]
+        ratio = [f"{r:.2f}" if r is not None else "they disagree" for r in (c.first_ratio, c.token_ratio)]
         rows.append(
             f"| {c.batch} x {c.samples} | {c.prompt} | {c.new} | {c.stock_first_ms:.1f} ms | {c.ours_first_ms:.1f} ms "
             f"| {ratio[0]} | {c.stock_token_ms:.2f} ms | {c.ours_token_ms:.2f} ms | {ratio[1]} |"
@@ -143,9 +144,10 @@ def table(cases: list[Case]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 if tokens differed somewhere."""
+    """Run the benchmark; 1 if the two disagreed somewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--samples", type=int, default=8, help="samples of one prompt of 1,000 tokens; 1 leaves it out")
@@ -155,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    if options.shape:
+        model = random_model(options.shape, device, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -166,31 +171,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    cases = [measure(model, prompts(b, options.prompt), 1, options.new, options.pairs, say) for b in options.batch]
+    agrees = Agreement(model)
+    cases = [measure(model, agrees, prompts(b, options.prompt), 1, options.new, options.pairs, say) for b in options.batch]
     ratio = None
     if options.samples > 1:
         prompt = prompts(1, 1000)
-        cases.append(measure(model, prompt, options.samples, options.new, options.pairs, say))
+        cases.append(measure(model, agrees, prompt, options.samples, options.new, options.pairs, say))
         ratio = first_token_of_samples(model, prompt, options.samples, options.pairs)
     lines = [table(cases)]
     if ratio is not None:
         lines.append(f"\nFirst token of {options.samples} samples over that of one, patched: {ratio:.2f}")
-    environment = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "dtype": str(dtype),
-        "pairs": options.pairs,
-    }
-    lines.append(f"\n{environment}")
-    print("\n".join(lines))
-    record = {"cases": [asdict(case) for case in cases], "samples_first_ratio": ratio, "environment": environment}
+    where = {**environment(device), "dtype": str(dtype), "pairs": options.pairs}
+    lines.append(f"\n{where}")
+    record = {"cases": [asdict(case) for case in cases], "samples_first_ratio": ratio, "environment": where}
+    report.write(options.output, "speed", "\n".join(lines), record, None)
     print(json.dumps(record))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "speed.md").write_text("\n".join(lines) + "\n")
-        (options.output / "speed.json").write_text(json.dumps(record) + "\n")
     return 0 if all(case.equal for case in cases) else 1
 
 

@@ -116,7 +116,7 @@ class Batch:
             `[T, H, D]` rotated queries.
         """
         slots = self.slot_mapping(window, k.device)
-        if self._backend_of(q) == "triton":
+        if self._backend_of(q) != "reference":
             from hf_fastattn.kernels import append
 
             return append.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
@@ -137,7 +137,7 @@ class Batch:
         Returns:
             `[T, H, D]` in q's dtype.
         """
-        if self._backend_of(q) == "triton":
+        if self._backend_of(q) != "reference":
             return self._attend_triton(q, k_pages, v_pages, window, scale, softcap)
         out, _ = reference.paged_attention(q, k_pages, v_pages, self.plans[window], scale=scale, softcap=softcap)
         return out
@@ -151,7 +151,7 @@ class Batch:
         out, _ = paged_attention(
             q, k_pages, v_pages, self.page_table(window, device), None if decode else self.cu_seqlens_on(device),
             self.seq_lens_on(device), max_query_len=max(self.query_lens), scale=scale, window=window, softcap=softcap,
-            workspace=self._workspace(device),
+            workspace=self._workspace(device), hopper=self._backend_of(q) == "hopper",
         )  # fmt: skip
         return out
 

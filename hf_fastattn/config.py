@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton", "hopper")
 SAMPLING_MODES = ("transformers",)
 
 
@@ -18,8 +18,8 @@ class FastAttnConfig:
         memory_limit: most bytes that the pages of one model may take, over all layers; `None` sets no limit.
         keep_memory: share (0 to 1) of the page storage kept allocated between `generate()` calls when no cache
             holds a page. A model in train mode keeps nothing, so that a training step finds its memory free.
-        backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), or `"auto"`, which takes Triton where its
-            kernels can run.
+        backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), `"hopper"` (these, and Gluon kernels for
+            long prompts on H100 and H200), or `"auto"`, the last of them that can run.
         sampling: `"transformers"`: tokens are drawn by Transformers' own code from torch's generator.
 
     Raises:

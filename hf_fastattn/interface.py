@@ -237,6 +237,8 @@ def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
     backend, reason = choose_backend("auto", query.device, query.dtype, query.shape[-1])
     if backend == "reference" and query.device.type == "cuda":
         return backend, reason
+    # Keys and values are read where they lie, with strides that TMA cannot follow.
+    backend = "reference" if backend == "reference" else "triton"
     if backend == "triton" and key.shape[1] * max(key.stride(1), key[0].numel() // key.shape[1]) >= MAX_ROW_ELEMENTS:
         return backend, "the keys of a row have 2^31 elements or more"
     return backend, None

@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.launch import check_pages, on_device_of, power_of_2
+from hf_fastattn.kernels.configs import arch_of
+from hf_fastattn.kernels.launch import check_pages, on_device_of, overlaps_launches, power_of_2
 
 # Up to this many tokens a program takes one, so that there are programs for all processors.
 FEW_TOKENS = 256
@@ -74,9 +76,12 @@ def rope_append_kernel(
     stride_page, stride_slot, stride_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_D: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNIT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens, BLOCK_H heads of q, or of k and v."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     D: tl.constexpr = 2 * HALF + REST
     Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     row = tl.arange(0, BLOCK_T * BLOCK_H)
@@ -156,6 +161,7 @@ def rope_append(
     block_d = power_of_2(dim)
     block_h = min(power_of_2(heads), max(TILE_ELEMENTS // block_d, 1), BLOCK_H)
     block_t = 1 if tokens <= FEW_TOKENS else max(TILE_ELEMENTS // (block_d * block_h), 1)
+    overlap = overlaps_launches(arch_of(q.device))
     head_blocks = triton.cdiv(heads, block_h) + triton.cdiv(groups, block_h)
     with on_device_of(q):
         rope_append_kernel[(triton.cdiv(tokens, block_t), head_blocks)](
@@ -165,6 +171,7 @@ def rope_append(
             k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
             HEADS=heads, GROUPS=groups, HALF=rotary // 2, REST=dim - rotary, PAGE=k_pages.shape[1],
             BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_HALF=power_of_2(rotary // 2), BLOCK_REST=power_of_2(dim - rotary),
-            BLOCK_D=block_d, UNIT_OFFSET=unit_offset, num_warps=4,
+            BLOCK_D=block_d, UNIT_OFFSET=unit_offset, OVERLAP=overlap,
+            num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out

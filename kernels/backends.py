@@ -1,4 +1,5 @@
-"""Which kernels compute: PyTorch's (`reference`, any device) or Triton's (`triton`, CUDA devices)."""
+"""Which kernels compute: PyTorch's (`reference`, any device), Triton's (`triton`, CUDA devices), or these and Gluon's
+where they are quicker (`hopper`, H100 and H200)."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from hf_fastattn.kernels.launch import why_unsupported
 
 # Tensor cores for bf16, and cp.async, which the kernels' pipelines are made of.
 MIN_CAPABILITY = (8, 0)
+HOPPER = (9, 0)
+# Gluon changes from release to release, and a Hopper kernel that does not compile ends the process.
+GLUON_TESTED = ("3.6.",)
 
 
 @functools.cache
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """`("reference" or "triton", why)` for heads of `head_dim` and `dtype` on `device`.
+    """`("reference", "triton" or "hopper", why)` for heads of `head_dim` and `dtype` on `device`.
 
     Args:
         asked: `FastAttnConfig.backend`.
@@ -27,11 +31,27 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_di
     if asked == "reference":
         return "reference", "asked for"
     reason = _why_not_triton(device, dtype, head_dim)
+    if reason is None and asked != "triton":
+        reason = _why_not_hopper(device)
+        if reason is None:
+            return "hopper", "asked for" if asked == "hopper" else "a Hopper GPU, and a version of Triton that was tested"
+        if asked == "auto":
+            return "triton", reason
     if reason is None:
-        return "triton", "asked for" if asked == "triton" else f"a {device.type} device"
-    if asked == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='auto' or 'reference'")
+        return "triton", "asked for"
+    if asked != "auto":
+        raise ValueError(f"backend={asked!r} cannot run here: {reason}; use backend='auto' or 'reference'")
     return "reference", reason
+
+
+def _why_not_hopper(device: torch.device) -> str | None:
+    import triton
+
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != HOPPER:
+        return f"a {device.type} device" if device.type != "cuda" else "a CUDA device that is not Hopper"
+    if not triton.__version__.startswith(GLUON_TESTED):
+        return f"Triton {triton.__version__}, and the Gluon kernels are tested with {'x, '.join(GLUON_TESTED)}x"
+    return None
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

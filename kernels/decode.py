@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.configs import arch_of, split_kv_tile
-from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
 
@@ -32,10 +33,13 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal share of the flat list of K/V tiles. `cu_seqlens_ptr` is None in decode."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     pid = tl.program_id(0)
 
     # ---- the list: rows, in each the kv heads, in each the query blocks, in each the tiles
@@ -253,7 +257,10 @@ def paged_decode(
     ratio, block_d = heads // groups, power_of_2(dim)
     room = workspace or Workspace(q.device)
     queries = max_query_len * ratio
-    tile = split_kv_tile(arch_of(q.device), q.element_size(), block_d, queries, rows * groups, room.processors)
+    arch = arch_of(q.device)
+    tile = split_kv_tile(arch, q.element_size(), block_d, queries, rows * groups, room.processors)
+    # Programs of the next launch that wait beside these ones pay only where they do not crowd them.
+    overlap = tile.programs == 1 and overlaps_launches(arch)
     block_m = min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = min(power_of_2(queries), 16)
     factor, cap = score_factors(scale, softcap)
@@ -266,7 +273,7 @@ def paged_decode(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
-            ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), num_warps=tile.warps,
+            OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, lse

@@ -21,6 +21,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def overlaps_launches(arch: int) -> bool:
+    """Whether a kernel may be launched before the one ahead of it ends, and wait for it inside (Hopper and later)."""
+    return arch >= 90
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n` (and 1)."""
     return 1 << max(n - 1, 0).bit_length()

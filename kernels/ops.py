@@ -36,8 +36,8 @@ def _plan(
     return AttentionPlan(pages, counts, lengths, page_size, window, prefixes)
 
 
-def _on_triton(x: Tensor) -> bool:
-    return choose_backend("auto", x.device, x.dtype, x.shape[-1])[0] == "triton"
+def _backend(x: Tensor) -> str:
+    return choose_backend("auto", x.device, x.dtype, x.shape[-1])[0]
 
 
 @torch.library.custom_op("hf_fastattn::paged_attention", mutates_args=())
@@ -75,13 +75,14 @@ def paged_attention(
     Raises:
         ValueError: the shapes or lengths do not fit each other.
     """
-    if _on_triton(q):
+    backend = _backend(q)
+    if backend != "reference":
         from hf_fastattn.kernels import paged
 
         longest = int(cu_seqlens_q.diff().max()) if max_query_len is None else max_query_len
         return paged.paged_attention(
             q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens,
-            max_query_len=longest, scale=scale, window=window, softcap=softcap,
+            max_query_len=longest, scale=scale, window=window, softcap=softcap, hopper=backend == "hopper",
         )  # fmt: skip
     plan = _plan(page_table, cu_seqlens_q, seq_lens, k_pages.shape[1], window, shared_pages)
     out, lse = reference.paged_attention(q, k_pages, v_pages, plan, scale=scale, softcap=softcap)
@@ -116,7 +117,7 @@ def rope_append(
     Returns:
         `[T, H, D]` rotated queries.
     """
-    if _on_triton(q):
+    if _backend(q) != "reference":
         from hf_fastattn.kernels import append
 
         launch = append.rope_append
@@ -134,7 +135,7 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping, q_norm=None, k_norm=Non
 @torch.library.custom_op("hf_fastattn::merge_states", mutates_args=())
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The attention state over the keys of both states; see `softmax_state.merge_states`."""
-    if _on_triton(out_a):
+    if _backend(out_a) != "reference":
         from hf_fastattn.kernels import merge
 
         return merge.merge_states(out_a, lse_a, out_b, lse_b)

@@ -12,8 +12,8 @@ from hf_fastattn.kernels.workspace import Workspace
 
 # Up to this many packed query rows (new tokens * R) a row and kv head, it takes a split of the keys to fill the GPU.
 MAX_SPLIT_QUERIES = 64
-# Packed query rows of a prefill tile: with fewer tiles than multiprocessors a split pays too.
-TILE_QUERIES = 128
+# Query rows of all heads a multiprocessor: with fewer of them prefill leaves processors idle, and a split pays too.
+MIN_PREFILL_QUERIES = 64
 
 
 def paged_attention(
@@ -29,6 +29,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     workspace: Workspace | None = None,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values; see `paged_prefill` and `paged_decode`.
 
@@ -43,6 +44,7 @@ def paged_attention(
         window: keys a query sees, itself included; all by default.
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
+        hopper: take the Gluon kernel where it can; see `backends.choose_backend`.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -53,8 +55,14 @@ def paged_attention(
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     workspace = workspace or Workspace(q.device)
     split = cu_seqlens_q is None or max_query_len * (q.shape[1] // k_pages.shape[2]) <= MAX_SPLIT_QUERIES
-    if not split and q.shape[0] * q.shape[1] > workspace.processors * TILE_QUERIES:
+    if not split and q.shape[0] * q.shape[1] > workspace.processors * MIN_PREFILL_QUERIES:
         assert cu_seqlens_q is not None
+        if hopper:
+            from hf_fastattn.kernels.hopper_prefill import hopper_prefill, why_not_hopper
+
+            if why_not_hopper(q, k_pages, window, softcap) is None:
+                batch = (page_table, cu_seqlens_q, seq_lens)
+                return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=workspace.processors)
         return paged_prefill(q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, **options)
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,

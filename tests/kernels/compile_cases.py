@@ -12,6 +12,7 @@ from hf_fastattn.kernels.append import rope_append
 from hf_fastattn.kernels.decode import paged_decode
 from hf_fastattn.kernels.merge import merge_states
 from hf_fastattn.kernels.prefill import paged_prefill
+from hf_fastattn.kernels.work_list import work_list
 from tests.triton_tools.fake_driver import fake_driver
 from tests.triton_tools.resources import Resources, resources
 from tests.triton_tools.targets import TARGETS
@@ -29,6 +30,7 @@ class Case:
         programs: how many of their programs have to fit on a multiprocessor at once.
         exact: fp32 products may not be TF32.
         targets: names in `TARGETS`; a kernel for one architecture only can abort the compiler on others.
+        gluon: is left out with versions of Triton that the Gluon kernels were not tested with.
     """
 
     launch: Callable[[], object]
@@ -36,6 +38,7 @@ class Case:
     programs: int
     exact: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
+    gluon: bool = False
 
 
 def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,12 +82,32 @@ def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
     return merge_states(out, lse, out, lse)
 
 
+def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
+    from hf_fastattn.kernels.hopper_prefill import hopper_prefill
+
+    q, (page_table, lengths) = torch.zeros(512, 8 * ratio, dim, dtype=BF16), table(1, 16)
+    begins = torch.tensor([0, 512], dtype=torch.int32)
+    return hopper_prefill(q, *pages(8, dim, page, BF16), page_table, begins, lengths, scale=1.0, processors=132)
+
+
+def tiles(rows: int) -> object:
+    return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
+
+
+# Their producer and consumers take all registers and nearly all shared memory of a multiprocessor.
+HOPPER: dict[str, Any] = {
+    "kernels": ("work_list_kernel", "hopper_prefill_kernel"),
+    "programs": 1,
+    "targets": ("sm_90",),
+    "gluon": True,
+}
+
 CASES = {
     "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
     "append, qk-norm": Case(lambda: append(32, 8, 128, tokens=512, norm=True), ("rope_append_kernel",), programs=4),
     "append, partial rotary": Case(lambda: append(4, 4, 80, rotary=32, norm=True), ("rope_append_kernel",), programs=8),
     "decode": Case(lambda: decode(4, 128), ("split_kv_kernel",), programs=2),
-    "decode, fp32": Case(lambda: decode(4, 128, FP32), ("split_kv_kernel",), programs=2, exact=True),
+    "decode, fp32": Case(lambda: decode(4, 128, FP32), ("split_kv_kernel",), programs=1, exact=True),
     "decode, D = 80": Case(lambda: decode(1, 80, FP16), ("split_kv_kernel",), programs=2),
     "decode, D = 256": Case(lambda: decode(8, 256, softcap=50.0), ("split_kv_kernel",), programs=2),
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
@@ -96,6 +119,10 @@ CASES = {
     "prefill, D = 96": Case(lambda: prefill(1, 96, FP16, window=128), ("prefill_kernel",), programs=1),
     "prefill, D = 256": Case(lambda: prefill(8, 256, softcap=50.0), ("prefill_kernel",), programs=1),
     "prefill, window": Case(lambda: prefill(7, 64, page=64, window=128), ("prefill_kernel",), programs=1),
+    "hopper prefill": Case(lambda: hopper(4, 128), **HOPPER),
+    "hopper prefill, R = 7": Case(lambda: hopper(7, 64, page=64), **HOPPER),
+    "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),
+    "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),
 }

@@ -85,7 +85,7 @@ def steps(
     for x, name in ((q, "q_norm"), (k, "k_norm")):
         x = x.to(dtype)
         if weights:
-            x = rope.rms_norm(x, weights[name].to(dtype) + int(unit_offset), weights["eps"])
+            x = rope.rms_norm(x, weights[name].to(dtype), weights["eps"], unit_offset)
         turned.append(rope.rotate(x, cos.to(dtype), sin.to(dtype)))
     return turned
 

@@ -19,6 +19,7 @@ LAUNCHES = {
     "prefill, rows": [lambda n=n: compile_cases.prefill(4, 64, tokens=512, rows=n) for n in (1, 2, 16)],
     "prefill, columns": [lambda n=n: compile_cases.prefill(4, 64, columns=n) for n in (1, 2, 16)],
     "prefill, tokens": [lambda n=n: compile_cases.prefill(4, 64, tokens=n) for n in (100, 128)],
+    "work list, rows": [lambda n=n: compile_cases.tiles(n) for n in (1, 3, 16)],
     "merge, rows": [lambda n=n: compile_cases.merge(64, compile_cases.BF16, tokens=n) for n in (1, 3, 16)],
 }
 

@@ -1,0 +1,104 @@
+"""The model under evaluation: loaded once, and lifted to a wider dtype and back for the truth."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
+
+SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+
+# Fields that a Llama's configuration shares with a Mistral's, beside those that are the same by default.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) -> tuple[Any, Any]:
+    """A model in eval mode on `device`, and its tokenizer.
+
+    Args:
+        name: hub id or path.
+        dtype: of the weights.
+        device: torch's name of it.
+        window: load a Llama as a Mistral whose layers see this many keys.
+
+    Raises:
+        ValueError: `window` is given, and the model is no Llama.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if window is not None:
+        model = as_mistral(model, window)
+    # Greedy and endless: whoever generates here says how much, and looks at raw logits.
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id or 0, do_sample=False)
+    return model.to(device).eval(), tokenizer
+
+
+def as_mistral(model: Any, window: int) -> Any:
+    """The same weights as a Mistral, which is a Llama with a sliding window of `window` keys in every layer."""
+    config = model.config
+    if config.model_type != "llama":
+        raise ValueError(f"--window loads a Llama as a Mistral, but this is a {config.model_type}; leave it out")
+    fields = {name: getattr(config, name) for name in _SHARED_FIELDS if hasattr(config, name)}
+    mistral = MistralForCausalLM(MistralConfig(**fields, sliding_window=window)).to(model.dtype)
+    mistral.load_state_dict(model.state_dict())
+    return mistral
+
+
+def truth_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What counts as exact beside `dtype`: fp64 for fp32, fp32 for 16 bits."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+@contextmanager
+def in_precision(model: Any, dtype: torch.dtype) -> Iterator[Any]:
+    """The model with its parameters widened to `dtype` inside the block, in place, and as before after it.
+
+    Buffers stay: Transformers makes RoPE's angles in fp32 in every dtype, and both models read the same.
+    """
+    before = model.dtype
+    norms = [module for module in model.modules() if _is_rms_norm(module)] if dtype == torch.float64 else []
+    _cast(model, dtype)
+    for norm in norms:
+        # Transformers' norms compute in fp32 whatever the input, which would be the truth's largest error.
+        norm.forward = types.MethodType(_exact_rms_norm, norm)
+    try:
+        yield model
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]
+        _cast(model, before)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return named and "forward" not in vars(module)
+
+
+def _exact_rms_norm(self: Any, x: Tensor) -> Tensor:
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))

@@ -1,0 +1,128 @@
+"""Logits and hidden states of the patched model against the exact ones, beside stock's own error.
+
+    python -m hf_fastattn.eval.parity --model <hub id or path> --data wikitext --output results
+
+Truth is stock Transformers in fp64 (for fp32 models) or fp32, in one forward. Stock in the model's dtype, in one
+forward and in pieces, shows what rounding alone does; each variant of the patched model is fed in the same pieces
+(prefill, appends, decode), and both then generate greedily. Exits with 1 if a variant alarms, and names the first layer
+and token that are wrong; the limits are derived in the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hf_fastattn
+from hf_fastattn.eval import models, options, parity_summary, report
+from hf_fastattn.eval.faults import planted
+from hf_fastattn.eval.feed import CallLog, in_pieces, whole
+from hf_fastattn.eval.layer_tap import LayerTap
+from hf_fastattn.eval.options import Setup
+from hf_fastattn.eval.parity_errors import first_beyond, layer_errors, logit_errors
+from hf_fastattn.eval.parity_greedy import greedy_path, path_errors
+from hf_fastattn.eval.plots import draw_parity
+from hf_fastattn.eval.progress import bar
+from hf_fastattn.eval.windows import WindowBatch
+
+ONE, STOCK = "stock, one forward", "stock"
+
+
+def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
+    """The errors of every series on one batch, by window."""
+    model, keep = setup.model, min(max(window.scored for window in batch.windows), batch.ids.shape[1])
+    wide = models.truth_dtype(setup.dtype)
+    with models.in_precision(model, wide):
+        exact, exact_states = _at_once(model, batch, keep)
+    logits, states = _at_once(model, batch, keep)
+    one = layer_errors(states, exact_states)
+    series = {ONE: {**logit_errors(logits, exact, batch), **_by_window(one)}}
+
+    logits, states = _in_pieces(setup, batch, keep, share=False)
+    stock = layer_errors(states, exact_states)
+    series[STOCK] = {**logit_errors(logits, exact, batch), **_by_window(stock)}
+    path = greedy_path(model, batch, new_tokens, share=False)
+    with models.in_precision(model, wide):
+        exact_path = whole(model, path.as_batch(), new_tokens + 1)[:, :-1]
+    series[STOCK]["greedy"] = path_errors(path, path, exact_path, exact_path)
+    # Both of stock's ways bound what a token may be off in a layer.
+    bounds = torch.maximum(one.amax((1, 2)), stock.amax((1, 2)))
+
+    counters: dict[str, Any] = {}
+    for variant in setup.variants:
+        with hf_fastattn.patched(model, **dict(variant.options)), planted(model, setup.fault, setup.layer) as fault:
+            calls = CallLog(model)
+            logits, states = _in_pieces(setup, batch, keep, variant.share)
+            ours = greedy_path(model, batch, new_tokens, variant.share)
+            calls.look()
+            counters[variant.name] = {**calls.record(), "planted": fault.times}
+        errors = layer_errors(states, exact_states)
+        found = {**logit_errors(logits, exact, batch), **_by_window(errors)}
+        found["first"] = first_beyond(errors, bounds, batch)
+        exact_ours = exact_path
+        if not ours.same_tokens(path):
+            with models.in_precision(model, wide):
+                exact_ours = whole(model, ours.as_batch(), new_tokens + 1)[:, :-1]
+        found["greedy"] = path_errors(ours, path, exact_ours, exact_path)
+        series[variant.name] = found
+    split, done = (setup.schedule.pieces(batch.ids.shape[1], batch.shortest)[i][1] for i in (0, -1))
+    return {"series": series, "counters": counters, "split": split, "done": done}
+
+
+def _at_once(model: Any, batch: WindowBatch, keep: int) -> tuple[Tensor, Tensor]:
+    """Logits `[B, keep, V]` and states `[layers, B, S, hidden]` of one forward."""
+    with LayerTap(model) as tap:
+        logits = whole(model, batch, keep)
+        return logits, tap.take(batch.mask)
+
+
+def _in_pieces(setup: Setup, batch: WindowBatch, keep: int, share: bool) -> tuple[Tensor, Tensor]:
+    """The same from forwards over a cache; decode by forwards too, where the hooks see it."""
+    logits, states = [], []
+    done = 0
+    with LayerTap(setup.model) as tap:
+        for piece in in_pieces(setup.model, batch, setup.schedule, keep=keep, share=share, generate=False):
+            copies = 2 if share and done else 1
+            mask = batch.mask[:, done : piece.last].repeat_interleave(copies, 0)
+            states.append(tap.take(mask)[:, ::copies])
+            logits.append(piece.logits)
+            done = piece.last
+    return torch.cat(logits, 1)[:, -keep:], torch.cat(states, 2)
+
+
+def _by_window(errors: Tensor) -> dict[str, Any]:
+    """Sums of squares and maxima `[layers][B]` of errors `[layers, B, S]`."""
+    return {"layer_squares": errors.square().sum(2).tolist(), "layer_max": errors.amax(2).tolist()}
+
+
+def run(setup: Setup, new_tokens: int) -> dict[str, Any]:
+    """Measure what the journal lacks; returns the summary with its checks and verdict."""
+    start = time.perf_counter()
+    resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
+    for index, batch in enumerate(bar(setup.batches, "parity", "batch", setup.quiet)):
+        if str(index) not in setup.journal:
+            setup.journal.add(str(index), measure_batch(setup, batch, new_tokens))
+    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
+    names = [variant.name for variant in setup.variants]
+    summary = parity_summary.summarise(records, setup.batches, names, setup.tokenizer)
+    seconds = time.perf_counter() - start
+    return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the evaluation; 0 if no variant alarms, else 1."""
+    made = options.parser("parity", __doc__ or "", windows=24, batch=8)
+    made.add_argument("--new", type=int, default=24, help="tokens generated greedily after each window")
+    arguments, setup = options.set_up("parity", made, argv)
+    record = run(setup, arguments.new)
+    text = parity_summary.markdown(record)
+    report.write(setup.output, "parity", text, record, lambda plt: draw_parity(plt, record))
+    return 0 if record["verdict"] == "green" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

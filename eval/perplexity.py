@@ -1,0 +1,102 @@
+"""Perplexity of stock Transformers and of the patched model on the same tokens, and whether they differ.
+
+    python -m hf_fastattn.eval.perplexity --model <hub id or path> --data wikitext --output results
+
+Every window is scored by the exact model (fp64 for fp32, else fp32; one forward), by stock in one forward, and in
+pieces by stock and by each variant of the patched model: prefill, appends, decode in `generate()`. What a window costs
+in nats is paired, token by token, so the difference is known far better than either perplexity. Exits with 1 if a
+variant alarms; the limits are derived in the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import hf_fastattn
+from hf_fastattn.eval import models, options, perplexity_summary, report
+from hf_fastattn.eval.faults import planted
+from hf_fastattn.eval.feed import CallLog, Piece, in_pieces, whole
+from hf_fastattn.eval.options import Setup
+from hf_fastattn.eval.plots import draw_perplexity
+from hf_fastattn.eval.progress import bar
+from hf_fastattn.eval.variants import Variant
+from hf_fastattn.eval.windows import WindowBatch
+
+EXACT, ONE, STOCK = "exact", "stock, one forward", "stock"
+
+
+def token_losses(pieces: Iterator[Piece], batch: WindowBatch) -> list[list[float]]:
+    """Nats of each scored token, a list a window, from logits that cover them."""
+    losses = torch.full(batch.ids.shape, torch.nan, dtype=torch.float64)
+    width = batch.ids.shape[1]
+    for piece in pieces:
+        last = min(piece.last, width - 1)
+        targets = batch.ids[:, piece.first + 1 : last + 1].to(piece.logits.device)
+        # Row by row: in fp64 a large vocabulary takes room.
+        for row, logits in enumerate(piece.logits[:, : last - piece.first]):
+            chosen = torch.log_softmax(logits.double(), -1).gather(1, targets[row, :, None])
+            losses[row, piece.first + 1 : last + 1] = -chosen[:, 0].cpu()
+    return [row[-window.scored :].tolist() for row, window in zip(losses, batch.windows, strict=True)]
+
+
+def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
+    """All series of one batch: nats by window and token, the counters of each variant, and where phases begin."""
+    keep = min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
+
+    def at_once() -> Iterator[Piece]:
+        width = batch.ids.shape[1]
+        yield Piece("whole", width - keep, width, whole(setup.model, batch, keep))
+
+    with models.in_precision(setup.model, models.truth_dtype(setup.dtype)):
+        series = {EXACT: token_losses(at_once(), batch)}
+    series[ONE] = token_losses(at_once(), batch)
+    series[STOCK] = token_losses(in_pieces(setup.model, batch, setup.schedule, keep=keep), batch)
+    counters = {}
+    for variant in setup.variants:
+        losses, counters[variant.name] = score_patched(setup, batch, variant, keep)
+        series[variant.name] = losses
+    pieces = setup.schedule.pieces(batch.ids.shape[1], batch.shortest)
+    width = batch.ids.shape[1]
+    # A token's loss comes from the logits one column before it.
+    phases = {"append": width - pieces[0][1] - 1, "decode": width - pieces[-1][1] - 1}
+    return {"series": series, "counters": counters, "phases": phases}
+
+
+def score_patched(setup: Setup, batch: WindowBatch, variant: Variant, keep: int) -> tuple[list[list[float]], dict[str, Any]]:
+    """One variant on one batch, with the fault if one is asked for."""
+    with hf_fastattn.patched(setup.model, **dict(variant.options)), planted(setup.model, setup.fault, setup.layer) as fault:
+        counters = CallLog(setup.model)
+        pieces = in_pieces(setup.model, batch, setup.schedule, keep=keep, share=variant.share)
+        losses = token_losses(counters.watch(pieces), batch)
+    return losses, {**counters.record(), "planted": fault.times}
+
+
+def run(setup: Setup) -> dict[str, Any]:
+    """Score what the journal lacks; returns the summary with its checks and verdict."""
+    start = time.perf_counter()
+    resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
+    for index, batch in enumerate(bar(setup.batches, "perplexity", "batch", setup.quiet)):
+        if str(index) not in setup.journal:
+            setup.journal.add(str(index), score_batch(setup, batch))
+    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
+    summary = perplexity_summary.summarise(records, setup.documents, [v.name for v in setup.variants])
+    seconds = time.perf_counter() - start
+    return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the evaluation; 0 if no variant alarms, else 1."""
+    made = options.parser("perplexity", __doc__ or "", windows=48, batch=8)
+    _, setup = options.set_up("perplexity", made, argv)
+    record = run(setup)
+    text = perplexity_summary.markdown(record)
+    report.write(setup.output, "perplexity", text, record, lambda plt: draw_perplexity(plt, record))
+    return 0 if record["verdict"] == "green" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,11 @@
+"""The evaluations on a set small enough for every test run."""
+
+from __future__ import annotations
+
+SMALL = [
+    *("--device", "cpu", "--dtype", "float32", "--quiet"),
+    *("--context", "128", "--stride", "48", "--windows", "4", "--batch", "4"),
+    *("--append", "20", "--piece", "7", "--decode", "12"),
+]
+PLAIN = ["--variant", "backend=reference,share=off"]
+SHARED = ["--variant", "backend=reference,share=on"]
