@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_fastattn.eval.append_speed import TOKENS, append_table, measure_append
 from hf_fastattn.eval.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape, agrees, make_inputs, shapes
 from hf_fastattn.eval.attention_plot import draw_attention
 from hf_fastattn.eval.ceilings import Ceilings, measure_ceilings
@@ -30,6 +31,8 @@ from hf_fastattn.eval.graph_timer import Launch, Timer, interleaved, median_rati
 from hf_fastattn.eval.report import environment_lines, write
 
 SCALE = DIM**-0.5
+LAYOUT_SHAPES = ("1 x 8k", "16 x 8k", "64 x 1k", "16 on 8k, B 16", "4 x 4k")
+PAGE_SIZES = (16, 64, 256)
 
 
 def our_launch(inputs: Inputs) -> Launch:
@@ -99,6 +102,31 @@ def measure(
     return row
 
 
+def measure_layouts(device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of some shapes by the order of a page in memory and the tokens it holds."""
+    found = []
+    for shape in shapes(small=False):
+        if shape.name not in LAYOUT_SHAPES:
+            continue
+        timers, names = [], []
+        for heads_first in (False, True):
+            for page in PAGE_SIZES:
+                inputs = make_inputs(shape, page, device, dtype, heads_first)
+                names.append(f"{'HND' if heads_first else 'NHD'} {page}")
+                timers.append(Timer(our_launch(inputs), max(inputs.sets, 5), device))
+        times = interleaved(timers, rounds)
+        found.append({"shape": shape.name, "us": {name: 1e6 * median(t) for name, t in zip(names, times, strict=True)}})
+    return found
+
+
+def layout_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    names = list(rows[0]["us"])
+    lines = ["| shape, us | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    lines += [f"| {row['shape']} | " + " | ".join(f"{row['us'][name]:.1f}" for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     peers = sorted({name for row in rows for name in row.get("ratios", {})})
@@ -126,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page-size", type=int, default=16, help="tokens a page")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
     parser.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
+    parser.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
     parser.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(argv)
@@ -141,6 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         rows.append(measure(shape, options.page_size, device, dtype, options.rounds, ceilings))
         print(rows[-1], flush=True)
+    on_gpu = device.type == "cuda"
+    appends = []
+    if on_gpu:
+        appends = [measure_append(t, norm, device, dtype, options.rounds) for norm in (False, True) for t in TOKENS]
+    layouts = measure_layouts(device, dtype, options.rounds) if on_gpu and options.layouts else []
     record = {
         "command": command("hf_fastattn.eval.attention", argv),
         "environment": environment(device),
@@ -153,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "seconds": time.perf_counter() - start,
         "rows": rows,
+        "append": appends,
+        "layouts": layouts,
     }
     found = record["ceilings"]
     lines = [
@@ -165,6 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"TB/s, matrix product {found['matmul_tflops']:.3g} TFLOP/s. `sdpa`: contiguous keys and values, the same bytes.",
         table(rows),
     ]
+    if appends:
+        lines += ["", "### [qk-norm] + RoPE + append, one launch", "", append_table(appends)]
+    if layouts:
+        lines += ["", "### Order of a page in memory, and tokens it holds", "", layout_table(layouts)]
     write(options.output, "attention", "\n".join(lines), record, lambda plt: draw_attention(plt, record))
     return 0 if all(row["agrees"] for row in rows) else 1
 

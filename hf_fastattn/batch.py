@@ -28,6 +28,7 @@ class Batch:
         slots: `page * P + offset` of every new token, packed row after row, by window, host.
         backend: `FastAttnConfig.backend`.
         workspaces: by device and stream; lives with the model's pages.
+        batch_invariant: `FastAttnConfig.batch_invariant`.
     """
 
     query_lens: list[int]
@@ -36,6 +37,7 @@ class Batch:
     slots: dict[int | None, list[int]]
     backend: str = "auto"
     workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
+    batch_invariant: bool = False
     _tensors: dict[tuple[str, int | None, torch.device], Tensor] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -152,6 +154,7 @@ class Batch:
             q, k_pages, v_pages, self.page_table(window, device), None if decode else self.cu_seqlens_on(device),
             self.seq_lens_on(device), max_query_len=max(self.query_lens), scale=scale, window=window, softcap=softcap,
             workspace=self._workspace(device), hopper=self._backend_of(q) == "hopper",
+            batch_invariant=self.batch_invariant,
         )  # fmt: skip
         return out
 

@@ -155,7 +155,7 @@ class PagedCache(Cache):
                 for pages, first, last in zip(table.rows, self.lengths, targets, strict=True)
                 for token in range(first, last)
             ]
-        return Batch(counts, targets, plans, slots, self.groups.backend, self.groups.workspaces)
+        return Batch(counts, targets, plans, slots, self.groups.backend, self.groups.workspaces, self.groups.batch_invariant)
 
     def commit(self, release: bool = True) -> None:
         """The forward is done: its tokens belong to the cache, and pages behind a window are released."""

@@ -20,6 +20,9 @@ class FastAttnConfig:
             holds a page. A model in train mode keeps nothing, so that a training step finds its memory free.
         backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), `"hopper"` (these, and Gluon kernels for
             long prompts on H100 and H200), or `"auto"`, the last of them that can run.
+        batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
+            "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
+            slower for few rows.
         sampling: `"transformers"`: tokens are drawn by Transformers' own code from torch's generator.
 
     Raises:
@@ -31,6 +34,7 @@ class FastAttnConfig:
     memory_limit: int | None = None
     keep_memory: float = 1.0
     backend: str = "auto"
+    batch_invariant: bool = False
     sampling: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -48,6 +52,10 @@ class FastAttnConfig:
             raise ValueError(f"keep_memory={self.keep_memory!r} must be a share between 0 and 1")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {BACKENDS}")
+        if not isinstance(self.batch_invariant, bool):
+            raise TypeError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        if self.batch_invariant and self.backend == "reference":
+            raise ValueError("batch_invariant=True needs the Triton kernels; use backend='auto' or 'triton'")
         if self.sampling not in SAMPLING_MODES:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
 

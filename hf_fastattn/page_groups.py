@@ -83,7 +83,7 @@ class PageGroups:
     def __init__(self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None) -> None:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
-        self.backend = fastattn.backend
+        self.backend, self.batch_invariant = fastattn.backend, fastattn.batch_invariant
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self._fastattn = fastattn
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]

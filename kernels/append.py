@@ -17,8 +17,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.configs import arch_of
 from hf_fastattn.kernels.launch import check_pages, on_device_of, overlaps_launches, power_of_2
 
-# Up to this many tokens a program takes one, so that there are programs for all processors.
-FEW_TOKENS = 256
 # Elements of a program's tile, and heads in it at most.
 TILE_ELEMENTS = 2048
 BLOCK_H = 8
@@ -160,7 +158,8 @@ def rope_append(
         return out
     block_d = power_of_2(dim)
     block_h = min(power_of_2(heads), max(TILE_ELEMENTS // block_d, 1), BLOCK_H)
-    block_t = 1 if tokens <= FEW_TOKENS else max(TILE_ELEMENTS // (block_d * block_h), 1)
+    # The same for any number of tokens, so that each is computed in the same way whatever the others.
+    block_t = max(TILE_ELEMENTS // (block_d * block_h), 1)
     overlap = overlaps_launches(arch_of(q.device))
     head_blocks = triton.cdiv(heads, block_h) + triton.cdiv(groups, block_h)
     with on_device_of(q):

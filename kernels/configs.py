@@ -70,17 +70,23 @@ def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, b
     return None
 
 
-def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int) -> Tile:
-    """The tile of a prefill of `queries` packed query rows a kv head."""
-    short = tile_of(PREFILL_SHORT, arch, itemsize, block_d) if queries <= 64 else None
+def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) -> Tile:
+    """The tile of a prefill of `queries` packed query rows a kv head.
+
+    With `queries` None it depends on architecture, dtype and head dim only.
+    """
+    short = tile_of(PREFILL_SHORT, arch, itemsize, block_d) if queries is not None and queries <= 64 else None
     found = short or tile_of(PREFILL, arch, itemsize, block_d)
     assert found is not None
     return found
 
 
-def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
-    """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair."""
-    few = queries <= 16 and pairs * FEW_PAIRS <= processors
+def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int) -> Tile:
+    """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
+
+    With `pairs` None it depends on architecture, dtype and head dim only.
+    """
+    few = pairs is not None and queries <= 16 and pairs * FEW_PAIRS <= processors
     found = (tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) if few else None) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
     return found

@@ -21,6 +21,8 @@ from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of,
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
 
+# Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
+INVARIANT_KEYS = 1024
 # Fp32 elements of partial states that a merging program has in flight.
 MERGE_ELEMENTS = 4096
 
@@ -32,17 +34,21 @@ def split_kv_kernel(
     rows, window, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One persistent program: an equal share of the flat list of K/V tiles. `cu_seqlens_ptr` is None in decode."""
+    """One persistent program: an equal share of the flat list of units, each UNIT tiles of keys.
+
+    `cu_seqlens_ptr` is None in decode. With UNIT = 1 a program treats neighbouring units as one; with more, each unit is a
+    part of its own, cut at multiples of UNIT tiles, so that a row is added up in the same way whatever the other rows.
+    """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     pid = tl.program_id(0)
 
-    # ---- the list: rows, in each the kv heads, in each the query blocks, in each the tiles
+    # ---- the list: rows, in each the kv heads, in each the query blocks, in each the units
     row = tl.arange(0, BLOCK_B)
     valid = row < rows
     lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
@@ -51,15 +57,15 @@ def split_kv_kernel(
     else:
         news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
     blocks = (news * RATIO + BLOCK_M - 1) // BLOCK_M
-    tiles = (lengths + BLOCK_N - 1) // BLOCK_N
+    units = (lengths + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N)
     if HAS_WINDOW:
-        tiles -= tl.maximum(lengths - news + 1 - window, 0) // BLOCK_N
+        units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys has an output too.
-    units = tl.where(valid, tl.maximum(tiles, 1) * blocks, 0)
+    units = tl.where(valid, tl.maximum(units, 1) * blocks, 0)
     upto = tl.cumsum(units, 0)
     total = tl.sum(units, 0) * GROUPS
     programs = tl.maximum(tl.minimum(total, tl.num_programs(0)), 1)
-    # The first `extra` programs take one tile more than the others.
+    # The first `extra` programs take one unit more than the others.
     share = total // programs
     extra = total % programs
     position = pid * share + tl.minimum(pid, extra)
@@ -71,7 +77,7 @@ def split_kv_kernel(
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     while position < end:
-        # ---- the triple at `position`: all tiles of a row have upto - units <= position / GROUPS < upto
+        # ---- the triple at `position`: all units of a row have upto - units <= position / GROUPS < upto
         before = (upto <= position // GROUPS) & valid
         b = tl.sum(before.to(tl.int32), 0)
         base = tl.max(tl.where(before, upto, 0), 0) * GROUPS
@@ -82,13 +88,14 @@ def split_kv_kernel(
         else:
             first_token = tl.load(cu_seqlens_ptr + b)
             new = tl.load(cu_seqlens_ptr + b + 1) - first_token
-        first_tile = 0
+        lowest = 0
         if HAS_WINDOW:
-            first_tile = tl.maximum(length - new + 1 - window, 0) // BLOCK_N
-        count = tl.maximum((length + BLOCK_N - 1) // BLOCK_N - first_tile, 1)
+            lowest = tl.maximum(length - new + 1 - window, 0)
+        first_unit = lowest // (UNIT * BLOCK_N)
+        count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
         triple = (position - base) // count
-        tile = (position - base) % count
-        take = tl.minimum(count - tile, end - position)
+        unit = (position - base) % count
+        take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
         if ONE_BLOCK:
             head = triple
             first_query = 0
@@ -98,7 +105,7 @@ def split_kv_kernel(
             first_query = (triple % block_count) * BLOCK_M
         query = first_query + m
 
-        # ---- attention of the packed queries over tiles [tile, tile + take)
+        # ---- attention of the packed queries over units [unit, unit + take)
         token = query // RATIO
         ok_m = token < new
         place = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
@@ -108,11 +115,11 @@ def split_kv_kernel(
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         table = page_table_ptr + b.to(tl.int64) * stride_table
-        start = (first_tile + tile) * BLOCK_N
-        lowest = 0
+        start = (first_unit + unit) * UNIT * BLOCK_N
+        stop = tl.minimum(start + take * UNIT * BLOCK_N, length)
         if HAS_WINDOW:
-            lowest = tl.maximum(length - new + 1 - window, 0)
-        for key in tl.range(start, start + take * BLOCK_N, BLOCK_N, num_stages=STAGES):
+            start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+        for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
             key_n = key + n
             ok_n = (key_n < length) & (key_n >= lowest)
             page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
@@ -139,11 +146,16 @@ def split_kv_kernel(
             )
             tl.store(lse_ptr + out_row, lse, mask=ok_m)
         else:
-            # ---- a part of a split triple: programs `first` to `last` hold its parts
-            first = program_of(position - tile, share, extra)
-            last = program_of(position - tile + count - 1, share, extra)
-            # A split triple is the last one of its first program and the first one of all others.
-            part = pid * 2 + (pid == first).to(tl.int32)
+            # ---- a part of a split triple; its parts are numbered `first` to `last`
+            if UNIT == 1:
+                first = program_of(position - unit, share, extra)
+                last = program_of(position - unit + count - 1, share, extra)
+                # By programs: a split triple is the last one of its first program and the first one of all others.
+                part = pid * 2 + (pid == first).to(tl.int32)
+            else:
+                first = position - unit
+                last = first + count - 1
+                part = position
             in_part = (part * BLOCK_M + m)[:, None] * BLOCK_D + d[None, :]
             tl.store(partial_ptr + in_part, acc, mask=ok_m[:, None])
             # Maximum and sum apart: their logarithm in one number would round the weight of the part.
@@ -155,25 +167,25 @@ def split_kv_kernel(
                 tl.store(arrived_ptr + first, 0)
                 merge_parts(
                     partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
-                    GROUPS, RATIO, D, BLOCK_D, BLOCK_M, MERGE_ROWS, MERGE_PARTS,
+                    GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS,
                 )  # fmt: skip
         position += take
 
 
 @triton.jit
-def program_of(tile, share, extra):
-    """The program whose range holds a tile of the flat list."""
+def program_of(unit, share, extra):
+    """The program whose range holds a unit of the flat list."""
     long = extra * (share + 1)
-    return tl.where(tile < long, tile // (share + 1), extra + (tile - long) // tl.maximum(share, 1))
+    return tl.where(unit < long, unit // (share + 1), extra + (unit - long) // tl.maximum(share, 1))
 
 
 @triton.jit
 def merge_parts(
     partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    UNIT: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of programs `first` to `last`, in order, for MERGE_ROWS query rows at a time."""
+    """Merge the parts `first` to `last`, in order, for MERGE_ROWS query rows at a time."""
     d = tl.arange(0, BLOCK_D)
     for row in range(0, BLOCK_M, MERGE_ROWS):
         m = row + tl.arange(0, MERGE_ROWS)
@@ -182,11 +194,14 @@ def merge_parts(
         row_max = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([MERGE_ROWS], tl.float32)
         acc = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
-        for program in range(first, last + 1, MERGE_PARTS):
+        for number in range(first, last + 1, MERGE_PARTS):
             # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
             for u in tl.static_range(MERGE_PARTS):
-                ok = query // RATIO < tl.where(program + u <= last, new, 0)
-                part = ((program + u) * 2 + (program + u == first).to(tl.int32)) * BLOCK_M + m
+                ok = query // RATIO < tl.where(number + u <= last, new, 0)
+                part = number + u
+                if UNIT == 1:
+                    part = part * 2 + (part == first).to(tl.int32)
+                part = part * BLOCK_M + m
                 # Past the first-level cache, which may hold what stood there before another program wrote.
                 part_max = tl.load(partial_sum_ptr + part * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
                 part_sum = tl.load(partial_sum_ptr + part * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
@@ -222,6 +237,7 @@ def paged_decode(
     cu_seqlens_q: Tensor | None = None,
     max_query_len: int = 1,
     workspace: Workspace | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a few new tokens a row over paged keys and values.
 
@@ -236,6 +252,8 @@ def paged_decode(
         cu_seqlens_q: `[B + 1]` int32, where each row's queries begin, for more than one new token a row.
         max_query_len: the most new tokens of a row, known on the host.
         workspace: room for partial states, for one stream; a new one by default.
+        batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
+            and the places of the pages; slower where there are few rows.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm; 0 and -inf where a query sees no key.
@@ -256,22 +274,28 @@ def paged_decode(
         return out, lse
     ratio, block_d = heads // groups, power_of_2(dim)
     room = workspace or Workspace(q.device)
-    queries = max_query_len * ratio
-    arch = arch_of(q.device)
-    tile = split_kv_tile(arch, q.element_size(), block_d, queries, rows * groups, room.processors)
+    arch, queries = arch_of(q.device), max_query_len * ratio
+    pairs = None if batch_invariant else rows * groups
+    tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, room.processors)
+    block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
+    merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
+    unit, parts = 1, 2 * tile.programs * room.processors
+    if batch_invariant:
+        unit = INVARIANT_KEYS // tile.block_n
+        blocks = triton.cdiv(queries, block_m)
+        parts = rows * groups * blocks * (triton.cdiv(page_table.shape[1] * page, INVARIANT_KEYS) + 1)
     # Programs of the next launch that wait beside these ones pay only where they do not crowd them.
     overlap = tile.programs == 1 and overlaps_launches(arch)
-    block_m = min(max(power_of_2(queries), 16), tile.block_m)
-    merge_rows = min(power_of_2(queries), 16)
     factor, cap = score_factors(scale, softcap)
-    partial, partial_sum, arrived = room.split_kv(block_m, block_d)
+    partial, partial_sum, arrived = room.split_kv(parts, block_m, block_d)
     with on_device_of(q):
         split_kv_kernel[(tile.programs * room.processors,)](
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
+            STAGES=tile.stages,
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),

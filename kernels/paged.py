@@ -30,6 +30,7 @@ def paged_attention(
     softcap: float | None = None,
     workspace: Workspace | None = None,
     hopper: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values; see `paged_prefill` and `paged_decode`.
 
@@ -45,6 +46,8 @@ def paged_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
         hopper: take the Gluon kernel where it can; see `backends.choose_backend`.
+        batch_invariant: for decode, and for all else, a row's output and LSE are bitwise the same whatever the other rows,
+            the width of the page table and the places of the pages.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -52,19 +55,23 @@ def paged_attention(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "batch_invariant": batch_invariant}
     workspace = workspace or Workspace(q.device)
-    split = cu_seqlens_q is None or max_query_len * (q.shape[1] // k_pages.shape[2]) <= MAX_SPLIT_QUERIES
-    if not split and q.shape[0] * q.shape[1] > workspace.processors * MIN_PREFILL_QUERIES:
-        assert cu_seqlens_q is not None
+    if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
+        batch = (page_table, cu_seqlens_q, seq_lens)
         if hopper:
             from hf_fastattn.kernels.hopper_prefill import hopper_prefill, why_not_hopper
 
             if why_not_hopper(q, k_pages, window, softcap) is None:
-                batch = (page_table, cu_seqlens_q, seq_lens)
                 return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=workspace.processors)
-        return paged_prefill(q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, **options)
+        return paged_prefill(q, k_pages, v_pages, *batch, **options)
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,
         cu_seqlens_q=cu_seqlens_q, max_query_len=max_query_len, workspace=workspace,
     )  # fmt: skip
+
+
+def _fills_the_gpu(q: Tensor, k_pages: Tensor, max_query_len: int, processors: int) -> bool:
+    """Whether there are enough queries for prefill tiles to fill the GPU without a split of the keys."""
+    many = max_query_len * (q.shape[1] // k_pages.shape[2]) > MAX_SPLIT_QUERIES
+    return many and q.shape[0] * q.shape[1] > processors * MIN_PREFILL_QUERIES

@@ -148,6 +148,7 @@ def paged_prefill(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed rows of new tokens over paged keys and values.
 
@@ -160,6 +161,7 @@ def paged_prefill(
         scale: factor on the scores.
         window: keys a query sees, itself included; all by default.
         softcap: scores become `softcap * tanh(score / softcap)`.
+        batch_invariant: a row's output and LSE are bitwise the same whatever the other rows and the places of the pages.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -180,7 +182,7 @@ def paged_prefill(
     if not tokens:
         return out, lse
     ratio, block_d = heads // groups, power_of_2(dim)
-    tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, tokens * ratio)
+    tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, None if batch_invariant else tokens * ratio)
     factor, cap = score_factors(scale, softcap)
     # No row needs more than one tile that is not full.
     tiles = min(triton.cdiv(tokens * ratio, tile.block_m) + rows - 1, tokens * ratio)

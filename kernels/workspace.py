@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The most programs that split-KV launches a multiprocessor.
-MAX_PROGRAMS = 2
+from hf_fastattn.kernels.launch import power_of_2
+
 # Where there is no GPU: the interpreter runs programs one after the other.
 INTERPRETED_PROCESSORS = 3
 
@@ -26,17 +26,29 @@ class Workspace:
         self.processors = INTERPRETED_PROCESSORS
         if device.type == "cuda":
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-        # A tensor made inside inference mode could not be written outside of it later.
-        with torch.inference_mode(False):
-            self.arrived = torch.zeros(MAX_PROGRAMS * self.processors, dtype=torch.int32, device=device)
+        self._counters = self._zeros(0)
         self._partial: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._outgrown: list[Tensor] = []
 
-    def split_kv(self, block_m: int, block_d: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for two states of each program, `[block_m, block_d]` and the maximum and sum of each row; the counters."""
+    def split_kv(self, parts: int, block_m: int, block_d: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for `parts` states `[block_m, block_d]`, for the maximum and sum of their rows, and a counter for each.
+
+        It grows by powers of two; what it has outgrown is kept, since a captured graph may write to it.
+        """
+        parts = power_of_2(parts)
+        if self._counters.shape[0] < parts:
+            self._outgrown.append(self._counters)
+            self._counters = self._zeros(parts)
         key = (block_m, block_d)
-        if key not in self._partial:
+        if key not in self._partial or self._partial[key][0].shape[0] < parts * block_m:
+            self._outgrown.extend(self._partial.pop(key, ()))
+            # A tensor made inside inference mode could not be written outside of it later.
             with torch.inference_mode(False):
-                rows = 2 * MAX_PROGRAMS * self.processors * block_m
-                partial = torch.empty(rows, block_d, dtype=torch.float32, device=self.device)
-                self._partial[key] = (partial, torch.empty(rows, 2, dtype=torch.float32, device=self.device))
-        return *self._partial[key], self.arrived
+                partial = torch.empty(parts * block_m, block_d, dtype=torch.float32, device=self.device)
+                sums = torch.empty(parts * block_m, 2, dtype=torch.float32, device=self.device)
+            self._partial[key] = (partial, sums)
+        return *self._partial[key], self._counters
+
+    def _zeros(self, count: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(count, dtype=torch.int32, device=self.device)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from hf_fastattn.kernels import decode
 from hf_fastattn.kernels.decode import paged_decode
 from hf_fastattn.kernels.workspace import Workspace
 from tests.kernels.cases import Batch, assert_attention, make_batch
@@ -91,7 +92,7 @@ def test_a_workspace_serves_one_launch_after_another():
     check(make_batch([1, 3], [200, 100], **options), workspace=workspace)
     for before, after in zip(first, check(batch, workspace=workspace), strict=True):
         assert torch.equal(before, after)
-    assert not workspace.arrived.any()
+    assert not workspace.split_kv(1, 16, 64)[2].any()
 
 
 @pytest.mark.interpreter
@@ -107,6 +108,45 @@ def test_what_does_not_fit_is_refused(change):
         v_pages = v_pages.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="head dim 20|must be of one dtype|one a row|must be alike"):
         paged_decode(q, k_pages, v_pages, page_table, batch.seq_lens, scale=1.0)
+
+
+def check_invariance(batch: Batch, **features) -> None:
+    """Each row alone, in a narrower table and with its pages elsewhere, gives the bits that it gives among the others."""
+
+    def run(rows: slice, k_pages, v_pages, page_table):
+        return paged_decode(
+            batch.q[rows], k_pages, v_pages, page_table[rows], batch.seq_lens[rows],
+            scale=batch.scale, batch_invariant=True, **features,
+        )  # fmt: skip
+
+    together = run(slice(None), batch.k_pages, batch.v_pages, batch.page_table)
+    assert_attention(batch, together, **features)
+    order = torch.randperm(batch.k_pages.shape[0], generator=torch.Generator().manual_seed(3)).to(batch.q.device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    moved = torch.where(batch.page_table >= 0, place[batch.page_table.long()], -1).int()
+    for row, keys in enumerate(batch.lengths):
+        columns = max(-(-keys // batch.k_pages.shape[1]), 1)
+        alone = run(slice(row, row + 1), batch.k_pages[order], batch.v_pages[order], moved[:, :columns])
+        for ours, others in zip(alone, together, strict=True):
+            assert torch.equal(ours[0], others[row])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_batch_invariance(dtype, window, monkeypatch):
+    monkeypatch.setattr(decode, "INVARIANT_KEYS", 128)
+    batch = make_batch([1, 1, 1], [500, 3, 300], page=16, ratio=4, dim=64, dtype=dtype, scattered=True, window=window)
+    check_invariance(batch, window=window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[5]], ids=str)
+def test_batch_invariance_of_long_rows(shape):
+    for random, options, features in batches(shape, 4):
+        pasts = [length(random, shape.page) - 1 for _ in range(random.randint(2, 60))]
+        check_invariance(make_batch([1] * len(pasts), pasts, **options), **features)
 
 
 @pytest.mark.gpu

@@ -85,3 +85,18 @@ def test_a_captured_graph_follows_the_lengths():
         begins.copy_(torch.tensor([0, *counts]).cumsum(0))
         graph.replay()
         assert_attention(dataclasses.replace(batch, counts=counts), (out, lse))
+
+
+def test_batch_invariance():
+    from hf_fastattn.kernels.paged import paged_attention
+
+    batch = make_batch([700, 3, 129], [0, 900, 4000], page=16, ratio=4, dim=128, dtype=BF16, scattered=True, device="cuda")
+    options = {"scale": batch.scale, "batch_invariant": True, "max_query_len": 700}
+    for hopper in (False, True):
+        batched = (batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
+        together, _ = paged_attention(batch.q, batch.k_pages, batch.v_pages, *batched, **options, hopper=hopper)
+        for row, (first, last) in enumerate(zip([0, 700, 703], [700, 703, 832], strict=True)):
+            begins = torch.tensor([0, last - first], dtype=torch.int32, device="cuda")
+            alone = (batch.page_table[row : row + 1], begins, batch.seq_lens[row : row + 1])
+            out, _ = paged_attention(batch.q[first:last], batch.k_pages, batch.v_pages, *alone, **options, hopper=hopper)
+            assert torch.equal(out, together[first:last])
