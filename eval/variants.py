@@ -62,32 +62,28 @@ def _value(text: str) -> Any:
 
 
 def default_variants(model: Any) -> list[Variant]:
-    """Every backend that takes this model where it is, with each combination of the other switches, sharing off and on;
-    and one other page size."""
+    """Every backend that takes this model where it is, with each combination of the other switches that it takes, sharing
+    off and on; and one other page size."""
     found = []
-    for backend in usable_backends(model):
-        switches = [field.name for field in fields(FastAttnConfig) if field.type in ("bool", bool)]
+    switches = [field.name for field in fields(FastAttnConfig) if field.type in ("bool", bool)]
+    for backend in options_module.BACKENDS:
         for values in itertools.product((False, True), repeat=len(switches)):
-            options = tuple(sorted({"backend": backend, **dict(zip(switches, values, strict=True))}.items()))
-            found += [Variant(options, share) for share in (False, True)]
+            options = {"backend": backend, **dict(zip(switches, values, strict=True))}
+            if backend != "auto" and is_usable(model, options):
+                found += [Variant(tuple(sorted(options.items())), share) for share in (False, True)]
     first = found[0]
     size = 64 if FastAttnConfig().page_size != 64 else 16
     return [*found, Variant(tuple(sorted({**dict(first.options), "page_size": size}.items())))]
 
 
-def usable_backends(model: Any) -> list[str]:
-    """The backends that can be asked for, less those that refuse this model on its device."""
-    usable = []
-    for backend in options_module.BACKENDS:
-        if backend == "auto":
-            continue
-        try:
-            with hf_fastattn.patched(model, backend=backend):
-                hf_fastattn.report(model)
-        except ValueError:
-            continue
-        usable.append(backend)
-    return usable
+def is_usable(model: Any, options: dict[str, Any]) -> bool:
+    """Whether these options can be asked for, and do not refuse this model on its device."""
+    try:
+        with hf_fastattn.patched(model, **options):
+            hf_fastattn.report(model)
+    except ValueError:
+        return False
+    return True
 
 
 def chosen(texts: Sequence[str] | None, model: Any) -> list[Variant]:

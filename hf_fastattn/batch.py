@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,16 +29,18 @@ class Batch:
         slots: `page * P + offset` of every new token, packed row after row, by window, host.
         backend: `FastAttnConfig.backend`.
         workspaces: by device and stream; lives with the model's pages.
+        workspace: the one to use instead, whatever the stream.
         batch_invariant: `FastAttnConfig.batch_invariant`.
     """
 
     query_lens: list[int]
     seq_lens: list[int]
-    plans: dict[int | None, AttentionPlan]
-    slots: dict[int | None, list[int]]
+    plans: Mapping[int | None, AttentionPlan]
+    slots: Mapping[int | None, list[int]]
     backend: str = "auto"
     workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
     batch_invariant: bool = False
+    workspace: Workspace | None = None
     _tensors: dict[tuple[str, int | None, torch.device], Tensor] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -45,6 +48,16 @@ class Batch:
     def tokens(self) -> int:
         """New tokens of all rows (T)."""
         return sum(self.query_lens)
+
+    @property
+    def max_query_len(self) -> int:
+        """The most new tokens of a row."""
+        return max(self.query_lens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every row has one new token."""
+        return all(length == 1 for length in self.query_lens)
 
     # ---- the batch on a device, made once for all its layers --------------------------------------------------
 
@@ -79,7 +92,7 @@ class Batch:
             rows = self.plans[window].pages
             columns = max(map(len, rows))
             return [row + [-1] * (columns - len(row)) for row in rows]
-        return self.seq_lens if name == "seq_lens" else next(iter(self.plans.values())).cu_seqlens_q
+        return self.seq_lens if name == "seq_lens" else [0, *accumulate(self.query_lens)]
 
     def rope(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin as `[T, rotary dims]`, from the model's `[1 or B, S, rotary dims]`."""
@@ -149,21 +162,23 @@ class Batch:
     ) -> Tensor:
         from hf_fastattn.kernels.paged import paged_attention
 
-        device, decode = q.device, self.plans[window].is_decode
+        device = q.device
         out, _ = paged_attention(
-            q, k_pages, v_pages, self.page_table(window, device), None if decode else self.cu_seqlens_on(device),
-            self.seq_lens_on(device), max_query_len=max(self.query_lens), scale=scale, window=window, softcap=softcap,
+            q, k_pages, v_pages, self.page_table(window, device), None if self.is_decode else self.cu_seqlens_on(device),
+            self.seq_lens_on(device), max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
             workspace=self._workspace(device), hopper=self._backend_of(q) == "hopper",
             batch_invariant=self.batch_invariant,
         )  # fmt: skip
         return out
 
     def _backend_of(self, q: Tensor) -> str:
-        return choose_backend(self.backend, q.device, q.dtype, q.shape[-1])[0]
+        return choose_backend(self.backend, q.device, q.dtype, q.shape[-1], self.batch_invariant)[0]
 
     def _workspace(self, device: torch.device) -> Workspace:
         from hf_fastattn.kernels.workspace import Workspace
 
+        if self.workspace is not None:
+            return self.workspace
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (device, stream)
         if key not in self.workspaces:

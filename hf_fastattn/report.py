@@ -61,6 +61,7 @@ def report(model: Any) -> Report:
 
     Raises:
         TypeError: not a Transformers model.
+        ValueError: the backend that was asked for cannot run where the model is.
     """
     target = find_model(model)
     if not isinstance(target, FastGenerationMixin):
@@ -68,7 +69,8 @@ def report(model: Any) -> Report:
     state: Any = target._fastattn
     inner: Any = target
     runtime = state.runtime
-    backend, reason = choose_backend(runtime.config.backend, inner.device, inner.dtype, key_shape(inner.config)[1])
+    heads = (inner.device, inner.dtype, key_shape(inner.config)[1])
+    backend, reason = choose_backend(runtime.config.backend, *heads, runtime.config.batch_invariant)
     return Report(
         patched=True,
         family=state.family.model_type,

@@ -19,15 +19,25 @@ GLUON_TESTED = ("3.6.",)
 
 
 @functools.cache
-def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+def choose_backend(
+    asked: str, device: torch.device, dtype: torch.dtype, head_dim: int, batch_invariant: bool = False
+) -> tuple[str, str]:
     """`("reference", "triton" or "hopper", why)` for heads of `head_dim` and `dtype` on `device`.
 
     Args:
         asked: `FastAttnConfig.backend`.
+        batch_invariant: `FastAttnConfig.batch_invariant`, which the reference cannot promise.
 
     Raises:
         ValueError: the backend that was asked for cannot run there.
     """
+    name, why = _choose(asked, device, dtype, head_dim)
+    if name == "reference" and batch_invariant:
+        raise ValueError(f"batch_invariant=True needs the Triton kernels, which do not run here ({why})")
+    return name, why
+
+
+def _choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     if asked == "reference":
         return "reference", "asked for"
     reason = _why_not_triton(device, dtype, head_dim)

@@ -350,8 +350,9 @@ def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: floa
         return "a window or softcap"
     if page < 8 or page & (page - 1):
         return f"pages of {page} tokens"
-    if heads_first(k_pages) is None or q.stride(2) != 1 or any(s * q.element_size() % 16 for s in q.stride()[:2]):
-        return "strides that TMA cannot follow"
+    steps = [stride * q.element_size() for stride in q.stride()[:2]] + [q.data_ptr(), k_pages.data_ptr()]
+    if heads_first(k_pages) is None or q.stride(2) != 1 or any(step % 16 for step in steps):
+        return "strides or addresses that TMA cannot follow"
     return None
 
 
