@@ -4,8 +4,9 @@
 
 Each shape: its correctness first (no speed is printed on red), then ours, PyTorch's `scaled_dot_product_attention` on
 contiguous keys and values, and FlashInfer where it is installed, as CUDA-graph replays in interleaved rounds. Keys and
-values rotate through more memory than the second-level cache holds. Decode and append are compared with the measured
-speed of reading memory, prefill with that of a matrix product. Without a GPU the reference runs small shapes.
+values rotate through more memory than the second-level cache holds. The limit of a shape is what reading its keys and
+values takes at the measured speed of memory, or its products at that of a matrix product, whichever takes longer.
+Without a GPU the reference runs small shapes.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def measure(
     row: dict[str, Any] = {"kind": shape.kind, "shape": shape.name, "agrees": agrees(inputs, ours(0)[0])}  # type: ignore[index]
     if not row["agrees"]:
         return row
-    limit = shape.operations / ceilings.matmul if shape.kind == "prefill" else shape.kv_bytes / ceilings.read
+    limit = max(shape.operations / ceilings.matmul, shape.kv_bytes / ceilings.read)
     launches = {"ours": ours, "sdpa": sdpa_launch(inputs), **flashinfer_launches(inputs)}
     repeats = max(inputs.sets, min(max(int(2e-3 / limit), 1), 20)) if device.type == "cuda" else 3
     timers = {name: Timer(launch, repeats, device) for name, launch in launches.items() if launch is not None}

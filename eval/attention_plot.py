@@ -23,7 +23,7 @@ def draw_attention(plt: Any, record: dict[str, Any]) -> Any:
             panel.bar(places, shares, 0.75 / len(names), color=COLOURS[name], label=name)
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set_xticks(range(len(shown)), [row["shape"] for row in shown], rotation=60, ha="right", fontsize=8)
-        panel.set_title(f"{kind} ({'matrix product' if kind == 'prefill' else 'read'} = 1)", fontsize=10)
+        panel.set_title(kind, fontsize=10)
     handles = {
         label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
