@@ -1,4 +1,4 @@
-"""The `hf-fastattn` command: `demo`, `speed`, and the accuracy evaluations as `eval perplexity`, `eval parity`, ..."""
+"""The `hf-fastattn` command: `demo`, `speed`, the accuracy evaluations as `eval ...`, the benchmarks as `bench ...`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ COMMANDS = {
     "eval perplexity": ("hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference"),
     "eval parity": ("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones"),
     "eval faults": ("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice"),
+    "bench attention": ("hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command named first in `argv` (default: the process's arguments); returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["eval"] and len(words) > 1:
+    if words and any(name.startswith(f"{words[0]} ") for name in COMMANDS):
         words[:2] = [" ".join(words[:2])]
     listing = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(

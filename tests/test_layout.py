@@ -2,11 +2,14 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_fastattn.patches.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "patches", "eval")
@@ -50,6 +53,17 @@ def test_no_file_is_named_like_a_package_in_use(folder: str) -> None:
     taken.discard("hf_fastattn")
     entries = {path.stem if path.suffix == ".py" else path.name for path in (ROOT / folder).iterdir()}
     assert not entries & taken
+
+
+def test_every_kernel_file_is_in_the_table() -> None:
+    table = (ROOT / "kernels" / "README.md").read_text()
+    named = re.findall(r"^\| `(\w+\.py)` \|", table, re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [name for name in FAMILIES if f"`{name.removesuffix('_text')}`" not in readme]
 
 
 def test_transformers_imports_from_the_root() -> None:

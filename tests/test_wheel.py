@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "hf_fastattn", "kernels", "patches", "eval")
 FOLDERS = ("kernels", "patches", "eval")
+# Below eval/: training data and records of past runs.
+LEFT_OUT = {"work", "results"}
 
 GENERATE = """
 import torch
@@ -42,34 +44,38 @@ def pip(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: setuptools leaves a build folder behind, whose stale files would be in the next wheel.
-    folder = tmp_path_factory.mktemp("wheel")
-    tree = folder / "tree"
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A copy: setuptools leaves a build folder behind, whose stale files would be in the next wheel.
+    tree = tmp_path_factory.mktemp("wheel") / "tree"
     tree.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "work")
+            ignored = shutil.ignore_patterns("__pycache__", "work", ".*")
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, tree / name)
-    # One file that must travel and one that must not, whatever the checkpoint folder holds at the moment.
-    for name in ("weights", "work"):
-        (tree / "eval" / "checkpoint" / name).mkdir(parents=True, exist_ok=True)
-        (tree / "eval" / "checkpoint" / name / "planted.json").write_text("{}")
-    pip("wheel", "--no-build-isolation", "--wheel-dir", folder, tree)
-    (built,) = folder.glob("hf_fastattn-*.whl")
+    # One file that must travel and two that must not, whatever these folders hold at the moment.
+    for name in ("checkpoint/weights", "checkpoint/work", "results"):
+        (tree / "eval" / name).mkdir(parents=True, exist_ok=True)
+        (tree / "eval" / name / "planted.json").write_text("{}")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    pip("wheel", "--no-build-isolation", "--wheel-dir", tree.parent, tree)
+    (built,) = tree.parent.glob("hf_fastattn-*.whl")
     return built
 
 
-def test_wheel_has_every_source_and_data_file(wheel: Path) -> None:
+def test_wheel_has_every_source_and_data_file(tree: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     suffixes = {".py", ".md", ".txt", ".json", ".jsonl", ".jinja", ".model", ".safetensors"}
     expected = {"hf_fastattn/py.typed", "hf_fastattn/eval/checkpoint/weights/planted.json"}
-    expected |= {f"hf_fastattn/{path.name}" for path in (ROOT / "hf_fastattn").glob("*.py")}
+    expected |= {f"hf_fastattn/{path.name}" for path in (tree / "hf_fastattn").glob("*.py")}
     for folder in FOLDERS:
-        files = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
-        expected |= {f"hf_fastattn/{path.as_posix()}" for path in files if "work" not in path.parts}
+        files = (path.relative_to(tree) for path in (tree / folder).rglob("*") if path.suffix in suffixes)
+        expected |= {f"hf_fastattn/{path.as_posix()}" for path in files if not LEFT_OUT & set(path.parts)}
     assert not expected - names
 
 
@@ -78,7 +84,7 @@ def test_wheel_has_nothing_else(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert "hf_fastattn" in tops
     assert all(top == "hf_fastattn" or top.endswith(".dist-info") for top in tops)
-    assert not [name for name in names if "/work/" in name or "__pycache__" in name]
+    assert not [name for name in names if {*LEFT_OUT, "__pycache__"} & set(name.split("/"))]
 
 
 def test_installed_wheel_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:

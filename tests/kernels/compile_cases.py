@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from hf_fastattn.kernels.activation import silu_and_mul
 from hf_fastattn.kernels.append import rope_append
 from hf_fastattn.kernels.decode import paged_decode
+from hf_fastattn.kernels.matvec import gate_up_silu, matvec
+from hf_fastattn.kernels.matvec_configs import ProductTile
 from hf_fastattn.kernels.merge import merge_states
+from hf_fastattn.kernels.norm import add_rms_norm
 from hf_fastattn.kernels.prefill import paged_prefill
 from hf_fastattn.kernels.work_list import work_list
 from tests.triton_tools.fake_driver import fake_driver
@@ -90,6 +94,37 @@ def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
     return hopper_prefill(q, *pages(8, dim, page, BF16), page_table, begins, lengths, scale=1.0, processors=132)
 
 
+def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1) -> object:
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    return add_rms_norm(x, x, x[0], 1e-5, weights_settled=True)
+
+
+def activation(tokens: int = 1, width: int = 14336) -> object:
+    gate, up = torch.zeros(tokens, 2 * width, dtype=BF16).chunk(2, -1)
+    return silu_and_mul(gate, up)
+
+
+def product(
+    tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *,
+    bias: bool = False, norm: bool = False, residual: bool = False, tile: ProductTile | None = None,
+) -> object:  # fmt: skip
+    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
+    return matvec(
+        x,
+        weights,
+        [weight[:, 0].contiguous() for weight in weights] if bias else None,
+        residual=torch.zeros(tokens, counts[0], dtype=dtype) if residual else None,
+        norm_weight=x[0] if norm else None,
+        weights_settled=True,
+        tile=tile,
+    )
+
+
+def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, norm: bool = False) -> object:
+    x, weight = torch.zeros(tokens, k, dtype=dtype), torch.zeros(width, k, dtype=dtype)
+    return gate_up_silu(x, weight, weight, norm_weight=x[0] if norm else None, weights_settled=True)
+
+
 def tiles(rows: int) -> object:
     return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
 
@@ -101,6 +136,10 @@ HOPPER: dict[str, Any] = {
     "targets": ("sm_90",),
     "gluon": True,
 }
+
+# Rows of q, k and v in Llama-3-8B.
+QKV = (4096, 1024, 1024)
+SPLIT = ProductTile(64, 128, warps=4, stages=4, split=4)
 
 CASES = {
     "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
@@ -125,6 +164,26 @@ CASES = {
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),
+    "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
+    "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
+    "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
+    "product": Case(lambda: product(1, 4096, QKV, norm=True), ("matvec_kernel",), programs=3),
+    "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
+    "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),
+    "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),
+    "product, lm head": Case(lambda: product(1, 4096, (128256,)), ("matvec_kernel",), programs=2),
+    "product, gate and up": Case(lambda: gated(1, 4096, 14336, norm=True), ("matvec_kernel",), programs=3),
+    "product, 16 tokens": Case(lambda: product(16, 4096, QKV, bias=True), ("skinny_kernel",), programs=2),
+    "product, 64 tokens": Case(lambda: product(64, 4096, QKV), ("skinny_kernel",), programs=2),
+    "product, 8 tokens, K = 1000": Case(lambda: product(8, 1000, (999,), residual=True), ("skinny_kernel",), programs=1),
+    "product, 16 tokens, fp32": Case(
+        lambda: product(16, 4096, QKV, FP32, residual=False), ("skinny_kernel",), programs=2, exact=True
+    ),
+    "product, 16 tokens, split": Case(
+        lambda: product(16, 14336, (4096,), residual=True, tile=SPLIT), ("skinny_kernel",), programs=1
+    ),
+    "product, 16 tokens, gate and up": Case(lambda: gated(16, 4096, 14336), ("skinny_kernel",), programs=1),
+    "product, 64 tokens, gate and up": Case(lambda: gated(64, 4096, 14336), ("skinny_kernel",), programs=1),
 }
 
 

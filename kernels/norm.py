@@ -1,0 +1,107 @@
+"""[residual +] RMSNorm in one launch.
+
+RMSNorm (Zhang and Sennrich, 2019): `s = x + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`. The sum is rounded to
+the dtype of x before it is squared, as Transformers does; all else is fp32 with one rounding at the end. A program takes
+one row. The plain PyTorch version is `step_reference.add_rms_norm`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.configs import arch_of
+from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches, power_of_2
+
+MAX_HIDDEN = 16_384
+# One vector load of 16-bit elements a thread, as far as there are threads.
+ELEMENTS_PER_WARP = 256
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, stride_x, stride_r,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, UNIT_OFFSET: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One row of `[T, HIDDEN]`; `residual_ptr` and `sum_ptr` are None in a norm without residual."""
+    column = tl.arange(0, BLOCK)
+    ok = column < HIDDEN
+    row = tl.program_id(0).to(tl.int64)
+    if OVERLAP:
+        gdc_launch_dependents()
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    weight = tl.load(weight_ptr + column, mask=ok, other=0.0)
+    if OVERLAP and SETTLED:
+        gdc_wait()
+    x = tl.load(x_ptr + row * stride_x + column, mask=ok, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * stride_r + column, mask=ok, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row * HIDDEN + column, x, mask=ok)
+    wide = x.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
+    scale = weight.to(tl.float32)
+    if UNIT_OFFSET:
+        scale += 1.0
+    tl.store(out_ptr + row * HIDDEN + column, (wide * inverse * scale).to(x.dtype), mask=ok)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool, weights_settled: bool
+) -> tuple[Tensor, Tensor | None]:
+    if x.ndim != 2 or x.dtype not in DTYPES or x.stride(-1) != 1 or not 0 < x.shape[-1] <= MAX_HIDDEN:
+        raise ValueError(
+            f"x {tuple(x.shape)} with strides {x.stride()}, {x.dtype}, must be [T, hidden] with hidden from 1 to "
+            f"{MAX_HIDDEN}, contiguous in its last dimension, of a dtype among {DTYPES}"
+        )
+    tokens, hidden = x.shape
+    if weight.shape != (hidden,) or not weight.is_contiguous():
+        raise ValueError(f"weight {tuple(weight.shape)} must be [hidden] = {[hidden]} and contiguous")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(-1) != 1):
+        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as x, {tuple(x.shape)}, {x.dtype}")
+    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(out)
+    if not tokens:
+        return out, total
+    block = power_of_2(hidden)
+    overlap = overlaps_launches(arch_of(x.device))
+    with on_device_of(x):
+        rms_norm_kernel[(tokens,)](
+            x, residual, weight, out, total, eps, x.stride(0), 0 if residual is None else residual.stride(0),
+            HIDDEN=hidden, BLOCK=block, UNIT_OFFSET=unit_offset, SETTLED=weights_settled, OVERLAP=overlap,
+            num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return out, total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, weights_settled: bool = False) -> Tensor:
+    """RMSNorm of every row; see `add_rms_norm`."""
+    return _launch(x, None, weight, eps, unit_offset, weights_settled)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, weights_settled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of `x + residual`, and that sum.
+
+    Args:
+        x: `[T, hidden]` bf16, fp16 or fp32, hidden up to 16384; any stride between rows.
+        residual: likewise.
+        weight: `[hidden]`.
+        eps: added to the mean square.
+        unit_offset: multiply by `1 + weight`.
+        weights_settled: no launch that may still be running writes `weight`, so that it is read ahead of their end.
+
+    Returns:
+        The normalised rows and the sums, both `[T, hidden]` in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit each other or the kernel.
+    """
+    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled)
+    assert total is not None
+    return out, total

@@ -1,0 +1,225 @@
+"""Products of 2 to 64 tokens with several weights in one launch, on the matrix unit.
+
+The weights are the large operand, `[BLOCK_N, BLOCK_K]` a step through the pipeline; the tokens are padded to 16 or more
+columns of the small one. Where the tiles of weight rows are too few to keep the memory busy, programs share a tile: each
+sums its part of K, and the last one to arrive adds the parts in fixed order, so results are bitwise repeatable
+("Split-K"). Called by `matvec.py`, whose plain PyTorch versions hold here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.activation import silu_gate
+from hf_fastattn.kernels.configs import arch_of
+from hf_fastattn.kernels.launch import dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.matvec_configs import ProductTile
+from hf_fastattn.kernels.split_sums import MOST_TILES, SplitSums
+
+
+@triton.jit
+def find_tile(tile, n0, n1, n2, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Which weight a tile of the launch belongs to, its rows, their first column of output, and the tile among theirs."""
+    which = 0
+    rows = n0
+    column = 0
+    if WEIGHTS > 1:
+        tiles = tl.cdiv(n0, BLOCK_N)
+        if tile >= tiles:
+            which = 1
+            rows = n1
+            column = n0
+            tile -= tiles
+    if WEIGHTS > 2:
+        tiles = tl.cdiv(n1, BLOCK_N)
+        if (which == 1) & (tile >= tiles):
+            which = 2
+            rows = n2
+            column = n0 + n1
+            tile -= tiles
+    return which, rows, column, tile
+
+
+@triton.jit
+def pick(which, p0_ptr, p1_ptr, p2_ptr, WEIGHTS: tl.constexpr):
+    """The pointer of that weight."""
+    chosen = p0_ptr
+    if WEIGHTS > 1:
+        if which == 1:
+            chosen = p1_ptr
+    if WEIGHTS > 2:
+        if which == 2:
+            chosen = p2_ptr
+    return chosen
+
+
+@triton.jit
+def _weights(pointers, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Weights are read once a step: they need not stay in the cache."""
+    if EVEN:
+        return tl.load(pointers + k, eviction_policy="evict_first")
+    column = k + tl.arange(0, BLOCK_K)
+    return tl.load(pointers + k, mask=(column < end)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x `[BLOCK_T, BLOCK_K]` from column k on, transposed."""
+    if EVEN:
+        return tl.trans(tl.load(pointers + k, mask=ok[:, None], other=0.0))
+    column = k + tl.arange(0, BLOCK_K)
+    return tl.trans(tl.load(pointers + k, mask=ok[:, None] & (column < end)[None, :], other=0.0))
+
+
+@triton.jit
+def _add_product(acc, w, x, PRECISION: tl.constexpr):
+    if PRECISION == "ieee":
+        # One long chain of fp32 additions would err more than PyTorch's tree.
+        return acc + tl.dot(w, x, input_precision="ieee")
+    return tl.dot(w, x, acc)
+
+
+@triton.jit
+def _store(
+    acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED: tl.constexpr
+):  # fmt: skip
+    """`[BLOCK_N, BLOCK_T]` sums to the rows of y."""
+    ok = (n < rows)[:, None] & (t < tokens)[None, :]
+    if GATED:
+        acc = silu_gate(acc, acc_u)
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + t[None, :] * stride_r + n[:, None], mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + t[None, :] * stride_y + (column + n)[:, None], acc.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
+def skinny_kernel(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, partial_ptr, arrived_ptr,
+    tokens, n0, n1, n2, stride_x, stride_y, stride_r,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    number = tl.program_id(0)
+    part = tl.program_id(1)
+    which, rows, column, tile = find_tile(number, n0, n1, n2, BLOCK_N, WEIGHTS)
+    w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
+    b_ptr = b0_ptr
+    if b0_ptr is not None:
+        b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    begin = part * PART
+    end = tl.minimum(begin + PART, K)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    ok_t = t < tokens
+    # Past the last row it is read again, which costs no mask.
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    offset = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + inner
+    x_place = x_ptr + t[:, None] * stride_x + inner
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    w_first = _weights(w_ptr + offset, begin, end, EVEN, BLOCK_K)
+    if GATED:
+        u_first = _weights(w1_ptr + offset, begin, end, EVEN, BLOCK_K)
+    if OVERLAP and SETTLED:
+        gdc_wait()
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    acc_u = acc
+    for k in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
+        w = _weights(w_ptr + offset, k, end, EVEN, BLOCK_K)
+        x = _tokens(x_place, ok_t, k, end, EVEN, BLOCK_K)
+        acc = _add_product(acc, w, x, PRECISION)
+        if GATED:
+            u = _weights(w1_ptr + offset, k, end, EVEN, BLOCK_K)
+            acc_u = _add_product(acc_u, u, x, PRECISION)
+    # The tile loaded first is multiplied last: before the loop, its pipeline would start only after this product.
+    x = _tokens(x_place, ok_t, begin, end, EVEN, BLOCK_K)
+    acc = _add_product(acc, w_first, x, PRECISION)
+    if GATED:
+        acc_u = _add_product(acc_u, u_first, x, PRECISION)
+    if SPLIT == 1:
+        _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_T
+        SUMS: tl.constexpr = 2 if GATED else 1
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+        parts = partial_ptr + number.to(tl.int64) * (SPLIT * SUMS * SIZE)
+        tl.store(parts + part * (SUMS * SIZE) + cell, acc)
+        if GATED:
+            tl.store(parts + part * (SUMS * SIZE) + SIZE + cell, acc_u)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT - 1:
+            tl.store(arrived_ptr + number, 0)
+            total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            total_u = total
+            for other in tl.static_range(SPLIT):
+                # Past the first-level cache, which may hold what stood there before another program wrote.
+                total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
+                if GATED:
+                    total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
+            _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
+
+
+def skinny_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    residual: Tensor | None,
+    y: Tensor,
+    gated: bool,
+    sums: SplitSums | None,
+    weights_settled: bool,
+    tile: ProductTile,
+) -> None:
+    """Fill y with the products side by side; arguments are as `matvec` has checked them.
+
+    Args:
+        x: `[T, K]`.
+        weights: up to three of `[N_i, K]`, or gate and up.
+        biases: `[N_i]` each, or None.
+        residual: `[T, N]` to add, or None.
+        y: `[T, sum of N_i]`, or `[T, N_0]` if gated.
+        gated: y is `silu` of the first product times the second.
+        sums: room for partial sums if the tile splits K; made if None.
+        weights_settled: see `matvec`.
+        tile: launch configuration.
+    """
+    tokens, k = x.shape
+    counts = [weight.shape[0] for weight in weights]
+    counts += [0] * (3 - len(counts))
+    used = 1 if gated else len(weights)
+    spare: list[Tensor | None] = [None] * (3 - len(weights))
+    added = [*biases, *spare] if biases else [None] * 3
+    tiles = sum(triton.cdiv(count, tile.block_n) for count in counts[:used])
+    steps = triton.cdiv(k, tile.block_k)
+    # Rounded so that no part is empty.
+    part = triton.cdiv(steps, min(tile.split, steps)) if tiles <= MOST_TILES else steps
+    split = triton.cdiv(steps, part)
+    block_t = max(power_of_2(tokens), 16)
+    partial = arrived = None
+    if split > 1:
+        room = sums or SplitSums(x.device)
+        partial = room.partial(tiles * split * tile.block_n * block_t * (2 if gated else 1))
+        arrived = room.arrived
+    overlap = overlaps_launches(arch_of(x.device))
+    with on_device_of(x):
+        skinny_kernel[(tiles, split)](
+            x, *weights, *spare, *added, y, residual, partial, arrived,
+            tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
+            K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=dot_precision(x.dtype),
+            SETTLED=weights_settled, OVERLAP=overlap,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip

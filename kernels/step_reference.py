@@ -1,0 +1,50 @@
+"""What stands around attention in a decoder layer, in plain PyTorch: norms, activation, linear products.
+
+Every step is rounded in the dtype of its input, as Transformers rounds it; fp64 inputs give the oracle of the tests. The
+kernels in `norm.py`, `activation.py` and `matvec.py` compute the same in fp32 and round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from hf_fastattn.kernels.rope import rms_norm
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of `x + residual`, and that sum, both `[T, hidden]`."""
+    total = residual + x
+    return rms_norm(total, weight, eps, unit_offset), total
+
+
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` with `silu(g) = g / (1 + exp(-g))`."""
+    return functional.silu(gate) * up
+
+
+def matvec(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> tuple[Tensor, ...]:
+    """`x W^T + b` for every weight `[N_i, K]`, of x normalised first, with the residual added last, if there are these."""
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps, unit_offset)
+    outs = [functional.linear(x, weight, biases[i] if biases else None) for i, weight in enumerate(weights)]
+    return tuple(outs if residual is None else [residual + out for out in outs])
+
+
+def gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor, **norm: Any) -> Tensor:
+    """`silu(x Wg^T) * (x Wu^T)`; keywords as in `matvec`."""
+    return silu_and_mul(*matvec(x, (w_gate, w_up), **norm))

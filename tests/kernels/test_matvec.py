@@ -1,0 +1,227 @@
+"""Products of few tokens with several weights in one kernel against `torch.nn.functional.linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels import matvec, step_reference
+from hf_fastattn.kernels.matvec_configs import BUCKETS, MEASURED, ProductTile, product_tile
+from hf_fastattn.kernels.split_sums import SplitSums
+from tests.kernels.cases import assert_close
+from tests.kernels.test_norm import rows
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOKENS = (1, 2, 3, 8, 16)
+
+
+def check(
+    tokens: int,
+    k: int,
+    counts: Sequence[int],
+    dtype: torch.dtype = BF16,
+    *,
+    bias: bool = False,
+    residual: bool = False,
+    norm: bool = False,
+    gated: bool = False,
+    strided: bool = False,
+    repeats: int = 1,
+    device: str = "cpu",
+    **options: Any,
+) -> None:
+    """One launch against PyTorch; more repeats must give the same bits.
+
+    Args:
+        counts: rows of each weight.
+        options: keywords of the operation, or of its reference where it has them.
+    """
+    x = rows(tokens, k, dtype, device, 1, strided)
+    weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
+    extras: dict[str, Any] = {"unit_offset": options.pop("unit_offset", False)}
+    if bias:
+        extras["biases"] = [rows(1, count, dtype, device, 12 + i)[0] for i, count in enumerate(counts)]
+    if residual:
+        extras["residual"] = rows(tokens, counts[0], dtype, device, 22, strided)
+    if norm:
+        extras |= {"norm_weight": rows(1, k, dtype, device, 23)[0], "eps": 1e-5}
+
+    def run(module: Any, target: torch.dtype, **own: Any) -> Sequence[Tensor]:
+        x_, weights_, extras_ = _to((x, weights, extras), target)
+        if gated:
+            return (module.gate_up_silu(x_, *weights_, **extras_, **own),)
+        return module.matvec(x_, weights_, **extras_, **own)
+
+    got = run(matvec, dtype, **options)
+    again = [run(matvec, dtype, **options) for _ in range(repeats - 1)]
+    names = ("first", "second", "third")
+    plains, wants = run(step_reference, dtype), run(step_reference, torch.float64)
+    for i, (ours, plain, want) in enumerate(zip(got, plains, wants, strict=True)):
+        assert ours.dtype == dtype
+        assert_close(f"{names[i]} product", ours, plain, want)
+        assert all(torch.equal(ours, other[i]) for other in again)
+
+
+def _to(tree: Any, dtype: torch.dtype) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(dtype)
+    if isinstance(tree, dict):
+        return {name: _to(value, dtype) for name, value in tree.items()}
+    return [_to(value, dtype) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("k", "counts"), [(64, (16,)), (896, (64, 8, 8)), (1000, (33, 1)), (8, (5, 63, 2))])
+def test_shapes(dtype, tokens, k, counts):
+    check(tokens, k, counts, dtype, bias=len(counts) > 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": True},
+        {"residual": True, "bias": True, "strided": True},
+        {"norm": True},
+        {"norm": True, "unit_offset": True, "bias": True},
+        {"strided": True, "weights_settled": True},
+    ],
+)
+def test_options(tokens, options):
+    check(tokens, 520, (40,), **options)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gate_up_silu(dtype, tokens):
+    check(tokens, 264, (65, 65), dtype, gated=True, norm=tokens % 2 == 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("k", "split"), [(512, 2), (512, 8), (500, 3), (96, 8)])
+def test_split(gated, k, split):
+    sums = SplitSums(torch.device("cpu"))
+    tile = ProductTile(32, 64, 4, 2, split)
+    check(5, k, (70, 70) if gated else (70, 9, 40), gated=gated, sums=sums, tile=tile, repeats=2, bias=not gated)
+    assert not sums.arrived.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [17, 64])
+def test_more_tokens(tokens):
+    check(tokens, 136, (48, 16), bias=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("tokens", "counts"), [(0, (16, 8)), (1, (16, 0)), (2, (0, 16, 3))])
+def test_nothing_to_do(tokens, counts):
+    check(tokens, 64, counts)
+
+
+@pytest.mark.interpreter
+def test_outputs_are_views_of_one_tensor():
+    x, weights = torch.randn(2, 32), [torch.randn(n, 32) for n in (8, 4, 4)]
+    outs = matvec.matvec(x, weights)
+    assert [out.shape[1] for out in outs] == [8, 4, 4]
+    assert len({out.untyped_storage().data_ptr() for out in outs}) == 1
+
+
+@pytest.mark.interpreter
+def test_what_does_not_fit_is_refused():
+    x, w = torch.zeros(2, 32), torch.zeros(8, 32)
+    for wrong, message in (
+        ((torch.zeros(65, 32), [w]), "T up to 64"),
+        ((x, [w] * 4), "expected 1 to 3"),
+        ((x, [w[:, :16]]), "is not"),
+        ((x, [w.half()]), "float16"),
+        ((x, [w], [w[0]]), "bias"),
+        ((x, [w, w], [w[:, 0]]), "a bias for each or none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matvec.matvec(*wrong)
+    with pytest.raises(ValueError, match="single weight"):
+        matvec.matvec(x, [w, w], residual=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="norm_weight"):
+        matvec.matvec(x, [w], norm_weight=torch.ones(8))
+    with pytest.raises(ValueError, match="one shape"):
+        matvec.gate_up_silu(x, w, w[:4])
+
+
+@pytest.mark.interpreter
+def test_tiles():
+    """Every table entry and default is one that the kernels take."""
+    shapes = [(arch, bucket, k, n, gated) for arch in (80, 90, 100) for bucket in BUCKETS for gated in (False, True)
+              for k in (8, 896, 4096, 11008, 14336) for n in (2, 896, 6144, 28672, 128256)]  # fmt: skip
+    tiles = [product_tile(arch, 2, bucket, k, n, gated) for arch, bucket, k, n, gated in shapes]
+    for (_, bucket, *_), tile in [*zip(shapes, tiles, strict=True), *MEASURED.items()]:
+        assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps))
+        assert tile.block_n * tile.block_k <= 32_768 and (bucket > 1 or tile.split == 1)
+        assert bucket == 1 or (tile.block_n >= 16 and tile.block_k >= 16)
+
+
+# Shapes of Llama-3-8B, Qwen2.5-0.5B and Llama-2-7B; then odd ones.
+SWEEP = {
+    "qkv": (4096, (4096, 1024, 1024), BF16, {"norm": True, "weights_settled": True}),
+    "qkv, fp32": (4096, (4096, 1024, 1024), FP32, {"norm": True, "weights_settled": True}),
+    "qkv, bias": (896, (896, 128, 128), FP16, {"bias": True, "norm": True}),
+    "down": (14336, (4096,), BF16, {"residual": True, "weights_settled": True}),
+    "down, fp32": (14336, (4096,), FP32, {"residual": True}),
+    "down, 11008": (11008, (4096,), FP16, {"residual": True, "strided": True}),
+    "gate, up": (4096, (14336, 14336), BF16, {"gated": True, "norm": True, "weights_settled": True}),
+    "gate, up, 896": (896, (4864, 4864), FP16, {"gated": True}),
+    "odd": (1000, (1001, 63, 1), BF16, {"bias": True}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SWEEP)
+def test_sweep(name):
+    k, counts, dtype, options = SWEEP[name]
+    sums = SplitSums(torch.device("cuda"))
+    for tokens in (*TOKENS, 17, 64):
+        check(tokens, k, counts, dtype, sums=sums, repeats=2, device="cuda", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_split_sweep(gated):
+    sums = SplitSums(torch.device("cuda"))
+    counts = (1536, 1536) if gated else (1536, 256, 256)
+    for tokens in (2, 16, 64):
+        for split in (2, 5, 8):
+            tile = ProductTile(32, 128, 4, 4, split)
+            check(tokens, 8960, counts, gated=gated, sums=sums, tile=tile, repeats=10, device="cuda")
+    assert not sums.arrived.any()
+
+
+@pytest.mark.gpu
+def test_replayed_with_overlap():
+    """A chain of launches in a captured graph, each of which reads what the one before wrote."""
+    x, w = rows(1, 4096, BF16, "cuda", 1), rows(4096, 4096, BF16, "cuda", 2) * 4096**-0.5
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(20):
+            (x,) = matvec.matvec(x, [w], weights_settled=True)
+        return x
+
+    want = chain(x).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(x)
+    for _ in range(10):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
+    w.neg_()
+    w[0] += 1
+    graph.replay()
+    assert torch.equal(got, chain(x)), "weights changed in place are seen by the next replay"
