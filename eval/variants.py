@@ -77,7 +77,9 @@ def default_variants(model: Any) -> list[Variant]:
 
 
 def is_usable(model: Any, options: dict[str, Any]) -> bool:
-    """Whether these options can be asked for, and do not refuse this model on its device."""
+    """Whether these options can be asked for, do not refuse this model on its device, and mean something there."""
+    if options.get("cuda_graphs") and model.device.type != "cuda":
+        return False
     try:
         with hf_fastattn.patched(model, **options):
             hf_fastattn.report(model)

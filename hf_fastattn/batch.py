@@ -106,6 +106,10 @@ class Batch:
             self._rope[cos.device] = held
         return held[1], held[2]
 
+    def forget_rope(self) -> None:
+        """Let go of the tables made by `rope()`."""
+        self._rope.clear()
+
     # ---- the operations ---------------------------------------------------------------------------------------
 
     def rope_append(

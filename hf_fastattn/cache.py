@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_fastattn.batch import Batch
+from hf_fastattn.by_window import ByWindow
 from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
@@ -22,6 +24,7 @@ from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_re
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.recurrent_layer import RecurrentLayer
+from hf_fastattn.seen_mask import SeenMask
 
 
 def _release(tables: dict[int | None, PageTable]) -> None:
@@ -67,6 +70,7 @@ class PagedCache(Cache):
         layers = [self._own_layer(index, layer) for index, layer in enumerate(template_layers(config))]
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        self._recurrent_places = [place for place, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)]
         if not self._paged:
             raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
         windows = dict.fromkeys(layer.window for layer in self._paged)
@@ -82,7 +86,9 @@ class PagedCache(Cache):
     def _start_empty(self) -> None:
         self.lengths: list[int] = []
         self._columns = 0
+        # Of the first columns; all that came after them hold tokens.
         self._stored: Tensor | None = None
+        self.seen_mask = SeenMask()
         self._batch: Batch | None = None
         self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
         self.padding: Padding | None = None
@@ -91,6 +97,7 @@ class PagedCache(Cache):
         self._dense = False
         self._open = False
         self._created_rows = False
+        self._reserved_ahead = False
         self._written = [0] * len(self.layers)
         # The last forward that came through `update()` alone, and the columns before it.
         self._unannounced: tuple[Batch, int] | None = None
@@ -144,28 +151,52 @@ class PagedCache(Cache):
                 "or a higher FastAttnConfig(memory_limit=...)"
             ) from full
 
-    def _make_batch(self, counts: list[int], targets: list[int]) -> Batch:
-        size = self.groups.page_size
-        plans, slots = {}, {}
+    def reserve_ahead(self) -> None:
+        """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
         for window, table in self.tables.items():
-            prefixes = table.prefixes(self.lengths)
-            plans[window] = AttentionPlan(table.rows, counts, targets, size, window, prefixes)
-            slots[window] = [
+            group = self.groups.group(window)
+            if not self._reserved_ahead:
+                group.pool.ensure(table.pages_to_come(self.lengths, self.room))
+            if group.storage.capacity < group.pool.capacity:
+                group.grow_storage()
+        self._reserved_ahead = True
+
+    @contextmanager
+    def reading(self, batch: Batch) -> Iterator[None]:
+        """Layers read and write by `batch` instead of that of the forward under way, which must hold the same values."""
+        assert self._open and self._batch is not None
+        before, self._batch = self._batch, batch
+        try:
+            yield
+        finally:
+            self._batch = before
+
+    def _make_batch(self, counts: list[int], targets: list[int]) -> Batch:
+        size, tables, lengths = self.groups.page_size, self.tables, self.lengths
+
+        # Made when asked for: a forward whose inputs are static tensors needs neither.
+        def plan(window: int | None) -> AttentionPlan:
+            table = tables[window]
+            return AttentionPlan(table.rows, counts, targets, size, window, table.prefixes(lengths))
+
+        def slots(window: int | None) -> list[int]:
+            return [
                 pages[token // size] * size + token % size
-                for pages, first, last in zip(table.rows, self.lengths, targets, strict=True)
+                for pages, first, last in zip(tables[window].rows, lengths, targets, strict=True)
                 for token in range(first, last)
             ]
-        return Batch(counts, targets, plans, slots, self.groups.backend, self.groups.workspaces, self.groups.batch_invariant)
+
+        groups = self.groups
+        return Batch(
+            counts, targets, ByWindow(tables, plan), ByWindow(tables, slots),
+            groups.backend, groups.workspaces, groups.batch_invariant,
+        )  # fmt: skip
 
     def commit(self, release: bool = True) -> None:
         """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
         assert self._batch is not None
-        if self._stored is not None or self._new_stored is not None:
-            parts = []
-            for part, columns in ((self._stored, self._columns), (self._new_stored, self._query_length)):
-                full = torch.ones(len(self.lengths), columns, dtype=torch.bool)
-                parts.append(full if part is None else part.cpu())
-            self._stored = torch.cat(parts, 1)
+        if self._new_stored is not None:
+            self._stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
         self._columns += self._query_length
         self.lengths = self._batch.seq_lens
         self._written = [self._columns] * len(self.layers)
@@ -192,7 +223,7 @@ class PagedCache(Cache):
 
     @property
     def _recurrent(self) -> list[RecurrentLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+        return [self.layers[place] for place in self._recurrent_places]
 
     def check_owner(self, config: Any) -> None:
         """Raise a `ValueError` if the cache was made for a model that stores other keys than that of `config`."""
@@ -278,7 +309,7 @@ class PagedCache(Cache):
         if held is None or columns == first or not self.lengths:
             empty = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
             return empty, empty
-        stored = None if self._stored is None else self._stored[:, :columns]
+        stored = None if self._stored is None else self._stored_until(columns)
         slots, missing = dense_slots(self.tables[layer.window], stored, first, columns, like.device)
         dense = []
         for pages in held:
@@ -320,9 +351,10 @@ class PagedCache(Cache):
             if self._stored is None:
                 self.lengths = [length - removed for length in self.lengths]
             else:
-                gone = self._stored[:, keep:].sum(1).tolist()
+                stored = self._stored_until(self._columns)
+                gone = stored[:, keep:].sum(1).tolist()
                 self.lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
-                self._stored = self._stored[:, :keep]
+                self._stored = stored[:, :keep]
             self._columns = keep
             self._written = [keep] * len(self.layers)
             for table in self.tables.values():
@@ -371,7 +403,9 @@ class PagedCache(Cache):
             table.select(rows, self.counters)
         self.lengths = [self.lengths[row] for row in rows]
         if self._stored is not None:
-            self._stored = self._stored[list(rows)]
+            before, self._stored = self._stored, self._stored[list(rows)]
+            if not torch.equal(before, self._stored):
+                self.seen_mask = SeenMask()
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
                 layer.reorder_cache(torch.tensor(rows))
@@ -410,7 +444,13 @@ class PagedCache(Cache):
     @property
     def stored(self) -> Tensor | None:
         """`[B, columns]` bool on the host: columns whose token is stored; None if all are."""
-        return self._stored
+        return None if self._stored is None else self._stored_until(self._columns)
+
+    def _stored_until(self, columns: int) -> Tensor:
+        held = torch.ones(len(self.lengths), 0, dtype=torch.bool) if self._stored is None else self._stored
+        # All columns since then hold tokens.
+        missing = max(columns - held.shape[1], 0)
+        return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
 
     def _release_behind(self) -> None:
         for table in self.tables.values():

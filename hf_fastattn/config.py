@@ -23,6 +23,8 @@ class FastAttnConfig:
         batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
             "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
             slower for few rows.
+        cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed. Off by default: not all
+            of its tests have passed on a GPU yet.
         sampling: `"transformers"`: tokens are drawn by Transformers' own code from torch's generator.
 
     Raises:
@@ -35,6 +37,7 @@ class FastAttnConfig:
     keep_memory: float = 1.0
     backend: str = "auto"
     batch_invariant: bool = False
+    cuda_graphs: bool = False
     sampling: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class FastAttnConfig:
             raise TypeError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
         if self.batch_invariant and self.backend == "reference":
             raise ValueError("batch_invariant=True needs the Triton kernels; use backend='auto' or 'triton'")
+        if not isinstance(self.cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.sampling not in SAMPLING_MODES:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
 

@@ -17,6 +17,9 @@ class CallCounters:
         pages_allocated: pages taken from the pool.
         pages_shared: pages that a fork gave a further owner instead of copying them.
         pages_copied: pages copied before a write, since others held them too.
+        graphs_captured: decode steps recorded as CUDA graphs.
+        graphs_replayed: forwards that were a replay of one.
+        uncaptured: decode steps launched layer by layer although graphs are on, by reason.
     """
 
     forwards: int = 0
@@ -25,3 +28,6 @@ class CallCounters:
     pages_allocated: int = 0
     pages_shared: int = 0
     pages_copied: int = 0
+    graphs_captured: int = 0
+    graphs_replayed: int = 0
+    uncaptured: Counter[str] = field(default_factory=Counter)

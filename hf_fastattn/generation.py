@@ -69,6 +69,18 @@ class FastGenerationMixin:
         cache.select_rows(rows.copies)
         return rows.expand(outputs)
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        before = model_kwargs.get("attention_mask")
+        updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        cache = updated.get("past_key_values")
+        if isinstance(cache, PagedCache):
+            cache.seen_mask.extend(before, updated.get("attention_mask"))
+        return updated
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A plain, unpatched copy."""
         with self._fastattn.scope.suspended():

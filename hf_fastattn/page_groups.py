@@ -28,6 +28,10 @@ class PageGroup:
         """Copy pages `(source, target)` in every layer of the group."""
         self.storage.copy(moves, self.pool.capacity)
 
+    def grow_storage(self) -> None:
+        """Give every page of the pool its place in the tensors of all layers."""
+        self.storage.grow(self.pool.capacity)
+
 
 def layer_window(layer: Any) -> int | None:
     """The window of a Transformers cache layer; None if it sees all keys.
@@ -113,6 +117,11 @@ class PageGroups:
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self._groups.values())
+
+    @property
+    def storage_version(self) -> int:
+        """Another number whenever a tensor behind the pages was made, moved or dropped."""
+        return sum(group.storage.version for group in self)
 
     @property
     def pages_in_use(self) -> int:

@@ -11,10 +11,16 @@ class PageStorage:
 
     Args:
         page_size: tokens a page (P).
+
+    Attributes:
+        version: another number whenever tensors were made, moved or dropped.
+        capacity: pages that every layer which has been written to holds.
     """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
+        self.version = 0
+        self.capacity = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, layer_idx: int, states: Tensor, capacity: int, replace: bool) -> tuple[Tensor, Tensor]:
@@ -47,8 +53,16 @@ class PageStorage:
                 )
         shape = (capacity, self.page_size, *states.shape[-2:])
         old_keys, old_values = held or (None, None)
+        self.version += 1
         self._pages[layer_idx] = (self._grown(old_keys, shape, states), self._grown(old_values, shape, states))
+        self.capacity = min(pages.shape[0] for pages, _ in self._pages.values())
         return self._pages[layer_idx]
+
+    def grow(self, capacity: int) -> None:
+        """Grow every layer that has been written to `capacity` pages."""
+        for layer_idx, (held, _) in list(self._pages.items()):
+            if held.shape[0] < capacity:
+                self.layer(layer_idx, held, capacity, replace=False)
 
     @staticmethod
     def _grown(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -64,10 +78,15 @@ class PageStorage:
         """Copy pages `(source, target)` in every layer, grown to `capacity` pages."""
         if not moves:
             return
+        host = torch.tensor(moves).T.contiguous()
+        places: dict[torch.device, Tensor] = {}
         for layer_idx, (held, _) in list(self._pages.items()):
             pair = self.layer(layer_idx, held, capacity, replace=False)
             device = pair[0].device
-            source, target = (torch.tensor(side, device=device) for side in zip(*moves, strict=True))
+            if device not in places:
+                # From pageable memory this returns once the data is staged, without waiting for the device.
+                places[device] = host.to(device, non_blocking=True)
+            source, target = places[device]
             for pages in pair:
                 with torch.no_grad():
                     pages.index_copy_(0, target, pages.index_select(0, source))
@@ -76,6 +95,10 @@ class PageStorage:
         """The K and V pages of a layer, or None if it has not written yet."""
         return self._pages.get(layer_idx)
 
+    def any_pages(self) -> Tensor | None:
+        """The K pages of some layer, or None if none has written yet."""
+        return next(iter(self._pages.values()))[0] if self._pages else None
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -83,4 +106,6 @@ class PageStorage:
 
     def clear(self) -> None:
         """Drop all tensors."""
+        self.version += 1
+        self.capacity = 0
         self._pages.clear()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages import PagePool
+from hf_fastattn.table_mirror import TableMirror
 
 # A growing sequence gets this much room after it, at most, before another may settle there.
 MAX_ROOM_TOKENS = 2048
@@ -27,12 +31,19 @@ class PageTable:
         self.rows: list[list[int]] = []
         # Columns that a row is known to share with the rows of the same origin; see `prefixes`.
         self._origin: list[tuple[int, int]] = []
+        self._mirror = TableMirror()
+        # Tokens that every row can append to pages which it has and owns alone.
+        self._slack = 0
+        # Until a row has this length, no row has a page to release behind its window.
+        self._release_at = 0
 
     def add_rows(self, count: int) -> None:
         """Append `count` empty rows."""
         first = len(self.rows)
         self.rows.extend([] for _ in range(count))
         self._origin.extend((first + row, 0) for row in range(count))
+        self._mirror.add_rows(count)
+        self._slack = 0
 
     def reserve(
         self,
@@ -54,6 +65,11 @@ class PageTable:
         Raises:
             CacheFullError: the pool is full. Rows are as before, but for pages reserved beyond their length.
         """
+        growth = max((target - length for length, target in zip(lengths, targets, strict=True)), default=0)
+        if growth <= self._slack:
+            self._slack -= growth
+            return
+        self._slack = 0
         size = self.page_size
         fresh: list[int] = []
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
@@ -70,6 +86,7 @@ class PageTable:
             if not pages or pages[-1] < 0 or self.pool.owners(pages[-1]) > 1:
                 fresh.append(row)
                 continue
+            self._mirror.changed(row, len(pages))
             pages.extend(self._take(need, pages[-1], counters))
         runs = self._fresh_runs(fresh, lengths, targets, room, counters)
         partial = [(row, run) for row, run in runs if lengths[row] % size]
@@ -80,6 +97,9 @@ class PageTable:
             column = lengths[row] // size
             self.pool.release(self.rows[row][column:])
             self.rows[row][column:] = run
+            self._mirror.changed(row, column)
+        if all(target > length for length, target in zip(lengths, targets, strict=True)):
+            self._slack = min(len(pages) * size - target for pages, target in zip(self.rows, targets, strict=True))
 
     def _fresh_runs(
         self,
@@ -105,6 +125,17 @@ class PageTable:
         counters.pages_allocated += count
         return pages
 
+    def pages_to_come(self, lengths: Sequence[int], room: int) -> int:
+        """Pages that the rows need more to reach `room` tokens, or `MAX_ROOM_TOKENS` more if that is less."""
+        size = self.page_size
+        most = None if self.window is None else -(-self.window // size) + 1
+        total = 0
+        for length in lengths:
+            # One more, for the page that is copied when it is shared.
+            pages = -(-min(room, length + MAX_ROOM_TOKENS) // size) - length // size + 1
+            total += max(pages if most is None else min(pages, most), 1)
+        return total
+
     def select(self, indices: Sequence[int], counters: CallCounters) -> None:
         """Row b becomes a fork of row `indices[b]`; pages are shared until one of their owners writes."""
         selected = [list(self.rows[index]) for index in indices]
@@ -117,11 +148,15 @@ class PageTable:
         counters.pages_shared += max(held_after - held_before, 0)
         self._origin = self._origin_of(indices)
         self.rows = selected
+        self._mirror.select(indices)
+        self._slack = self._release_at = 0
 
     def fork_into(self, other: PageTable) -> None:
         """Give `other`, an empty table of the same pool, forks of all rows."""
         other.rows = [list(pages) for pages in self.rows]
         other._origin = list(self._origin)
+        other._mirror.add_rows(len(self.rows))
+        self._slack = 0
         for pages in other.rows:
             self.pool.fork(page for page in pages if page >= 0)
 
@@ -153,17 +188,23 @@ class PageTable:
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Release the pages beyond `lengths[b]` tokens of each row."""
-        for pages, length in zip(self.rows, lengths, strict=True):
+        self._slack = self._release_at = 0
+        for row, (pages, length) in enumerate(zip(self.rows, lengths, strict=True)):
             keep = -(-length // self.page_size)
-            self.pool.release(page for page in pages[keep:] if page >= 0)
-            del pages[keep:]
+            if keep < len(pages):
+                self.pool.release(page for page in pages[keep:] if page >= 0)
+                del pages[keep:]
+                self._mirror.changed(row, keep)
 
-    def release_behind(self, lengths: Sequence[int], slack: int = 0) -> None:
-        """Release the pages that no query from `lengths[b] - slack` on can see through the window."""
-        if self.window is None:
+    def release_behind(self, lengths: Sequence[int]) -> None:
+        """Release the pages that no query from `lengths[b]` on can see through the window."""
+        if self.window is None or not lengths or max(lengths) < self._release_at:
             return
-        for pages, length in zip(self.rows, lengths, strict=True):
-            column = max(length - slack - self.window + 1, 0) // self.page_size
+        first_seen = [max(length - self.window + 1, 0) for length in lengths]
+        # Rows that grow at different speeds may release a page some steps late, never early.
+        self._release_at = max(lengths) + min(self.page_size - first % self.page_size for first in first_seen)
+        for pages, first in zip(self.rows, first_seen, strict=True):
+            column = first // self.page_size
             for behind in range(min(column, len(pages)) - 1, -1, -1):
                 if pages[behind] < 0:
                     break
@@ -174,4 +215,18 @@ class PageTable:
         """Release everything; no rows remain."""
         for pages in self.rows:
             self.pool.release(page for page in pages if page >= 0)
-        self.rows, self._origin = [], []
+        self.rows, self._origin, self._mirror = [], [], TableMirror()
+        self._slack = self._release_at = 0
+
+    # ---- as arrays --------------------------------------------------------------------------------------------
+
+    def as_array(self) -> tuple[NDArray[np.int32], int]:
+        """`[rows, columns]` int32 pages, arbitrary where there is none, and a number that tells two contents apart."""
+        pages = self._mirror.update(self.rows)
+        return pages, self._mirror.version
+
+    def newest_slots(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """`[rows]` int32 slots `page * P + offset` of the last of the `lengths[b]` tokens of each row."""
+        columns, offsets = np.divmod(lengths - 1, self.page_size)
+        pages = self._mirror.update(self.rows)
+        return pages[np.arange(len(lengths)), columns] * self.page_size + offsets

@@ -106,6 +106,10 @@ class PagePool:
             ) from full
         return runs
 
+    def ensure(self, free: int) -> None:
+        """Grow, within the limit, until at least `free` pages are free."""
+        self._grow_to(self._in_use + free)
+
     def fork(self, pages: Iterable[int]) -> None:
         """Add an owner to each of `pages`, which must be held."""
         for page in pages:

@@ -43,6 +43,7 @@ class Report:
             return "not patched"
         call = self.last_call
         falls = ", ".join(f"{reason} ({count})" for reason, count in call.fallbacks.items()) or "none"
+        layered = "".join(f"; layer by layer: {reason} ({count})" for reason, count in call.uncaptured.items())
         return "\n".join(
             (
                 f"family        {self.family}, {len(self.modules)} modules replaced",
@@ -50,6 +51,7 @@ class Report:
                 f"options       {self.config}",
                 f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed",
                 f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
+                f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
                 f"fallbacks     {falls}",
                 f"now           {self.pages_in_use} pages in use, {self.page_bytes_allocated / 2**20:.1f} MiB allocated",
             )

@@ -1,4 +1,4 @@
-"""`Runtime`: what lives with a patched model between calls: options, pages, counters, calls under way."""
+"""`Runtime`: what lives with a patched model between calls: options, pages, graphs, counters, calls under way."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.page_groups import PageGroups
+from hf_fastattn.page_groups import PageGroups, is_recurrent, template_layers
 from hf_fastattn.prompt_rows import Expansion
+from hf_fastattn.step_graphs import StepGraphs
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -47,6 +48,8 @@ class Runtime:
         self.config = config
         self._dtype = dtype
         self.groups = PageGroups(model_config, config, dtype)
+        recurrent = any(map(is_recurrent, template_layers(model_config)))
+        self.graphs = StepGraphs(config.cuda_graphs, "a linear attention keeps a state" if recurrent else None)
         self.counters = CallCounters()
         self.prefilling = False
         self._calls: list[Call] = []
@@ -71,6 +74,7 @@ class Runtime:
             if not self._calls:
                 self.counters = CallCounters()
             self._calls.append(call)
+            self.graphs.enter_call(True)
             yield lambda value: result.__setitem__(0, value)
         finally:
             returned = call.release(result[0])
@@ -79,7 +83,12 @@ class Runtime:
                 # An assistant's cache comes back to its caller, which is ours too.
                 self._calls[-1].caches.extend(returned)
             else:
+                version = self.groups.storage_version
                 self.groups.shrink(0.0 if training else self.config.keep_memory)
+                if self.groups.storage_version != version:
+                    # Graphs read pages that are gone, and memory is wanted.
+                    self.graphs.drop()
+            self.graphs.enter_call(bool(self._calls))
             self._lock.release()
 
     @property

@@ -23,8 +23,8 @@ from hf_fastattn.kernels.workspace import Workspace
 
 # Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
 INVARIANT_KEYS = 1024
-# Partial states, and their fp32 elements, that merging programs have in flight on a multiprocessor.
-MERGE_PARTS, MERGE_ELEMENTS = 16, 8192
+# Fp32 elements of partial states that a merging program has in flight.
+MERGE_ELEMENTS = 4096
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -224,11 +224,6 @@ def merge_parts(
         tl.store(lse_ptr + out_row, lse, mask=ok_m)
 
 
-def merge_parts_at_once(rows: int, block_d: int, programs: int) -> int:
-    """Parts `[rows, block_d]` that one of `programs` programs of a multiprocessor loads before it adds them up."""
-    return min(max(MERGE_ELEMENTS // (programs * rows * block_d), 1), MERGE_PARTS // programs)
-
-
 def paged_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -301,7 +296,7 @@ def paged_decode(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
             STAGES=tile.stages,
-            MERGE_ROWS=merge_rows, MERGE_PARTS=merge_parts_at_once(merge_rows, block_d, tile.programs),
+            MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -96,17 +96,23 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     batch = cache.begin(rows, columns, new, dense=reason is not None)
     padding = None if new is None or reason is not None else Padding(new, tokens.device)
     try:
-        if reason is None and state.family.linear_attention:
-            # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
-            cache.padding, padding = padding, None
-            arguments = _padded_arguments(arguments, cache.padding, columns)
-        elif reason is None:
-            arguments = _packed_arguments(arguments, padding, past, rows, columns)
-        outputs = call_original(self, past_key_values=cache, **arguments, **kwargs)
+        outputs = None
+        if reason is None and columns == 1 and new is None:
+            outputs = state.runtime.graphs.run(self, arguments, cache, kwargs, call_original, state.runtime.counters)
+        if outputs is None:
+            if reason is None and state.family.linear_attention:
+                # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
+                cache.padding, padding = padding, None
+                arguments = _padded_arguments(arguments, cache.padding, columns)
+            elif reason is None:
+                arguments = _packed_arguments(arguments, padding, past, rows, columns)
+            outputs = call_original(self, past_key_values=cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
         raise
     cache.commit()
+    if reason is None:
+        cache.seen_mask.remember(mask, past + columns)
     state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
     return outputs if padding is None else padding.restore_outputs(outputs)
 

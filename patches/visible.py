@@ -11,13 +11,14 @@ from hf_fastattn.cache import PagedCache
 
 
 def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Tensor | None:
-    """`[B, past + S]` bool on the host: what the mask shows; None if that is everything.
+    """`[B, past + S]` bool on the host: what the mask shows; None if that is all that is stored and every new column.
 
     Raises:
         ValueError: the mask does not fit, or shows a token that was padding, and so not stored, when it was cached.
     """
-    past, stored = cache.get_seq_length(), cache.stored
+    past = cache.get_seq_length()
     if mask is None:
+        stored = cache.stored
         if stored is not None and not bool(stored.all()):
             raise ValueError(
                 f"attention_mask is None, but past_key_values holds padding ({int((~stored).sum())} columns); "
@@ -31,7 +32,9 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
             f"attention_mask has shape {tuple(mask.shape)}, expected {(rows, past + columns)}: {rows} rows, "
             f"{past} columns in the cache and {columns} new ones"
         )
-    visible = mask.to("cpu", torch.bool)
+    if cache.seen_mask.knows(mask, rows, past):
+        return None
+    visible, stored = mask.to("cpu", torch.bool), cache.stored
     if stored is not None and bool((visible[:, :past] & ~stored).any()):
         raise ValueError(
             "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "

@@ -163,6 +163,16 @@ def pair(family: str, options: Mapping[str, Any] | None = None, **over: Any) -> 
     return tiny(family, **over), hf_fastattn.patch(tiny(family, **over), **(options or {}))
 
 
+def pair_with_graphs(family: str, options: Mapping[str, Any] | None = None, **over: Any) -> tuple[Any, Any]:
+    """`pair`, with decode steps replayed, which is off by default."""
+    return pair(family, {"cuda_graphs": True, **(options or {})}, **over)
+
+
+def patch_with_graphs(model: Any, **options: Any) -> Any:
+    """`hf_fastattn.patch` with decode steps replayed."""
+    return hf_fastattn.patch(model, **{"cuda_graphs": True, **options})
+
+
 def noisy(model: PreTrainedModel, amount: float = 0.01) -> PreTrainedModel:
     """`model` with its weights moved a little: an assistant that is right only sometimes."""
     with torch.random.fork_rng(), torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ class RandomTables(RuleBasedStateMachine):
         self.rows: list[list[list[int]]] = []
         self.memory: dict[int, list[int | None]] = {}
         self.next_token = 0
+        self.uploaded: dict[int, list[list[int]]] = {}
 
     @precondition(lambda self: len(self.tables) < 3)
     @rule(rows=st.integers(1, 3))
@@ -81,6 +83,61 @@ class RandomTables(RuleBasedStateMachine):
         for row in self.rows[which]:
             del row[len(row) - data.draw(st.integers(0, min(len(row), 6))) :]
         self.tables[which].trim([len(row) for row in self.rows[which]])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def look_at_the_array(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        table, rows = self.tables[which], self.rows[which]
+        array, version = table.as_array()
+        for row, (pages, tokens) in enumerate(zip(table.rows, rows, strict=True)):
+            first = 0 if self.window is None else max(len(tokens) - self.window + 1, 0)
+            columns = slice(first // SIZE, -(-len(tokens) // SIZE))
+            assert array[row, columns].tolist() == pages[columns]
+        # With a window of one, the page of the newest token may be released once that token was read.
+        if all(rows) and self.window != 1:
+            slots = table.newest_slots(np.array([len(row) for row in rows], np.int32))
+            assert [self.memory[slot // SIZE][slot % SIZE] for slot in slots.tolist()] == [row[-1] for row in rows]
+        # Who has uploaded the array of this version need not do so again.
+        assert self.uploaded.setdefault(version, array.tolist()) == array.tolist()
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def grow_token_by_token(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        table, rows = self.tables[which], self.rows[which]
+        for _ in range(data.draw(st.integers(1, 9))):
+            lengths = [len(row) for row in rows]
+            targets = [length + 1 for length in lengths]
+
+            def copy_pages(moves):
+                for source, target in moves:
+                    self.memory[target] = list(self.memory[source])
+
+            try:
+                table.reserve(lengths, targets, 0, self.counters, copy_pages)
+            except CacheFullError:
+                table.trim(lengths)
+                return
+            for row, length in enumerate(lengths):
+                page = table.rows[row][length // SIZE]
+                assert self.pool.owners(page) == 1, "a shared page would be written"
+                if length % SIZE == 0:
+                    self.memory[page] = [None] * SIZE
+                self.memory[page][length % SIZE] = self.next_token
+                rows[row].append(self.next_token)
+                self.next_token += 1
+            table.release_behind(targets)
+
+    @precondition(lambda self: self.tables and len(self.tables) < 3)
+    @rule(data=st.data())
+    def fork_a_table(self, data):
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        self.tables[which].trim([len(row) for row in self.rows[which]])
+        other = PageTable(self.pool, SIZE, self.window)
+        self.tables[which].fork_into(other)
+        self.tables.append(other)
+        self.rows.append([list(row) for row in self.rows[which]])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())

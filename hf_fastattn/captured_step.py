@@ -1,0 +1,119 @@
+"""`CapturedStep`: the decoder's forward over static inputs, recorded once as a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CaptureRoom:
+    """What the graphs of one model share: the stream they are captured on and the memory they compute in.
+
+    One memory pool is enough for all: two graphs of a model never run at the same time, and what a replay computed is
+    copied out before the next one.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._last: torch.cuda.Stream | None = None
+
+    def enter(self) -> torch.cuda.Stream:
+        """The current stream, made to wait for what graphs of this model still do on another one."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
+        return stream
+
+
+class CapturedStep:
+    """A forward that reads and writes the same device memory every time.
+
+    Args:
+        room: shared by the steps of a model.
+    """
+
+    # Where steps can be captured, and with which kernels.
+    devices: tuple[str, ...] = ("cuda",)
+    backends: tuple[str, ...] = ("triton", "hopper")
+
+    def __init__(self, room: CaptureRoom) -> None:
+        self._room = room
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+
+    @staticmethod
+    def make_room(device: torch.device) -> Any:
+        """What the steps of a model share."""
+        return CaptureRoom(device)
+
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
+        """Run once to compile kernels and size their workspace, then record.
+
+        Args:
+            run: the forward; launches only, on static inputs, without a look at the device.
+            warmed_up: called between the two.
+        """
+        room = self._room
+        graph = torch.cuda.CUDAGraph()
+        # Static tensors and what is in flight to them come from the current stream.
+        current = room.enter()
+        room.stream.wait_stream(current)
+        try:
+            with torch.cuda.device(room.device), torch.cuda.stream(room.stream):
+                run()
+                warmed_up()
+                self._output = self._record(graph, run)
+        finally:
+            current.wait_stream(room.stream)
+        self._graph = graph
+
+    def replay(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run the recorded launches on the current stream; returns a copy of the output.
+
+        Args:
+            run: what was captured; for steps that have no graph.
+        """
+        assert self._graph is not None and self._output is not None
+        self._room.enter()
+        self._graph.replay()
+        return self._output.clone()
+
+    def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+        # Other threads may go on using the device meanwhile.
+        graph.capture_begin(pool=self._room.pool, capture_error_mode="thread_local")
+        try:
+            output = run()
+        except BaseException:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                self._clean_up()
+            raise
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._clean_up()
+            raise
+        return output
+
+    def _clean_up(self) -> None:
+        """Undo what PyTorch leaves behind when a launch or a wait that cannot be recorded broke the capture."""
+        with contextlib.suppress(RuntimeError):
+            # The allocator would go on serving the stream from the pool of the capture.
+            torch._C._cuda_endAllocateToPool(self._room.device.index or 0, self._room.pool)
+        with contextlib.suppress(RuntimeError):
+            # The random generator would go on counting for a graph: a capture that succeeds ends that.
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self._room.device)
+            graph.capture_end()

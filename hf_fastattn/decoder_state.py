@@ -1,0 +1,128 @@
+"""Whether a decoder's step can be captured, and what a captured one depends on beside its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+# Attached to the modules that we patched; see `patches.module_state`.
+PATCHED = "_fastattn"
+SCALARS = (bool, int, float, str)
+# Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
+KNOWN = ("torch.nn.", "transformers.", "peft.")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+CAPTURE_HOOK = "output_capturing_hook"
+
+
+def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
+    """All modules below the decoder; one that is there twice comes twice."""
+    stack = [decoder]
+    while stack:
+        for module in stack.pop()._modules.values():
+            if module is not None:
+                stack.append(module)
+                yield module
+
+
+def decoder_state(decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
+    """All that a captured step depends on, as a value to compare: where weights lie, modules, options, adapters.
+
+    What the weights hold is not part of it: a replay reads them anew.
+    """
+    parts: list[Any] = [device, _options(decoder), *_tensors(decoder)]
+    for module in submodules(decoder):
+        state = vars(module)
+        parts.append((type(module), type(module).forward))
+        parts.extend(value for value in state.values() if type(value) in SCALARS)
+        parts.extend(_tensors(module))
+        if not type(module).__module__.startswith(KNOWN[:2]):
+            parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
+    return tuple(parts)
+
+
+def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
+    """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
+    config: Any = decoder.config
+    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
+        return "a mixture of experts chooses what it computes"
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        return "gradient checkpointing is on"
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return "hooks on all modules are registered"
+    for module in submodules(decoder):
+        reason = _why_not_module(module)
+        if reason is not None:
+            return reason
+    for module in (decoder, *submodules(decoder)):
+        for tensor in _held(module):
+            if type(tensor) not in (nn.Parameter, Tensor):
+                return f"a parameter is a {type(tensor).__name__}"
+            if tensor.device != device:
+                return f"the model is on {tensor.device} and {device}"
+    return None
+
+
+def _why_not_module(module: nn.Module) -> str | None:
+    state, kind = vars(module), type(module)
+    if not kind.__module__.startswith(KNOWN):
+        return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
+    if "_hf_hook" in state or any(_is_foreign(hook) for name in HOOKS for hook in state[name].values()):
+        return f"a {kind.__name__} has hooks"
+    if "forward" in state and PATCHED not in state:
+        return f"the forward of a {kind.__name__} was replaced"
+    if state.get("_compiled_call_impl") is not None:
+        return f"a {kind.__name__} is compiled"
+    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+        return "dropout is active"
+    types = state.get("rope_type", ())
+    for rope_type in types.values() if isinstance(types, dict) else (types,):
+        if "dynamic" in rope_type or "longrope" in rope_type:
+            return f"the frequencies of {rope_type!r} RoPE depend on the length"
+    return None
+
+
+def _is_foreign(hook: Any) -> bool:
+    # Transformers leaves its own hooks on a model that was ever asked for hidden states; they do nothing unless it is.
+    return getattr(hook, "__name__", "") != CAPTURE_HOOK
+
+
+def _options(decoder: Any) -> tuple[Any, ...]:
+    matmul = torch.backends.cuda.matmul
+    return (
+        type(decoder),
+        decoder.training,
+        str(getattr(decoder.config, "rope_parameters", None)),
+        torch.get_float32_matmul_precision(),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None:
+                yield tensor
+
+
+def _tensors(module: nn.Module) -> Iterator[Any]:
+    for tensor in _held(module):
+        # Others, such as quantised ones, are refused; some have no address.
+        if type(tensor) in (nn.Parameter, Tensor):
+            yield (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
+def _frozen(value: Any) -> Any:
+    """`value` in a form that can be compared: plain values and containers of them, anything else by identity."""
+    if value is None or type(value) in SCALARS:
+        return value
+    if isinstance(value, dict):
+        return tuple((name, _frozen(entry)) for name, entry in value.items())
+    if isinstance(value, list | tuple | set):
+        return tuple(_frozen(entry) for entry in value)
+    return id(value)

@@ -1,0 +1,46 @@
+"""`SeenMask`: which attention mask is known to show what a cache stores, so that its values need not be read."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+
+class SeenMask:
+    """Remembers one mask `[B, columns]`: its first columns show exactly the tokens that are stored, all others are ones.
+
+    `generate()` makes a new mask a step; to compare it with the cache, the host would have to wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._compared = 0
+
+    def remember(self, mask: Any, columns: int) -> None:
+        """Columns up to `columns` of `mask` were compared with the cache, or are known to agree with it."""
+        usable = isinstance(mask, Tensor) and mask.ndim == 2
+        self._mask = weakref.ref(mask) if usable else None
+        self._version = _version(mask) if usable else 0
+        self._compared = columns
+
+    def extend(self, before: Any, after: Any) -> None:
+        """`after` is `before` with columns of ones behind it."""
+        if self._is_the_one(before):
+            self.remember(after, self._compared)
+
+    def knows(self, mask: Any, rows: int, past: int) -> bool:
+        """Whether `mask` is known to show the `past` columns of a cache as they are stored, and all after them."""
+        return self._is_the_one(mask) and self._compared == past and mask.shape[0] == rows
+
+    def _is_the_one(self, mask: Any) -> bool:
+        if not isinstance(mask, Tensor) or self._mask is None:
+            return False
+        return self._mask() is mask and _version(mask) == self._version
+
+
+def _version(mask: Tensor) -> int:
+    # Writes are not counted inside inference mode, where generate() itself makes the masks and nobody else has them.
+    return 0 if mask.is_inference() else mask._version

@@ -1,0 +1,245 @@
+"""`StepGraphs`: the captured decode steps of one model: when they are made, used and dropped."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.batch import Batch
+from hf_fastattn.cache import PagedCache
+from hf_fastattn.captured_step import CapturedStep
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.decoder_state import decoder_state, why_not_capturable
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.page_groups import PageGroups
+from hf_fastattn.static_inputs import StaticInputs, StepShape, columns_for, why_not_static
+
+logger = logging.getLogger("hf_fastattn")
+
+# The least recently used one goes when there are more.
+MAX_GRAPHS = 8
+# Shapes that are known to have come up once.
+MAX_SHAPES = 256
+# Captures that may fail before the model is left alone, until it changes.
+MAX_FAILURES = 3
+
+Key = tuple[StepShape, int, int]
+
+
+@dataclass
+class Entry:
+    """A captured step and what it was captured with.
+
+    Attributes:
+        groups: whose pages it reads, at `storage_version`.
+        outputs: the class of the decoder's output.
+    """
+
+    inputs: StaticInputs
+    batch: Batch
+    step: CapturedStep
+    groups: weakref.ref[PageGroups]
+    storage_version: int = -1
+    outputs: Any = None
+
+    def fits(self, cache: PagedCache, columns: int) -> bool:
+        """Whether the step can be replayed for this cache: its pages lie where they lay, and the table has room."""
+        version = cache.groups.storage_version
+        return self.groups() is cache.groups and self.storage_version == version and self.inputs.columns >= columns
+
+    def launcher(self, decoder: Any, forward: Callable[..., Any], cache: PagedCache) -> Callable[[], Tensor]:
+        """The decoder's forward over the static inputs."""
+
+        def run() -> Tensor:
+            # What a graph computes must be ordinary tensors, whatever mode the caller is in.
+            with cache.reading(self.batch), torch.inference_mode(False), torch.no_grad():
+                arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
+                outputs = forward(decoder, past_key_values=cache, **arguments)
+            self.batch.forget_rope()
+            self.outputs = type(outputs)
+            others = set(outputs) - {"last_hidden_state", "past_key_values"}
+            if others:
+                raise RuntimeError(f"the decoder also returns {sorted(others)}")
+            return outputs.last_hidden_state
+
+        return run
+
+
+class StepGraphs:
+    """Runs decode steps from graphs, one a shape, captured when a shape comes up for the second time.
+
+    What a graph depends on beside its inputs (`decoder_state`) is compared at the first step of every `generate()`, and
+    in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
+    they may change weights in place.
+
+    Args:
+        enabled: `FastAttnConfig.cuda_graphs`.
+        known_reason: why no step of this model can be captured, if there is a reason that its decoder does not show.
+    """
+
+    # Tests run the same steps without a GPU by another type.
+    step_type: ClassVar[type[CapturedStep]] = CapturedStep
+
+    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
+        self._enabled = enabled
+        self._known_reason = known_reason
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._room: Any = None
+        self._state: tuple[Any, ...] | None = None
+        self._reason: str | None = None
+        # The decoder whose state was compared and need not be again in this call.
+        self._checked: weakref.ref[Any] | None = None
+        self._in_call = False
+        self._failures = 0
+        self._resting = False
+        self._logged: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def enter_call(self, in_call: bool) -> None:
+        """A `generate()` begins, or ends and the one around it, if any, goes on."""
+        self._checked, self._in_call, self._resting = None, in_call, False
+
+    def drop(self) -> None:
+        """Forget all graphs; their memory is free."""
+        self._entries.clear()
+        self._room = None
+
+    def run(
+        self,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Any | None:
+        """The decoder's output for one new token a row; None if its layers have to be launched one by one.
+
+        Args:
+            arguments: `input_ids` or `inputs_embeds`, `position_ids`, and what else the decoder takes; what a mask
+                says, `cache` knows.
+            cache: a paged forward of it is under way.
+            kwargs: what else the decoder was given.
+            forward: the decoder's own, called with it.
+            counters: where captures and replays are counted.
+        """
+        tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+        batch = cache.paged_batch
+        if not self._enabled or tokens.device.type not in self.step_type.devices or batch is None:
+            return None
+        if cache.get_seq_length() == 0 or not self._has_kernels(cache, tokens.device):
+            return None
+        reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
+        if reason is not None:
+            self._count_reason(reason, counters)
+            return None
+        cache.reserve_ahead()
+        key = (StepShape.of(arguments), decoder.config.num_hidden_layers, id(cache.groups))
+        needed, worth_having = columns_for(cache, batch.seq_lens)
+        entry = self._entries.get(key)
+        if entry is not None and entry.fits(cache, needed):
+            entry.inputs.write(arguments, cache, batch.seq_lens)
+            self._entries.move_to_end(key)
+        elif self._is_due(key):
+            entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
+        else:
+            entry = None
+        if entry is None:
+            return None
+        hidden = entry.step.replay(entry.launcher(decoder, forward, cache))
+        counters.graphs_replayed += 1
+        outputs = entry.outputs(last_hidden_state=hidden, past_key_values=cache)
+        return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs
+
+    def _has_kernels(self, cache: PagedCache, device: torch.device) -> bool:
+        pages = next(iter(cache.groups)).storage.any_pages()
+        if pages is None:
+            return False
+        backend, _ = choose_backend(cache.groups.backend, device, pages.dtype, pages.shape[-1])
+        return backend in self.step_type.backends
+
+    def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
+        if self._checked is None or self._checked() is not decoder:
+            state = decoder_state(decoder, device)
+            if state != self._state:
+                self.drop()
+                self._state, self._failures, self._resting = state, 0, False
+            # Hooks come and go without a trace in the state.
+            self._reason = self._known_reason or why_not_capturable(decoder, device)
+            self._checked = weakref.ref(decoder) if self._in_call else None
+        return self._reason
+
+    def _is_due(self, key: Key) -> bool:
+        if self._resting or self._failures >= MAX_FAILURES:
+            return False
+        if key in self._seen:
+            return True
+        self._seen[key] = None
+        if len(self._seen) > MAX_SHAPES:
+            self._seen.popitem(last=False)
+        return False
+
+    def _capture(
+        self,
+        key: Key,
+        columns: int,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Entry | None:
+        self._entries.pop(key, None)
+        groups = cache.groups
+        assert cache.paged_batch is not None
+        try:
+            if self._room is None:
+                self._room = self.step_type.make_room(key[0].device)
+            inputs = StaticInputs(key[0], columns, cache.tables)
+            batch = inputs.batch(groups.backend, groups.batch_invariant)
+            entry = Entry(inputs, batch, self.step_type(self._room), self._reference(groups, key))
+            inputs.write(arguments, cache, cache.paged_batch.seq_lens)
+
+            def warmed_up() -> None:
+                entry.storage_version = groups.storage_version
+
+            entry.step.capture(entry.launcher(decoder, forward, cache), warmed_up)
+            if not entry.fits(cache, 0):
+                raise RuntimeError("pages were moved meanwhile")
+        except Exception as error:
+            # The step itself goes on layer by layer, and fails there if it must.
+            self.drop()
+            self._failures, self._resting = self._failures + 1, True
+            self._count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
+            return None
+        self._entries[key] = entry
+        if len(self._entries) > MAX_GRAPHS:
+            self._entries.popitem(last=False)
+        counters.graphs_captured += 1
+        return entry
+
+    def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
+        owner = weakref.ref(self)
+
+        def gone(_: Any) -> None:
+            graphs = owner()
+            if graphs is not None:
+                graphs._entries.pop(key, None)
+
+        return weakref.ref(groups, gone)
+
+    def _count_reason(self, reason: str, counters: CallCounters) -> None:
+        counters.uncaptured[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)
