@@ -119,7 +119,8 @@ def measure_layouts(device: torch.device, dtype: torch.dtype, rounds: int) -> li
                 names.append(f"{'HND' if heads_first else 'NHD'} {page}")
                 timers.append(Timer(our_launch(inputs), max(inputs.sets, 5), device))
         times = interleaved(timers, rounds)
-        found.append({"shape": f"{shape.kind}, {shape.name}", "us": {name: 1e6 * median(t) for name, t in zip(names, times, strict=True)}})
+        medians = {name: 1e6 * median(t) for name, t in zip(names, times, strict=True)}
+        found.append({"shape": f"{shape.kind}, {shape.name}", "us": medians})
     return found
 
 
