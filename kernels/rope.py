@@ -75,6 +75,7 @@ def rope_append(
         q = rms_norm(q, q_norm, eps, unit_offset)
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps, unit_offset)
-    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin))
+    # Under autocast cos and sin are wider than the heads.
+    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k.dtype))
     v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
-    return rotate(q, cos, sin)
+    return rotate(q, cos, sin).to(q.dtype)

@@ -113,6 +113,8 @@ def _attend(
     k = module.k_proj(hidden_states).view(shape)
     v = module.v_proj(hidden_states).view(shape)
     q, k, norm = normalise(module, family, q, k)
+    # Under autocast a norm gives fp32, as its weights are; pages hold one dtype.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     window = cache.layers[module.layer_idx].window
     k_pages, v_pages = cache.pages_for(module.layer_idx, k)
     cos, sin = batch.rope(*position_embeddings)

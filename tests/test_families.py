@@ -196,3 +196,18 @@ def test_refused_with_a_reason(name: str, reason: str, special: dict[str, Any]) 
 def test_refused_by_model_type(model_type: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){model_type}.*cannot be patched.*supported.*llama"):
         registry.family_of(model_type)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_autocast(family: str) -> None:
+    stock, model = pair(family, initializer_range=0.05)
+    batch = padded_batch()
+    with torch.no_grad():
+        exact = stock(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = stock(**batch).logits.float()
+            cache = hf_fastattn.PagedCache(model.config)
+            ours = model(**batch, past_key_values=cache, use_cache=True).logits.float()
+    assert_fast(model, held=None)
+    seen = batch["attention_mask"].bool()
+    assert (ours - exact)[seen].abs().max() <= 2 * (plain - exact)[seen].abs().max()
