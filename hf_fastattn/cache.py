@@ -17,7 +17,7 @@ from hf_fastattn.by_window import ByWindow
 from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.dense import dense_slots
+from hf_fastattn.dense import dense_slots, dense_tokens
 from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.padding import Padding
 from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
@@ -311,13 +311,7 @@ class PagedCache(Cache):
             return empty, empty
         stored = None if self._stored is None else self._stored_until(columns)
         slots, missing = dense_slots(self.tables[layer.window], stored, first, columns, like.device)
-        dense = []
-        for pages in held:
-            tokens = pages.flatten(0, 1)[slots]
-            if missing is not None:
-                tokens = tokens.masked_fill(missing[..., None, None], 0)
-            dense.append(tokens.transpose(1, 2))
-        return dense[0], dense[1]
+        return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
 
     def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
         """All that the layer holds, dense; None before its first write."""

@@ -34,3 +34,11 @@ def dense_slots(
             here = stored[row, first:last]
             slots[row, here] = of_tokens[before : before + int(here.sum())]
     return slots.to(device), None if missing is None else missing.to(device)
+
+
+def dense_tokens(pages: Tensor, slots: Tensor, missing: Tensor | None) -> Tensor:
+    """`[B, G, columns, D]` from pages `[N, P, G, D]`, zero at the places that `dense_slots` calls missing."""
+    tokens = pages.flatten(0, 1)[slots]
+    if missing is not None:
+        tokens = tokens.masked_fill(missing[..., None, None], 0)
+    return tokens.transpose(1, 2)

@@ -1,7 +1,7 @@
 """Tiles of the matrix-vector and skinny products, as data.
 
-What was measured stands in `MEASURED`, by shape; other shapes take a default that keeps 30 to 64 KB a multiprocessor in
-flight, which is what reading at full speed needs on Hopper. Nothing is tuned at run time.
+`MEASURED` is for tiles found by measurement, by shape, and has none yet. The default is an estimate: it aims at 30 to 64
+KB in flight a multiprocessor, which is what reading at full speed should need on Hopper. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
