@@ -155,7 +155,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="hf-fastattn bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--page-size", type=int, default=16, help="tokens a page")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
     parser.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
