@@ -1,192 +1,182 @@
-"""Stock Transformers against the patched model: interleaved pairs of `generate()` calls in one process.
+"""Speed of `model.generate()`: stock Transformers against the patched model, in interleaved pairs in one process.
 
     python -m hf_fastattn.eval.speed --model <hub id or path> --batch 1 8 --prompt 512 --new 64 --pairs 9
+    python -m hf_fastattn.eval.speed --shape llama-3-8b --compile --profile 1 16 --output results
 
-Each pair runs both in turn, the order alternating, so that a drift of the machine's speed cancels in the ratio; the
-median ratio is what counts. A case where the two disagree (see `agreement.py`) prints no ratio. Prints a table and one
-JSON line.
+Without --batch a standard set of cases runs. Of each case first whether both compute the same (no ratio is printed on
+red), then stock with its dynamic cache, with --compile also stock with a static cache and `torch.compile`, and the
+patched model, in turn, in alternating order, so that a drift of the machine's speed cancels in the ratios. Times are
+those of whole calls of `generate()`. The exit status is 1 if a case was wrong, fell back to Transformers' own path, or
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-import hf_fastattn
-from hf_fastattn.eval import report
-from hf_fastattn.eval.agreement import Agreement
-from hf_fastattn.eval.environment import environment
+from hf_fastattn.eval import report, variants
+from hf_fastattn.eval.environment import command, environment
 from hf_fastattn.eval.models import SHIPPED
 from hf_fastattn.eval.shapes import SHAPES, random_model
+from hf_fastattn.eval.speed_bench import Bench, Settings, free_memory
+from hf_fastattn.eval.speed_cases import KINDS, Case, choose
+from hf_fastattn.eval.speed_plot import draw_speed
+from hf_fastattn.eval.speed_profile import profile_step
+from hf_fastattn.eval.speed_table import is_green, markdown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One call: seconds to the first token, and seconds a token after it."""
-
-    first: float
-    per_token: float
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table; times are medians in milliseconds, ratios medians of patched over stock."""
-
-    batch: int
-    samples: int
-    prompt: int
-    new: int
-    equal: bool
-    stock_first_ms: float
-    ours_first_ms: float
-    stock_token_ms: float
-    ours_token_ms: float
-    first_ratio: float | None
-    token_ratio: float | None
-    forwards: int
-    prompt_tokens: int
-    fallbacks: dict[str, int]
-
-
-class Clock:
-    """A logits processor that notes when each token's logits arrive."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return scores
-
-
-def timed(model: Any, ids: torch.Tensor, samples: int, new: int) -> Timing:
-    """Time one `generate()` of `new` tokens; `samples` > 1 draws that many of each prompt."""
-    clock = Clock()
-    arguments: dict[str, Any] = {"num_return_sequences": samples, "do_sample": True} if samples > 1 else {"do_sample": False}
-    model.generate(ids, max_new_tokens=new, min_new_tokens=new, logits_processor=[clock], **arguments)
-    start, first, *rest = clock.times
-    return Timing(first - start, (rest[-1] - first) / len(rest))
-
-
-def measure(
-    model: Any, agrees: Agreement, ids: torch.Tensor, samples: int, new: int, pairs: int, say: Callable[[str], None]
-) -> Case:
-    """Time `pairs` pairs of one case, after a check that both compute the same."""
-    equal = agrees(ids)
-    stock: list[Timing] = []
-    ours: list[Timing] = []
-    for number in range(pairs + 1):
-        for is_patched in (True, False) if number % 2 else (False, True):
-            if is_patched:
-                hf_fastattn.patch(model)
-                timing = timed(model, ids, samples, new)
-                call = hf_fastattn.report(model).last_call
-                hf_fastattn.unpatch(model)
-            else:
-                timing = timed(model, ids, samples, new)
-            # The first pair warms up.
-            if number:
-                (ours if is_patched else stock).append(timing)
-        say(f"  batch {ids.shape[0]}, samples {samples}: pair {number} of {pairs}")
-    assert call is not None
-    return Case(
-        ids.shape[0],
-        samples,
-        ids.shape[1],
-        new,
-        equal,
-        1e3 * statistics.median(timing.first for timing in stock),
-        1e3 * statistics.median(timing.first for timing in ours),
-        1e3 * statistics.median(timing.per_token for timing in stock),
-        1e3 * statistics.median(timing.per_token for timing in ours),
-        statistics.median(b.first / a.first for a, b in zip(stock, ours, strict=True)) if equal else None,
-        statistics.median(b.per_token / a.per_token for a, b in zip(stock, ours, strict=True)) if equal else None,
-        call.forwards,
-        call.prompt_tokens,
-        dict(call.fallbacks),
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="hf-fastattn bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def first_token_of_samples(model: Any, ids: torch.Tensor, samples: int, pairs: int) -> float:
-    """Median ratio of the patched model's first-token time with `samples` samples to that with one."""
-    with hf_fastattn.patched(model):
-        ratios = []
-        for number in range(pairs + 1):
-            order = (1, samples) if number % 2 else (samples, 1)
-            first = {count: timed(model, ids, count, 2).first for count in order}
-            if number:
-                ratios.append(first[samples] / first[1])
-    return statistics.median(ratios)
-
-
-def table(cases: list[Case]) -> str:
-    """The cases as a Markdown table."""
-    head = "| batch x samples | prompt | new | first token, stock | patched | ratio | a token, stock | patched | ratio |"
-    rows = [head, "|" + "---|" * 9]
-    for c in cases:
-        ratio = [f"{r:.2f}" if r is not None else "they disagree" for r in (c.first_ratio, c.token_ratio)]
-        rows.append(
-            f"| {c.batch} x {c.samples} | {c.prompt} | {c.new} | {c.stock_first_ms:.1f} ms | {c.ours_first_ms:.1f} ms "
-            f"| {ratio[0]} | {c.stock_token_ms:.2f} ms | {c.ours_token_ms:.2f} ms | {ratio[1]} |"
-        )
-    return "\n".join(rows)
+    made.add_argument("--model", default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)")
+    made.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead")
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    kinds = "; ".join(f"{name}: {text}" for name, text in KINDS.items())
+    made.add_argument("--kind", nargs="+", choices=KINDS, help=f"only these kinds of calls. {kinds}")
+    made.add_argument("--batch", type=int, nargs="+", help="rows of each case (default: the standard set)")
+    made.add_argument(
+        "--prompt", type=int, nargs="+", help="tokens of the prompts, one for each of --batch or for all (512)"
+    )
+    made.add_argument("--new", type=int, help="tokens after the first that are timed (default: 64 on a GPU, else 32)")
+    made.add_argument("--stock-new", type=int, help="the same for stock (default: 16 on a GPU, else as --new)")
+    made.add_argument("--pairs", type=int, default=3, help="interleaved rounds, of which the medians count")
+    made.add_argument("--compile", action="store_true", help="also a static cache with torch.compile (CUDA only; slow)")
+    made.add_argument("--graphs", choices=("on", "off"), default="on", help="replay decode steps from CUDA graphs")
+    made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="further options of patch()")
+    made.add_argument(
+        "--check",
+        choices=("kind", "case"),
+        help="check agreement for the first case of each kind, or for every case (default: case in fp32, else kind)",
+    )
+    made.add_argument(
+        "--profile", type=int, nargs="+", default=[], metavar="B", help="kernels of a greedy step of B rows (CUDA only)"
+    )
+    made.add_argument("--output", type=Path, help="folder for speed.md, .json and .png")
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 if the two disagreed somewhere."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
-    parser.add_argument("--samples", type=int, default=8, help="samples of one prompt of 1,000 tokens; 1 leaves it out")
-    parser.add_argument("--new", type=int, default=64, help="new tokens")
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="folder for speed.md and speed.json")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    """Run the benchmark; 1 if a case was red or failed."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    made = parser()
+    options = made.parse_args(argv)
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    if (options.compile or options.profile) and not on_gpu:
+        made.error("--compile and --profile need a CUDA device")
+    options.new = options.new if options.new is not None else (64 if on_gpu else 32)
+    options.stock_new = options.stock_new if options.stock_new is not None else (16 if on_gpu else options.new)
+    if min(options.new, options.pairs, options.stock_new) < 1:
+        made.error("--new, --stock-new and --pairs must be at least 1")
+    dtype = DTYPES.get(options.dtype, torch.bfloat16 if on_gpu else torch.float32)
+    try:
+        cases = choose(options.kind, options.batch, options.prompt, on_gpu)
+        settings = _settings(options, dtype, on_gpu)
+        model = _load(options, device, dtype, max(case.prompt for case in cases) + 1 + max(options.new, options.stock_new))
+    except (ValueError, OSError) as error:
+        made.error(str(error))
+    start = time.perf_counter()
+    record = _measure(model, cases, settings, options.profile)
+    record = {
+        "command": command("hf_fastattn.eval.speed", argv),
+        "environment": environment(device),
+        "settings": {
+            "model": _shown(options),
+            "shape": options.shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "patch": dict(settings.patch),
+            "new": settings.new,
+            "stock_new": settings.stock_new,
+            "pairs": settings.pairs,
+        },
+        "seconds": time.perf_counter() - start,
+        **record,
+    }
+    report.write(options.output, "speed", markdown(record), record, lambda plt: draw_speed(plt, record))
+    print(json.dumps(report.finite(record)))
+    return 0 if record["cases"] and all(map(is_green, record["cases"])) and not record["failed"] else 1
+
+
+def _settings(options: argparse.Namespace, dtype: torch.dtype, on_gpu: bool) -> Settings:
+    variant = variants.parse(options.patch)
+    if variant.share:
+        raise ValueError("share is no option of patch(); the kind `samples` shares prompts")
+    return Settings(
+        new=options.new,
+        stock_new=options.stock_new,
+        pairs=options.pairs,
+        # There stock computes every copy of a long prompt, for seconds a call.
+        once=("samples",) if on_gpu else (),
+        compile=options.compile,
+        check_each=(options.check or ("case" if dtype == torch.float32 else "kind")) == "case",
+        patch={"cuda_graphs": options.graphs == "on", **dict(variant.options)},
+    )
+
+
+def _load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, longest: int) -> Any:
+    """The model in eval mode; it never stops by itself and chooses as each case says."""
     if options.shape:
         model = random_model(options.shape, device, dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None
-    torch.manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
+    most = model.config.get_text_config().max_position_embeddings
+    if longest > most:
+        raise ValueError(f"a case takes {longest} positions, but the model has {most}; shorten --prompt or --new")
+    model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
+    return model
 
-    def prompts(rows: int, length: int) -> torch.Tensor:
-        return torch.randint(vocabulary // 8, vocabulary, (rows, length), device=device)
+
+def _shown(options: argparse.Namespace) -> str:
+    """The model's name; of a path its last part."""
+    if options.shape:
+        return f"{options.shape}, random weights"
+    if options.model == str(SHIPPED):
+        return "the shipped checkpoint"
+    return Path(options.model).name if Path(options.model).exists() else options.model
+
+
+def _measure(model: Any, cases: Sequence[Case], settings: Settings, profiled: Sequence[int]) -> dict[str, Any]:
+    """The records of all cases and profiles. One that fails is named, and the others go on."""
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(f"{time.perf_counter() - start:6.1f} s  {line}", flush=True)
 
-    agrees = Agreement(model)
-    cases = [measure(model, agrees, prompts(b, options.prompt), 1, options.new, options.pairs, say) for b in options.batch]
-    ratio = None
-    if options.samples > 1:
-        prompt = prompts(1, 1000)
-        cases.append(measure(model, agrees, prompt, options.samples, options.new, options.pairs, say))
-        ratio = first_token_of_samples(model, prompt, options.samples, options.pairs)
-    lines = [table(cases)]
-    if ratio is not None:
-        lines.append(f"\nFirst token of {options.samples} samples over that of one, patched: {ratio:.2f}")
-    where = {**environment(device), "dtype": str(dtype), "pairs": options.pairs}
-    lines.append(f"\n{where}")
-    record = {"cases": [asdict(case) for case in cases], "samples_first_ratio": ratio, "environment": where}
-    report.write(options.output, "speed", "\n".join(lines), record, None)
-    print(json.dumps(record))
-    return 0 if all(case.equal for case in cases) else 1
+    def attempt(name: str, run: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+        free_memory()
+        try:
+            return [run()]
+        except Exception as error:
+            traceback.print_exc()
+            failed.append({"case": name, "error": f"{type(error).__name__}: {error}"})
+            return []
+
+    def profile(rows: int) -> dict[str, Any]:
+        prompt = next((case.prompt for case in cases if case.rows == rows and case.kind == "greedy"), 512)
+        return profile_step(bench.patched_system(), Case("greedy", rows, prompt))
+
+    start = time.perf_counter()
+    failed: list[dict[str, str]] = []
+    bench = Bench(model, settings, say)
+    rows = [row for case in cases for row in attempt(f"{case.kind} {case.name}", partial(bench.measure, case))]
+    profiles = [found for count in profiled for found in attempt(f"profile of {count} rows", partial(profile, count))]
+    read_tbs = None if bench.read is None else bench.read / 1e12
+    return {"read_tbs": read_tbs, "cases": rows, "failed": failed, "profiles": profiles}
 
 
 if __name__ == "__main__":

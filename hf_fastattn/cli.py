@@ -1,4 +1,4 @@
-"""The `hf-fastattn` command: `demo`, `speed`, the accuracy evaluations as `eval ...`, the benchmarks as `bench ...`."""
+"""The `hf-fastattn` command: `demo`, the accuracy evaluations as `eval ...`, the benchmarks as `bench ...`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 # name: (module with a `main(argv) -> int`, one line of help); modules load only when their command runs.
 COMMANDS = {
     "demo": ("hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side"),
-    "speed": ("hf_fastattn.eval.speed", "time stock Transformers and the patched model in interleaved pairs"),
     "eval perplexity": ("hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference"),
     "eval parity": ("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones"),
     "eval faults": ("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice"),
+    "bench generate": ("hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs"),
     "bench attention": ("hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings"),
 }
 

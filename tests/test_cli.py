@@ -16,7 +16,9 @@ def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
-    assert "--output" in capsys.readouterr().out or command == "demo"
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: hf-fastattn {command} ")
+    assert "--output" in shown or command == "demo"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

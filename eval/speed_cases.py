@@ -1,0 +1,140 @@
+"""The cases of the `generate()` benchmark: kinds of calls, and the sizes that are measured if none are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+KINDS = {
+    "greedy": "each row its own prompt",
+    "sampling": "the same with top-k 50 and top-p 0.9",
+    "callbacks": "greedy with a user's logits processor, stopping criterion and streamer",
+    "samples": "all rows are samples of one prompt, top-k 50",
+    "finished": "greedy rows that end one after the other; `stays`: patched, with ended rows left in the batch (CUDA only)",
+}
+TOP_K, TOP_P = 50, 0.9
+
+
+class Cooler(LogitsProcessor):
+    """A user's logits processor: a temperature, which changes no greedy token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores / 0.7
+
+
+class NeverStop(StoppingCriteria):
+    """A user's stopping criterion, which looks at the tokens on the device and lets every row go on."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return input_ids[:, -1] < 0
+
+
+class Reader(BaseStreamer):
+    """A user's streamer: reads every token on the host."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Tokens `[B]`, or the prompts `[B, S]`."""
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        """The call is over."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rows` sequences of one kind of call, with prompts of `prompt` tokens."""
+
+    kind: str
+    rows: int
+    prompt: int
+
+    @property
+    def name(self) -> str:
+        """Rows x prompt, or samples of a prompt."""
+        size = f"{self.prompt // 1024}k" if self.prompt % 1024 == 0 else str(self.prompt)
+        return f"{self.rows} x {size}" if self.kind != "samples" else f"{self.rows} of {size}"
+
+    @property
+    def prompts(self) -> int:
+        """Distinct prompts."""
+        return 1 if self.kind == "samples" else self.rows
+
+    def ids(self, vocabulary: int, number: int, device: torch.device) -> Tensor:
+        """Prompts `[prompts, prompt]` of random tokens; another `number` gives others, so that no cache of prompts of an
+        earlier call helps. The first eighth of the vocabulary, where special tokens lie, is left out."""
+        generator = torch.Generator().manual_seed(number)
+        shape = (self.prompts, self.prompt)
+        return torch.randint(vocabulary // 8, vocabulary, shape, generator=generator).to(device)
+
+    def arguments(self, rows: int | None = None) -> dict[str, Any]:
+        """Options of `generate()`, with new callbacks; `rows` other than the case's."""
+        if self.kind == "sampling":
+            return {"do_sample": True, "top_k": TOP_K, "top_p": TOP_P}
+        if self.kind == "samples":
+            return {"do_sample": True, "top_k": TOP_K, "num_return_sequences": rows or self.rows}
+        if self.kind == "callbacks":
+            callbacks = {"logits_processor": [Cooler()], "stopping_criteria": [NeverStop()], "streamer": Reader()}
+            return {"do_sample": False, **callbacks}
+        return {"do_sample": False}
+
+    def lengths(self, tokens: int) -> list[int] | None:
+        """New tokens of each row in a call of `tokens`, where rows end before that: from early to late in even steps."""
+        if self.kind != "finished":
+            return None
+        return [1 + (tokens - 1) * (row + 1) // self.rows for row in range(self.rows)]
+
+
+ON_GPU = (
+    Case("greedy", 1, 512),
+    Case("greedy", 1, 8192),
+    Case("greedy", 16, 2048),
+    Case("greedy", 64, 1024),
+    Case("sampling", 16, 2048),
+    Case("callbacks", 1, 512),
+    Case("samples", 16, 8192),
+    Case("samples", 64, 2048),
+)
+ON_CPU = (
+    Case("greedy", 1, 512),
+    Case("greedy", 8, 512),
+    Case("sampling", 4, 128),
+    Case("callbacks", 1, 512),
+    Case("samples", 8, 1000),
+)
+
+
+def choose(
+    kinds: Sequence[str] | None, rows: Sequence[int] | None, prompts: Sequence[int] | None, on_gpu: bool
+) -> list[Case]:
+    """The cases that a command line names.
+
+    Args:
+        kinds: only these; all (with sizes: `greedy`) if None.
+        rows: sequences of each case; the standard sizes of each kind if None.
+        prompts: prompt lengths, one for each of `rows` or one for all.
+
+    Raises:
+        ValueError: the two lists do not fit each other, or a kind has no standard sizes.
+    """
+    if rows is None:
+        if prompts is not None:
+            raise ValueError("--prompt needs --batch: the number of rows of each case")
+        standard = ON_GPU if on_gpu else ON_CPU
+        found = [case for case in standard if kinds is None or case.kind in kinds]
+        if kinds is not None and set(kinds) != {case.kind for case in found}:
+            raise ValueError(f"{sorted(set(kinds) - {case.kind for case in found})} needs --batch: it has no standard sizes")
+        return found
+    lengths = list(prompts or (512,))
+    if len(lengths) not in (1, len(rows)):
+        raise ValueError(f"--prompt names {len(lengths)} lengths for {len(rows)} of --batch; give one, or one for each")
+    lengths = lengths * (len(rows) // len(lengths))
+    return [Case(kind, *size) for kind in kinds or ("greedy",) for size in zip(rows, lengths, strict=True)]
