@@ -139,17 +139,23 @@ class PagedCache(Cache):
 
     def _reserve(self, targets: list[int]) -> None:
         try:
-            for window, table in self.tables.items():
-                group, room = self.groups.group(window), max([self.room, *targets])
-                table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
+            self._reserve_pages(targets)
         except CacheFullError as full:
-            asked = sum(-(-target // self.groups.page_size) for target in targets)
             self.rollback()
-            raise CacheFullError(
-                f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and "
-                f"{self.groups.pages_in_use} are in use; {self.groups.describe_limit()}. Use fewer or shorter rows, "
-                "or a higher FastAttnConfig(memory_limit=...)"
-            ) from full
+            raise CacheFullError(self._describe_full(targets)) from full
+
+    def _reserve_pages(self, targets: list[int]) -> None:
+        for window, table in self.tables.items():
+            group, room = self.groups.group(window), max([self.room, *targets])
+            table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
+
+    def _describe_full(self, targets: list[int]) -> str:
+        asked = sum(-(-target // self.groups.page_size) for target in targets)
+        return (
+            f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and "
+            f"{self.groups.pages_in_use} are in use; {self.groups.describe_limit()}. Use fewer or shorter rows, "
+            "or a higher FastAttnConfig(memory_limit=...)"
+        )
 
     def reserve_ahead(self) -> None:
         """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
@@ -163,13 +169,60 @@ class PagedCache(Cache):
 
     @contextmanager
     def reading(self, batch: Batch) -> Iterator[None]:
-        """Layers read and write by `batch` instead of that of the forward under way, which must hold the same values."""
-        assert self._open and self._batch is not None
-        before, self._batch = self._batch, batch
+        """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
+        before = self._batch, self._open, self._dense
+        self._batch, self._open, self._dense = batch, True, False
         try:
             yield
         finally:
-            self._batch = before
+            self._batch, self._open, self._dense = before
+
+    # ---- a loop that writes to pages by itself ----------------------------------------------------------------
+
+    def reserve_more(self, tokens: int) -> None:
+        """Give every row, but those let go, pages for `tokens` more.
+
+        Raises:
+            CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
+        """
+        targets = [length + tokens if length else 0 for length in self.lengths]
+        try:
+            self._reserve_pages(targets)
+        except CacheFullError as full:
+            raise CacheFullError(self._describe_full(targets)) from full
+
+    def grow_by(self, tokens: int) -> None:
+        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
+        self.lengths = [length + tokens if length else 0 for length in self.lengths]
+        self._columns += tokens
+        self._written = [self._columns] * len(self.layers)
+
+    def let_go(self, rows: Sequence[int]) -> None:
+        """Release the pages of rows that nobody will read or write any more."""
+        for row in rows:
+            self.lengths[row] = 0
+        for table in self.tables.values():
+            table.let_go(rows)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
+        for table in self.tables.values():
+            table.select(rows, self.counters)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._stored is not None:
+            self._stored = self._stored[list(rows)]
+
+    def trim(self) -> None:
+        """Release the pages beyond the rows' tokens."""
+        for table in self.tables.values():
+            table.trim(self.lengths)
+
+    def release_behind(self, margin: int = 0) -> None:
+        """Release pages that no query can see through its window, from `margin` tokens before the newest on."""
+        if not self.record_past:
+            self._release_behind(margin)
+
+    # ---- describing a forward ---------------------------------------------------------------------------------
 
     def _make_batch(self, counts: list[int], targets: list[int]) -> Batch:
         size, tables, lengths = self.groups.page_size, self.tables, self.lengths
@@ -201,8 +254,8 @@ class PagedCache(Cache):
         self.lengths = self._batch.seq_lens
         self._written = [self._columns] * len(self.layers)
         self._close()
-        if release and not self.record_past:
-            self._release_behind()
+        if release:
+            self.release_behind()
 
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
@@ -287,8 +340,7 @@ class PagedCache(Cache):
         if start == self._columns:
             # The first layer of a forward that nobody announced: an unpatched model.
             # Its other layers still read what lies behind their window, so pages are released a forward later.
-            if not self.record_past:
-                self._release_behind()
+            self.release_behind()
             batch = self.begin(key_states.shape[0], query_length, dense=True)
             written = self._written
             self.commit(release=False)
@@ -446,6 +498,6 @@ class PagedCache(Cache):
         missing = max(columns - held.shape[1], 0)
         return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
 
-    def _release_behind(self) -> None:
+    def _release_behind(self, margin: int = 0) -> None:
         for table in self.tables.values():
-            table.release_behind(self.lengths)
+            table.release_behind([max(length - margin, 0) for length in self.lengths])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,17 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are captured: one for all models, since cuBLAS keeps a workspace for every stream."""
+    return torch.cuda.Stream(device)
+
+
 class CaptureRoom:
     """What the graphs of one model share: the stream they are captured on and the memory they compute in.
 
     One memory pool is enough for all: two graphs of a model never run at the same time, and what a replay computed is
-    copied out before the next one.
+    copied out before the next one. PyTorch forgets a pool when the last graph in it is gone.
 
     Args:
         device: of the model.
@@ -22,9 +30,17 @@ class CaptureRoom:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = capture_stream(device)
+        self._pool: Any = None
+        self._steps: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
+
+    def pool_for(self, step: CapturedStep) -> Any:
+        """The pool that a step is to be captured in."""
+        if not self._steps:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._steps.add(step)
+        return self._pool
 
     def enter(self) -> torch.cuda.Stream:
         """The current stream, made to wait for what graphs of this model still do on another one."""
@@ -90,27 +106,28 @@ class CapturedStep:
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
         # Other threads may go on using the device meanwhile.
-        graph.capture_begin(pool=self._room.pool, capture_error_mode="thread_local")
+        pool = self._room.pool_for(self)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             output = run()
         except BaseException:
             try:
                 graph.capture_end()
             except RuntimeError:
-                self._clean_up()
+                self._clean_up(pool)
             raise
         try:
             graph.capture_end()
         except RuntimeError:
-            self._clean_up()
+            self._clean_up(pool)
             raise
         return output
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, pool: Any) -> None:
         """Undo what PyTorch leaves behind when a launch or a wait that cannot be recorded broke the capture."""
         with contextlib.suppress(RuntimeError):
             # The allocator would go on serving the stream from the pool of the capture.
-            torch._C._cuda_endAllocateToPool(self._room.device.index or 0, self._room.pool)
+            torch._C._cuda_endAllocateToPool(self._room.device.index or 0, pool)
         with contextlib.suppress(RuntimeError):
             # The random generator would go on counting for a graph: a capture that succeeds ends that.
             graph = torch.cuda.CUDAGraph()

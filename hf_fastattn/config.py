@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 BACKENDS = ("auto", "reference", "triton", "hopper")
-SAMPLING_MODES = ("transformers",)
+SAMPLING_MODES = ("fast", "transformers")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class FastAttnConfig:
         batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
             "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
             slower for few rows.
-        cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed. Off by default: not all
-            of its tests have passed on a GPU yet.
-        sampling: `"transformers"`: tokens are drawn by Transformers' own code from torch's generator.
+        cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
+        sampling: how tokens are drawn where steps are replayed: `"fast"`, inside the step, by random numbers that depend on
+            a seed from torch's generator, the row and the step alone; or `"transformers"`, by its own code, with its draws.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.
@@ -37,8 +37,8 @@ class FastAttnConfig:
     keep_memory: float = 1.0
     backend: str = "auto"
     batch_invariant: bool = False
-    cuda_graphs: bool = False
-    sampling: str = "transformers"
+    cuda_graphs: bool = True
+    sampling: str = "fast"
 
     def __post_init__(self) -> None:
         size = self.page_size

@@ -19,6 +19,7 @@ class CallCounters:
         pages_copied: pages copied before a write, since others held them too.
         graphs_captured: decode steps recorded as CUDA graphs.
         graphs_replayed: forwards that were a replay of one.
+        fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
     """
 
@@ -30,4 +31,5 @@ class CallCounters:
     pages_copied: int = 0
     graphs_captured: int = 0
     graphs_replayed: int = 0
+    fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)

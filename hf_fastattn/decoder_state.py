@@ -54,7 +54,7 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "hooks on all modules are registered"
     for module in submodules(decoder):
-        reason = _why_not_module(module)
+        reason = why_not_module(module)
         if reason is not None:
             return reason
     for module in (decoder, *submodules(decoder)):
@@ -66,7 +66,8 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def _why_not_module(module: nn.Module) -> str | None:
+def why_not_module(module: nn.Module) -> str | None:
+    """Why this module, apart from those in it, may do more than launch kernels; None if it doesn't."""
     state, kind = vars(module), type(module)
     if not kind.__module__.startswith(KNOWN):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"

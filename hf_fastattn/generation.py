@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.fast_sample import fast_sample
 from hf_fastattn.prompt_rows import distinct_rows, expansion_of, unshared
 from hf_fastattn.runtime import Runtime
 
@@ -55,6 +56,9 @@ class FastGenerationMixin:
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
     ) -> Any:
         runtime: Runtime = self._fastattn.runtime
+        prefilled = runtime.take_prefilled()
+        if prefilled is not None:
+            return prefilled
         cache = model_kwargs.get("past_key_values")
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
@@ -68,6 +72,24 @@ class FastGenerationMixin:
         assert isinstance(cache, PagedCache)
         cache.select_rows(rows.copies)
         return rows.expand(outputs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not synced_gpus:
+            result = fast_sample(self, *given, streamer, model_kwargs)
+            if result is not None:
+                return result
+        return super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

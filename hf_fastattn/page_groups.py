@@ -92,6 +92,7 @@ class PageGroups:
         self._fastattn = fastattn
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
         heads, head_dim = key_shape(config)
+        self.head_dim = head_dim
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
         self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize

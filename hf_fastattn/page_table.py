@@ -196,6 +196,14 @@ class PageTable:
                 del pages[keep:]
                 self._mirror.changed(row, keep)
 
+    def let_go(self, rows: Sequence[int]) -> None:
+        """Release all pages of `rows`."""
+        self._slack = self._release_at = 0
+        for row in rows:
+            self.pool.release(page for page in self.rows[row] if page >= 0)
+            self.rows[row] = []
+            self._mirror.changed(row, 0)
+
     def release_behind(self, lengths: Sequence[int]) -> None:
         """Release the pages that no query from `lengths[b]` on can see through the window."""
         if self.window is None or not lengths or max(lengths) < self._release_at:

@@ -12,6 +12,7 @@ from typing import Any
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.loop_graphs import LoopGraphs
 from hf_fastattn.page_groups import PageGroups, is_recurrent, template_layers
 from hf_fastattn.prompt_rows import Expansion
 from hf_fastattn.step_graphs import StepGraphs
@@ -25,6 +26,7 @@ class Call:
 
     caches: list[PagedCache] = field(default_factory=list)
     expansion: Expansion | None = None
+    prefilled: Any = None
 
     def release(self, result: Any) -> list[PagedCache]:
         """Release the caches but the one that `result` returns to the caller."""
@@ -49,9 +51,15 @@ class Runtime:
         self._dtype = dtype
         self.groups = PageGroups(model_config, config, dtype)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
-        self.graphs = StepGraphs(config.cuda_graphs, "a linear attention keeps a state" if recurrent else None)
+        reason = "a linear attention keeps a state" if recurrent else None
+        self.graphs = StepGraphs(config.cuda_graphs, reason)
+        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason)
         self.counters = CallCounters()
         self.prefilling = False
+        # A fast loop is under way: its static tensors are taken.
+        self.looping = False
+        # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
+        self.row_limits: list[int] | None = None
         self._calls: list[Call] = []
         self._lock = threading.RLock()
         self._logged: set[str] = set()
@@ -88,6 +96,7 @@ class Runtime:
                 if self.groups.storage_version != version:
                     # Graphs read pages that are gone, and memory is wanted.
                     self.graphs.drop()
+                    self.loop_graphs.drop()
             self.graphs.enter_call(bool(self._calls))
             self._lock.release()
 
@@ -100,6 +109,21 @@ class Runtime:
     def expansion(self, expansion: Expansion) -> None:
         if self._calls:
             self._calls[-1].expansion = expansion
+
+    def is_private(self, cache: Any) -> bool:
+        """Whether `cache` was made for the innermost call."""
+        return bool(self._calls) and any(cache is own for own in self._calls[-1].caches)
+
+    def keep_prefilled(self, outputs: Any) -> None:
+        """The innermost call's prompt is computed; `take_prefilled` gives it to whoever would compute it again."""
+        self._calls[-1].prefilled = outputs
+
+    def take_prefilled(self) -> Any:
+        """What `keep_prefilled` was given, once; else None."""
+        if not self._calls:
+            return None
+        held, self._calls[-1].prefilled = self._calls[-1].prefilled, None
+        return held
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
@@ -126,6 +150,12 @@ class Runtime:
             return
         self.counters.forwards += 1
         self.counters.prompt_tokens += prompt_tokens
+
+    def note(self, reason: str) -> None:
+        """Log once why a call is served in another way than it could be."""
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.info("hf_fastattn: %s", reason)
 
     def count_fallback(self, reason: str) -> None:
         """Count, and log once, that Transformers' own path runs."""

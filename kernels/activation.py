@@ -66,7 +66,7 @@ def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
         return out
     overlap = overlaps_launches(arch_of(gate.device))
     with on_device_of(gate):
-        silu_and_mul_kernel[(tokens, triton.cdiv(width, BLOCK))](
+        silu_and_mul_kernel[(tokens, -(-width // BLOCK))](
             gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, OVERLAP=overlap,
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -59,6 +59,12 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
+# For prefixes of many packed query rows.
+SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 128): Tile(128, 32, 8, 3, programs=1),
+    (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
+    (90, 2, 128): Tile(128, 64, 8, 5, programs=1),
+}
 
 
 def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:
@@ -90,6 +96,13 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
     found = (tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) if few else None) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
     return found
+
+
+def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
+    """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (group of rows, kv head) pair."""
+    # 64 rows of 256 take more registers than the four warps of a split-KV tile have.
+    many = tile_of(SHARED_PREFIX, arch, itemsize, block_d) if queries > (64 if block_d <= 128 else 16) else None
+    return many or split_kv_tile(arch, itemsize, block_d, queries, pairs, processors)
 
 
 def arch_of(device: torch.device) -> int:

@@ -112,26 +112,25 @@ def matvec_kernel(
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None) -> None:
-    if x.ndim != 2 or x.dtype not in DTYPES or x.stride(-1) != 1 or not x.shape[1] or x.shape[0] > MOST_TOKENS:
+    if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1 or not x.shape[1] or x.shape[0] > MOST_TOKENS:
         raise ValueError(
             f"x {tuple(x.shape)} with strides {x.stride()}, {x.dtype}, must be [T, K] with T up to {MOST_TOKENS}, "
             f"contiguous in its last dimension, of a dtype among {DTYPES}"
         )
     if not 1 <= len(weights) <= MOST_WEIGHTS or (biases is not None and len(biases) != len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases or ())} biases; expected 1 to 3, a bias for each or none")
+    dtype, k = x.dtype, x.shape[1]
     for weight in weights:
-        if weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype or not weight.is_contiguous():
-            raise ValueError(
-                f"weight {tuple(weight.shape)}, {weight.dtype}, is not [N, {x.shape[1]}], {x.dtype}, contiguous"
-            )
+        if weight.ndim != 2 or weight.shape[1] != k or weight.dtype is not dtype or not weight.is_contiguous():
+            raise ValueError(f"weight {tuple(weight.shape)}, {weight.dtype}, is not [N, {k}], {dtype}, contiguous")
     for weight, bias in zip(weights, biases or (), strict=False):
         if bias.shape != weight.shape[:1] or not bias.is_contiguous():
             raise ValueError(f"bias {tuple(bias.shape)} must be [N] = {[weight.shape[0]]} and contiguous")
     if residual is not None and (
         len(weights) != 1
         or residual.shape != (x.shape[0], weights[0].shape[0])
-        or residual.dtype != x.dtype
-        or residual.stride(-1) != 1
+        or residual.dtype is not dtype
+        or residual.stride(1) != 1
     ):
         raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as the output of a single weight")
 
@@ -162,7 +161,8 @@ def _product(
     spare: list[Tensor | None] = [None] * (MOST_WEIGHTS - len(weights))
     added = [*biases, *spare] if biases else [None] * MOST_WEIGHTS
     overlap = overlaps_launches(arch)
-    programs = sum(triton.cdiv(count, tile.block_n) for count in counts[:used])
+    # Not `triton.cdiv`, which costs the host a microsecond a call.
+    programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
         matvec_kernel[(programs,)](
             x, *weights, *spare, *added, y, residual, norm_weight, *counts, eps,

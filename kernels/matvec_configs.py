@@ -1,11 +1,13 @@
-"""Tiles of the matrix-vector and skinny products, as data.
+"""Tiles of the matrix-vector and skinny products, as data, and where cuBLAS is as quick.
 
-`MEASURED` is for tiles found by measurement, by shape, and has none yet. The default is an estimate: it aims at 30 to 64
-KB in flight a multiprocessor, which is what reading at full speed should need on Hopper. Nothing is tuned at run time.
+All of it comes from an H200, 16-bit weights of Llama-3-8B's shapes, read from memory (not from the cache). The rules
+generalise what was best there: one token wants whole vector loads of long rows, more tokens want as many programs as fit
+on the GPU at once and no more. `MEASURED` holds what the rules would not choose. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -32,11 +34,32 @@ class ProductTile:
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MOST_TOKENS = BUCKETS[-1]
 
+HOPPER = 90
 # (architecture, bucket of tokens, K, rows of all weights of the launch) -> tile, for 16-bit weights
-MEASURED: dict[tuple[int, int, int, int], ProductTile] = {}
+MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
+    **{(HOPPER, bucket, 4096, 4096): ProductTile(64, 256, 4, 3, split=2) for bucket in (2, 4, 8, 16)},
+    (HOPPER, 64, 4096, 6144): ProductTile(64, 64, 4, 6, split=2),
+}
 
-# Programs that occupy every multiprocessor of the largest GPUs.
-FILLING = 128
+# (most tokens, gated) -> tiles without their split, with the programs of each that a multiprocessor of Hopper holds
+SKINNY: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
+    (16, False): ((ProductTile(64, 128, 4, 4), 2), (ProductTile(32, 256, 4, 3), 3)),
+    (32, False): ((ProductTile(64, 128, 4, 4), 2),),
+    (64, False): ((ProductTile(64, 128, 4, 4), 1), (ProductTile(64, 64, 4, 6), 2)),
+    (32, True): ((ProductTile(64, 128, 4, 3), 1),),
+    (64, True): ((ProductTile(64, 64, 4, 3), 2),),
+}
+# Multiprocessors of the GPUs that count.
+PROCESSORS = 132
+MOST_SPLITS = 8
+# Parts of fewer steps would be all start and end.
+FEWEST_STEPS = 4
+# Rows of weights from which one token leaves every multiprocessor enough programs of four rows.
+MANY_ROWS = 6144
+# Columns from which a row takes so many steps that programs of fewer warps are quicker.
+LONG_ROWS = 8192
+# More tokens than this leave cuBLAS as quick in some shapes, and are not measured on other GPUs or in fp32.
+FEW_TOKENS = 16
 
 
 def bucket_of(tokens: int) -> int:
@@ -44,40 +67,72 @@ def bucket_of(tokens: int) -> int:
     return next(bucket for bucket in BUCKETS if tokens <= bucket)
 
 
+@functools.cache
+def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weights: int) -> bool:
+    """Whether one launch for all weights is quicker than a call of cuBLAS for each.
+
+    Args:
+        rows: of all `weights` together.
+    """
+    if tokens <= FEW_TOKENS:
+        return True
+    if tokens > MOST_TOKENS or itemsize != 2 or arch != HOPPER:
+        return False
+    # Of single weights only those with far more columns than rows: cuBLAS splits their sums less well.
+    return weights > 1 or k >= 2 * rows
+
+
+@functools.cache
 def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated: bool) -> ProductTile:
     """The tile for `tokens` rows of x against `rows` weight rows of `k` columns, gate and up counted both."""
     bucket = bucket_of(tokens)
-    found = MEASURED.get((arch, bucket, k, rows)) if itemsize == 2 else None
+    # Later architectures are closer to Hopper than to the estimate.
+    found = MEASURED.get((min(arch, HOPPER), bucket, k, rows)) if itemsize == 2 else None
     if found is not None:
         return found
     if bucket == 1:
         return _vector_tile(itemsize, k, rows, gated)
-    return _skinny_tile(arch, itemsize, bucket, k, rows, gated)
+    if itemsize == 4:
+        return ProductTile(16 if gated else 32, 32, warps=4, stages=2)
+    return _skinny_tile(bucket, k, rows, gated) if arch >= HOPPER else _ampere_tile(bucket, k, rows, gated)
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
-    # A tile that does not divide K wastes lanes in its last step.
-    block_k = next((block for block in (2048, 1024, 512) if k % block == 0), 1024 if k > 512 else 512)
-    block_n = 4 if rows >= 4 * 8 * FILLING else 2
-    if gated:
-        block_n //= 2
-    if itemsize == 4:
-        block_k //= 2
-    return ProductTile(block_n, block_k, warps=8 if block_n * block_k >= 8192 else 4, stages=2)
-
-
-def _skinny_tile(arch: int, itemsize: int, bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
-    if itemsize == 4:
-        return ProductTile(16 if gated else 32, 32, warps=4, stages=2)
-    block_n = 64 if rows >= 64 * FILLING else 32
-    if gated:
-        block_n //= 2
-    if arch < 90:
-        # Fits the shared memory of desktop GPUs too.
-        block_k, stages = (128, 3) if bucket <= 16 else (64, 3)
+    block_k = next((block for block in (4096, 2048, 1024)[not gated :] if _wastes_little(k, block)), 512)
+    if block_k >= 2048:
+        block_n, warps, stages = (4 if rows >= MANY_ROWS else 2), 8, 2
+        if gated:
+            block_n = 1
+        elif rows < MANY_ROWS and k > LONG_ROWS:
+            block_n, warps = 4, 4
     else:
-        block_k, stages = (256 if bucket <= 16 and block_n <= 32 else 128), 4
+        block_n, warps, stages = (2 if gated else 4), 4, 4
+    return ProductTile(block_n, block_k * 2 // itemsize, warps, stages)
+
+
+def _wastes_little(k: int, block: int) -> bool:
+    """Whether at most an eighth of the lanes idle over a row of `k` columns."""
+    return 8 * k >= 7 * block * -(-k // block)
+
+
+def _skinny_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
+    candidates = next(held for (most, kind), held in SKINNY.items() if bucket <= most and kind == gated)
+    best, best_fill = candidates[0][0], 0.0
+    for tile, programs in candidates:
+        tiles = -(-rows // (tile.block_n * (2 if gated else 1)))
+        slots = programs * PROCESSORS
+        split = max(min(slots // tiles, k // (FEWEST_STEPS * tile.block_k), MOST_SPLITS), 1)
+        # The share of the GPU that works until the last program ends, if all take equally long.
+        fill = tiles * split / (-(-tiles * split // slots) * slots)
+        if fill > best_fill:
+            best, best_fill = ProductTile(tile.block_n, tile.block_k, tile.warps, tile.stages, split), fill
+    return best
+
+
+def _ampere_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
+    """An estimate whose shared memory fits desktop GPUs too."""
+    block_n = (64 if rows >= 64 * PROCESSORS else 32) // (2 if gated else 1)
+    block_k = 128 if bucket <= FEW_TOKENS else 64
     programs = rows // (block_n * (2 if gated else 1))
-    # Parts of fewer than four steps would be all start and end.
-    split = max(min(FILLING // max(programs, 1), k // (4 * block_k), 8), 1)
-    return ProductTile(block_n, block_k, warps=4, stages=stages, split=split)
+    split = max(min(PROCESSORS // max(programs, 1), k // (FEWEST_STEPS * block_k), MOST_SPLITS), 1)
+    return ProductTile(block_n, block_k, warps=4, stages=3, split=split)

@@ -77,11 +77,17 @@ def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _add_product(acc, w, x, PRECISION: tl.constexpr):
+def _add_product(acc, lost, w, x, PRECISION: tl.constexpr):
+    """`acc + w x`; `lost` is what fp32 sums were rounded by so far.
+
+    On the CUDA cores one chain of additions as long as K would err more than PyTorch's sums, so that only a tile's is one,
+    and tiles are added with compensation (Kahan, 1965). A plain sum of tiles the compiler would turn back into a chain.
+    """
     if PRECISION == "ieee":
-        # One long chain of fp32 additions would err more than PyTorch's tree.
-        return acc + tl.dot(w, x, input_precision="ieee")
-    return tl.dot(w, x, acc)
+        part = tl.dot(w, x, input_precision="ieee") - lost
+        total = acc + part
+        return total, (total - acc) - part
+    return tl.dot(w, x, acc), lost
 
 
 @triton.jit
@@ -136,18 +142,20 @@ def skinny_kernel(
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_u = acc
+    lost = acc
+    lost_u = acc
     for k in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
         w = _weights(w_ptr + offset, k, end, EVEN, BLOCK_K)
         x = _tokens(x_place, ok_t, k, end, EVEN, BLOCK_K)
-        acc = _add_product(acc, w, x, PRECISION)
+        acc, lost = _add_product(acc, lost, w, x, PRECISION)
         if GATED:
             u = _weights(w1_ptr + offset, k, end, EVEN, BLOCK_K)
-            acc_u = _add_product(acc_u, u, x, PRECISION)
+            acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
     # The tile loaded first is multiplied last: before the loop, its pipeline would start only after this product.
     x = _tokens(x_place, ok_t, begin, end, EVEN, BLOCK_K)
-    acc = _add_product(acc, w_first, x, PRECISION)
+    acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
-        acc_u = _add_product(acc_u, u_first, x, PRECISION)
+        acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
     if SPLIT == 1:
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
@@ -202,11 +210,12 @@ def skinny_product(
     used = 1 if gated else len(weights)
     spare: list[Tensor | None] = [None] * (3 - len(weights))
     added = [*biases, *spare] if biases else [None] * 3
-    tiles = sum(triton.cdiv(count, tile.block_n) for count in counts[:used])
-    steps = triton.cdiv(k, tile.block_k)
+    # Not `triton.cdiv`, which costs the host a microsecond a call.
+    tiles = sum(-(-count // tile.block_n) for count in counts[:used])
+    steps = -(-k // tile.block_k)
     # Rounded so that no part is empty.
-    part = triton.cdiv(steps, min(tile.split, steps)) if tiles <= MOST_TILES else steps
-    split = triton.cdiv(steps, part)
+    part = -(-steps // min(tile.split, steps)) if tiles <= MOST_TILES else steps
+    split = -(-steps // part)
     block_t = max(power_of_2(tokens), 16)
     partial = arrived = None
     if split > 1:

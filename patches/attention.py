@@ -95,23 +95,33 @@ def _is_paged(past_key_values: Any) -> bool:
     return isinstance(past_key_values, PagedCache) and past_key_values.paged_batch is not None
 
 
-def _attend(
+def attend_projected(
     module: Any,
-    hidden_states: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     position_ids: Tensor | None,
     cache: PagedCache,
 ) -> Tensor:
-    batch, padding, family = cache.paged_batch, cache.padding, vars(module)[STATE].family
+    """All between the projections of q, k and v and that of the output: norm, RoPE, append, attention over the pages.
+
+    Args:
+        module: the attention module, patched.
+        q: what `q_proj` gives, `[.., H * D]` for the T tokens of the batch, or with a gate a head `[.., H * 2 * D]`;
+            `k` and `v` likewise, `[.., G * D]`. Rows may stand apart.
+        position_embeddings: cos and sin, `[1 or B, S, rotary dims]`.
+        position_ids: `[.., S]`, for families that scale queries by position.
+        cache: its paged batch says where tokens are written and what they read.
+
+    Returns:
+        `[T, H * D]` in the dtype of v.
+    """
+    batch, family = cache.paged_batch, vars(module)[STATE].family
     assert batch is not None
-    if padding is not None:
-        hidden_states = padding.pack(hidden_states)
-        position_embeddings = padding.pack_rope(*position_embeddings)
-        position_ids = None if position_ids is None else padding.pack_positions(position_ids)
-    q, gate = _queries(module, family, hidden_states, batch.tokens)
     shape = (batch.tokens, -1, module.head_dim)
-    k = module.k_proj(hidden_states).view(shape)
-    v = module.v_proj(hidden_states).view(shape)
+    q, gate = _queries(q, family, shape)
+    k, v = k.view(shape), v.view(shape)
     q, k, norm = normalise(module, family, q, k)
     # Under autocast a norm gives fp32, as its weights are; pages hold one dtype.
     q, k = q.to(v.dtype), k.to(v.dtype)
@@ -124,16 +134,32 @@ def _attend(
     out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling)
     if gate is not None:
         out = out * torch.sigmoid(gate)
-    out = module.o_proj(out.reshape(*hidden_states.shape[:-1], -1))
+    return out.reshape(batch.tokens, -1)
+
+
+def _attend(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None,
+    cache: PagedCache,
+) -> Tensor:
+    padding = cache.padding
+    if padding is not None:
+        hidden_states = padding.pack(hidden_states)
+        position_embeddings = padding.pack_rope(*position_embeddings)
+        position_ids = None if position_ids is None else padding.pack_positions(position_ids)
+    q, k, v = (project(hidden_states) for project in (module.q_proj, module.k_proj, module.v_proj))
+    out = attend_projected(module, q, k, v, position_embeddings, position_ids, cache)
+    out = module.o_proj(out.view(*hidden_states.shape[:-1], -1))
     return out if padding is None else padding.restore(out)
 
 
-def _queries(module: Any, family: Family, hidden_states: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+def _queries(projected: Tensor, family: Family, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Queries `[T, H, D]`, and the gate `[T, H, D]` on the output where the family has one."""
-    projected = module.q_proj(hidden_states)
     if not family.output_gate:
-        return projected.view(tokens, -1, module.head_dim), None
-    q, gate = projected.view(tokens, -1, 2 * module.head_dim).chunk(2, dim=-1)
+        return projected.view(shape), None
+    q, gate = projected.view(*shape[:-1], 2 * shape[-1]).chunk(2, dim=-1)
     return q, gate
 
 

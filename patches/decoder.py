@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.padding import Padding
+from hf_fastattn.patches.chunks import pieces, run_pieces
+from hf_fastattn.patches.fused import drops_cache, fused_forward
 from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
 from hf_fastattn.patches.visible import visible_columns
 
@@ -78,6 +80,13 @@ def _forward(self: Any, arguments: dict[str, Any], past_key_values: Any, kwargs:
         return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
     if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if drops_cache(self):
+        vars(self)[STATE].runtime.count_fallback("gradient checkpointing runs the layers without the cache")
+        return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
+    state: ModuleState = vars(self)[STATE]
+    cut = None if state.family.linear_attention else pieces(arguments, past_key_values, kwargs)
+    if cut is not None:
+        return run_pieces(cut, past_key_values, lambda piece: _cached_forward(self, piece, past_key_values, kwargs))
     return _cached_forward(self, arguments, past_key_values, kwargs)
 
 
@@ -98,7 +107,7 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     try:
         outputs = None
         if reason is None and columns == 1 and new is None:
-            outputs = state.runtime.graphs.run(self, arguments, cache, kwargs, call_original, state.runtime.counters)
+            outputs = state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
         if outputs is None:
             if reason is None and state.family.linear_attention:
                 # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
@@ -106,7 +115,8 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
                 arguments = _padded_arguments(arguments, cache.padding, columns)
             elif reason is None:
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
-            outputs = call_original(self, past_key_values=cache, **arguments, **kwargs)
+            forward = fused_forward if reason is None else call_original
+            outputs = forward(self, past_key_values=cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
         raise

@@ -1,4 +1,4 @@
-"""`Family`: what a family file says about a model type."""
+"""`Family`: what a family file says about a model type, and which decoder layers are Llama's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Class names in a decoder layer that is Llama's: norm, attention, residual, norm, gated MLP, residual.
+
+    Its modules are named as Llama's (`input_layernorm`, `self_attn`, `post_attention_layernorm`, `mlp` with `gate_proj`,
+    `up_proj`, `down_proj`, `act_fn`), and around the layers there is nothing but `embed_tokens`, `rotary_emb` and `norm`.
+
+    Attributes:
+        layer: of the layer.
+        norm: of its RMSNorms and the decoder's last.
+        mlp: of the MLP.
+        unit_offset: the norms multiply by `1 + weight`.
+    """
+
+    layer: str
+    norm: str
+    mlp: str
+    unit_offset: bool = False
+
+
+def like_llama(prefix: str) -> LayerNames:
+    """Llama's names, with another prefix than `Llama`."""
+    return LayerNames(f"{prefix}DecoderLayer", f"{prefix}RMSNorm", f"{prefix}MLP")
+
+
+# By model type, as Transformers 5.17 to 5.23 have them. The layers of other types differ or were not compared.
+LAYERS: dict[str, LayerNames] = {
+    "llama": like_llama("Llama"),
+    "ministral": like_llama("Ministral"),
+    "ministral3": like_llama("Ministral3"),
+    "mistral": like_llama("Mistral"),
+    "qwen2": like_llama("Qwen2"),
+    "qwen3": like_llama("Qwen3"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,3 +71,8 @@ class Family:
     output_gate: bool = False
     query_scale: Callable[[Any, Tensor], Tensor] | None = None
     linear_attention: bool = False
+
+    @property
+    def layer(self) -> LayerNames | None:
+        """Its decoder layer, if that is known to be Llama's but for the attention."""
+        return LAYERS.get(self.model_type)

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
 from hf_fastattn.batch import Batch
 from hf_fastattn.captured_step import CapturedStep
-from hf_fastattn.kernels import reference
+from hf_fastattn.kernels import advance_reference, reference, rope, sampling_reference
 from hf_fastattn.kernels.plan import AttentionPlan
+from hf_fastattn.kernels.sampling_params import SamplingParams
+from hf_fastattn.loop_graphs import LoopGraphs
+from hf_fastattn.loop_state import LoopState
 from hf_fastattn.static_inputs import StaticInputs
 from hf_fastattn.step_graphs import StepGraphs
 
@@ -41,19 +45,88 @@ class ReexecutedStep(CapturedStep):
 
 
 class ReadBack(Batch):
-    """A static batch for the reference backend, which wants lists: they are read from the static tensors."""
+    """A static batch for the reference backend, which wants lists, and rows that are there."""
 
-    def slot_mapping(self, window: int | None, device: torch.device) -> Tensor:
-        return super().slot_mapping(window, device).long()
+    def rope_append(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
+        window: int | None, **norms: Any,
+    ) -> Tensor:  # fmt: skip
+        slots = self.slot_mapping(window, q.device).long()
+        there = slots >= 0
+        rows = [tensor[there] for tensor in (q, k, v, cos, sin)]
+        out = torch.zeros_like(q)
+        out[there] = rope.rope_append(*rows, k_pages, v_pages, slots[there], **norms)
+        return out
 
     def attend(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float, softcap: float | None = None
     ) -> Tensor:
-        size, lengths = k_pages.shape[1], self.seq_lens_on(q.device).tolist()
-        table = self.page_table(window, q.device).tolist()
-        pages = [row[: -(-length // size)] for row, length in zip(table, lengths, strict=True)]
-        plan = AttentionPlan(pages, self.query_lens, lengths, size, window)
-        return reference.paged_attention(q, k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
+        size, lengths = k_pages.shape[1], self.seq_lens_on(q.device)
+        there = lengths > 0
+        table = self.page_table(window, q.device)[there].tolist()
+        held = lengths[there].tolist()
+        pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
+        plan = AttentionPlan(pages, [1] * len(held), held, size, window)
+        out = torch.zeros_like(q)
+        out[there] = reference.paged_attention(q[there], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
+        return out
+
+
+class ReexecutedLoopStep(ReexecutedStep):
+    """The same for whole steps, which change what they read: only replays count."""
+
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
+        run()
+        warmed_up()
+
+    def replay(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return run().clone()
+
+
+@contextmanager
+def reexecuted_loop() -> Iterator[None]:
+    """The fast loop runs on the CPU too, and for the reference backend."""
+    make = LoopState.batch
+
+    def batch(self: LoopState, rows: int, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+        made = make(self, rows, backend, batch_invariant, workspace)
+        return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
+
+    with pytest.MonkeyPatch.context() as patch, reexecuted():
+        patch.setattr(LoopGraphs, "step_type", ReexecutedLoopStep)
+        patch.setattr(LoopState, "batch", batch)
+        if not knobs.runtime.interpret:
+            patch.setattr("hf_fastattn.fast_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.token_choice.choose_tokens", choose_in_torch)
+            patch.setattr("hf_fastattn.token_choice.process_logits", process_in_torch)
+        yield
+
+
+def choose_in_torch(
+    logits: Tensor, out_tokens: Tensor, params: Any = None, seed: Any = None, rows: Any = None, step: Any = None
+) -> None:
+    """`kernels.sampling.choose_tokens`: other draws, but of the same distribution, and of seed, row and step alone."""
+    if params is None:
+        out_tokens.copy_(sampling_reference.greedy_tokens(logits))
+        return
+    likely = sampling_reference.probabilities(logits, SamplingParams(*_values(params)))
+    for row, number in enumerate(rows.tolist()):
+        generator = torch.Generator().manual_seed(hash((int(seed), number, int(step))) % 2**62)
+        out_tokens[row] = torch.multinomial(likely[row], 1, generator=generator)[0]
+
+
+def process_in_torch(logits: Tensor, params: Tensor, seen: Any = None, eos: Any = None, step: Any = None) -> Tensor:
+    """`kernels.sampling_penalty.process_logits`."""
+    ends = [] if eos is None else [end for end in eos.tolist() if end >= 0]
+    return sampling_reference.process_logits(
+        logits, SamplingParams(*_values(params)), seen, ends, 0 if step is None else int(step)
+    )
+
+
+def _values(params: Tensor) -> list[Any]:
+    values: list[Any] = params.tolist()
+    return [int(value) if place in (1, 5) else value for place, value in enumerate(values)]
 
 
 @contextmanager

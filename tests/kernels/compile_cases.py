@@ -16,6 +16,11 @@ from hf_fastattn.kernels.matvec_configs import ProductTile
 from hf_fastattn.kernels.merge import merge_states
 from hf_fastattn.kernels.norm import add_rms_norm
 from hf_fastattn.kernels.prefill import paged_prefill
+from hf_fastattn.kernels.sampling import sample_tokens
+from hf_fastattn.kernels.sampling_greedy import greedy_tokens
+from hf_fastattn.kernels.sampling_params import SamplingParams
+from hf_fastattn.kernels.sampling_penalty import process_logits
+from hf_fastattn.kernels.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.work_list import work_list
 from tests.triton_tools.fake_driver import fake_driver
 from tests.triton_tools.resources import Resources, resources
@@ -72,6 +77,16 @@ def decode(
     return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, **options)
 
 
+def shared_prefix(
+    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
+    page: int = 16, rows: int = 16, columns: int = 16, groups: int = 1, most: int = 16, **options: Any,
+) -> object:  # fmt: skip
+    q, (page_table, lengths) = torch.zeros(rows, 8 * ratio, dim, dtype=dtype), table(rows, columns)
+    begins, prefixes = (torch.zeros(count, dtype=torch.int32) for count in (groups + 1, groups))
+    pairs = pages(8, dim, page, dtype)
+    return paged_decode_shared(q, *pairs, page_table, lengths, begins, prefixes, max_group_rows=most, scale=1.0, **options)
+
+
 def prefill(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
     page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, **options: Any,
@@ -125,9 +140,25 @@ def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, norm: b
     return gate_up_silu(x, weight, weight, norm_weight=x[0] if norm else None, weights_settled=True)
 
 
+def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
+    x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    if greedy:
+        return greedy_tokens(x, out)
+    one, numbers = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
+    return sample_tokens(x, out, SamplingParams().tensor("cpu"), one, numbers, one)
+
+
+def processed(dtype: torch.dtype = BF16, *, rows: int = 8, eos: int = 2, penalty: bool = True) -> object:
+    x, one = torch.zeros(rows, 128256, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    seen = torch.zeros(rows, 128256, dtype=torch.uint8) if penalty else None
+    return process_logits(x, SamplingParams().tensor("cpu"), seen=seen, eos=one.expand(eos).contiguous(), step=one)
+
+
 def tiles(rows: int) -> object:
     return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
 
+
+SHARED_PREFIX = ("shared_prefix_kernel", "merge_prefixes_kernel")
 
 # Their producer and consumers take all registers and nearly all shared memory of a multiprocessor.
 HOPPER: dict[str, Any] = {
@@ -136,6 +167,9 @@ HOPPER: dict[str, Any] = {
     "targets": ("sm_90",),
     "gluon": True,
 }
+
+SAMPLED = ("scan_logits_kernel", "draw_kernel")
+GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)
@@ -152,6 +186,20 @@ CASES = {
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
     "decode, 8 tokens": Case(lambda: decode(8, 128, tokens=8), ("split_kv_kernel",), programs=1),
     "decode, many rows": Case(lambda: decode(4, 128, rows=256), ("split_kv_kernel",), programs=2),
+    "shared prefix": Case(lambda: shared_prefix(4, 128, rows=256, most=256), SHARED_PREFIX, programs=1),
+    "shared prefix, 4 rows": Case(lambda: shared_prefix(4, 128, most=4), SHARED_PREFIX, programs=2),
+    "shared prefix, 16 rows": Case(lambda: shared_prefix(4, 128), SHARED_PREFIX, programs=1),
+    "shared prefix, many groups": Case(
+        lambda: shared_prefix(4, 128, rows=256, groups=64, most=8), SHARED_PREFIX, programs=2
+    ),
+    "shared prefix, R = 1": Case(lambda: shared_prefix(1, 64, FP16, most=100), SHARED_PREFIX, programs=1),
+    # Elsewhere what lies around the loops spills.
+    "shared prefix, R = 7": Case(lambda: shared_prefix(7, 128, most=64), SHARED_PREFIX, programs=1, targets=("sm_90",)),
+    "shared prefix, D = 96": Case(
+        lambda: shared_prefix(7, 96, FP16, page=64, softcap=50.0), SHARED_PREFIX, programs=1, targets=("sm_90",)
+    ),
+    "shared prefix, D = 256": Case(lambda: shared_prefix(8, 256), SHARED_PREFIX, programs=1),
+    "shared prefix, fp32": Case(lambda: shared_prefix(4, 128, FP32), SHARED_PREFIX, programs=1, exact=True),
     "prefill": Case(lambda: prefill(4, 128), ("prefill_kernel",), programs=1),
     "prefill, short": Case(lambda: prefill(4, 128, tokens=16), ("prefill_kernel",), programs=2),
     "prefill, fp32": Case(lambda: prefill(4, 128, FP32), ("prefill_kernel",), programs=1, exact=True),
@@ -184,6 +232,13 @@ CASES = {
     ),
     "product, 16 tokens, gate and up": Case(lambda: gated(16, 4096, 14336), ("skinny_kernel",), programs=1),
     "product, 64 tokens, gate and up": Case(lambda: gated(64, 4096, 14336), ("skinny_kernel",), programs=1),
+    "sample": Case(chosen, SAMPLED, programs=1),
+    "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),
+    "sample, fp32, V = 262144": Case(lambda: chosen(FP32, vocab=262144), SAMPLED, programs=1),
+    "greedy": Case(lambda: chosen(greedy=True), GREEDY, programs=6),
+    "greedy, fp32": Case(lambda: chosen(FP32, greedy=True), GREEDY, programs=6),
+    "repetition penalty": Case(processed, ("process_logits_kernel",), programs=6),
+    "no end of sequence": Case(lambda: processed(penalty=False), ("suppress_eos_kernel",), programs=16),
 }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels import matvec, step_reference
-from hf_fastattn.kernels.matvec_configs import BUCKETS, MEASURED, ProductTile, product_tile
+from hf_fastattn.kernels import matvec, matvec_configs, step_reference
+from hf_fastattn.kernels.matvec_configs import BUCKETS, HOPPER, MEASURED, ProductTile, beats_cublas, product_tile
 from hf_fastattn.kernels.split_sums import SplitSums
 from tests.kernels.cases import assert_close
 from tests.kernels.test_norm import rows
@@ -166,6 +167,60 @@ def test_tiles():
         assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps))
         assert tile.block_n * tile.block_k <= 32_768 and (bucket > 1 or tile.split == 1)
         assert bucket == 1 or (tile.block_n >= 16 and tile.block_k >= 16)
+
+
+# Llama-3-8B on an H200, bf16: (tokens, K, rows, gated) -> the quickest of the tiles tried, or one within 1% of it
+QUICKEST = {
+    (1, 4096, 6144, False): ProductTile(4, 2048, 8, 2),
+    (1, 4096, 4096, False): ProductTile(2, 2048, 8, 2),
+    (1, 4096, 28672, True): ProductTile(1, 4096, 8, 2),
+    (1, 14336, 4096, False): ProductTile(4, 2048, 4, 2),
+    (1, 4096, 128256, False): ProductTile(4, 2048, 8, 2),
+    (3, 4096, 6144, False): ProductTile(32, 256, 4, 3, split=2),
+    (16, 4096, 4096, False): ProductTile(64, 128, 4, 4, split=4),
+    (16, 4096, 28672, True): ProductTile(64, 128, 4, 3),
+    (5, 14336, 4096, False): ProductTile(64, 128, 4, 4, split=4),
+    (16, 4096, 128256, False): ProductTile(64, 128, 4, 4),
+    (64, 4096, 4096, False): ProductTile(64, 128, 4, 4, split=2),
+    (64, 4096, 28672, True): ProductTile(64, 64, 4, 3),
+    (64, 14336, 4096, False): ProductTile(64, 128, 4, 4, split=2),
+}
+
+
+def test_the_rules_choose_what_was_quickest(monkeypatch):
+    measured = dict(MEASURED)
+    monkeypatch.setattr(matvec_configs, "MEASURED", {})
+    choose = product_tile.__wrapped__
+    for (tokens, k, total, gated), tile in QUICKEST.items():
+        assert choose(HOPPER, 2, tokens, k, total, gated) == tile, (tokens, k, total)
+    for (arch, bucket, k, total), tile in measured.items():
+        assert choose(arch, 2, bucket, k, total, False) != tile, "the table is for exceptions"
+
+
+def test_where_cublas_is_as_quick():
+    # o, down, lm_head and gate with up of Llama-3-8B at 64 tokens
+    shapes = [(4096, 4096, 1), (14336, 4096, 1), (4096, 128256, 1), (4096, 28672, 2)]
+    assert [beats_cublas(HOPPER, 2, 64, *shape) for shape in shapes] == [False, True, False, True]
+    assert all(beats_cublas(arch, size, 16, *shape) for arch in (80, 90) for size in (2, 4) for shape in shapes)
+    assert not any(beats_cublas(arch, size, 17, *shape) for arch, size in ((80, 2), (90, 4)) for shape in shapes)
+    assert not beats_cublas(HOPPER, 2, 65, 14336, 4096, 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("k", [4096, 14336])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_long_sums_in_fp32(tokens, k, monkeypatch):
+    """With `tl.dot` adding one product after the other, as it does on a GPU in fp32."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def chained(self, a, b, acc, *options):
+        total = acc.data.astype(np.float32)
+        for column in range(a.data.shape[1]):
+            total = total + a.data[:, column, None] * b.data[None, column]
+        return TensorHandle(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", chained)
+    check(tokens, k, (32,), FP32)
 
 
 # Shapes of Llama-3-8B, Qwen2.5-0.5B and Llama-2-7B; then odd ones.

@@ -13,6 +13,19 @@ from tests.triton_tools.targets import TARGETS
 # Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, and of the splits.
 STEP_KERNELS = {"rms_norm_kernel", "silu_and_mul_kernel", "matvec_kernel", "skinny_kernel"}
 MOST_OF_STEP = 90
+# Of token choice: those of three dtypes, vocabularies divisible by 16 or not, and three sizes of the table of maxima.
+SAMPLING_KERNELS = {
+    "scan_logits_kernel",
+    "draw_kernel",
+    "greedy_chunk_kernel",
+    "best_of_chunks_kernel",
+    "process_logits_kernel",
+    "suppress_eos_kernel",
+}
+MOST_OF_SAMPLING = 100
+# Of the shared prefixes: those of 5 shapes with few and with many rows, and of the long prompts.
+PREFIX_KERNELS = {"shared_prefix_kernel", "merge_prefixes_kernel"}
+MOST_OF_PREFIXES = 50
 
 # What a loop of generate() changes from one step or call to the next.
 LAUNCHES = {
@@ -20,6 +33,9 @@ LAUNCHES = {
     "decode, rows": [lambda n=n: compile_cases.decode(4, 64, rows=n) for n in (1, 2, 16)],
     "decode, columns": [lambda n=n: compile_cases.decode(4, 64, columns=n) for n in (1, 2, 16)],
     "decode, window": [lambda n=n: compile_cases.decode(4, 64, window=n) for n in (1, 10, 16)],
+    "shared prefix, rows": [lambda n=n: compile_cases.shared_prefix(4, 64, rows=n) for n in (1, 2, 16)],
+    "shared prefix, groups": [lambda n=n: compile_cases.shared_prefix(4, 64, groups=n) for n in (1, 2, 16)],
+    "shared prefix, columns": [lambda n=n: compile_cases.shared_prefix(4, 64, columns=n) for n in (1, 2, 16)],
     "prefill, rows": [lambda n=n: compile_cases.prefill(4, 64, tokens=512, rows=n) for n in (1, 2, 16)],
     "prefill, columns": [lambda n=n: compile_cases.prefill(4, 64, columns=n) for n in (1, 2, 16)],
     "prefill, tokens": [lambda n=n: compile_cases.prefill(4, 64, tokens=n) for n in (100, 128)],
@@ -29,6 +45,9 @@ LAUNCHES = {
     "activation, tokens": [lambda n=n: compile_cases.activation(n, 4864) for n in (1, 3, 16)],
     "product, rows": [lambda n=n: compile_cases.product(1, 896, (n, 8)) for n in (1, 3, 16)],
     "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 16)],
+    "repetition penalty, rows": [lambda n=n: compile_cases.processed(rows=n) for n in (1, 3, 16)],
+    "repetition penalty, eos": [lambda n=n: compile_cases.processed(eos=n) for n in (1, 3, 16)],
+    "no end of sequence": [lambda n=n: compile_cases.processed(rows=n, eos=n, penalty=False) for n in (1, 3, 16)],
 }
 
 
@@ -37,7 +56,15 @@ def test_one_binary_serves_all(launches):
     with fake_driver(TARGETS["sm_90"]) as fake:
         for launch in launches:
             launch()
-        assert len(fake.compiled()) == 1
+        assert len(fake.compiled()) == len(fake.launched)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_token_choice_is_compiled_once(greedy):
+    with fake_driver(TARGETS["sm_90"]) as fake:
+        for rows in (1, 3, 16):
+            compile_cases.chosen(rows=rows, greedy=greedy)
+        assert len(fake.compiled()) == 2
 
 
 @pytest.mark.gpu
@@ -48,5 +75,7 @@ def test_the_sweep_needs_few_specialisations():
         for name, function in jit_functions().items()
     }
     of_step = sum(counts[name] for name in STEP_KERNELS)
+    of_prefixes = sum(counts[name] for name in PREFIX_KERNELS)
     assert of_step <= MOST_OF_STEP, counts
-    assert sum(counts.values()) - of_step <= MOST_SPECIALISATIONS, counts
+    assert of_prefixes <= MOST_OF_PREFIXES, counts
+    assert sum(counts.values()) - of_step - of_prefixes <= MOST_SPECIALISATIONS, counts

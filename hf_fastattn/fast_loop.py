@@ -1,0 +1,229 @@
+"""The decode loop of a `generate()` call that asks for nothing in between: the device goes on by itself.
+
+A captured step takes the tokens that the step before has chosen, runs the model, chooses the next ones and prepares what
+comes after. The host launches steps, gives rows pages ahead of time, and reads what was chosen a few steps late; what
+was computed past the end is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_fastattn.arrivals import DEPTH, News
+from hf_fastattn.cache import PagedCache
+from hf_fastattn.kernels.advance import advance
+from hf_fastattn.kernels.loop_tensors import LoopTensors
+from hf_fastattn.loop_graphs import LoopGraphs
+from hf_fastattn.loop_plan import LoopPlan
+from hf_fastattn.loop_rows import LoopRows
+from hf_fastattn.loop_state import LoopState, bucket_of
+from hf_fastattn.pages import CacheFullError
+from hf_fastattn.runtime import Runtime
+from hf_fastattn.step_kind import StepKind
+from hf_fastattn.token_choice import choose
+
+# Tokens for which rows get pages at a time.
+AHEAD = 64
+# A smaller step is captured for rows that go on for this many tokens, at most, at least.
+WORTH_CAPTURING = 128
+
+
+class FastLoop:
+    """One call's loop, from the logits of the prompt to the new tokens.
+
+    Args:
+        model: patched.
+        runtime: of the model.
+        plan: what the call asks for.
+        cache: holds the prompt; grows with every step.
+        input_ids: `[B, S]` the prompt.
+        positions: `[B, 1]` of the first new token.
+        private: nobody sees the cache after the call, so rows that have ended may leave it.
+        forward: the decoder's forward, called as `forward(decoder, past_key_values=cache, **arguments)`.
+        logits_of: called with `lm_head` and `[T, hidden]`.
+        streamer: gets the tokens of every step, `[B]` on the host.
+        limits: new tokens a row, at most; those of the plan by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        runtime: Runtime,
+        plan: LoopPlan,
+        cache: PagedCache,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        private: bool,
+        forward: Callable[..., Any],
+        logits_of: Callable[[Any, Tensor], Tensor],
+        streamer: Any = None,
+        limits: Sequence[int] | None = None,
+    ) -> None:
+        self._model, self._runtime, self._plan, self._cache = model, runtime, plan, cache
+        self._private, self._forward, self._logits_of, self._streamer = private, forward, logits_of, streamer
+        rows = input_ids.shape[0]
+        self._limits = list(limits) if limits is not None else [plan.max_new] * rows
+        self._most = max(self._limits)
+        self._rows = LoopRows(input_ids, self._most, plan)
+        # Rows of the call that are on the device, in their places there.
+        self._places = list(range(rows))
+        self._used = bucket_of(rows)
+        self._launched = 0
+        self._reserved = 0
+        graphs: LoopGraphs = runtime.loop_graphs
+        self._graphs = graphs
+        device, page_size = input_ids.device, cache.groups.page_size
+        columns = -(-(max(cache.lengths) + self._most) // page_size)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self._state: LoopState = graphs.make_room(device, self._used, columns, cache, vocabulary)
+        assert graphs.arrivals is not None
+        self._arrivals = graphs.arrivals
+        drop = private and bool(plan.ends or plan.stop_strings or limits is not None)
+        self._drop = drop
+        self._state.begin(plan, cache.lengths, positions, self._limits, drop)
+        if plan.choice.repetition_penalty != 1.0:
+            self._state.see(input_ids, plan.ignored)
+
+    def run(self, logits: Tensor) -> Tensor:
+        """Generate.
+
+        Args:
+            logits: `[B, V]` after the prompt.
+
+        Returns:
+            `[B, new]` int64 tokens on the host, as long as the longest row; shorter rows are padded.
+
+        Raises:
+            CacheFullError: no pages are left. The cache holds what was generated so far.
+        """
+        try:
+            self._reserve()
+            news = self._finish_step(self._kind(len(self._places)), logits)
+            self._launched = 1
+            self._runtime.counters.fast_loops += 1
+            self._arrivals.send(news, self._places)
+            while not self._rows.done:
+                if self._launched < self._most and len(self._arrivals) <= DEPTH:
+                    self._launch()
+                waits = len(self._arrivals) > DEPTH or self._launched == self._most
+                arrived = self._arrivals.receive(waits)
+                while arrived is not None and not self._rows.done:
+                    self._take(arrived)
+                    arrived = self._arrivals.receive(False)
+        finally:
+            self._close()
+        return self._rows.tokens()
+
+    # ---- the device's part ------------------------------------------------------------------------------------
+
+    def _kind(self, rows: int) -> StepKind:
+        plan = self._plan
+        return StepKind(rows, plan.do_sample, plan.choice.repetition_penalty != 1.0, plan.choice.min_new_tokens > 0)
+
+    def _launch(self) -> None:
+        # A step also finds the place of the token that it chooses.
+        if self._reserved <= min(self._launched, self._most - 2):
+            self._reserve()
+        kind = self._kind(self._used)
+        news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._runtime.counters)
+        self._cache.grow_by(1)
+        self._launched += 1
+        self._arrivals.send(news, self._places)
+        self._release_behind()
+
+    def _step(self, kind: StepKind) -> Callable[[], Tensor]:
+        state, cache, graphs = self._state, self._cache, self._graphs
+        groups, decoder = cache.groups, self._model.base_model
+        assert graphs.workspace is not None
+        batch = state.batch(kind.rows, groups.backend, groups.batch_invariant, graphs.workspace)
+
+        def run() -> Tensor:
+            with cache.reading(batch):
+                arguments = {**state.arguments(kind.rows), "use_cache": True, "return_dict": True}
+                hidden = self._forward(decoder, past_key_values=cache, **arguments).last_hidden_state
+            batch.forget_rope()
+            return self._finish_step(kind, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
+
+        return run
+
+    def _finish_step(self, kind: StepKind, logits: Tensor) -> Tensor:
+        """Choose tokens by `logits [rows, V]`, and prepare the next step."""
+        state = self._state
+        choose(state, kind, logits)
+        # The first step chooses for the rows of the prompt, and prepares a bucket.
+        tensors: LoopTensors = state.tensors(max(kind.rows, self._used), kind.penalised)
+        advance(tensors, self._cache.groups.page_size)
+        return tensors.news
+
+    # ---- the host's part --------------------------------------------------------------------------------------
+
+    def _take(self, news: News) -> None:
+        """A step has arrived: note its tokens, pass them on, and let rows go that have ended."""
+        late = self._rows.take(news)
+        if self._streamer is not None:
+            self._streamer.put(self._rows.newest())
+        places = [place for place, number in enumerate(self._places) if number in late]
+        if places:
+            self._state.end_rows(places, self._drop)
+        if self._drop and not self._rows.done:
+            self._let_go(bool(late))
+
+    def _let_go(self, any_late: bool) -> None:
+        ended = [place for place, number in enumerate(self._places) if self._rows.ended[number]]
+        if any(self._cache.lengths[place] for place in ended):
+            self._cache.let_go(ended)
+        count = len(self._places) - len(ended)
+        used = bucket_of(count)
+        if used >= self._used:
+            return
+        kind, left = self._kind(used), self._most - self._launched
+        if self._graphs.has(kind, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
+            self._compact([place for place in range(len(self._places)) if place not in set(ended)], used)
+
+    def _compact(self, kept: list[int], used: int) -> None:
+        """Go on with the rows at the places `kept`, in a step of `used` rows."""
+        self._state.keep(kept, used)
+        self._places = [self._places[place] for place in kept]
+        self._cache.keep_rows(kept)
+        self._used = used
+        self._write_tables()
+
+    def _reserve(self) -> None:
+        """Pages for the steps to come, AHEAD of them if the memory limit allows."""
+        appended = max(self._launched - 1, 0)
+        wanted = min(AHEAD, self._most - 1 - appended)
+        while wanted:
+            try:
+                self._cache.reserve_more(wanted)
+                break
+            except CacheFullError:
+                if wanted <= 1:
+                    raise
+                wanted //= 2
+        self._reserved = appended + wanted
+        self._cache.reserve_ahead()
+        self._write_tables()
+
+    def _write_tables(self) -> None:
+        self._state.write_tables([table.as_array()[0] for table in self._cache.tables.values()])
+
+    def _release_behind(self) -> None:
+        """Pages behind a window, but for those that come into sight again if the last steps are dropped."""
+        if self._launched % AHEAD == 0:
+            self._cache.release_behind(DEPTH + 1)
+
+    def _close(self) -> None:
+        """The cache as it is after the steps that were read, whatever else is under way."""
+        self._arrivals.clear()
+        taken = self._rows.steps
+        # The token of a step is in the cache after the next one.
+        extra = max(self._launched - 1, 0) - max(taken - 1, 0)
+        self._cache.grow_by(-extra)
+        self._cache.trim()
+        counters = self._runtime.counters
+        counters.forwards += max(taken - 1, 0)
+        counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)

@@ -1,0 +1,22 @@
+"""`StepKind`: what tells one captured step of the fast loop from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What the launches of a step depend on.
+
+    Attributes:
+        rows: of the step, a bucket.
+        do_sample: draw, or take the likeliest.
+        penalised: there is a repetition penalty.
+        suppressed: end tokens are not chosen at first.
+    """
+
+    rows: int
+    do_sample: bool
+    penalised: bool
+    suppressed: bool
