@@ -3,9 +3,11 @@
 The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. The K/V tiles of
 all (row, kv head, query block) triples form one flat list, which every program cuts into equal ranges by itself from
 `seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are balanced
-to one tile, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. A
-program holds at most two partial states, its first and its last; the last program to arrive at a split triple merges its
-parts by LSE in fixed order, so results are bitwise repeatable.
+to one tile, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. Where
+rows are so alike that cutting each into as many parts gives ranges hardly longer, that is done: a second triple costs a
+program as much as some hundred keys. Otherwise it holds at most two partial states, its first and its last. The last
+program to arrive at a split triple merges its parts by LSE in fixed order, so results are bitwise repeatable. A single row
+is `decode_row.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.configs import arch_of, split_kv_tile
+from hf_fastattn.kernels.decode_row import decode_row
 from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.shares import program_of
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
 
@@ -25,6 +29,8 @@ from hf_fastattn.kernels.workspace import Workspace
 INVARIANT_KEYS = 1024
 # Fp32 elements of partial states that a merging program has in flight.
 MERGE_ELEMENTS = 4096
+# Keys that a program reads in the time which it loses by working on a second triple.
+SECOND_TRIPLE_KEYS = 384
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -35,6 +41,7 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    SECOND_KEYS: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
     ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,17 +68,25 @@ def split_kv_kernel(
     if HAS_WINDOW:
         units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys has an output too.
-    units = tl.where(valid, tl.maximum(units, 1) * blocks, 0)
-    upto = tl.cumsum(units, 0)
-    total = tl.sum(units, 0) * GROUPS
-    programs = tl.maximum(tl.minimum(total, tl.num_programs(0)), 1)
+    units = tl.where(valid, tl.maximum(units, 1), 0)
+    total = tl.sum(units * blocks, 0) * GROUPS
+    programs = tl.num_programs(0)
     # The first `extra` programs take one unit more than the others.
     share = total // programs
     extra = total % programs
+    # Units that a triple is filled up to in the list: multiples of `fill`.
+    fill = 1
+    if UNIT == 1 and ONE_BLOCK:
+        splits = programs // (rows * GROUPS)
+        if splits > 0:
+            even = (tl.max(units, 0) + splits - 1) // splits
+            if even <= share + 1 + SECOND_KEYS // BLOCK_N:
+                share = even
+                extra = 0
+                fill = even
+    upto = tl.cumsum((units + fill - 1) // fill * fill * blocks, 0)
     position = pid * share + tl.minimum(pid, extra)
-    end = position + share + (pid < extra).to(tl.int32)
-    if pid >= programs:
-        end = position
+    end = tl.minimum(position + share + (pid < extra).to(tl.int32), tl.max(upto, 0) * GROUPS)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -93,8 +108,9 @@ def split_kv_kernel(
             lowest = tl.maximum(length - new + 1 - window, 0)
         first_unit = lowest // (UNIT * BLOCK_N)
         count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
-        triple = (position - base) // count
-        unit = (position - base) % count
+        filled = (count + fill - 1) // fill * fill
+        triple = (position - base) // filled
+        unit = (position - base) % filled
         take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
         if ONE_BLOCK:
             head = triple
@@ -170,13 +186,8 @@ def split_kv_kernel(
                     GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS,
                 )  # fmt: skip
         position += take
-
-
-@triton.jit
-def program_of(unit, share, extra):
-    """The program whose range holds a unit of the flat list."""
-    long = extra * (share + 1)
-    return tl.where(unit < long, unit // (share + 1), extra + (unit - long) // tl.maximum(share, 1))
+        if unit + take == count:
+            position += filled - count
 
 
 @triton.jit
@@ -268,12 +279,16 @@ def paged_decode(
         raise ValueError(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
+    room = workspace or Workspace(q.device)
+    if rows == 1 and cu_seqlens_q is None and not batch_invariant:
+        return decode_row(
+            q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=room
+        )
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:
         return out, lse
     ratio, block_d = heads // groups, power_of_2(dim)
-    room = workspace or Workspace(q.device)
     arch, queries = arch_of(q.device), max_query_len * ratio
     pairs = None if batch_invariant else rows * groups
     tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, room.processors)
@@ -295,7 +310,7 @@ def paged_decode(
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=tile.stages,
+            STAGES=tile.stages, SECOND_KEYS=SECOND_TRIPLE_KEYS,
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_fastattn.kernels.decode import program_of
+from hf_fastattn.kernels.shares import program_of
 
 
 @triton.jit
