@@ -16,6 +16,7 @@ from hf_fastattn.kernels.plan import AttentionPlan
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.workspace import Workspace
+    from hf_fastattn.shared_rows import SharedPrefixes
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Batch:
         workspaces: by device and stream; lives with the model's pages.
         workspace: the one to use instead, whatever the stream.
         batch_invariant: `FastAttnConfig.batch_invariant`.
+        shared: prefixes that layers without a window read once for all their rows, in decode.
     """
 
     query_lens: list[int]
@@ -41,6 +43,7 @@ class Batch:
     workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
     batch_invariant: bool = False
     workspace: Workspace | None = None
+    shared: SharedPrefixes | None = None
     _tensors: dict[tuple[str, int | None, torch.device], Tensor] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -157,6 +160,8 @@ class Batch:
             `[T, H, D]` in q's dtype.
         """
         if self._backend_of(q) != "reference":
+            if self.shared is not None and window is None:
+                return self._attend_shared(q, k_pages, v_pages, self.shared, scale, softcap)
             return self._attend_triton(q, k_pages, v_pages, window, scale, softcap)
         out, _ = reference.paged_attention(q, k_pages, v_pages, self.plans[window], scale=scale, softcap=softcap)
         return out
@@ -172,6 +177,19 @@ class Batch:
             self.seq_lens_on(device), max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
             workspace=self._workspace(device), hopper=self._backend_of(q) == "hopper",
             batch_invariant=self.batch_invariant,
+        )  # fmt: skip
+        return out
+
+    def _attend_shared(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, shared: SharedPrefixes, scale: float, softcap: float | None
+    ) -> Tensor:
+        from hf_fastattn.kernels.shared_prefix import paged_decode_shared
+
+        device = q.device
+        out, _ = paged_decode_shared(
+            q, k_pages, v_pages, self.page_table(None, device), self.seq_lens_on(device), shared.group_starts,
+            shared.prefix_lens, max_group_rows=shared.max_group_rows, scale=scale, softcap=softcap,
+            workspace=self._workspace(device),
         )  # fmt: skip
         return out
 

@@ -72,6 +72,11 @@ class CapturedStep:
         """What the steps of a model share."""
         return CaptureRoom(device)
 
+    @staticmethod
+    def enter(room: Any) -> None:
+        """Make the current stream wait for steps of the room on another one."""
+        room.enter()
+
     def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         """Run once to compile kernels and size their workspace, then record.
 
@@ -93,16 +98,17 @@ class CapturedStep:
             current.wait_stream(room.stream)
         self._graph = graph
 
-    def replay(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run the recorded launches on the current stream; returns a copy of the output.
+    def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
+        """Run the recorded launches on the current stream; returns the output.
 
         Args:
             run: what was captured; for steps that have no graph.
+            copy: return a copy, not what the next replay writes to.
         """
         assert self._graph is not None and self._output is not None
         self._room.enter()
         self._graph.replay()
-        return self._output.clone()
+        return self._output.clone() if copy else self._output
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
         # Other threads may go on using the device meanwhile.

@@ -22,6 +22,7 @@ from hf_fastattn.loop_rows import LoopRows
 from hf_fastattn.loop_state import LoopState, bucket_of
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.runtime import Runtime
+from hf_fastattn.shared_rows import SharedRows
 from hf_fastattn.step_kind import StepKind
 from hf_fastattn.token_choice import choose
 
@@ -87,6 +88,10 @@ class FastLoop:
         self._state.begin(plan, cache.lengths, positions, self._limits, drop)
         if plan.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, plan.ignored)
+        # In batch-invariant mode how a row is added up may not depend on the others.
+        self._shared = SharedRows() if cache.groups.batch_invariant else SharedRows.of(cache)
+        self._kind = self._kind_of(self._used, self._shared)
+        self._write_groups()
 
     def run(self, logits: Tensor) -> Tensor:
         """Generate.
@@ -102,7 +107,7 @@ class FastLoop:
         """
         try:
             self._reserve()
-            news = self._finish_step(self._kind(len(self._places)), logits)
+            news = self._finish_step(self._kind_of(len(self._places)), logits)
             self._launched = 1
             self._runtime.counters.fast_loops += 1
             self._arrivals.send(news, self._places)
@@ -120,15 +125,18 @@ class FastLoop:
 
     # ---- the device's part ------------------------------------------------------------------------------------
 
-    def _kind(self, rows: int) -> StepKind:
-        plan = self._plan
-        return StepKind(rows, plan.do_sample, plan.choice.repetition_penalty != 1.0, plan.choice.min_new_tokens > 0)
+    def _kind_of(self, rows: int, shared: SharedRows | None = None) -> StepKind:
+        plan, worth = self._plan, (shared or SharedRows()).worthwhile()
+        return StepKind(
+            rows, plan.do_sample, plan.choice.repetition_penalty != 1.0, plan.choice.min_new_tokens > 0,
+            worth.sharers, worth.group_count,
+        )  # fmt: skip
 
     def _launch(self) -> None:
         # A step also finds the place of the token that it chooses.
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
-        kind = self._kind(self._used)
+        kind = self._kind
         news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._runtime.counters)
         self._cache.grow_by(1)
         self._launched += 1
@@ -139,7 +147,7 @@ class FastLoop:
         state, cache, graphs = self._state, self._cache, self._graphs
         groups, decoder = cache.groups, self._model.base_model
         assert graphs.workspace is not None
-        batch = state.batch(kind.rows, groups.backend, groups.batch_invariant, graphs.workspace)
+        batch = state.batch(kind, groups.backend, groups.batch_invariant, graphs.workspace)
 
         def run() -> Tensor:
             with cache.reading(batch):
@@ -180,9 +188,10 @@ class FastLoop:
         used = bucket_of(count)
         if used >= self._used:
             return
-        kind, left = self._kind(used), self._most - self._launched
+        kept = sorted(set(range(len(self._places))) - set(ended))
+        kind, left = self._kind_of(used, self._shared.keep(kept)), self._most - self._launched
         if self._graphs.has(kind, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
-            self._compact([place for place in range(len(self._places)) if place not in set(ended)], used)
+            self._compact(kept, used)
 
     def _compact(self, kept: list[int], used: int) -> None:
         """Go on with the rows at the places `kept`, in a step of `used` rows."""
@@ -190,6 +199,9 @@ class FastLoop:
         self._places = [self._places[place] for place in kept]
         self._cache.keep_rows(kept)
         self._used = used
+        self._shared = self._shared.keep(kept)
+        self._kind = self._kind_of(used, self._shared)
+        self._write_groups()
         self._write_tables()
 
     def _reserve(self) -> None:
@@ -210,6 +222,10 @@ class FastLoop:
 
     def _write_tables(self) -> None:
         self._state.write_tables([table.as_array()[0] for table in self._cache.tables.values()])
+
+    def _write_groups(self) -> None:
+        if self._kind.sharers:
+            self._state.write_groups(self._kind, self._shared)
 
     def _release_behind(self) -> None:
         """Pages behind a window, but for those that come into sight again if the last steps are dropped."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hf_fastattn.patches.decoder import _why_not_paged
+from hf_fastattn.patches.decoder import why_not_paged
 from hf_fastattn.patches.fused import fused_forward, fused_logits
 from hf_fastattn.patches.visible import visible_columns
 
@@ -30,7 +30,7 @@ def fast_sample(
     runtime = model._fastattn.runtime
     cache = model_kwargs.get("past_key_values")
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
-    if runtime.looping or runtime.loop_graphs.why_not(model, cache) is not None:
+    if runtime.looping or runtime.loop_graphs.why_not_here(model, cache) is not None:
         return None
     # Not before: they import Triton.
     from hf_fastattn.fast_loop import FastLoop
@@ -42,7 +42,8 @@ def fast_sample(
         return None
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
-    if positions is None or outputs.past_key_values is not cache:
+    # Only now, while the device computes the prompt: it takes the host some milliseconds.
+    if positions is None or outputs.past_key_values is not cache or runtime.loop_graphs.why_not(model, cache) is not None:
         runtime.keep_prefilled(outputs)
         return None
     logits = outputs.logits[:, -1]
@@ -73,7 +74,7 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
     inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
     mask = inputs.get("attention_mask")
     visible = visible_columns(mask, cache, input_ids.shape[0], 1)
-    if _why_not_paged(model.base_model, mask, cache, visible, {}) is not None:
+    if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:
         return None
     positions = inputs.get("position_ids")
     if positions is None:

@@ -71,11 +71,8 @@ class LoopGraphs:
         self._failed.clear()
         self._room = self.state = self.arrivals = self.workspace = None
 
-    def why_not(self, model: Any, cache: Any) -> str | None:
-        """Why steps of the model cannot be captured now; None if they can be.
-
-        Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
-        """
+    def why_not_here(self, model: Any, cache: Any) -> str | None:
+        """Why steps of the model cannot be captured with this cache where it is; None if its modules may allow it."""
         if not self._enabled:
             return "cuda_graphs=False"
         if not isinstance(cache, PagedCache):
@@ -83,17 +80,26 @@ class LoopGraphs:
         device = model.device
         if device.type not in self.step_type.devices:
             return f"the model is on {device.type}"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
         groups = cache.groups
         backend, _ = choose_backend(groups.backend, device, model.dtype, groups.head_dim, groups.batch_invariant)
         if backend not in self.step_type.backends:
             return f"backend {backend}"
-        state = decoder_state(model, device)
-        if state != self._depends_on or self._groups is None or self._groups() is not groups:
-            self.drop()
-            self._depends_on, self._groups = state, weakref.ref(groups)
         if "forward" in vars(model):
             return f"the forward of the {type(model).__name__} was replaced"
-        return self._known_reason or why_not_module(model) or why_not_capturable(model, device)
+        return self._known_reason
+
+    def why_not(self, model: Any, cache: PagedCache) -> str | None:
+        """Why the modules of the model do not allow it; None if they do.
+
+        Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
+        """
+        state = decoder_state(model, model.device)
+        if state != self._depends_on or self._groups is None or self._groups() is not cache.groups:
+            self.drop()
+            self._depends_on, self._groups = state, weakref.ref(cache.groups)
+        return why_not_module(model) or why_not_capturable(model, model.device)
 
     def make_room(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> LoopState:
         """Static tensors for a call of `rows` rows of up to `columns` pages."""
@@ -109,6 +115,9 @@ class LoopGraphs:
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
             self.state = LoopState(*size)
             self.arrivals, self.workspace = Arrivals(self.state.rows, device), Workspace(device)
+        if self._room is not None:
+            # The last steps of the call before may be under way on another stream.
+            self.step_type.enter(self._room)
         return self.state
 
     def has(self, kind: StepKind, storage_version: int) -> bool:
@@ -123,17 +132,17 @@ class LoopGraphs:
             run: the launches; changes the state and returns its `news`.
 
         Returns:
-            `[rows]` int64, not touched by later steps.
+            `[rows]` int64, which the next step writes to.
         """
         if not self.has(kind, groups.storage_version) and kind not in self._failed:
             self._capture(kind, groups, run, counters)
         held = self._steps.get(kind)
         if held is None:
             with torch.inference_mode(False), torch.no_grad():
-                return run().clone()
+                return run()
         self._steps.move_to_end(kind)
         counters.graphs_replayed += 1
-        return held.step.replay(run)
+        return held.step.replay(run, copy=False)
 
     def _capture(self, kind: StepKind, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
         assert self.state is not None

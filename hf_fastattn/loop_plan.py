@@ -113,13 +113,16 @@ def loop_plan(
     if isinstance(ignored, int) and ignored > input_ids.shape[1]:
         return "a repetition penalty that ignores new tokens"
     temperature, top_k, top_p, min_p = (found.get(kind) for kind in PROCESSORS[3:])
-    pad = config._pad_token_tensor
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    if not 0 <= pad < model.config.get_text_config(decoder=True).vocab_size:
+        # Steps launched past the end embed it, even for a single row.
+        return f"pad_token_id={pad} is no token of the model"
     return LoopPlan(
         do_sample=bool(config.do_sample),
         max_new=max_new,
         ends=ends,
         suppressed=suppressed,
-        pad=0 if pad is None else int(pad),
+        pad=pad,
         choice=SamplingParams(
             temperature=1.0 if temperature is None else float(temperature.temperature),
             top_k=0 if top_k is None else int(top_k.top_k),

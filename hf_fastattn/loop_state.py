@@ -17,7 +17,9 @@ from hf_fastattn.kernels.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling_params import PARAMS
 from hf_fastattn.kernels.workspace import Workspace
 from hf_fastattn.loop_plan import LoopPlan
+from hf_fastattn.shared_rows import SharedPrefixes, SharedRows
 from hf_fastattn.staging import Staging
+from hf_fastattn.step_kind import StepKind
 
 # Room to begin with: a larger batch or longer rows need new tensors, and steps captured with the old ones are lost.
 MIN_ROWS, MIN_COLUMNS = 64, 1024
@@ -74,6 +76,7 @@ class LoopState:
             self.params = zeros(PARAMS, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
+            self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)
             # Transformers passes a 4-D mask on as it is; our attention ignores it.
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._staging = Staging(count * rows * self.columns, device)
@@ -111,8 +114,12 @@ class LoopState:
             "attention_mask": self.mask,
         }
 
-    def batch(self, rows: int, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
+    def batch(self, kind: StepKind, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
         """A batch of one new token a row whose tensors are these."""
+        rows, shared = kind.rows, None
+        if kind.sharers:
+            groups = kind.groups
+            shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], kind.sharers)
         tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
         for place, window in enumerate(self.windows):
             tensors["slots", window, self.device] = self._all.slots[place, :rows]
@@ -120,7 +127,7 @@ class LoopState:
         tensors["seq_lens", None, self.device] = self._all.seq_lens[:rows]
         return Batch(
             [1] * rows, [], {}, {}, backend,
-            batch_invariant=batch_invariant, workspace=workspace, _tensors=tensors,
+            batch_invariant=batch_invariant, workspace=workspace, shared=shared, _tensors=tensors,
         )  # fmt: skip
 
     # ---- what the host writes ---------------------------------------------------------------------------------
@@ -168,6 +175,13 @@ class LoopState:
             place_in_host.reshape(rows, self.columns)[:, :columns] = pages[:, :columns]
             used = (place * self.rows + rows) * self.columns
         self._staging.send(self._all.tables.view(-1), used)
+
+    def write_groups(self, kind: StepKind, shared: SharedRows) -> None:
+        """The groups of rows that a step of this kind, one with sharers, is for; places that are left get empty groups."""
+        starts, lengths = shared.layout()
+        empty = kind.groups - len(lengths)
+        self._write(self._group_starts, starts + [starts[-1]] * empty)
+        self._write(self._prefix_lens, lengths + [0] * empty)
 
     def keep(self, kept: Sequence[int], used: int) -> None:
         """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""

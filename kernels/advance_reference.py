@@ -24,4 +24,5 @@ def advance(state: LoopTensors, page_size: int) -> None:
         page = table[rows, torch.where(gone, 0, length // page_size).long()]
         state.slots[place, : len(token)].copy_(torch.where(gone, -1, page * page_size + length % page_size))
     if state.seen is not None:
-        state.seen[rows, token] = 1
+        known = (token >= 0) & (token < state.seen.shape[1])
+        state.seen[rows[known], token[known]] = 1

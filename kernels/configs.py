@@ -59,11 +59,15 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
-# For prefixes of many packed query rows.
+# For prefixes of more than 16 packed query rows. 64 rows of 256 take more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
-    (80, 2, 128): Tile(128, 32, 8, 3, programs=1),
+    (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
-    (90, 2, 128): Tile(128, 64, 8, 5, programs=1),
+    (80, 4, 256): Tile(16, 16, 8, 2),
+}
+# The same where latency counts.
+SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
 }
 
 
@@ -98,11 +102,16 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
     return found
 
 
-def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
-    """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (group of rows, kv head) pair."""
-    # 64 rows of 256 take more registers than the four warps of a split-KV tile have.
-    many = tile_of(SHARED_PREFIX, arch, itemsize, block_d) if queries > (64 if block_d <= 128 else 16) else None
-    return many or split_kv_tile(arch, itemsize, block_d, queries, pairs, processors)
+def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few: bool) -> Tile:
+    """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (group of rows, kv head) pair.
+
+    Args:
+        few: no more (row, kv head) pairs than multiprocessors.
+    """
+    tables = [SHARED_PREFIX_FEW, SHARED_PREFIX] if queries > 16 else [SPLIT_KV_FEW, SPLIT_KV]
+    found = (tile_of(tables[0], arch, itemsize, block_d) if few else None) or tile_of(tables[1], arch, itemsize, block_d)
+    assert found is not None
+    return found
 
 
 def arch_of(device: torch.device) -> int:

@@ -280,7 +280,7 @@ def paged_decode(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
     room = workspace or Workspace(q.device)
-    if rows == 1 and cu_seqlens_q is None and not batch_invariant:
+    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=room
         )

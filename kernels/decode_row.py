@@ -3,7 +3,7 @@
 A (kv head, part) pair is a program: every kv head is cut into as many even parts as the GPU holds, or fewer if there are
 fewer tiles of keys. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed order
 ("Flash-Decoding", Dao et al., 2023). A row whose keys are read in some microseconds has no time for the prefix sums by
-which `decode.py` balances rows of different lengths.
+which `decode.py` balances rows of different lengths. In 16 bits only: fp32 wants shorter sums than its parts are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.configs import arch_of, split_kv_tile
-from hf_fastattn.kernels.launch import dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
 
@@ -31,7 +31,7 @@ def decode_row_kernel(
     splits, window, scale, softcap, stride_qh, stride_page, stride_slot, stride_head,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one kv head; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
     if OVERLAP:
@@ -69,10 +69,10 @@ def decode_row_kernel(
             offset = slot[:, None] + (head * stride_head + d)[None, :]
             ok = ok_n[:, None] & ok_d[None, :]
             k = tl.load(k_ptr + offset, mask=ok, other=0.0)
-            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, "tf32")
             scores = tl.where(ok_n[None, :], scores, float("-inf"))
             v = tl.load(v_ptr + offset, mask=ok, other=0.0)
-            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
+            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, "tf32")
         if parts == 1:
             _store(out_ptr, lse_ptr, head * RATIO + m, ok_m, row_max, row_sum, acc, D, BLOCK_D)
         else:
@@ -166,6 +166,6 @@ def decode_row(
             BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, lse

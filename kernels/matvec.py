@@ -3,8 +3,9 @@
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
 weights stay where they are: a program finds by its number which of them it works on. One token is multiplied here,
 without the matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`.
-Everything is summed in fp32 and rounded once. RMSNorm of x is folded into the product of one token (its scale is a
-common factor of the sums), the residual into the end. The plain PyTorch versions are in `step_reference.py`.
+Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own
+(`norm.py`): its weight, read again by every program beside x, costs more than that where the first-level cache is small,
+as after attention kernels with much shared memory. The plain PyTorch versions are in `step_reference.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from hf_fastattn.kernels.activation import silu_gate
 from hf_fastattn.kernels.configs import arch_of
 from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches
 from hf_fastattn.kernels.matvec_configs import MOST_TOKENS, ProductTile, product_tile
-from hf_fastattn.kernels.norm import rms_norm
 from hf_fastattn.kernels.skinny import find_tile, pick, skinny_product
 from hf_fastattn.kernels.split_sums import SplitSums
 
@@ -38,29 +38,18 @@ def _weights(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _row(ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[BLOCK_K]` elements from k on, in fp32."""
+def _x_tile(x_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`[BLOCK_K]` elements of x from k on, in fp32."""
     column = k + tl.arange(0, BLOCK_K)
     if K % BLOCK_K == 0:
-        return tl.load(ptr + column).to(tl.float32)
-    return tl.load(ptr + column, mask=column < K, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _x_tile(x_ptr, norm_ptr, squares, k, K: tl.constexpr, BLOCK_K: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    """x from k on, times the weight of its norm, and the running squares of x itself."""
-    x = _row(x_ptr, k, K, BLOCK_K)
-    if norm_ptr is not None:
-        squares += x * x
-        scale = _row(norm_ptr, k, K, BLOCK_K)
-        x *= scale + 1.0 if UNIT_OFFSET else scale
-    return x, squares
+        return tl.load(x_ptr + column).to(tl.float32)
+    return tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def matvec_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, norm_ptr, n0, n1, n2, eps,
-    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
@@ -88,8 +77,7 @@ def matvec_kernel(
         added += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    x, squares = _x_tile(x_ptr, norm_ptr, squares, 0, K, BLOCK_K, UNIT_OFFSET)
+    x = _x_tile(x_ptr, 0, K, BLOCK_K)
     acc = w.to(tl.float32) * x[None, :]
     if GATED:
         acc_u = u.to(tl.float32) * x[None, :]
@@ -97,17 +85,13 @@ def matvec_kernel(
         w = _weights(w_ptr + offset, k, K, BLOCK_K)
         if GATED:
             u = _weights(w1_ptr + offset, k, K, BLOCK_K)
-        x, squares = _x_tile(x_ptr, norm_ptr, squares, k, K, BLOCK_K, UNIT_OFFSET)
+        x = _x_tile(x_ptr, k, K, BLOCK_K)
         acc += w.to(tl.float32) * x[None, :]
         if GATED:
             acc_u += u.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)
-    inverse = 1.0
-    if norm_ptr is not None:
-        inverse = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y *= inverse
     if GATED:
-        y = silu_gate(y, tl.sum(acc_u, 1) * inverse)
+        y = silu_gate(y, tl.sum(acc_u, 1))
     tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
 
 
@@ -137,13 +121,10 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 
 def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
-    norm_weight: Tensor | None, eps: float, unit_offset: bool, gated: bool, sums: SplitSums | None,
-    weights_settled: bool, tile: ProductTile | None,
+    gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
 ) -> Tensor:  # fmt: skip
     """Everything side by side in `[T, rows of all weights]`, or `[T, rows of one]` if gated."""
     _check(x, weights, biases, residual)
-    if norm_weight is not None and (norm_weight.shape != x.shape[1:] or not norm_weight.is_contiguous()):
-        raise ValueError(f"norm_weight {tuple(norm_weight.shape)} must be [K] = {[x.shape[1]]} and contiguous")
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
     y = torch.empty((tokens, counts[0] if gated else sum(counts)), dtype=x.dtype, device=x.device)
@@ -152,8 +133,6 @@ def _product(
     arch = arch_of(x.device)
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated)
     if tokens > 1:
-        if norm_weight is not None:
-            x = rms_norm(x, norm_weight, eps, unit_offset=unit_offset, weights_settled=weights_settled)
         skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile)
         return y
     counts += [0] * (MOST_WEIGHTS - len(counts))
@@ -165,8 +144,7 @@ def _product(
     programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
         matvec_kernel[(programs,)](
-            x, *weights, *spare, *added, y, residual, norm_weight, *counts, eps,
-            K=k, WEIGHTS=used, GATED=gated, UNIT_OFFSET=unit_offset,
+            x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
@@ -179,9 +157,6 @@ def matvec(
     biases: Sequence[Tensor] | None = None,
     *,
     residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    unit_offset: bool = False,
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     tile: ProductTile | None = None,
@@ -193,8 +168,6 @@ def matvec(
         weights: each `[N_i, K]`, contiguous, of the dtype of x.
         biases: `[N_i]` for each weight, or none at all.
         residual: `[T, N]`, added to the product of a single weight.
-        norm_weight: `[K]`; x is normalised first, by RMSNorm. In the same launch if T = 1, else by one before.
-        eps: of that norm; `unit_offset`: it multiplies by `1 + weight`.
         sums: room for split products, for one stream; made by the call if needed and not given.
         weights_settled: no launch that may still be running writes a weight, so that their first tiles are read ahead of
             its end. Launches overlap, so the one before the last counts too.
@@ -206,7 +179,7 @@ def matvec(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    y = _product(x, weights, biases, residual, norm_weight, eps, unit_offset, False, sums, weights_settled, tile)
+    y = _product(x, weights, biases, residual, False, sums, weights_settled, tile)
     return y.split([weight.shape[0] for weight in weights], -1)
 
 
@@ -215,9 +188,6 @@ def gate_up_silu(
     w_gate: Tensor,
     w_up: Tensor,
     *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    unit_offset: bool = False,
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     tile: ProductTile | None = None,
@@ -225,4 +195,4 @@ def gate_up_silu(
     """`silu(x Wg^T) * (x Wu^T)`, `[T, I]`, in one launch; arguments as of `matvec`, both weights `[I, K]`."""
     if w_gate.shape != w_up.shape:
         raise ValueError(f"w_gate {tuple(w_gate.shape)} and w_up {tuple(w_up.shape)} must be of one shape")
-    return _product(x, (w_gate, w_up), None, None, norm_weight, eps, unit_offset, True, sums, weights_settled, tile)
+    return _product(x, (w_gate, w_up), None, None, True, sums, weights_settled, tile)

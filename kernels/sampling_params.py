@@ -18,7 +18,7 @@ class SamplingParams:
     """Transformers' parameters of the same names; the defaults change nothing.
 
     Attributes:
-        temperature: above 0; scores are multiplied by its reciprocal, as Transformers does on a GPU.
+        temperature: above 0; scores are multiplied by its reciprocal.
         top_k: tokens kept, with all that tie with the last of them; 0, or the vocabulary or more, keeps all.
         top_p: a token is kept if the mass of strictly likelier ones is below; 1 keeps all.
         min_p: tokens less likely than this share of the likeliest are dropped; 0 keeps all.

@@ -1,8 +1,8 @@
 """Repetition penalty and suppressed end-of-sequence tokens on the logits of a decode step, in one launch.
 
 A token seen before has its score s divided by the penalty if s >= 0, multiplied if below (Keskar et al., CTRL, 2019), in
-fp32; the division is a product with the reciprocal, as PyTorch computes it on a GPU. Before the step `min_new_tokens` the
-end-of-sequence tokens are -inf. The plain PyTorch version is `sampling_reference.process_logits`.
+fp32; the division is a product with the reciprocal, which may differ from PyTorch's in the last bit. Before the step
+`min_new_tokens` the end-of-sequence tokens are -inf. The plain PyTorch version is `sampling_reference.process_logits`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Token choice in plain PyTorch: what Transformers' processors and warpers leave, written out.
 
 `scores` are logits times `1 / temperature`, fp32 unless the logits are fp64. Divisions by a parameter are products with its
-reciprocal, as PyTorch computes them on a GPU.
+reciprocal, which may differ from PyTorch in the last bit.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ from hf_fastattn.kernels.prefix_merge import PLACE, merge_prefixes
 from hf_fastattn.kernels.tile import score_factors
 from hf_fastattn.kernels.workspace import Workspace
 
-# Query rows a tile from which the products of a prefix, not its reads, take the time.
-COMPUTE_BOUND_ROWS = 128
+# Rows times kv heads for each multiprocessor above which throughput counts: all programs work on prefixes first, then on
+# suffixes. Up to there latency does: each has a multiprocessor to itself, for prefixes or for suffixes.
+COMPUTE_BOUND_ROWS = 1
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "stride_table"])
@@ -231,7 +232,8 @@ def paged_decode_shared(
     ratio, block_d, arch = heads // kv_heads, power_of_2(dim), arch_of(q.device)
     room = workspace or Workspace(q.device)
     queries = max_group_rows * ratio
-    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, groups * kv_heads, room.processors)
+    in_turn = rows * kv_heads > COMPUTE_BOUND_ROWS * room.processors
+    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, not in_turn)
     block_s = max(power_of_2(ratio), 16)
     block_m = max(min(power_of_2(queries), tile.block_m), block_s)
     block_p = max(power_of_2(groups), 16)
@@ -249,7 +251,7 @@ def paged_decode_shared(
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=tile.stages,
-            IN_TURN=block_m >= COMPUTE_BOUND_ROWS, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+            IN_TURN=in_turn, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return merge_prefixes(partial, partial_sum, places, (rows, heads, dim), q.dtype, block_m, block_s, overlap=overlap)

@@ -7,7 +7,6 @@ kernels in `norm.py`, `activation.py` and `matvec.py` compute the same in fp32 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -34,17 +33,12 @@ def matvec(
     biases: Sequence[Tensor] | None = None,
     *,
     residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    unit_offset: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`x W^T + b` for every weight `[N_i, K]`, of x normalised first, with the residual added last, if there are these."""
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps, unit_offset)
+    """`x W^T + b` for every weight `[N_i, K]`, with the residual added last, if there is one."""
     outs = [functional.linear(x, weight, biases[i] if biases else None) for i, weight in enumerate(weights)]
     return tuple(outs if residual is None else [residual + out for out in outs])
 
 
-def gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor, **norm: Any) -> Tensor:
-    """`silu(x Wg^T) * (x Wu^T)`; keywords as in `matvec`."""
-    return silu_and_mul(*matvec(x, (w_gate, w_up), **norm))
+def gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """`silu(x Wg^T) * (x Wu^T)`."""
+    return silu_and_mul(*matvec(x, (w_gate, w_up)))

@@ -100,7 +100,7 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     past = cache.get_seq_length()
     cache.check_owner(self.config)
     visible = visible_columns(mask, cache, rows, columns)
-    reason = _why_not_paged(self, mask, cache, visible, kwargs)
+    reason = why_not_paged(self, mask, cache, visible, kwargs)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     batch = cache.begin(rows, columns, new, dense=reason is not None)
     padding = None if new is None or reason is not None else Padding(new, tokens.device)
@@ -167,7 +167,7 @@ def _packed_visual(arguments: dict[str, Any], padding: Padding) -> dict[str, Any
     }
 
 
-def _why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):

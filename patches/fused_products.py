@@ -1,7 +1,8 @@
 """Norms, products and activation of a layer: our kernels where the modules are plain, calls of the modules elsewhere.
 
 Between the layers stands the residual stream `x: [T, hidden]` and, where a module was called that nobody could add to x
-in passing, its output `delta: [T, hidden]`, which the next norm adds.
+in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is always a launch of its own, which
+was measured to be quicker, even for one token, than a norm repeated by every program of the product behind it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Products:
 
     def norm(self, module: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of `x + delta`, and that sum."""
-        weight = self._norm_weight(module, x)
+        weight = norm_weight(module, self.names.norm, x) if x.shape[1] <= MAX_HIDDEN else None
         if weight is None or (delta is not None and delta.dtype is not x.dtype):
             x = x if delta is None else x + delta
             return self.call(module, x), x
@@ -66,18 +67,18 @@ class Products:
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
-        normed, x, options = self._enter(norm, x, delta, held is not None)
-        return self._multiply(linears, held, normed, options), x
+        normed, x = self.norm(norm, x, delta)
+        return self._multiply(linears, held, normed), x
 
     def gated(
         self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu = self._parameters((gate, up), x), is_silu(act_fn)
-        normed, x, options = self._enter(norm, x, delta, held is not None)
+        normed, x = self.norm(norm, x, delta)
         if held is not None and silu and held[1] is None and normed.dtype is x.dtype:
-            return gate_up_silu(normed, *held[0], **options), x
-        left, right = self._multiply((gate, up), held, normed, options)
+            return gate_up_silu(normed, *held[0], **self._launch), x
+        left, right = self._multiply((gate, up), held, normed)
         if silu and left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape:
             return silu_and_mul(left, right), x
         return self.call(act_fn, left) * right, x
@@ -108,25 +109,10 @@ class Products:
         pays = beats_cublas(self.arch, x.element_size(), self.tokens, x.shape[1], rows, len(weights))
         return (weights, biases or None) if pays else None
 
-    def _norm_weight(self, module: Any, x: Tensor) -> Tensor | None:
-        return norm_weight(module, self.names.norm, x) if x.shape[1] <= MAX_HIDDEN else None
-
-    def _enter(self, norm: Any, x: Tensor, delta: Tensor | None, fused: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """What to multiply, `x + delta`, and keywords of our product: for one token it does the norm, too."""
-        weight = self._norm_weight(norm, x) if fused and self.tokens == 1 and delta is None else None
-        if weight is None:
-            return *self.norm(norm, x, delta), self._launch
-        folded = {"norm_weight": weight, "eps": norm_eps(norm), "unit_offset": self.names.unit_offset}
-        return x, x, {**folded, **self._launch}
-
     def _multiply(
-        self,
-        linears: tuple[Any, ...],
-        held: tuple[list[Tensor], list[Tensor] | None] | None,
-        x: Tensor,
-        options: dict[str, Any],
+        self, linears: tuple[Any, ...], held: tuple[list[Tensor], list[Tensor] | None] | None, x: Tensor
     ) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
         if held is None or held[0][0].dtype is not x.dtype:
             return tuple(self.call(linear, x) for linear in linears)
-        return matvec(x, *held, **options)
+        return matvec(x, *held, **self._launch)

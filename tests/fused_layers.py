@@ -59,8 +59,7 @@ def expected(tokens: int) -> dict[str, int]:
     """Launches of a forward of plain layers."""
     if tokens > 16:
         return {"rms_norm": 1, "add_rms_norm": 2 * LAYER_COUNT, "silu_and_mul": LAYER_COUNT}
-    alone = 1 if tokens == 1 else 1 + 2 * LAYER_COUNT
-    return {"matvec": 3 * LAYER_COUNT, "gate_up_silu": LAYER_COUNT, "rms_norm": alone}
+    return {"matvec": 3 * LAYER_COUNT, "gate_up_silu": LAYER_COUNT, "rms_norm": 1 + 2 * LAYER_COUNT}
 
 
 def steps(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: Any, **kwargs: Any) -> list[Tensor]:

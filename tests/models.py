@@ -164,7 +164,7 @@ def pair(family: str, options: Mapping[str, Any] | None = None, **over: Any) -> 
 
 
 def pair_with_graphs(family: str, options: Mapping[str, Any] | None = None, **over: Any) -> tuple[Any, Any]:
-    """`pair`, with decode steps replayed, which is off by default."""
+    """`pair`, with decode steps replayed."""
     return pair(family, {"cuda_graphs": True, **(options or {})}, **over)
 
 

@@ -18,8 +18,10 @@ from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.kernels.sampling_params import SamplingParams
 from hf_fastattn.loop_graphs import LoopGraphs
 from hf_fastattn.loop_state import LoopState
+from hf_fastattn.shared_rows import SharedPrefixes
 from hf_fastattn.static_inputs import StaticInputs
 from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.step_kind import StepKind
 
 
 class ReexecutedStep(CapturedStep):
@@ -32,16 +34,20 @@ class ReexecutedStep(CapturedStep):
     def make_room(device: torch.device) -> Any:
         return object()
 
+    @staticmethod
+    def enter(room: Any) -> None:
+        pass
+
     def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         run()
         warmed_up()
         self._output = run()
 
-    def replay(self, run: Callable[[], Tensor]) -> Tensor:
+    def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         assert self._output is not None
         with torch.inference_mode(False), torch.no_grad():
             self._output.copy_(run())
-        return self._output.clone()
+        return self._output.clone() if copy else self._output
 
 
 class ReadBack(Batch):
@@ -63,13 +69,29 @@ class ReadBack(Batch):
     ) -> Tensor:
         size, lengths = k_pages.shape[1], self.seq_lens_on(q.device)
         there = lengths > 0
-        table = self.page_table(window, q.device)[there].tolist()
+        table = self.page_table(window, q.device)
+        if self.shared is not None and window is None:
+            table = through_first_rows(table, lengths, self.shared, size)
+        table = table[there].tolist()
         held = lengths[there].tolist()
         pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
         plan = AttentionPlan(pages, [1] * len(held), held, size, window)
         out = torch.zeros_like(q)
+        if not held:
+            return out
         out[there] = reference.paged_attention(q[there], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
         return out
+
+
+def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
+    """`[B, columns]` pages by which `kernels.shared_prefix` reads: a prefix by those of its first row that has keys."""
+    table = table.clone()
+    starts = shared.group_starts.tolist()
+    for first, past, tokens in zip(starts, starts[1:], shared.prefix_lens.tolist(), strict=False):
+        readers = [row for row in range(first, past) if lengths[row] > 0]
+        if readers:
+            table[first:past, : tokens // page_size] = table[readers[0], : tokens // page_size].clone()
+    return table
 
 
 class ReexecutedLoopStep(ReexecutedStep):
@@ -79,9 +101,9 @@ class ReexecutedLoopStep(ReexecutedStep):
         run()
         warmed_up()
 
-    def replay(self, run: Callable[[], Tensor]) -> Tensor:
+    def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return run().clone()
+            return run().clone() if copy else run()
 
 
 @contextmanager
@@ -89,8 +111,8 @@ def reexecuted_loop() -> Iterator[None]:
     """The fast loop runs on the CPU too, and for the reference backend."""
     make = LoopState.batch
 
-    def batch(self: LoopState, rows: int, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
-        made = make(self, rows, backend, batch_invariant, workspace)
+    def batch(self: LoopState, kind: StepKind, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+        made = make(self, kind, backend, batch_invariant, workspace)
         return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
 
     with pytest.MonkeyPatch.context() as patch, reexecuted():

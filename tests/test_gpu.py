@@ -27,7 +27,7 @@ def test_tokens_equal_stock(family: str, beams: int) -> None:
 
 @pytest.mark.parametrize("family", CORE)
 def test_samples_of_one_prompt(family: str) -> None:
-    stock, model = (m.to("cuda") for m in pair(family))
+    stock, model = (m.to("cuda") for m in pair(family, {"sampling": "transformers"}))
     ids = padded_batch()["input_ids"][:1].to("cuda")
     options = {"max_new_tokens": 32, "do_sample": True, "num_return_sequences": 8}
     outputs = []

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_fastattn
@@ -195,11 +194,13 @@ def test_another_dtype() -> None:
 
 
 def test_adapters() -> None:
+    peft_library = pytest.importorskip("peft")
+
     def lora() -> Any:
         torch.manual_seed(4)
         options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
-        peft = get_peft_model(tiny("llama"), LoraConfig(**options), "first")
-        peft.add_adapter("second", LoraConfig(**options, lora_alpha=32))
+        peft = peft_library.get_peft_model(tiny("llama"), peft_library.LoraConfig(**options), "first")
+        peft.add_adapter("second", peft_library.LoraConfig(**options, lora_alpha=32))
         return peft.to("cuda")
 
     stock, model = lora(), lora()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 
 from hf_fastattn.kernels.activation import silu_and_mul
+from hf_fastattn.kernels.advance import advance
 from hf_fastattn.kernels.append import rope_append
 from hf_fastattn.kernels.decode import paged_decode
+from hf_fastattn.kernels.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
 from hf_fastattn.kernels.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.matvec_configs import ProductTile
 from hf_fastattn.kernels.merge import merge_states
@@ -121,7 +124,7 @@ def activation(tokens: int = 1, width: int = 14336) -> object:
 
 def product(
     tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *,
-    bias: bool = False, norm: bool = False, residual: bool = False, tile: ProductTile | None = None,
+    bias: bool = False, residual: bool = False, tile: ProductTile | None = None,
 ) -> object:  # fmt: skip
     x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
     return matvec(
@@ -129,15 +132,14 @@ def product(
         weights,
         [weight[:, 0].contiguous() for weight in weights] if bias else None,
         residual=torch.zeros(tokens, counts[0], dtype=dtype) if residual else None,
-        norm_weight=x[0] if norm else None,
         weights_settled=True,
         tile=tile,
     )
 
 
-def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, norm: bool = False) -> object:
+def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16) -> object:
     x, weight = torch.zeros(tokens, k, dtype=dtype), torch.zeros(width, k, dtype=dtype)
-    return gate_up_silu(x, weight, weight, norm_weight=x[0] if norm else None, weights_settled=True)
+    return gate_up_silu(x, weight, weight, weights_settled=True)
 
 
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
@@ -152,6 +154,29 @@ def processed(dtype: torch.dtype = BF16, *, rows: int = 8, eos: int = 2, penalty
     x, one = torch.zeros(rows, 128256, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     seen = torch.zeros(rows, 128256, dtype=torch.uint8) if penalty else None
     return process_logits(x, SamplingParams().tensor("cpu"), seen=seen, eos=one.expand(eos).contiguous(), step=one)
+
+
+def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: bool = False) -> object:
+    ids = functools.partial(torch.zeros, dtype=torch.int64)
+    numbers = functools.partial(torch.zeros, dtype=torch.int32)
+
+    state = LoopTensors(
+        chosen=ids(rows),
+        news=ids(rows),
+        tokens=ids(rows, 1),
+        positions=ids(rows, 1),
+        ended=numbers(rows),
+        limits=numbers(rows),
+        seq_lens=numbers(rows),
+        slots=numbers(windows, rows),
+        tables=numbers(windows, rows, columns),
+        step=numbers(1),
+        ends=ids(MOST_ENDS),
+        pad=ids(1),
+        drop=numbers(1),
+        seen=torch.zeros(rows, 128256, dtype=torch.uint8) if seen else None,
+    )
+    return advance(state, 16)
 
 
 def tiles(rows: int) -> object:
@@ -186,6 +211,9 @@ CASES = {
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
     "decode, 8 tokens": Case(lambda: decode(8, 128, tokens=8), ("split_kv_kernel",), programs=1),
     "decode, many rows": Case(lambda: decode(4, 128, rows=256), ("split_kv_kernel",), programs=2),
+    "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
+    "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
+    "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),
     "shared prefix": Case(lambda: shared_prefix(4, 128, rows=256, most=256), SHARED_PREFIX, programs=1),
     "shared prefix, 4 rows": Case(lambda: shared_prefix(4, 128, most=4), SHARED_PREFIX, programs=2),
     "shared prefix, 16 rows": Case(lambda: shared_prefix(4, 128), SHARED_PREFIX, programs=1),
@@ -215,12 +243,12 @@ CASES = {
     "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
     "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
-    "product": Case(lambda: product(1, 4096, QKV, norm=True), ("matvec_kernel",), programs=3),
+    "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
     "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
     "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),
     "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),
     "product, lm head": Case(lambda: product(1, 4096, (128256,)), ("matvec_kernel",), programs=2),
-    "product, gate and up": Case(lambda: gated(1, 4096, 14336, norm=True), ("matvec_kernel",), programs=3),
+    "product, gate and up": Case(lambda: gated(1, 4096, 14336), ("matvec_kernel",), programs=3),
     "product, 16 tokens": Case(lambda: product(16, 4096, QKV, bias=True), ("skinny_kernel",), programs=2),
     "product, 64 tokens": Case(lambda: product(64, 4096, QKV), ("skinny_kernel",), programs=2),
     "product, 8 tokens, K = 1000": Case(lambda: product(8, 1000, (999,), residual=True), ("skinny_kernel",), programs=1),
@@ -239,6 +267,12 @@ CASES = {
     "greedy, fp32": Case(lambda: chosen(FP32, greedy=True), GREEDY, programs=6),
     "repetition penalty": Case(processed, ("process_logits_kernel",), programs=6),
     "no end of sequence": Case(lambda: processed(penalty=False), ("suppress_eos_kernel",), programs=16),
+    "advance": Case(advanced, ("advance_kernel",), programs=1),
+    "advance, one row": Case(lambda: advanced(1), ("advance_kernel",), programs=1),
+    "advance, windows, tokens seen": Case(lambda: advanced(windows=2, seen=True), ("advance_kernel",), programs=1),
+    "advance, most rows": Case(
+        lambda: advanced(MOST_ROWS, columns=16, windows=2, seen=True), ("advance_kernel",), programs=1
+    ),
 }
 
 

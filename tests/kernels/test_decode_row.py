@@ -9,11 +9,11 @@ from hf_fastattn.kernels import decode_row
 from hf_fastattn.kernels.workspace import Workspace
 from tests.kernels.cases import make_batch
 from tests.kernels.sweep import SHAPES, batches, length, shapes
-from tests.kernels.test_decode import BF16, FP16, FP32, check
+from tests.kernels.test_decode import BF16, FP16, check
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("ratio", "dim", "page"), [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)]
 )
@@ -38,7 +38,7 @@ def test_any_number_of_parts(parts, monkeypatch):
     monkeypatch.setattr(decode_row, "MERGE_ELEMENTS", 512)
     workspace = Workspace(torch.device("cpu"))
     workspace.processors = 64
-    batch = make_batch([1], [700], page=16, ratio=4, dim=32, groups=1, dtype=FP32)
+    batch = make_batch([1], [700], page=16, ratio=4, dim=32, groups=1, dtype=BF16)
     first = check(batch, workspace=workspace)
     for before, after in zip(first, check(batch, workspace=workspace), strict=True):
         assert torch.equal(before, after)
@@ -46,7 +46,7 @@ def test_any_number_of_parts(parts, monkeypatch):
 
 
 @pytest.mark.gpu
-@shapes(SHAPES)
+@shapes(tuple(shape for shape in SHAPES if shape.dtype != torch.float32))
 def test_sweep(shape):
     for random, options, features in batches(shape, 8):
         check(make_batch([1], [length(random, shape.page) - 1], **options), **features)
@@ -55,11 +55,11 @@ def test_sweep(shape):
 @pytest.mark.gpu
 def test_one_graph_follows_the_length():
     batch = make_batch([1], [9000], page=16, ratio=4, dim=128, groups=8, dtype=BF16, device="cuda", scattered=True)
-    workspace, lengths = Workspace(torch.device("cuda")), batch.seq_lens.clone()
+    workspace, lengths, page_table = Workspace(torch.device("cuda")), batch.seq_lens.clone(), batch.page_table
 
     def run():
         return decode_row.decode_row(
-            batch.q, batch.k_pages, batch.v_pages, batch.page_table, lengths,
+            batch.q, batch.k_pages, batch.v_pages, page_table, lengths,
             scale=batch.scale, window=None, softcap=None, workspace=workspace,
         )  # fmt: skip
 

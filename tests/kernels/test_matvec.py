@@ -28,7 +28,6 @@ def check(
     *,
     bias: bool = False,
     residual: bool = False,
-    norm: bool = False,
     gated: bool = False,
     strided: bool = False,
     repeats: int = 1,
@@ -39,17 +38,15 @@ def check(
 
     Args:
         counts: rows of each weight.
-        options: keywords of the operation, or of its reference where it has them.
+        options: keywords of the operation.
     """
     x = rows(tokens, k, dtype, device, 1, strided)
     weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
-    extras: dict[str, Any] = {"unit_offset": options.pop("unit_offset", False)}
+    extras: dict[str, Any] = {}
     if bias:
         extras["biases"] = [rows(1, count, dtype, device, 12 + i)[0] for i, count in enumerate(counts)]
     if residual:
         extras["residual"] = rows(tokens, counts[0], dtype, device, 22, strided)
-    if norm:
-        extras |= {"norm_weight": rows(1, k, dtype, device, 23)[0], "eps": 1e-5}
 
     def run(module: Any, target: torch.dtype, **own: Any) -> Sequence[Tensor]:
         x_, weights_, extras_ = _to((x, weights, extras), target)
@@ -90,8 +87,6 @@ def test_shapes(dtype, tokens, k, counts):
     [
         {"residual": True},
         {"residual": True, "bias": True, "strided": True},
-        {"norm": True},
-        {"norm": True, "unit_offset": True, "bias": True},
         {"strided": True, "weights_settled": True},
     ],
 )
@@ -103,7 +98,7 @@ def test_options(tokens, options):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gate_up_silu(dtype, tokens):
-    check(tokens, 264, (65, 65), dtype, gated=True, norm=tokens % 2 == 1)
+    check(tokens, 264, (65, 65), dtype, gated=True)
 
 
 @pytest.mark.interpreter
@@ -151,8 +146,6 @@ def test_what_does_not_fit_is_refused():
             matvec.matvec(*wrong)
     with pytest.raises(ValueError, match="single weight"):
         matvec.matvec(x, [w, w], residual=torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="norm_weight"):
-        matvec.matvec(x, [w], norm_weight=torch.ones(8))
     with pytest.raises(ValueError, match="one shape"):
         matvec.gate_up_silu(x, w, w[:4])
 
@@ -225,13 +218,13 @@ def test_long_sums_in_fp32(tokens, k, monkeypatch):
 
 # Shapes of Llama-3-8B, Qwen2.5-0.5B and Llama-2-7B; then odd ones.
 SWEEP = {
-    "qkv": (4096, (4096, 1024, 1024), BF16, {"norm": True, "weights_settled": True}),
-    "qkv, fp32": (4096, (4096, 1024, 1024), FP32, {"norm": True, "weights_settled": True}),
-    "qkv, bias": (896, (896, 128, 128), FP16, {"bias": True, "norm": True}),
+    "qkv": (4096, (4096, 1024, 1024), BF16, {"weights_settled": True}),
+    "qkv, fp32": (4096, (4096, 1024, 1024), FP32, {"weights_settled": True}),
+    "qkv, bias": (896, (896, 128, 128), FP16, {"bias": True}),
     "down": (14336, (4096,), BF16, {"residual": True, "weights_settled": True}),
     "down, fp32": (14336, (4096,), FP32, {"residual": True}),
     "down, 11008": (11008, (4096,), FP16, {"residual": True, "strided": True}),
-    "gate, up": (4096, (14336, 14336), BF16, {"gated": True, "norm": True, "weights_settled": True}),
+    "gate, up": (4096, (14336, 14336), BF16, {"gated": True, "weights_settled": True}),
     "gate, up, 896": (896, (4864, 4864), FP16, {"gated": True}),
     "odd": (1000, (1001, 63, 1), BF16, {"bias": True}),
 }

@@ -96,7 +96,7 @@ def test_rows_past_the_last_group_share_nothing():
 @pytest.mark.parametrize("rows", [1, 5, 17, 40])
 def test_query_blocks(rows, in_turn, monkeypatch):
     """More rows than a tile holds, with heads that do not divide it; and both ways of dividing the work."""
-    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 1 if in_turn else 1000)
+    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 0 if in_turn else 1000)
     tile = configs.Tile(32, 32, 4, 3)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: tile)
     check([(80, [row % 3 for row in range(rows)]), (0, [40, 3])], groups=1, ratio=5, page=16, dim=32, dtype=BF16)
@@ -105,7 +105,7 @@ def test_query_blocks(rows, in_turn, monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_prefixes_and_suffixes_in_many_parts(in_turn, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 1 if in_turn else 1000)
+    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 0 if in_turn else 1000)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
     for groups in ([(400, [130])], [(160, [20, 300]), (48, [90])]):
         check(groups, page=16, dim=32, dtype=BF16)
