@@ -106,7 +106,7 @@ def test_resumes_after_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_off_the_paged_path_is_red(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("hf_fastattn.patches.decoder._why_not_paged", lambda *a: "told to")
+    monkeypatch.setattr("hf_fastattn.patches.decoder.why_not_paged", lambda *a: "told to")
     assert perplexity.main([*SMALL, *PLAIN]) == 1
     assert "told to" in capsys.readouterr().out
 
