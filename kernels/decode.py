@@ -76,8 +76,11 @@ def split_kv_kernel(
     extra = total % programs
     # Units that a triple is filled up to in the list: multiples of `fill`.
     fill = 1
-    if UNIT == 1 and ONE_BLOCK:
-        splits = programs // (rows * GROUPS)
+    if UNIT == 1:
+        triples = rows * GROUPS
+        if not ONE_BLOCK:
+            triples = tl.sum(tl.where(valid, blocks, 0), 0) * GROUPS
+        splits = programs // tl.maximum(triples, 1)
         if splits > 0:
             even = (tl.max(units, 0) + splits - 1) // splits
             if even <= share + 1 + SECOND_KEYS // BLOCK_N:
