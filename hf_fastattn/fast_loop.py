@@ -42,6 +42,7 @@ class FastLoop:
         cache: holds the prompt; grows with every step.
         input_ids: `[B, S]` the prompt.
         positions: `[B, 1]` of the first new token.
+        vocabulary: size of the logits.
         private: nobody sees the cache after the call, so rows that have ended may leave it.
         forward: the decoder's forward, called as `forward(decoder, past_key_values=cache, **arguments)`.
         logits_of: called with `lm_head` and `[T, hidden]`.
@@ -58,6 +59,7 @@ class FastLoop:
         input_ids: Tensor,
         positions: Tensor,
         *,
+        vocabulary: int,
         private: bool,
         forward: Callable[..., Any],
         logits_of: Callable[[Any, Tensor], Tensor],
@@ -79,7 +81,6 @@ class FastLoop:
         self._graphs = graphs
         device, page_size = input_ids.device, cache.groups.page_size
         columns = -(-(max(cache.lengths) + self._most) // page_size)
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._state: LoopState = graphs.make_room(device, self._used, columns, cache, vocabulary)
         assert graphs.arrivals is not None
         self._arrivals = graphs.arrivals

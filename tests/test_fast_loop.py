@@ -294,3 +294,17 @@ def test_embeddings_as_prompt(device: str) -> None:
     kwargs = {"input_ids": None, "inputs_embeds": embeds}
     assert torch.equal(run(model, **kwargs), run(stock, **kwargs))
     assert_looped(model)
+
+
+def test_a_head_larger_than_the_vocabulary(device: str) -> None:
+    stock, model = both("llama", device)
+    for candidate in (stock, model):
+        # As after padding to a multiple; the configuration keeps its number.
+        head = torch.nn.Linear(64, VOCAB + 16, bias=False, device=device)
+        with torch.no_grad():
+            head.weight[:VOCAB] = candidate.lm_head.weight
+            head.weight[VOCAB:] = 0
+        candidate.lm_head = head
+    kwargs = {"repetition_penalty": 1.4, "eos_token_id": ENDS}
+    assert torch.equal(run(model, **kwargs), run(stock, **kwargs))
+    assert_looped(model)
