@@ -62,12 +62,13 @@ class PagedCache(Cache):
         room: int = 0,
     ) -> None:
         self._config = config
-        self._layout = cache_layout(config)
+        templates = template_layers(config)
+        self._layout = cache_layout(config, templates)
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
         self.counters = counters or CallCounters()
         self.room = room
         self.record_past = False
-        layers = [self._own_layer(index, layer) for index, layer in enumerate(template_layers(config))]
+        layers = [self._own_layer(index, layer) for index, layer in enumerate(templates)]
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
         self._recurrent_places = [place for place, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)]

@@ -42,8 +42,9 @@ def fast_sample(
         return None
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
-    # Only now, while the device computes the prompt: it takes the host some milliseconds.
-    if positions is None or outputs.past_key_values is not cache or runtime.loop_graphs.why_not(model, cache) is not None:
+    # Only now, while the device computes the prompt: it takes the host some milliseconds. One token takes no step.
+    captures = plan.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
+    if positions is None or outputs.past_key_values is not cache or not captures:
         runtime.keep_prefilled(outputs)
         return None
     logits = outputs.logits[:, -1]

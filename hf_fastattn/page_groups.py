@@ -69,9 +69,13 @@ def key_shape(config: Any) -> tuple[int, int]:
     return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def cache_layout(config: Any) -> tuple[Any, ...]:
-    """Key heads, head dim and the layers' windows: models that differ here cannot use each other's cache."""
-    layers = template_layers(config)
+def cache_layout(config: Any, templates: list[Any] | None = None) -> tuple[Any, ...]:
+    """Key heads, head dim and the layers' windows: models that differ here cannot use each other's cache.
+
+    Args:
+        templates: `template_layers(config)`, if they are known.
+    """
+    layers = template_layers(config) if templates is None else templates
     return *key_shape(config), *(layer_window(layer) if is_pageable(layer) else type(layer) for layer in layers)
 
 

@@ -353,7 +353,7 @@ def test_graphs_go_with_their_pages() -> None:
 
 
 @pytest.mark.parametrize("when", ["first run", "recording", "pages"])
-def test_a_failed_capture(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture(when: str) -> None:
     class Failing(ReexecutedStep):
         def capture(self, run: Any, warmed_up: Any) -> None:
             if when == "first run":
@@ -365,13 +365,14 @@ def test_a_failed_capture(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     stock, model = pair_with_graphs("llama")
     want = run(stock)
-    monkeypatch.setattr(StepGraphs, "step_type", Failing)
-    for tries in range(5):
-        assert torch.equal(run(model), want)
-        call = assert_fast(model)
-        # Once a call, and a few calls at most.
-        assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == int(tries < step_graphs.MAX_FAILURES)
-    monkeypatch.setattr(StepGraphs, "step_type", ReexecutedStep)
+    # Undone before what the fixture has patched.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepGraphs, "step_type", Failing)
+        for tries in range(5):
+            assert torch.equal(run(model), want)
+            call = assert_fast(model)
+            # Once a call, and a few calls at most.
+            assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == int(tries < step_graphs.MAX_FAILURES)
     noise = model.model.norm.weight.data.clone()
     model.model.norm.weight.data = noise
     assert torch.equal(run(model), want) and replays(model)[1] > 0
@@ -483,8 +484,9 @@ def test_the_kernels_over_static_tensors() -> None:
     assert replays(model) == (1, 3)
 
 
-def test_without_a_gpu_nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepGraphs, "step_type", CapturedStep)
+def test_without_a_gpu_nothing_is_captured() -> None:
     model = patch_with_graphs(tiny("llama"))
-    run(model, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepGraphs, "step_type", CapturedStep)
+        run(model, 8)
     assert replays(model) == (0, 0) and not assert_fast(model).uncaptured
