@@ -67,7 +67,7 @@ class FastLoop:
         limits: Sequence[int] | None = None,
     ) -> None:
         self._model, self._runtime, self._plan, self._cache = model, runtime, plan, cache
-        self._private, self._forward, self._logits_of, self._streamer = private, forward, logits_of, streamer
+        self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
         rows = input_ids.shape[0]
         self._limits = list(limits) if limits is not None else [plan.max_new] * rows
         self._most = max(self._limits)
@@ -77,16 +77,14 @@ class FastLoop:
         self._used = bucket_of(rows)
         self._launched = 0
         self._reserved = 0
-        graphs: LoopGraphs = runtime.loop_graphs
-        self._graphs = graphs
+        self._graphs: LoopGraphs = runtime.loop_graphs
         device, page_size = input_ids.device, cache.groups.page_size
         columns = -(-(max(cache.lengths) + self._most) // page_size)
-        self._state: LoopState = graphs.make_room(device, self._used, columns, cache, vocabulary)
-        assert graphs.arrivals is not None
-        self._arrivals = graphs.arrivals
-        drop = private and bool(plan.ends or plan.stop_strings or limits is not None)
-        self._drop = drop
-        self._state.begin(plan, cache.lengths, positions, self._limits, drop)
+        self._state: LoopState = self._graphs.make_room(device, self._used, columns, cache, vocabulary)
+        assert self._graphs.arrivals is not None
+        self._arrivals = self._graphs.arrivals
+        self._drop = private and bool(plan.ends or plan.stop_strings or limits is not None)
+        self._state.begin(plan, cache.lengths, positions, self._limits, self._drop)
         if plan.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, plan.ignored)
         # In batch-invariant mode how a row is added up may not depend on the others.
@@ -179,9 +177,10 @@ class FastLoop:
         if places:
             self._state.end_rows(places, self._drop)
         if self._drop and not self._rows.done:
-            self._let_go(bool(late))
+            self._let_go()
 
-    def _let_go(self, any_late: bool) -> None:
+    def _let_go(self) -> None:
+        """Release what ended rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
         ended = [place for place, number in enumerate(self._places) if self._rows.ended[number]]
         if any(self._cache.lengths[place] for place in ended):
             self._cache.let_go(ended)
