@@ -15,7 +15,7 @@ import hf_fastattn
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.agreement import Agreement, Verdict
 from hf_fastattn.eval.ceilings import measure_ceilings
-from hf_fastattn.eval.speed_cases import Case
+from hf_fastattn.eval.speed_cases import ENDING, Case
 from hf_fastattn.eval.speed_limit import step_limit
 from hf_fastattn.eval.speed_systems import System, twin
 
@@ -71,7 +71,7 @@ class Bench:
         call = hf_fastattn.report(ours.model).last_call
         assert call is not None
         idle = problems(call, 1 + ours.new, self._has_graphs)
-        if case.kind == "finished" and not call.fast_loops:
+        if case.kind in ENDING and not call.fast_loops:
             idle.append("rows did not end early: the loop did not run on the device")
         is_green = verdict.agrees and not idle
         row: dict[str, Any] = {
@@ -122,7 +122,7 @@ class Bench:
     def _systems(self, case: Case) -> list[System]:
         """Stock, compiled if asked for, and ours as the last; where rows end early, only ours."""
         settings = self.settings
-        if case.kind == "finished":
+        if case.kind in ENDING:
             # A cache that is returned keeps all rows.
             return [self.patched_system("stays", return_dict_in_generate=True), self.patched_system()]
         systems = [System("stock", self.model, settings.stock_new)]

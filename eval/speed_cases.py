@@ -17,7 +17,11 @@ KINDS = {
     "callbacks": "greedy with a user's logits processor, stopping criterion and streamer",
     "samples": "all rows are samples of one prompt, top-k 50",
     "finished": "greedy rows that end one after the other; `stays`: patched, with ended rows left in the batch (CUDA only)",
+    "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
 }
+# Kinds whose rows end before the call does.
+ENDING = ("finished", "early")
+SHORTEST = 16
 TOP_K, TOP_P = 50, 0.9
 
 
@@ -87,10 +91,13 @@ class Case:
         return {"do_sample": False}
 
     def lengths(self, tokens: int) -> list[int] | None:
-        """New tokens of each row in a call of `tokens`, where rows end before that: from early to late in even steps."""
-        if self.kind != "finished":
+        """New tokens of each row in a call of `tokens`, where rows end before that, longer rows behind shorter ones."""
+        if self.kind not in ENDING:
             return None
-        return [1 + (tokens - 1) * (row + 1) // self.rows for row in range(self.rows)]
+        shares = [(row + 1) / self.rows for row in range(self.rows)]
+        if self.kind == "early" and tokens > SHORTEST:
+            return [round(SHORTEST * (tokens / SHORTEST) ** share) for share in shares]
+        return [1 + int((tokens - 1) * share) for share in shares]
 
 
 ON_GPU = (

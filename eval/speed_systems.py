@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.eval.speed_cases import Case
+from hf_fastattn.eval.speed_cases import ENDING, Case
 
 
 def twin(model: Any) -> Any:
@@ -62,7 +62,7 @@ class System:
         """Seconds of a whole call of `tokens` new tokens on the prompts `number`, the device idle before and after it."""
         ids = case.ids(self.model.config.get_text_config().vocab_size, number, self.device)
         arguments = {**case.arguments(rows), **self.options}
-        if case.kind == "finished":
+        if case.kind in ENDING:
             end_rows_after(self.model, case.lengths(tokens))
         torch.manual_seed(number)
         self._wait()

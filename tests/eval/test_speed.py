@@ -12,13 +12,13 @@ from torch import nn
 from hf_fastattn import cli
 from hf_fastattn.eval import shapes, speed, speed_bench
 from hf_fastattn.eval.agreement import Agreement, Verdict
-from hf_fastattn.eval.speed_cases import KINDS, Case
+from hf_fastattn.eval.speed_cases import ENDING, KINDS, Case
 from hf_fastattn.eval.speed_systems import twin
 from tests.models import COMMON, tiny
 from tests.reexecuted import reexecuted_loop
 
 CPU = ["--device", "cpu", "--pairs", "1", "--new", "4", "--dtype", "float32"]
-ANYWHERE = [kind for kind in KINDS if kind != "finished"]
+ANYWHERE = [kind for kind in KINDS if kind not in ENDING]
 SMALL = ["--batch", "2", "--prompt", "24"]
 
 
@@ -107,6 +107,7 @@ def test_fallback_shows_no_ratio(checkpoint: str, tmp_path: Path, monkeypatch: p
 
 def test_rows_that_end(checkpoint: str, tmp_path: Path) -> None:
     assert Case("finished", 4, 8).lengths(9) == [3, 5, 7, 9] and Case("finished", 4, 8).lengths(1) == [1] * 4
+    assert Case("early", 4, 8).lengths(1024) == [45, 128, 362, 1024] and Case("early", 4, 8).lengths(9) == [3, 5, 7, 9]
     status, record, text = bench("--model", checkpoint, "--kind", "finished", *SMALL, output=tmp_path)
     assert status == 1 and "rows did not end early" in text and record["cases"][0]["ratios"] == {}
     with reexecuted_loop():

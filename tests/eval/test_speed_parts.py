@@ -10,7 +10,7 @@ import torch
 import hf_fastattn
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.speed_bench import problems, ratios
-from hf_fastattn.eval.speed_cases import KINDS, ON_CPU, ON_GPU, Case, choose
+from hf_fastattn.eval.speed_cases import ENDING, KINDS, ON_CPU, ON_GPU, Case, choose
 from hf_fastattn.eval.speed_limit import key_value_bytes, step_limit, weight_bytes
 from hf_fastattn.eval.speed_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.speed_systems import System, Timing, end_rows_after, twin
@@ -131,5 +131,5 @@ def test_chosen_cases() -> None:
     assert choose(None, [1, 16], [512, 2048], on_gpu=True) == [Case("greedy", 1, 512), Case("greedy", 16, 2048)]
     assert choose(["samples"], [4, 8], [64], on_gpu=True) == [Case("samples", 4, 64), Case("samples", 8, 64)]
     for device in (True, False):
-        for kind in set(KINDS) - {"finished"}:
+        for kind in set(KINDS) - set(ENDING):
             assert choose([kind], None, None, on_gpu=device)
