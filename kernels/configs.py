@@ -50,8 +50,11 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
 }
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
-    (80, 2, 256): Tile(64, 32, 4, 3),
+    # Four warps would keep some numbers in memory.
+    (80, 2, 256): Tile(64, 32, 8, 3),
     (80, 4, 256): Tile(16, 16, 8, 2),
+    (90, 2, 256): Tile(64, 32, 4, 3),
+    (100, 2, 256): Tile(64, 32, 4, 3),
 }
 # Where a (row, kv head) pair has this many multiprocessors latency counts: larger tiles, and fewer parts to merge.
 FEW_PAIRS = 4
