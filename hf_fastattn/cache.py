@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_fastattn.batch import Batch
-from hf_fastattn.by_window import ByWindow
 from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots, dense_tokens
-from hf_fastattn.kernels.plan import AttentionPlan
+from hf_fastattn.forward_batch import forward_batch
 from hf_fastattn.padding import Padding
 from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
 from hf_fastattn.page_table import PageTable
@@ -135,7 +134,7 @@ class PagedCache(Cache):
         self._open, self._dense, self._new_stored, self._query_length = True, dense, new, query_length
         self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
         self._reserve(targets)
-        self._batch = self._make_batch(counts, targets)
+        self._batch = forward_batch(self.groups, self.tables, self.lengths, counts, targets)
         return self._batch
 
     def _reserve(self, targets: list[int]) -> None:
@@ -143,20 +142,12 @@ class PagedCache(Cache):
             self._reserve_pages(targets)
         except CacheFullError as full:
             self.rollback()
-            raise CacheFullError(self._describe_full(targets)) from full
+            raise CacheFullError(self.groups.describe_full(targets)) from full
 
     def _reserve_pages(self, targets: list[int]) -> None:
         for window, table in self.tables.items():
             group, room = self.groups.group(window), max([self.room, *targets])
             table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
-
-    def _describe_full(self, targets: list[int]) -> str:
-        asked = sum(-(-target // self.groups.page_size) for target in targets)
-        return (
-            f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and "
-            f"{self.groups.pages_in_use} are in use; {self.groups.describe_limit()}. Use fewer or shorter rows, "
-            "or a higher FastAttnConfig(memory_limit=...)"
-        )
 
     def reserve_ahead(self) -> None:
         """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
@@ -177,74 +168,6 @@ class PagedCache(Cache):
             yield
         finally:
             self._batch, self._open, self._dense = before
-
-    # ---- a loop that writes to pages by itself ----------------------------------------------------------------
-
-    def reserve_more(self, tokens: int) -> None:
-        """Give every row, but those let go, pages for `tokens` more.
-
-        Raises:
-            CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
-        """
-        targets = [length + tokens if length else 0 for length in self.lengths]
-        try:
-            self._reserve_pages(targets)
-        except CacheFullError as full:
-            raise CacheFullError(self._describe_full(targets)) from full
-
-    def grow_by(self, tokens: int) -> None:
-        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
-        self.lengths = [length + tokens if length else 0 for length in self.lengths]
-        self._columns += tokens
-        self._written = [self._columns] * len(self.layers)
-
-    def let_go(self, rows: Sequence[int]) -> None:
-        """Release the pages of rows that nobody will read or write any more."""
-        for row in rows:
-            self.lengths[row] = 0
-        for table in self.tables.values():
-            table.let_go(rows)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
-        for table in self.tables.values():
-            table.select(rows, self.counters)
-        self.lengths = [self.lengths[row] for row in rows]
-        if self._stored is not None:
-            self._stored = self._stored[list(rows)]
-
-    def trim(self) -> None:
-        """Release the pages beyond the rows' tokens."""
-        for table in self.tables.values():
-            table.trim(self.lengths)
-
-    def release_behind(self, margin: int = 0) -> None:
-        """Release pages that no query can see through its window, from `margin` tokens before the newest on."""
-        if not self.record_past:
-            self._release_behind(margin)
-
-    # ---- describing a forward ---------------------------------------------------------------------------------
-
-    def _make_batch(self, counts: list[int], targets: list[int]) -> Batch:
-        size, tables, lengths = self.groups.page_size, self.tables, self.lengths
-
-        # Made when asked for: a forward whose inputs are static tensors needs neither.
-        def plan(window: int | None) -> AttentionPlan:
-            table = tables[window]
-            return AttentionPlan(table.rows, counts, targets, size, window, table.prefixes(lengths))
-
-        def slots(window: int | None) -> list[int]:
-            return [
-                pages[token // size] * size + token % size
-                for pages, first, last in zip(tables[window].rows, lengths, targets, strict=True)
-                for token in range(first, last)
-            ]
-
-        groups = self.groups
-        return Batch(
-            counts, targets, ByWindow(tables, plan), ByWindow(tables, slots),
-            groups.backend, groups.workspaces, groups.batch_invariant,
-        )  # fmt: skip
 
     def commit(self, release: bool = True) -> None:
         """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
@@ -303,6 +226,51 @@ class PagedCache(Cache):
         group = self.groups.group(window)
         held = sum(page >= 0 for pages in self.tables[window].rows for page in pages) if self._columns == 0 else -1
         return group.storage.layer(layer_idx, states, group.pool.capacity, replace=held == group.pool.in_use)
+
+    # ---- a loop that writes to pages by itself ----------------------------------------------------------------
+
+    def reserve_more(self, tokens: int) -> None:
+        """Give every row, but those let go, pages for `tokens` more.
+
+        Raises:
+            CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
+        """
+        targets = [length + tokens if length else 0 for length in self.lengths]
+        try:
+            self._reserve_pages(targets)
+        except CacheFullError as full:
+            raise CacheFullError(self.groups.describe_full(targets)) from full
+
+    def grow_by(self, tokens: int) -> None:
+        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
+        self.lengths = [length + tokens if length else 0 for length in self.lengths]
+        self._columns += tokens
+        self._written = [self._columns] * len(self.layers)
+
+    def let_go(self, rows: Sequence[int]) -> None:
+        """Release the pages of rows that nobody will read or write any more."""
+        for row in rows:
+            self.lengths[row] = 0
+        for table in self.tables.values():
+            table.let_go(rows)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
+        for table in self.tables.values():
+            table.select(rows, self.counters)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._stored is not None:
+            self._stored = self._stored[list(rows)]
+
+    def trim(self) -> None:
+        """Release the pages beyond the rows' tokens."""
+        for table in self.tables.values():
+            table.trim(self.lengths)
+
+    def release_behind(self, margin: int = 0) -> None:
+        """Release pages that no query can see through its window, from `margin` tokens before the newest on."""
+        if not self.record_past:
+            self._release_behind(margin)
 
     # ---- what Transformers calls ------------------------------------------------------------------------------
 

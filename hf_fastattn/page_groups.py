@@ -148,6 +148,14 @@ class PageGroups:
             f"({self.page_bytes} bytes a page over all layers), that is {most * self.page_size} tokens"
         )
 
+    def describe_full(self, targets: list[int]) -> str:
+        """That rows of `targets[b]` tokens do not fit, in words, for an error."""
+        asked = sum(-(-target // self.page_size) for target in targets)
+        return (
+            f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and {self.pages_in_use} are in use; "
+            f"{self.describe_limit()}. Use fewer or shorter rows, or a higher FastAttnConfig(memory_limit=...)"
+        )
+
     def shrink(self, keep: float) -> None:
         """Give memory back: if no page is held, keep at most the share `keep` of the storage."""
         for group in self:
