@@ -75,9 +75,9 @@ SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
 
 
 def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:
-    """The entry for an architecture, element size and head dim; that of `DEFAULT` if it has none; else None."""
-    for row in (arch, DEFAULT):
-        for limit in (128, 256):
+    """The entry of the smallest head dim that holds `block_d`, of the architecture or else of `DEFAULT`; else None."""
+    for limit in (128, 256):
+        for row in (arch, DEFAULT):
             if block_d <= limit and (row, itemsize, limit) in table:
                 return table[row, itemsize, limit]
     return None

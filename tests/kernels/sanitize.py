@@ -1,0 +1,131 @@
+"""Every kernel on small batches with odd edges, each checked, for NVIDIA's compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python -m tests.kernels.sanitize
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitize decode shared_prefix
+
+Names choose among `RUNS`. Every tensor is an allocation of its own, so that a step past its end is seen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from hf_fastattn.kernels.split_sums import SplitSums
+from tests.kernels import (
+    test_activation,
+    test_advance,
+    test_append,
+    test_decode,
+    test_hopper,
+    test_matvec,
+    test_merge,
+    test_norm,
+    test_prefill,
+    test_sampling,
+    test_sampling_penalty,
+    test_shared_prefix,
+    test_work_list,
+)
+from tests.kernels.cases import make_batch
+from tests.kernels.sweep import Shape
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = (Shape(4, 128, 16, BF16), Shape(7, 80, 64, FP16, window=True, softcap=30.0), Shape(2, 64, 16, FP32))
+
+
+def attention(check: Callable[..., object], counts: list[int], pasts: list[int], shapes: tuple[Shape, ...] = SHAPES) -> None:
+    for shape in shapes:
+        window = 40 if shape.window else None
+        options = {"page": shape.page, "groups": 2, "ratio": shape.ratio, "dim": shape.dim, "dtype": shape.dtype}
+        batch = make_batch(counts, pasts, window=window, scattered=True, device="cuda", **options)
+        features = {"window": window, "softcap": shape.softcap}
+        check(batch, **{name: value for name, value in features.items() if value is not None})
+
+
+def decode() -> None:
+    attention(test_decode.check, [1] * 5, [700, -1, 0, 15, 129])
+    attention(test_decode.check, [3, 1, 5], [300, 0, 64])
+
+
+def decode_row() -> None:
+    for past in (-1, 0, 700):
+        attention(test_decode.check, [1], [past])
+
+
+def batch_invariant() -> None:
+    attention(test_decode.check_invariance, [1] * 4, [700, 1, 40, 129])
+
+
+def prefill() -> None:
+    attention(test_prefill.check, [70, 0, 1, 130], [0, 5, 64, 33])
+
+
+def gluon() -> None:
+    attention(test_hopper.check, [70, 0, 1, 130], [0, 5, 64, 33], SHAPES[:1])
+
+
+def shared_prefix() -> None:
+    for dtype in (BF16, FP32):
+        options = {"page": 16, "ratio": 4, "dim": 64, "dtype": dtype, "device": "cuda"}
+        test_shared_prefix.check([(400, [3, 20, None, 1]), (0, [5, None]), (48, [300])], **options)
+
+
+def append() -> None:
+    for tokens in (1, 5, 300):
+        test_append.check(tokens, device="cuda")
+        test_append.check(tokens, norm=True, fused=True, rotary=32, skipped=1, heads_first=True, device="cuda")
+
+
+def products() -> None:
+    sums = SplitSums(torch.device("cuda"))
+    for tokens in (1, 2, 17, 64):
+        test_matvec.check(tokens, 1000, (1001, 63, 1), bias=True, sums=sums, device="cuda")
+        test_matvec.check(tokens, 896, (250, 250), FP16, gated=True, sums=sums, device="cuda")
+        test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")
+
+
+def between() -> None:
+    for tokens in (1, 7):
+        test_activation.check(tokens, 333, device="cuda")
+        test_norm.check(tokens, 1152, unit_offset=True, strided=True, device="cuda")
+    test_merge.check(test_merge.states(17, 3, 80, dtype=BF16, device="cuda"))
+    test_work_list.check([300, 0, 129, 1], 8, 4, 128, "cuda")
+
+
+def sampling() -> None:
+    for params in test_sampling.FILTERS:
+        test_sampling.check_kept(test_sampling.logits(3, 9001, BF16, "cuda"), params)
+    test_sampling.check_kept(test_sampling.adversarial(5003, FP32, "cuda")[:-1], test_sampling.FILTERS[7])
+    test_sampling.check_greedy(test_sampling.logits(3, 9001, BF16, "cuda"))
+    test_sampling_penalty.check(3, 9001, BF16, "cuda", 1.3, 5, 9)
+
+
+def advance() -> None:
+    for rows, windows in ((1, 1), (33, 2)):
+        test_advance.check(rows, windows, 4, drop=True, seen=True, device="cuda")
+
+
+RUNS = (
+    decode, decode_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, sampling, advance,
+)  # fmt: skip
+
+
+def chosen(names: list[str]) -> Iterator[Callable[[], None]]:
+    known = {run.__name__: run for run in RUNS}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise SystemExit(f"no such run: {', '.join(unknown)}; there are {', '.join(known)}")
+    yield from (known[name] for name in names or known)
+
+
+if __name__ == "__main__":
+    for run in chosen(sys.argv[1:]):
+        run()
+        torch.cuda.synchronize()
+        print(f"{run.__name__}: results are right", flush=True)
