@@ -57,7 +57,8 @@ class Arrivals:
         """Start the copy of a step's `news` `[>= rows]`, of which the first rows count."""
         assert len(self._under_way) <= DEPTH
         self._turn = (self._turn + 1) % (DEPTH + 1)
-        self._host[self._turn, : len(numbers)].copy_(news[: len(numbers)], non_blocking=True)
+        count = len(numbers)
+        self._host[self._turn, :count].copy_(news if len(news) == count else news[:count], non_blocking=True)
         if self._events:
             self._events[self._turn].record(torch.cuda.current_stream(self._device))
         self._under_way.append((self._turn, numbers))

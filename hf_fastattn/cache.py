@@ -224,8 +224,12 @@ class PagedCache(Cache):
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
         window = self.layers[layer_idx].window
         group = self.groups.group(window)
-        held = sum(page >= 0 for pages in self.tables[window].rows for page in pages) if self._columns == 0 else -1
-        return group.storage.layer(layer_idx, states, group.pool.capacity, replace=held == group.pool.in_use)
+
+        def is_alone() -> bool:
+            held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
+            return self._columns == 0 and held == group.pool.in_use
+
+        return group.storage.layer(layer_idx, states, group.pool.capacity, is_alone)
 
     # ---- a loop that writes to pages by itself ----------------------------------------------------------------
 

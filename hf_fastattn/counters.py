@@ -19,6 +19,8 @@ class CallCounters:
         pages_copied: pages copied before a write, since others held them too.
         graphs_captured: decode steps recorded as CUDA graphs.
         graphs_replayed: forwards that were a replay of one.
+        appends_captured: forwards of several tokens a row (prompts, drafts to verify) recorded as CUDA graphs.
+        appends_replayed: forwards that were a replay of one of those.
         fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
     """
@@ -31,5 +33,7 @@ class CallCounters:
     pages_copied: int = 0
     graphs_captured: int = 0
     graphs_replayed: int = 0
+    appends_captured: int = 0
+    appends_replayed: int = 0
     fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)

@@ -143,12 +143,11 @@ class FastLoop:
         self._release_behind()
 
     def _step(self, kind: StepKind) -> Callable[[], Tensor]:
-        state, cache, graphs = self._state, self._cache, self._graphs
-        groups, decoder = cache.groups, self._model.base_model
-        assert graphs.workspace is not None
-        batch = state.batch(kind, groups.backend, groups.batch_invariant, graphs.workspace)
-
         def run() -> Tensor:
+            state, cache, workspace = self._state, self._cache, self._graphs.workspace
+            groups, decoder = cache.groups, self._model.base_model
+            assert workspace is not None
+            batch = state.batch(kind, groups.backend, groups.batch_invariant, workspace)
             with cache.reading(batch):
                 arguments = {**state.arguments(kind.rows), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, past_key_values=cache, **arguments).last_hidden_state

@@ -129,6 +129,11 @@ class PageGroups:
         return sum(group.storage.version for group in self)
 
     @property
+    def is_growing(self) -> bool:
+        """Whether pages have been counted that the tensors do not hold yet, or there are no tensors."""
+        return any(group.storage.capacity < max(group.pool.capacity, 1) for group in self)
+
+    @property
     def pages_in_use(self) -> int:
         """Pages held by caches, over all groups."""
         return sum(group.pool.in_use for group in self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,16 @@ class PageStorage:
         self.capacity = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, layer_idx: int, states: Tensor, capacity: int, replace: bool) -> tuple[Tensor, Tensor]:
+    def layer(
+        self, layer_idx: int, states: Tensor, capacity: int, may_replace: Callable[[], bool] = lambda: False
+    ) -> tuple[Tensor, Tensor]:
         """The K and V pages of a layer, grown to `capacity` pages.
 
         Args:
             layer_idx: the layer.
             states: `[..., G, D]` keys about to be written: their heads, dtype and device are what pages must have.
             capacity: pages needed.
-            replace: nothing stored is still needed, so pages of another shape may be dropped.
+            may_replace: asked where pages have another shape: whether nothing stored is still needed, so that they may go.
 
         Raises:
             ValueError: the pages hold tokens of other heads, dtype or device.
@@ -42,7 +46,7 @@ class PageStorage:
             if same and pages.device == states.device:
                 if pages.shape[0] >= capacity:
                     return held
-            elif replace:
+            elif may_replace():
                 held = None
             else:
                 raise ValueError(
@@ -62,7 +66,7 @@ class PageStorage:
         """Grow every layer that has been written to `capacity` pages."""
         for layer_idx, (held, _) in list(self._pages.items()):
             if held.shape[0] < capacity:
-                self.layer(layer_idx, held, capacity, replace=False)
+                self.layer(layer_idx, held, capacity)
 
     @staticmethod
     def _grown(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class PageStorage:
         host = torch.tensor(moves).T.contiguous()
         places: dict[torch.device, Tensor] = {}
         for layer_idx, (held, _) in list(self._pages.items()):
-            pair = self.layer(layer_idx, held, capacity, replace=False)
+            pair = self.layer(layer_idx, held, capacity)
             device = pair[0].device
             if device not in places:
                 # From pageable memory this returns once the data is staged, without waiting for the device.

@@ -52,6 +52,7 @@ class Report:
                 f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed",
                 f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
                 f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
+                f"appends       {call.appends_captured} captured, {call.appends_replayed} replayed",
                 f"loop          {'the device' if call.fast_loops else 'Transformers'}'s",
                 f"fallbacks     {falls}",
                 f"now           {self.pages_in_use} pages in use, {self.page_bytes_allocated / 2**20:.1f} MiB allocated",

@@ -1,4 +1,4 @@
-"""`StepGraphs`: the captured decode steps of one model: when they are made, used and dropped."""
+"""`StepGraphs`: the captured forwards of one model's decoder: when they are made, used and dropped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.decoder_state import decoder_state, why_not_capturable
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.page_groups import PageGroups
-from hf_fastattn.static_inputs import StaticInputs, StepShape, columns_for, why_not_static
+from hf_fastattn.static_inputs import MOST_TOKENS, StaticInputs, StepShape, columns_for, why_not_static
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.workspace import Workspace
 
 logger = logging.getLogger("hf_fastattn")
 
-# The least recently used one goes when there are more.
-MAX_GRAPHS = 8
+# The least recently used one goes when there are more: of decode steps, and of forwards of several tokens a row.
+MAX_GRAPHS, MAX_APPENDS = 8, 16
 # Shapes that are known to have come up once.
 MAX_SHAPES = 256
 # Captures that may fail before the model is left alone, until it changes.
@@ -35,7 +38,7 @@ Key = tuple[StepShape, int, int]
 
 @dataclass
 class Entry:
-    """A captured step and what it was captured with.
+    """A captured forward and what it was captured with.
 
     Attributes:
         groups: whose pages it reads, at `storage_version`.
@@ -73,7 +76,12 @@ class Entry:
 
 
 class StepGraphs:
-    """Runs decode steps from graphs, one a shape, captured when a shape comes up for the second time.
+    """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
+
+    A shape is a decode step of so many rows, or room for so many tokens of so many rows: prompts, drafts to verify, chat
+    turns. Their tokens stand in the same static inputs the first time, when layers are still launched one by one, so
+    that the products have the same sizes, and give the same bits, whether captured or not. Forwards of many tokens keep
+    the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`decoder_state`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
@@ -93,6 +101,8 @@ class StepGraphs:
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._seen: OrderedDict[Key, None] = OrderedDict()
         self._room: Any = None
+        # One for all: graphs of a model never run at the same time.
+        self._workspace: Workspace | None = None
         self._state: tuple[Any, ...] | None = None
         self._reason: str | None = None
         # The decoder whose state was compared and need not be again in this call.
@@ -112,7 +122,7 @@ class StepGraphs:
     def drop(self) -> None:
         """Forget all graphs; their memory is free."""
         self._entries.clear()
-        self._room = None
+        self._room = self._workspace = None
 
     def run(
         self,
@@ -123,11 +133,11 @@ class StepGraphs:
         forward: Callable[..., Any],
         counters: CallCounters,
     ) -> Any | None:
-        """The decoder's output for one new token a row; None if its layers have to be launched one by one.
+        """The decoder's output; None if its layers have to be launched one by one for inputs as they are.
 
         Args:
-            arguments: `input_ids` or `inputs_embeds`, `position_ids`, and what else the decoder takes; what a mask
-                says, `cache` knows.
+            arguments: `input_ids` or `inputs_embeds`, `position_ids`, and what else the decoder takes: `[B, S]`, or
+                `[1, T]` where padding was taken out; what a mask says, `cache` knows.
             cache: a paged forward of it is under way.
             kwargs: what else the decoder was given.
             forward: the decoder's own, called with it.
@@ -137,35 +147,67 @@ class StepGraphs:
         batch = cache.paged_batch
         if not self._enabled or tokens.device.type not in self.step_type.devices or batch is None:
             return None
-        if cache.get_seq_length() == 0 or not self._has_kernels(cache, tokens.device):
+        if batch.tokens > MOST_TOKENS or not self._has_kernels(decoder, cache, tokens.device):
             return None
+        shape = StepShape.of(arguments, batch)
         reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
+        if shape.room is None:
+            if cache.get_seq_length() == 0:
+                return None
+            if reason is not None:
+                self._count_reason(reason, counters)
+            else:
+                cache.reserve_ahead()
         if reason is not None:
-            self._count_reason(reason, counters)
             return None
-        cache.reserve_ahead()
-        key = (StepShape.of(arguments), decoder.config.num_hidden_layers, id(cache.groups))
+        key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
+        hidden = self._hidden(key, decoder, arguments, cache, forward, counters)
+        if hidden is None:
+            return None
+        states, kind = hidden
+        if shape.room is not None:
+            states = states[0, : batch.tokens].view(*tokens.shape[:2], -1)
+        outputs = kind(last_hidden_state=states, past_key_values=cache)
+        return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs
+
+    def _hidden(
+        self,
+        key: Key,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> tuple[Tensor, Any] | None:
+        """The last hidden states over static inputs, and the class of the output; None for a decode step not captured."""
+        batch, is_decode = cache.paged_batch, key[0].room is None
+        assert batch is not None
         needed, worth_having = columns_for(cache, batch.seq_lens)
-        entry = self._entries.get(key)
-        if entry is not None and entry.fits(cache, needed):
-            entry.inputs.write(arguments, cache, batch.seq_lens)
+        # A graph neither moves pages nor makes them; layers launched one by one do.
+        settled, entry = not cache.groups.is_growing, self._entries.get(key)
+        if settled and entry is not None and entry.fits(cache, needed):
+            entry.inputs.write(arguments, cache, batch)
             self._entries.move_to_end(key)
-        elif self._is_due(key):
+        elif self._is_due(key) and settled:
             entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
         else:
             entry = None
-        if entry is None:
+        if entry is not None:
+            if is_decode:
+                counters.graphs_replayed += 1
+            else:
+                counters.appends_replayed += 1
+            return entry.step.replay(entry.launcher(decoder, forward, cache)), entry.outputs
+        if is_decode:
             return None
-        hidden = entry.step.replay(entry.launcher(decoder, forward, cache))
-        counters.graphs_replayed += 1
-        outputs = entry.outputs(last_hidden_state=hidden, past_key_values=cache)
-        return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs
+        entry = self._entry(key, worth_having, cache)
+        self.step_type.enter(self._room)
+        entry.inputs.write(arguments, cache, batch)
+        return entry.launcher(decoder, forward, cache)(), entry.outputs
 
-    def _has_kernels(self, cache: PagedCache, device: torch.device) -> bool:
-        pages = next(iter(cache.groups)).storage.any_pages()
-        if pages is None:
-            return False
-        backend, _ = choose_backend(cache.groups.backend, device, pages.dtype, pages.shape[-1])
+    def _has_kernels(self, decoder: Any, cache: PagedCache, device: torch.device) -> bool:
+        groups = cache.groups
+        backend, _ = choose_backend(groups.backend, device, decoder.dtype, groups.head_dim, groups.batch_invariant)
         return backend in self.step_type.backends
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
@@ -200,15 +242,11 @@ class StepGraphs:
         counters: CallCounters,
     ) -> Entry | None:
         self._entries.pop(key, None)
-        groups = cache.groups
-        assert cache.paged_batch is not None
+        groups, batch = cache.groups, cache.paged_batch
+        assert batch is not None
         try:
-            if self._room is None:
-                self._room = self.step_type.make_room(key[0].device)
-            inputs = StaticInputs(key[0], columns, cache.tables)
-            batch = inputs.batch(groups.backend, groups.batch_invariant)
-            entry = Entry(inputs, batch, self.step_type(self._room), self._reference(groups, key))
-            inputs.write(arguments, cache, cache.paged_batch.seq_lens)
+            entry = self._entry(key, columns, cache)
+            entry.inputs.write(arguments, cache, batch)
 
             def warmed_up() -> None:
                 entry.storage_version = groups.storage_version
@@ -223,10 +261,30 @@ class StepGraphs:
             self._count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return None
         self._entries[key] = entry
-        if len(self._entries) > MAX_GRAPHS:
-            self._entries.popitem(last=False)
-        counters.graphs_captured += 1
+        self._evict(key[0].room is None)
+        if key[0].room is None:
+            counters.graphs_captured += 1
+        else:
+            counters.appends_captured += 1
         return entry
+
+    def _entry(self, key: Key, columns: int, cache: PagedCache) -> Entry:
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.workspace import Workspace
+
+        device, groups = key[0].device, cache.groups
+        if self._room is None:
+            self._room = self.step_type.make_room(device)
+        if self._workspace is None or self._workspace.device != device:
+            self._workspace = Workspace(device)
+        inputs = StaticInputs(key[0], columns, cache.tables)
+        batch = inputs.batch(groups.backend, groups.batch_invariant, self._workspace)
+        return Entry(inputs, batch, self.step_type(self._room), self._reference(groups, key))
+
+    def _evict(self, decode: bool) -> None:
+        alike = [key for key in self._entries if (key[0].room is None) == decode]
+        if len(alike) > (MAX_GRAPHS if decode else MAX_APPENDS):
+            del self._entries[alike[0]]
 
     def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
         owner = weakref.ref(self)

@@ -106,14 +106,17 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     padding = None if new is None or reason is not None else Padding(new, tokens.device)
     try:
         outputs = None
-        if reason is None and columns == 1 and new is None:
+        is_step, is_linear = columns == 1 and new is None, state.family.linear_attention
+        if reason is None and not is_step and not is_linear:
+            arguments = _packed_arguments(arguments, padding, past, rows, columns)
+        if reason is None and (is_step or not is_linear):
             outputs = state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
         if outputs is None:
-            if reason is None and state.family.linear_attention:
+            if reason is None and is_linear:
                 # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
                 cache.padding, padding = padding, None
                 arguments = _padded_arguments(arguments, cache.padding, columns)
-            elif reason is None:
+            elif reason is None and is_step:
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
             forward = fused_forward if reason is None else call_original
             outputs = forward(self, past_key_values=cache, **arguments, **kwargs)

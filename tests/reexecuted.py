@@ -12,6 +12,7 @@ from torch import Tensor
 from triton import knobs
 
 from hf_fastattn.batch import Batch
+from hf_fastattn.cache import PagedCache
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.kernels import advance_reference, reference, rope, sampling_reference
 from hf_fastattn.kernels.plan import AttentionPlan
@@ -20,7 +21,7 @@ from hf_fastattn.loop_graphs import LoopGraphs
 from hf_fastattn.loop_state import LoopState
 from hf_fastattn.shared_rows import SharedPrefixes
 from hf_fastattn.static_inputs import StaticInputs
-from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.step_graphs import Entry, StepGraphs
 from hf_fastattn.step_kind import StepKind
 
 
@@ -51,7 +52,7 @@ class ReexecutedStep(CapturedStep):
 
 
 class ReadBack(Batch):
-    """A static batch for the reference backend, which wants lists, and rows that are there."""
+    """A static batch for the reference backend, which wants lists, and rows and tokens that are there."""
 
     def rope_append(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
@@ -74,12 +75,14 @@ class ReadBack(Batch):
             table = through_first_rows(table, lengths, self.shared, size)
         table = table[there].tolist()
         held = lengths[there].tolist()
+        news = torch.ones_like(lengths) if self.is_decode else self.cu_seqlens_on(q.device).diff()
+        # A row without keys has zeros.
+        queries = there.repeat_interleave(news)
         pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
-        plan = AttentionPlan(pages, [1] * len(held), held, size, window)
+        plan = AttentionPlan(pages, news[there].tolist(), held, size, window)
         out = torch.zeros_like(q)
-        if not held:
-            return out
-        out[there] = reference.paged_attention(q[there], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
+        if held:
+            out[queries] = reference.paged_attention(q[queries], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
         return out
 
 
@@ -154,15 +157,27 @@ def _values(params: Tensor) -> list[Any]:
 @contextmanager
 def reexecuted() -> Iterator[None]:
     """Steps are captured on the CPU too, and for the reference backend."""
-    make = StaticInputs.batch
+    make, launcher = StaticInputs.batch, Entry.launcher
 
-    def batch(self: StaticInputs, backend: str, batch_invariant: bool) -> Batch:
-        made = make(self, backend, batch_invariant)
+    def batch(self: StaticInputs, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+        made = make(self, backend, batch_invariant, workspace)
         if backend in ("triton", "hopper"):
             return made
         return ReadBack(**vars(made))
 
+    def launcher_of_what_was_captured(self: Entry, decoder: Any, forward: Any, cache: PagedCache) -> Callable[[], Tensor]:
+        run = launcher(self, decoder, forward, cache)
+
+        def checked() -> Tensor:
+            out = run()
+            # A graph would have gone on with the pages that it was captured with.
+            assert self.storage_version in (-1, cache.groups.storage_version)
+            return out
+
+        return checked
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepGraphs, "step_type", ReexecutedStep)
+        patch.setattr(Entry, "launcher", launcher_of_what_was_captured)
         patch.setattr(StaticInputs, "batch", batch)
         yield

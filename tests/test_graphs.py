@@ -391,7 +391,9 @@ def test_our_part_of_a_step_never_waits(padded: bool, beams: int, monkeypatch: p
     assert len(steps) >= 40 and replays(model) == (0, 47)
 
 
-def test_memory_stays_flat() -> None:
+def test_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Soon there are as many as there may be.
+    monkeypatch.setattr(step_graphs, "MAX_APPENDS", 2)
     model = patch_with_graphs(tiny("llama", num_hidden_layers=2).to("cuda"))
     choose = random.Random(0)
     allocated = []
@@ -401,7 +403,7 @@ def test_memory_stays_flat() -> None:
         model.generate(
             **on_gpu(padded_batch(rows, longest, seed=call)), max_new_tokens=new, do_sample=beams == 1, num_beams=beams
         )
-        assert len(graphs(model)) <= step_graphs.MAX_GRAPHS
+        assert len(graphs(model)) <= step_graphs.MAX_GRAPHS + step_graphs.MAX_APPENDS
         assert hf_fastattn.report(model).pages_in_use == 0
         if call % 50 == 49:
             gc.collect()

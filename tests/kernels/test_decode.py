@@ -63,6 +63,13 @@ def test_rows_without_keys(window):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_row_of_many_queries_and_no_key(window):
+    out, lse = check(make_batch([5, 43], [60, -43], page=16, dim=32, dtype=BF16, window=window), window=window)
+    assert not out[5:].any() and bool((lse[5:] == -torch.inf).all())
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("ratio", [1, 5])
 def test_short_append(window, ratio):

@@ -54,6 +54,10 @@ def test_rows_that_see_no_key():
     check(make_batch([5, 40, 1], [-3, 0, -1], page=16, ratio=4, dim=128, dtype=BF16, scattered=True, device="cuda"))
 
 
+def test_a_row_of_many_queries_and_no_key():
+    check(make_batch([70, 442], [100, -442], page=16, ratio=4, dim=128, dtype=BF16, scattered=True, device="cuda"))
+
+
 def test_many_rows():
     counts = [1 + 13 * i % 40 for i in range(300)]
     check(make_batch(counts, [7 * i % 100 for i in range(300)], page=16, dim=128, ratio=4, dtype=BF16, device="cuda"))

@@ -61,6 +61,13 @@ def test_rows_without_queries_and_without_keys(window):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_row_of_many_queries_and_no_key(window):
+    out, lse = check(make_batch([21, 200], [40, -200], page=16, dim=32, dtype=BF16, window=window), window=window)
+    assert not out[21:].any() and bool((lse[21:] == -torch.inf).all())
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("q_layout", ["fused", "transposed"])
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_strides(q_layout, heads_first):
