@@ -81,9 +81,10 @@ class System:
         self.timings.append(Timing(first, (whole - first) / self.new))
 
     def warm_up(self, case: Case) -> None:
-        """The first call of a case, with its time and its peak of memory."""
+        """The first call of a case, with its time and its peak of memory; then one in which its prompt's graph is made."""
         with self.watched():
             self.first_call = self.seconds(case, 0, 1 + self.new)
+        self.seconds(case, 0, 1)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

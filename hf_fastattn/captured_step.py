@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +52,18 @@ class CaptureRoom:
         return stream
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Graphs of a model that is gone may be garbage: freeing them inside a capture, whenever Python collects, breaks it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CapturedStep:
     """A forward that reads and writes the same device memory every time.
 
@@ -93,7 +106,8 @@ class CapturedStep:
             with torch.cuda.device(room.device), torch.cuda.stream(room.stream):
                 run()
                 warmed_up()
-                self._output = self._record(graph, run)
+                with no_garbage_collection():
+                    self._output = self._record(graph, run)
         finally:
             current.wait_stream(room.stream)
         self._graph = graph
