@@ -23,6 +23,7 @@ HEAD = (
     "patched / it, first token",
     "a token",
 )
+COUNTS = ("forwards", "graphs_replayed", "graphs_captured", "appends_replayed", "prompt_tokens")
 NOTES = """First token: a whole call of one token. A token: the difference between calls of 1 + `new` tokens and of one, over
 `new`; whole calls, the device idle before and after each. Whole call: 1 + `new` tokens, put together from the two. Ratios:
 medians of interleaved pairs, patched over the other. Read limit: a step that reads each weight it needs, and the keys and
@@ -89,8 +90,8 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def check_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line for each case: agreement, path and counters."""
-    lines = ["| case | agreement | path | loop | forwards | replayed | captured | prompt tokens | pages allocated, shared |"]
-    lines.append("|" + "---|" * 9)
+    names = "forwards | steps replayed | captured | prompts replayed | prompt tokens | pages allocated, shared"
+    lines = [f"| case | agreement | path | loop | {names} |", "|" + "---|" * 10]
     for row in rows:
         call = row["counters"]
         agreement = ("yes" if row["agrees"] else "**RED**") + f": {row['detail']}"
@@ -98,7 +99,7 @@ def check_table(rows: Sequence[dict[str, Any]]) -> str:
             agreement += f" (checked for {row['checked']})"
         path = "**RED**: " + "; ".join(row["problems"]) if row["problems"] else "paged, no fallback"
         loop = "on the device" if call["fast_loops"] else "Transformers'"
-        counts = [call[name] for name in ("forwards", "graphs_replayed", "graphs_captured", "prompt_tokens")]
+        counts = [call[name] for name in COUNTS]
         pages = f"{call['pages_allocated']}, {call['pages_shared']}"
         lines.append(_line((f"{row['kind']} {row['name']}", agreement, path, loop, *map(str, counts), pages)))
     return "\n".join(lines)

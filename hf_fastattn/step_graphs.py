@@ -158,6 +158,8 @@ class StepGraphs:
                 self._count_reason(reason, counters)
             else:
                 cache.reserve_ahead()
+        elif self._resting or self._failures >= MAX_FAILURES:
+            return None
         if reason is not None:
             return None
         key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
