@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +129,10 @@ class PageGroups:
         """Another number whenever a tensor behind the pages was made, moved or dropped."""
         return sum(group.storage.version for group in self)
 
-    @property
-    def is_growing(self) -> bool:
-        """Whether pages have been counted that the tensors do not hold yet, or there are no tensors."""
-        return any(group.storage.capacity < max(group.pool.capacity, 1) for group in self)
+    def is_growing(self, windows: Iterable[int | None]) -> bool:
+        """Whether pages of these windows have been counted that the tensors do not hold yet, or there are no tensors."""
+        groups = map(self.group, windows)
+        return any(group.storage.capacity < max(group.pool.capacity, 1) for group in groups)
 
     @property
     def pages_in_use(self) -> int:

@@ -186,7 +186,7 @@ class StepGraphs:
         assert batch is not None
         needed, worth_having = columns_for(cache, batch.seq_lens)
         # A graph neither moves pages nor makes them; layers launched one by one do.
-        settled, entry = not cache.groups.is_growing, self._entries.get(key)
+        settled, entry = not cache.groups.is_growing(cache.tables), self._entries.get(key)
         if settled and entry is not None and entry.fits(cache, needed):
             entry.inputs.write(arguments, cache, batch)
             self._entries.move_to_end(key)
