@@ -11,6 +11,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn import step_graphs
+from hf_fastattn.captured_step import no_garbage_collection
 from hf_fastattn.step_graphs import StepGraphs
 from tests.models import (
     assert_fast,
@@ -159,3 +160,17 @@ def test_unpatch_drops_them() -> None:
     hf_fastattn.unpatch(model)
     gc.collect()
     assert len(gc.get_referrers(held[0])) == 1
+
+
+def test_garbage_collection_is_as_it_was() -> None:
+    with pytest.raises(ZeroDivisionError), no_garbage_collection():
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_garbage_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
