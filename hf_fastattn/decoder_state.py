@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch.nn.modules import module as nn_module
 
 # Attached to the modules that we patched; see `patches.module_state`.
 PATCHED = "_fastattn"
-SCALARS = (bool, int, float, str)
+SCALARS = frozenset((bool, int, float, str))
 # Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+PLAIN = (nn.Parameter, Tensor)
 CAPTURE_HOOK = "output_capturing_hook"
 
 
@@ -28,20 +28,37 @@ def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def decoder_state(decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
-    """All that a captured step depends on, as a value to compare: where weights lie, modules, options, adapters.
+class DecoderState(NamedTuple):
+    """What a captured step depends on beside its inputs, as values to compare.
 
-    What the weights hold is not part of it: a replay reads them anew.
+    Attributes:
+        parts: where weights lie, modules, options, adapters; what the weights hold is not part of it: a replay reads them.
+        hooked: modules have hooks of somebody, which come and go: captured steps rest meanwhile.
     """
-    parts: list[Any] = [device, _options(decoder), *_tensors(decoder)]
+
+    parts: tuple[Any, ...]
+    hooked: bool
+
+
+def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
+    """The state of a decoder; while it is the same, so is what `why_not_capturable` says.
+
+    It is made before the first kernel of every call, so it has to be quick.
+    """
+    parts: list[Any] = [device, _options(decoder), *_tensors(vars(decoder))]
+    hooked = _has_global_hooks()
     for module in submodules(decoder):
-        state = vars(module)
-        parts.append((type(module), type(module).forward))
-        parts.extend(value for value in state.values() if type(value) in SCALARS)
-        parts.extend(_tensors(module))
-        if not type(module).__module__.startswith(KNOWN[:2]):
+        state, kind = vars(module), type(module)
+        # By their names it shows what was set on the instance: a forward, a compiled call, accelerate's hook.
+        parts += kind, kind.forward, tuple(state)
+        parts += [value for value in state.values() if type(value) in SCALARS]
+        if state["_parameters"] or state["_buffers"]:
+            parts += _tensors(state)
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            hooked = hooked or _has_foreign_hooks(state)
+        if not kind.__module__.startswith(KNOWN[:2]):
             parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
-    return tuple(parts)
+    return DecoderState(tuple(parts), hooked)
 
 
 def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
@@ -51,18 +68,21 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
         return "a mixture of experts chooses what it computes"
     if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
         return "gradient checkpointing is on"
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if _has_global_hooks():
         return "hooks on all modules are registered"
+    held = list(_held(vars(decoder)))
     for module in submodules(decoder):
         reason = why_not_module(module)
         if reason is not None:
             return reason
-    for module in (decoder, *submodules(decoder)):
-        for tensor in _held(module):
-            if type(tensor) not in (nn.Parameter, Tensor):
-                return f"a parameter is a {type(tensor).__name__}"
-            if tensor.device != device:
-                return f"the model is on {tensor.device} and {device}"
+        state = vars(module)
+        if state["_parameters"] or state["_buffers"]:
+            held += _held(state)
+    for tensor in held:
+        if type(tensor) not in PLAIN:
+            return f"a parameter is a {type(tensor).__name__}"
+        if tensor.device != device:
+            return f"the model is on {tensor.device} and {device}"
     return None
 
 
@@ -71,7 +91,7 @@ def why_not_module(module: nn.Module) -> str | None:
     state, kind = vars(module), type(module)
     if not kind.__module__.startswith(KNOWN):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
-    if "_hf_hook" in state or any(_is_foreign(hook) for name in HOOKS for hook in state[name].values()):
+    if "_hf_hook" in state or _has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"
     if "forward" in state and PATCHED not in state:
         return f"the forward of a {kind.__name__} was replaced"
@@ -79,16 +99,23 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"a {kind.__name__} is compiled"
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         return "dropout is active"
-    types = state.get("rope_type", ())
+    types = state.get("rope_type")
+    if types is None:
+        return None
     for rope_type in types.values() if isinstance(types, dict) else (types,):
         if "dynamic" in rope_type or "longrope" in rope_type:
             return f"the frequencies of {rope_type!r} RoPE depend on the length"
     return None
 
 
-def _is_foreign(hook: Any) -> bool:
+def _has_global_hooks() -> bool:
+    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+
+
+def _has_foreign_hooks(state: dict[str, Any]) -> bool:
     # Transformers leaves its own hooks on a model that was ever asked for hidden states; they do nothing unless it is.
-    return getattr(hook, "__name__", "") != CAPTURE_HOOK
+    hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
+    return any(getattr(hook, "__name__", "") != CAPTURE_HOOK for hook in hooks)
 
 
 def _options(decoder: Any) -> tuple[Any, ...]:
@@ -96,6 +123,7 @@ def _options(decoder: Any) -> tuple[Any, ...]:
     return (
         type(decoder),
         decoder.training,
+        getattr(decoder, "gradient_checkpointing", False),
         str(getattr(decoder.config, "rope_parameters", None)),
         torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
@@ -104,18 +132,21 @@ def _options(decoder: Any) -> tuple[Any, ...]:
     )
 
 
-def _held(module: nn.Module) -> Iterator[Tensor]:
-    for held in (module._parameters, module._buffers):
+def _held(state: dict[str, Any]) -> Iterator[Tensor]:
+    """Parameters and buffers of a module, by its `vars`."""
+    for held in (state["_parameters"], state["_buffers"]):
         for tensor in held.values():
             if tensor is not None:
                 yield tensor
 
 
-def _tensors(module: nn.Module) -> Iterator[Any]:
-    for tensor in _held(module):
-        # Others, such as quantised ones, are refused; some have no address.
-        if type(tensor) in (nn.Parameter, Tensor):
-            yield (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+def _tensors(state: dict[str, Any]) -> list[Any]:
+    # Others, such as quantised ones, are refused; some have no address.
+    return [
+        (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        for tensor in _held(state)
+        if type(tensor) in PLAIN
+    ]
 
 
 def _frozen(value: Any) -> Any:

@@ -16,7 +16,7 @@ from hf_fastattn.arrivals import Arrivals
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.decoder_state import decoder_state, why_not_capturable, why_not_module
+from hf_fastattn.decoder_state import DecoderState, decoder_state, why_not_capturable, why_not_module
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.workspace import Workspace
 from hf_fastattn.page_groups import PageGroups
@@ -55,7 +55,8 @@ class LoopGraphs:
         self._steps: OrderedDict[StepKind, LoopStep] = OrderedDict()
         self._groups: weakref.ref[PageGroups] | None = None
         self._room: Any = None
-        self._depends_on: tuple[Any, ...] | None = None
+        self._depends_on: DecoderState | None = None
+        self._reason: str | None = None
         self._failed: set[StepKind] = set()
         self._logged: set[str] = set()
         self.state: LoopState | None = None
@@ -95,11 +96,13 @@ class LoopGraphs:
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
-        state = decoder_state(model, model.device)
-        if state != self._depends_on or self._groups is None or self._groups() is not cache.groups:
+        state, known = decoder_state(model, model.device), self._depends_on
+        if known is None or state.parts != known.parts or self._groups is None or self._groups() is not cache.groups:
             self.drop()
-            self._depends_on, self._groups = state, weakref.ref(cache.groups)
-        return why_not_module(model) or why_not_capturable(model, model.device)
+            self._groups = weakref.ref(cache.groups)
+        if state != known:
+            self._depends_on, self._reason = state, why_not_capturable(model, model.device)
+        return why_not_module(model) or self._reason
 
     def make_room(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> LoopState:
         """Static tensors for a call of `rows` rows of up to `columns` pages."""

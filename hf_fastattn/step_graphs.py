@@ -16,7 +16,7 @@ from hf_fastattn.batch import Batch
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.decoder_state import decoder_state, why_not_capturable
+from hf_fastattn.decoder_state import DecoderState, decoder_state, why_not_capturable
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.page_groups import PageGroups
 from hf_fastattn.static_inputs import MOST_TOKENS, StaticInputs, StepShape, columns_for, why_not_static
@@ -103,7 +103,7 @@ class StepGraphs:
         self._room: Any = None
         # One for all: graphs of a model never run at the same time.
         self._workspace: Workspace | None = None
-        self._state: tuple[Any, ...] | None = None
+        self._state: DecoderState | None = None
         self._reason: str | None = None
         # The decoder whose state was compared and need not be again in this call.
         self._checked: weakref.ref[Any] | None = None
@@ -214,12 +214,12 @@ class StepGraphs:
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
         if self._checked is None or self._checked() is not decoder:
-            state = decoder_state(decoder, device)
-            if state != self._state:
+            state, known = decoder_state(decoder, device), self._state
+            if known is None or state.parts != known.parts:
                 self.drop()
-                self._state, self._failures, self._resting = state, 0, False
-            # Hooks come and go without a trace in the state.
-            self._reason = self._known_reason or why_not_capturable(decoder, device)
+                self._failures, self._resting = 0, False
+            if state != known:
+                self._state, self._reason = state, self._known_reason or why_not_capturable(decoder, device)
             self._checked = weakref.ref(decoder) if self._in_call else None
         return self._reason
 
