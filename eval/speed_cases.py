@@ -16,9 +16,12 @@ KINDS = {
     "sampling": "the same with top-k 50 and top-p 0.9",
     "callbacks": "greedy with a user's logits processor, stopping criterion and streamer",
     "samples": "all rows are samples of one prompt, top-k 50",
+    "drafts": "greedy with prompt lookup of 8 tokens, a prompt that repeats itself; a batch of 1, as Transformers wants it",
     "finished": "greedy rows that end one after the other; `stays`: patched, with ended rows left in the batch (CUDA only)",
     "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
 }
+# Tokens that prompt lookup guesses, and how often a prompt says the same.
+LOOKUP, REPEATS = 8, 8
 # Kinds whose rows end before the call does.
 ENDING = ("finished", "early")
 SHORTEST = 16
@@ -76,8 +79,9 @@ class Case:
         """Prompts `[prompts, prompt]` of random tokens; another `number` gives others, so that no cache of prompts of an
         earlier call helps. The first eighth of the vocabulary, where special tokens lie, is left out."""
         generator = torch.Generator().manual_seed(number)
-        shape = (self.prompts, self.prompt)
-        return torch.randint(vocabulary // 8, vocabulary, shape, generator=generator).to(device)
+        different = -(-self.prompt // REPEATS) if self.kind == "drafts" else self.prompt
+        ids = torch.randint(vocabulary // 8, vocabulary, (self.prompts, different), generator=generator)
+        return ids.repeat(1, -(-self.prompt // different))[:, : self.prompt].to(device)
 
     def arguments(self, rows: int | None = None) -> dict[str, Any]:
         """Options of `generate()`, with new callbacks; `rows` other than the case's."""
@@ -88,6 +92,8 @@ class Case:
         if self.kind == "callbacks":
             callbacks = {"logits_processor": [Cooler()], "stopping_criteria": [NeverStop()], "streamer": Reader()}
             return {"do_sample": False, **callbacks}
+        if self.kind == "drafts":
+            return {"do_sample": False, "prompt_lookup_num_tokens": LOOKUP}
         return {"do_sample": False}
 
     def lengths(self, tokens: int) -> list[int] | None:
@@ -130,7 +136,7 @@ def choose(
         prompts: prompt lengths, one for each of `rows` or one for all.
 
     Raises:
-        ValueError: the two lists do not fit each other, or a kind has no standard sizes.
+        ValueError: the two lists do not fit each other, a kind has no standard sizes, or none of this number of rows.
     """
     if rows is None:
         if prompts is not None:
@@ -140,6 +146,8 @@ def choose(
         if kinds is not None and set(kinds) != {case.kind for case in found}:
             raise ValueError(f"{sorted(set(kinds) - {case.kind for case in found})} needs --batch: it has no standard sizes")
         return found
+    if "drafts" in (kinds or ()) and set(rows) != {1}:
+        raise ValueError(f"--batch is {' '.join(map(str, rows))}; drafts are for one row: give --batch 1")
     lengths = list(prompts or (512,))
     if len(lengths) not in (1, len(rows)):
         raise ValueError(f"--prompt names {len(lengths)} lengths for {len(rows)} of --batch; give one, or one for each")

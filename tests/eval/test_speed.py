@@ -18,7 +18,7 @@ from tests.models import COMMON, tiny
 from tests.reexecuted import reexecuted_loop
 
 CPU = ["--device", "cpu", "--pairs", "1", "--new", "4", "--dtype", "float32"]
-ANYWHERE = [kind for kind in KINDS if kind not in ENDING]
+ANYWHERE = [kind for kind in KINDS if kind not in (*ENDING, "drafts")]
 SMALL = ["--batch", "2", "--prompt", "24"]
 
 
@@ -68,6 +68,14 @@ def test_every_kind_is_measured(checkpoint: str, tmp_path: Path, capsys: pytest.
         assert ours[-2:] == ["", ""]
     assert "RED" not in text and "Against the targets" not in text
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+
+
+def test_drafts(checkpoint: str, tmp_path: Path) -> None:
+    status, record, _ = bench("--model", checkpoint, "--kind", "drafts", "--batch", "1", "--prompt", "60", output=tmp_path)
+    row = record["cases"][0]
+    assert status == 0 and row["agrees"] and not row["problems"] and row["ratios"]["stock"]["token"] > 0
+    # The prompt, and drafts of several tokens.
+    assert row["counters"]["prompt_tokens"] >= 60 and 2 <= row["counters"]["forwards"] <= 5
 
 
 def test_a_kind_may_be_checked_once(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,9 @@ def test_problems_of_a_call() -> None:
     assert problems(CallCounters(forwards=9), 9, graphs=False) == []
     assert "no step was replayed" in problems(CallCounters(forwards=9), 9, graphs=True)[0]
     assert "8 paged forwards for 9 tokens" in problems(CallCounters(forwards=8), 9, graphs=False)[0]
+    drafted = CallCounters(forwards=4, appends_replayed=2)
+    assert problems(drafted, 9, graphs=True, drafts=True) == [] and len(problems(drafted, 9, graphs=True)) == 2
+    assert "no step was replayed" in problems(good, 9, graphs=True, drafts=True)[0]
     good.fallbacks["a reason"] = 2
     assert problems(good, 9, graphs=True) == ["fell back: a reason (2 times)"]
 
@@ -131,5 +134,9 @@ def test_chosen_cases() -> None:
     assert choose(None, [1, 16], [512, 2048], on_gpu=True) == [Case("greedy", 1, 512), Case("greedy", 16, 2048)]
     assert choose(["samples"], [4, 8], [64], on_gpu=True) == [Case("samples", 4, 64), Case("samples", 8, 64)]
     for device in (True, False):
-        for kind in set(KINDS) - set(ENDING):
+        for kind in set(KINDS) - {*ENDING, "drafts"}:
             assert choose([kind], None, None, on_gpu=device)
+    with pytest.raises(ValueError, match="give --batch 1"):
+        choose(["drafts"], [2], None, on_gpu=False)
+    ids = Case("drafts", 1, 20).ids(64, 0, torch.device("cpu"))
+    assert ids.shape == (1, 20) and torch.equal(ids[:, :3], ids[:, 3:6])
