@@ -53,20 +53,19 @@ class StepShape:
     device: torch.device
 
     @staticmethod
-    def of(arguments: dict[str, Any], batch: Batch) -> StepShape:
+    def of(arguments: dict[str, Any], batch: Batch, is_decode: bool) -> StepShape:
         """That of a forward.
 
         Args:
             arguments: of the decoder's forward, tokens `[B, S]`, or `[1, T]` where padding was taken out.
             batch: of the cache: its T tokens.
+            is_decode: one new token a row.
         """
         name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
         tokens, positions = arguments[name], arguments["position_ids"]
         axes = () if positions is None else tuple(positions.shape[:-2])
-        rows = len(batch.query_lens)
-        decode = batch.is_decode and tokens.shape[:2] == (rows, 1)
-        room = None if decode else room_for(batch.tokens)
-        return StepShape(rows, room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
+        room = None if is_decode else room_for(batch.tokens)
+        return StepShape(len(batch.query_lens), room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
 
     @property
     def all_rows(self) -> int:

@@ -147,27 +147,27 @@ class StepGraphs:
         batch = cache.paged_batch
         if not self._enabled or tokens.device.type not in self.step_type.devices or batch is None:
             return None
-        if batch.tokens > MOST_TOKENS or not self._has_kernels(decoder, cache, tokens.device):
+        is_decode = batch.is_decode and tokens.shape[:2] == (len(batch.query_lens), 1)
+        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
             return None
-        shape = StepShape.of(arguments, batch)
+        if not self._has_kernels(decoder, cache, tokens.device):
+            return None
         reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
-        if shape.room is None:
-            if cache.get_seq_length() == 0:
-                return None
-            if reason is not None:
-                self._count_reason(reason, counters)
-            else:
-                cache.reserve_ahead()
+        if is_decode and reason is not None:
+            self._count_reason(reason, counters)
+        elif is_decode:
+            cache.reserve_ahead()
         elif self._resting or self._failures >= MAX_FAILURES:
             return None
         if reason is not None:
             return None
+        shape = StepShape.of(arguments, batch, is_decode)
         key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
         hidden = self._hidden(key, decoder, arguments, cache, forward, counters)
         if hidden is None:
             return None
         states, kind = hidden
-        if shape.room is not None:
+        if not is_decode:
             states = states[0, : batch.tokens].view(*tokens.shape[:2], -1)
         outputs = kind(last_hidden_state=states, past_key_values=cache)
         return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs

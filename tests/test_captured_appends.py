@@ -176,6 +176,15 @@ def test_what_is_not_captured(device: str) -> None:
         assert appends(off) == (0, 0)
 
 
+def test_steps_of_many_rows_are_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "MOST_TOKENS", 2)
+    stock, model = both("llama", device)
+    batch = {**padded_batch(3), "num_beams": 2}
+    for _ in range(3):
+        assert torch.equal(run(model, 8, **batch), run(stock, 8, **batch))
+    assert appends(model) == (0, 0) and hf_fastattn.report(model).last_call.graphs_replayed == 7
+
+
 def test_a_changed_weight_is_captured_anew(device: str) -> None:
     stock, model = both("llama", device)
     for _ in range(3):
