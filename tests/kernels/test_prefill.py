@@ -94,6 +94,24 @@ def test_what_does_not_fit_is_refused(change):
         paged_prefill(q, batch.k_pages, v_pages, batch.page_table, begins, batch.seq_lens, scale=1.0)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 40])
+def test_batch_invariance(window):
+    """Each row alone gives the bits that it gives among the others."""
+    counts, pasts = [70, 3, 20], [0, 90, 200]
+    batch = make_batch(counts, pasts, page=16, ratio=4, dim=32, dtype=BF16, scattered=True, window=window)
+    options = {"scale": batch.scale, "window": window, "batch_invariant": True}
+    together = paged_prefill(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.cu_seqlens_q, batch.seq_lens, **options
+    )
+    assert_attention(batch, together, window=window)
+    parts = [batch.q.split(counts), *(state.split(counts) for state in together)]
+    for row, (q, *want) in enumerate(zip(*parts, strict=True)):
+        alone = (batch.page_table[row : row + 1], torch.tensor([0, len(q)]).int(), batch.seq_lens[row : row + 1])
+        got = paged_prefill(q, batch.k_pages, batch.v_pages, *alone, **options)
+        assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.gpu
 @shapes(SHAPES)
 def test_sweep(shape):
