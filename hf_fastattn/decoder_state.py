@@ -49,8 +49,8 @@ def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
     hooked = _has_global_hooks()
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
-        # By their names it shows what was set on the instance: a forward, a compiled call, accelerate's hook.
-        parts += kind, kind.forward, tuple(state)
+        # By their names it shows what was set on the instance: a forward, accelerate's hook.
+        parts += kind, kind.forward, tuple(state), state.get("_compiled_call_impl") is None
         parts += [value for value in state.values() if type(value) in SCALARS]
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)

@@ -208,8 +208,10 @@ class StepGraphs:
         return entry.launcher(decoder, forward, cache)(), entry.outputs
 
     def _has_kernels(self, decoder: Any, cache: PagedCache, device: torch.device) -> bool:
-        groups = cache.groups
-        backend, _ = choose_backend(groups.backend, device, decoder.dtype, groups.head_dim, groups.batch_invariant)
+        groups, pages = cache.groups, next(iter(cache.groups)).storage.any_pages()
+        # The model's own would be looked for among all its parameters, at every step.
+        dtype = decoder.dtype if pages is None else pages.dtype
+        backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
         return backend in self.step_type.backends
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:

@@ -12,6 +12,7 @@ import torch
 import hf_fastattn
 from hf_fastattn import step_graphs
 from hf_fastattn.captured_step import no_garbage_collection
+from hf_fastattn.decoder_state import decoder_state
 from hf_fastattn.step_graphs import StepGraphs
 from tests.models import (
     assert_fast,
@@ -174,3 +175,29 @@ def test_garbage_collection_is_as_it_was() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_shows_in_the_state_of_a_decoder() -> None:
+    """A reason is asked for only when this changed: all that a reason may come from has to show."""
+    model = tiny("llama").model
+    linear = model.layers[1].mlp.up_proj
+    linear._compiled_call_impl = None
+    device = torch.device("cpu")
+    before = decoder_state(model, device)
+    assert decoder_state(model, device) == before and not before.hooked
+    for change in (
+        lambda: setattr(linear, "_compiled_call_impl", print),
+        lambda: setattr(linear, "forward", print),
+        lambda: setattr(linear, "_hf_hook", print),
+        lambda: setattr(linear, "weight", torch.nn.Parameter(linear.weight[:, :32])),
+        lambda: linear.train(not linear.training),
+        lambda: setattr(model, "gradient_checkpointing", True),
+    ):
+        change()
+        after = decoder_state(model, device)
+        assert after.parts != before.parts
+        before = after
+    handle = linear.register_forward_hook(lambda *given: None)
+    assert decoder_state(model, device) == (before.parts, True)
+    handle.remove()
+    assert decoder_state(model, device) == before
