@@ -62,6 +62,13 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
+# Decode with other numbers of programs a multiprocessor, for pairs of which as many fill these better. More than three hide
+# each other's waits too little for pairs that are split.
+SPLIT_KV_FITTING: dict[tuple[int, int, int], tuple[Tile, ...]] = {
+    (90, 2, 128): (Tile(64, 32, 4, 6, programs=3), Tile(64, 32, 4, 5, programs=4)),
+}
+# The share of the programs that a list of pairs which are not cut evenly keeps busy.
+LIST_FILL = 0.8
 # For prefixes of more than 16 packed query rows. 64 rows of 256 take more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
@@ -99,10 +106,24 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
 
     With `pairs` None it depends on architecture, dtype and head dim only.
     """
-    few = pairs is not None and queries <= 16 and pairs * FEW_PAIRS <= processors
-    found = (tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) if few else None) or tile_of(SPLIT_KV, arch, itemsize, block_d)
+    found = tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
+    if pairs is None or queries > 16:
+        return found
+    if pairs * FEW_PAIRS <= processors:
+        return tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) or found
+    best = max(_fill(found, pairs, processors), LIST_FILL)
+    for tile in SPLIT_KV_FITTING.get((arch, itemsize, 128), ()) if block_d <= 128 else ():
+        fill = _fill(tile, pairs, processors)
+        if fill > best and (tile.programs <= 3 or pairs > 3 * processors):
+            found, best = tile, fill
     return found
+
+
+def _fill(tile: Tile, pairs: int, processors: int) -> float:
+    """The share of the programs that have a part if all pairs are cut into as many, each for a program; 0 for none."""
+    programs = tile.programs * processors
+    return programs // pairs * pairs / programs
 
 
 def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few: bool) -> Tile:

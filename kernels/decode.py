@@ -2,12 +2,12 @@
 
 The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. The K/V tiles of
 all (row, kv head, query block) triples form one flat list, which every program cuts into equal ranges by itself from
-`seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are balanced
-to one tile, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. Where
-rows are so alike that cutting each into as many parts gives ranges hardly longer, that is done: a second triple costs a
-program as much as some hundred keys. Otherwise it holds at most two partial states, its first and its last. The last
-program to arrive at a split triple merges its parts by LSE in fixed order, so results are bitwise repeatable. A single row
-is `decode_row.py`'s.
+`seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are balanced,
+nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. To begin and end a
+triple takes a program as long as to read some hundred keys, so that it counts as so many in the list, and a program with
+many short rows gets fewer keys. Where rows are so alike that cutting each into as many parts gives ranges hardly longer,
+that is done instead. A program holds at most two partial states, its first and its last. The last program to arrive at a
+split triple merges its parts by LSE in fixed order, so results are bitwise repeatable. A single row is `decode_row.py`'s.
 """
 
 from __future__ import annotations
@@ -29,8 +29,40 @@ from hf_fastattn.kernels.workspace import Workspace
 INVARIANT_KEYS = 1024
 # Fp32 elements of partial states that a merging program has in flight.
 MERGE_ELEMENTS = 4096
-# Keys that a program reads in the time which it loses by working on a second triple.
-SECOND_TRIPLE_KEYS = 384
+# Keys that a program reads in the time which beginning and ending a triple takes: what a triple counts in the list.
+TRIPLE_KEYS = 192
+# By how many keys equal parts may make the longest range longer before the list is cut regardless of triples.
+UNEVEN_KEYS = 384
+
+
+@triton.jit
+def _find_triple(
+    position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The triple at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
+
+    Its row, the row's keys, first query and number of queries; the first key that one of them sees, and its unit; units of
+    each triple of the row, and those that it takes in the list; its number in the row, and the unit at the position.
+    """
+    before = upto <= position // GROUPS
+    b = tl.sum(before.to(tl.int32), 0)
+    base = tl.max(tl.where(before, upto, 0), 0) * GROUPS
+    length = tl.load(seq_lens_ptr + b)
+    if cu_seqlens_ptr is None:
+        first_token = b
+        new = 1
+    else:
+        first_token = tl.load(cu_seqlens_ptr + b)
+        new = tl.load(cu_seqlens_ptr + b + 1) - first_token
+    lowest = 0
+    if HAS_WINDOW:
+        lowest = tl.maximum(length - new + 1 - window, 0)
+    first_unit = lowest // (UNIT * BLOCK_N)
+    count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
+    filled = (count + fill - 1) // fill * fill + tl.where(length > 0, spare, 0)
+    triple, unit = (position - base) // filled, (position - base) % filled
+    return b, length, first_token, new, lowest, first_unit, count, filled, triple, unit
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -41,9 +73,9 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    SECOND_KEYS: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    TRIPLE_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal share of the flat list of units, each UNIT tiles of keys.
 
@@ -69,51 +101,47 @@ def split_kv_kernel(
         units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys has an output too.
     units = tl.where(valid, tl.maximum(units, 1), 0)
-    total = tl.sum(units * blocks, 0) * GROUPS
     programs = tl.num_programs(0)
-    # The first `extra` programs take one unit more than the others.
-    share = total // programs
-    extra = total % programs
-    # Units that a triple is filled up to in the list: multiples of `fill`.
+    # Either units are filled up to multiples of `fill` for each triple, or `spare` units stand for what it costs besides.
     fill = 1
+    spare = 0
     if UNIT == 1:
         triples = rows * GROUPS
         if not ONE_BLOCK:
             triples = tl.sum(tl.where(valid, blocks, 0), 0) * GROUPS
         splits = programs // tl.maximum(triples, 1)
-        if splits > 0:
-            even = (tl.max(units, 0) + splits - 1) // splits
-            if even <= share + 1 + SECOND_KEYS // BLOCK_N:
-                share = even
-                extra = 0
-                fill = even
-    upto = tl.cumsum((units + fill - 1) // fill * fill * blocks, 0)
+        even = (tl.max(units, 0) + tl.maximum(splits, 1) - 1) // tl.maximum(splits, 1)
+        longest = tl.sum(units * blocks, 0) * GROUPS // programs + 1 + UNEVEN_KEYS // BLOCK_N
+        if (splits > 0) & (even <= longest):
+            fill = even
+        else:
+            spare = TRIPLE_KEYS // BLOCK_N
+    spares = tl.where(lengths > 0, spare, 0)
+    upto = tl.cumsum(tl.where(valid, (units + fill - 1) // fill * fill + spares, 0) * blocks, 0)
+    total = tl.max(upto, 0) * GROUPS
+    # The first `extra` programs take one unit more than the others.
+    share = total // programs
+    extra = total % programs
+    if fill > 1:
+        share = fill
+        extra = 0
     position = pid * share + tl.minimum(pid, extra)
-    end = tl.minimum(position + share + (pid < extra).to(tl.int32), tl.max(upto, 0) * GROUPS)
+    end = tl.minimum(position + share + (pid < extra).to(tl.int32), total)
+
+    if (spare > 0) & (position < end):
+        # A range that begins in what stands for the cost of a triple begins with the next one.
+        _, _, _, _, _, _, count, filled, _, unit = _find_triple(
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, GROUPS, UNIT, BLOCK_N, HAS_WINDOW
+        )
+        position += tl.where(unit >= count, filled - unit, 0)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     while position < end:
-        # ---- the triple at `position`: all units of a row have upto - units <= position / GROUPS < upto
-        before = (upto <= position // GROUPS) & valid
-        b = tl.sum(before.to(tl.int32), 0)
-        base = tl.max(tl.where(before, upto, 0), 0) * GROUPS
-        length = tl.load(seq_lens_ptr + b)
-        if cu_seqlens_ptr is None:
-            first_token = b
-            new = 1
-        else:
-            first_token = tl.load(cu_seqlens_ptr + b)
-            new = tl.load(cu_seqlens_ptr + b + 1) - first_token
-        lowest = 0
-        if HAS_WINDOW:
-            lowest = tl.maximum(length - new + 1 - window, 0)
-        first_unit = lowest // (UNIT * BLOCK_N)
-        count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
-        filled = (count + fill - 1) // fill * fill
-        triple = (position - base) // filled
-        unit = (position - base) % filled
+        b, length, first_token, new, lowest, first_unit, count, filled, triple, unit = _find_triple(
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, GROUPS, UNIT, BLOCK_N, HAS_WINDOW
+        )
         take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
         if ONE_BLOCK:
             head = triple
@@ -313,7 +341,7 @@ def paged_decode(
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=tile.stages, SECOND_KEYS=SECOND_TRIPLE_KEYS,
+            STAGES=tile.stages, TRIPLE_KEYS=TRIPLE_KEYS, UNEVEN_KEYS=UNEVEN_KEYS,
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),

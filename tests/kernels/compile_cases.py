@@ -25,6 +25,7 @@ from hf_fastattn.kernels.sampling_params import SamplingParams
 from hf_fastattn.kernels.sampling_penalty import process_logits
 from hf_fastattn.kernels.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.work_list import work_list
+from hf_fastattn.kernels.workspace import Workspace
 from tests.triton_tools.fake_driver import fake_driver
 from tests.triton_tools.resources import Resources, resources
 from tests.triton_tools.targets import TARGETS
@@ -71,13 +72,15 @@ def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decode(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, **options: Any,
+    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, **options: Any,
 ) -> object:  # fmt: skip
     q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
+    workspace = Workspace(q.device)
+    workspace.processors = processors
     if tokens > 1:
         begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
         options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
-    return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, **options)
+    return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, workspace=workspace, **options)
 
 
 def shared_prefix(
@@ -211,6 +214,13 @@ CASES = {
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
     "decode, 8 tokens": Case(lambda: decode(8, 128, tokens=8), ("split_kv_kernel",), programs=1),
     "decode, many rows": Case(lambda: decode(4, 128, rows=256), ("split_kv_kernel",), programs=2),
+    "decode, few rows": Case(lambda: decode(4, 128, rows=4, processors=132), ("split_kv_kernel",), programs=1),
+    "decode, 48 rows": Case(
+        lambda: decode(4, 128, rows=48, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
+    ),
+    "decode, 64 rows": Case(
+        lambda: decode(4, 128, rows=64, processors=132), ("split_kv_kernel",), programs=4, targets=("sm_90",)
+    ),
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),

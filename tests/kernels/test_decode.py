@@ -91,6 +91,21 @@ def test_extreme_scores():
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("processors", [1, 2, 4, 7, 11])
+@pytest.mark.parametrize("counts", [[1] * 8, [3, 1, 1, 0, 2, 9, 1, 1]], ids=["decode", "appends"])
+def test_long_rows_between_short_ones(counts, processors, window):
+    """Every triple counts for more than its keys in the list, so that ranges begin and end anywhere, also past its keys."""
+    lengths = [1, 700, 0, 5, 64, 330, 2, 65]
+    pasts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    batch = make_batch(counts, pasts, page=16, ratio=4, groups=2, dim=32, dtype=BF16, window=window)
+    workspace = Workspace(torch.device("cpu"))
+    workspace.processors = processors
+    check(batch, workspace=workspace, window=window)
+    assert not workspace.split_kv(1, 16, 32)[2].any(), "counters are zero between launches"
+
+
+@pytest.mark.interpreter
 def test_a_workspace_serves_one_launch_after_another():
     options = {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
     workspace = Workspace(torch.device("cpu"))
