@@ -162,7 +162,7 @@ class Bench:
         return {
             "first_ms": 1e3 * first,
             "token_ms": 1e3 * token,
-            "tokens_per_s": case.rows / token,
+            "tokens_per_s": sum(case.steps(system.new)) / system.new / token,
             "call_s": first + system.new * token,
             "new": system.new,
             "peak_gb": None if system.peak is None else system.peak / 1e9,

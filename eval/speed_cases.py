@@ -105,6 +105,11 @@ class Case:
             return [round(SHORTEST * (tokens / SHORTEST) ** share) for share in shares]
         return [1 + int((tokens - 1) * share) for share in shares]
 
+    def steps(self, new: int) -> list[int]:
+        """Of the `new` steps after the first token, those in which each row still takes part."""
+        lengths = self.lengths(1 + new)
+        return [new] * self.rows if lengths is None else [length - 1 for length in lengths]
+
 
 ON_GPU = (
     Case("greedy", 1, 512),

@@ -23,20 +23,22 @@ def weight_bytes(model: Any) -> int | None:
 
 
 def key_value_bytes(model: Any, case: Case, new: int) -> float:
-    """Bytes of keys and values of all rows at the mean length of the `new` steps after the first token.
+    """Bytes of keys and values that one of the `new` steps after the first token reads, on average.
 
-    A prompt that rows share counts once.
+    A prompt that rows share counts once, and a row that has ended no more.
     """
     groups, dim = key_shape(model.config)
-    written = (new + 1) / 2
+    steps = case.steps(new)
+    live = sum(steps) / new
+    written = sum(count * (count + 1) / 2 for count in steps) / new
     tokens = 0.0
     for layer in template_layers(model.config):
         if is_pageable(layer):
             window = layer_window(layer)
-            if window is not None and case.prompt + written > window:
-                tokens += case.rows * window
+            if window is not None and case.prompt + written / live > window:
+                tokens += live * window
             else:
-                tokens += case.prompts * case.prompt + case.rows * written
+                tokens += case.prompt * (live if case.prompts == case.rows else case.prompts) + written
     return tokens * 2 * groups * dim * model.dtype.itemsize
 
 

@@ -27,7 +27,7 @@ COUNTS = ("forwards", "graphs_replayed", "graphs_captured", "appends_replayed", 
 NOTES = """First token: a whole call of one token. A token: the difference between calls of 1 + `new` tokens and of one, over
 `new`; whole calls, the device idle before and after each. Whole call: 1 + `new` tokens, put together from the two. Ratios:
 medians of interleaved pairs, patched over the other. Read limit: a step that reads each weight it needs, and the keys and
-values of all rows, once, at the speed of reading measured in this run. First call: of a case, in a model that was just
+values of the rows that go on, once, at the speed of reading measured here. First call: of a case, in a model that was just
 patched (or not yet compiled), with the kernels that earlier cases have compiled; peak memory is taken there."""
 
 

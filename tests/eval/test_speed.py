@@ -184,7 +184,8 @@ def test_on_a_gpu_steps_are_replayed_and_profiled(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model = tiny("llama", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     model.save_pretrained(folder)
-    sizes = ["--kind", *KINDS, *SMALL, "--new", "300", "--pairs", "2", "--profile", "2"]
+    kinds = [kind for kind in KINDS if kind != "drafts"]
+    sizes = ["--kind", *kinds, *SMALL, "--new", "300", "--pairs", "2", "--profile", "2"]
     output = tmp_path / "results"
     assert speed.main(["--model", str(folder), *sizes, "--output", str(output)]) == 0
     record = json.loads((output / "speed.json").read_text())

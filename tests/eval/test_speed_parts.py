@@ -104,6 +104,9 @@ def test_keys_and_values_of_a_step() -> None:
     model, token = tiny("llama"), 2 * 2 * 16 * 4
     assert key_value_bytes(model, Case("greedy", 3, 40), 4) == 3 * 3 * 42.5 * token
     assert key_value_bytes(model, Case("samples", 3, 40), 4) == 3 * (40 + 3 * 2.5) * token
+    # Rows of 3 and 5 new tokens: two steps and four.
+    assert Case("finished", 2, 40).steps(4) == [2, 4]
+    assert key_value_bytes(model, Case("finished", 2, 40), 4) == 3 * (41 + 42 + 41 + 42 + 43 + 44) / 4 * token
     # One layer sees everything, two a window of 24.
     assert key_value_bytes(tiny("qwen2_window"), Case("greedy", 3, 40), 4) == 3 * (42.5 + 2 * 24) * token
     weights = weight_bytes(model)
