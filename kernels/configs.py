@@ -62,10 +62,9 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
-# Decode with other numbers of programs a multiprocessor, for pairs of which as many fill these better. More than three hide
-# each other's waits too little for pairs that are split.
-SPLIT_KV_FITTING: dict[tuple[int, int, int], tuple[Tile, ...]] = {
-    (90, 2, 128): (Tile(64, 32, 4, 6, programs=3), Tile(64, 32, 4, 5, programs=4)),
+# Decode with three programs a multiprocessor, for numbers of pairs that fill these better.
+SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 128): Tile(64, 32, 4, 6, programs=3),
 }
 # The share of the programs that a list of pairs which are not cut evenly keeps busy.
 LIST_FILL = 0.8
@@ -112,11 +111,9 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
         return found
     if pairs * FEW_PAIRS <= processors:
         return tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) or found
-    best = max(_fill(found, pairs, processors), LIST_FILL)
-    for tile in SPLIT_KV_FITTING.get((arch, itemsize, 128), ()) if block_d <= 128 else ():
-        fill = _fill(tile, pairs, processors)
-        if fill > best and (tile.programs <= 3 or pairs > 3 * processors):
-            found, best = tile, fill
+    fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)
+    if fitting and _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL):
+        return fitting
     return found
 
 

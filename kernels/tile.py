@@ -58,10 +58,11 @@ def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
         scores = scores * scale
         capped = 1.0 - 2.0 / (1.0 + tl.math.exp2(scores))
         if PRECISION == "ieee":
+            # Fitted to (tanh(x) / x - 1) / x^2 for |x| < 0.6, to less than fp32 rounds.
             x = scores * 0.34657359027997264
             x2 = x * x
-            series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-            capped = tl.where(x2 < 0.09, series, capped)
+            fitted = 0.13331915 + x2 * (-0.053783294 + x2 * (0.020794617 + x2 * -0.005893945))
+            capped = tl.where(x2 < 0.36, x + x * (x2 * (-0.333333 + x2 * fitted)), capped)
         scores = softcap * capped
     return scores
 
