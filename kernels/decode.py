@@ -110,7 +110,7 @@ def split_kv_kernel(
         if not ONE_BLOCK:
             triples = tl.sum(tl.where(valid, blocks, 0), 0) * GROUPS
         splits = programs // tl.maximum(triples, 1)
-        even = (tl.max(units, 0) + tl.maximum(splits, 1) - 1) // tl.maximum(splits, 1)
+        even = tl.cdiv(tl.max(units, 0), tl.maximum(splits, 1))
         longest = tl.sum(units * blocks, 0) * GROUPS // programs + 1 + UNEVEN_KEYS // BLOCK_N
         if (splits > 0) & (even <= longest):
             fill = even
