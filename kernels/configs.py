@@ -54,6 +54,7 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 2, 256): Tile(64, 32, 8, 3),
     (80, 4, 256): Tile(16, 16, 8, 2),
     (90, 2, 256): Tile(64, 32, 4, 3),
+    (100, 2, 128): Tile(64, 32, 4, 6),
     (100, 2, 256): Tile(64, 32, 4, 3),
 }
 # Where a (row, kv head) pair has this many multiprocessors latency counts: larger tiles, and fewer parts to merge.
@@ -62,7 +63,7 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
-# Decode with three programs a multiprocessor, for numbers of pairs that fill these better.
+# Decode with three programs a multiprocessor, for numbers of pairs that fill these better, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 32, 4, 6, programs=3),
 }
@@ -112,15 +113,16 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
     if pairs * FEW_PAIRS <= processors:
         return tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) or found
     fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)
-    if fitting and _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL):
+    many = pairs > 2 * found.programs * processors
+    if fitting and (many or _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL)):
         return fitting
     return found
 
 
 def _fill(tile: Tile, pairs: int, processors: int) -> float:
-    """The share of the programs that have a part if all pairs are cut into as many, each for a program; 0 for none."""
+    """The busy share of the programs, of which each takes an equal part of a pair, or up to two whole pairs."""
     programs = tile.programs * processors
-    return programs // pairs * pairs / programs
+    return programs // pairs * pairs / programs if pairs <= programs else pairs / (2 * programs)
 
 
 def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few: bool) -> Tile:

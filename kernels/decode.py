@@ -1,13 +1,14 @@
 """Paged decode and short appends: split-KV attention that plans its own split, in one launch.
 
-The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. The K/V tiles of
-all (row, kv head, query block) triples form one flat list, which every program cuts into equal ranges by itself from
-`seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are balanced,
-nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. To begin and end a
-triple takes a program as long as to read some hundred keys, so that it counts as so many in the list, and a program with
-many short rows gets fewer keys. Where rows are so alike that cutting each into as many parts gives ranges hardly longer,
-that is done instead. A program holds at most two partial states, its first and its last. The last program to arrive at a
-split triple merges its parts by LSE in fixed order, so results are bitwise repeatable. A single row is `decode_row.py`'s.
+The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. For each kv head
+the K/V tiles of all items (row, query block) form one flat list, which as many programs cut into equal ranges by themselves
+from `seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are
+balanced, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. To begin
+and end an item takes a program as long as to read some hundred keys, so that it counts as so many in the list, and a
+program with many short rows gets fewer keys. Where rows are so alike that ranges get hardly longer, every item is cut into
+as many parts instead, or every program takes as many whole ones. A program holds at most two partial states, its first and
+its last. The last program to arrive at a split item merges its parts by LSE in fixed order, so results are bitwise
+repeatable. A single row is `decode_row.py`'s.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from hf_fastattn.kernels.workspace import Workspace
 INVARIANT_KEYS = 1024
 # Fp32 elements of partial states that a merging program has in flight.
 MERGE_ELEMENTS = 4096
-# Keys that a program reads in the time which beginning and ending a triple takes: what a triple counts in the list.
-TRIPLE_KEYS = 192
-# By how many keys equal parts may make the longest range longer before the list is cut regardless of triples.
+# Keys that a program reads in the time which beginning and ending an item takes: what an item counts in the list.
+ITEM_KEYS = 192
+# By how many keys equal parts may make the longest range longer before the list is cut regardless of items.
 UNEVEN_KEYS = 384
 
 
 @triton.jit
-def _find_triple(
+def _find_item(
     position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window,
-    GROUPS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The triple at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
+    """The item at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
 
     Its row, the row's keys, first query and number of queries; the first key that one of them sees, and its unit; units of
-    each triple of the row, and those that it takes in the list; its number in the row, and the unit at the position.
+    each item of the row, and those that it takes in the list; its query block, and the unit at the position.
     """
-    before = upto <= position // GROUPS
+    before = upto <= position
     b = tl.sum(before.to(tl.int32), 0)
-    base = tl.max(tl.where(before, upto, 0), 0) * GROUPS
+    base = tl.max(tl.where(before, upto, 0), 0)
     length = tl.load(seq_lens_ptr + b)
     if cu_seqlens_ptr is None:
         first_token = b
@@ -61,8 +62,8 @@ def _find_triple(
     first_unit = lowest // (UNIT * BLOCK_N)
     count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
     filled = (count + fill - 1) // fill * fill + tl.where(length > 0, spare, 0)
-    triple, unit = (position - base) // filled, (position - base) % filled
-    return b, length, first_token, new, lowest, first_unit, count, filled, triple, unit
+    block, unit = (position - base) // filled, (position - base) % filled
+    return b, length, first_token, new, lowest, first_unit, count, filled, block, unit
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -73,8 +74,8 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    TRIPLE_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal share of the flat list of units, each UNIT tiles of keys.
@@ -85,9 +86,12 @@ def split_kv_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    pid = tl.program_id(0)
+    # Neighbours do the same for all heads, so that what they read lies together.
+    head = tl.program_id(0)
+    chunk = tl.program_id(1)
+    chunks = tl.num_programs(1)
 
-    # ---- the list: rows, in each the kv heads, in each the query blocks, in each the units
+    # ---- the list: rows, in each the query blocks, in each the units
     row = tl.arange(0, BLOCK_B)
     valid = row < rows
     lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
@@ -101,37 +105,41 @@ def split_kv_kernel(
         units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys has an output too.
     units = tl.where(valid, tl.maximum(units, 1), 0)
-    programs = tl.num_programs(0)
-    # Either units are filled up to multiples of `fill` for each triple, or `spare` units stand for what it costs besides.
+    # Either units are filled up to multiples of `fill` for each item, or `spare` units stand for what it costs besides.
     fill = 1
+    whole = 1
     spare = 0
     if UNIT == 1:
-        triples = rows * GROUPS
+        items = rows
         if not ONE_BLOCK:
-            triples = tl.sum(tl.where(valid, blocks, 0), 0) * GROUPS
-        splits = programs // tl.maximum(triples, 1)
+            items = tl.sum(tl.where(valid, blocks, 0), 0)
+        splits = chunks // tl.maximum(items, 1)
         even = tl.cdiv(tl.max(units, 0), tl.maximum(splits, 1))
-        longest = tl.sum(units * blocks, 0) * GROUPS // programs + 1 + UNEVEN_KEYS // BLOCK_N
-        if (splits > 0) & (even <= longest):
+        several = tl.cdiv(items, chunks)
+        longest = tl.sum(units * blocks, 0) // chunks + 1 + UNEVEN_KEYS // BLOCK_N
+        # Programs that begin and end whole items all at one time leave the memory idle: that pays fewer times the fewer
+        # programs share a multiprocessor.
+        if (several <= MOST_WHOLE) & (several * even <= longest):
             fill = even
+            whole = several
         else:
-            spare = TRIPLE_KEYS // BLOCK_N
+            spare = ITEM_KEYS // BLOCK_N
     spares = tl.where(lengths > 0, spare, 0)
     upto = tl.cumsum(tl.where(valid, (units + fill - 1) // fill * fill + spares, 0) * blocks, 0)
-    total = tl.max(upto, 0) * GROUPS
-    # The first `extra` programs take one unit more than the others.
-    share = total // programs
-    extra = total % programs
+    total = tl.max(upto, 0)
+    # The first `extra` chunks are one unit longer than the others.
+    share = total // chunks
+    extra = total % chunks
     if fill > 1:
-        share = fill
+        share = whole * fill
         extra = 0
-    position = pid * share + tl.minimum(pid, extra)
-    end = tl.minimum(position + share + (pid < extra).to(tl.int32), total)
+    position = chunk * share + tl.minimum(chunk, extra)
+    end = tl.minimum(position + share + (chunk < extra).to(tl.int32), total)
 
     if (spare > 0) & (position < end):
-        # A range that begins in what stands for the cost of a triple begins with the next one.
-        _, _, _, _, _, _, count, filled, _, unit = _find_triple(
-            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, GROUPS, UNIT, BLOCK_N, HAS_WINDOW
+        # A range that begins in what stands for the cost of an item begins with the next one.
+        _, _, _, _, _, _, count, filled, _, unit = _find_item(
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
         )
         position += tl.where(unit >= count, filled - unit, 0)
 
@@ -139,17 +147,15 @@ def split_kv_kernel(
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     while position < end:
-        b, length, first_token, new, lowest, first_unit, count, filled, triple, unit = _find_triple(
-            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, GROUPS, UNIT, BLOCK_N, HAS_WINDOW
+        b, length, first_token, new, lowest, first_unit, count, filled, block, unit = _find_item(
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
         )
         take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
-        if ONE_BLOCK:
-            head = triple
-            first_query = 0
-        else:
-            block_count = (new * RATIO + BLOCK_M - 1) // BLOCK_M
-            head = triple // block_count
-            first_query = (triple % block_count) * BLOCK_M
+        base = position - unit
+        position += take
+        if unit + take == count:
+            position += filled - count
+        first_query = 0 if ONE_BLOCK else block * BLOCK_M
         query = first_query + m
 
         # ---- attention of the packed queries over units [unit, unit + take)
@@ -193,32 +199,30 @@ def split_kv_kernel(
             )
             tl.store(lse_ptr + out_row, lse, mask=ok_m)
         else:
-            # ---- a part of a split triple; its parts are numbered `first` to `last`
+            # ---- a part of a split item; its parts are numbered `first` to `last`
             if UNIT == 1:
-                first = program_of(position - unit, share, extra)
-                last = program_of(position - unit + count - 1, share, extra)
-                # By programs: a split triple is the last one of its first program and the first one of all others.
-                part = pid * 2 + (pid == first).to(tl.int32)
+                first = program_of(base, share, extra)
+                last = program_of(base + count - 1, share, extra)
+                # By programs: a split item is the last one of its first program and the first one of all others.
+                part = chunk * 2 + (chunk == first).to(tl.int32)
             else:
-                first = position - unit
-                last = first + count - 1
-                part = position
+                first = base
+                last = base + count - 1
+                part = base + unit
+            part = part * GROUPS + head
             in_part = (part * BLOCK_M + m)[:, None] * BLOCK_D + d[None, :]
             tl.store(partial_ptr + in_part, acc, mask=ok_m[:, None])
             # Maximum and sum apart: their logarithm in one number would round the weight of the part.
             tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2, row_max)
             tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2 + 1, row_sum)
             tl.debug_barrier()
-            arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel", scope="gpu")
+            arrived = tl.atomic_add(arrived_ptr + first * GROUPS + head, 1, sem="acq_rel", scope="gpu")
             if arrived == last - first:
-                tl.store(arrived_ptr + first, 0)
+                tl.store(arrived_ptr + first * GROUPS + head, 0)
                 merge_parts(
                     partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
                     GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS,
                 )  # fmt: skip
-        position += take
-        if unit + take == count:
-            position += filled - count
 
 
 @triton.jit
@@ -243,7 +247,7 @@ def merge_parts(
                 part = number + u
                 if UNIT == 1:
                     part = part * 2 + (part == first).to(tl.int32)
-                part = part * BLOCK_M + m
+                part = (part * GROUPS + head) * BLOCK_M + m
                 # Past the first-level cache, which may hold what stood there before another program wrote.
                 part_max = tl.load(partial_sum_ptr + part * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
                 part_sum = tl.load(partial_sum_ptr + part * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
@@ -325,7 +329,9 @@ def paged_decode(
     tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, room.processors)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
-    unit, parts = 1, 2 * tile.programs * room.processors
+    # As many for each kv head.
+    chunks = max(tile.programs * room.processors // groups, 1)
+    unit, parts = 1, 2 * chunks * groups
     if batch_invariant:
         unit = INVARIANT_KEYS // tile.block_n
         blocks = triton.cdiv(queries, block_m)
@@ -335,13 +341,13 @@ def paged_decode(
     factor, cap = score_factors(scale, softcap)
     partial, partial_sum, arrived = room.split_kv(parts, block_m, block_d)
     with on_device_of(q):
-        split_kv_kernel[(tile.programs * room.processors,)](
+        split_kv_kernel[(groups, chunks)](
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=tile.stages, TRIPLE_KEYS=TRIPLE_KEYS, UNEVEN_KEYS=UNEVEN_KEYS,
+            STAGES=tile.stages, ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),

@@ -218,6 +218,12 @@ CASES = {
     "decode, 48 rows": Case(
         lambda: decode(4, 128, rows=48, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),
+    "decode, 256 rows": Case(
+        lambda: decode(4, 128, rows=256, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
+    ),
+    "decode, 256 rows, window": Case(
+        lambda: decode(8, 64, rows=256, processors=132, window=100), ("split_kv_kernel",), programs=3, targets=("sm_90",)
+    ),
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),

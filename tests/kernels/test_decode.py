@@ -95,7 +95,7 @@ def test_extreme_scores():
 @pytest.mark.parametrize("processors", [1, 2, 4, 7, 11])
 @pytest.mark.parametrize("counts", [[1] * 8, [3, 1, 1, 0, 2, 9, 1, 1]], ids=["decode", "appends"])
 def test_long_rows_between_short_ones(counts, processors, window):
-    """Every triple counts for more than its keys in the list, so that ranges begin and end anywhere, also past its keys."""
+    """Every item counts for more than its keys in the list, so that ranges begin and end anywhere, also past its keys."""
     lengths = [1, 700, 0, 5, 64, 330, 2, 65]
     pasts = [length - count for length, count in zip(lengths, counts, strict=True)]
     batch = make_batch(counts, pasts, page=16, ratio=4, groups=2, dim=32, dtype=BF16, window=window)
@@ -103,6 +103,21 @@ def test_long_rows_between_short_ones(counts, processors, window):
     workspace.processors = processors
     check(batch, workspace=workspace, window=window)
     assert not workspace.split_kv(1, 16, 32)[2].any(), "counters are zero between launches"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("processors", [1, 2, 3])
+@pytest.mark.parametrize("counts", [[1] * 6, [2, 1, 9, 1, 0, 5]], ids=["decode", "appends"])
+def test_whole_rows_of_about_one_length(counts, processors, window):
+    """With 6 rows of 2 kv heads on 3 multiprocessors, each of 6 programs takes two whole items."""
+    lengths = [300, 257, 319, 280, 260, 311]
+    pasts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    batch = make_batch(counts, pasts, page=16, ratio=4, groups=2, dim=32, dtype=BF16, window=window)
+    workspace = Workspace(torch.device("cpu"))
+    workspace.processors = processors
+    check(batch, workspace=workspace, window=window)
+    assert not workspace.split_kv(1, 16, 32)[2].any()
 
 
 @pytest.mark.interpreter
