@@ -39,6 +39,7 @@ class System:
         model: what generates.
         new: tokens after the first that are timed.
         options: further options of `generate()`.
+        borrowed: the model is another system's too, whose first call and peak are noted, not this one's.
         timings: what was measured.
         peak: bytes of the largest allocation seen, weights included; None on a CPU.
         first_call: seconds of the first call of this case.
@@ -48,6 +49,7 @@ class System:
     model: Any
     new: int
     options: dict[str, Any] = field(default_factory=dict)
+    borrowed: bool = False
     timings: list[Timing] = field(default_factory=list)
     peak: int | None = None
     first_call: float | None = None
@@ -82,8 +84,11 @@ class System:
 
     def warm_up(self, case: Case) -> None:
         """The first call of a case, with its time and its peak of memory; then those in which prompts' graphs are made."""
-        with self.watched():
-            self.first_call = self.seconds(case, 0, 1 + self.new)
+        if self.borrowed:
+            self.seconds(case, 0, 1 + self.new)
+        else:
+            with self.watched():
+                self.first_call = self.seconds(case, 0, 1 + self.new)
         # With drafts a whole call's first forward is longer than that of a call of one token: two prompts, each twice.
         for tokens in (1, 1 + self.new, 1) if case.kind == "drafts" else (1,):
             self.seconds(case, 0, tokens)

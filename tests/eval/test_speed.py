@@ -123,6 +123,7 @@ def test_rows_that_end(checkpoint: str, tmp_path: Path) -> None:
     (row,) = record["cases"]
     assert status == 0 and list(row["systems"]) == ["stays", "patched"] and list(row["ratios"]) == ["stays"]
     assert row["counters"]["fast_loops"] == 1 and row["counters"]["forwards"] == 5
+    assert row["systems"]["stays"]["first_call_s"] is None and row["systems"]["patched"]["first_call_s"] > 0
 
 
 def test_the_loop_on_the_device_is_told_from_transformers(checkpoint: str, tmp_path: Path) -> None:
