@@ -54,8 +54,13 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 2, 256): Tile(64, 32, 8, 3),
     (80, 4, 256): Tile(16, 16, 8, 2),
     (90, 2, 256): Tile(64, 32, 4, 3),
-    (100, 2, 128): Tile(64, 32, 4, 6),
     (100, 2, 256): Tile(64, 32, 4, 3),
+}
+# For more than 16 packed query rows. 64 rows of 256 take more registers than four warps have.
+SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
+    (80, 2, 128): Tile(64, 64, 4, 5),
+    (80, 2, 256): Tile(64, 32, 8, 3),
+    (100, 2, 128): Tile(64, 32, 4, 6),
 }
 # Where a (row, kv head) pair has this many multiprocessors latency counts: larger tiles, and fewer parts to merge.
 FEW_PAIRS = 4
@@ -108,8 +113,10 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
     """
     found = tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
-    if pairs is None or queries > 16:
+    if pairs is None:
         return found
+    if queries > 16:
+        return tile_of(SPLIT_KV_APPEND, arch, itemsize, block_d) or found
     if pairs * FEW_PAIRS <= processors:
         return tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) or found
     fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)

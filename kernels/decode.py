@@ -28,8 +28,11 @@ from hf_fastattn.kernels.workspace import Workspace
 
 # Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
 INVARIANT_KEYS = 1024
-# Fp32 elements of partial states that a merging program has in flight.
-MERGE_ELEMENTS = 4096
+# Fp32 elements of partial states that a merging program has in flight, and of items in many parts; registers hold them.
+MERGE_ELEMENTS, MERGE_ELEMENTS_MANY = 4096, 16384
+MANY_PARTS = 8
+# Query rows of a part that a program merges in the time in which one reads a key.
+MERGED_ROWS = 2
 # Keys that a program reads in the time which beginning and ending an item takes: what an item counts in the list.
 ITEM_KEYS = 192
 # By how many keys equal parts may make the longest range longer before the list is cut regardless of items.
@@ -74,8 +77,8 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGE_ROWS: tl.constexpr,
-    MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGED: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal share of the flat list of units, each UNIT tiles of keys.
@@ -113,6 +116,9 @@ def split_kv_kernel(
         items = rows
         if not ONE_BLOCK:
             items = tl.sum(tl.where(valid, blocks, 0), 0)
+        # In more parts than these an item is merged for longer than each of them is read.
+        most = tl.sqrt((tl.max(units, 0) * BLOCK_N).to(tl.float32) * MERGED).to(tl.int32)
+        chunks = tl.maximum(tl.minimum(chunks, items * tl.maximum(most, 1)), 1)
         splits = chunks // tl.maximum(items, 1)
         even = tl.cdiv(tl.max(units, 0), tl.maximum(splits, 1))
         several = tl.cdiv(items, chunks)
@@ -331,10 +337,12 @@ def paged_decode(
     merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
     # As many for each kv head.
     chunks = max(tile.programs * room.processors // groups, 1)
+    blocks = triton.cdiv(queries, block_m)
     unit, parts = 1, 2 * chunks * groups
+    in_many = chunks >= MANY_PARTS * rows * blocks and block_d <= 128
+    in_flight = MERGE_ELEMENTS_MANY if in_many else MERGE_ELEMENTS
     if batch_invariant:
-        unit = INVARIANT_KEYS // tile.block_n
-        blocks = triton.cdiv(queries, block_m)
+        unit, in_flight = INVARIANT_KEYS // tile.block_n, MERGE_ELEMENTS
         parts = rows * groups * blocks * (triton.cdiv(page_table.shape[1] * page, INVARIANT_KEYS) + 1)
     # Programs of the next launch that wait beside these ones pay only where they do not crowd them.
     overlap = tile.programs == 1 and overlaps_launches(arch)
@@ -348,7 +356,8 @@ def paged_decode(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
             STAGES=tile.stages, ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
-            MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(MERGE_ELEMENTS // (merge_rows * block_d), 1), 8),
+            MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
+            MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

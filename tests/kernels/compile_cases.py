@@ -214,6 +214,12 @@ CASES = {
     "decode, window": Case(lambda: decode(7, 64, page=64, window=128), ("split_kv_kernel",), programs=2),
     "decode, 8 tokens": Case(lambda: decode(8, 128, tokens=8), ("split_kv_kernel",), programs=1),
     "decode, many rows": Case(lambda: decode(4, 128, rows=256), ("split_kv_kernel",), programs=2),
+    "decode, 12 tokens of a row": Case(
+        lambda: decode(4, 128, rows=1, tokens=12, processors=132), ("split_kv_kernel",), programs=1
+    ),
+    "decode, 8 tokens of a row, D = 256": Case(
+        lambda: decode(8, 256, rows=1, tokens=8, processors=132), ("split_kv_kernel",), programs=1
+    ),
     "decode, few rows": Case(lambda: decode(4, 128, rows=4, processors=132), ("split_kv_kernel",), programs=1),
     "decode, 48 rows": Case(
         lambda: decode(4, 128, rows=48, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)

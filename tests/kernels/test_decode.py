@@ -121,6 +121,19 @@ def test_whole_rows_of_about_one_length(counts, processors, window):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("count", "block_m", "parts"), [(3, 16, 8), (12, 64, 4), (40, 64, 3 * 4)])
+def test_no_more_parts_than_are_merged_in_time(count, block_m, parts):
+    """Of 16 tiles: for 12 tokens of 4 heads at most 5 parts, so 4 of 4 tiles, whatever the GPU; for 3 tokens 11, so 8."""
+    batch = make_batch([count], [1000 - count], page=16, ratio=4, groups=2, dim=32, dtype=BF16)
+    workspace = Workspace(torch.device("cpu"))
+    workspace.processors = 32
+    _, sums, _ = workspace.split_kv(2 * 64, block_m, 32)
+    sums.fill_(torch.nan)
+    check(batch, workspace=workspace)
+    assert int((~sums.view(-1, block_m, 2)[:, 0, 0].isnan()).sum()) == 2 * parts
+
+
+@pytest.mark.interpreter
 def test_a_workspace_serves_one_launch_after_another():
     options = {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
     workspace = Workspace(torch.device("cpu"))
