@@ -24,9 +24,14 @@ from hf_fastattn.kernels.prefix_merge import PLACE, merge_prefixes
 from hf_fastattn.kernels.tile import score_factors
 from hf_fastattn.kernels.workspace import Workspace
 
-# Rows times kv heads for each multiprocessor above which throughput counts: all programs work on prefixes first, then on
-# suffixes. Up to there latency does: each has a multiprocessor to itself, for prefixes or for suffixes.
-COMPUTE_BOUND_ROWS = 1
+# Rows times kv heads for each multiprocessor up to which latency counts: a program has a multiprocessor to itself.
+FEW_ROWS = 1
+# The same from which on a prefix has so many rows that products take the time.
+MANY_ROWS = 8
+# Programs work on prefixes or on suffixes, so that both begin but once; or all on prefixes, then all on suffixes, so that
+# all end at one time; or the device chooses by how many times more prefixes there are to read.
+BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LONGER_PREFIXES = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "stride_table"])
@@ -38,12 +43,11 @@ def shared_prefix_kernel(
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    IN_TURN: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: a share of the tiles of prefixes, and one of the tiles of suffixes.
 
-    The tiles of a prefix take BLOCK_M // RATIO rows. IN_TURN: all programs work on prefixes, then all on suffixes; otherwise
-    the programs are divided between them.
+    The tiles of a prefix take BLOCK_M // RATIO rows.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -70,22 +74,28 @@ def shared_prefix_kernel(
 
     row = tl.arange(0, BLOCK_B)
     is_row = row < rows
-    if IN_TURN:
-        # As many programs for each query block, if that leaves few idle: those of a head then read the same keys in step.
-        triples = tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS
-        prefix_programs = programs // tl.maximum(triples, 1) * triples
-        prefix_programs = tl.where(prefix_programs * 16 >= programs * 15, prefix_programs, programs)
-        suffix_number = pid
-        suffix_programs = programs
-    else:
-        _, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
+    # As many programs for each query block, if that leaves few idle: those of a head then read the same keys in step.
+    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
+    alike = programs // triples * triples
+    prefix_programs = tl.where(alike * 16 >= programs * 15, alike, programs)
+    suffix_number = pid
+    suffix_programs = programs
+    if ORDER != IN_TURN:
+        starts, suffix_upto = suffix_list(
+            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N
+        )
         suffix_total = tl.max(suffix_upto, 0) * GROUPS
         # A suffix costs about one tile more than it has, for there is no work ahead of its first one.
-        cost = prefix_total + suffix_total + rows * GROUPS
-        prefix_programs = (prefix_total.to(tl.int64) * programs // cost).to(tl.int32)
-        prefix_programs = tl.where(prefix_total > 0, tl.minimum(tl.maximum(prefix_programs, 1), programs - 1), 0)
-        suffix_number = pid - prefix_programs
-        suffix_programs = programs - prefix_programs
+        suffix_cost = suffix_total + rows * GROUPS
+        divided = (prefix_total.to(tl.int64) * programs // (prefix_total + suffix_cost)).to(tl.int32)
+        in_turn = False
+        if ORDER == BY_LENGTH:
+            in_turn = prefix_total >= LONGER_PREFIXES * suffix_cost
+            divided = tl.where(divided >= triples, (divided + triples // 2) // triples * triples, divided)
+        if not in_turn:
+            prefix_programs = tl.where(prefix_total > 0, tl.minimum(tl.maximum(divided, 1), programs - 1), 0)
+            suffix_number = pid - prefix_programs
+            suffix_programs = programs - prefix_programs
 
     position, end, share, extra = equal_range(pid, prefix_programs, prefix_total)
     while position < end:
@@ -113,9 +123,9 @@ def shared_prefix_kernel(
             table = page_table_ptr + reader.to(tl.int64) * stride_table
             lo = unit * BLOCK_N
             hi = tl.minimum(lo + take * BLOCK_N, length)
-            # Where products take the time, only a last tile that is not full pays for a mask.
-            edge = hi // BLOCK_N * BLOCK_N if IN_TURN else lo
-            if IN_TURN:
+            # Where products may take the time, only a last tile that is not full pays for a mask.
+            edge = lo if ORDER == BESIDE else hi // BLOCK_N * BLOCK_N
+            if ORDER != BESIDE:
                 row_max, row_sum, acc = prefill_tiles(
                     q, row_max, row_sum, acc, lo, edge, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
                     0, scale, softcap, stride_page, stride_slot,
@@ -137,8 +147,11 @@ def shared_prefix_kernel(
                 tl.store(to + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
         position += take
 
-    starts, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
-    suffix_total = tl.max(suffix_upto, 0) * GROUPS
+    if ORDER == IN_TURN:
+        starts, suffix_upto = suffix_list(
+            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N
+        )
+        suffix_total = tl.max(suffix_upto, 0) * GROUPS
     position, end, share, extra = equal_range(suffix_number, suffix_programs, suffix_total)
     while position < end:
         b, place = entry_at(position, suffix_upto, is_row, GROUPS)
@@ -174,6 +187,13 @@ def shared_prefix_kernel(
             tl.store(to + 3, parts)
             tl.store(to + 4, ((start > 0) & (length > 0)).to(tl.int32))
         position += take
+
+
+def order_of_work(pairs: int, queries: int, processors: int) -> tl.constexpr:
+    """BESIDE, IN_TURN or BY_LENGTH for so many (row, kv head) pairs, and packed query rows a (group, kv head) pair."""
+    if queries > 16 and pairs <= MANY_ROWS * processors:
+        return BY_LENGTH
+    return BESIDE if pairs <= FEW_ROWS * processors else IN_TURN
 
 
 def paged_decode_shared(
@@ -232,8 +252,8 @@ def paged_decode_shared(
     ratio, block_d, arch = heads // kv_heads, power_of_2(dim), arch_of(q.device)
     room = workspace or Workspace(q.device)
     queries = max_group_rows * ratio
-    in_turn = rows * kv_heads > COMPUTE_BOUND_ROWS * room.processors
-    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, not in_turn)
+    pairs = rows * kv_heads
+    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, pairs <= FEW_ROWS * room.processors)
     block_s = max(power_of_2(ratio), 16)
     block_m = max(min(power_of_2(queries), tile.block_m), block_s)
     block_p = max(power_of_2(groups), 16)
@@ -251,7 +271,7 @@ def paged_decode_shared(
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=tile.stages,
-            IN_TURN=in_turn, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+            ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return merge_prefixes(partial, partial_sum, places, (rows, heads, dim), q.dtype, block_m, block_s, overlap=overlap)

@@ -17,6 +17,11 @@ from hf_fastattn.kernels.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.workspace import Workspace
 from tests.kernels.cases import Batch, assert_attention, make_batch
 
+ORDERS = {
+    "beside": shared_prefix.BESIDE,
+    "in turn": shared_prefix.IN_TURN,
+    "by length": shared_prefix.BY_LENGTH,
+}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Tokens of a prefix, and of each row's suffix; None is a row without keys.
 Group = tuple[int, list[int | None]]
@@ -91,22 +96,30 @@ def test_rows_past_the_last_group_share_nothing():
     assert_attention(batch, got)
 
 
+def test_order_of_work():
+    """16 samples of one prompt and 64, with 4 heads a kv head of 8; 4 samples of one prompt and of 64; 256 of one."""
+    cases = {(16, 16): "by length", (64, 64): "by length", (4, 4): "beside", (256, 4): "in turn", (256, 256): "in turn"}
+    for (rows, sharers), order in cases.items():
+        assert shared_prefix.order_of_work(rows * 8, sharers * 4, 132) == ORDERS[order], rows
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rows", [1, 5, 17, 40])
-def test_query_blocks(rows, in_turn, monkeypatch):
-    """More rows than a tile holds, with heads that do not divide it; and both ways of dividing the work."""
-    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 0 if in_turn else 1000)
+def test_query_blocks(rows, order, monkeypatch):
+    """More rows than a tile holds, with heads that do not divide it; and all ways of dividing the work."""
+    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
     tile = configs.Tile(32, 32, 4, 3)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: tile)
     check([(80, [row % 3 for row in range(rows)]), (0, [40, 3])], groups=1, ratio=5, page=16, dim=32, dtype=BF16)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("in_turn", [False, True])
-def test_prefixes_and_suffixes_in_many_parts(in_turn, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "COMPUTE_BOUND_ROWS", 0 if in_turn else 1000)
+@pytest.mark.parametrize("order", ORDERS)
+def test_prefixes_and_suffixes_in_many_parts(order, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
+    # Prefixes of more and of less than twice the cost of the suffixes.
     for groups in ([(400, [130])], [(160, [20, 300]), (48, [90])]):
         check(groups, page=16, dim=32, dtype=BF16)
         check(groups, groups=1, page=16, dim=32, dtype=BF16)
