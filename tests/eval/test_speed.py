@@ -193,7 +193,9 @@ def test_on_a_gpu_steps_are_replayed_and_profiled(tmp_path: Path) -> None:
     assert record["read_tbs"] > 0 and record["settings"]["dtype"] == "bfloat16"
     for row in record["cases"]:
         assert row["counters"]["graphs_replayed"] > 0
-        for found in row["systems"].values():
-            assert found["peak_gb"] > 0 and 0 < found["share_of_limit"] < 1
+        for name, found in row["systems"].items():
+            # `stays` borrows the model, whose pages are there already.
+            assert found["peak_gb"] is None if name == "stays" else found["peak_gb"] > 0
+            assert 0 < found["share_of_limit"] < 1
     (profile,) = record["profiles"]
     assert profile["kernels"] and 0 < profile["sum_us"] < 2 * profile["step_us"] and profile["prompt"] == 24
