@@ -78,12 +78,10 @@ def shared_prefix_kernel(
     triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
     alike = programs // triples * triples
     prefix_programs = tl.where(alike * 16 >= programs * 15, alike, programs)
-    suffix_number = pid
-    suffix_programs = programs
+    # The first program that works on suffixes.
+    suffix_first = 0
     if ORDER != IN_TURN:
-        starts, suffix_upto = suffix_list(
-            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N
-        )
+        _, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
         suffix_total = tl.max(suffix_upto, 0) * GROUPS
         # A suffix costs about one tile more than it has, for there is no work ahead of its first one.
         suffix_cost = suffix_total + rows * GROUPS
@@ -94,8 +92,7 @@ def shared_prefix_kernel(
             divided = tl.where(divided >= triples, (divided + triples // 2) // triples * triples, divided)
         if not in_turn:
             prefix_programs = tl.where(prefix_total > 0, tl.minimum(tl.maximum(divided, 1), programs - 1), 0)
-            suffix_number = pid - prefix_programs
-            suffix_programs = programs - prefix_programs
+            suffix_first = prefix_programs
 
     position, end, share, extra = equal_range(pid, prefix_programs, prefix_total)
     while position < end:
@@ -147,12 +144,11 @@ def shared_prefix_kernel(
                 tl.store(to + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
         position += take
 
-    if ORDER == IN_TURN:
-        starts, suffix_upto = suffix_list(
-            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N
-        )
-        suffix_total = tl.max(suffix_upto, 0) * GROUPS
-    position, end, share, extra = equal_range(suffix_number, suffix_programs, suffix_total)
+    # Worked out once more: registers are few while prefixes are read.
+    starts, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
+    suffix_total = tl.max(suffix_upto, 0) * GROUPS
+    suffix_number = pid - suffix_first
+    position, end, share, extra = equal_range(suffix_number, programs - suffix_first, suffix_total)
     while position < end:
         b, place = entry_at(position, suffix_upto, is_row, GROUPS)
         length = tl.load(seq_lens_ptr + b)

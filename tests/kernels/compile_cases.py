@@ -85,12 +85,17 @@ def decode(
 
 def shared_prefix(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, rows: int = 16, columns: int = 16, groups: int = 1, most: int = 16, **options: Any,
+    page: int = 16, rows: int = 64, columns: int = 16, groups: int = 1, most: int = 16, processors: int = 132,
+    **options: Any,
 ) -> object:  # fmt: skip
     q, (page_table, lengths) = torch.zeros(rows, 8 * ratio, dim, dtype=dtype), table(rows, columns)
     begins, prefixes = (torch.zeros(count, dtype=torch.int32) for count in (groups + 1, groups))
-    pairs = pages(8, dim, page, dtype)
-    return paged_decode_shared(q, *pairs, page_table, lengths, begins, prefixes, max_group_rows=most, scale=1.0, **options)
+    workspace = Workspace(q.device)
+    workspace.processors = processors
+    return paged_decode_shared(
+        q, *pages(8, dim, page, dtype), page_table, lengths, begins, prefixes,
+        max_group_rows=most, scale=1.0, workspace=workspace, **options,
+    )  # fmt: skip
 
 
 def prefill(
@@ -234,8 +239,12 @@ CASES = {
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),
     "shared prefix": Case(lambda: shared_prefix(4, 128, rows=256, most=256), SHARED_PREFIX, programs=1),
-    "shared prefix, 4 rows": Case(lambda: shared_prefix(4, 128, most=4), SHARED_PREFIX, programs=2),
-    "shared prefix, 16 rows": Case(lambda: shared_prefix(4, 128), SHARED_PREFIX, programs=1),
+    "shared prefix, 4 rows": Case(lambda: shared_prefix(4, 128, rows=4, most=4), SHARED_PREFIX, programs=1),
+    "shared prefix, 16 rows": Case(lambda: shared_prefix(4, 128, rows=16), SHARED_PREFIX, programs=1),
+    "shared prefix, 64 rows": Case(lambda: shared_prefix(4, 128, most=64), SHARED_PREFIX, programs=1),
+    "shared prefix, groups of 4": Case(
+        lambda: shared_prefix(4, 128, rows=256, groups=64, most=4), SHARED_PREFIX, programs=2
+    ),
     "shared prefix, many groups": Case(
         lambda: shared_prefix(4, 128, rows=256, groups=64, most=8), SHARED_PREFIX, programs=2
     ),
@@ -245,8 +254,8 @@ CASES = {
     "shared prefix, D = 96": Case(
         lambda: shared_prefix(7, 96, FP16, page=64, softcap=50.0), SHARED_PREFIX, programs=1, targets=("sm_90",)
     ),
-    "shared prefix, D = 256": Case(lambda: shared_prefix(8, 256), SHARED_PREFIX, programs=1),
-    "shared prefix, fp32": Case(lambda: shared_prefix(4, 128, FP32), SHARED_PREFIX, programs=1, exact=True),
+    "shared prefix, D = 256": Case(lambda: shared_prefix(8, 256, rows=16), SHARED_PREFIX, programs=1),
+    "shared prefix, fp32": Case(lambda: shared_prefix(4, 128, FP32, rows=16), SHARED_PREFIX, programs=1, exact=True),
     "prefill": Case(lambda: prefill(4, 128), ("prefill_kernel",), programs=1),
     "prefill, short": Case(lambda: prefill(4, 128, tokens=16), ("prefill_kernel",), programs=2),
     "prefill, fp32": Case(lambda: prefill(4, 128, FP32), ("prefill_kernel",), programs=1, exact=True),
