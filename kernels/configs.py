@@ -56,7 +56,8 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (90, 2, 256): Tile(64, 32, 4, 3),
     (100, 2, 256): Tile(64, 32, 4, 3),
 }
-# For more than 16 packed query rows. 64 rows of 256 take more registers than four warps have.
+# For more than 16 packed query rows: complete for 16-bit types, since an entry for larger heads would serve smaller ones.
+# 64 rows of 256 take more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),

@@ -28,9 +28,10 @@ from hf_fastattn.kernels.workspace import Workspace
 
 # Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
 INVARIANT_KEYS = 1024
-# Fp32 elements of partial states that a merging program has in flight, and of items in many parts; registers hold them.
-MERGE_ELEMENTS, MERGE_ELEMENTS_MANY = 4096, 16384
-MANY_PARTS = 8
+# Fp32 elements of partial states that a merging program has in flight, in registers.
+MERGE_ELEMENTS = 4096
+# The same where items may be cut into MANY_PARTS or more, so that merging them takes much of the time.
+MERGE_ELEMENTS_MANY, MANY_PARTS = 16384, 8
 # Query rows of a part that a program merges in the time in which one reads a key.
 MERGED_ROWS = 2
 # Keys that a program reads in the time which beginning and ending an item takes: what an item counts in the list.
