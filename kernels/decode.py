@@ -124,8 +124,8 @@ def split_kv_kernel(
         even = tl.cdiv(tl.max(units, 0), tl.maximum(splits, 1))
         several = tl.cdiv(items, chunks)
         longest = tl.sum(units * blocks, 0) // chunks + 1 + UNEVEN_KEYS // BLOCK_N
-        # Programs that begin and end whole items all at one time leave the memory idle: that pays fewer times the fewer
-        # programs share a multiprocessor.
+        # Programs that begin and end whole items all at one time leave the memory idle meanwhile; that paid for as many
+        # items as programs that share a multiprocessor.
         if (several <= MOST_WHOLE) & (several * even <= longest):
             fill = even
             whole = several
