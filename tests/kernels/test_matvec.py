@@ -171,7 +171,7 @@ QUICKEST = {
     (1, 4096, 128256, False): ProductTile(4, 2048, 8, 2),
     (3, 4096, 6144, False): ProductTile(32, 256, 4, 3, split=2),
     (16, 4096, 4096, False): ProductTile(64, 128, 4, 4, split=4),
-    (16, 4096, 28672, True): ProductTile(64, 128, 4, 3),
+    (16, 4096, 28672, True): ProductTile(64, 128, 4, 2),
     (5, 14336, 4096, False): ProductTile(64, 128, 4, 4, split=4),
     (16, 4096, 128256, False): ProductTile(64, 128, 4, 4),
     (64, 4096, 4096, False): ProductTile(64, 128, 4, 4, split=2),
