@@ -63,7 +63,8 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (80, 2, 256): Tile(64, 32, 8, 3),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# Where a (row, kv head) pair has this many multiprocessors latency counts: larger tiles, and fewer parts to merge.
+# Decode with one program a multiprocessor, which begins while the launch ahead of it ends: for no more (row, kv head) pairs
+# than there are multiprocessors, where these are kept as busy as by more programs, or each pair has FEW_PAIRS of them.
 FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
@@ -118,12 +119,14 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
         return found
     if queries > 16:
         return tile_of(SPLIT_KV_APPEND, arch, itemsize, block_d) or found
-    if pairs * FEW_PAIRS <= processors:
-        return tile_of(SPLIT_KV_FEW, arch, itemsize, block_d) or found
+    few = tile_of(SPLIT_KV_FEW, arch, itemsize, block_d)
     fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)
     many = pairs > 2 * found.programs * processors
     if fitting and (many or _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL)):
-        return fitting
+        found = fitting
+    if few and pairs <= processors:
+        as_full = _fill(few, pairs, processors) >= _fill(found, pairs, processors)
+        found = few if as_full or pairs * FEW_PAIRS <= processors else found
     return found
 
 

@@ -226,6 +226,10 @@ CASES = {
         lambda: decode(8, 256, rows=1, tokens=8, processors=132), ("split_kv_kernel",), programs=1
     ),
     "decode, few rows": Case(lambda: decode(4, 128, rows=4, processors=132), ("split_kv_kernel",), programs=1),
+    "decode, 16 rows": Case(lambda: decode(4, 128, rows=16, processors=132), ("split_kv_kernel",), programs=1),
+    "decode, 16 rows, window": Case(
+        lambda: decode(8, 64, rows=16, processors=132, window=100), ("split_kv_kernel",), programs=1
+    ),
     "decode, 48 rows": Case(
         lambda: decode(4, 128, rows=48, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),
@@ -287,6 +291,9 @@ CASES = {
         lambda: product(16, 14336, (4096,), residual=True, tile=SPLIT), ("skinny_kernel",), programs=1
     ),
     "product, 16 tokens, gate and up": Case(lambda: gated(16, 4096, 14336), ("skinny_kernel",), programs=1),
+    "product, 32 tokens, gate and up": Case(
+        lambda: gated(32, 4096, 14336), ("skinny_kernel",), programs=2, targets=("sm_90",)
+    ),
     "product, 64 tokens, gate and up": Case(lambda: gated(64, 4096, 14336), ("skinny_kernel",), programs=1),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),

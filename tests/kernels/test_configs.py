@@ -32,7 +32,7 @@ def test_every_entry_is_found(name):
 
 # Rows of 8 kv heads on 132 multiprocessors -> keys a tile, programs a multiprocessor: the quickest of those tried, for rows
 # of one length; others cost up to half of the speed.
-QUICKEST = {1: (128, 1), 4: (128, 1), 6: (32, 3), 8: (64, 2), 12: (32, 3), 16: (64, 2), 24: (32, 3), 28: (64, 2),
+QUICKEST = {1: (128, 1), 4: (128, 1), 6: (32, 3), 8: (128, 1), 12: (32, 3), 16: (128, 1), 24: (32, 3), 28: (64, 2),
             32: (64, 2), 40: (32, 3), 48: (32, 3), 56: (64, 2), 64: (64, 2), 72: (32, 3), 96: (32, 3), 144: (32, 3),
             256: (32, 3)}  # fmt: skip
 
