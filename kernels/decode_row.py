@@ -1,7 +1,7 @@
 """Decode of a single row: split-KV attention without a plan, since nothing has to be balanced.
 
-A (kv head, part) pair is a program: every kv head is cut into as many even parts as the GPU holds, or fewer if they
-would be short. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed order
+A (kv head, part) pair is a program: every kv head is cut into as many even parts as the GPU holds, or fewer if there are
+fewer tiles of keys. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed order
 ("Flash-Decoding", Dao et al., 2023). A row whose keys are read in some microseconds has no time for the prefix sums by
 which `decode.py` balances rows of different lengths. In 16 bits only: fp32 wants shorter sums than its parts are.
 """
@@ -21,8 +21,6 @@ from hf_fastattn.kernels.workspace import Workspace
 
 # More parts than this take longer to merge than they save.
 MOST_PARTS = 32
-# So do parts of fewer keys.
-PART_KEYS = 256
 # Fp32 elements of partial states in one load of a merging program.
 MERGE_ELEMENTS = 8192
 
@@ -32,9 +30,8 @@ def decode_row_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, arrived_ptr,
     splits, window, scale, softcap, stride_qh, stride_page, stride_slot, stride_head,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PART_KEYS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one kv head; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
     if OVERLAP:
@@ -48,7 +45,7 @@ def decode_row_kernel(
         lowest = tl.maximum(length - window, 0)
     first_tile = lowest // BLOCK_N
     tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N - first_tile, 0)
-    parts = tl.maximum(tl.minimum(splits, tiles * BLOCK_N // PART_KEYS), 1)
+    parts = tl.maximum(tl.minimum(splits, tiles), 1)
     if part < parts:
         m = tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
@@ -166,7 +163,7 @@ def decode_row(
             q, k_pages, v_pages, out, lse, page_table, seq_lens, partial, partial_sum, arrived,
             splits, window or 0, factor, cap, q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page, BLOCK_M=max(block_r, 16), BLOCK_R=block_r,
-            BLOCK_N=tile.block_n, STAGES=tile.stages, PART_KEYS=max(PART_KEYS, tile.block_n),
+            BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
