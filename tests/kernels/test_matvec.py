@@ -269,7 +269,7 @@ def test_sweep(name):
 def test_split_sweep(gated):
     sums = SplitSums(torch.device("cuda"))
     counts = (1536, 1536) if gated else (1536, 256, 256)
-    for tokens in (2, 16, 64):
+    for tokens in (3, 16, 64):
         for split in (2, 5, 8):
             tile = ProductTile(32, 128, 4, 4, split)
             check(tokens, 8960, counts, gated=gated, sums=sums, tile=tile, repeats=10, device="cuda")
