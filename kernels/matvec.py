@@ -1,12 +1,11 @@
 """Products of few tokens with several weights in one launch, at the speed at which the weights can be read.
 
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
-weights stay where they are: a program finds by its number which of them it works on. One token, or two in 16 bits on
-Hopper, are multiplied here, without the matrix unit: a program takes a few weight rows, a tile of K at a time. More
-tokens go to `skinny.py`. Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x
-is a launch of its own (`norm.py`): its weight, read again by every program beside x, costs more than that where the
-first-level cache is small, as after attention kernels with much shared memory. The plain PyTorch versions are in
-`step_reference.py`.
+weights stay where they are: a program finds by its number which of them it works on. One token is multiplied here,
+without the matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`.
+Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own
+(`norm.py`): its weight, read again by every program beside x, costs more than that where the first-level cache is small,
+as after attention kernels with much shared memory. The plain PyTorch versions are in `step_reference.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.activation import silu_gate
 from hf_fastattn.kernels.configs import arch_of
 from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches
-from hf_fastattn.kernels.matvec_configs import MOST_TOKENS, ProductTile, product_tile, takes_vectors
+from hf_fastattn.kernels.matvec_configs import MOST_TOKENS, ProductTile, product_tile
 from hf_fastattn.kernels.skinny import find_tile, pick, skinny_product
 from hf_fastattn.kernels.split_sums import SplitSums
 
@@ -40,30 +39,20 @@ def _weights(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _x_tile(x_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[BLOCK_K]` elements of a token from k on, in fp32."""
+    """`[BLOCK_K]` elements of x from k on, in fp32."""
     column = k + tl.arange(0, BLOCK_K)
     if K % BLOCK_K == 0:
         return tl.load(x_ptr + column).to(tl.float32)
     return tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _add_product(acc, w, x, VECTOR: tl.constexpr):
-    """`acc: [BLOCK_N, BLOCK_K / VECTOR]` with `w: [BLOCK_N, BLOCK_K]` times `x: [BLOCK_K]`, VECTOR neighbours added up."""
-    product = w * x[None, :]
-    if VECTOR == 1:
-        return acc + product
-    return acc + tl.sum(tl.reshape(product, (w.shape[0], w.shape[1] // VECTOR, VECTOR)), 2)
-
-
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def matvec_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr,
-    n0, n1, n2, stride_x, stride_y, stride_r,
-    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, VECTOR: tl.constexpr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [TOKENS, K]`."""
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
     if OVERLAP:
         gdc_launch_dependents()
     which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, BLOCK_N, WEIGHTS)
@@ -81,43 +70,29 @@ def matvec_kernel(
         u = _weights(w1_ptr + offset, 0, K, BLOCK_K)
     if OVERLAP and SETTLED:
         gdc_wait()
-    ok = n < rows
-    bias = tl.zeros([BLOCK_N], tl.float32)
-    if b_ptr is not None:
-        bias += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
     # What is added at the end is loaded here, where nobody waits for it.
-    added = ()  # type: tuple[tl.tensor, ...]
-    for t in tl.static_range(TOKENS):
-        own = bias
-        if residual_ptr is not None:
-            own += tl.load(residual_ptr + t * stride_r + n, mask=ok, other=0.0).to(tl.float32)
-        added = added + (own,)
-    acc = ()  # type: tuple[tl.tensor, ...]
-    acc_u = ()  # type: tuple[tl.tensor, ...]
-    none = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    for t in tl.static_range(TOKENS):
-        x = _x_tile(x_ptr + t * stride_x, 0, K, BLOCK_K)
-        acc = acc + (_add_product(none, w.to(tl.float32), x, VECTOR),)
-        if GATED:
-            acc_u = acc_u + (_add_product(none, u.to(tl.float32), x, VECTOR),)
+    ok = n < rows
+    added = tl.zeros([BLOCK_N], tl.float32)
+    if b_ptr is not None:
+        added += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
+    x = _x_tile(x_ptr, 0, K, BLOCK_K)
+    acc = w.to(tl.float32) * x[None, :]
+    if GATED:
+        acc_u = u.to(tl.float32) * x[None, :]
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         w = _weights(w_ptr + offset, k, K, BLOCK_K)
         if GATED:
             u = _weights(w1_ptr + offset, k, K, BLOCK_K)
-        before = acc
-        before_u = acc_u
-        acc = ()
-        acc_u = ()
-        for t in tl.static_range(TOKENS):
-            x = _x_tile(x_ptr + t * stride_x, k, K, BLOCK_K)
-            acc = acc + (_add_product(before[t], w.to(tl.float32), x, VECTOR),)
-            if GATED:
-                acc_u = acc_u + (_add_product(before_u[t], u.to(tl.float32), x, VECTOR),)
-    for t in tl.static_range(TOKENS):
-        y = tl.sum(acc[t], 1)
+        x = _x_tile(x_ptr, k, K, BLOCK_K)
+        acc += w.to(tl.float32) * x[None, :]
         if GATED:
-            y = silu_gate(y, tl.sum(acc_u[t], 1))
-        tl.store(y_ptr + t * stride_y + column + n, (y + added[t]).to(y_ptr.dtype.element_ty), mask=ok)
+            acc_u += u.to(tl.float32) * x[None, :]
+    y = tl.sum(acc, 1)
+    if GATED:
+        y = silu_gate(y, tl.sum(acc_u, 1))
+    tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None) -> None:
@@ -157,7 +132,7 @@ def _product(
         return y
     arch = arch_of(x.device)
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated)
-    if not takes_vectors(arch, x.element_size(), tokens):
+    if tokens > 1:
         skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile)
         return y
     counts += [0] * (MOST_WEIGHTS - len(counts))
@@ -169,9 +144,7 @@ def _product(
     programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
         matvec_kernel[(programs,)](
-            x, *weights, *spare, *added, y, residual,
-            *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
-            K=k, WEIGHTS=used, GATED=gated, TOKENS=tokens, VECTOR=tile.vector,
+            x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -20,8 +20,7 @@ class ProductTile:
         block_k: columns a step.
         warps: warps a program.
         stages: of the pipeline of weight tiles.
-        split: programs that share a tile of weight rows, each with a part of the columns; on the matrix unit only.
-        vector: neighbouring columns that a thread adds up at once; off the matrix unit only.
+        split: programs that share a tile of weight rows, each with a part of the columns; 1 for one token.
     """
 
     block_n: int
@@ -29,7 +28,6 @@ class ProductTile:
     warps: int
     stages: int
     split: int = 1
-    vector: int = 1
 
 
 # Token counts up to the bucket share an entry.
@@ -39,7 +37,7 @@ MOST_TOKENS = BUCKETS[-1]
 HOPPER = 90
 # (architecture, bucket of tokens, K, rows of all weights of the launch) -> tile, for 16-bit weights
 MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
-    **{(HOPPER, bucket, 4096, 4096): ProductTile(64, 256, 4, 3, split=2) for bucket in (4, 8, 16)},
+    **{(HOPPER, bucket, 4096, 4096): ProductTile(64, 256, 4, 3, split=2) for bucket in (2, 4, 8, 16)},
     (HOPPER, 64, 4096, 6144): ProductTile(64, 64, 4, 6, split=2),
 }
 
@@ -70,11 +68,6 @@ def bucket_of(tokens: int) -> int:
     return next(bucket for bucket in BUCKETS if tokens <= bucket)
 
 
-def takes_vectors(arch: int, itemsize: int, tokens: int) -> bool:
-    """Whether so many tokens are multiplied off the matrix unit: two where that was measured to be quicker."""
-    return tokens == 1 or (tokens == 2 and itemsize == 2 and arch >= HOPPER)
-
-
 @functools.cache
 def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weights: int) -> bool:
     """Whether one launch for all weights is quicker than a call of cuBLAS for each.
@@ -98,27 +91,24 @@ def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated
     found = MEASURED.get((min(arch, HOPPER), bucket, k, rows)) if itemsize == 2 else None
     if found is not None:
         return found
-    if takes_vectors(arch, itemsize, tokens):
-        return _vector_tile(itemsize, tokens, k, rows, gated)
+    if bucket == 1:
+        return _vector_tile(itemsize, k, rows, gated)
     if itemsize == 4:
         return ProductTile(16 if gated else 32, 32, warps=4, stages=2)
     return _skinny_tile(bucket, k, rows, gated) if arch >= HOPPER else _ampere_tile(bucket, k, rows, gated)
 
 
-def _vector_tile(itemsize: int, tokens: int, k: int, rows: int, gated: bool) -> ProductTile:
-    # Neighbours added up at once leave more registers, where there are two sums for each weight, or two weights.
-    at_once = itemsize == 2 and (gated or tokens > 1)
-    block_k = next((block for block in (4096, 2048, 1024)[not gated or at_once :] if _wastes_little(k, block)), 512)
-    few = rows < MANY_ROWS
-    if block_k < 2048:
-        block_n, warps, stages = (2 if gated else 4), 4, 4
-    elif gated:
-        block_n, warps, stages = (2 if at_once else 1), 8, 2
-    elif few and k > LONG_ROWS:
-        block_n, warps, stages = 4, 4, 2
+def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
+    block_k = next((block for block in (4096, 2048, 1024)[not gated :] if _wastes_little(k, block)), 512)
+    if block_k >= 2048:
+        block_n, warps, stages = (4 if rows >= MANY_ROWS else 2), 8, 2
+        if gated:
+            block_n = 1
+        elif rows < MANY_ROWS and k > LONG_ROWS:
+            block_n, warps = 4, 4
     else:
-        block_n, warps, stages = (2 if few and tokens == 1 else 4), 8, 2
-    return ProductTile(block_n, block_k * 2 // itemsize, warps, stages, vector=8 if at_once else 1)
+        block_n, warps, stages = (2 if gated else 4), 4, 4
+    return ProductTile(block_n, block_k * 2 // itemsize, warps, stages)
 
 
 def _wastes_little(k: int, block: int) -> bool:

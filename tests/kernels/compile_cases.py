@@ -281,15 +281,6 @@ CASES = {
     "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),
     "product, lm head": Case(lambda: product(1, 4096, (128256,)), ("matvec_kernel",), programs=2),
     "product, gate and up": Case(lambda: gated(1, 4096, 14336), ("matvec_kernel",), programs=3),
-    "product, 2 tokens": Case(
-        lambda: product(2, 4096, QKV, bias=True), ("matvec_kernel",), programs=3, targets=("sm_90", "sm_100")
-    ),
-    "product, 2 tokens, K = 14336": Case(
-        lambda: product(2, 14336, (4096,), residual=True), ("matvec_kernel",), programs=3, targets=("sm_90", "sm_100")
-    ),
-    "product, 2 tokens, gate and up": Case(
-        lambda: gated(2, 4096, 14336), ("matvec_kernel",), programs=3, targets=("sm_90", "sm_100")
-    ),
     "product, 16 tokens": Case(lambda: product(16, 4096, QKV, bias=True), ("skinny_kernel",), programs=2),
     "product, 64 tokens": Case(lambda: product(64, 4096, QKV), ("skinny_kernel",), programs=2),
     "product, 8 tokens, K = 1000": Case(lambda: product(8, 1000, (999,), residual=True), ("skinny_kernel",), programs=1),

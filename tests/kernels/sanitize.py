@@ -84,7 +84,7 @@ def append() -> None:
 
 def products() -> None:
     sums = SplitSums(torch.device("cuda"))
-    for tokens in (1, 2, 3, 17, 64):
+    for tokens in (1, 2, 17, 64):
         test_matvec.check(tokens, 1000, (1001, 63, 1), bias=True, sums=sums, device="cuda")
         test_matvec.check(tokens, 896, (250, 250), FP16, gated=True, sums=sums, device="cuda")
         test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")

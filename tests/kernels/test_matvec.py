@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels import matvec, matvec_configs, step_reference
-from hf_fastattn.kernels.matvec_configs import (
-    BUCKETS,
-    HOPPER,
-    MEASURED,
-    ProductTile,
-    beats_cublas,
-    product_tile,
-    takes_vectors,
-)
+from hf_fastattn.kernels.matvec_configs import BUCKETS, HOPPER, MEASURED, ProductTile, beats_cublas, product_tile
 from hf_fastattn.kernels.split_sums import SplitSums
 from tests.kernels.cases import assert_close
 from tests.kernels.test_norm import rows
@@ -110,18 +102,6 @@ def test_gate_up_silu(dtype, tokens):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize("vector", [1, 8])
-def test_without_the_matrix_unit(dtype, tokens, vector, monkeypatch):
-    monkeypatch.setattr(matvec, "takes_vectors", lambda *_: True)
-    tile = ProductTile(4, 128, 4, 2, vector=vector)
-    check(tokens, 520, (40, 9, 3), dtype, bias=True, tile=tile)
-    check(tokens, 256, (41,), dtype, residual=True, strided=True, tile=tile)
-    check(tokens, 300, (65, 65), dtype, gated=True, tile=tile)
-
-
-@pytest.mark.interpreter
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("k", "split"), [(512, 2), (512, 8), (500, 3), (96, 8)])
 def test_split(gated, k, split):
@@ -176,24 +156,19 @@ def test_tiles():
     shapes = [(arch, bucket, k, n, gated) for arch in (80, 90, 100) for bucket in BUCKETS for gated in (False, True)
               for k in (8, 896, 4096, 11008, 14336) for n in (2, 896, 6144, 28672, 128256)]  # fmt: skip
     tiles = [product_tile(arch, 2, bucket, k, n, gated) for arch, bucket, k, n, gated in shapes]
-    for (arch, bucket, *_), tile in [*zip(shapes, tiles, strict=True), *MEASURED.items()]:
-        vectors = takes_vectors(arch, 2, bucket)
-        assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps, tile.vector))
-        assert tile.block_n * tile.block_k <= 32_768 and (not vectors or tile.split == 1)
-        assert tile.block_k >= 16 and (tile.vector <= tile.block_k if vectors else tile.block_n >= 16)
+    for (_, bucket, *_), tile in [*zip(shapes, tiles, strict=True), *MEASURED.items()]:
+        assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps))
+        assert tile.block_n * tile.block_k <= 32_768 and (bucket > 1 or tile.split == 1)
+        assert bucket == 1 or (tile.block_n >= 16 and tile.block_k >= 16)
 
 
 # Llama-3-8B on an H200, bf16: (tokens, K, rows, gated) -> the quickest of the tiles tried, or one within 1% of it
 QUICKEST = {
     (1, 4096, 6144, False): ProductTile(4, 2048, 8, 2),
     (1, 4096, 4096, False): ProductTile(2, 2048, 8, 2),
-    (1, 4096, 28672, True): ProductTile(2, 2048, 8, 2, vector=8),
+    (1, 4096, 28672, True): ProductTile(1, 4096, 8, 2),
     (1, 14336, 4096, False): ProductTile(4, 2048, 4, 2),
     (1, 4096, 128256, False): ProductTile(4, 2048, 8, 2),
-    (2, 4096, 6144, False): ProductTile(4, 2048, 8, 2, vector=8),
-    (2, 4096, 4096, False): ProductTile(4, 2048, 8, 2, vector=8),
-    (2, 4096, 28672, True): ProductTile(2, 2048, 8, 2, vector=8),
-    (2, 14336, 4096, False): ProductTile(4, 2048, 4, 2, vector=8),
     (3, 4096, 6144, False): ProductTile(32, 256, 4, 3, split=2),
     (16, 4096, 4096, False): ProductTile(64, 128, 4, 4, split=4),
     (16, 4096, 28672, True): ProductTile(64, 128, 4, 2),
@@ -269,7 +244,7 @@ def test_sweep(name):
 def test_split_sweep(gated):
     sums = SplitSums(torch.device("cuda"))
     counts = (1536, 1536) if gated else (1536, 256, 256)
-    for tokens in (3, 16, 64):
+    for tokens in (2, 16, 64):
         for split in (2, 5, 8):
             tile = ProductTile(32, 128, 4, 4, split)
             check(tokens, 8960, counts, gated=gated, sums=sums, tile=tile, repeats=10, device="cuda")
