@@ -168,8 +168,13 @@ class PageTable:
         return [self._origin[index] for index in indices]
 
     def prefixes(self, lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-        """`(first_row, last_row, columns)` of neighbouring rows whose first `columns` pages are the same."""
-        found = []
+        """`(first_row, last_row, columns)` of neighbouring rows whose first `columns` pages are the same.
+
+        None behind a window, where rows of different lengths have released different pages, and nobody reads from the start.
+        """
+        found: list[tuple[int, int, int]] = []
+        if self.window is not None:
+            return found
         row = 0
         while row < len(self.rows):
             last = row + 1

@@ -188,7 +188,7 @@ class RandomTables(RuleBasedStateMachine):
             assert self.pool.in_use == 0
 
 
-RandomTables.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+RandomTables.TestCase.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 TestRandomTables = RandomTables.TestCase
 
 
@@ -198,6 +198,19 @@ def test_runs_are_adjacent_and_grow_in_place():
     assert (first, second) == ([0, 1], [8, 9, 10])
     assert pool.allocate(2, after=1) == [2, 3]
     assert pool.allocate(1, after=7) != [8]
+
+
+@pytest.mark.parametrize(("window", "shared"), [(None, [(0, 2, 2)]), (6, [])])
+def test_rows_behind_a_window_share_no_prefix(window, shared):
+    """Of two forks of 8 tokens one grows, and releases a page that the other still holds."""
+    table, counters = PageTable(PagePool(), SIZE, window), CallCounters()
+    table.add_rows(1)
+    table.reserve([0], [8], 0, counters, lambda moves: None)
+    table.select([0, 0], counters)
+    table.reserve([8, 8], [9, 8], 0, counters, lambda moves: None)
+    table.release_behind([9, 8])
+    assert [row[0] for row in table.rows] == ([0, 0] if window is None else [-1, 0])
+    assert table.prefixes([9, 8]) == shared
 
 
 def test_full_pool_says_what_fits_and_takes_nothing():
