@@ -46,10 +46,19 @@ def _x_tile(x_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _products(w, x, VECTOR: tl.constexpr):
+    """`w: [BLOCK_N, BLOCK_K]` times `x: [BLOCK_K]`, VECTOR neighbours added up: `[BLOCK_N, BLOCK_K / VECTOR]`."""
+    products = w.to(tl.float32) * x[None, :]
+    if VECTOR == 1:
+        return products
+    return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // VECTOR, VECTOR)), 2)
+
+
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def matvec_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
-    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
@@ -78,17 +87,17 @@ def matvec_kernel(
     if residual_ptr is not None:
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
     x = _x_tile(x_ptr, 0, K, BLOCK_K)
-    acc = w.to(tl.float32) * x[None, :]
+    acc = _products(w, x, VECTOR)
     if GATED:
-        acc_u = u.to(tl.float32) * x[None, :]
+        acc_u = _products(u, x, VECTOR)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         w = _weights(w_ptr + offset, k, K, BLOCK_K)
         if GATED:
             u = _weights(w1_ptr + offset, k, K, BLOCK_K)
         x = _x_tile(x_ptr, k, K, BLOCK_K)
-        acc += w.to(tl.float32) * x[None, :]
+        acc += _products(w, x, VECTOR)
         if GATED:
-            acc_u += u.to(tl.float32) * x[None, :]
+            acc_u += _products(u, x, VECTOR)
     y = tl.sum(acc, 1)
     if GATED:
         y = silu_gate(y, tl.sum(acc_u, 1))
@@ -144,7 +153,7 @@ def _product(
     programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
         matvec_kernel[(programs,)](
-            x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated,
+            x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated, VECTOR=tile.vector,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

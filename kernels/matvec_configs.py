@@ -21,6 +21,7 @@ class ProductTile:
         warps: warps a program.
         stages: of the pipeline of weight tiles.
         split: programs that share a tile of weight rows, each with a part of the columns; 1 for one token.
+        vector: neighbouring columns that a thread adds up at once; 1 for more tokens than one.
     """
 
     block_n: int
@@ -28,6 +29,7 @@ class ProductTile:
     warps: int
     stages: int
     split: int = 1
+    vector: int = 1
 
 
 # Token counts up to the bucket share an entry.
@@ -99,16 +101,19 @@ def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
-    block_k = next((block for block in (4096, 2048, 1024)[not gated :] if _wastes_little(k, block)), 512)
-    if block_k >= 2048:
-        block_n, warps, stages = (4 if rows >= MANY_ROWS else 2), 8, 2
-        if gated:
-            block_n = 1
-        elif rows < MANY_ROWS and k > LONG_ROWS:
-            block_n, warps = 4, 4
-    else:
+    # Neighbours added up at once leave registers for two rows of two weights.
+    at_once = gated and itemsize == 2
+    block_k = next((block for block in (4096, 2048, 1024)[not gated or at_once :] if _wastes_little(k, block)), 512)
+    vector = 1
+    if block_k < 2048:
         block_n, warps, stages = (2 if gated else 4), 4, 4
-    return ProductTile(block_n, block_k * 2 // itemsize, warps, stages)
+    elif gated:
+        block_n, warps, stages, vector = (2, 8, 2, 8) if at_once else (1, 8, 2, 1)
+    elif rows < MANY_ROWS:
+        block_n, warps, stages = (4, 4, 2) if k > LONG_ROWS else (2, 8, 2)
+    else:
+        block_n, warps, stages = 4, 8, 2
+    return ProductTile(block_n, block_k * 2 // itemsize, warps, stages, vector=vector)
 
 
 def _wastes_little(k: int, block: int) -> bool:

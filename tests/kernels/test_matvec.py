@@ -102,6 +102,16 @@ def test_gate_up_silu(dtype, tokens):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("vector", [2, 8])
+def test_neighbours_added_at_once(dtype, vector):
+    tile = ProductTile(4, 128, 4, 2, vector=vector)
+    check(1, 520, (40, 9, 3), dtype, bias=True, tile=tile)
+    check(1, 256, (41,), dtype, residual=True, tile=tile)
+    check(1, 300, (65, 65), dtype, gated=True, tile=tile)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("k", "split"), [(512, 2), (512, 8), (500, 3), (96, 8)])
 def test_split(gated, k, split):
@@ -157,8 +167,8 @@ def test_tiles():
               for k in (8, 896, 4096, 11008, 14336) for n in (2, 896, 6144, 28672, 128256)]  # fmt: skip
     tiles = [product_tile(arch, 2, bucket, k, n, gated) for arch, bucket, k, n, gated in shapes]
     for (_, bucket, *_), tile in [*zip(shapes, tiles, strict=True), *MEASURED.items()]:
-        assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps))
-        assert tile.block_n * tile.block_k <= 32_768 and (bucket > 1 or tile.split == 1)
+        assert all(not number & (number - 1) for number in (tile.block_n, tile.block_k, tile.warps, tile.vector))
+        assert tile.block_n * tile.block_k <= 32_768 and (tile.split if bucket == 1 else tile.vector) == 1
         assert bucket == 1 or (tile.block_n >= 16 and tile.block_k >= 16)
 
 
@@ -166,7 +176,7 @@ def test_tiles():
 QUICKEST = {
     (1, 4096, 6144, False): ProductTile(4, 2048, 8, 2),
     (1, 4096, 4096, False): ProductTile(2, 2048, 8, 2),
-    (1, 4096, 28672, True): ProductTile(1, 4096, 8, 2),
+    (1, 4096, 28672, True): ProductTile(2, 2048, 8, 2, vector=8),
     (1, 14336, 4096, False): ProductTile(4, 2048, 4, 2),
     (1, 4096, 128256, False): ProductTile(4, 2048, 8, 2),
     (3, 4096, 6144, False): ProductTile(32, 256, 4, 3, split=2),
