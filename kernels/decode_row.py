@@ -35,7 +35,6 @@ def decode_row_kernel(
 ):  # fmt: skip
     """One part of one kv head; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
     head = tl.program_id(0) % GROUPS
     part = tl.program_id(0) // GROUPS
@@ -73,6 +72,9 @@ def decode_row_kernel(
             scores = tl.where(ok_n[None, :], scores, float("-inf"))
             v = tl.load(v_ptr + offset, mask=ok, other=0.0)
             row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, "tf32")
+        # Not before: the weights that the next launch reads ahead would delay the keys.
+        if OVERLAP:
+            gdc_launch_dependents()
         if parts == 1:
             _store(out_ptr, lse_ptr, head * RATIO + m, ok_m, row_max, row_sum, acc, D, BLOCK_D)
         else:

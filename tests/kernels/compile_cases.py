@@ -273,6 +273,7 @@ CASES = {
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),
     "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
+    "add, norm, 16 tokens": Case(lambda: add_norm(4096, tokens=16), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
     "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
