@@ -1,6 +1,8 @@
 # make demo [MODEL=id-or-path] [ARGS=...]   generate with stock Transformers and with the patched model
 # make test [ARGS=...]                      lint, types, tests; one closing line
+# make smoke523                             one test per family on the Transformers before the cache was renamed
 # make smoke517                             one test per family and the kernels on the oldest supported versions
+# make newest                               one test per family on the newest releases, past our own upper bounds
 #
 # Each target makes its own virtual environment the first time. To use one you have, say where its
 # interpreter is: `make test PYTHON=/path/to/python` (or PYTHON517= for smoke517); nothing but this
@@ -12,6 +14,8 @@ ARGS ?=
 
 VENV := .venv
 VENV517 := .venv-517
+VENVNEWEST := .venv-newest
+TRANSFORMERS523 := .venv-transformers-523
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # A CUDA build of torch pins its own Triton, so with a GPU both versions are left to pip.
@@ -31,7 +35,7 @@ PYTHON517 := $(VENV517)/bin/python
 READY517 := $(VENV517)/.installed
 endif
 
-.PHONY: demo test lint format smoke517 existing clean
+.PHONY: demo test lint format smoke523 smoke517 newest existing clean
 
 demo: $(READY)
 	@$(PYTHON) -u -m hf_fastattn.eval.demo $(MODEL) $(ARGS)
@@ -47,8 +51,18 @@ format: $(READY)
 	@$(PYTHON) -m ruff check --quiet --fix .
 	@$(PYTHON) -m ruff format .
 
+smoke523: $(READY) $(TRANSFORMERS523)/.installed
+	@PYTHONPATH=$(TRANSFORMERS523) $(PYTHON) tests/run.py tests/test_family_smoke.py
+
 smoke517: $(READY517)
 	@$(PYTHON517) tests/run.py tests/test_family_smoke.py tests/triton_tools tests/kernels
+
+newest:
+	@rm -rf $(VENVNEWEST) && $(BASE_PYTHON) -m venv $(VENVNEWEST)
+	@$(VENVNEWEST)/bin/python $(INSTALL) torch transformers triton accelerate peft safetensors packaging setuptools pytest hypothesis
+	@$(VENVNEWEST)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
+	@$(VENVNEWEST)/bin/python tests/newest.py
+	@$(VENVNEWEST)/bin/python tests/run.py tests/test_family_smoke.py
 
 existing:
 	@$(PYTHON) -c "import torch, transformers" || \
@@ -71,5 +85,10 @@ $(VENV517)/.installed: pyproject.toml constraints-517.txt
 	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt --no-build-isolation -e .
 	@touch $@
 
+$(TRANSFORMERS523)/.installed: $(READY)
+	@rm -rf $(TRANSFORMERS523)
+	@$(PYTHON) $(INSTALL) --no-deps --target $(TRANSFORMERS523) transformers==5.23.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV517) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV517) $(VENVNEWEST) $(TRANSFORMERS523) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

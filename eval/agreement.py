@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 import hf_fastattn
 from hf_fastattn.eval.models import in_precision, truth_dtype
 from hf_fastattn.eval.verdict import FLOOR_EPS, MAXIMUM_FACTOR
+from hf_fastattn.transformers_version import CACHE
 
 STEPS = 8
 # The exact model is slow: rows that it computes, and tokens of all of them together.
@@ -100,9 +101,9 @@ class Agreement:
 
 def _in_pieces(model: Any, ids: Tensor, prompt: int, cache: Any) -> Tensor:
     """Logits `[B, STEPS, vocabulary]`: the prompt in one forward, then token by token."""
-    parts = [model(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+    parts = [model(ids[:, :prompt], **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits]
     for column in range(prompt, ids.shape[1]):
-        parts.append(model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits)
+        parts.append(model(ids[:, column : column + 1], **{CACHE: cache}, use_cache=True).logits)
     return torch.cat(parts, 1)
 
 

@@ -31,6 +31,7 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.kernels.rope import rotate, signed_sin
 from hf_fastattn.patching import find_model
+from hf_fastattn.transformers_version import CACHE
 
 FAULTS = ("page", "position", "mask", "scale", "window")
 SCALE_FACTOR = 1.03
@@ -83,7 +84,7 @@ def _attention_modules(model: Any) -> list[Any]:
 
 
 def _batch_of(kwargs: dict[str, Any]) -> tuple[PagedCache | None, Batch | None]:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     return (cache, cache.paged_batch) if isinstance(cache, PagedCache) else (None, None)
 
 

@@ -22,6 +22,7 @@ import hf_fastattn
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.eval.windows import WindowBatch
 from hf_fastattn.patching import find_model
+from hf_fastattn.transformers_version import CACHE
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _forward(
         ids[:, first:last],
         attention_mask=mask[:, :last].long(),
         position_ids=positions[:, first:last],
-        past_key_values=cache,
+        **{CACHE: cache},
         use_cache=True,
         logits_to_keep=wanted,
     ).logits
@@ -187,7 +188,7 @@ def _generated(model: Any, cache: Any, ids: Tensor, mask: Tensor, done: int, row
     model.generate(
         ids[:, : done + 1],
         attention_mask=mask[:, : done + 1].long(),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=steps,
         logits_processor=LogitsProcessorList([forced]),
     )

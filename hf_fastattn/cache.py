@@ -24,6 +24,7 @@ from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.recurrent_layer import RecurrentLayer
 from hf_fastattn.seen_mask import SeenMask
+from hf_fastattn.transformers_version import CACHE
 
 
 def _release(tables: dict[int | None, PageTable]) -> None:
@@ -126,7 +127,7 @@ class PagedCache(Cache):
                 table.add_rows(batch_size)
         if len(self.lengths) != batch_size:
             raise ValueError(
-                f"past_key_values holds {len(self.lengths)} rows, but the batch has {batch_size}; "
+                f"{CACHE} holds {len(self.lengths)} rows, but the batch has {batch_size}; "
                 "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
             )
         counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
@@ -209,7 +210,7 @@ class PagedCache(Cache):
         ours, theirs = self._layout, cache_layout(config)
         if ours != theirs:
             raise ValueError(
-                f"past_key_values was made for a model of (key heads, head dim, windows by layer) {ours}, but this one "
+                f"{CACHE} was made for a model of (key heads, head dim, windows by layer) {ours}, but this one "
                 f"has {theirs}; use PagedCache(model.config)"
             )
         # The next forward compares identities only.
@@ -322,7 +323,7 @@ class PagedCache(Cache):
             return batch, start
         if self._unannounced is None or (start, start + query_length) != (self._unannounced[1], self._columns):
             raise ValueError(
-                f"layer {layer_idx} of past_key_values holds {start} tokens and is given {query_length} more, "
+                f"layer {layer_idx} of {CACHE} holds {start} tokens and is given {query_length} more, "
                 f"but the cache is at {self._columns}; call reset() after a failed forward"
             )
         return self._unannounced

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
+
 # Attached to the modules that we patched; see `patches.module_state`.
 PATCHED = "_fastattn"
 SCALARS = frozenset((bool, int, float, str))
@@ -66,7 +68,9 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     config: Any = decoder.config
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         return "a mixture of experts chooses what it computes"
-    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+    # Steps are captured without gradients.
+    checkpointing = getattr(decoder, "gradient_checkpointing", False) and decoder.training
+    if checkpointing and not CHECKPOINTING_NEEDS_GRADIENTS:
         return "gradient checkpointing is on"
     if _has_global_hooks():
         return "hooks on all modules are registered"

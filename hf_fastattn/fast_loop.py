@@ -44,7 +44,7 @@ class FastLoop:
         positions: `[B, 1]` of the first new token.
         vocabulary: size of the logits.
         private: nobody sees the cache after the call, so rows that have ended may leave it.
-        forward: the decoder's forward, called as `forward(decoder, past_key_values=cache, **arguments)`.
+        forward: the decoder's forward, called as `forward(decoder, cache, **arguments)`.
         logits_of: called with `lm_head` and `[T, hidden]`.
         streamer: gets the tokens of every step, `[B]` on the host.
         limits: new tokens a row, at most; those of the plan by default.
@@ -150,7 +150,7 @@ class FastLoop:
             batch = state.batch(kind, groups.backend, groups.batch_invariant, workspace)
             with cache.reading(batch):
                 arguments = {**state.arguments(kind.rows), "use_cache": True, "return_dict": True}
-                hidden = self._forward(decoder, past_key_values=cache, **arguments).last_hidden_state
+                hidden = self._forward(decoder, cache, **arguments).last_hidden_state
             batch.forget_rope()
             return self._finish_step(kind, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
 

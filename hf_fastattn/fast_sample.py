@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_fastattn.cache import PagedCache
 from hf_fastattn.patches.decoder import why_not_paged
 from hf_fastattn.patches.fused import fused_forward, fused_logits
 from hf_fastattn.patches.visible import visible_columns
+from hf_fastattn.transformers_version import CACHE
 
 
 def fast_sample(
@@ -28,10 +30,11 @@ def fast_sample(
         model: patched; `input_ids [B, S]` and all else are what `_sample` is given.
     """
     runtime = model._fastattn.runtime
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
     if runtime.looping or runtime.loop_graphs.why_not_here(model, cache) is not None:
         return None
+    assert isinstance(cache, PagedCache)
     # Not before: they import Triton.
     from hf_fastattn.fast_loop import FastLoop
     from hf_fastattn.loop_plan import loop_plan
@@ -41,10 +44,12 @@ def fast_sample(
         runtime.note(f"Transformers' own loop runs: {plan}")
         return None
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-    positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
+    positions = None
+    if outputs.get(CACHE) is cache:
+        positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
     # Only now, while the device computes the prompt: it takes the host some milliseconds. One token takes no step.
     captures = plan.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
-    if positions is None or outputs.past_key_values is not cache or not captures:
+    if positions is None or not captures:
         runtime.keep_prefilled(outputs)
         return None
     logits = outputs.logits[:, -1]
@@ -63,12 +68,12 @@ def fast_sample(
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
     """Positions `[B, 1]` of the first new token; None if its forward would not be one over pages alone."""
-    cache = outputs.past_key_values
+    cache = outputs[CACHE]
     more = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     # Which token it is changes nothing that is asked for here.
     longer = torch.cat((input_ids, input_ids.new_zeros(input_ids.shape[0], 1)), 1)

@@ -13,6 +13,7 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.fast_sample import fast_sample
 from hf_fastattn.prompt_rows import distinct_rows, expansion_of, unshared
 from hf_fastattn.runtime import Runtime
+from hf_fastattn.transformers_version import CACHE
 
 
 class FastGenerationMixin:
@@ -24,12 +25,12 @@ class FastGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        supplied = model_kwargs.get("past_key_values")
+        supplied = model_kwargs.get(CACHE)
         done = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         runtime: Runtime = self._fastattn.runtime
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         reason = _why_stock_cache(supplied, cache, generation_config, model_kwargs)
         if reason is not None:
             if reason:
@@ -39,7 +40,7 @@ class FastGenerationMixin:
         paged = runtime.new_cache(config, self.dtype, max_cache_length + 1)  # type: ignore[attr-defined]
         if generation_config.is_assistant:
             paged.activate_past_recording()
-        model_kwargs["past_key_values"] = paged
+        model_kwargs[CACHE] = paged
         return done
 
     def _expand_inputs_for_generation(
@@ -59,7 +60,7 @@ class FastGenerationMixin:
         prefilled = runtime.take_prefilled()
         if prefilled is not None:
             return prefilled
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
             rows = distinct_rows(input_ids, model_kwargs, runtime.expansion)
@@ -98,7 +99,7 @@ class FastGenerationMixin:
         updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        cache = updated.get("past_key_values")
+        cache = updated.get(CACHE)
         if isinstance(cache, PagedCache):
             cache.seen_mask.extend(before, updated.get("attention_mask"))
         return updated
@@ -136,7 +137,7 @@ def fast_class(base: Any) -> type:
 def _why_stock_cache(supplied: Any, cache: Any, generation_config: Any, model_kwargs: dict) -> str | None:
     """Why the call keeps Transformers' cache: a reason to report, "" for the user's wish, None if pages will do."""
     if supplied is not None:
-        return "" if isinstance(supplied, PagedCache) else f"past_key_values is a {type(supplied).__name__}"
+        return "" if isinstance(supplied, PagedCache) else f"{CACHE} is a {type(supplied).__name__}"
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
     mask = model_kwargs.get("attention_mask")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_fastattn.transformers_version import CACHE
+
 
 class PageStorage:
     """K and V pages `[N, P, G, D]` of each layer, made when the layer first writes.
@@ -50,7 +52,7 @@ class PageStorage:
                 held = None
             else:
                 raise ValueError(
-                    f"past_key_values holds keys of {tuple(pages.shape[2:])} (heads, head dim), {pages.dtype}, "
+                    f"{CACHE} holds keys of {tuple(pages.shape[2:])} (heads, head dim), {pages.dtype}, "
                     f"{pages.device} in layer {layer_idx}, but the model writes {tuple(states.shape[-2:])}, "
                     f"{states.dtype}, {states.device}; use a cache made for this model, dtype and device, "
                     "or call reset() on it first"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import transformers
-from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,10 +22,9 @@ from hf_fastattn.patches.module_state import STATE, replace_forward
 from hf_fastattn.patches.registry import family_of
 from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.runtime import Runtime
+from hf_fastattn.transformers_version import is_tested, supported_versions
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TESTED = ("5.17.0", "5.24")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
         return model
     family = family_of(target.config.get_text_config(decoder=True).model_type)
     _check_layers(target, family)
-    _warn_outside_tested_range(transformers.__version__)
+    _warn_outside_tested_range()
     scope = PatchScope()
     runtime = Runtime(resolved, target.config, target.dtype)
     try:
@@ -122,11 +120,10 @@ def find_model(model: Any) -> Any:
     return inner
 
 
-def _warn_outside_tested_range(version: str) -> None:
-    first, last = TESTED
-    if not Version(first) <= Version(version) < Version(last):
+def _warn_outside_tested_range() -> None:
+    if not is_tested():
         warnings.warn(
-            f"hf_fastattn is tested with transformers >= {first} and < {last}, this is {version}; "
+            f"hf_fastattn is tested with {supported_versions()}, this is {transformers.__version__}; "
             "compare its outputs with those of the unpatched model",
             stacklevel=3,
         )

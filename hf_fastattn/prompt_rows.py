@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from hf_fastattn.transformers_version import CACHE
+
 # Inputs that belong to the rows of a prompt; any other one keeps the rows apart.
 _ROW_INPUTS = ("attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
-_SHARED_INPUTS = ("past_key_values", "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
+_SHARED_INPUTS = (CACHE, "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)

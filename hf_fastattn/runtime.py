@@ -16,6 +16,7 @@ from hf_fastattn.loop_graphs import LoopGraphs
 from hf_fastattn.page_groups import PageGroups, is_recurrent, template_layers
 from hf_fastattn.prompt_rows import Expansion
 from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.transformers_version import CACHE
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -30,7 +31,7 @@ class Call:
 
     def release(self, result: Any) -> list[PagedCache]:
         """Release the caches but the one that `result` returns to the caller."""
-        kept = getattr(result, "past_key_values", None)
+        kept = getattr(result, CACHE, None)
         for cache in self.caches:
             if cache is not kept:
                 cache.reset()

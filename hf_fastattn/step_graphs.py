@@ -20,6 +20,7 @@ from hf_fastattn.decoder_state import DecoderState, decoder_state, why_not_captu
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.page_groups import PageGroups
 from hf_fastattn.static_inputs import MOST_TOKENS, StaticInputs, StepShape, columns_for, why_not_static
+from hf_fastattn.transformers_version import CACHE
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.workspace import Workspace
@@ -64,10 +65,10 @@ class Entry:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.
             with cache.reading(self.batch), torch.inference_mode(False), torch.no_grad():
                 arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
-                outputs = forward(decoder, past_key_values=cache, **arguments)
+                outputs = forward(decoder, cache, **arguments)
             self.batch.forget_rope()
             self.outputs = type(outputs)
-            others = set(outputs) - {"last_hidden_state", "past_key_values"}
+            others = set(outputs) - {"last_hidden_state", CACHE}
             if others:
                 raise RuntimeError(f"the decoder also returns {sorted(others)}")
             return outputs.last_hidden_state
@@ -169,7 +170,7 @@ class StepGraphs:
         states, kind = hidden
         if not is_decode:
             states = states[0, : batch.tokens].view(*tokens.shape[:2], -1)
-        outputs = kind(last_hidden_state=states, past_key_values=cache)
+        outputs = kind(last_hidden_state=states, **{CACHE: cache})
         return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs
 
     def _hidden(

@@ -12,6 +12,7 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.module_state import STATE, call_original
 from hf_fastattn.patches.qk_norm import normalise
+from hf_fastattn.transformers_version import spelled_as_here
 
 
 def attention_forward(
@@ -19,7 +20,7 @@ def attention_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Project, rotate and append in one operation, attend over the pages; the original if no paged forward is on.
@@ -28,22 +29,22 @@ def attention_forward(
         hidden_states: `[B, S, hidden]`, or `[1, T, hidden]` if the rows are packed; where the padded layout is kept,
             the cache's `padding` says which of the columns hold tokens, and the output of the others is zero.
         position_embeddings: cos and sin, `[1 or B, S, rotary dims]`.
-        past_key_values: the cache; its batch says where tokens are written and what they read.
+        cache: the cache; its batch says where tokens are written and what they read.
 
     Returns:
         Output of the shape of `hidden_states`, and None for the attention weights.
     """
-    if not _is_paged(past_key_values):
+    if not _is_paged(cache):
         return call_original(
             self,
-            hidden_states,
+            cache,
+            hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
     assert position_embeddings is not None
-    return _attend(self, hidden_states, position_embeddings, kwargs.get("position_ids"), past_key_values), None
+    return _attend(self, hidden_states, position_embeddings, kwargs.get("position_ids"), cache), None
 
 
 def attention_forward_with_positions(
@@ -52,7 +53,7 @@ def attention_forward_with_positions(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     position_ids: Tensor,
-    past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention_forward`, in the order of arguments of models whose attention needs the positions."""
@@ -61,7 +62,7 @@ def attention_forward_with_positions(
         hidden_states,
         position_embeddings,
         attention_mask,
-        past_key_values,
+        cache,
         position_ids=position_ids,
         **kwargs,
     )
@@ -72,7 +73,7 @@ def attention_forward_mask_first(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -82,17 +83,20 @@ def attention_forward_mask_first(
         hidden_states,
         position_embeddings,
         attention_mask,
-        past_key_values,
+        cache,
         position_ids=position_ids,
         **kwargs,
     )
 
 
-ATTENTION_FORWARDS = (attention_forward, attention_forward_with_positions, attention_forward_mask_first)
+ATTENTION_FORWARDS = tuple(
+    spelled_as_here(forward)
+    for forward in (attention_forward, attention_forward_with_positions, attention_forward_mask_first)
+)
 
 
-def _is_paged(past_key_values: Any) -> bool:
-    return isinstance(past_key_values, PagedCache) and past_key_values.paged_batch is not None
+def _is_paged(cache: Any) -> bool:
+    return isinstance(cache, PagedCache) and cache.paged_batch is not None
 
 
 def attend_projected(

@@ -13,6 +13,7 @@ from hf_fastattn.patches.chunks import pieces, run_pieces
 from hf_fastattn.patches.fused import drops_cache, fused_forward
 from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
 from hf_fastattn.patches.visible import visible_columns
+from hf_fastattn.transformers_version import spelled_as_here
 
 
 def decoder_forward(
@@ -20,7 +21,7 @@ def decoder_forward(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
@@ -40,7 +41,7 @@ def decoder_forward(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
     }
-    return _forward(self, arguments, past_key_values, {**kwargs, "use_cache": use_cache})
+    return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
 
 
 def decoder_forward_deepstack(
@@ -48,7 +49,7 @@ def decoder_forward_deepstack(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
     visual_pos_masks: Tensor | None = None,
@@ -69,25 +70,25 @@ def decoder_forward_deepstack(
         "visual_pos_masks": visual_pos_masks,
         "deepstack_visual_embeds": deepstack_visual_embeds,
     }
-    return _forward(self, arguments, past_key_values, {**kwargs, "use_cache": use_cache})
+    return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
 
 
-DECODER_FORWARDS = (decoder_forward, decoder_forward_deepstack)
+DECODER_FORWARDS = (spelled_as_here(decoder_forward), spelled_as_here(decoder_forward_deepstack))
 
 
-def _forward(self: Any, arguments: dict[str, Any], past_key_values: Any, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(past_key_values, PagedCache):
-        return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
+def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str, Any]) -> Any:
+    if not isinstance(cache, PagedCache):
+        return call_original(self, cache, **arguments, **kwargs)
     if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if drops_cache(self):
         vars(self)[STATE].runtime.count_fallback("gradient checkpointing runs the layers without the cache")
-        return call_original(self, past_key_values=past_key_values, **arguments, **kwargs)
+        return call_original(self, cache, **arguments, **kwargs)
     state: ModuleState = vars(self)[STATE]
-    cut = None if state.family.linear_attention else pieces(arguments, past_key_values, kwargs)
+    cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
     if cut is not None:
-        return run_pieces(cut, past_key_values, lambda piece: _cached_forward(self, piece, past_key_values, kwargs))
-    return _cached_forward(self, arguments, past_key_values, kwargs)
+        return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
+    return _cached_forward(self, arguments, cache, kwargs)
 
 
 # The batch is described by Python numbers that change every step: tracing it would recompile every step.
@@ -119,7 +120,7 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
             elif reason is None and is_step:
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
             forward = fused_forward if reason is None else call_original
-            outputs = forward(self, past_key_values=cache, **arguments, **kwargs)
+            outputs = forward(self, cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
         raise

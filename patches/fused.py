@@ -14,25 +14,26 @@ from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.page_groups import key_shape
 from hf_fastattn.patches.fused_plain import has_global_hooks, is_plain_layer, layers_of, linear_parameters
 from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
+from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
 
 # What a walk over the layers takes, and options that change nothing where they have these values.
 TAKEN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "return_dict", "use_cache"}
 OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def fused_forward(decoder: Any, past_key_values: PagedCache, **arguments: Any) -> Any:
+def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
     """The decoder's forward over pages: fused if `fused_reason` has none against it, else the original.
 
     Args:
         decoder: patched.
-        past_key_values: with a paged batch under way.
+        cache: with a paged batch under way.
         arguments: of the original forward, packed.
 
     Returns:
         What the original returns.
     """
-    if fused_reason(decoder) is not None or _why_not_these(decoder, past_key_values, arguments) is not None:
-        return call_original(decoder, past_key_values=past_key_values, **arguments)
+    if fused_reason(decoder) is not None or _why_not_these(decoder, cache, arguments) is not None:
+        return call_original(decoder, cache, **arguments)
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused_walk import walk
 
@@ -41,13 +42,13 @@ def fused_forward(decoder: Any, past_key_values: PagedCache, **arguments: Any) -
     hidden = walk(
         decoder,
         state.family.layer,
-        past_key_values,
+        cache,
         arguments.get("input_ids"),
         arguments.get("inputs_embeds"),
         arguments.get("position_ids"),
         arguments.get("attention_mask"),
     )
-    outputs = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+    outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
     return outputs.to_tuple() if (decoder.config.return_dict if wanted is None else wanted) is False else outputs
 
@@ -84,8 +85,13 @@ def fused_reason(decoder: Any) -> str | None:
 
 
 def drops_cache(decoder: Any) -> bool:
-    """Whether gradient checkpointing is on in train mode: Transformers' layers then run without the cache."""
-    return decoder.training and any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
+    """Whether gradient checkpointing is on in train mode: Transformers' layers then run without the cache.
+
+    Since 5.24 they do so only while gradients are recorded.
+    """
+    if not decoder.training or (CHECKPOINTING_NEEDS_GRADIENTS and not torch.is_grad_enabled()):
+        return False
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
 
 
 def fused_logits(lm_head: nn.Module, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused_plain import has_no_foreign_hooks, is_plain, layers_of
 from hf_fastattn.patches.fused_products import Products
 from hf_fastattn.patches.module_state import STATE
+from hf_fastattn.transformers_version import CACHE
 
 
 def walk(
@@ -70,7 +71,7 @@ def _attention(
             return module(
                 hidden_states=states,
                 attention_mask=attention_mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 **positions,
             )

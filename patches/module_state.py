@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import nn
 
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.scope import PatchScope
 from hf_fastattn.runtime import Runtime
+from hf_fastattn.transformers_version import CACHE, supported_versions
 
 STATE = "_fastattn"
 
@@ -37,10 +39,11 @@ class ModuleState:
         return ModuleState(self.runtime, self.family, copy.deepcopy(self.original, memo))
 
 
-def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward that the module had before the patch."""
+def call_original(module: nn.Module, cache: Any, **kwargs: Any) -> Any:
+    """The forward that the module had before the patch, over `cache`."""
     original = vars(module)[STATE].original
-    return original(*args, **kwargs) if original is not None else type(module).forward(module, *args, **kwargs)
+    kwargs[CACHE] = cache
+    return original(**kwargs) if original is not None else type(module).forward(module, **kwargs)
 
 
 def replace_forward(
@@ -71,8 +74,8 @@ def replace_forward(
     if forward is None:
         expected = " or ".join(str(_parameters(ours)) for ours in forwards)
         raise ValueError(
-            f"{name} ({type(module).__name__}.forward) takes {theirs}, expected {expected}: this version of "
-            "Transformers is not supported"
+            f"{name} ({type(module).__name__}.forward) takes {theirs}, expected {expected}: transformers "
+            f"{transformers.__version__} is not supported; install {supported_versions()}"
         )
     scope.set(module, STATE, ModuleState(runtime, family, current))
     scope.set(module, slot, types.MethodType(forward, module))

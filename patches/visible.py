@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.transformers_version import CACHE
 
 
 def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Tensor | None:
@@ -21,7 +22,7 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
         stored = cache.stored
         if stored is not None and not bool(stored.all()):
             raise ValueError(
-                f"attention_mask is None, but past_key_values holds padding ({int((~stored).sum())} columns); "
+                f"attention_mask is None, but {CACHE} holds padding ({int((~stored).sum())} columns); "
                 "pass the mask of all turns, [batch, past + new columns]"
             )
         return None

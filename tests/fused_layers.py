@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_fastattn.transformers_version import CACHE
 from tests.kernels.cases import assert_close
 from tests.models import QUERY_SCALE, tiny
 
@@ -69,7 +70,7 @@ def steps(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: 
         for end in cuts:
             shown = None if mask is None else mask[:, :end]
             outs.append(
-                model(ids[:, begin:end], attention_mask=shown, past_key_values=cache, use_cache=True, **kwargs).logits
+                model(ids[:, begin:end], attention_mask=shown, **{CACHE: cache}, use_cache=True, **kwargs).logits
             )
             begin = end
     return outs

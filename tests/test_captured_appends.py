@@ -17,6 +17,7 @@ import hf_fastattn
 from hf_fastattn import step_graphs
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.static_inputs import MOST_TOKENS, StaticInputs, room_for
+from hf_fastattn.transformers_version import CACHE
 from tests.models import (
     CORE,
     FAMILIES,
@@ -99,7 +100,7 @@ def test_chat_turns(family: str, device: str) -> None:
             result = run(candidate, 4, **single(9), return_dict_in_generate=True)
             for turn in range(3):
                 ids = torch.cat((result.sequences, single(6, seed=turn)["input_ids"].to(device)), 1)
-                held = {"past_key_values": result.past_key_values, "return_dict_in_generate": True}
+                held = {CACHE: result[CACHE], "return_dict_in_generate": True}
                 result = run(candidate, 4, input_ids=ids, attention_mask=torch.ones_like(ids), **held)
                 replayed += appends(candidate)[1] if candidate is model else 0
             answers.append(result.sequences)
@@ -154,7 +155,7 @@ def test_the_same_bits_before_and_after_a_capture(device: str) -> None:
     with torch.no_grad():
         for _ in range(5):
             logits.append(
-                model(ids, past_key_values=hf_fastattn.PagedCache(model.config, groups=model._fastattn.runtime.groups))
+                model(ids, **{CACHE: hf_fastattn.PagedCache(model.config, groups=model._fastattn.runtime.groups)})
             )
     assert all(torch.equal(logits[0].logits, other.logits) for other in logits)
     assert not logits[0].logits.isnan().any() and logits[0].logits.shape == (1, 37, VOCAB)

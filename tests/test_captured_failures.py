@@ -14,6 +14,7 @@ from hf_fastattn import step_graphs
 from hf_fastattn.captured_step import no_garbage_collection
 from hf_fastattn.decoder_state import decoder_state
 from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.transformers_version import CACHE
 from tests.models import (
     assert_fast,
     padded_batch,
@@ -49,9 +50,9 @@ def test_graphs_go_with_their_pages() -> None:
     ids = single()["input_ids"]
     with torch.no_grad():
         cache = hf_fastattn.PagedCache(model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         for column in range(3):
-            model(ids[:, column : column + 1], past_key_values=cache)
+            model(ids[:, column : column + 1], **{CACHE: cache})
     assert len(graphs(model)) == 1
     del cache
     gc.collect()
@@ -117,7 +118,7 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(step: int, monkeypatch: 
     with torch.no_grad():
         want = stock(ids).logits[:, -8:]
         parts = []
-        model(ids[:, :-8], past_key_values=cache)
+        model(ids[:, :-8], **{CACHE: cache})
         for column in range(8):
             token = ids[:, column - 8][:, None]
             if column == step:
@@ -125,9 +126,9 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(step: int, monkeypatch: 
                     target = model.model.layers[1].mlp
                     patch.setattr(type(target), "forward", interrupted)
                     with pytest.raises(KeyboardInterrupt):
-                        model(token, past_key_values=cache)
+                        model(token, **{CACHE: cache})
                 assert cache.get_seq_length() == ids.shape[1] - 8 + column
-            parts.append(model(token, past_key_values=cache).logits)
+            parts.append(model(token, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-3, rtol=1e-4)
     assert replays(model)[1] > 0
 

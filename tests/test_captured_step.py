@@ -16,6 +16,7 @@ import hf_fastattn
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.static_inputs import why_not_static
 from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.transformers_version import CACHE
 from tests.models import (
     CORE,
     FAMILIES,
@@ -111,9 +112,9 @@ def test_more_columns_than_the_table_had_room_for() -> None:
     cache, ids = hf_fastattn.PagedCache(model.config, model._fastattn.runtime.config), single(40)["input_ids"]
     with torch.no_grad():
         want = stock(torch.cat((ids, ids, ids), 1)).logits
-        parts = [model(ids, past_key_values=cache).logits]
+        parts = [model(ids, **{CACHE: cache}).logits]
         for token in torch.cat((ids, ids), 1)[0]:
-            parts.append(model(token.view(1, 1), past_key_values=cache).logits)
+            parts.append(model(token.view(1, 1), **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-3, rtol=1e-4)
     # At 64 and again where the pages grew.
     assert replays(model)[0] >= 2 and replays(model)[1] == 79
@@ -132,9 +133,9 @@ def test_own_loop_with_embeddings_and_padding(family: str) -> None:
                 mask = torch.cat((mask, torch.ones_like(ids)), 1)
                 positions = positions[:, -1:] + 1
             given = {"inputs_embeds": embed(ids), "attention_mask": mask, "position_ids": positions}
-            want = stock(**given, past_key_values=past, use_cache=True)
-            past = want.past_key_values
-            ours = model(**given, past_key_values=cache, use_cache=True).logits
+            want = stock(**given, **{CACHE: past}, use_cache=True)
+            past = want[CACHE]
+            ours = model(**given, **{CACHE: cache}, use_cache=True).logits
             torch.testing.assert_close(ours[:, -1], want.logits[:, -1], atol=1e-3, rtol=1e-4)
     assert replays(model) == (1, 11)
 
@@ -143,10 +144,10 @@ def test_outputs_stay_as_they_are() -> None:
     model = patch_with_graphs(tiny("llama"))
     cache, ids = hf_fastattn.PagedCache(model.config), single()["input_ids"]
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        hidden = [model.model(ids[:, i : i + 1], past_key_values=cache).last_hidden_state for i in range(6)]
+        model(ids, **{CACHE: cache})
+        hidden = [model.model(ids[:, i : i + 1], **{CACHE: cache}).last_hidden_state for i in range(6)]
         copies = [state.clone() for state in hidden]
-        again = model.model(ids[:, :1], past_key_values=cache, return_dict=False)
+        again = model.model(ids[:, :1], **{CACHE: cache}, return_dict=False)
     assert all(map(torch.equal, hidden, copies)) and len({state.data_ptr() for state in hidden}) == 6
     assert isinstance(again, tuple) and again[1] is cache
     assert replays(model)[1] == 6
@@ -203,7 +204,7 @@ def test_a_changed_model_is_captured_anew(change: Any, by_hand: bool) -> None:
     with torch.no_grad():
         for step in range(16):
             ids = want[:, : mask.shape[1]] if step == 0 else want[:, mask.shape[1] - 1 : mask.shape[1]]
-            logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+            logits = model(ids, attention_mask=mask, **{CACHE: cache}).logits
             assert torch.equal(logits[:, -1].argmax(-1), want[:, mask.shape[1]])
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
 

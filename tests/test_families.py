@@ -13,6 +13,7 @@ from torch import nn
 import hf_fastattn
 from hf_fastattn.patches import attention, registry
 from hf_fastattn.patches.family import Family
+from hf_fastattn.transformers_version import CACHE
 from tests.models import COMMON, OLD, assert_fast, padded_batch, pair, real_tokens, single, tiny
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
@@ -133,7 +134,7 @@ def test_logits_are_those_of_stock(family: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         exact = tiny(family)(ids).logits
         expected = stock(ids).logits.float()
-        ours = model(ids, past_key_values=hf_fastattn.PagedCache(model.config)).logits.float()
+        ours = model(ids, **{CACHE: hf_fastattn.PagedCache(model.config)}).logits.float()
     assert_fast(model, held=None)
     allowed = 2 * (expected - exact).abs().max() + 1e-4
     assert (ours - exact).abs().max() <= allowed
@@ -148,7 +149,7 @@ def test_router_logits_fall_back(output: str) -> None:
         side.config.output_router_logits = output == "config"
     with torch.no_grad():
         expected = stock(**batch, **asked).router_logits
-        ours = model(**batch, **asked, past_key_values=hf_fastattn.PagedCache(model.config)).router_logits
+        ours = model(**batch, **asked, **{CACHE: hf_fastattn.PagedCache(model.config)}).router_logits
     assert len(ours) == len(expected) == 3
     real = batch["attention_mask"].bool().flatten()
     for a, b in zip(ours, expected, strict=True):
@@ -207,7 +208,7 @@ def test_autocast(family: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             plain = stock(**batch).logits.float()
             cache = hf_fastattn.PagedCache(model.config)
-            ours = model(**batch, past_key_values=cache, use_cache=True).logits.float()
+            ours = model(**batch, **{CACHE: cache}, use_cache=True).logits.float()
     assert_fast(model, held=None)
     seen = batch["attention_mask"].bool()
     assert (ours - exact)[seen].abs().max() <= 2 * (plain - exact)[seen].abs().max()

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
 from hf_fastattn import fast_loop
+from hf_fastattn.transformers_version import CACHE
 from tests.models import (
     CORE,
     OLD,
@@ -134,14 +135,14 @@ def test_a_returned_cache_is_that_of_stock(device: str) -> None:
     options = {"return_dict_in_generate": True, "eos_token_id": ENDS}
     want, ours = run(stock, **options), run(model, **options)
     assert torch.equal(ours.sequences, want.sequences)
-    length = want.past_key_values.get_seq_length()
-    assert ours.past_key_values.get_seq_length() == length == want.sequences.shape[1] - 1
+    length = want[CACHE].get_seq_length()
+    assert ours[CACHE].get_seq_length() == length == want.sequences.shape[1] - 1
     more = torch.randint(1, VOCAB, (3, 5), generator=torch.Generator().manual_seed(3))
     ids = torch.cat((want.sequences.cpu(), more), 1)
     mask = torch.cat((padded_batch()["attention_mask"], torch.ones(3, ids.shape[1] - 37, dtype=torch.long)), 1)
     turn = {"input_ids": ids, "attention_mask": mask}
-    second = run(stock, past_key_values=want.past_key_values, **turn)
-    assert torch.equal(run(model, past_key_values=ours.past_key_values, **turn), second)
+    second = run(stock, **{CACHE: want[CACHE]}, **turn)
+    assert torch.equal(run(model, **{CACHE: ours[CACHE]}, **turn), second)
     assert hf_fastattn.report(model).last_call.fast_loops == 1
 
 
@@ -160,12 +161,12 @@ def test_interrupted(device: str, family: str) -> None:
     prompt = single()
     cache = hf_fastattn.PagedCache(model.config, groups=model._fastattn.runtime.groups)
     with pytest.raises(KeyboardInterrupt):
-        run(model, **prompt, streamer=Collect(fail_at=8), past_key_values=cache)
+        run(model, **prompt, streamer=Collect(fail_at=8), **{CACHE: cache})
     # The prompt and seven tokens were seen, of which the last is not in the cache yet.
     assert cache.get_seq_length() == prompt["input_ids"].shape[1] + 6
     ids = run(stock, 7, **prompt)
     want = run(stock, 12, input_ids=ids, attention_mask=None)
-    assert torch.equal(run(model, 12, input_ids=ids, attention_mask=None, past_key_values=cache), want)
+    assert torch.equal(run(model, 12, input_ids=ids, attention_mask=None, **{CACHE: cache}), want)
     cache.reset()
     with pytest.raises(KeyboardInterrupt):
         run(model, **prompt, streamer=Collect(fail_at=8))

@@ -13,6 +13,7 @@ import hf_fastattn
 from hf_fastattn.kernels.matvec_configs import MOST_TOKENS
 from hf_fastattn.patches.family import LAYERS
 from hf_fastattn.patches.fused import fused_logits, fused_reason
+from hf_fastattn.transformers_version import CACHE
 from tests.fused_layers import FUSED, LAYER_COUNT, assert_logits, build, count_launches, expected, steps
 from tests.kernels.cases import assert_close
 from tests.models import VOCAB, padded_batch, tiny
@@ -36,7 +37,7 @@ def test_logits(name: str, launched: Counter[str]) -> None:
     for (begin, end), tokens in (((0, 9), int(mask[:, :9].sum())), ((9, 10), 3), ((10, 12), 6)):
         launched.clear()
         with torch.no_grad():
-            part = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            part = model(ids[:, begin:end], attention_mask=mask[:, :end], **{CACHE: cache}, use_cache=True)
         outs.append(part.logits)
         want = expected(tokens)
         if biased and tokens <= 16:
@@ -55,7 +56,7 @@ def test_logits_of_one_row(name: str, launched: Counter[str]) -> None:
     for begin, end in ((0, 1), (1, 7), (7, 8)):
         launched.clear()
         with torch.no_grad():
-            outs.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
+            outs.append(model(ids[:, begin:end], **{CACHE: cache}, use_cache=True).logits)
         assert dict(launched) == expected(end - begin)
     assert_logits(name, stock, torch.cat(outs, 1), ids, None, [1, 7, 8])
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import hf_fastattn
 from hf_fastattn.patches.fused import fused_reason
+from hf_fastattn.transformers_version import CACHE
 from tests.fused_layers import LAYER_COUNT, SMALL, assert_logits, build, count_launches, expected, steps
 from tests.models import tiny
 from tests.patch.snapshots import lora
@@ -177,7 +178,7 @@ def test_decoders_that_run_as_they_were(name: str, launched: Counter[str]) -> No
         ids = torch.tensor([[5, 6, 7]])
         with torch.no_grad():
             cache = hf_fastattn.PagedCache(model.config)
-            torch.testing.assert_close(model(ids, past_key_values=cache).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
         assert not launched
     finally:
         for each in handle:
@@ -193,7 +194,7 @@ def test_what_is_asked_for_besides(launched: Counter[str]) -> None:
 
     def run(**kwargs: Any) -> Any:
         launched.clear()
-        return model.model(past_key_values=hf_fastattn.PagedCache(model.config), **kwargs)
+        return model.model(**{CACHE: hf_fastattn.PagedCache(model.config)}, **kwargs)
 
     with torch.no_grad():
         want = stock.model(ids).last_hidden_state
@@ -204,7 +205,7 @@ def test_what_is_asked_for_besides(launched: Counter[str]) -> None:
         torch.testing.assert_close(outputs[0], want, rtol=1e-4, atol=1e-4)
         # Hooks that Transformers has left since it was asked for hidden states do nothing.
         outputs = run(input_ids=ids, use_cache=True)
-        assert type(outputs) is type(stock.model(ids)) and outputs.past_key_values is not None
+        assert type(outputs) is type(stock.model(ids)) and outputs[CACHE] is not None
         assert launched["gate_up_silu"] == LAYER_COUNT and fused_reason(model.model) is None
         torch.testing.assert_close(outputs.last_hidden_state, want, rtol=1e-4, atol=1e-4)
         run(input_ids=ids, use_cache=False)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fastattn
 from hf_fastattn.patches.fused import fused_logits, fused_reason
+from hf_fastattn.transformers_version import CACHE
 from tests.fused_layers import FUSED, LAYER_COUNT, count_launches
 from tests.models import COMMON, padded_batch, tiny
 
@@ -93,7 +94,7 @@ def test_logits_in_bf16(wide: tuple[Any, Any, Any], rows: int, cuts: tuple[int, 
         plain = stock(ids).logits.double()
         cache, parts, begin = hf_fastattn.PagedCache(model.config), [], 0
         for end in cuts:
-            parts.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
+            parts.append(model(ids[:, begin:end], **{CACHE: cache}, use_cache=True).logits)
             begin = end
     _assert_within(torch.cat(parts, 1).double(), plain, want)
 

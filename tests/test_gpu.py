@@ -9,6 +9,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.kernels import launch
+from hf_fastattn.transformers_version import CACHE
 from tests.models import CORE, FAMILIES, assert_fast, padded_batch, pair, real_tokens, single, tiny
 
 pytestmark = pytest.mark.gpu
@@ -49,9 +50,9 @@ def test_logits_in_16_bits(family: str, dtype: torch.dtype) -> None:
         plain = copy.deepcopy(stock).to(dtype)(ids).logits.double()
         model.to(dtype)
         cache = hf_fastattn.PagedCache(model.config)
-        parts = [model(ids[:, :90], past_key_values=cache, use_cache=True).logits]
+        parts = [model(ids[:, :90], **{CACHE: cache}, use_cache=True).logits]
         for column in range(90, 100):
-            parts.append(model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits)
+            parts.append(model(ids[:, column : column + 1], **{CACHE: cache}, use_cache=True).logits)
     ours = torch.cat(parts, 1).double()
     assert hf_fastattn.report(model).last_call.forwards == 11
     error, allowed = (ours - want).abs(), 2 * (plain - want).abs()
@@ -95,8 +96,8 @@ def test_compiled_model() -> None:
     cache = hf_fastattn.PagedCache(model.config)
     with torch.no_grad():
         want = stock(ids).logits
-        first = compiled(ids[:, :-2], past_key_values=cache, use_cache=True).logits
-        rest = [compiled(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in (35, 36)]
+        first = compiled(ids[:, :-2], **{CACHE: cache}, use_cache=True).logits
+        rest = [compiled(ids[:, i : i + 1], **{CACHE: cache}, use_cache=True).logits for i in (35, 36)]
     torch.testing.assert_close(torch.cat([first, *rest], 1), want, atol=1e-3, rtol=1e-4)
     assert_fast(model, held=None)
 
@@ -139,7 +140,7 @@ def test_long_prompts_in_16_bits() -> None:
     for first, last in ((0, 2500), (2500, 4000), (4000, 4001)):
         turn = {"input_ids": batch["input_ids"][:, first:last], "attention_mask": batch["attention_mask"][:, :last]}
         with torch.no_grad():
-            parts.append(model(**turn, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(**turn, **{CACHE: cache}, use_cache=True).logits)
     seen = batch["attention_mask"].bool()
     ours = torch.cat(parts, 1).double()[seen]
     assert (ours - exact[seen]).abs().max() <= 2 * (plain[seen] - exact[seen]).abs().max()

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_fastattn
 from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.transformers_version import CACHE
 from tests.models import (
     CORE,
     FAMILIES,
@@ -123,8 +124,8 @@ def test_processors_scores_and_returned_cache() -> None:
     mask = torch.cat((on_gpu(padded_batch())["attention_mask"], more.new_ones(3, 48 + 5)), 1)
     turn = {"input_ids": torch.cat((want.sequences, more), 1), "attention_mask": mask}
     again = {"max_new_tokens": 20, "do_sample": False}
-    second = stock.generate(**turn, past_key_values=want.past_key_values, **again)
-    assert torch.equal(model.generate(**turn, past_key_values=ours.past_key_values, **again), second)
+    second = stock.generate(**turn, **{CACHE: want[CACHE]}, **again)
+    assert torch.equal(model.generate(**turn, **{CACHE: ours[CACHE]}, **again), second)
     assert replays(model)[1] > 0
 
 
@@ -281,13 +282,13 @@ def test_loops_on_other_streams() -> None:
     with torch.no_grad():
         want = stock(ids).logits[:, 20:]
         cache = hf_fastattn.PagedCache(model.config)
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **{CACHE: cache})
         parts, streams = [], [torch.cuda.Stream() for _ in range(3)]
         for column in range(20, 60):
             stream = streams[column % 3]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                parts.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
+                parts.append(model(ids[:, column : column + 1], **{CACHE: cache}).logits)
             torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=2e-3, rtol=1e-3)
     assert replays(model)[1] == 39
@@ -302,11 +303,11 @@ def test_the_host_may_run_ahead() -> None:
         want = stock(ids).logits[:, 60:]
         for _ in range(2):
             cache = hf_fastattn.PagedCache(model.config)
-            parts = [model(ids[:, :60], past_key_values=cache).logits[:, :0]]
+            parts = [model(ids[:, :60], **{CACHE: cache}).logits[:, :0]]
             torch.cuda.synchronize()
             for _ in range(20):
                 big = (big @ big).clamp(-1, 1)
-            parts += [model(ids[:, column : column + 1], past_key_values=cache).logits for column in range(60, 80)]
+            parts += [model(ids[:, column : column + 1], **{CACHE: cache}).logits for column in range(60, 80)]
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=2e-3, rtol=1e-3)
 
 
@@ -333,7 +334,7 @@ def test_our_part_of_a_step_never_waits(padded: bool, beams: int, monkeypatch: p
 
     @functools.wraps(forward)
     def strict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["past_key_values"].get_seq_length() <= batch["input_ids"].shape[1] + 1:
+        if kwargs[CACHE].get_seq_length() <= batch["input_ids"].shape[1] + 1:
             return forward(self, *args, **kwargs)
         steps.append(1)
         with no_waiting():

@@ -9,6 +9,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.patches import decoder
+from hf_fastattn.transformers_version import CACHE
 from tests.models import VISION_MODELS, assert_fast, image_batch, padded_batch, pair, real_tokens
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -102,8 +103,8 @@ def test_forwards_over_a_paged_cache(family: str) -> None:
     results = []
     for side, cache in ((stock, None), (model, hf_fastattn.PagedCache(model.config))):
         with torch.no_grad():
-            first = side(**batch, past_key_values=cache, use_cache=True)
-            second = side(torch.full((3, 2), 7), past_key_values=first.past_key_values)
+            first = side(**batch, **{CACHE: cache}, use_cache=True)
+            second = side(torch.full((3, 2), 7), **{CACHE: first[CACHE]})
         results.append((first.logits, second.logits))
     for ours, theirs in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
 from tests.models import CORE, VOCAB, assert_fast, padded_batch, pair, single
 
@@ -123,7 +124,7 @@ def test_bool_mask(family: str) -> None:
     stock, model = pair(family)
     expected = sample(stock, padded_batch(), do_sample=False)
     with torch.no_grad():
-        logits = model(**batch, past_key_values=hf_fastattn.PagedCache(model.config)).logits
+        logits = model(**batch, **{CACHE: hf_fastattn.PagedCache(model.config)}).logits
     assert torch.equal(logits[:, -1].argmax(-1), expected[:, 37])
     assert_fast(model)
 
@@ -141,7 +142,7 @@ def test_four_dimensional_mask_falls_back(family: str) -> None:
     with torch.no_grad():
         expected = stock(ids, attention_mask=masks).logits
         cache = hf_fastattn.PagedCache(model.config)
-        ours = model(ids, attention_mask=masks, past_key_values=cache).logits
+        ours = model(ids, attention_mask=masks, **{CACHE: cache}).logits
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     fallbacks = hf_fastattn.report(model).last_call.fallbacks
     assert fallbacks and all("mask" in reason for reason in fallbacks)

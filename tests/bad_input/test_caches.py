@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
 from tests.models import assert_fast, padded_batch, pair, single, tiny
 
@@ -22,7 +23,7 @@ def filled(family: str = "llama", dtype: torch.dtype = torch.float32, **over: An
     model = hf_fastattn.patch(tiny(family, **over).to(dtype))
     cache = hf_fastattn.PagedCache(model.config)
     with torch.no_grad():
-        model(single()["input_ids"], past_key_values=cache)
+        model(single()["input_ids"], **{CACHE: cache})
     return cache
 
 
@@ -44,8 +45,8 @@ def test_cache_of_another_model(what: str) -> None:
     cache = OTHERS[what]()
     length, pages = cache.get_seq_length(), cache.groups.pages_in_use
     batch = {"input_ids": torch.cat([single()["input_ids"], single(5, 3)["input_ids"]], 1)}
-    with pytest.raises(ValueError, match="past_key_values"):
-        sample(model, batch, past_key_values=cache)
+    with pytest.raises(ValueError, match=CACHE):
+        sample(model, batch, **{CACHE: cache})
     assert cache.get_seq_length() == length
     assert cache.groups.pages_in_use == pages
     assert_healthy(stock, model)
@@ -55,7 +56,7 @@ def test_cache_of_another_batch_size() -> None:
     stock, model = pair("llama")
     cache = filled()
     with pytest.raises(ValueError, match=r"(?s)1 row.*3"), torch.no_grad():
-        model(padded_batch()["input_ids"][:, :2], past_key_values=cache)
+        model(padded_batch()["input_ids"][:, :2], **{CACHE: cache})
     assert cache.get_seq_length() == 37
     assert_healthy(stock, model)
 
@@ -65,7 +66,7 @@ def test_cache_together_with_another_implementation() -> None:
     _, model = pair("llama")
     cache = hf_fastattn.PagedCache(model.config)
     with pytest.raises(ValueError, match="cache_implementation"):
-        sample(model, past_key_values=cache, cache_implementation="static")
+        sample(model, **{CACHE: cache}, cache_implementation="static")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "do_sample": False}])
@@ -101,11 +102,11 @@ def test_full_cache_of_the_user_stays_usable() -> None:
     cache = hf_fastattn.PagedCache(model.config, hf_fastattn.FastAttnConfig(memory_limit=3 * PAGE_BYTES))
     ids = single(60)["input_ids"]
     with torch.no_grad():
-        model(ids[:, :37], past_key_values=cache)
+        model(ids[:, :37], **{CACHE: cache})
         with pytest.raises(hf_fastattn.CacheFullError):
-            model(ids[:, 37:], past_key_values=cache)
+            model(ids[:, 37:], **{CACHE: cache})
         assert cache.get_seq_length() == 37 and cache.groups.pages_in_use == 3
-        ours = model(ids[:, 37:48], past_key_values=cache).logits
+        ours = model(ids[:, 37:48], **{CACHE: cache}).logits
         expected = stock(ids[:, :48]).logits[:, 37:]
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 

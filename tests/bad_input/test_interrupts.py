@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
 from tests.models import CORE, VOCAB, assert_fast, padded_batch, pair, single, tiny
 
@@ -148,17 +149,17 @@ def test_a_cache_survives_an_interrupted_forward(family: str, size: int, where: 
     cache, theirs = hf_fastattn.PagedCache(model.config), DynamicCache(config=stock.config)
     ids = torch.randint(1, VOCAB, (2, 60), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        model(ids[:, :37], past_key_values=cache)
-        stock(ids[:, :37], past_key_values=theirs)
+        model(ids[:, :37], **{CACHE: cache})
+        stock(ids[:, :37], **{CACHE: theirs})
         pages = cache.groups.pages_in_use
         Interrupt(model.get_submodule(where), 0)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 40 : 40 + size], past_key_values=cache)
+            model(ids[:, 40 : 40 + size], **{CACHE: cache})
         assert cache.get_seq_length() == 37
         assert cache.groups.pages_in_use == pages
         for part in (ids[:, 37 : 37 + size], ids[:, 50:51]):
-            ours = model(part, past_key_values=cache).logits
-            expected = stock(part, past_key_values=theirs).logits
+            ours = model(part, **{CACHE: cache}).logits
+            expected = stock(part, **{CACHE: theirs}).logits
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert_fast(model)
 
@@ -168,10 +169,10 @@ def test_interrupt_in_the_first_forward_of_a_users_cache() -> None:
     cache = hf_fastattn.PagedCache(model.config)
     Interrupt(model.model.layers[1], 0)
     with pytest.raises(KeyboardInterrupt):
-        sample(model, past_key_values=cache)
+        sample(model, **{CACHE: cache})
     assert cache.get_seq_length() == 0 and cache.groups.pages_in_use == 0
     # Nothing was stored, so another number of rows is fine.
-    assert torch.equal(sample(model, padded_batch(), past_key_values=cache), sample(stock, padded_batch()))
+    assert torch.equal(sample(model, padded_batch(), **{CACHE: cache}), sample(stock, padded_batch()))
 
 
 def test_a_users_cache_goes_on_after_an_interrupted_generate() -> None:
@@ -180,11 +181,11 @@ def test_a_users_cache_goes_on_after_an_interrupted_generate() -> None:
     whole = sample(stock, single(), 24, do_sample=False)
     Interrupt(model.model.layers[1], 7)
     with pytest.raises(KeyboardInterrupt):
-        sample(model, single(), 24, do_sample=False, past_key_values=cache)
+        sample(model, single(), 24, do_sample=False, **{CACHE: cache})
     length = cache.get_seq_length()
     assert length == 37 + 6
     known = {"input_ids": whole[:, : length + 1]}
-    rest = sample(model, known, 24 - 7, do_sample=False, past_key_values=cache)
+    rest = sample(model, known, 24 - 7, do_sample=False, **{CACHE: cache})
     assert torch.equal(rest, whole)
 
 

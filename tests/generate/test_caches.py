@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.generate.calls import SAMPLING, assert_same_tokens, run
 from tests.models import (
     CORE,
@@ -29,8 +30,8 @@ from tests.models import (
 def test_users_dynamic_cache_falls_back(family: str) -> None:
     stock, model = pair(family)
     theirs, ours = DynamicCache(config=stock.config), DynamicCache(config=model.config)
-    expected = run(stock, padded_batch(), 24, past_key_values=theirs)
-    tokens = run(model, padded_batch(), 24, past_key_values=ours)
+    expected = run(stock, padded_batch(), 24, **{CACHE: theirs})
+    tokens = run(model, padded_batch(), 24, **{CACHE: ours})
     assert torch.equal(tokens, expected)
     assert ours.get_seq_length() == theirs.get_seq_length() == 60
     call = hf_fastattn.report(model).last_call
@@ -57,7 +58,7 @@ def chat(model: Any, cache: Any, rows: int, **kwargs: Any) -> list[torch.Tensor]
             model,
             {"input_ids": ids, "attention_mask": mask},
             12,
-            past_key_values=cache,
+            **{CACHE: cache},
             **kwargs,
         )
         turns.append(tokens)
@@ -114,8 +115,8 @@ def test_returned_cache_can_be_used_again(family: str, copies: int) -> None:
         ids = torch.cat([first.sequences, first.sequences[:, -5:]], 1)
         mask = torch.cat([mask, torch.ones(2 * copies, 17, dtype=mask.dtype)], 1)
         again = {"input_ids": ids, "attention_mask": mask}
-        results.append(run(side, again, 12, past_key_values=first.past_key_values))
-        cache = first.past_key_values
+        results.append(run(side, again, 12, **{CACHE: first[CACHE]}))
+        cache = first[CACHE]
     assert torch.equal(results[1], results[0])
     assert isinstance(cache, hf_fastattn.PagedCache)
     assert cache.get_seq_length() == results[1].shape[1] - 1
@@ -134,13 +135,13 @@ def test_two_returned_caches_live_side_by_side() -> None:
         caches = []
         for prompt in ids:
             out = run(side, {"input_ids": prompt}, 8, return_dict_in_generate=True)
-            caches.append((out.sequences, out.past_key_values))
+            caches.append((out.sequences, out[CACHE]))
         results[name] = [
             run(
                 side,
                 {"input_ids": torch.cat([text, prompt], 1)},
                 12,
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             for (text, cache), prompt in zip(caches, ids, strict=True)
         ]
@@ -161,7 +162,7 @@ def test_copies_of_a_filled_cache(family: str, rows: int) -> None:
     ):
         system = padded_batch(rows)
         with torch.no_grad():
-            side(**system, past_key_values=cache)
+            side(**system, **{CACHE: cache})
         answers.append([])
         for seed in (3, 4):
             question = padded_batch(1, 11, seed)["input_ids"].expand(rows, -1)
@@ -169,7 +170,7 @@ def test_copies_of_a_filled_cache(family: str, rows: int) -> None:
                 "input_ids": torch.cat([system["input_ids"], question], 1),
                 "attention_mask": torch.cat([system["attention_mask"], torch.ones_like(question)], 1),
             }
-            answers[-1].append(run(side, batch, 20, past_key_values=copy.deepcopy(cache)))
+            answers[-1].append(run(side, batch, 20, **{CACHE: copy.deepcopy(cache)}))
         assert cache.get_seq_length() == 37
     for ours, theirs in zip(answers[1], answers[0], strict=True):
         assert torch.equal(ours, theirs)
@@ -183,7 +184,7 @@ def test_unpatched_model_with_a_paged_cache(family: str, options: dict[str, Any]
     stock = tiny(family)
     batch = single() if "prompt_lookup_num_tokens" in options else padded_batch()
     cache = hf_fastattn.PagedCache(stock.config)
-    tokens = run(stock, batch, 24, past_key_values=cache, **options)
+    tokens = run(stock, batch, 24, **{CACHE: cache}, **options)
     if "prompt_lookup_num_tokens" in options:
         options = {}
     assert torch.equal(tokens, run(stock, batch, 24, **options))

@@ -9,6 +9,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.patches import chunks
+from hf_fastattn.transformers_version import CACHE
 from tests.generate.calls import run
 from tests.models import assert_fast, padded_batch, pair, real_tokens
 
@@ -38,12 +39,12 @@ def test_a_later_turn(family: str) -> None:
     caches = [hf_fastattn.PagedCache(model.config), None]
     turns = []
     for candidate, cache in zip((model, stock), caches, strict=True):
-        options: dict[str, Any] = {"return_dict_in_generate": True, **({"past_key_values": cache} if cache else {})}
+        options: dict[str, Any] = {"return_dict_in_generate": True, **({CACHE: cache} if cache else {})}
         first = run(candidate, batch, 8, **options)
         more = torch.cat((first.sequences, torch.full((3, 40), 5)), 1)
         mask = torch.cat((batch["attention_mask"], torch.ones(3, 48, dtype=torch.long)), 1)
         again = {"input_ids": more, "attention_mask": mask}
-        turns.append(run(candidate, again, 8, past_key_values=first.past_key_values))
+        turns.append(run(candidate, again, 8, **{CACHE: first[CACHE]}))
     assert torch.equal(*turns)
 
 
@@ -52,7 +53,7 @@ def test_a_failure_leaves_the_cache_as_it_was() -> None:
     cache = hf_fastattn.PagedCache(model.config)
     ids = padded_batch(1)["input_ids"]
     with torch.no_grad():
-        want = model(ids, past_key_values=cache).logits
+        want = model(ids, **{CACHE: cache}).logits
         for past in (0, 37):
             calls = []
 
@@ -63,13 +64,13 @@ def test_a_failure_leaves_the_cache_as_it_was() -> None:
 
             cache = hf_fastattn.PagedCache(model.config)
             if past:
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE: cache})
             hook = model.model.layers[1].mlp.register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="stop"):
-                model(ids.repeat(1, 5), past_key_values=cache)
+                model(ids.repeat(1, 5), **{CACHE: cache})
             hook.remove()
             assert cache.get_seq_length() == past
-            assert torch.allclose(model(ids, past_key_values=cache).logits[:, -1:], want[:, -1:]) or past
+            assert torch.allclose(model(ids, **{CACHE: cache}).logits[:, -1:], want[:, -1:]) or past
 
 
 def test_hidden_states_of_all_pieces_are_returned() -> None:
@@ -77,6 +78,6 @@ def test_hidden_states_of_all_pieces_are_returned() -> None:
     batch = padded_batch()
     with torch.no_grad():
         want = stock(**batch).logits
-        ours = model(**batch, past_key_values=hf_fastattn.PagedCache(model.config)).logits
+        ours = model(**batch, **{CACHE: hf_fastattn.PagedCache(model.config)}).logits
     shown = batch["attention_mask"].bool()
     torch.testing.assert_close(ours[shown], want[shown], atol=1e-4, rtol=1e-4)

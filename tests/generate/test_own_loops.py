@@ -11,6 +11,7 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.generate.calls import Batch, assert_close
 from tests.models import (
     CORE,
@@ -27,12 +28,12 @@ def manual_loop(model: Any, batch: Batch, cache: Any, steps: int = 12) -> torch.
     ids, mask, logits = batch["input_ids"], batch["attention_mask"], []
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     for _ in range(steps):
-        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        out = model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
         logits.append(out.logits[:, -1])
         ids = out.logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     return torch.stack(logits)
 
 
@@ -60,14 +61,14 @@ def test_cache_operations_of_a_manual_loop(family: str) -> None:
             cache.activate_past_recording()
         ids = torch.randint(1, VOCAB, (4, 30), generator=torch.Generator().manual_seed(8))
         with torch.no_grad():
-            steps = [side(ids[:2, :20], past_key_values=cache).logits]
+            steps = [side(ids[:2, :20], **{CACHE: cache}).logits]
             cache.batch_repeat_interleave(2)
-            steps.append(side(ids[:, 20:24], past_key_values=cache).logits)
+            steps.append(side(ids[:, 20:24], **{CACHE: cache}).logits)
             cache.crop(-2)
             cache.reorder_cache(torch.tensor([3, 0, 0, 2]))
-            steps.append(side(ids[:, 24:27], past_key_values=cache).logits)
+            steps.append(side(ids[:, 24:27], **{CACHE: cache}).logits)
             cache.batch_select_indices(torch.tensor([2, 0]))
-            steps.append(side(ids[:2, 27:], past_key_values=cache).logits)
+            steps.append(side(ids[:2, 27:], **{CACHE: cache}).logits)
         logits.append(steps)
     for ours, theirs in zip(logits[1], logits[0], strict=True):
         assert_close(ours, theirs, "logits")
@@ -82,7 +83,7 @@ def test_forward_without_a_cache(family: str) -> None:
         ours = model(**padded_batch(), use_cache=False)
         real = padded_batch()["attention_mask"].bool()
         assert_close(ours.logits[real], expected.logits[real], "logits")
-        assert ours.past_key_values is None
+        assert getattr(ours, CACHE) is None
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -98,7 +99,7 @@ def test_fallback_in_the_middle(family: str) -> None:
     ):
         mask, steps = batch["attention_mask"], []
         with torch.no_grad():
-            side(**batch, past_key_values=cache)
+            side(**batch, **{CACHE: cache})
             for lo, hi, asked in (
                 (0, 1, False),
                 (1, 2, True),
@@ -111,7 +112,7 @@ def test_fallback_in_the_middle(family: str) -> None:
                     more[:, lo:hi],
                     attention_mask=mask,
                     position_ids=(mask.cumsum(-1) - 1)[:, lo - hi :],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     output_attentions=asked,
                 )
                 steps.append(out.logits)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.generate.calls import SAMPLING, assert_fresh_rows, assert_same_tokens, run
 from tests.models import (
     CORE,
@@ -41,7 +42,7 @@ def test_a_sliding_window_gives_pages_back() -> None:
     stock, model = pair("qwen2_window", {"page_size": 4}, max_window_layers=0)
     cache = hf_fastattn.PagedCache(model.config, hf_fastattn.FastAttnConfig(page_size=4))
     expected = run(stock, single(), 64)
-    tokens = run(model, single(), 64, past_key_values=cache)
+    tokens = run(model, single(), 64, **{CACHE: cache})
     assert torch.equal(tokens, expected)
     # A window of 24 keys spans at most 7 pages of 4 tokens; 100 tokens would take 25.
     assert_fast(model, 37, held=None)

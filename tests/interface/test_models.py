@@ -15,6 +15,7 @@ import hf_fastattn
 from hf_fastattn import interface
 from hf_fastattn.causal_layout import CausalLayout
 from hf_fastattn.interface import counters
+from hf_fastattn.transformers_version import CACHE
 from tests.interface.tiny import CALLS, MODELS, NEW, assert_ours, build_pair, tokens
 from tests.models import OLD, noisy, padded_batch, tiny
 
@@ -86,11 +87,11 @@ def test_what_a_static_cache_has_room_for_is_not_read() -> None:
     with torch.no_grad():
         want = stock(ids).logits
         cache = StaticCache(config=model.config, max_cache_len=64)
-        first = model(ids[:, :11], past_key_values=cache).logits
+        first = model(ids[:, :11], **{CACHE: cache}).logits
         for layer in cache.layers:
             layer.keys[:, :, 11:] = math.nan
             layer.values[:, :, 11:] = math.nan
-        rest = model(ids[:, 11:], past_key_values=cache).logits
+        rest = model(ids[:, 11:], **{CACHE: cache}).logits
     torch.testing.assert_close(torch.cat((first, rest), 1), want, atol=1e-3, rtol=1e-4)
     assert_ours(6)
 

@@ -111,6 +111,6 @@ def test_copied_layer_of_a_patched_model_is_plain_or_refused() -> None:
 
 
 def test_warns_outside_the_tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fastattn.patching.TESTED", ("5.1", "5.2"))
+    monkeypatch.setattr("hf_fastattn.transformers_version.TESTED", ("5.1", "5.2"))
     with pytest.warns(UserWarning, match="tested with transformers >= 5.1 and < 5.2, this is 5"):
         hf_fastattn.patch(tiny("llama"))

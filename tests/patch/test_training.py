@@ -9,6 +9,7 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.models import CORE, pair
 from tests.patch.snapshots import (
     assert_patched_equals,
@@ -37,8 +38,8 @@ def test_gradients_equal_stock(family: str, checkpointing: bool, training: bool)
 @pytest.mark.parametrize("family", CORE)
 def test_gradients_through_a_paged_cache(family: str) -> None:
     stock, model = pair(family)
-    expected = gradients(stock, past_key_values=DynamicCache(config=stock.config))
-    ours = gradients(model, past_key_values=hf_fastattn.PagedCache(model.config))
+    expected = gradients(stock, **{CACHE: DynamicCache(config=stock.config)})
+    ours = gradients(model, **{CACHE: hf_fastattn.PagedCache(model.config)})
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4)
     fallbacks = hf_fastattn.report(model).last_call.fallbacks

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.transformers_version import CACHE
 from tests.models import CORE, assert_fast, padded_batch, pair, real_tokens, tiny
 from tests.patch.snapshots import (
     assert_patched_equals,
@@ -64,7 +65,7 @@ def test_hidden_states_of_a_forward(family: str, paged: bool) -> None:
     with torch.no_grad():
         expected = stock(**padded_batch(), output_hidden_states=True)
         cache = hf_fastattn.PagedCache(model.config) if paged else None
-        ours = model(**padded_batch(), output_hidden_states=True, past_key_values=cache)
+        ours = model(**padded_batch(), output_hidden_states=True, **{CACHE: cache})
     assert len(ours.hidden_states) == len(expected.hidden_states) == 4
     for a, b in zip(ours.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(a[real], b[real], rtol=1e-3, atol=1e-3)
@@ -79,7 +80,7 @@ def test_logits_to_keep(keep: Any) -> None:
     with torch.no_grad():
         expected = stock(**padded_batch(), logits_to_keep=keep).logits
         cache = hf_fastattn.PagedCache(model.config)
-        ours = model(**padded_batch(), logits_to_keep=keep, past_key_values=cache).logits
+        ours = model(**padded_batch(), logits_to_keep=keep, **{CACHE: cache}).logits
     assert ours.shape == expected.shape
     torch.testing.assert_close(ours[:, -1], expected[:, -1], rtol=1e-3, atol=1e-3)
     assert_fast(model, held=None)
@@ -98,7 +99,7 @@ def test_inference_mode_and_no_grad_take_turns(family: str) -> None:
                 attention_mask=mask.clone(),
                 max_new_tokens=9,
                 do_sample=False,
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             assert_fast(model, held=None)
         grown = tokens.shape[1] - mask.shape[1]
@@ -136,8 +137,8 @@ def test_compile_of_a_patched_model() -> None:
     ids = padded_batch(2)["input_ids"].clamp_min(1)
     with torch.no_grad():
         for part in (ids[:, :30], ids[:, 30:31], ids[:, 31:32]):
-            ours = compiled(part, past_key_values=cache).logits
-            expected = stock(part, past_key_values=theirs).logits
+            ours = compiled(part, **{CACHE: cache}).logits
+            expected = stock(part, **{CACHE: theirs}).logits
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert_fast(model, held=None)
     torch.compiler.reset()
