@@ -11,8 +11,6 @@ from torch.nn.modules import module as nn_module
 
 from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
 
-# Attached to the modules that we patched; see `patches.module_state`.
-PATCHED = "_fastattn"
 SCALARS = frozenset((bool, int, float, str))
 # Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
@@ -28,6 +26,11 @@ def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
             if module is not None:
                 stack.append(module)
                 yield module
+
+
+def is_our_forward(function: Any) -> bool:
+    """Whether it is the forward of a patched class, bound to a module; see `patches.module_state`."""
+    return getattr(getattr(function, "__func__", None), "is_patched_forward", False)
 
 
 class DecoderState(NamedTuple):
@@ -97,7 +100,7 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if "_hf_hook" in state or _has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"
-    if "forward" in state and PATCHED not in state:
+    if "forward" in state and not is_our_forward(state["forward"]):
         return f"the forward of a {kind.__name__} was replaced"
     if state.get("_compiled_call_impl") is not None:
         return f"a {kind.__name__} is compiled"

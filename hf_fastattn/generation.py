@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -11,16 +10,18 @@ from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.fast_sample import fast_sample
+from hf_fastattn.patches.plain_copies import PlainCopies
+from hf_fastattn.patches.unchanged import why_not_ours
+from hf_fastattn.patches.watched import why_rows_differ
 from hf_fastattn.prompt_rows import distinct_rows, expansion_of, unshared
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 
 
-class FastGenerationMixin:
+class FastGenerationMixin(PlainCopies):
     """Goes in front of a model's class; see `fast_class`."""
 
     _fastattn: Any
-    _fastattn_base: Any
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -32,6 +33,8 @@ class FastGenerationMixin:
         runtime: Runtime = self._fastattn.runtime
         cache = model_kwargs.get(CACHE)
         reason = _why_stock_cache(supplied, cache, generation_config, model_kwargs)
+        if reason is None:
+            reason = why_not_ours(self._fastattn.decoder(self))
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)
@@ -64,6 +67,10 @@ class FastGenerationMixin:
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
             rows = distinct_rows(input_ids, model_kwargs, runtime.expansion)
+        why_differ = None if rows is None else why_rows_differ(self)  # type: ignore[arg-type]
+        if why_differ is not None:
+            runtime.count_fallback(f"equal rows are computed one by one: {why_differ}")
+            rows = None
         with runtime.prefill():
             if rows is None:
                 return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
@@ -104,16 +111,6 @@ class FastGenerationMixin:
             cache.seen_mask.extend(before, updated.get("attention_mask"))
         return updated
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A plain, unpatched copy."""
-        with self._fastattn.scope.suspended():
-            return copy.deepcopy(self, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles as the plain, unpatched model."""
-        # From protocol 2 on pickle insists that the object's class be the pickled one; 1 names the class freely.
-        return _unpatched_twin(self).__reduce_ex__(1)
-
 
 @functools.cache
 def fast_class(base: Any) -> type:
@@ -144,17 +141,3 @@ def _why_stock_cache(supplied: Any, cache: Any, generation_config: Any, model_kw
     if mask is not None and not bool(mask.any(1).all()):
         return "a row of the prompt has no visible token"
     return None
-
-
-def _unpatched_twin(model: Any) -> Any:
-    """The model's modules without our attributes, sharing every parameter with it."""
-    scope = model._fastattn.scope
-    twins: dict[int, Any] = {}
-    for module in model.modules():
-        cls: Any = model._fastattn_base if module is model else type(module)
-        twins[id(module)] = cls.__new__(cls)
-    for module in model.modules():
-        state = scope.original_vars(module)
-        state["_modules"] = {name: child and twins[id(child)] for name, child in state["_modules"].items()}
-        vars(twins[id(module)]).update(state)
-    return twins[id(model)]

@@ -18,9 +18,11 @@ from hf_fastattn.page_groups import is_pageable, is_recurrent, template_layers
 from hf_fastattn.patches.attention import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
-from hf_fastattn.patches.module_state import STATE, replace_forward
+from hf_fastattn.patches.module_state import release_slots, replace_forward
+from hf_fastattn.patches.plain_copies import STATE
 from hf_fastattn.patches.registry import family_of
 from hf_fastattn.patches.scope import PatchScope
+from hf_fastattn.patches.unchanged import layer_without_our_attention
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import is_tested, supported_versions
 
@@ -35,6 +37,15 @@ class PatchState:
     scope: PatchScope
     family: Family
     modules: tuple[str, ...]
+    decoder_name: str
+
+    def decoder(self, model: Any) -> Any:
+        """The module that stands where the patched decoder stood."""
+        return model.get_submodule(self.decoder_name)
+
+    def plain_slots(self, model: Any) -> dict[str, Any]:
+        """Nothing of the model itself but its class and this attribute is replaced."""
+        return {}
 
 
 def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) -> Model:
@@ -67,12 +78,13 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
     scope = PatchScope()
     runtime = Runtime(resolved, target.config, target.dtype)
     try:
-        names = _replace_forwards(target, scope, runtime, family)
-        scope.set(target, STATE, PatchState(runtime, scope, family, tuple(names)))
+        names, decoder = _replace_forwards(target, scope, runtime, family)
+        # Not by the scope, which would then hold whoever holds it.
+        setattr(target, STATE, PatchState(runtime, scope, family, tuple(names), decoder))
         base: Any = type(target)
         scope.set(target, "__class__", fast_class(base))
     except BaseException:
-        scope.undo()
+        _take_back(target, scope)
         raise
     return model
 
@@ -85,8 +97,16 @@ def unpatch(model: Model) -> Model:
     """
     target = find_model(model)
     if isinstance(target, FastGenerationMixin):
-        target._fastattn.scope.undo()
+        _take_back(target, target._fastattn.scope)
     return model
+
+
+def _take_back(model: Any, scope: PatchScope) -> None:
+    for module in scope.targets():
+        if module is not model and STATE in vars(module):
+            release_slots(module)
+    scope.undo()
+    vars(model).pop(STATE, None)
 
 
 @contextmanager
@@ -138,23 +158,30 @@ def _check_layers(model: Any, family: Family) -> None:
             )
 
 
-def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> list[str]:
-    names = []
-    attention = 0
+def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> tuple[list[str], str]:
+    """Patch the decoder and its attention modules; the names of all, and the decoder's."""
+    names, decoders = [], []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == family.decoder:
             replace_forward(scope, module, DECODER_FORWARDS, runtime, family, name)
+            decoders.append(name)
         elif kind == family.attention:
             replace_forward(scope, module, ATTENTION_FORWARDS, runtime, family, name)
-            attention += 1
         else:
             continue
         names.append(name)
-    decoders = len(names) - attention
-    if decoders != 1 or attention < 1:
+    if len(decoders) != 1:
         raise ValueError(
-            f"found {decoders} {family.decoder} and {attention} {family.attention} modules, expected one decoder and "
-            "its layers; a model whose modules were replaced cannot be patched"
+            f"found {len(decoders)} {family.decoder} modules, expected one; a model whose decoder was replaced "
+            "cannot be patched"
         )
-    return names
+    decoder = model.get_submodule(decoders[0])
+    other = layer_without_our_attention(decoder)
+    if other is not None:
+        found = type(getattr(decoder.layers[other], "self_attn", None)).__name__
+        raise ValueError(
+            f"{decoders[0]}.layers.{other}.self_attn is a {found}, expected a {family.attention}; a model whose attention "
+            "was replaced cannot be patched"
+        )
+    return names, decoders[0]

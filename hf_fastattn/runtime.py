@@ -158,9 +158,9 @@ class Runtime:
             self._logged.add(reason)
             logger.info("hf_fastattn: %s", reason)
 
-    def count_fallback(self, reason: str) -> None:
+    def count_fallback(self, reason: str, level: int = logging.WARNING) -> None:
         """Count, and log once, that Transformers' own path runs."""
         self.counters.fallbacks[reason] += 1
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.warning("hf_fastattn runs Transformers' own attention: %s", reason)
+            logger.log(level, "hf_fastattn does here as Transformers does: %s", reason)

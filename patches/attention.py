@@ -10,9 +10,9 @@ from torch import Tensor
 from hf_fastattn.batch import Batch
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.patches.family import Family
-from hf_fastattn.patches.module_state import STATE, call_original
+from hf_fastattn.patches.module_state import call_original, patched_forward
+from hf_fastattn.patches.plain_copies import STATE
 from hf_fastattn.patches.qk_norm import normalise
-from hf_fastattn.transformers_version import spelled_as_here
 
 
 def attention_forward(
@@ -90,7 +90,7 @@ def attention_forward_mask_first(
 
 
 ATTENTION_FORWARDS = tuple(
-    spelled_as_here(forward)
+    patched_forward(forward)
     for forward in (attention_forward, attention_forward_with_positions, attention_forward_mask_first)
 )
 

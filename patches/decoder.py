@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.padding import Padding
 from hf_fastattn.patches.chunks import pieces, run_pieces
 from hf_fastattn.patches.fused import drops_cache, fused_forward
-from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
+from hf_fastattn.patches.module_state import ModuleState, call_original, patched_forward
+from hf_fastattn.patches.plain_copies import STATE
+from hf_fastattn.patches.unchanged import why_not_ours
 from hf_fastattn.patches.visible import visible_columns
-from hf_fastattn.transformers_version import spelled_as_here
+from hf_fastattn.patches.watched import why_watched
+from hf_fastattn.transformers_version import CACHE
 
 
 def decoder_forward(
@@ -73,20 +77,23 @@ def decoder_forward_deepstack(
     return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
 
 
-DECODER_FORWARDS = (spelled_as_here(decoder_forward), spelled_as_here(decoder_forward_deepstack))
+DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
 
 
 def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str, Any]) -> Any:
-    if not isinstance(cache, PagedCache):
+    state: ModuleState | None = vars(self).get(STATE)
+    if state is None or not isinstance(cache, PagedCache):
+        if state is not None and not torch.compiler.is_compiling():
+            # Nothing to warn of: whoever trains or scores texts asked for no pages.
+            state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)
         return call_original(self, cache, **arguments, **kwargs)
     if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if drops_cache(self):
-        vars(self)[STATE].runtime.count_fallback("gradient checkpointing runs the layers without the cache")
+        state.runtime.count_fallback("gradient checkpointing runs the layers without the cache")
         return call_original(self, cache, **arguments, **kwargs)
-    state: ModuleState = vars(self)[STATE]
     cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
-    if cut is not None:
+    if cut is not None and why_watched(self) is None:
         return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
     return _cached_forward(self, arguments, cache, kwargs)
 
@@ -101,8 +108,10 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     past = cache.get_seq_length()
     cache.check_owner(self.config)
     visible = visible_columns(mask, cache, rows, columns)
-    reason = why_not_paged(self, mask, cache, visible, kwargs)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
+    reason = why_not_paged(self, mask, cache, visible, kwargs)
+    if reason is None and new is not None:
+        reason = _why_padded(self, kwargs)
     batch = cache.begin(rows, columns, new, dense=reason is not None)
     padding = None if new is None or reason is not None else Padding(new, tokens.device)
     try:
@@ -171,9 +180,28 @@ def _packed_visual(arguments: dict[str, Any], padding: Padding) -> dict[str, Any
     }
 
 
+def _why_not_paged_cache(cache: Any, kwargs: dict[str, Any]) -> str:
+    """What a forward has instead of pages, as a reason to count."""
+    if cache is not None:
+        return f"{CACHE} is a {type(cache).__name__}"
+    return "use_cache=False" if kwargs.get("use_cache") is False else "a forward without a PagedCache"
+
+
+def _why_padded(decoder: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why the padding of a batch must stay; None if it may be taken out."""
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor | list | tuple):
+            return f"padding stays, since {name} may belong to rows or columns"
+    watched = why_watched(decoder)
+    return None if watched is None else f"padding stays: {watched}"
+
+
 def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
+    changed = why_not_ours(decoder)
+    if changed is not None:
+        return changed
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are needed"
     if decoder.training and getattr(config, "attention_dropout", 0.0):

@@ -13,7 +13,8 @@ from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.page_groups import key_shape
 from hf_fastattn.patches.fused_plain import has_global_hooks, is_plain_layer, layers_of, linear_parameters
-from hf_fastattn.patches.module_state import STATE, ModuleState, call_original
+from hf_fastattn.patches.module_state import ModuleState, call_original
+from hf_fastattn.patches.plain_copies import STATE
 from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
 
 # What a walk over the layers takes, and options that change nothing where they have these values.

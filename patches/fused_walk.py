@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache import PagedCache
-from hf_fastattn.patches.attention import ATTENTION_FORWARDS, attend_projected
+from hf_fastattn.decoder_state import is_our_forward
+from hf_fastattn.patches.attention import attend_projected
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused_plain import has_no_foreign_hooks, is_plain, layers_of
 from hf_fastattn.patches.fused_products import Products
-from hf_fastattn.patches.module_state import STATE
+from hf_fastattn.patches.plain_copies import STATE
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -88,7 +89,7 @@ def _is_plain_attention(module: Any) -> bool:
     state = vars(module)
     return (
         STATE in state
-        and getattr(state.get("forward"), "__func__", None) in ATTENTION_FORWARDS
+        and is_our_forward(module.forward)
         and "_hf_hook" not in state
         and state.get("_compiled_call_impl") is None
         and has_no_foreign_hooks(module)

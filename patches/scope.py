@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Write:
-    """One attribute write on one object, and what stood there before."""
+    """One attribute write on one object, and what stood there before.
 
-    target: Any
+    Attributes:
+        reference: to the object. A weak one: the object may keep the scope, and is to be freed with its last user.
+    """
+
+    reference: weakref.ref[Any]
     name: str
     value: Any
     before: Any
 
-    def apply(self) -> None:
-        """Write the new value."""
-        setattr(self.target, self.name, self.value)
-
     def undo(self) -> None:
-        """Write the old value back, or remove the attribute that was not there."""
-        if self.before is _MISSING:
-            delattr(self.target, self.name)
+        """Write the old value back, or remove the attribute that was not there; what others wrote since stays."""
+        target = self.reference()
+        if target is None:
+            return
+        if self.name == "__class__":
+            target.__class__ = replaced(cast(Any, type(target)), self.value, self.before)
+        elif vars(target).get(self.name) is not self.value:
+            return
+        elif self.before is _MISSING:
+            delattr(target, self.name)
         else:
-            setattr(self.target, self.name, self.before)
+            setattr(target, self.name, self.before)
+
+
+@functools.cache
+def replaced(kind: Any, ours: Any, theirs: Any) -> Any:
+    """`kind`, with class `theirs` in place of class `ours` wherever it comes from that one."""
+    if kind is ours or not issubclass(kind, ours):
+        return theirs if kind is ours else kind
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, tuple(replaced(base, ours, theirs) for base in kind.__bases__), own)
 
 
 class PatchScope:
@@ -40,33 +56,16 @@ class PatchScope:
     def set(self, target: Any, name: str, value: Any) -> None:
         """Write `value` to `target.name` and remember what was there."""
         before = type(target) if name == "__class__" else vars(target).get(name, _MISSING)
-        write = Write(target, name, value, before)
-        write.apply()
-        self._writes.append(write)
+        # Noted first: an interrupt in between leaves a note of a write that was not made, which is undone as nothing.
+        self._writes.append(Write(weakref.ref(target), name, value, before))
+        setattr(target, name, value)
 
     def undo(self) -> None:
         """Take all writes back, last first."""
         while self._writes:
             self._writes.pop().undo()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """As if nothing had been written, inside the block."""
-        for write in reversed(self._writes):
-            write.undo()
-        try:
-            yield
-        finally:
-            for write in self._writes:
-                write.apply()
-
-    def original_vars(self, target: Any) -> dict[str, Any]:
-        """A copy of `vars(target)` without our writes."""
-        state = dict(vars(target))
-        for write in reversed(self._writes):
-            if write.target is target and write.name != "__class__":
-                if write.before is _MISSING:
-                    state.pop(write.name, None)
-                else:
-                    state[write.name] = write.before
-        return state
+    def targets(self) -> list[Any]:
+        """The objects that were written to and still exist, each once, first ones first."""
+        targets = (write.reference() for write in self._writes)
+        return list({id(target): target for target in targets if target is not None}.values())
