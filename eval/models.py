@@ -5,14 +5,13 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
 
-SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
 # Fields that a Llama's configuration shares with a Mistral's, beside those that are the same by default.
 _SHARED_FIELDS = (
@@ -33,6 +32,20 @@ _SHARED_FIELDS = (
 )
 
 
+@contextmanager
+def named(name: str, argument: str = "--model") -> Iterator[None]:
+    """What goes wrong in the block is an error of the command's `argument`, which names this model.
+
+    Raises:
+        ValueError: as the first line of Transformers' own error says, which goes on for several.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"argument {argument}: {name!r} cannot be loaded: {reason}") from error
+
+
 def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) -> tuple[Any, Any]:
     """A model in eval mode on `device`, and its tokenizer.
 
@@ -43,10 +56,11 @@ def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) 
         window: load a Llama as a Mistral whose layers see this many keys.
 
     Raises:
-        ValueError: `window` is given, and the model is no Llama.
+        ValueError: there is no such model, or `window` is given and the model is no Llama.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    with named(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     if window is not None:
         model = as_mistral(model, window)
     # Greedy and endless: whoever generates here says how much, and looks at raw logits.

@@ -19,10 +19,10 @@ GENERATE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import hf_fastattn, hf_fastattn.cli
-from hf_fastattn.eval.demo import SHIPPED_CHECKPOINT
+from hf_fastattn.eval.choices import SHIPPED
 
 print(hf_fastattn.__file__)
-print(SHIPPED_CHECKPOINT)
+print(SHIPPED)
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False)
