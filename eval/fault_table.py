@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hf_fastattn.eval import options, parity, perplexity, report
+from hf_fastattn.eval import models, options, parity, perplexity, report
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.environment import command, default_device, environment
@@ -143,7 +143,13 @@ def _largest_shares(clean: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; 0 if every fault was caught and no seed alarmed, else 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser("eval faults").parse(argv)
+    made = parser("eval faults")
+    arguments = made.parse(argv)
+    try:
+        # Before the progress bar, which would stand in the line of the error.
+        models.check(arguments.model or str(models.SHIPPED))
+    except ValueError as error:
+        made.error(str(error))
     arguments.device = arguments.device or default_device()
     if arguments.windows is None:
         single = arguments.dtype == "float32" or (arguments.dtype == "auto" and not arguments.device.startswith("cuda"))

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
@@ -44,6 +51,16 @@ def named(name: str, argument: str = "--model") -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"argument {argument}: {name!r} cannot be loaded: {reason}") from error
+
+
+def check(name: str) -> None:
+    """Whether there is such a model, without loading its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with named(name):
+        AutoConfig.from_pretrained(name)
 
 
 def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) -> tuple[Any, Any]:
