@@ -5,9 +5,12 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -44,13 +47,29 @@ def named(name: str, argument: str = "--model") -> Iterator[None]:
     """What goes wrong in the block is an error of the command's `argument`, which names this model.
 
     Raises:
-        ValueError: as the first line of Transformers' own error says, which goes on for several.
+        ValueError: the model is nowhere, or can't be loaded, as the first line of Transformers' own error says.
     """
     try:
+        _find(name)
         yield
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"argument {argument}: {name!r} cannot be loaded: {reason}") from error
+
+
+def _find(name: str) -> None:
+    """Ask the hub once for a model that is not here: loading would ask again and again for a minute."""
+    here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if here or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except EntryNotFoundError:
+        return
+    except RepositoryNotFoundError as error:
+        raise ValueError("it is no folder, and no model of the hub that may be read from here") from error
+    except HTTPError as error:
+        raise ValueError(f"it is no folder, and the hub cannot be asked: {error}") from error
 
 
 def check(name: str) -> None:
