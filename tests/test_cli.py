@@ -9,17 +9,20 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import hf_fastattn
 from hf_fastattn import cli
+from hf_fastattn.eval import models
 from hf_fastattn.eval.arguments import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
 GIVEN["bench attention"] = ["--rounds", "2"]
+NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
 WRONG = [
     (["attention"], "argument COMMAND: invalid choice: 'attention'", "bench"),
     (["eval", "nothing"], "argument COMMAND: invalid choice: 'nothing'", "perplexity"),
@@ -99,6 +102,17 @@ def test_a_model_that_cannot_be_loaded_is_one_line(command: str, tmp_path: Path,
     shown = capfd.readouterr().err
     assert ended.value.code == 2 and shown.count("\n") == 1
     assert shown.startswith(f"hf-fastattn {command}: error: argument {named}: '{tmp_path}' cannot be loaded: ")
+
+
+@pytest.mark.parametrize("error", [models.HTTPError("no network"), NOT_FOUND], ids=["no network", "not found"])
+def test_the_hub_is_asked_once(error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(models, "get_hf_file_metadata", mock.Mock(side_effect=error))
+    monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "perplexity", "--model", "nowhere"])
+    shown = capfd.readouterr().err
+    assert ended.value.code == 2 and shown.count("\n") == 1
+    assert "argument --model: 'nowhere' cannot be loaded: it is no folder, and " in shown
 
 
 def test_data_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
