@@ -11,11 +11,9 @@ Without a GPU the reference runs small shapes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,10 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from hf_fastattn.eval.append_speed import TOKENS, append_table, measure_append
+from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape, agrees, make_inputs, shapes
 from hf_fastattn.eval.attention_plot import draw_attention
 from hf_fastattn.eval.ceilings import Ceilings, measure_ceilings
-from hf_fastattn.eval.environment import command, environment
+from hf_fastattn.eval.environment import command, default_device, environment
 from hf_fastattn.eval.flashinfer_peer import flashinfer_launches
 from hf_fastattn.eval.graph_timer import Launch, Timer, interleaved, median_ratio
 from hf_fastattn.eval.report import environment_lines, write
@@ -155,17 +154,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(
-        prog="hf-fastattn bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a page")
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
-    parser.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
-    parser.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
-    parser.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = parser("bench attention").parse(argv)
+    device = torch.device(default_device())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu":
         print("no GPU: the PyTorch reference at small sizes; these figures say nothing about the kernels")

@@ -25,10 +25,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 import hf_fastattn
+from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.checkpoint.recall import heldout_documents
-from hf_fastattn.eval.models import SHIPPED as SHIPPED_CHECKPOINT
+from hf_fastattn.eval.environment import default_device
+from hf_fastattn.eval.models import named
 
-PROMPT = 'def read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
 SLOW_SECONDS = 10.0
 
 
@@ -197,11 +198,10 @@ def long_prompt(tokenizer: Any, length: int) -> torch.Tensor:
 
 def load(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """The model, in eval mode on `device`, and its tokenizer."""
-    if name == str(SHIPPED_CHECKPOINT) and not (SHIPPED_CHECKPOINT / "config.json").is_file():
-        raise SystemExit(f"no checkpoint at {SHIPPED_CHECKPOINT}; give a hub id or the path of another one")
     print(f"loading {name} ...", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    with named(name, argument="model"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     return model.to(device).eval(), tokenizer
 
 
@@ -215,21 +215,9 @@ def print_set_up(model: Any) -> None:
     print(f"patched: {len(report.modules)} modules, backend {report.backend} ({report.backend_reason})")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="hf-fastattn demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(SHIPPED_CHECKPOINT), help="hub id or path (default: shipped)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--prompt", default=PROMPT, help="text to continue in the first part")
-    parser.add_argument("--new-tokens", type=int, default=64, help="new tokens in the first part")
-    parser.add_argument("--samples", type=int, default=8, help="samples of one prompt in the second part")
-    parser.add_argument("--prompt-tokens", type=int, default=1000, help="prompt length in the second part")
-    parser.add_argument("--sample-tokens", type=int, default=32, help="new tokens of each sample")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (one, if they are slow)")
-    options = parser.parse_args(argv)
-    for name in ("new_tokens", "samples", "prompt_tokens", "sample_tokens", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    options = parser("demo").parse(argv)
+    options.device = options.device or default_device()
     if options.dtype == "auto":
         options.dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
     return options
@@ -237,8 +225,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns 1 if greedy tokens differ in float32, where they must not."""
-    options = parse(argv)
-    model, tokenizer = load(options.model, options.dtype, options.device)
+    options = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        model, tokenizer = load(options.model, options.dtype, options.device)
+    except ValueError as error:
+        parser("demo").error(str(error))
     stock, patched = share_weights(model), model
     try:
         hf_fastattn.patch(patched)

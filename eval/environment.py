@@ -23,12 +23,17 @@ def environment(device: str | torch.device) -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "datasets")},
-        "hf_fastattn": _version("hf-fastattn"),
+        "hf_fastattn": hf_fastattn.__version__,
         "commit": _commit(),
         "source": source_hash(),
         "device": _device(torch.device(device)),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def command(module: str, arguments: list[str]) -> str:

@@ -9,34 +9,31 @@ stay green. Exits with 1 if a fault was missed or a seed alarmed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_fastattn.eval import options, parity, perplexity, report
-from hf_fastattn.eval.environment import command, environment
-from hf_fastattn.eval.faults import FAULTS
+from hf_fastattn.eval import models, options, parity, perplexity, report
+from hf_fastattn.eval.arguments import parser
+from hf_fastattn.eval.choices import WINDOWS_16, WINDOWS_32
+from hf_fastattn.eval.environment import command, default_device, environment
 from hf_fastattn.eval.plots import draw_faults
 from hf_fastattn.eval.progress import bar
 
 EVALUATIONS = ("perplexity", "parity")
 # More than the largest page that the default variants have.
 WINDOW = 96
-NEW_TOKENS = 16
-# In 16 bits the scale fault is little more than rounding: the limits must be known well to tell them apart.
-WINDOWS_32, WINDOWS_16 = 8, 48
+NEW_TOKENS = "16"
 
 
 def evaluate(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The record of one evaluation, run with these arguments."""
-    made = options.parser(name, "", windows=8, batch=8)
-    made.add_argument("--new", type=int, default=NEW_TOKENS)
-    parsed, setup = options.set_up(name, made, arguments)
+    made = parser(f"eval {name}")
+    # Whoever reads an error called this command.
+    made.prog = "hf-fastattn eval faults"
+    defaults = ["--windows", str(WINDOWS_32), *(("--new", NEW_TOKENS) if name == "parity" else ())]
+    parsed, setup = options.set_up(name, made, [*defaults, *arguments])
     return perplexity.run(setup) if name == "perplexity" else parity.run(setup, parsed.new)
 
 
@@ -146,21 +143,14 @@ def _largest_shares(clean: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; 0 if every fault was caught and no seed alarmed, else 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    made = argparse.ArgumentParser(
-        prog="hf-fastattn eval faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--seeds", type=int, default=20)
-    made.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
-    made.add_argument("--context", type=int, default=256)
-    made.add_argument("--stride", type=int, default=64)
-    made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")
-    made.add_argument("--dtype", default="auto")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--model", help="hub id or path of a Llama (default: the shipped checkpoint)")
-    made.add_argument("--variant", action="append", help="as for perplexity; repeatable")
-    made.add_argument("--output", type=Path, help="folder for faults.md, faults.json and faults.png")
-    made.add_argument("--quiet", action="store_true")
-    arguments = made.parse_args(argv)
+    made = parser("eval faults")
+    arguments = made.parse(argv)
+    try:
+        # Before the progress bar, which would stand in the line of the error.
+        models.check(arguments.model or str(models.SHIPPED))
+    except ValueError as error:
+        made.error(str(error))
+    arguments.device = arguments.device or default_device()
     if arguments.windows is None:
         single = arguments.dtype == "float32" or (arguments.dtype == "auto" and not arguments.device.startswith("cuda"))
         arguments.windows = WINDOWS_32 if single else WINDOWS_16

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from hf_fastattn.batch import Batch
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.eval.choices import FAULTS
 from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.kernels.rope import rotate, signed_sin
 from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
-FAULTS = ("page", "position", "mask", "scale", "window")
 SCALE_FACTOR = 1.03
 
 

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
 # Fields that a Llama's configuration shares with a Mistral's, beside those that are the same by default.
 _SHARED_FIELDS = (
@@ -33,6 +42,46 @@ _SHARED_FIELDS = (
 )
 
 
+@contextmanager
+def named(name: str, argument: str = "--model") -> Iterator[None]:
+    """What goes wrong in the block is an error of the command's `argument`, which names this model.
+
+    Raises:
+        ValueError: the model is nowhere, or can't be loaded, as the first line of Transformers' own error says.
+    """
+    try:
+        _find(name)
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"argument {argument}: {name!r} cannot be loaded: {reason}") from error
+
+
+def _find(name: str) -> None:
+    """Ask the hub once for a model that is not here: loading would ask again and again for a minute."""
+    here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if here or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except EntryNotFoundError:
+        return
+    except RepositoryNotFoundError as error:
+        raise ValueError("it is no folder, and no model of the hub that may be read from here") from error
+    except HTTPError as error:
+        raise ValueError(f"it is no folder, and the hub cannot be asked: {error}") from error
+
+
+def check(name: str) -> None:
+    """Whether there is such a model, without loading its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with named(name):
+        AutoConfig.from_pretrained(name)
+
+
 def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) -> tuple[Any, Any]:
     """A model in eval mode on `device`, and its tokenizer.
 
@@ -43,10 +92,11 @@ def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) 
         window: load a Llama as a Mistral whose layers see this many keys.
 
     Raises:
-        ValueError: `window` is given, and the model is no Llama.
+        ValueError: there is no such model, or `window` is given and the model is no Llama.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    with named(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     if window is not None:
         model = as_mistral(model, window)
     # Greedy and endless: whoever generates here says how much, and looks at raw logits.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import hf_fastattn
 from hf_fastattn.eval import models, options, parity_summary, report
+from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.faults import planted
 from hf_fastattn.eval.feed import CallLog, in_pieces, whole
 from hf_fastattn.eval.layer_tap import LayerTap
@@ -115,9 +116,7 @@ def run(setup: Setup, new_tokens: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation; 0 if no variant alarms, else 1."""
-    made = options.parser("parity", __doc__ or "", windows=24, batch=8)
-    made.add_argument("--new", type=int, default=24, help="tokens generated greedily after each window")
-    arguments, setup = options.set_up("parity", made, argv)
+    arguments, setup = options.set_up("parity", parser("eval parity"), argv)
     record = run(setup, arguments.new)
     text = parity_summary.markdown(record)
     report.write(setup.output, "parity", text, record, lambda plt: draw_parity(plt, record))

@@ -18,6 +18,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.eval import models, options, perplexity_summary, report
+from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.faults import planted
 from hf_fastattn.eval.feed import CallLog, Piece, in_pieces, whole
 from hf_fastattn.eval.options import Setup
@@ -90,8 +91,7 @@ def run(setup: Setup) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation; 0 if no variant alarms, else 1."""
-    made = options.parser("perplexity", __doc__ or "", windows=48, batch=8)
-    _, setup = options.set_up("perplexity", made, argv)
+    _, setup = options.set_up("perplexity", parser("eval perplexity"), argv)
     record = run(setup)
     text = perplexity_summary.markdown(record)
     report.write(setup.output, "perplexity", text, record, lambda plt: draw_perplexity(plt, record))

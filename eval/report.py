@@ -19,8 +19,8 @@ def write(folder: Path | None, name: str, markdown: str, record: dict[str, Any],
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n")
-    (folder / f"{name}.json").write_text(json.dumps(finite(record), indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
     pyplot = _pyplot() if draw is not None else None
     if draw is not None and pyplot is not None:
         figure = draw(pyplot)

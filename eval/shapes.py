@@ -7,23 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# The configuration that the name stands for, as published; weights are random.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-}
+from hf_fastattn.eval.choices import SHAPES
 
 
 def random_model(shape: str, device: str | torch.device, dtype: torch.dtype) -> Any:

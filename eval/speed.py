@@ -26,66 +26,32 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_fastattn.eval import report, variants
-from hf_fastattn.eval.environment import command, environment
-from hf_fastattn.eval.models import SHIPPED
-from hf_fastattn.eval.shapes import SHAPES, random_model
+from hf_fastattn.eval.arguments import parser
+from hf_fastattn.eval.choices import SHIPPED
+from hf_fastattn.eval.environment import command, default_device, environment
+from hf_fastattn.eval.models import named
+from hf_fastattn.eval.shapes import random_model
 from hf_fastattn.eval.speed_bench import Bench, Settings, free_memory
-from hf_fastattn.eval.speed_cases import KINDS, Case, choose
+from hf_fastattn.eval.speed_cases import Case, choose
 from hf_fastattn.eval.speed_plot import draw_speed
 from hf_fastattn.eval.speed_profile import profile_step
 from hf_fastattn.eval.speed_table import is_green, markdown
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(
-        prog="hf-fastattn bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("--model", default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)")
-    made.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead")
-    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    kinds = "; ".join(f"{name}: {text}" for name, text in KINDS.items())
-    made.add_argument("--kind", nargs="+", choices=KINDS, help=f"only these kinds of calls. {kinds}")
-    made.add_argument("--batch", type=int, nargs="+", help="rows of each case (default: the standard set)")
-    made.add_argument(
-        "--prompt", type=int, nargs="+", help="tokens of the prompts, one for each of --batch or for all (512)"
-    )
-    made.add_argument("--new", type=int, help="tokens after the first that are timed (default: 256 on a GPU, else 32)")
-    made.add_argument("--stock-new", type=int, help="the same for stock (default: 16 on a GPU, else as --new)")
-    made.add_argument("--pairs", type=int, default=3, help="interleaved rounds, of which the medians count")
-    made.add_argument("--compile", action="store_true", help="also a static cache with torch.compile (CUDA only; slow)")
-    made.add_argument("--graphs", choices=("on", "off"), default="on", help="replay decode steps from CUDA graphs")
-    made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="further options of patch()")
-    made.add_argument(
-        "--check",
-        choices=("kind", "case"),
-        help="check agreement for the first case of each kind, or for every case (default: case in fp32, else kind)",
-    )
-    made.add_argument(
-        "--profile", type=int, nargs="+", default=[], metavar="B", help="kernels of a greedy step of B rows (CUDA only)"
-    )
-    made.add_argument("--output", type=Path, help="folder for speed.md, .json and .png")
-    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a case was red or failed."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    made = parser()
-    options = made.parse_args(argv)
-    device = torch.device(options.device)
+    made = parser("bench generate")
+    options = made.parse(argv)
+    device = torch.device(options.device or default_device())
     on_gpu = device.type == "cuda"
     if (options.compile or options.profile) and not on_gpu:
         made.error("--compile and --profile need a CUDA device")
     # On a GPU a long prompt takes as long as a hundred tokens: fewer would drown in its variation.
     options.new = options.new if options.new is not None else (256 if on_gpu else 32)
     options.stock_new = options.stock_new if options.stock_new is not None else (16 if on_gpu else options.new)
-    if min(options.new, options.pairs, options.stock_new) < 1:
-        made.error("--new, --stock-new and --pairs must be at least 1")
-    dtype = DTYPES.get(options.dtype, torch.bfloat16 if on_gpu else torch.float32)
+    options.dtype = ("bfloat16" if on_gpu else "float32") if options.dtype == "auto" else options.dtype
+    dtype: torch.dtype = getattr(torch, options.dtype)
     try:
         cases = choose(options.kind, options.batch, options.prompt, on_gpu)
         settings = _settings(options, dtype, on_gpu)
@@ -135,7 +101,9 @@ def _load(options: argparse.Namespace, device: torch.device, dtype: torch.dtype,
     if options.shape:
         model = random_model(options.shape, device, dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        with named(options.model):
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model = model.to(device).eval()
     most = model.config.get_text_config().max_position_embeddings
     if longest > most:
         raise ValueError(f"a case takes {longest} positions, but the model has {most}; shorten --prompt or --new")

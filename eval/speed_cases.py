@@ -11,15 +11,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-KINDS = {
-    "greedy": "each row its own prompt",
-    "sampling": "the same with top-k 50 and top-p 0.9",
-    "callbacks": "greedy with a user's logits processor, stopping criterion and streamer",
-    "samples": "all rows are samples of one prompt, top-k 50",
-    "drafts": "greedy with prompt lookup of 8 tokens, a prompt that repeats itself; a batch of 1, as Transformers wants it",
-    "finished": "greedy rows that end one after the other; `stays`: patched, with ended rows left in the batch (CUDA only)",
-    "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
-}
 # Tokens that prompt lookup guesses, and how often a prompt says the same.
 LOOKUP, REPEATS = 8, 8
 # Kinds whose rows end before the call does.

@@ -1,13 +1,20 @@
-"""The picture of the `generate()` benchmark: time per token and first token, with the limits, bars and aims."""
+"""The picture of the `generate()` benchmark: time per token and first token, with limits and targets."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hf_fastattn.eval.plot_words import logarithmic, measured
 from hf_fastattn.eval.speed_table import is_green
 from hf_fastattn.eval.speed_targets import SHAPE, targets
 
 COLOURS = {"stock": "#8d99a6", "compiled": "#4f5b66", "stays": "#9467bd", "patched": "#1f77b4"}
+NAMES = {
+    "stock": "stock Transformers",
+    "compiled": "stock, static cache and torch.compile",
+    "stays": "patched, ended rows kept",
+    "patched": "patched",
+}
 BAR_COLOUR, AIM_COLOUR = "#d62728", "#2ca02c"
 REACH = 0.45
 
@@ -15,26 +22,38 @@ REACH = 0.45
 def draw_speed(plt: Any, record: dict[str, Any]) -> Any:
     """Two panels, one group of marks a case; a red case shows nothing of ours."""
     rows = record["cases"]
-    figure, panels = plt.subplots(2, 1, figsize=(3 + 1.3 * max(len(rows), 3), 8.5), sharex=True, constrained_layout=True)
-    figure.suptitle(f"generate() of {record['settings']['model']} on {record['environment']['device']}")
-    for panel, name, title in zip(panels, ("token_ms", "first_ms"), ("a token, ms", "first token, ms"), strict=True):
+    size = (max(8, 1 + 0.9 * len(rows)), 7)
+    figure, panels = plt.subplots(2, 1, figsize=size, sharex=True, constrained_layout=True)
+    settings, device = record["settings"], record["environment"]["device"]
+    figure.suptitle(f"generate() of {settings['model']}, {settings['dtype']}, on {device}", fontsize=11)
+    titles = ("time of a token after the first, ms", "time to the first token, ms")
+    for panel, name, title in zip(panels, ("token_ms", "first_ms"), titles, strict=True):
         for system, (places, values) in _series(rows, name).items():
-            panel.plot(places, values, "o", color=COLOURS[system], label=system)
+            panel.plot(places, values, "o", color=COLOURS[system], markersize=5, label=NAMES[system])
             for place, value in zip(places, values, strict=True):
-                panel.annotate(f"{value:.4g}", (place, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        if record["settings"]["shape"] == SHAPE:
+                _annotate(panel, place, value)
+        if settings["shape"] == SHAPE:
             _targets(panel, rows, name)
-        panel.set_ylabel(title)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.grid(axis="y", which="both", color="#eeeeee")
+        logarithmic(panel.yaxis)
+        panel.set_ylabel(title, fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(axis="y", color="#eeeeee")
         panel.set_axisbelow(True)
-        panel.margins(y=0.12)
+        panel.margins(y=0.14)
     limits = [(place, row["systems"]["patched"]["limit_ms"]) for place, row in enumerate(rows)]
-    _lines(panels[0], [found for found in limits if found[1] is not None], "black", "solid", "read limit")
+    limits = [found for found in limits if found[1] is not None]
+    _lines(panels[0], limits, "black", "solid", "limit: weights, keys and values read once")
     panels[1].set_xticks(range(len(rows)), [f"{row['kind']}\n{row['name']}" for row in rows], fontsize=8)
-    panels[0].legend(frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
+    panels[1].set_xlabel("kind of call; rows x tokens of a prompt, or samples of a prompt", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     return figure
+
+
+def _annotate(panel: Any, place: float, value: float) -> None:
+    """The value over its mark, on white so that no line runs through it."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    style = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "bbox": box}
+    panel.annotate(measured(value), (place, value), (0, 6), **style)
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -50,8 +69,8 @@ def _series(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[list[float
 
 def _targets(panel: Any, rows: list[dict[str, Any]], name: str) -> None:
     found = [(place, target) for place, row in enumerate(rows) for target in targets(row) if target.figure == name]
-    _lines(panel, [(place, target.bar) for place, target in found], BAR_COLOUR, "dashed", "bar")
-    _lines(panel, [(place, target.aim) for place, target in found], AIM_COLOUR, "dashed", "aim")
+    _lines(panel, [(place, target.bar) for place, target in found], BAR_COLOUR, "dashed", "target, at most")
+    _lines(panel, [(place, target.aim) for place, target in found], AIM_COLOUR, "dashed", "target, at best")
 
 
 def _lines(panel: Any, found: list[tuple[int, float]], colour: str, style: str, label: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hf_fastattn.eval.choices import KINDS
 from hf_fastattn.eval.report import environment_lines
-from hf_fastattn.eval.speed_cases import KINDS
 from hf_fastattn.eval.speed_targets import NAMES, SHAPE, targets
 
 HEAD = (

@@ -5,13 +5,21 @@ model.generate(**inputs, max_new_tokens=256)
 hf_fastattn.unpatch(model)
 """
 
-from hf_fastattn.cache import PagedCache
-from hf_fastattn.config import FastAttnConfig
-from hf_fastattn.interface import register
-from hf_fastattn.pages import CacheFullError, PagePool
-from hf_fastattn.patches.scope import PatchScope
-from hf_fastattn.patching import patch, patched, unpatch
-from hf_fastattn.report import report
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hf_fastattn.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from hf_fastattn.cache import PagedCache
+    from hf_fastattn.config import FastAttnConfig
+    from hf_fastattn.interface import register
+    from hf_fastattn.pages import CacheFullError, PagePool
+    from hf_fastattn.patches.scope import PatchScope
+    from hf_fastattn.patching import patch, patched, unpatch
+    from hf_fastattn.report import report
 
 __all__ = [
     "CacheFullError",
@@ -25,3 +33,50 @@ __all__ = [
     "report",
     "unpatch",
 ]
+
+# PyTorch and Transformers take seconds to import, so what needs them is imported when it is first asked for.
+_DEFINED_IN = {
+    "CacheFullError": "hf_fastattn.pages",
+    "FastAttnConfig": "hf_fastattn.config",
+    "PagePool": "hf_fastattn.pages",
+    "PagedCache": "hf_fastattn.cache",
+    "PatchScope": "hf_fastattn.patches.scope",
+    "patch": "hf_fastattn.patching",
+    "patched": "hf_fastattn.patching",
+    "register": "hf_fastattn.interface",
+    "report": "hf_fastattn.report",
+    "unpatch": "hf_fastattn.patching",
+}
+_LINKS = ("eval", "kernels", "patches")
+
+
+class _Package(ModuleType):
+    """Imports public names, and modules as in `hf_fastattn.interface.counters`, at first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _DEFINED_IN:
+            value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+            setattr(self, name, value)
+            return value
+        if name in _modules():
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever imports the file report.py would otherwise put the module in the place of the function of that name.
+        if name == "report" and isinstance(value, ModuleType):
+            value = value.report
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*__all__, *_modules(), *(name for name in vars(self) if name.startswith("__"))})
+
+
+def _modules() -> set[str]:
+    """Names of the modules and folders in this package."""
+    import pkgutil
+
+    return {*_LINKS, *(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))}
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-# name: (module with a `main(argv) -> int`, one line of help); modules load only when their command runs.
-COMMANDS = {
-    "demo": ("hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side"),
-    "eval perplexity": ("hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference"),
-    "eval parity": ("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones"),
-    "eval faults": ("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice"),
-    "bench generate": ("hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs"),
-    "bench attention": ("hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings"),
+from hf_fastattn.eval.arguments import COMMANDS, Parser
+from hf_fastattn.version import __version__
+
+GROUPS = {
+    "eval": "compare the patched model with stock on real text: perplexity, parity, faults",
+    "bench": "time it: generate, attention",
 }
 
 
+def parser() -> Parser:
+    """All commands with their options; `command` is the one chosen, or None, and then `shown` the parser to ask for more."""
+    top = Parser(prog="hf-fastattn", description="Fast generate() for Transformers: a demo, evaluations and benchmarks.")
+    top.add_argument("--version", action="version", version=f"hf-fastattn {__version__}")
+    top.set_defaults(command=None, shown=top)
+    places = {"": top.add_subparsers(title="commands", metavar="COMMAND")}
+    for name, command in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in places:
+            made = places[""].add_parser(group, help=GROUPS[group], description=f"To {GROUPS[group]}.")
+            made.set_defaults(shown=made)
+            places[group] = made.add_subparsers(title="commands", metavar="COMMAND")
+        leaf = places[group].add_parser(word, help=command.summary, description=command.add_options.__doc__)
+        leaf.set_defaults(command=name)
+        command.add_options(leaf)
+    return top
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command named first in `argv` (default: the process's arguments); returns its exit status."""
+    """Runs the command that `argv` (default: the process's arguments) begins with; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and any(name.startswith(f"{words[0]} ") for name in COMMANDS):
-        words[:2] = [" ".join(words[:2])]
-    listing = "\n".join(f"  {name:<18}{text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="hf-fastattn",
-        description=f"commands:\n{listing}\n\n`hf-fastattn COMMAND --help` lists a command's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="passed on to the command")
-    arguments = parser.parse_args(words)
-    module = importlib.import_module(COMMANDS[arguments.command][0])
-    return module.main(arguments.options)
+    arguments = parser().parse_args(words)
+    if arguments.command is None:
+        arguments.shown.exit(2, arguments.shown.format_help())
+    # The module takes seconds to import: only once its options are known to be right.
+    module = importlib.import_module(COMMANDS[arguments.command].module)
+    return module.main(words[len(arguments.command.split()) :])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""The wheel, built from a copy of the tree and run from elsewhere: links become folders, data files travel."""
+"""The wheel and the sdist, built from a copy of the tree: links become folders, data files travel, tests stay."""
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+import hf_fastattn
+
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "hf_fastattn", "kernels", "patches", "eval")
 FOLDERS = ("kernels", "patches", "eval")
+SOURCES = ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE", "hf_fastattn", *FOLDERS)
 # Below eval/: training data and records of past runs.
 LEFT_OUT = {"work", "results"}
 
@@ -19,10 +24,10 @@ GENERATE = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import hf_fastattn, hf_fastattn.cli
-from hf_fastattn.eval.demo import SHIPPED_CHECKPOINT
+from hf_fastattn.eval.choices import SHIPPED
 
 print(hf_fastattn.__file__)
-print(SHIPPED_CHECKPOINT)
+print(SHIPPED)
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False)
@@ -58,6 +63,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("checkpoint/weights", "checkpoint/work", "results"):
         (tree / "eval" / name).mkdir(parents=True, exist_ok=True)
         (tree / "eval" / name / "planted.json").write_text("{}")
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_planted.py").write_text("")
     return tree
 
 
@@ -65,6 +72,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(tree: Path) -> Path:
     pip("wheel", "--no-build-isolation", "--wheel-dir", tree.parent, tree)
     (built,) = tree.parent.glob("hf_fastattn-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path) -> Path:
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tree.parent / "dist")]
+    process = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    (built,) = (tree.parent / "dist").glob("hf_fastattn-*.tar.gz")
     return built
 
 
@@ -87,6 +104,35 @@ def test_wheel_has_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if {*LEFT_OUT, "__pycache__"} & set(name.split("/"))]
 
 
+def test_wheel_has_no_links(wheel: Path) -> None:
+    modes = [info.external_attr >> 16 for info in zipfile.ZipFile(wheel).infolist()]
+    assert all(stat.S_ISREG(mode) for mode in modes)
+
+
+def test_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Version"] == hf_fastattn.__version__ and metadata["Requires-Python"] == ">=3.11"
+    # Transformers changes what it calls between minor versions, so the next one must be tried first.
+    assert "transformers<5.25,>=5.17" in metadata.get_all("Requires-Dist", [])
+
+
+def test_sdist_has_no_tests_and_no_links(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert all(member.isreg() or member.isdir() for member in members)
+    names = {member.name.partition("/")[2] for member in members}
+    assert not [name for name in names if {"tests", *LEFT_OUT} & set(name.split("/"))]
+    assert {"constraints.txt", "hf_fastattn/kernels/paged.py", "hf_fastattn/eval/checkpoint/weights/planted.json"} <= names
+
+
+def test_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    pip("wheel", "--no-build-isolation", "--wheel-dir", tmp_path, sdist)
+    (built,) = tmp_path.glob("hf_fastattn-*.whl")
+    assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
 def test_installed_wheel_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip("install", "--target", target, wheel)
@@ -96,6 +142,10 @@ def test_installed_wheel_runs_elsewhere(wheel: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", GENERATE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr
+    answer = subprocess.run(
+        [sys.executable, "-m", "hf_fastattn", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert answer.stdout == f"hf-fastattn {hf_fastattn.__version__}\n"
     module, checkpoint = process.stdout.split()[-2:]
     assert Path(module).is_relative_to(target) and Path(checkpoint).is_relative_to(target)
     if (ROOT / "eval" / "checkpoint" / "weights" / "config.json").is_file():

@@ -162,7 +162,7 @@ def _lookup_prompt(vocabulary: RecallVocabulary, length: int, depth: float, rng:
 @lru_cache(maxsize=1)
 def heldout_documents() -> tuple[dict[str, str], ...]:
     """The shipped held-out documents: `source`, `kind` and `text` of each."""
-    return tuple(json.loads(Path(__file__).with_name("heldout.json").read_text()))
+    return tuple(json.loads(Path(__file__).with_name("heldout.json").read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=4)

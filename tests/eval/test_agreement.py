@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_fastattn.eval.agreement import Agreement
-from hf_fastattn.eval.speed_cases import KINDS, Case
+from hf_fastattn.eval.choices import KINDS
+from hf_fastattn.eval.speed_cases import Case
 from hf_fastattn.eval.speed_systems import twin
 from tests.models import tiny
 

@@ -12,7 +12,8 @@ from torch import nn
 from hf_fastattn import cli
 from hf_fastattn.eval import shapes, speed, speed_bench
 from hf_fastattn.eval.agreement import Agreement, Verdict
-from hf_fastattn.eval.speed_cases import ENDING, KINDS, Case
+from hf_fastattn.eval.choices import KINDS
+from hf_fastattn.eval.speed_cases import ENDING, Case
 from hf_fastattn.eval.speed_systems import twin
 from tests.models import COMMON, tiny
 from tests.reexecuted import reexecuted_loop

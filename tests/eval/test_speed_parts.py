@@ -9,8 +9,9 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.eval.choices import KINDS
 from hf_fastattn.eval.speed_bench import problems, ratios
-from hf_fastattn.eval.speed_cases import ENDING, KINDS, ON_CPU, ON_GPU, Case, choose
+from hf_fastattn.eval.speed_cases import ENDING, ON_CPU, ON_GPU, Case, choose
 from hf_fastattn.eval.speed_limit import key_value_bytes, step_limit, weight_bytes
 from hf_fastattn.eval.speed_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.speed_systems import System, Timing, end_rows_after, twin

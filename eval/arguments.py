@@ -1,0 +1,216 @@
+"""The options of every command, without PyTorch, so that help and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from hf_fastattn.eval.choices import DTYPES, FAULTS, KINDS, SHAPES, SHIPPED, WINDOWS_16, WINDOWS_32
+
+PROMPT = 'def read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the message, on one line."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The options, once the folder that `--output` names is there."""
+        arguments = self.parse_args(argv)
+        folder = getattr(arguments, "output", None)
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self.error(f"argument --output: folder {str(folder)!r} cannot be made: {error.strerror}")
+            if not os.access(folder, os.W_OK):
+                self.error(f"argument --output: folder {str(folder)!r} cannot be written to")
+        return arguments
+
+
+def positive(text: str) -> int:
+    """A count of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def checkpoint(text: str) -> str:
+    """A hub id, or the path of a folder that exists."""
+    if not text or (_is_path(text) and not Path(text).exists()):
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}; give the path of a checkpoint or a hub id")
+    return text
+
+
+def text_source(text: str) -> str:
+    """The name of a data set, or the path of a file that exists."""
+    is_file = _is_path(text) or text.endswith((".txt", ".json", ".jsonl"))
+    if not text or (is_file and not Path(text).expanduser().exists()):
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return text
+
+
+def _is_path(text: str) -> bool:
+    """Whether this can't be the name `owner/name` of something on the hub."""
+    return text.startswith((".", "~")) or os.path.isabs(text) or "\\" in text or text.count("/") > 1
+
+
+def _add_model(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--model", type=checkpoint, default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)"
+    )
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+
+
+def add_demo(made: argparse.ArgumentParser) -> None:
+    """One prompt, greedy, then samples of one long prompt: text, agreement, first-token time and tokens/s of both."""
+    made.add_argument(
+        "model", type=checkpoint, nargs="?", default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)"
+    )
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--prompt", default=PROMPT, help="text to continue in the first part")
+    made.add_argument("--new-tokens", type=positive, default=64, help="new tokens in the first part")
+    made.add_argument("--samples", type=positive, default=8, help="samples of one prompt in the second part")
+    made.add_argument("--prompt-tokens", type=positive, default=1000, help="prompt length in the second part")
+    made.add_argument("--sample-tokens", type=positive, default=32, help="new tokens of each sample")
+    made.add_argument("--repeats", type=positive, default=3, help="timed runs of each (one, if they are slow)")
+
+
+def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
+    _add_model(made)
+    made.add_argument(
+        "--data",
+        type=text_source,
+        default="heldout",
+        help="heldout (shipped), wikitext, c4, a .txt, .json or .jsonl file, or a data set",
+    )
+    made.add_argument("--data-config", help="configuration of the data set")
+    made.add_argument("--split", default="test")
+    made.add_argument("--column", default="text")
+    made.add_argument("--documents", type=int, default=512, help="most documents to read")
+    made.add_argument("--context", type=int, default=512, help="tokens of a window")
+    made.add_argument("--stride", type=int, default=128, help="tokens scored in a window")
+    made.add_argument("--windows", type=int, default=windows, help="windows drawn from all documents; 0 takes all")
+    made.add_argument("--batch", type=int, default=8, help="windows that run together")
+    made.add_argument("--append", type=int, default=40, help="tokens of a window that are appended in pieces")
+    made.add_argument("--piece", type=int, default=13, help="tokens of such a piece")
+    made.add_argument("--decode", type=int, default=32, help="tokens of a window that are decoded one by one")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--variant",
+        action="append",
+        metavar="OPTION=VALUE,...",
+        help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
+    )
+    made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
+    made.add_argument("--inject", choices=FAULTS, help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument("--layer", type=int, help="plant it in this layer only")
+    made.add_argument("--threads", type=int, help="CPU threads")
+    made.add_argument("--output", type=Path, help="folder for the report (.md, .json, .png) and the journal")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_perplexity(made: argparse.ArgumentParser) -> None:
+    """Perplexity of stock and patched on the same tokens, paired token by token. Exits with 1 if a variant alarms."""
+    _add_accuracy(made, windows=48)
+
+
+def add_parity(made: argparse.ArgumentParser) -> None:
+    """Logits, hidden states and greedy paths of stock and patched against exact ones. Exits with 1 if a variant alarms."""
+    _add_accuracy(made, windows=24)
+    made.add_argument("--new", type=int, default=24, help="tokens generated greedily after each window")
+
+
+def add_faults(made: argparse.ArgumentParser) -> None:
+    """Both evaluations with each fault, which they must notice, and over seeds without one. Exits with 1 if one is wrong."""
+    made.add_argument("--seeds", type=int, default=20)
+    made.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
+    made.add_argument("--context", type=int, default=256)
+    made.add_argument("--stride", type=int, default=64)
+    made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--model", type=checkpoint, help="hub id or path of a Llama (default: the shipped checkpoint)")
+    made.add_argument("--variant", action="append", help="as for perplexity; repeatable")
+    made.add_argument("--output", type=Path, help="folder for faults.md, faults.json and faults.png")
+    made.add_argument("--quiet", action="store_true")
+
+
+def add_generate(made: argparse.ArgumentParser) -> None:
+    """Whole calls of generate(), stock and patched in turn, once both are seen to compute the same. Exits with 1 if a case
+    is wrong, falls back to Transformers' own path, or fails."""
+    _add_model(made)
+    made.add_argument("--shape", choices=sorted(SHAPES), help="a model of this shape with random weights instead")
+    kinds = "; ".join(f"{name}: {text}" for name, text in KINDS.items())
+    made.add_argument("--kind", nargs="+", choices=KINDS, help=f"only these kinds of calls. {kinds}")
+    made.add_argument("--batch", type=int, nargs="+", help="rows of each case (default: the standard set)")
+    made.add_argument(
+        "--prompt", type=int, nargs="+", help="tokens of the prompts, one for each of --batch or for all (512)"
+    )
+    made.add_argument("--new", type=positive, help="tokens after the first that are timed (default: 256 on a GPU, else 32)")
+    made.add_argument("--stock-new", type=positive, help="the same for stock (default: 16 on a GPU, else as --new)")
+    made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds, of which the medians count")
+    made.add_argument("--compile", action="store_true", help="also a static cache with torch.compile (CUDA only; slow)")
+    made.add_argument("--graphs", choices=("on", "off"), default="on", help="replay decode steps from CUDA graphs")
+    made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="further options of patch()")
+    made.add_argument(
+        "--check",
+        choices=("kind", "case"),
+        help="check agreement for the first case of each kind, or for every case (default: case in fp32, else kind)",
+    )
+    made.add_argument(
+        "--profile", type=int, nargs="+", default=[], metavar="B", help="kernels of a greedy step of B rows (CUDA only)"
+    )
+    made.add_argument("--output", type=Path, help="folder for speed.md, .json and .png")
+
+
+def add_attention(made: argparse.ArgumentParser) -> None:
+    """The attention kernels against PyTorch's, FlashInfer's where it is installed, and the speed of memory. Exits with 1 if
+    a result is wrong. Without a GPU the reference runs small shapes."""
+    made.add_argument("--page-size", type=int, default=16, help="tokens a page")
+    made.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
+    made.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
+    made.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
+    made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
+
+
+class Command(NamedTuple):
+    """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
+
+    module: str
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+COMMANDS = {
+    "demo": Command(
+        "hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side", add_demo
+    ),
+    "eval perplexity": Command(
+        "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
+    ),
+    "eval parity": Command("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones", add_parity),
+    "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
+    "bench generate": Command(
+        "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate
+    ),
+    "bench attention": Command(
+        "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention
+    ),
+}
+
+
+def parser(name: str) -> Parser:
+    """The parser of one command, by its name in COMMANDS."""
+    add_options = COMMANDS[name].add_options
+    made = Parser(prog=f"hf-fastattn {name}", description=add_options.__doc__)
+    add_options(made)
+    return made

@@ -1,0 +1,45 @@
+"""What options of the command can name: plain data, apart from the code it is for, which takes seconds to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+DTYPES = ("float32", "bfloat16", "float16")
+
+# The faults that faults.py can plant.
+FAULTS = ("page", "position", "mask", "scale", "window")
+
+# The kinds of calls that the `generate()` benchmark knows.
+KINDS = {
+    "greedy": "each row its own prompt",
+    "sampling": "the same with top-k 50 and top-p 0.9",
+    "callbacks": "greedy with a user's logits processor, stopping criterion and streamer",
+    "samples": "all rows are samples of one prompt, top-k 50",
+    "drafts": "greedy with prompt lookup of 8 tokens, a prompt that repeats itself; a batch of 1, as Transformers wants it",
+    "finished": "greedy rows that end one after the other; `stays`: patched, with ended rows left in the batch (CUDA only)",
+    "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
+}
+
+# The configuration that the name stands for, as published; weights are random.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+}
+
+# Windows of a run that plants faults. In 16 bits the scale fault is little more than rounding: the limits must be known
+# well to tell them apart.
+WINDOWS_32, WINDOWS_16 = 8, 48
