@@ -44,7 +44,7 @@ class Arrivals:
     def __init__(self, rows: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         with torch.inference_mode(False):
-            self._host = torch.zeros(DEPTH + 1, rows, dtype=torch.int64, pin_memory=cuda)
+            self._host = torch.zeros(DEPTH + 1, rows, dtype=torch.int64, device="cpu", pin_memory=cuda)
         self._device = device
         self._events = [torch.cuda.Event() for _ in range(DEPTH + 1)] if cuda else []
         self._under_way: deque[tuple[int, Sequence[int]]] = deque()

@@ -83,7 +83,7 @@ class Batch:
     def _on(self, name: str, window: int | None, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
         key = (name, window, device)
         if key not in self._tensors:
-            host = torch.tensor(self._host(name, window), dtype=dtype)
+            host = torch.tensor(self._host(name, window), dtype=dtype, device="cpu")
             # From pageable memory this returns once the data is staged, without waiting for the device.
             self._tensors[key] = host.to(device, non_blocking=True)
         return self._tensors[key]

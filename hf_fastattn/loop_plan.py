@@ -95,7 +95,7 @@ def loop_plan(
     if config.do_sample and model._fastattn.runtime.config.sampling == "transformers":
         return "sampling='transformers'"
     eos, strings = stops.get(criteria.EosTokenCriteria), stops.get(criteria.StopStringCriteria)
-    ends = () if eos is None else tuple(torch.as_tensor(eos.eos_token_id).flatten().tolist())
+    ends = () if eos is None else tuple(torch.as_tensor(eos.eos_token_id, device="cpu").flatten().tolist())
     if strings is not None and (eos is None or (not rows_are_private and input_ids.shape[0] > 1)):
         return "rows go on after a stop string, as they do without an end token or where the cache is returned"
     suppressed, min_new = _suppressed(found, input_ids.shape[1])
@@ -110,7 +110,9 @@ def loop_plan(
             return f"a {kind.__name__} with its own filter_value or min_tokens_to_keep"
     penalty = found.get(processors.RepetitionPenaltyLogitsProcessor)
     ignored = getattr(penalty, "prompt_ignore_length", None)
-    if isinstance(ignored, int) and ignored > input_ids.shape[1]:
+    # Padding lengths of embeddings count columns that the token ids do not have.
+    most_ignored = int(ignored.max()) if isinstance(ignored, Tensor) else ignored or 0
+    if most_ignored > input_ids.shape[1]:
         return "a repetition penalty that ignores new tokens"
     temperature, top_k, top_p, min_p = (found.get(kind) for kind in PROCESSORS[3:])
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
@@ -158,4 +160,4 @@ def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], i
     if not least:
         return (), 0
     count, processor = max(least, key=lambda entry: entry[0])
-    return tuple(torch.as_tensor(processor.eos_token_id).flatten().tolist()), max(count, 0)
+    return tuple(torch.as_tensor(processor.eos_token_id, device="cpu").flatten().tolist()), max(count, 0)

@@ -218,6 +218,6 @@ class LoopState:
         return restore
 
     def _write(self, target: Tensor, values: Sequence[float]) -> None:
-        host = torch.tensor(values, dtype=target.dtype)
+        host = torch.tensor(values, dtype=target.dtype, device="cpu")
         # From pageable memory this returns once the data is staged, without waiting for the device.
         target[: len(values)].copy_(host, non_blocking=True)

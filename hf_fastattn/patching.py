@@ -28,6 +28,11 @@ from hf_fastattn.transformers_version import is_tested, supported_versions
 
 Model = TypeVar("Model", bound=nn.Module)
 
+WITHOUT_GENERATE = (
+    "for encoders, classifiers and sentence-transformers call hf_fastattn.register() and load the model with "
+    "attn_implementation='fastattn'"
+)
+
 
 @dataclass(frozen=True)
 class PatchState:
@@ -131,12 +136,23 @@ def find_model(model: Any) -> Any:
     for _ in range(8):
         if isinstance(inner, PreTrainedModel):
             break
-        unwrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
+        if hasattr(inner, "get_base_model"):
+            unwrapped = inner.get_base_model()
+        else:
+            # What torch.compile and data parallel wrappers hold.
+            held = vars(inner).get("_modules", {}) if hasattr(inner, "__dict__") else {}
+            unwrapped = held.get("_orig_mod") or held.get("module")
         if unwrapped is None:
-            raise TypeError(f"model is a {type(model).__name__}; expected a Transformers model, or a PEFT wrapper of one")
+            raise TypeError(
+                f"model is a {type(model).__name__}, expected a Transformers model with generate(), or one that PEFT or "
+                f"torch.compile wrapped; {WITHOUT_GENERATE}"
+            )
         inner = unwrapped
     if not hasattr(inner, "generate"):
-        raise TypeError(f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel")
+        raise TypeError(
+            f"model is a {type(inner).__name__}, which has no generate(); patch() takes what AutoModelForCausalLM loads; "
+            f"{WITHOUT_GENERATE}"
+        )
     return inner
 
 

@@ -111,6 +111,11 @@ class Runtime:
         if self._calls:
             self._calls[-1].expansion = expansion
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a `generate()` is under way."""
+        return bool(self._calls)
+
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""
         return bool(self._calls) and any(cache is own for own in self._calls[-1].caches)

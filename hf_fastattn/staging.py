@@ -22,7 +22,7 @@ class Staging:
     def __init__(self, size: int, device: torch.device) -> None:
         cuda = device.type == "cuda"
         with torch.inference_mode(False):
-            self._host = torch.zeros(DEPTH, size, dtype=torch.int32, pin_memory=cuda)
+            self._host = torch.zeros(DEPTH, size, dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._arrays: NDArray[np.int32] = self._host.numpy()
         self._device = device
         self._copied = [torch.cuda.Event() for _ in range(DEPTH)] if cuda else []

@@ -217,12 +217,22 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     if visible is None:
         return None
     past = cache.get_seq_length()
-    stored = torch.ones(visible.shape[0], past, dtype=torch.bool) if cache.stored is None else cache.stored
+    stored = torch.ones(visible.shape[0], past, dtype=torch.bool, device="cpu") if cache.stored is None else cache.stored
     if not torch.equal(visible[:, :past], stored):
         return "the mask hides tokens that are cached"
-    if any(window is not None for window in cache.tables) and bool((visible[:, 1:] < visible[:, :-1]).any()):
+    return _why_not_mask(visible, past, cache, vars(decoder)[STATE].runtime.in_call)
+
+
+def _why_not_mask(visible: Tensor, past: int, cache: PagedCache, in_call: bool) -> str | None:
+    """Why what the mask `visible [B, past + S]` hides cannot be left out; `generate()` reads logits of hidden columns."""
+    if not bool(visible[:, past:].any()):
+        return "no row has a new token"
+    started = visible.cumsum(1) > 0
+    hidden = started & ~visible
+    if any(window is not None for window in cache.tables) and bool((hidden[:, :-1] & visible[:, 1:]).any()):
         return "the mask has holes, and a sliding window counts them"
-    if bool((visible.any(1) & ~visible[:, -1]).any()):
-        # generate() reads the logits of the last column, token or not
+    if in_call and bool(hidden[:, -1].any()):
         return "the mask hides the last token of a row"
+    if in_call and cache.record_past and bool(hidden[:, past:].any()):
+        return "the mask hides columns by whose logits drafts are verified"
     return None

@@ -21,7 +21,9 @@ def normalise(module: Any, family: Family, q: Tensor, k: Tensor) -> tuple[Tensor
         return q, k, {}
     norms = (module.q_norm, module.k_norm)
     weights = [norm_weight(norm, family.qk_norm, q) for norm in norms]
+    if weights[0] is None or weights[1] is None:
+        return norms[0](q), norms[1](k), {}
     eps = norm_eps(norms[0])
-    if weights[0] is None or weights[1] is None or eps != norm_eps(norms[1]):
+    if eps != norm_eps(norms[1]):
         return norms[0](q), norms[1](k), {}
     return q, k, {"q_norm": weights[0], "k_norm": weights[1], "eps": eps, "unit_offset": family.unit_offset}
