@@ -467,7 +467,7 @@ class PagedCache(Cache):
         return None if self._stored is None else self._stored_until(self._columns)
 
     def _stored_until(self, columns: int) -> Tensor:
-        held = torch.ones(len(self.lengths), 0, dtype=torch.bool) if self._stored is None else self._stored
+        held = torch.ones(len(self.lengths), 0, dtype=torch.bool, device="cpu") if self._stored is None else self._stored
         # All columns since then hold tokens.
         missing = max(columns - held.shape[1], 0)
         return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
