@@ -115,6 +115,8 @@ def find_model(model: Any) -> Any:
         if unwrapped is None:
             raise TypeError(f"model is a {type(model).__name__}; expected a Transformers model, or a PEFT wrapper of one")
         inner = unwrapped
+    # Qwen's Omni models speak of what their thinker has generated.
+    inner = getattr(inner, "thinker", inner)
     if not hasattr(inner, "generate"):
         raise TypeError(f"{type(inner).__name__} has no generate(); load it with AutoModelForCausalLM, not with AutoModel")
     return inner

@@ -47,13 +47,13 @@ class PromptRows:
 
     def select(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """`model_kwargs` for the rows to compute."""
-        selected = {name: self._of_rows(value) if name in _ROW_INPUTS else value for name, value in model_kwargs.items()}
+        selected = {name: self._of_rows(name, value) for name, value in model_kwargs.items()}
         return {**selected, **self.others}
 
-    def _of_rows(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[_row_dim(value)] == 1:
+    def _of_rows(self, name: str, value: Any) -> Any:
+        if name not in _ROW_INPUTS or not isinstance(value, Tensor) or value.shape[_row_dim(name, value)] == 1:
             return value
-        return value.index_select(_row_dim(value), torch.tensor(self.first, device=value.device))
+        return value.index_select(_row_dim(name, value), torch.tensor(self.first, device=value.device))
 
     def expand(self, outputs: ModelOutput) -> ModelOutput:
         """The outputs of the rows that were computed, for all rows; what is not by row (losses) stays."""
@@ -81,11 +81,11 @@ def distinct_rows(input_ids: Tensor, model_kwargs: dict[str, Any], expansion: Ex
         if isinstance(value, dict) and not value:
             continue
         if name in _ROW_INPUTS and isinstance(value, Tensor):
-            rows = value.shape[_row_dim(value)]
+            rows = value.shape[_row_dim(name, value)]
             if rows not in (1, count):
                 return None
             if rows == count:
-                tensors.append(value.movedim(_row_dim(value), 0))
+                tensors.append(value.movedim(_row_dim(name, value), 0))
         elif expansion is not None and name in expansion.inputs and value is expansion.inputs[name][0]:
             others[name] = expansion.inputs[name][1]
         else:
@@ -108,9 +108,9 @@ def unshared(value: Any) -> Any:
     return {name: copy.copy(output) for name, output in value.items()} if isinstance(value, dict) else value
 
 
-def _row_dim(value: Tensor) -> int:
-    # Positions on several axes are [axes, B, S], unlike inputs_embeds [B, S, hidden]
-    return 1 if value.ndim == 3 and not value.is_floating_point() else 0
+def _row_dim(name: str, value: Tensor) -> int:
+    # Positions on several axes are [axes, B, S]
+    return 1 if name == "position_ids" and value.ndim == 3 else 0
 
 
 def _equal_rows(tensors: list[Tensor]) -> PromptRows | None:

@@ -28,7 +28,7 @@ def generate(model: Any, batch: dict[str, torch.Tensor], call: str = "greedy", *
 @pytest.mark.parametrize("call", CALLS)
 def test_images(family: str, call: str) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     expected = generate(stock, batch, call)
     assert torch.equal(generate(model, batch, call), expected)
     assert_fast(model, real_tokens(batch), shared=call != "greedy")
@@ -39,7 +39,7 @@ def test_images(family: str, call: str) -> None:
 @pytest.mark.parametrize("family", VISION_MODELS)
 def test_images_without_padding(family: str) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     for call in CALLS:
         assert torch.equal(generate(model, batch, call), generate(stock, batch, call))
@@ -51,8 +51,8 @@ def test_the_tower_sees_an_image_once(family: str) -> None:
     _, model = pair(family)
     patches = []
     model.model.visual.patch_embed.register_forward_hook(lambda _, inputs, __: patches.append(len(inputs[0])))
-    generate(model, image_batch(), "samples")
-    assert sum(patches) == len(image_batch()["pixel_values"])
+    generate(model, image_batch(family), "samples")
+    assert sum(patches) == len(image_batch(family)["pixel_values"])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
@@ -67,7 +67,7 @@ def test_identical_text_rows_are_computed_once(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_positions_on_three_axes_matter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     assert torch.equal(generate(model, batch), generate(stock, batch))
     prepare = decoder._packed_arguments
 

@@ -1,0 +1,38 @@
+"""Models that put a tower before a decoder of ours: images and sound, padding, and stock's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from tests.composites import COMPOSITES, composite, media_batch
+from tests.models import assert_fast, real_tokens
+
+CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "samples": {"do_sample": True, "temperature": 2.0, "top_k": 0, "num_return_sequences": 3},
+}
+
+
+def generate(model: Any, batch: dict[str, torch.Tensor], call: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    return model.generate(**batch, max_new_tokens=16, **CALLS[call])
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composite(name: str) -> None:
+    stock, model = composite(name), hf_fastattn.patch(composite(name))
+    batch = media_batch(name)
+    for call in CALLS:
+        expected = generate(stock, batch, call)
+        assert torch.equal(generate(model, batch, call), expected), call
+        counters = assert_fast(model, real_tokens(batch), shared=call != "greedy")
+        assert counters.forwards == 16
+    main = COMPOSITES[name].main
+    other = generate(model, {**batch, main: batch[main].flip(0)}, call)
+    assert not torch.equal(other, expected)
+    hf_fastattn.unpatch(model)
+    assert torch.equal(generate(model, batch, call), expected)
