@@ -53,6 +53,17 @@ class FastGenerationMixin:
         self._fastattn.runtime.expansion = expansion_of(expand_size, before, expanded)
         return ids, expanded
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        before = dict(model_kwargs)
+        prepared = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs, *args, **kwargs
+        )
+        # What a tower has made of equal images need not be equal to the last bit: the images are compared.
+        self._fastattn.runtime.keep_encoded_from({name: value for name, value in before.items() if name not in prepared})
+        return prepared
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
     ) -> Any:
@@ -63,7 +74,10 @@ class FastGenerationMixin:
         cache = model_kwargs.get(CACHE)
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
-            rows = distinct_rows(input_ids, model_kwargs, runtime.expansion)
+            rows = distinct_rows(input_ids, model_kwargs, runtime.expansion, self.config, runtime.take_encoded_from())  # type: ignore[attr-defined]
+            if isinstance(rows, str):
+                runtime.note(f"equal rows of the prompt are not looked for: {rows}")
+                rows = None
         with runtime.prefill():
             if rows is None:
                 return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]

@@ -268,6 +268,15 @@ def image_batch(family: str = "qwen2_vl", seed: int = 1) -> dict[str, torch.Tens
     }
 
 
+def repeated_images(batch: Mapping[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+    """The rows of an `image_batch` in another order or more often, with their images."""
+    grids, owned = batch["image_grid_thw"], [[0, 1], [2], []]
+    patches = batch["pixel_values"].split(grids.prod(1).tolist())
+    units = [unit for row in order for unit in owned[row]]
+    rows = {name: value[order] for name, value in batch.items() if len(value) == 3 and name != "image_grid_thw"}
+    return {**rows, "image_grid_thw": grids[units], "pixel_values": torch.cat([patches[unit] for unit in units])}
+
+
 def single(length: int = 37, seed: int = 1) -> dict[str, torch.Tensor]:
     """One row without padding."""
     return padded_batch(1, length, seed)
