@@ -67,8 +67,12 @@ class PromptRows:
             return value
         return value.index_select(_row_dim(name, value), torch.tensor(self.first, device=value.device))
 
-    def expand(self, outputs: ModelOutput) -> ModelOutput:
-        """The outputs of the rows that were computed, for all rows; what is not by row (losses) stays."""
+    def expand(self, outputs: Any) -> Any:
+        """The outputs of the rows that were computed, for all rows; what is not by row (losses) stays.
+
+        Args:
+            outputs: a `ModelOutput`, or a tuple of its values.
+        """
         rows = torch.tensor(self.copies)
 
         def expand(value: Any) -> Any:
@@ -78,6 +82,8 @@ class PromptRows:
                 return tuple(expand(item) for item in value)
             return value
 
+        if not isinstance(outputs, ModelOutput):
+            return expand(outputs)
         for name, value in list(outputs.items()):
             outputs[name] = expand(value)
         return outputs
