@@ -13,7 +13,7 @@ from hf_fastattn.fast_sample import fast_sample
 from hf_fastattn.patches.plain_copies import PlainCopies
 from hf_fastattn.patches.unchanged import why_not_ours
 from hf_fastattn.patches.watched import why_rows_differ
-from hf_fastattn.prompt_rows import distinct_rows, expansion_of, unshared
+from hf_fastattn.prompt_rows import PromptRows, distinct_rows, expansion_of, unshared
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 
@@ -56,6 +56,17 @@ class FastGenerationMixin(PlainCopies):
         self._fastattn.runtime.expansion = expansion_of(expand_size, before, expanded)
         return ids, expanded
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        before = dict(model_kwargs)
+        prepared = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs, *args, **kwargs
+        )
+        # What a tower has made of equal images need not be equal to the last bit: the images are compared.
+        self._fastattn.runtime.keep_encoded_from({name: value for name, value in before.items() if name not in prepared})
+        return prepared
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
     ) -> Any:
@@ -66,11 +77,7 @@ class FastGenerationMixin(PlainCopies):
         cache = model_kwargs.get(CACHE)
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
-            rows = distinct_rows(input_ids, model_kwargs, runtime.expansion)
-        why_differ = None if rows is None else why_rows_differ(self)  # type: ignore[arg-type]
-        if why_differ is not None:
-            runtime.count_fallback(f"equal rows are computed one by one: {why_differ}")
-            rows = None
+            rows = self._distinct_rows(input_ids, model_kwargs)
         with runtime.prefill():
             if rows is None:
                 return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
@@ -80,6 +87,36 @@ class FastGenerationMixin(PlainCopies):
         assert isinstance(cache, PagedCache)
         cache.select_rows(rows.copies)
         return rows.expand(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
+        runtime, cache = self._fastattn.runtime, kwargs.get(CACHE)
+        if args or runtime.prefilling or not runtime.is_private(cache) or cache.get_seq_length():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        others = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        ids = embeds.new_empty(embeds.shape[0], 0) if input_ids is None else input_ids
+        rows = self._distinct_rows(ids, others)
+        if rows is None:
+            return super().__call__(**kwargs)  # type: ignore[misc]
+        with runtime.prefill():
+            given = {} if input_ids is None else {"input_ids": input_ids[rows.first]}
+            outputs = super().__call__(**given, **rows.select(others))  # type: ignore[misc]
+        cache.select_rows(rows.copies)
+        return rows.expand(outputs)
+
+    def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
+        runtime = self._fastattn.runtime
+        config = self.config  # type: ignore[attr-defined]
+        rows = distinct_rows(input_ids, inputs, runtime.expansion, config, runtime.take_encoded_from())
+        if isinstance(rows, str):
+            runtime.note(f"equal rows of the prompt are not looked for: {rows}")
+            return None
+        why_differ = None if rows is None else why_rows_differ(self)  # type: ignore[arg-type]
+        if why_differ is not None:
+            runtime.count_fallback(f"equal rows are computed one by one: {why_differ}")
+            return None
+        return rows
 
     def _sample(
         self,

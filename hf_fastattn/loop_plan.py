@@ -27,7 +27,13 @@ PROCESSORS = (
 )
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
 # Models whose `forward` is the decoder and `lm_head`, and nothing else.
-MODELS = tuple(f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Ministral", "Ministral3", "Qwen2", "Qwen3"))
+MODELS = tuple(
+    f"{family}ForCausalLM"
+    for family in (
+        "Apertus", "Arcee", "Cwm", "Exaone4", "Jais2", "Llama", "Ministral", "Ministral3", "Mistral", "Olmo2", "Olmo3",
+        "Qwen2", "Qwen3", "SeedOss", "SmolLM3", "Starcoder2",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,8 @@ def find_model(model: Any) -> Any:
                 f"torch.compile wrapped; {WITHOUT_GENERATE}"
             )
         inner = unwrapped
+    # Qwen's Omni models speak of what their thinker has generated.
+    inner = getattr(inner, "thinker", inner)
     if not hasattr(inner, "generate"):
         raise TypeError(
             f"model is a {type(inner).__name__}, which has no generate(); patch() takes what AutoModelForCausalLM loads; "

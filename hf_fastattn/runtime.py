@@ -28,6 +28,7 @@ class Call:
     caches: list[PagedCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
+    encoded_from: dict[str, Any] = field(default_factory=dict)
 
     def release(self, result: Any) -> list[PagedCache]:
         """Release the caches but the one that `result` returns to the caller."""
@@ -129,6 +130,18 @@ class Runtime:
         if not self._calls:
             return None
         held, self._calls[-1].prefilled = self._calls[-1].prefilled, None
+        return held
+
+    def keep_encoded_from(self, inputs: dict[str, Any]) -> None:
+        """The innermost call's towers have run over `inputs`; `take_encoded_from` gives them once."""
+        if self._calls:
+            self._calls[-1].encoded_from = inputs
+
+    def take_encoded_from(self) -> dict[str, Any]:
+        """What `keep_encoded_from` was given, once; else nothing."""
+        if not self._calls:
+            return {}
+        held, self._calls[-1].encoded_from = self._calls[-1].encoded_from, {}
         return held
 
     @contextmanager

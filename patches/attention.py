@@ -124,6 +124,8 @@ def attend_projected(
     batch, family = cache.paged_batch, vars(module)[STATE].family
     assert batch is not None
     shape = (batch.tokens, -1, module.head_dim)
+    if family.projection_norm:
+        q, k = module.q_norm(q), module.k_norm(k)
     q, gate = _queries(q, family, shape)
     k, v = k.view(shape), v.view(shape)
     q, k, norm = normalise(module, family, q, k)
@@ -132,6 +134,8 @@ def attend_projected(
     window = cache.layers[module.layer_idx].window
     k_pages, v_pages = cache.pages_for(module.layer_idx, k)
     cos, sin = batch.rope(*position_embeddings)
+    if family.rotates is not None and not family.rotates(module):
+        cos, sin = cos[:, :0], sin[:, :0]
     q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
     if family.query_scale is not None:
         q = q * _query_scale(module, family, position_ids, batch).to(q.dtype)

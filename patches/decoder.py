@@ -77,6 +77,8 @@ def decoder_forward_deepstack(
     return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
 
 
+# What a configuration may drop in train mode, by functions that no module shows.
+DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
 
 
@@ -204,8 +206,10 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
         return changed
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are needed"
-    if decoder.training and getattr(config, "attention_dropout", 0.0):
-        return "attention dropout is active"
+    if decoder.training:
+        for name in DROPOUTS:
+            if getattr(config, name, 0.0):
+                return f"{name.replace('_', ' ')} is active"
     if kwargs.get("output_attentions", config.output_attentions):
         return "attention weights are asked for"
     if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):

@@ -18,8 +18,8 @@ class LayerNames:
 
     Attributes:
         layer: of the layer.
-        norm: of its RMSNorms and the decoder's last.
-        mlp: of the MLP.
+        norm: of its RMSNorms and the decoder's last; "" if they are no RMSNorms, and so are called.
+        mlp: of the MLP; "" if it is no gated one, and so is called.
         unit_offset: the norms multiply by `1 + weight`.
     """
 
@@ -34,14 +34,21 @@ def like_llama(prefix: str) -> LayerNames:
     return LayerNames(f"{prefix}DecoderLayer", f"{prefix}RMSNorm", f"{prefix}MLP")
 
 
-# By model type, as Transformers 5.17 to 5.23 have them. The layers of other types differ or were not compared.
+# By model type, as Transformers 5.17 to 5.24 have them. The layers of other types differ or were not compared.
 LAYERS: dict[str, LayerNames] = {
+    "arcee": LayerNames("ArceeDecoderLayer", "ArceeRMSNorm", ""),
+    "cwm": like_llama("Cwm"),
+    "exaone": like_llama("Llama"),
+    "jais2": LayerNames("Jais2DecoderLayer", "", ""),
     "llama": like_llama("Llama"),
     "ministral": like_llama("Ministral"),
     "ministral3": like_llama("Ministral3"),
     "mistral": like_llama("Mistral"),
     "qwen2": like_llama("Qwen2"),
     "qwen3": like_llama("Qwen3"),
+    "seed_oss": like_llama("SeedOss"),
+    "smollm3": like_llama("SmolLM3"),
+    "starcoder2": LayerNames("Starcoder2DecoderLayer", "", ""),
 }
 
 
@@ -58,6 +65,8 @@ class Family:
         attention: class name of its attention modules, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
         qk_norm: class name of the RMSNorm on each head of q and k (`q_norm`, `k_norm`) before RoPE, if there is one.
         unit_offset: that norm multiplies by `1 + weight`.
+        projection_norm: `q_norm` and `k_norm` are over all heads at once; they are called.
+        rotates: whether an attention module rotates q and k; None if all do.
         output_gate: `q_proj` yields a query and a gate a head; the output is multiplied by `sigmoid(gate)`.
         query_scale: `(config, position_ids [.., S]) -> [.., S]`, a factor on each query after RoPE, if there is one.
         linear_attention: some layers keep a recurrent state, which padding must pass by: the padded layout is kept.
@@ -68,6 +77,8 @@ class Family:
     attention: str
     qk_norm: str | None = None
     unit_offset: bool = False
+    projection_norm: bool = False
+    rotates: Callable[[Any], bool] | None = None
     output_gate: bool = False
     query_scale: Callable[[Any, Tensor], Tensor] | None = None
     linear_attention: bool = False

@@ -6,7 +6,7 @@ tied embeddings even swapped pages leave the greedy tokens as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,15 @@ HYBRID: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
 DEEPSTACK: dict[str, Any] = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+MIXED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": MIXED_LAYERS}
+NO_ROPE: dict[str, Any] = {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}
+MULTIPLIERS: dict[str, Any] = {
+    "attention_multiplier": 0.4,
+    "embedding_multiplier": 1.5,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 1.3,
+    "pad_token_id": 0,
+}
 
 
 def axes(sections: list[int]) -> dict[str, Any]:
@@ -90,7 +99,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_window": ("Qwen3", {"head_dim": 32, **MIXED_WINDOW}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS}),
     "qwen3_next": ("Qwen3Next", {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 32}),
+    "apertus": ("Apertus", {"pad_token_id": 0}),
+    "arcee": ("Arcee", {"head_dim": 16}),
+    "cwm": ("Cwm", {**MIXED, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1}),
+    "exaone": ("Exaone", {}),
+    "exaone4": ("Exaone4", {**MIXED, "head_dim": 16, "pad_token_id": 0}),
+    "granite": ("Granite", MULTIPLIERS),
+    "hyperclovax": ("HyperCLOVAX", {**MULTIPLIERS, "use_post_norm": True}),
+    "jais2": ("Jais2", {"head_dim": 16}),
+    "olmo2": ("Olmo2", {"pad_token_id": 0}),
+    "olmo3": ("Olmo3", {**MIXED, "pad_token_id": 0}),
+    "seed_oss": ("SeedOss", {"head_dim": 16, "pad_token_id": 0}),
+    "smollm3": ("SmolLM3", NO_ROPE),
+    "smollm3_window": ("SmolLM3", {**NO_ROPE, **MIXED, "use_sliding_window": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
 }
+# Configurations whose models are another family's.
+BORROWED = {"Exaone": "Llama"}
 HYBRID_AXES = {"rope_parameters": {**axes([2, 1, 1]), "partial_rotary_factor": 0.5}}
 IMAGE_TOKEN = VOCAB - 1
 VISION_START = VOCAB - 3
@@ -103,6 +128,16 @@ VISION: dict[str, Any] = {
     "intermediate_size": 48,
     "out_hidden_size": 64,
     "initializer_range": 0.3,
+}
+AUDIO: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 16,
+    "max_source_positions": 64,
+    "output_dim": 64,
+    "downsample_hidden_size": 8,
 }
 # (name of the classes, what differs from COMMON in the text decoder, and from VISION in the tower)
 VISION_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -120,8 +155,20 @@ VISION_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**HYBRID, **HYBRID_AXES, **EXPERTS, "shared_expert_intermediate_size": 32},
         {"num_position_embeddings": 64},
     ),
+    "qwen2_5_omni": (
+        "Qwen2_5OmniThinker",
+        {"rope_parameters": axes([2, 3, 3]), **MIXED_WINDOW},
+        {"window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinker", {"head_dim": 16, "rope_parameters": axes([4, 2, 2]), **EXPERTS}, DEEPSTACK),
 }
-FAMILIES = (*MODELS, *VISION_MODELS)
+# The release that brought a family, where that is not the oldest one that is supported.
+SINCE = {"exaone": "5.24"}
+FAMILIES = tuple(
+    family
+    for family in (*MODELS, *VISION_MODELS)
+    if Version(transformers.__version__) >= Version(SINCE.get(family, "0"))
+)
 # The families that every feature is tested with.
 CORE = ("llama", "qwen2", "qwen2_window")
 
@@ -131,11 +178,13 @@ def build(family: str, over: Mapping[str, Any]) -> Any:
     if family in MODELS:
         name, special = MODELS[family]
         config = getattr(transformers, f"{name}Config")(**{**COMMON, **special, **over})
-        return getattr(transformers, f"{name}ForCausalLM")(config)
+        return getattr(transformers, f"{BORROWED.get(name, name)}ForCausalLM")(config)
     name, special, vision = VISION_MODELS[family]
+    audio = {"audio_config": AUDIO, "audio_token_id": VOCAB - 5} if "Thinker" in name else {}
     config = getattr(transformers, f"{name}Config")(
         text_config={**COMMON, **special, **over},
         vision_config={**VISION, **vision},
+        **audio,
         image_token_id=IMAGE_TOKEN,
         video_token_id=VOCAB - 2,
         vision_start_token_id=VISION_START,
@@ -145,17 +194,22 @@ def build(family: str, over: Mapping[str, Any]) -> Any:
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def tiny(family: str, seed: int = 0, **over: Any) -> Any:
-    """A model of `family` in eval mode; the same `seed` gives the same weights. `over`: config entries."""
+def settled(make: Callable[[], Any], seed: int = 0) -> Any:
+    """The model that `make` builds, in eval mode; the same `seed` gives the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(family, over)
+        model = make()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def tiny(family: str, seed: int = 0, **over: Any) -> Any:
+    """A model of `family` in eval mode; the same `seed` gives the same weights. `over`: config entries."""
+    return settled(lambda: build(family, over), seed)
 
 
 def pair(family: str, options: Mapping[str, Any] | None = None, **over: Any) -> tuple[Any, Any]:
@@ -192,7 +246,7 @@ def padded_batch(rows: int = 3, longest: int = 37, seed: int = 1) -> dict[str, t
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def image_batch(seed: int = 1) -> dict[str, torch.Tensor]:
+def image_batch(family: str = "qwen2_vl", seed: int = 1) -> dict[str, torch.Tensor]:
     """A prompt batch `[3, 37]` with padding and images: none in the last row, two of different sizes in the first."""
     batch = padded_batch(3, 37, seed)
     grids = [(1, 4, 4), (1, 4, 8), (1, 8, 4)]
@@ -203,13 +257,24 @@ def image_batch(seed: int = 1) -> dict[str, torch.Tensor]:
         ids[row, column : column + height * width // 4] = IMAGE_TOKEN
     patches = sum(height * width for _, height, width in grids)
     pixels = torch.randn(patches, PATCH_VALUES, generator=torch.Generator().manual_seed(seed))
+    # The thinkers of the Omni models find the images in the tokens.
+    types = {} if "omni" in family else {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
     return {
         **batch,
+        **types,
         "input_ids": ids,
-        "mm_token_type_ids": (ids == IMAGE_TOKEN).int(),
         "pixel_values": pixels,
         "image_grid_thw": torch.tensor(grids),
     }
+
+
+def repeated_images(batch: Mapping[str, torch.Tensor], order: list[int]) -> dict[str, torch.Tensor]:
+    """The rows of an `image_batch` in another order or more often, with their images."""
+    grids, owned = batch["image_grid_thw"], [[0, 1], [2], []]
+    patches = batch["pixel_values"].split(grids.prod(1).tolist())
+    units = [unit for row in order for unit in owned[row]]
+    rows = {name: value[order] for name, value in batch.items() if len(value) == 3 and name != "image_grid_thw"}
+    return {**rows, "image_grid_thw": grids[units], "pixel_values": torch.cat([patches[unit] for unit in units])}
 
 
 def single(length: int = 37, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn import media
 from hf_fastattn.patches import decoder
 from hf_fastattn.transformers_version import CACHE
-from tests.models import VISION_MODELS, assert_fast, image_batch, padded_batch, pair, real_tokens
+from tests.models import (
+    VISION_MODELS,
+    assert_fast,
+    image_batch,
+    padded_batch,
+    pair,
+    real_tokens,
+    repeated_images,
+)
 
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -21,14 +30,14 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, batch: dict[str, torch.Tensor], call: str = "greedy", **options: Any) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(**batch, max_new_tokens=24, **CALLS[call], **options)
+    return model.generate(**batch, max_new_tokens=24, **{**CALLS[call], **options})
 
 
 @pytest.mark.parametrize("family", VISION_MODELS)
 @pytest.mark.parametrize("call", CALLS)
 def test_images(family: str, call: str) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     expected = generate(stock, batch, call)
     assert torch.equal(generate(model, batch, call), expected)
     assert_fast(model, real_tokens(batch), shared=call != "greedy")
@@ -39,7 +48,7 @@ def test_images(family: str, call: str) -> None:
 @pytest.mark.parametrize("family", VISION_MODELS)
 def test_images_without_padding(family: str) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     for call in CALLS:
         assert torch.equal(generate(model, batch, call), generate(stock, batch, call))
@@ -51,8 +60,8 @@ def test_the_tower_sees_an_image_once(family: str) -> None:
     _, model = pair(family)
     patches = []
     model.model.visual.patch_embed.register_forward_hook(lambda _, inputs, __: patches.append(len(inputs[0])))
-    generate(model, image_batch(), "samples")
-    assert sum(patches) == len(image_batch()["pixel_values"])
+    generate(model, image_batch(family), "samples")
+    assert sum(patches) == len(image_batch(family)["pixel_values"])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
@@ -64,10 +73,46 @@ def test_identical_text_rows_are_computed_once(family: str) -> None:
     assert_fast(model, real_tokens(batch), shared=True)
 
 
+@pytest.mark.parametrize("family", VISION_MODELS)
+def test_repeated_rows_with_images_are_computed_once(family: str) -> None:
+    """As a trainer repeats prompts: equal neighbours, images and all, without `num_return_sequences`."""
+    stock, model = pair(family)
+    batch = image_batch(family)
+    repeated = repeated_images(batch, [0, 0, 1, 1, 2, 0])
+    draws = {"do_sample": True, "temperature": 2.0, "top_k": 0}
+    assert torch.equal(generate(model, repeated, "greedy", **draws), generate(stock, repeated, "greedy", **draws))
+    assert_fast(model, real_tokens(batch), shared=True)
+
+
+@pytest.mark.parametrize("patch", [0, -1])
+def test_one_patch_keeps_rows_apart(patch: int) -> None:
+    stock, model = pair("qwen2_5_vl")
+    batch = image_batch()
+    repeated = repeated_images(batch, [1, 1, 1])
+    assert torch.equal(repeated["input_ids"][0], repeated["input_ids"][1])
+    repeated["pixel_values"][patch] += 1
+    assert torch.equal(generate(model, repeated), generate(stock, repeated))
+    assert_fast(model, 2 * int(batch["attention_mask"][1].sum()), shared=True)
+
+
+def test_contents_of_equal_sums_are_different() -> None:
+    """Sums of bits only find candidates."""
+    images = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
+    assert media._kinds(images, [1, 1, 1]) == [0, 1, 0]
+    assert media._kinds(images.repeat(2, 1)[[0, 1, 2, 0, 1, 2]], [2, 1, 2, 1]) == [0, 1, 0, 1]
+    assert media._kinds(images[[0, 1, 1, 0]], [1, 1, 1, 1]) == [0, 1, 1, 0]
+
+
+def test_images_that_do_not_fit_the_rows_keep_them_apart() -> None:
+    with pytest.raises(media.Unknown, match="do not fit"):
+        media.owners("image", [4, 4], [3, 5])
+    assert media.owners("image", [8, 0, 4], [3, 5, 4]) == [range(2), range(2, 2), range(2, 3)]
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_positions_on_three_axes_matter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = pair(family)
-    batch = image_batch()
+    batch = image_batch(family)
     assert torch.equal(generate(model, batch), generate(stock, batch))
     prepare = decoder._packed_arguments
 
