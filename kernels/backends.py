@@ -14,8 +14,10 @@ from hf_fastattn.kernels.launch import why_unsupported
 # Tensor cores for bf16, and cp.async, which the kernels' pipelines are made of.
 MIN_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
-# Gluon changes from release to release, and a Hopper kernel that does not compile ends the process.
-GLUON_TESTED = ("3.6.",)
+# Gluon changes from release to release: any other version has to pass a trial on the spot (`hopper_trial`).
+GLUON_TESTED = ("3.6.", "3.9.")
+# What the trial runs, and all that the Gluon kernel takes.
+GLUON_HEAD_DIMS = (64, 128, 256)
 
 
 @functools.cache
@@ -42,9 +44,9 @@ def _choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         return "reference", "asked for"
     reason = _why_not_triton(device, dtype, head_dim)
     if reason is None and asked != "triton":
-        reason = _why_not_hopper(device)
-        if reason is None:
-            return "hopper", "asked for" if asked == "hopper" else "a Hopper GPU, and a version of Triton that was tested"
+        hopper, reason = _try_hopper(device, head_dim)
+        if hopper:
+            return "hopper", "asked for" if asked == "hopper" else reason
         if asked == "auto":
             return "triton", reason
     if reason is None:
@@ -54,14 +56,22 @@ def _choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return "reference", reason
 
 
-def _why_not_hopper(device: torch.device) -> str | None:
+def _try_hopper(device: torch.device, head_dim: int) -> tuple[bool, str]:
+    """Whether the Gluon kernels run on `device`, and why."""
     import triton
 
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != HOPPER:
-        return f"a {device.type} device" if device.type != "cuda" else "a CUDA device that is not Hopper"
-    if not triton.__version__.startswith(GLUON_TESTED):
-        return f"Triton {triton.__version__}, and the Gluon kernels are tested with {'x, '.join(GLUON_TESTED)}x"
-    return None
+        return False, f"a {device.type} device" if device.type != "cuda" else "a CUDA device that is not Hopper"
+    version = triton.__version__
+    if version.startswith(GLUON_TESTED):
+        return True, f"a Hopper GPU, and Triton {version}, which was tested"
+    if head_dim not in GLUON_HEAD_DIMS:
+        return False, f"head dim {head_dim}, which the Gluon kernel does not take"
+    from hf_fastattn.kernels.hopper_trial import why_not_trusted
+
+    trial = f"a trial of the Gluon kernel in a process of its own with Triton {version}, which was not tested before, gave"
+    reason = why_not_trusted(version, device)
+    return reason is None, f"{trial} {reason or 'right results'}"
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

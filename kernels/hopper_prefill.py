@@ -17,12 +17,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_fastattn.kernels.gluon_spelling import ASSEMBLER_OPTIONS, load_box
 from hf_fastattn.kernels.hopper_registers import (
     pack_pairs,
     partial_row_sums,
@@ -76,9 +76,9 @@ def _load_pages(
             row += key % PAGE
         row = gl.where(column < pages, row, beyond)
         if BLOCK_N == BOX:
-            tma.async_copy_global_to_shared(desc, [row, first_column], bar, buffer)
+            load_box(desc, [row, first_column], bar, buffer)
         else:
-            tma.async_copy_global_to_shared(desc, [row, first_column], bar, buffer.slice(p * BOX, BOX, 0))
+            load_box(desc, [row, first_column], bar, buffer.slice(p * BOX, BOX, 0))
 
 
 @gluon.jit
@@ -116,7 +116,7 @@ def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
             mbarrier.wait(q_empty.index(w), q_phase)
             mbarrier.expect(q_full.index(w), (BLOCK_M // 2) * D * 2)
             token = first_token + (first_query + w * (BLOCK_M // 2)) // PACKED
-            tma.async_copy_global_to_shared(q_desc, [token, slot * PACKED, 0], q_full.index(w), q_s.index(w))
+            load_box(q_desc, [token, slot * PACKED, 0], q_full.index(w), q_s.index(w))
         q_phase ^= 1
         for j in range(1, count):
             s = done % BUFFERS
@@ -410,5 +410,6 @@ def hopper_prefill(
             page_table.stride(0), groups, ratio, rows, scale * LOG2E,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=168,
+            ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return out, lse

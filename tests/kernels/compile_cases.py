@@ -43,7 +43,7 @@ class Case:
         programs: how many of their programs have to fit on a multiprocessor at once.
         exact: fp32 products may not be TF32.
         targets: names in `TARGETS`; a kernel for one architecture only can abort the compiler on others.
-        gluon: is left out with versions of Triton that the Gluon kernels were not tested with.
+        overlapped: asynchronous products may not be made to wait for each other.
     """
 
     launch: Callable[[], object]
@@ -51,7 +51,7 @@ class Case:
     programs: int
     exact: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
-    gluon: bool = False
+    overlapped: bool = False
 
 
 def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +198,7 @@ HOPPER: dict[str, Any] = {
     "kernels": ("work_list_kernel", "hopper_prefill_kernel"),
     "programs": 1,
     "targets": ("sm_90",),
-    "gluon": True,
+    "overlapped": True,
 }
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
@@ -269,6 +269,8 @@ CASES = {
     "hopper prefill": Case(lambda: hopper(4, 128), **HOPPER),
     "hopper prefill, R = 7": Case(lambda: hopper(7, 64, page=64), **HOPPER),
     "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),
+    "hopper prefill, D = 256, R = 8": Case(lambda: hopper(8, 256, page=64), **HOPPER),
+    "hopper prefill, page 256": Case(lambda: hopper(4, 128, page=256), **HOPPER),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),

@@ -25,12 +25,8 @@ SHAPES = (
 
 @pytest.fixture(autouse=True)
 def hopper() -> None:
-    import triton
-
-    from hf_fastattn.kernels.backends import GLUON_TESTED
-
-    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(GLUON_TESTED):
-        pytest.skip("needs a Hopper GPU and a version of Triton that the Gluon kernels are tested with")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
 
 
 def check(batch: Batch, processors: int = 132) -> None:

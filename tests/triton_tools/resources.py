@@ -1,4 +1,8 @@
-"""What a compiled kernel takes of a multiprocessor: registers, spilled bytes, shared memory, warps."""
+"""What a compiled kernel takes of a multiprocessor: registers, spilled bytes, shared memory, warps.
+
+Registers and spills are read from the very binary that would run: what is assembled once more, with other options than
+Triton's, has others.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,10 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one specialisation of `kernel` compiled for `target`."""
+    """Of one specialisation of `kernel` compiled for `target`.
+
+    `serialised` are the assembler's remarks on asynchronous products that it makes wait for each other.
+    """
 
     kernel: str
     target: Target
@@ -29,6 +36,7 @@ class Resources:
     shared_memory: int
     warps: int
     uses_tf32: bool
+    serialised: tuple[str, ...]
 
     @property
     def programs_per_processor(self) -> int:
@@ -44,8 +52,9 @@ def resources(compiled: CompiledKernel, target: Target) -> Resources:
         binary.write_bytes(compiled.asm["cubin"])
         usage = _output([_TOOLS / "cuobjdump", "-res-usage", binary])
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        # A spill needs a stack frame, and most kernels have none: assembling once more is seldom needed.
-        spilled = _spilled_bytes(compiled.asm["ptx"], target, Path(folder)) if int(stack) else 0
+        # A spill needs a stack frame, and most kernels have none.
+        spilled = _spilled_bytes(_output([_TOOLS / "nvdisasm", "-c", binary])) if int(stack) else 0
+        serialised = _remarks(compiled, target, Path(folder)) if "wgmma" in compiled.asm["ptx"] else ()
     return Resources(
         kernel=compiled.src.fn.__name__,
         target=target,
@@ -54,16 +63,21 @@ def resources(compiled: CompiledKernel, target: Target) -> Resources:
         shared_memory=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         uses_tf32="tf32" in compiled.asm["ptx"],
+        serialised=serialised,
     )
 
 
-def _spilled_bytes(ptx: str, target: Target, folder: Path) -> int:
+def _spilled_bytes(code: str) -> int:
+    """Bytes a thread stores to its local memory, which is where registers go that there is no room for."""
+    return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.(\d+))? ", code))
+
+
+def _remarks(compiled: CompiledKernel, target: Target, folder: Path) -> tuple[str, ...]:
     source = folder / "kernel.ptx"
-    source.write_text(ptx)
-    log = _output(
-        [get_ptxas(target.arch).path, "-v", f"--gpu-name={target.ptxas_name}", source, "-o", folder / "again.cubin"]
-    )
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
+    source.write_text(compiled.asm["ptx"])
+    options = (compiled.metadata.ptx_options or "").split()
+    command = [get_ptxas(target.arch).path, "-v", *options, f"--gpu-name={target.ptxas_name}", source]
+    return tuple(re.findall(r"\(C75\d\d\).*", _output([*command, "-o", folder / "again.cubin"])))
 
 
 def _output(command: list[str | Path]) -> str:
