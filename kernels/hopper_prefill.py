@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.gluon_spelling import ASSEMBLER_OPTIONS, load_box
+from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.hopper_registers import (
     pack_pairs,
     partial_row_sums,
@@ -31,7 +31,7 @@ from hf_fastattn.kernels.hopper_registers import (
     turn_wait,
     unpack_pairs,
 )
-from hf_fastattn.kernels.launch import LOG2E, check_pages, on_device_of
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, LOG2E, check_pages, on_device_of
 from hf_fastattn.kernels.work_list import work_list
 
 BLOCK_M = 128

@@ -17,7 +17,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.configs import arch_of, shared_prefix_tile
-from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import (
+    ASSEMBLER_OPTIONS,
+    check_pages,
+    dot_precision,
+    on_device_of,
+    overlaps_launches,
+    power_of_2,
+)
 from hf_fastattn.kernels.prefill import prefill_tiles
 from hf_fastattn.kernels.prefix_lists import entry_at, equal_range, part_rows, store_state, suffix_list
 from hf_fastattn.kernels.prefix_merge import PLACE, merge_prefixes
@@ -269,5 +276,6 @@ def paged_decode_shared(
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=tile.stages,
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
         )  # fmt: skip
     return merge_prefixes(partial, partial_sum, places, (rows, heads, dim), q.dtype, block_m, block_s, overlap=overlap)
