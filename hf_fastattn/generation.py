@@ -90,18 +90,18 @@ class FastGenerationMixin(PlainCopies):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
-        runtime, cache = self._fastattn.runtime, kwargs.get(CACHE)
-        if args or runtime.prefilling or not runtime.is_private(cache) or cache.get_seq_length():
+        runtime: Runtime = self._fastattn.runtime
+        cache, input_ids = kwargs.get(CACHE), kwargs.get("input_ids")
+        own = not args and input_ids is not None and not runtime.prefilling and runtime.is_private(cache)
+        if not own or not isinstance(cache, PagedCache) or cache.get_seq_length():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        assert isinstance(input_ids, Tensor)
         others = {name: value for name, value in kwargs.items() if name != "input_ids"}
-        ids = embeds.new_empty(embeds.shape[0], 0) if input_ids is None else input_ids
-        rows = self._distinct_rows(ids, others)
+        rows = self._distinct_rows(input_ids, others)
         if rows is None:
             return super().__call__(**kwargs)  # type: ignore[misc]
         with runtime.prefill():
-            given = {} if input_ids is None else {"input_ids": input_ids[rows.first]}
-            outputs = super().__call__(**given, **rows.select(others))  # type: ignore[misc]
+            outputs = super().__call__(input_ids=input_ids[rows.first], **rows.select(others))  # type: ignore[misc]
         cache.select_rows(rows.copies)
         return rows.expand(outputs)
 

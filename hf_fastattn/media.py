@@ -66,9 +66,8 @@ class Media:
 
     def kinds(self) -> list[tuple[int, ...]]:
         """For each row of the batch, numbers of its units: equal where the contents are."""
-        columns = [
-            _kinds(tensor, self.sizes if name == self.main else [1] * len(self.sizes)) for name, tensor in self.inputs.items()
-        ]
+        single = [1] * len(self.sizes)
+        columns = [_kinds(value, self.sizes if name == self.main else single) for name, value in self.inputs.items()]
         units = [tuple(column[unit] for column in columns) for unit in range(len(self.sizes))]
         return [tuple(kind for unit in owned for kind in units[unit]) for owned in self.owners]
 
@@ -150,6 +149,13 @@ def owners(modality: str, counts: Sequence[int], lengths: Sequence[int]) -> list
     return found
 
 
+def repeats_whole(known: Modality, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether inputs with a grid were repeated unit by unit or row by row, so that each unit's patches stayed together."""
+    assert known.grid is not None
+    first = int(before[known.grid][0].prod())
+    return torch.equal(before[known.main][:first], after[known.main][:first])
+
+
 def encoded_lengths(output: Any) -> list[int]:
     """Tokens of each unit in what a tower has given.
 
@@ -179,7 +185,8 @@ def _lengths(held: dict[str, Tensor], known: Modality, counts: list[int]) -> lis
     units = len(held[known.main])
     if units == len(counts) and all(counts):
         return counts
-    if any(len(tensor) != units or bool((tensor != tensor[:1]).any()) for name, tensor in held.items() if name != known.main):
+    beside = [tensor for name, tensor in held.items() if name != known.main]
+    if any(len(tensor) != units or bool((tensor != tensor[:1]).any()) for tensor in beside):
         raise Unknown(f"how many tokens one of {known.main} takes is not known")
     if sum(counts) % units:
         raise Unknown(f"{sum(counts)} tokens stand for {units} of {known.main}")

@@ -20,6 +20,7 @@ from hf_fastattn.media import (
     media_of,
     owners,
     placeholders,
+    repeats_whole,
     select_encoded,
 )
 from hf_fastattn.transformers_version import CACHE
@@ -122,6 +123,10 @@ def distinct_rows(
             media[name] = value
         else:
             return f"{name} is not known to belong to a row"
+    for known in MODALITIES.values():
+        if known.main in others and known.grid in others and not repeats_whole(known, others, model_kwargs):
+            # As Transformers before 5.23 does for Qwen's thinkers; what comes of it is theirs to say.
+            return f"{known.main} was repeated patch by patch"
     if others and expansion is not None:
         # What belongs to a row is not known, but that its copies are next to it is.
         return PromptRows(list(range(0, count, expansion.copies)), [row // expansion.copies for row in range(count)], others)
@@ -177,7 +182,9 @@ def _with_media(
     rows = _equal_rows(keys)
     if rows is None:
         return None
-    others = {name: value for found in held for name, value in found.select(rows.first).items() if name in media}
+    others: dict[str, Any] = {}
+    for found in held:
+        others.update((name, value) for name, value in found.select(rows.first).items() if name in media)
     if encoded:
         chosen = {name: [unit for row in rows.first for unit in owned[row]] for name, owned in units.items()}
         others[ENCODED] = {name: select_encoded(encoded[name], entries) for name, entries in chosen.items()}

@@ -29,6 +29,7 @@ SOUND: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 LLAVA: dict[str, Any] = {"image_token_index": MEDIA_TOKEN, "vision_feature_layer": -1, "image_token_id": MEDIA_TOKEN}
+IDEFICS: dict[str, Any] = {"image_token_id": MEDIA_TOKEN, "scale_factor": 2}
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ COMPOSITES: dict[str, Composite] = {
         {**LLAVA, "downsample_ratio": 0.5}, 4, IMAGE,
     ),
     "idefics3": Composite(
-        "Idefics3", "llama", ("vision_config", TOWER), {"image_token_id": MEDIA_TOKEN, "scale_factor": 2}, 4, IMAGE, by_row=True
+        "Idefics3", "llama", ("vision_config", TOWER), IDEFICS, 4, IMAGE, by_row=True
     ),
     "smolvlm": Composite(
-        "SmolVLM", "llama", ("vision_config", TOWER), {"image_token_id": MEDIA_TOKEN, "scale_factor": 2}, 4, IMAGE, by_row=True
+        "SmolVLM", "llama", ("vision_config", TOWER), IDEFICS, 4, IMAGE, by_row=True
     ),
     "voxtral": Composite(
         "Voxtral", "llama",

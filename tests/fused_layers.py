@@ -28,6 +28,9 @@ FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral_window", {"sliding_window": 6}),
     "ministral": ("ministral", MIXED),
+    "cwm": ("cwm", MIXED),
+    "seed_oss": ("seed_oss", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "ministral3": ("ministral3", {"rope_parameters": {**QUERY_SCALE, "original_max_position_embeddings": 4}}),
 }
 KERNELS = ("matvec", "gate_up_silu", "rms_norm", "add_rms_norm", "silu_and_mul")
@@ -69,9 +72,7 @@ def steps(model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], cache: 
     with torch.no_grad():
         for end in cuts:
             shown = None if mask is None else mask[:, :end]
-            outs.append(
-                model(ids[:, begin:end], attention_mask=shown, **{CACHE: cache}, use_cache=True, **kwargs).logits
-            )
+            outs.append(model(ids[:, begin:end], attention_mask=shown, **{CACHE: cache}, use_cache=True, **kwargs).logits)
             begin = end
     return outs
 

@@ -165,9 +165,7 @@ VISION_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 # The release that brought a family, where that is not the oldest one that is supported.
 SINCE = {"exaone": "5.24"}
 FAMILIES = tuple(
-    family
-    for family in (*MODELS, *VISION_MODELS)
-    if Version(transformers.__version__) >= Version(SINCE.get(family, "0"))
+    family for family in (*MODELS, *VISION_MODELS) if Version(transformers.__version__) >= Version(SINCE.get(family, "0"))
 )
 # The families that every feature is tested with.
 CORE = ("llama", "qwen2", "qwen2_window")

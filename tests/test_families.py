@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
 import hf_fastattn
+from hf_fastattn.loop_plan import MODELS
 from hf_fastattn.patches import attention, registry
 from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.fused import fused_reason
 from hf_fastattn.transformers_version import CACHE
-from tests.models import COMMON, OLD, assert_fast, padded_batch, pair, real_tokens, single, tiny
+from tests.fused_layers import LAYER_COUNT, assert_logits, count_launches, steps
+from tests.models import (
+    COMMON,
+    FAMILIES,
+    OLD,
+    SINCE,
+    assert_fast,
+    padded_batch,
+    pair,
+    patch_with_graphs,
+    real_tokens,
+    single,
+    tiny,
+)
+from tests.reexecuted import reexecuted_loop
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("ministral3", {"query_scale": None}),
@@ -24,6 +43,13 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_next", {"qk_norm": None}),
     ("qwen3_next", {"unit_offset": False}),
     ("qwen3_5", {"unit_offset": False}),
+    ("smollm3", {"rotates": None}),
+    ("smollm3_window", {"rotates": None}),
+    ("exaone4", {"rotates": None}),
+    ("exaone4", {"qk_norm": None}),
+    ("apertus", {"qk_norm": None}),
+    ("olmo2", {"projection_norm": False}),
+    ("olmo3", {"projection_norm": False}),
 ]
 NORMED = ("qwen3", "qwen3_next")
 
@@ -45,6 +71,106 @@ def test_a_wrong_word_in_a_family_file(family: str, entry: dict[str, Any], monke
     hf_fastattn.unpatch(model)
     monkeypatch.setitem(registry.FAMILIES, known.model_type, replace(known, **entry))
     assert not torch.equal(generate(hf_fastattn.patch(model)), generate(stock))
+
+
+# Families whose configurations have no file of models, and whose they have.
+BORROWED_MODULES = {"exaone": "llama"}
+
+
+@pytest.mark.parametrize("model_type", registry.FAMILIES)
+def test_the_classes_of_a_family_exist(model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        assert Version(transformers.__version__) < Version(SINCE[model_type])
+        pytest.skip("newer than this Transformers")
+    family = registry.FAMILIES[model_type]
+    folder = BORROWED_MODULES.get(model_type, model_type_to_module_name(model_type))
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    names = [family.decoder, family.attention, family.qk_norm]
+    if family.layer is not None:
+        names += [family.layer.layer, family.layer.norm, family.layer.mlp]
+    assert [name for name in names if name and not hasattr(module, name)] == []
+
+
+LOOPED = (
+    "apertus",
+    "arcee",
+    "cwm",
+    "exaone",
+    "exaone4",
+    "jais2",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+    "smollm3_window",
+    "starcoder2",
+)
+
+
+@pytest.mark.parametrize("family", [name for name in LOOPED if name in FAMILIES])
+def test_the_fast_loop_takes_it(family: str) -> None:
+    stock = tiny(family)
+    with reexecuted_loop():
+        model = patch_with_graphs(tiny(family))
+        for call in ({}, {"eos_token_id": list(range(3, 128, 9)), "repetition_penalty": 1.2}):
+            options = {**padded_batch(), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **call}
+            assert torch.equal(model.generate(**options), stock.generate(**options))
+            assert assert_fast(model, real_tokens(padded_batch())).fast_loops == 1
+
+
+@pytest.mark.parametrize("family", ["granite", "hyperclovax"])
+def test_the_fast_loop_leaves_scaled_logits_alone(family: str) -> None:
+    stock = tiny(family)
+    with reexecuted_loop():
+        model = patch_with_graphs(tiny(family))
+        assert_same(stock, model)
+        assert hf_fastattn.report(model).last_call.fast_loops == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["arcee", "jais2", "starcoder2"])
+def test_fused_layers_call_what_is_not_llamas(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = {"num_hidden_layers": LAYER_COUNT, "initializer_range": 0.1}
+    stock, model = tiny(family, **over), hf_fastattn.patch(tiny(family, **over))
+    assert fused_reason(model.model) is None
+    ids, mask = padded_batch(3, 12).values()
+    launched = count_launches(monkeypatch)
+    outs = steps(model, ids, mask, [9, 10, 12], hf_fastattn.PagedCache(model.config))
+    # Of the prompt's more than 16 tokens none, then q, k and v, and the output, of two forwards.
+    assert launched["matvec"] == 2 * 2 * LAYER_COUNT and not launched["gate_up_silu"]
+    assert_logits(family, stock, torch.cat(outs, 1), ids, mask, [9, 10, 12])
+
+
+def test_the_models_of_the_fast_loop_exist() -> None:
+    assert [name for name in MODELS if not hasattr(transformers, name)] == []
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "seed_oss"])
+def test_dropout_of_residuals_falls_back(name: str) -> None:
+    """Where it is zero, or not in training, it changes nothing."""
+    stock, model = pair(name, attention_dropout=0.0, residual_dropout=0.5)
+    assert_same(stock, model)
+    results = []
+    for side in (stock.train(), model.train()):
+        torch.manual_seed(0)
+        results.append(side.generate(**padded_batch(), max_new_tokens=4, do_sample=False))
+    assert torch.equal(*results)
+    assert hf_fastattn.report(model).last_call.fallbacks == {"residual dropout is active": 4}
+
+
+def test_an_omni_model_is_patched_in_its_thinker() -> None:
+    """It generates by its thinker's `generate()`, and goes on from there."""
+
+    thinker = tiny("qwen3_omni_moe")
+    config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
+    whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
+    whole.thinker = thinker
+    call = {**padded_batch(), "return_audio": False, "thinker_max_new_tokens": 8, "thinker_do_sample": False}
+    expected = whole.generate(**call)[0]
+    assert hf_fastattn.patch(whole) is whole
+    assert torch.equal(whole.generate(**call)[0], expected)
+    assert_fast(whole, real_tokens(padded_batch()))
+    hf_fastattn.unpatch(whole)
+    assert not hf_fastattn.report(whole).patched and type(thinker) is type(tiny("qwen3_omni_moe"))
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
@@ -180,6 +306,11 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("Mistral4", "latent", {**MLA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     ("Llama4", "chunked", {"num_local_experts": 2, "head_dim": 16}),
     ("Gemma2", "no family file", {"head_dim": 16}),
+    (
+        "Mllama",
+        "cross-attention",
+        {"num_hidden_layers": 2, "cross_attention_layers": [1], "bos_token_id": 1, "pad_token_id": 0},
+    ),
 ]
 
 

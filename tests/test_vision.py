@@ -33,6 +33,14 @@ def generate(model: Any, batch: dict[str, torch.Tensor], call: str = "greedy", *
     return model.generate(**batch, max_new_tokens=24, **{**CALLS[call], **options})
 
 
+def work(family: str, call: str, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a call has to compute. In old versions stock mixes up the thinkers' images by repeating them patch by patch, and
+    so do we then."""
+    if OLD and "omni" in family and call != "greedy":
+        return {}
+    return {"prompt_tokens": real_tokens(batch), "shared": call != "greedy"}
+
+
 @pytest.mark.parametrize("family", VISION_MODELS)
 @pytest.mark.parametrize("call", CALLS)
 def test_images(family: str, call: str) -> None:
@@ -40,7 +48,7 @@ def test_images(family: str, call: str) -> None:
     batch = image_batch(family)
     expected = generate(stock, batch, call)
     assert torch.equal(generate(model, batch, call), expected)
-    assert_fast(model, real_tokens(batch), shared=call != "greedy")
+    assert_fast(model, **work(family, call, batch))
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     assert not torch.equal(generate(model, other, call), expected)
 
@@ -52,7 +60,7 @@ def test_images_without_padding(family: str) -> None:
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     for call in CALLS:
         assert torch.equal(generate(model, batch, call), generate(stock, batch, call))
-        assert_fast(model, real_tokens(batch), shared=call != "greedy")
+        assert_fast(model, **work(family, call, batch))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
