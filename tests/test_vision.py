@@ -12,6 +12,7 @@ from hf_fastattn import media
 from hf_fastattn.patches import decoder
 from hf_fastattn.transformers_version import CACHE
 from tests.models import (
+    OLD,
     VISION_MODELS,
     assert_fast,
     image_batch,
