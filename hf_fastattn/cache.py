@@ -95,8 +95,13 @@ class PagedCache(Cache):
         for window in dict.fromkeys(layer.window for layer in self._paged):
             self.tables[window] = PageTable(self.groups.group(window).pool, self.groups.page_size, window)
 
-    def adopt(self, groups: PageGroups) -> None:
-        """Live in `groups` from now on, if the cache was made without options and holds no page."""
+    def adopt(self, groups: PageGroups, config: Any) -> None:
+        """Live in `groups`, of a model with `config`, from now on, if the cache was made without options and holds no page.
+
+        Raises:
+            ValueError: the cache was made for another model.
+        """
+        self.check_owner(config)
         if self.may_adopt and self.groups is not groups:
             self.groups = groups
             self._make_tables()
@@ -125,6 +130,7 @@ class PagedCache(Cache):
         self.hidden: dict[int, Hidden] = {}
         # Columns that dense layers are known to hold tokens in.
         self._known_stored: Tensor | None = None
+        self._wrote: set[int] = set()
         # What somebody sets on a layer while a forward is under way holds from its end on.
         self._replaced: dict[tuple[int, str], Tensor | None] = {}
 
@@ -224,6 +230,7 @@ class PagedCache(Cache):
 
     def _close(self) -> None:
         self._open, self._batch, self._new_stored, self.padding, self._snapshots = False, None, None, None, []
+        self._wrote = set()
 
     @property
     def _recurrent(self) -> list[RecurrentLayer]:
@@ -251,6 +258,7 @@ class PagedCache(Cache):
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
         window = self.layers[layer_idx].window
         group = self.groups.group(window)
+        self._wrote.add(layer_idx)
 
         def is_alone() -> bool:
             held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
@@ -365,9 +373,21 @@ class PagedCache(Cache):
         """Keys and values of a layer, wherever they are."""
         if self.dense is not None:
             keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
+        elif self._open and layer.index in self._wrote:
+            keys, values = self._with_new(layer)
         else:
             keys, values = self.dense_layer(layer) or (None, None)
         return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
+
+    def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
+        """What Transformers would hold of the layer, which has written its part of the forward under way."""
+        columns, stored = self._columns + self._query_length, self.stored
+        if self._new_stored is not None:
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        elif stored is not None:
+            stored = self._stored_until(columns)
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        return self.read_columns(layer, first, columns, stored)
 
     def replace(self, index: int, name: str, states: Tensor | None) -> None:
         """Put `states` in the place of the `keys` or `values` of a layer."""

@@ -100,36 +100,37 @@ def write_pages(cache: PagedCache, layers: DenseLayers, stored: Tensor | None) -
     columns, rows = layers.columns, layers.batch_size
     counts = [columns] * rows if stored is None else stored.sum(1).tolist()
     moved: list[Any] = []
+    held = {window: layers.columns_held(window) for window in cache.tables}
+    kept = {window: _tokens_in(counts, stored, columns - held[window]) for window in cache.tables}
     try:
-        _reserve(cache, layers, counts, stored)
+        _reserve(cache, counts, kept)
         slots: dict[tuple[Any, torch.device], Tensor] = {}
         for index, layer in layers.layers.items():
             key = (window_of(layer), layer.keys.device)
             if key not in slots:
-                slots[key] = _slots(cache, key[0], counts, _tokens_held(layers, key[0], counts, stored)).to(key[1])
+                slots[key] = _slots(cache, key[0], counts, kept[key[0]]).to(key[1])
             shown = None if stored is None else stored[:, columns - layer.keys.shape[2] :]
             if shown is not None and cache.lent is not None:
                 _keep_hidden(cache, index, layer, shown, columns)
             _write_layer(cache, index, layer, shown, slots[key])
-            moved.append((index, layer, layer.keys.shape[2]))
+            moved.append((index, layer, columns - layer.keys.shape[2]))
             layer.keys = layer.values = None
     except BaseException as error:
-        for index, layer, held in moved:
-            dense = cache.read_columns(cache.layers[index], columns - held, columns, stored)
+        for index, layer, first in moved:
+            dense = cache.read_columns(cache.layers[index], first, columns, stored)
             layer.keys, layer.values = dense
             if index in cache.hidden:
-                cache.hidden[index].put_back(columns - held, *dense)
+                cache.hidden[index].put_back(first, *dense)
         cache.drop_pages()
         if isinstance(error, CacheFullError):
             raise CacheFullError(cache.groups.describe_full(counts)) from error
         raise
 
 
-def _reserve(cache: PagedCache, layers: DenseLayers, counts: list[int], stored: Tensor | None) -> None:
+def _reserve(cache: PagedCache, counts: list[int], kept: dict[int | None, list[int]]) -> None:
     size = cache.groups.page_size
     for window, table in cache.tables.items():
-        held = _tokens_held(layers, window, counts, stored)
-        behind = [(count - kept) // size for count, kept in zip(counts, held, strict=True)]
+        behind = [(count - held) // size for count, held in zip(counts, kept[window], strict=True)]
         table.add_rows(len(counts))
         table.start_behind(behind)
         first = [pages * size for pages in behind]
@@ -137,12 +138,9 @@ def _reserve(cache: PagedCache, layers: DenseLayers, counts: list[int], stored: 
         table.reserve(first, counts, max([cache.room, *counts]), cache.counters, group.copy_pages)
 
 
-def _tokens_held(layers: DenseLayers, window: int | None, counts: list[int], stored: Tensor | None) -> list[int]:
-    """Tokens of each row that the layers of this window still hold."""
-    held = layers.columns_held(window)
-    if stored is None:
-        return [held] * len(counts)
-    return stored[:, layers.columns - held :].sum(1).tolist()
+def _tokens_in(counts: list[int], stored: Tensor | None, first: int) -> list[int]:
+    """Tokens of each row from column `first` on."""
+    return [count - first for count in counts] if stored is None else stored[:, first:].sum(1).tolist()
 
 
 def _slots(cache: PagedCache, window: int | None, counts: list[int], held: list[int]) -> Tensor:

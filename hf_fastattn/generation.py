@@ -34,7 +34,7 @@ class FastGenerationMixin:
         runtime: Runtime = self._fastattn.runtime
         cache = model_kwargs.get(CACHE)
         if isinstance(supplied, PagedCache) and supplied.may_adopt:
-            supplied.adopt(runtime.groups_for(self))
+            supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
         reason = _why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is not None:

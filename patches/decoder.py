@@ -97,7 +97,7 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
         return call_original(self, cache, **arguments, **kwargs)
     state: ModuleState = vars(self)[STATE]
     if cache.may_adopt:
-        cache.adopt(state.runtime.groups_for(self))
+        cache.adopt(state.runtime.groups_for(self), self.config)
     if cache.dense is not None:
         cache.check_owner(self.config)
         reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
