@@ -17,7 +17,7 @@ from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.conversion import Hidden, read_layers, shown_columns, why_not_lent, write_pages
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.dense import dense_slots, dense_tokens, first_held_column
+from hf_fastattn.dense import dense_slots, dense_tokens
 from hf_fastattn.dense_layers import DenseLayers, fill_layer
 from hf_fastattn.forward_batch import forward_batch
 from hf_fastattn.padding import Padding
@@ -130,6 +130,8 @@ class PagedCache(Cache):
         self.hidden: dict[int, Hidden] = {}
         # Columns that dense layers are known to hold tokens in.
         self._known_stored: Tensor | None = None
+        # Columns at which recording of the past began anew: those before are there as far as a window reached then.
+        self._past_from = 0
         self._wrote: set[int] = set()
         # What somebody sets on a layer while a forward is under way holds from its end on.
         self._replaced: dict[tuple[int, str], Tensor | None] = {}
@@ -363,8 +365,8 @@ class PagedCache(Cache):
         if held is None or not self.lengths:
             return None
         first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        if first and self.record_past:
-            first = min(first, first_held_column(self.tables[layer.window], self.stored))
+        if layer.window is not None and self.record_past:
+            first = max(self._past_from - layer.window + 1, 0)
         return self.read_columns(layer, first, columns, self.stored)
 
     # ---- dense layers instead of pages ------------------------------------------------------------------------
@@ -434,6 +436,8 @@ class PagedCache(Cache):
                 return reason
             columns, rows = dense.columns, dense.batch_size
             stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
+            windows = [window for window in self.tables if window is not None]
+            past_from = min((columns - dense.columns_held(window) + window - 1 for window in windows), default=0)
             self.dense = None
             try:
                 write_pages(self, dense, stored)
@@ -442,6 +446,7 @@ class PagedCache(Cache):
                 raise
             self.lengths = [columns] * rows if stored is None else stored.sum(1).tolist()
             self._columns, self._stored = columns, stored
+            self._past_from = past_from
         self.dense, self._known_stored = None, None
         return None
 
@@ -450,7 +455,8 @@ class PagedCache(Cache):
         layers = DenseLayers({layer.index: templates[layer.index] for layer in self._paged})
         if self.record_past:
             for template in layers.layers.values():
-                template.record_past = True
+                if template.is_sliding:
+                    template.record_past = True
         return layers
 
     def drop_pages(self) -> None:
@@ -498,6 +504,7 @@ class PagedCache(Cache):
         for layer in self.layers:
             if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(removed)
+        self._past_from = self._columns
         self._release_behind()
 
     def _crop_pages(self, removed: int) -> None:
@@ -530,7 +537,11 @@ class PagedCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Release nothing behind a window until the next `crop()`."""
-        self.record_past = True
+        if not self.record_past:
+            self.record_past, self._past_from = True, self._columns
+        for layer in self.dense.layers.values() if self.dense is not None else ():
+            if layer.is_sliding:
+                layer.activate_past_recording()
         super().activate_past_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -659,7 +670,7 @@ class PagedCache(Cache):
             table.trim(self.lengths)
             table.fork_into(other.tables[window])
         other.lengths, other._columns = list(self.lengths), self._columns
-        other._stored, other.record_past = self._stored, self.record_past
+        other._stored, other.record_past, other._past_from = self._stored, self.record_past, self._past_from
         other.dense, other._known_stored = copy.deepcopy(self.dense, memo), self._known_stored
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, PagedLayer):

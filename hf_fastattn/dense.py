@@ -36,18 +36,6 @@ def dense_slots(
     return slots.to(device), None if missing is None else missing.to(device)
 
 
-def first_held_column(table: PageTable, stored: Tensor | None) -> int:
-    """The first column from which on no row lacks a token that it stores, because its page was released."""
-    first = 0
-    for row, pages in enumerate(table.rows):
-        behind = next((column for column, page in enumerate(pages) if page >= 0), 0) * table.page_size
-        if not behind:
-            continue
-        column = behind if stored is None else int((stored[row].cumsum(0) > behind).nonzero()[0])
-        first = max(first, column)
-    return first
-
-
 def dense_tokens(pages: Tensor, slots: Tensor, missing: Tensor | None) -> Tensor:
     """`[B, G, columns, D]` from pages `[N, P, G, D]`, zero at the places that `dense_slots` calls missing."""
     tokens = pages.flatten(0, 1)[slots]
