@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from hf_fastattn.batch import Batch
 from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
-from hf_fastattn.conversion import Hidden, read_layers, shown_columns, why_not_lent, write_pages
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots, dense_tokens
-from hf_fastattn.dense_layers import DenseLayers, fill_layer
+from hf_fastattn.dense_cache import DenseCache
 from hf_fastattn.forward_batch import forward_batch
 from hf_fastattn.padding import Padding
 from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
@@ -34,7 +32,7 @@ def _release(tables: dict[int | None, PageTable]) -> None:
         table.clear()
 
 
-class PagedCache(Cache):
+class PagedCache(DenseCache):
     """Keys and values of a batch of rows, in pages of a pool (Kwon et al., 2023, "PagedAttention").
 
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
@@ -74,14 +72,14 @@ class PagedCache(Cache):
         self.room = room
         self.record_past = False
         # A user's dense layers, which get their keys back after a call; what pages leave out of them is kept aside.
-        self.lent: DenseLayers | None = None
+        self.lent = None
         layers = [self._own_layer(index, layer) for index, layer in enumerate(templates)]
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
         self._recurrent_places = [place for place, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)]
         if not self._paged:
             raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
-        self.tables: dict[int | None, PageTable] = {}
+        self.tables = {}
         self._make_tables()
         self._finalizer = weakref.finalize(self, _release, self.tables)
         self._start_empty()
@@ -112,29 +110,28 @@ class PagedCache(Cache):
         return self._options is None and not self.lengths and not self._open
 
     def _start_empty(self) -> None:
-        self.lengths: list[int] = []
+        self.lengths = []
         self._columns = 0
         # Of the first columns; all that came after them hold tokens.
-        self._stored: Tensor | None = None
+        self._stored = None
         self.seen_mask = SeenMask()
         self._batch: Batch | None = None
         self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
         self.padding: Padding | None = None
-        self._new_stored: Tensor | None = None
+        self._new_stored = None
         self._query_length = 0
         self._dense = False
         self._open = False
         self._created_rows = False
         self._reserved_ahead = False
-        self.dense: DenseLayers | None = None
-        self.hidden: dict[int, Hidden] = {}
+        self.dense, self.hidden = None, {}
         # Columns that dense layers are known to hold tokens in.
-        self._known_stored: Tensor | None = None
+        self._known_stored = None
         # Columns at which recording of the past began anew: those before are there as far as a window reached then.
         self._past_from = 0
-        self._wrote: set[int] = set()
+        self._wrote = set()
         # What somebody sets on a layer while a forward is under way holds from its end on.
-        self._replaced: dict[tuple[int, str], Tensor | None] = {}
+        self._replaced = {}
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
@@ -219,6 +216,7 @@ class PagedCache(Cache):
 
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
+        self._replaced = {}
         for layer, held in self._snapshots:
             layer.restore(held)
         self._close()
@@ -369,96 +367,6 @@ class PagedCache(Cache):
             first = max(self._past_from - layer.window + 1, 0)
         return self.read_columns(layer, first, columns, self.stored)
 
-    # ---- dense layers instead of pages ------------------------------------------------------------------------
-
-    def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values of a layer, wherever they are."""
-        if self.dense is not None:
-            keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
-        elif self._open and layer.index in self._wrote:
-            keys, values = self._with_new(layer)
-        else:
-            keys, values = self.dense_layer(layer) or (None, None)
-        return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
-
-    def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
-        """What Transformers would hold of the layer, which has written its part of the forward under way."""
-        columns, stored = self._columns + self._query_length, self.stored
-        if self._new_stored is not None:
-            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
-        elif stored is not None:
-            stored = self._stored_until(columns)
-        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        return self.read_columns(layer, first, columns, stored)
-
-    def replace(self, index: int, name: str, states: Tensor | None) -> None:
-        """Put `states` in the place of the `keys` or `values` of a layer."""
-        if self._open:
-            self._replaced[index, name] = states
-            return
-        setattr(self.stock_layer(index), name, states)
-
-    def hold_dense(self) -> None:
-        """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
-        if self.dense is not None:
-            return
-        layers = self.lent or self._stock_layers()
-        if self.lengths:
-            read_layers(self, layers)
-        self.drop_pages()
-        self.dense = layers
-
-    def stock_layer(self, index: int) -> Any:
-        """Transformers' own layer in the place of layer `index`."""
-        self.hold_dense()
-        assert self.dense is not None
-        return self.dense[index]
-
-    def place_of(self, layer: PagedLayer) -> tuple[torch.device | None, torch.dtype | None]:
-        """Device and dtype of a layer's keys; None before its first write."""
-        held = self.groups.group(layer.window).storage.pages(layer.index) if self.dense is None else None
-        keys = held[0] if held is not None else None if self.dense is None else self.dense[layer.index].keys
-        return (None, None) if keys is None else (keys.device, keys.dtype)
-
-    def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
-        """Bring what dense layers hold into pages; returns why they stay, or None.
-
-        Args:
-            mask: of the next forward; columns that it hides are not stored.
-            dtype: of the keys that the model will write.
-        """
-        dense, known = self.dense, self._known_stored
-        if dense is None:
-            return None
-        if not dense.is_empty:
-            reason = dense.why_not_pages(dtype)
-            if reason is not None:
-                return reason
-            columns, rows = dense.columns, dense.batch_size
-            stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
-            windows = [window for window in self.tables if window is not None]
-            past_from = min((columns - dense.columns_held(window) + window - 1 for window in windows), default=0)
-            self.dense = None
-            try:
-                write_pages(self, dense, stored)
-            except BaseException:
-                self.dense = dense
-                raise
-            self.lengths = [columns] * rows if stored is None else stored.sum(1).tolist()
-            self._columns, self._stored = columns, stored
-            self._past_from = past_from
-        self.dense, self._known_stored = None, None
-        return None
-
-    def _stock_layers(self) -> DenseLayers:
-        templates = template_layers(self._config)
-        layers = DenseLayers({layer.index: templates[layer.index] for layer in self._paged})
-        if self.record_past:
-            for template in layers.layers.values():
-                if template.is_sliding:
-                    template.record_past = True
-        return layers
-
     def drop_pages(self) -> None:
         """Release all pages, whatever they hold; linear-attention layers keep their states."""
         for table in self.tables.values():
@@ -601,67 +509,6 @@ class PagedCache(Cache):
         """-1: pages have no maximal length. PEFT asks every cache that is not a `DynamicCache`."""
         return -1
 
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Keys, values and window of each layer, as a `DynamicCache` gives them."""
-        for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
-
-    # ---- copies and conversions -------------------------------------------------------------------------------
-
-    @classmethod
-    def from_dynamic(
-        cls, cache: DynamicCache, config: Any, fastattn_config: FastAttnConfig | None = None, mask: Tensor | None = None
-    ) -> PagedCache:
-        """A cache that holds what a `DynamicCache` of the same model holds, which is left as it is.
-
-        Args:
-            cache: filled or empty; not offloaded or quantised.
-            config: the model's configuration (`model.config`).
-            fastattn_config: see the class.
-            mask: `[B, columns]`, the columns that hold tokens; by default the mask of the next forward says so.
-
-        Raises:
-            TypeError: the cache is no `DynamicCache`.
-            ValueError: it has layers that the model has not.
-        """
-        reason = why_not_lent(cache, config)
-        if reason is not None:
-            raise (ValueError if isinstance(cache, DynamicCache) else TypeError)(f"{reason}; give the model's DynamicCache")
-        made = cls(config, fastattn_config)
-        return made.filled(copy.deepcopy(cache.layers), None if mask is None else mask.cpu().bool())
-
-    def filled(self, layers: Sequence[Any], stored: Tensor | None) -> PagedCache:
-        """This empty cache over layers of Transformers, which are its own from now on."""
-        own = self._stock_layers()
-        for index in range(min(len(layers), len(self.layers))):
-            if isinstance(self.layers[index], PagedLayer):
-                own.layers[index] = layers[index]
-            else:
-                vars(self.layers[index]).update(vars(layers[index]))
-        self.record_past = any(getattr(layer, "record_past", False) for layer in layers)
-        if not own.is_empty:
-            self.dense, self._known_stored = own, stored
-        return self
-
-    def to_dynamic(self) -> DynamicCache:
-        """A `DynamicCache` with copies of all keys, values and states, for a model of any kind; padding is zero in it."""
-        made = DynamicCache(config=self._config)
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, PagedLayer):
-                vars(made.layers[index]).update(copy.deepcopy(vars(layer)))
-            elif self.dense is not None:
-                made.layers[index] = copy.deepcopy(self.dense[index])
-            else:
-                states = self.dense_layer(layer)
-                if states is not None:
-                    fill_layer(made.layers[index], *states, self._columns, self.record_past)
-        return made
-
-    def __reduce__(self) -> Any:
-        """Pickles as the layers that Transformers would have, so that loading needs neither the model nor its pages."""
-        stored = self.stored if self.dense is None else self._known_stored
-        return restore_cache, (self._config, self._options, self.to_dynamic().layers, stored, self.room)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A fork: shares the pages, copies what it writes to."""
         other = PagedCache(self._config, self._options, groups=self.groups, counters=self.counters, room=self.room)
@@ -693,10 +540,3 @@ class PagedCache(Cache):
     def _release_behind(self, margin: int = 0) -> None:
         for table in self.tables.values():
             table.release_behind([max(length - margin, 0) for length in self.lengths])
-
-
-def restore_cache(
-    config: Any, options: FastAttnConfig | None, layers: Sequence[Any], stored: Tensor | None, room: int
-) -> PagedCache:
-    """The cache that was pickled with these parts."""
-    return PagedCache(config, options, room=room).filled(layers, stored)

@@ -134,11 +134,11 @@ class PagedLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A layer of Transformers with the same content: a copy is no view on this cache."""
-        return self.cache.to_dynamic().layers[self.index]
+        return self.cache.copy_of(self.index)
 
     def __reduce__(self) -> Any:
         """Pickles as a layer of Transformers."""
-        return _itself, (self.cache.to_dynamic().layers[self.index],)
+        return _itself, (self.cache.copy_of(self.index),)
 
 
 def _itself(layer: Any) -> Any:

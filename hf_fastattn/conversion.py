@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hf_fastattn.dense import is_run
 from hf_fastattn.dense_layers import DenseLayers, fill_layer, window_of
 from hf_fastattn.page_groups import is_recurrent, template_layers
 from hf_fastattn.pages import CacheFullError
@@ -161,10 +162,15 @@ def _write_layer(cache: PagedCache, index: int, layer: Any, shown: Tensor | None
     pairs = zip(cache.pages_for(index, layer.keys.transpose(1, 2)), (layer.keys, layer.values), strict=True)
     with torch.no_grad():
         for pages, states in pairs:
-            tokens = states.transpose(1, 2).flatten(0, 1)
+            tokens = states.transpose(1, 2)
+            # Of a single row this is a view.
+            tokens = tokens[0] if len(tokens) == 1 else tokens.flatten(0, 1)
             if shown is not None:
                 tokens = tokens[shown.flatten().to(tokens.device)]
-            pages.flatten(0, 1).index_copy_(0, slots, tokens)
+            if slots.device.type == "cpu" and is_run(slots):
+                pages.flatten(0, 1)[int(slots[0]) :][: len(slots)].copy_(tokens)
+            else:
+                pages.flatten(0, 1).index_copy_(0, slots, tokens)
 
 
 def _keep_hidden(cache: PagedCache, index: int, layer: Any, shown: Tensor, columns: int) -> None:
