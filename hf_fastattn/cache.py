@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from hf_fastattn.batch import Batch
 from hf_fastattn.cache_layer import PagedLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots, dense_tokens
+from hf_fastattn.dense_cache import DenseCache
 from hf_fastattn.forward_batch import forward_batch
 from hf_fastattn.padding import Padding
 from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
@@ -32,19 +32,21 @@ def _release(tables: dict[int | None, PageTable]) -> None:
         table.clear()
 
 
-class PagedCache(Cache):
+class PagedCache(DenseCache):
     """Keys and values of a batch of rows, in pages of a pool (Kwon et al., 2023, "PagedAttention").
 
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
     expects. Rows share pages after `reorder_cache`, `batch_repeat_interleave` and `batch_select_indices`, and copy the
-    last, partial one when they write. A patched model reads the pages in place; any other model gets dense,
-    left-padded tensors from `update()`, as from a `DynamicCache`. Linear-attention layers keep their recurrent states
-    as in Transformers.
+    last, partial one when they write. A patched model reads the pages in place. For any other model, and once somebody
+    replaces the keys of a layer, the cache holds Transformers' own dense layers (`dense`) and does what a `DynamicCache`
+    does; the next forward of a patched model takes them into pages again, or runs on them where pages cannot hold
+    them. Linear-attention layers keep their recurrent states as in Transformers.
 
     Args:
         config: the model's configuration (`model.config`).
-        fastattn_config: page size and memory limit; ignored if `groups` is given.
-        groups: pages to use; new ones by default.
+        fastattn_config: page size and memory limit; ignored if `groups` is given. Without both, the cache has the
+            options, and the pages, of the patched model that it is first given to.
+        groups: pages to use, of a patched model; new ones by default.
         counters: where pages are counted.
         room: tokens that a row is expected to reach, to choose pages it can grow into.
 
@@ -64,18 +66,21 @@ class PagedCache(Cache):
         self._config = config
         templates = template_layers(config)
         self._layout = cache_layout(config, templates)
+        self._options = fastattn_config
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
         self.counters = counters or CallCounters()
         self.room = room
         self.record_past = False
+        # A user's dense layers, which get their keys back after a call; what pages leave out of them is kept aside.
+        self.lent = None
         layers = [self._own_layer(index, layer) for index, layer in enumerate(templates)]
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
         self._recurrent_places = [place for place, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)]
         if not self._paged:
             raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
-        windows = dict.fromkeys(layer.window for layer in self._paged)
-        self.tables = {w: PageTable(self.groups.group(w).pool, self.groups.page_size, w) for w in windows}
+        self.tables = {}
+        self._make_tables()
         self._finalizer = weakref.finalize(self, _release, self.tables)
         self._start_empty()
 
@@ -84,24 +89,49 @@ class PagedCache(Cache):
             return PagedLayer(self, index, layer_window(template))
         return RecurrentLayer(template.number_of_states) if is_recurrent(template) else template
 
+    def _make_tables(self) -> None:
+        for window in dict.fromkeys(layer.window for layer in self._paged):
+            self.tables[window] = PageTable(self.groups.group(window).pool, self.groups.page_size, window)
+
+    def adopt(self, groups: PageGroups, config: Any) -> None:
+        """Live in `groups`, of a model with `config`, from now on, if the cache was made without options and holds no page.
+
+        Raises:
+            ValueError: the cache was made for another model.
+        """
+        self.check_owner(config)
+        if self.may_adopt and self.groups is not groups:
+            self.groups = groups
+            self._make_tables()
+
+    @property
+    def may_adopt(self) -> bool:
+        """Whether `adopt` would do anything."""
+        return self._options is None and not self.lengths and not self._open
+
     def _start_empty(self) -> None:
-        self.lengths: list[int] = []
+        self.lengths = []
         self._columns = 0
         # Of the first columns; all that came after them hold tokens.
-        self._stored: Tensor | None = None
+        self._stored = None
         self.seen_mask = SeenMask()
         self._batch: Batch | None = None
         self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
         self.padding: Padding | None = None
-        self._new_stored: Tensor | None = None
+        self._new_stored = None
         self._query_length = 0
         self._dense = False
         self._open = False
         self._created_rows = False
         self._reserved_ahead = False
-        self._written = [0] * len(self.layers)
-        # The last forward that came through `update()` alone, and the columns before it.
-        self._unannounced: tuple[Batch, int] | None = None
+        self.dense, self.hidden = None, {}
+        # Columns that dense layers are known to hold tokens in.
+        self._known_stored = None
+        # Columns at which recording of the past began anew: those before are there as far as a window reached then.
+        self._past_from = 0
+        self._wrote = set()
+        # What somebody sets on a layer while a forward is under way holds from its end on.
+        self._replaced = {}
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
@@ -177,17 +207,19 @@ class PagedCache(Cache):
             self._stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
         self._columns += self._query_length
         self.lengths = self._batch.seq_lens
-        self._written = [self._columns] * len(self.layers)
         self._close()
+        replaced, self._replaced = self._replaced, {}
+        for (index, name), states in replaced.items():
+            self.replace(index, name, states)
         if release:
             self.release_behind()
 
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
+        self._replaced = {}
         for layer, held in self._snapshots:
             layer.restore(held)
         self._close()
-        self._written = [self._columns] * len(self.layers)
         for table in self.tables.values():
             if self._created_rows:
                 table.clear()
@@ -198,6 +230,7 @@ class PagedCache(Cache):
 
     def _close(self) -> None:
         self._open, self._batch, self._new_stored, self.padding, self._snapshots = False, None, None, None, []
+        self._wrote = set()
 
     @property
     def _recurrent(self) -> list[RecurrentLayer]:
@@ -225,6 +258,7 @@ class PagedCache(Cache):
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
         window = self.layers[layer_idx].window
         group = self.groups.group(window)
+        self._wrote.add(layer_idx)
 
         def is_alone() -> bool:
             held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
@@ -250,7 +284,6 @@ class PagedCache(Cache):
         """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
         self.lengths = [length + tokens if length else 0 for length in self.lengths]
         self._columns += tokens
-        self._written = [self._columns] * len(self.layers)
 
     def let_go(self, rows: Sequence[int]) -> None:
         """Release the pages of rows that nobody will read or write any more."""
@@ -293,68 +326,74 @@ class PagedCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, PagedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        batch, columns = self._dense_batch(key_states, layer_idx)
-        past_keys, past_values = self._dense_past(layer, columns, key_states)
+        if not self._open or self._batch is None:
+            # Nobody announced the forward: a model that is not patched.
+            return self.stock_layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        past_keys, past_values = self._past(layer, key_states)
         k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
-        slots = batch.slot_mapping(layer.window, key_states.device)
+        slots = self._batch.slot_mapping(layer.window, key_states.device)
         with torch.no_grad():
             for pages, states in ((k_pages, key_states), (v_pages, value_states)):
                 tokens = states.transpose(1, 2).flatten(0, 1)
                 if self._new_stored is not None:
                     tokens = tokens[self._new_stored.flatten().to(tokens.device)]
                 pages.flatten(0, 1).index_copy_(0, slots, tokens)
-        self._written[layer_idx] = columns + key_states.shape[2]
         return torch.cat((past_keys, key_states), 2), torch.cat((past_values, value_states), 2)
 
-    def _dense_batch(self, key_states: Tensor, layer_idx: int) -> tuple[Batch, int]:
-        """The batch that this layer's `update()` belongs to, and the columns before it."""
-        if self._open and self._batch is not None:
-            return self._batch, self._columns
-        start, query_length = self._written[layer_idx], key_states.shape[2]
-        if start == self._columns:
-            # The first layer of a forward that nobody announced: an unpatched model.
-            # Its other layers still read what lies behind their window, so pages are released a forward later.
-            self.release_behind()
-            batch = self.begin(key_states.shape[0], query_length, dense=True)
-            written = self._written
-            self.commit(release=False)
-            self._written = [min(done, start) for done in written]
-            self._unannounced = (batch, start)
-            return batch, start
-        if self._unannounced is None or (start, start + query_length) != (self._unannounced[1], self._columns):
-            raise ValueError(
-                f"layer {layer_idx} of {CACHE} holds {start} tokens and is given {query_length} more, "
-                f"but the cache is at {self._columns}; call reset() after a failed forward"
-            )
-        return self._unannounced
-
-    def _dense_past(self, layer: PagedLayer, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, L, D]` of the columns before `columns` that a mask of Transformers covers."""
-        held = self.groups.group(layer.window).storage.pages(layer.index)
+    def _past(self, layer: PagedLayer, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, L, D]` of the columns so far that a mask of Transformers covers."""
+        columns = self._columns
         first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        if held is None or columns == first or not self.lengths:
+        if self.groups.group(layer.window).storage.pages(layer.index) is None or columns == first:
             empty = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
             return empty, empty
-        stored = None if self._stored is None else self._stored_until(columns)
-        slots, missing = dense_slots(self.tables[layer.window], stored, first, columns, like.device)
+        return self.read_columns(layer, first, columns, self.stored)
+
+    def read_columns(self, layer: PagedLayer, first: int, last: int, stored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored."""
+        held = self.groups.group(layer.window).storage.pages(layer.index)
+        assert held is not None
+        stored = None if stored is None else stored[:, :last]
+        slots, missing = dense_slots(self.tables[layer.window], stored, first, last, held[0].device)
         return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
 
     def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
-        """All that the layer holds, dense; None before its first write."""
-        held = self.groups.group(layer.window).storage.pages(layer.index)
+        """Of what the layer has in pages, what Transformers would hold, dense; None before its first write."""
+        held, columns = self.groups.group(layer.window).storage.pages(layer.index), self._columns
         if held is None or not self.lengths:
             return None
-        like = held[0].new_empty(len(self.lengths), held[0].shape[2], 0, held[0].shape[3])
-        return self._dense_past(layer, self._columns, like)
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        if layer.window is not None and self.record_past:
+            first = max(self._past_from - layer.window + 1, 0)
+        return self.read_columns(layer, first, columns, self.stored)
+
+    def drop_pages(self) -> None:
+        """Release all pages, whatever they hold; linear-attention layers keep their states."""
+        for table in self.tables.values():
+            table.clear()
+        known = self.stored
+        self._start_empty()
+        self._known_stored = known
+
+    def owns_all_pages(self, window: int | None) -> bool:
+        """Whether no other cache holds a page of this window."""
+        held = {page for pages in self.tables[window].rows for page in pages if page >= 0}
+        return len(held) == self.groups.group(window).pool.in_use
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in the cache, padding included."""
+        if self.dense is not None:
+            return int(self.dense.or_first(layer_idx).get_seq_length())
         return self._columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """`(kv length, kv offset)` of what `update()` will return for the layer."""
+        if self.dense is not None:
+            return self.dense.or_first(layer_idx).get_mask_sizes(query_length)
         layer = self.layers[layer_idx]
-        return (layer if isinstance(layer, PagedLayer) else self._paged[0]).get_mask_sizes(query_length)
+        window = (layer if isinstance(layer, PagedLayer) else self._paged[0]).window
+        offset = 0 if window is None else max(self._columns - window + 1, 0)
+        return self._columns - offset + query_length, offset
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
@@ -364,42 +403,53 @@ class PagedCache(Cache):
                 that cannot be taken back; call `activate_past_recording()` first.
         """
         removed = int(tokens_to_remove)
-        removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
-        if removed:
-            self._check_croppable()
-            keep = self._columns - removed
-            if self._stored is None:
-                self.lengths = [length - removed for length in self.lengths]
-            else:
-                stored = self._stored_until(self._columns)
-                gone = stored[:, keep:].sum(1).tolist()
-                self.lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
-                self._stored = stored[:, :keep]
-            self._columns = keep
-            self._written = [keep] * len(self.layers)
-            for table in self.tables.values():
-                table.trim(self.lengths)
+        if self.dense is not None:
+            self.dense.crop(removed)
+        else:
+            removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
+            self._crop_pages(removed)
+            removed = -removed
         for layer in self.layers:
             if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
-                layer.crop(-removed)
+                layer.crop(removed)
+        self._past_from = self._columns
         self._release_behind()
 
-    def _check_croppable(self) -> None:
+    def _crop_pages(self, removed: int) -> None:
+        if not removed:
+            return
+        keep, stored, lengths = self._columns - removed, self._stored, [length - removed for length in self.lengths]
+        if stored is not None:
+            stored = self._stored_until(self._columns)
+            gone = stored[:, keep:].sum(1).tolist()
+            lengths, stored = [have - count for have, count in zip(self.lengths, gone, strict=True)], stored[:, :keep]
+        self._check_croppable(lengths)
+        self._columns, self.lengths, self._stored = keep, lengths, stored
+        for table in self.tables.values():
+            table.trim(lengths)
+
+    def _check_croppable(self, lengths: list[int]) -> None:
         if self._recurrent and not self.record_past:
             raise RuntimeError(
                 "crop() was called on a cache with linear-attention layers, whose states hold no past; prefill again, "
                 "or call activate_past_recording() on the cache first"
             )
-        for window in self.tables:
-            if window is not None and self._columns >= window and not self.record_past:
+        for window, table in self.tables.items():
+            released = not self.record_past and window is not None and self._columns >= window
+            if released or table.misses_pages(lengths):
                 raise RuntimeError(
                     f"crop() was called after the sliding window of {window} tokens was passed, and what lay before "
-                    "it is released; call activate_past_recording() on the cache first"
+                    "it is released, at the latest by the crop() before; call activate_past_recording() before the "
+                    "forward, and crop() once after it"
                 )
 
     def activate_past_recording(self) -> None:
         """Release nothing behind a window until the next `crop()`."""
-        self.record_past = True
+        if not self.record_past:
+            self.record_past, self._past_from = True, self._columns
+        for layer in self.dense.layers.values() if self.dense is not None else ():
+            if layer.is_sliding:
+                layer.activate_past_recording()
         super().activate_past_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -408,16 +458,28 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, sharing its pages."""
-        self.select_rows([row for row in range(len(self.lengths)) for _ in range(repeats)])
+        self.select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a bool mask)."""
-        self.select_rows(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+        self.select_rows(torch.arange(self.batch_size)[indices.cpu()].tolist())
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
-        if not self.lengths or list(rows) == list(range(len(self.lengths))):
+        if list(rows) == list(range(self.batch_size)):
             return
+        if self.dense is not None:
+            self.dense.select(torch.tensor(rows))
+            self._known_stored = None if self._known_stored is None else self._known_stored[list(rows)]
+        elif not self.lengths:
+            return
+        else:
+            self._select_pages(rows)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(torch.tensor(rows))
+
+    def _select_pages(self, rows: Sequence[int]) -> None:
         for table in self.tables.values():
             table.trim(self.lengths)
             table.select(rows, self.counters)
@@ -426,9 +488,7 @@ class PagedCache(Cache):
             before, self._stored = self._stored, self._stored[list(rows)]
             if not torch.equal(before, self._stored):
                 self.seen_mask = SeenMask()
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(torch.tensor(rows))
+        self.hidden = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
 
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
@@ -442,18 +502,23 @@ class PagedCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first forward."""
-        return len(self.lengths) or -1
+        return len(self.lengths) or -1 if self.dense is None else self.dense.batch_size
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: pages have no maximal length. PEFT asks every cache that is not a `DynamicCache`."""
+        return -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A fork: shares the pages, copies what it writes to."""
-        other = PagedCache(self._config, groups=self.groups, counters=self.counters, room=self.room)
+        other = PagedCache(self._config, self._options, groups=self.groups, counters=self.counters, room=self.room)
         memo[id(self)] = other
         for window, table in self.tables.items():
             table.trim(self.lengths)
             table.fork_into(other.tables[window])
         other.lengths, other._columns = list(self.lengths), self._columns
-        other._stored, other.record_past = self._stored, self.record_past
-        other._written = list(self._written)
+        other._stored, other.record_past, other._past_from = self._stored, self.record_past, self._past_from
+        other.dense, other._known_stored = copy.deepcopy(self.dense, memo), self._known_stored
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, PagedLayer):
                 other.layers[index] = copy.deepcopy(layer, memo)

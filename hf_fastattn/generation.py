@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.conversion import why_not_lent
 from hf_fastattn.fast_sample import fast_sample
 from hf_fastattn.patches.plain_copies import PlainCopies
 from hf_fastattn.patches.unchanged import why_not_ours
@@ -32,16 +34,18 @@ class FastGenerationMixin(PlainCopies):
         )
         runtime: Runtime = self._fastattn.runtime
         cache = model_kwargs.get(CACHE)
-        reason = _why_stock_cache(supplied, cache, generation_config, model_kwargs)
+        if isinstance(supplied, PagedCache) and supplied.may_adopt:
+            supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
+        config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+        reason = _why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is None:
             reason = why_not_ours(self._fastattn.decoder(self))
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)
             return done
-        config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        paged = runtime.new_cache(config, self.dtype, max_cache_length + 1)  # type: ignore[attr-defined]
-        if generation_config.is_assistant:
+        paged = runtime.new_cache(self, max_cache_length + 1, supplied)
+        if generation_config.is_assistant and supplied is None:
             paged.activate_past_recording()
         model_kwargs[CACHE] = paged
         return done
@@ -85,7 +89,7 @@ class FastGenerationMixin(PlainCopies):
                 input_ids[rows.first], generation_config, rows.select(model_kwargs), is_first_iteration
             )
         assert isinstance(cache, PagedCache)
-        cache.select_rows(rows.copies)
+        runtime.paged_of(outputs[CACHE]).reorder_cache(torch.tensor(rows.copies, device=input_ids.device))
         return rows.expand(outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,8 +147,9 @@ class FastGenerationMixin(PlainCopies):
         updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        cache = updated.get(CACHE)
+        cache = self._fastattn.runtime.paged_of(updated.get(CACHE))
         if isinstance(cache, PagedCache):
+            updated[CACHE] = cache
             cache.seen_mask.extend(before, updated.get("attention_mask"))
         return updated
 
@@ -168,11 +173,13 @@ def fast_class(base: Any) -> type:
     return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})
 
 
-def _why_stock_cache(supplied: Any, cache: Any, generation_config: Any, model_kwargs: dict) -> str | None:
-    """Why the call keeps Transformers' cache: a reason to report, "" for the user's wish, None if pages will do."""
-    if supplied is not None:
-        return "" if isinstance(supplied, PagedCache) else f"{CACHE} is a {type(supplied).__name__}"
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+def _why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
+    """Why the call keeps the cache it has: a reason to report, "" for the user's wish, None if pages will do."""
+    if isinstance(supplied, PagedCache):
+        return ""
+    if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
+        return reason
+    if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
         return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(mask.any(1).all()):

@@ -70,6 +70,12 @@ def key_shape(config: Any) -> tuple[int, int]:
     return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def keys_dtype(model: Any) -> torch.dtype:
+    """The dtype of the keys that the model writes now."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+
+
 def cache_layout(config: Any, templates: list[Any] | None = None) -> tuple[Any, ...]:
     """Key heads, head dim and the layers' windows: models that differ here cannot use each other's cache.
 
@@ -101,6 +107,7 @@ class PageGroups:
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
         self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize
+        self._largest: dict[int | None, int] = {}
         self._groups = {
             window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
             for window in dict.fromkeys(windows)
@@ -167,5 +174,8 @@ class PageGroups:
         for group in self:
             if group.pool.in_use or keep >= 1:
                 continue
-            group.pool.shrink(int(group.pool.capacity * keep))
-            group.storage.clear()
+            # A share of the most there ever was: a call that needs less does not make it less.
+            self._largest[group.window] = max(self._largest.get(group.window, 0), group.pool.capacity)
+            kept = int(self._largest[group.window] * keep)
+            group.pool.shrink(kept)
+            group.storage.shrink(kept)

@@ -10,6 +10,10 @@ from torch import Tensor
 from hf_fastattn.transformers_version import CACHE
 
 
+class NarrowerKeysError(ValueError):
+    """Pages hold keys of a dtype that the one now written includes."""
+
+
 class PageStorage:
     """K and V pages `[N, P, G, D]` of each layer, made when the layer first writes.
 
@@ -39,7 +43,8 @@ class PageStorage:
             may_replace: asked where pages have another shape: whether nothing stored is still needed, so that they may go.
 
         Raises:
-            ValueError: the pages hold tokens of other heads, dtype or device.
+            NarrowerKeysError: the pages hold tokens of a narrower dtype.
+            ValueError: they hold tokens of other heads, dtype or device.
         """
         held = self._pages.get(layer_idx)
         if held is not None:
@@ -50,6 +55,8 @@ class PageStorage:
                     return held
             elif may_replace():
                 held = None
+            elif self._is_narrower(pages, states):
+                raise NarrowerKeysError(f"{CACHE} holds keys in {pages.dtype}, and the model writes {states.dtype}")
             else:
                 raise ValueError(
                     f"{CACHE} holds keys of {tuple(pages.shape[2:])} (heads, head dim), {pages.dtype}, "
@@ -63,6 +70,12 @@ class PageStorage:
         self._pages[layer_idx] = (self._grown(old_keys, shape, states), self._grown(old_values, shape, states))
         self.capacity = min(pages.shape[0] for pages, _ in self._pages.values())
         return self._pages[layer_idx]
+
+    @staticmethod
+    def _is_narrower(pages: Tensor, states: Tensor) -> bool:
+        if pages.shape[2:] != states.shape[-2:] or pages.device != states.device:
+            return False
+        return torch.promote_types(pages.dtype, states.dtype) == states.dtype
 
     def grow(self, capacity: int) -> None:
         """Grow every layer that has been written to `capacity` pages."""
@@ -109,6 +122,26 @@ class PageStorage:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(pages.nbytes for pair in self._pages.values() for pages in pair)
+
+    def forget(self, layer_idx: int) -> None:
+        """Drop the tensors of a layer that nobody will read any more."""
+        if self._pages.pop(layer_idx, None) is not None:
+            self.version += 1
+            self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
+
+    def shrink(self, capacity: int) -> None:
+        """Make every layer's tensors `capacity` pages long, if they are longer; what they hold is lost."""
+        if not capacity:
+            self.clear()
+        for layer_idx, (held, _) in list(self._pages.items()):
+            if held.shape[0] > capacity:
+                # Dropped first: the smaller ones fit into its memory.
+                like, shape = held[:0], (capacity, *held.shape[1:])
+                del held, self._pages[layer_idx]
+                like = torch.empty(0, dtype=like.dtype, device=like.device)
+                self._pages[layer_idx] = (self._grown(None, shape, like), self._grown(None, shape, like))
+                self.version += 1
+        self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
 
     def clear(self) -> None:
         """Drop all tensors."""

@@ -45,6 +45,19 @@ class PageTable:
         self._mirror.add_rows(count)
         self._slack = 0
 
+    def start_behind(self, columns: Sequence[int]) -> None:
+        """Empty rows begin after `columns[b]` pages that count as released."""
+        for row, count in enumerate(columns):
+            self.rows[row] = [-1] * count
+            self._mirror.changed(row, 0)
+
+    def misses_pages(self, lengths: Sequence[int]) -> bool:
+        """Whether a query after `lengths[b]` tokens would look for a page that was released behind its window."""
+        if self.window is None:
+            return False
+        columns = [max(length - self.window + 1, 0) // self.page_size for length in lengths]
+        return any(column < len(pages) and pages[column] < 0 for column, pages in zip(columns, self.rows, strict=True))
+
     def reserve(
         self,
         lengths: Sequence[int],

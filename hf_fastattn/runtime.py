@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.cache_utils import DynamicCache
+
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.conversion import why_not_lent
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.lent_cache import LentCache
 from hf_fastattn.loop_graphs import LoopGraphs
-from hf_fastattn.page_groups import PageGroups, is_recurrent, template_layers
+from hf_fastattn.page_groups import PageGroups, is_recurrent, keys_dtype, template_layers
 from hf_fastattn.prompt_rows import Expansion
 from hf_fastattn.step_graphs import StepGraphs
 from hf_fastattn.transformers_version import CACHE
@@ -26,12 +30,17 @@ class Call:
     """One `generate()` under way, and the caches made for it."""
 
     caches: list[PagedCache] = field(default_factory=list)
+    lent: list[LentCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
     encoded_from: dict[str, Any] = field(default_factory=dict)
 
     def release(self, result: Any) -> list[PagedCache]:
-        """Release the caches but the one that `result` returns to the caller."""
+        """Release the caches but the one that `result` returns to the caller; give back those that users lent."""
+        for lent in self.lent:
+            lent.give_back()
+            if getattr(result, CACHE, None) is lent.paged:
+                result[CACHE] = lent.dynamic
         kept = getattr(result, CACHE, None)
         for cache in self.caches:
             if cache is not kept:
@@ -50,7 +59,8 @@ class Runtime:
 
     def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
         self.config = config
-        self._dtype = dtype
+        # What keys were counted for: pages of another dtype or place belong to caches of another time.
+        self._made_for: tuple[Any, Any] = (dtype, None)
         self.groups = PageGroups(model_config, config, dtype)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
@@ -87,13 +97,13 @@ class Runtime:
             self.graphs.enter_call(True)
             yield lambda value: result.__setitem__(0, value)
         finally:
+            version = self.groups.storage_version
             returned = call.release(result[0])
             self._calls.remove(call)
             if self._calls:
                 # An assistant's cache comes back to its caller, which is ours too.
                 self._calls[-1].caches.extend(returned)
             else:
-                version = self.groups.storage_version
                 self.groups.shrink(0.0 if training else self.config.keep_memory)
                 if self.groups.storage_version != version:
                     # Graphs read pages that are gone, and memory is wanted.
@@ -119,7 +129,9 @@ class Runtime:
 
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""
-        return bool(self._calls) and any(cache is own for own in self._calls[-1].caches)
+        if not self._calls or any(cache is lent.paged for lent in self._calls[-1].lent):
+            return False
+        return any(cache is own for own in self._calls[-1].caches)
 
     def keep_prefilled(self, outputs: Any) -> None:
         """The innermost call's prompt is computed; `take_prefilled` gives it to whoever would compute it again."""
@@ -153,14 +165,48 @@ class Runtime:
         finally:
             self.prefilling = before
 
-    def new_cache(self, model_config: Any, dtype: Any, room: int) -> PagedCache:
-        """A cache for the call under way."""
-        if dtype != self._dtype and not self.groups.pages_in_use:
-            # The model was cast since: pages are counted in another size.
-            self._dtype, self.groups = dtype, PageGroups(model_config, self.config, dtype)
-        cache = PagedCache(model_config, groups=self.groups, counters=self.counters, room=room)
+    def groups_for(self, model: Any) -> PageGroups:
+        """The pages of the model as it is now; those from before it was cast or moved go with the caches that hold them."""
+        wanted = (keys_dtype(model), model.device)
+        if self._made_for[1] is None and self._made_for[0] == wanted[0]:
+            self._made_for = wanted
+        if self._made_for != wanted:
+            self.groups = PageGroups(model.config, self.config, wanted[0])
+            self._made_for = wanted
+        return self.groups
+
+    def new_cache(self, model: Any, room: int, lender: DynamicCache | None = None) -> PagedCache:
+        """A cache for the call under way.
+
+        Args:
+            model: whose keys it will hold.
+            room: tokens that a row is expected to reach.
+            lender: a user's cache that it stands in for until the end of the call.
+        """
+        config = model.config.get_text_config(decoder=True)
+        cache = PagedCache(config, groups=self.groups_for(model), counters=self.counters, room=room)
+        if lender is not None:
+            self._calls[-1].lent.append(LentCache(lender, cache))
         self._calls[-1].caches.append(cache)
         return cache
+
+    def paged_of(self, cache: Any) -> Any:
+        """The paged cache that stands in for `cache` in the innermost call; `cache` itself if there is none."""
+        lent = self._calls[-1].lent if self._calls else []
+        return next((one.paged for one in lent if one.dynamic is cache), cache)
+
+    def take_in(self, decoder: Any, cache: Any) -> Any:
+        """`paged_of`, also for a filled `DynamicCache` that somebody puts in the place of the call's own: PEFT's prefix."""
+        paged = self.paged_of(cache)
+        if paged is not cache or type(cache) is not DynamicCache or not self._calls or not self._calls[-1].caches:
+            return paged
+        if not cache.get_seq_length():
+            return cache
+        reason = why_not_lent(cache, decoder.config)
+        if reason is not None:
+            self.count_fallback(reason)
+            return cache
+        return self.new_cache(decoder, self._calls[-1].caches[0].room, cache)
 
     def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
         """Count a forward of the base decoder."""

@@ -21,7 +21,7 @@ class SeenMask:
 
     def remember(self, mask: Any, columns: int) -> None:
         """Columns up to `columns` of `mask` were compared with the cache, or are known to agree with it."""
-        usable = isinstance(mask, Tensor) and mask.ndim == 2
+        usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
         self._mask = weakref.ref(mask) if usable else None
         self._version = _version(mask) if usable else 0
         self._compared = columns

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.padding import Padding
+from hf_fastattn.page_groups import keys_dtype
+from hf_fastattn.page_storage import NarrowerKeysError
 from hf_fastattn.patches.chunks import pieces, run_pieces
 from hf_fastattn.patches.fused import drops_cache, fused_forward
 from hf_fastattn.patches.module_state import ModuleState, call_original, patched_forward
@@ -84,20 +87,45 @@ DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_fo
 
 def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str, Any]) -> Any:
     state: ModuleState | None = vars(self).get(STATE)
-    if state is None or not isinstance(cache, PagedCache):
-        if state is not None and not torch.compiler.is_compiling():
+    if state is None:
+        return call_original(self, cache, **arguments, **kwargs)
+    given, cache = cache, state.runtime.take_in(self, cache)
+    if not isinstance(cache, PagedCache):
+        if not torch.compiler.is_compiling():
             # Nothing to warn of: whoever trains or scores texts asked for no pages.
             state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)
         return call_original(self, cache, **arguments, **kwargs)
+    outputs = _paged_forward(self, arguments, cache, kwargs)
+    if given is not cache and isinstance(outputs, ModelOutput):
+        outputs[CACHE] = given
+    return outputs
+
+
+def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    state: ModuleState = vars(self)[STATE]
     if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if drops_cache(self):
         state.runtime.count_fallback("gradient checkpointing runs the layers without the cache")
         return call_original(self, cache, **arguments, **kwargs)
+    if cache.may_adopt:
+        cache.adopt(state.runtime.groups_for(self), self.config)
+    if cache.dense is not None:
+        cache.check_owner(self.config)
+        reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
+        if reason is not None:
+            state.runtime.count_fallback(reason)
+            return call_original(self, cache, **arguments, **kwargs)
     cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
-    if cut is not None and why_watched(self) is None:
-        return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
-    return _cached_forward(self, arguments, cache, kwargs)
+    try:
+        if cut is not None and why_watched(self) is None:
+            return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
+        return _cached_forward(self, dict(arguments), cache, kwargs)
+    except NarrowerKeysError as narrower:
+        # The model was cast since; Transformers' layers take on the wider dtype.
+        cache.hold_dense()
+        state.runtime.count_fallback(str(narrower))
+        return call_original(self, cache, **arguments, **kwargs)
 
 
 # The batch is described by Python numbers that change every step: tracing it would recompile every step.
@@ -204,6 +232,8 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     changed = why_not_ours(decoder)
     if changed is not None:
         return changed
+    if cache.dense is not None:
+        return "the cache holds dense layers"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are needed"
     if decoder.training:

@@ -28,14 +28,15 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    if tuple(mask.shape) != (rows, past + columns):
+    # Transformers reads the first columns of a longer one.
+    if mask.shape[0] != rows or mask.shape[1] < past + columns:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, expected {(rows, past + columns)}: {rows} rows, "
             f"{past} columns in the cache and {columns} new ones"
         )
     if cache.seen_mask.knows(mask, rows, past):
         return None
-    visible, stored = mask.to("cpu", torch.bool), cache.stored
+    visible, stored = mask[:, : past + columns].to("cpu", torch.bool), cache.stored
     if stored is not None and bool((visible[:, :past] & ~stored).any()):
         raise ValueError(
             "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "

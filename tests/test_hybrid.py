@@ -233,7 +233,7 @@ def test_unpatched_model_with_a_paged_cache(family: str, beams: int) -> None:
     options = {**padded_batch(), "max_new_tokens": 24, "do_sample": False, "num_beams": beams}
     cache = PagedCache(stock.config)
     assert torch.equal(stock.generate(**options, **{CACHE: cache}), stock.generate(**options))
-    assert cache.groups.pages_in_use > 0
+    assert cache.get_seq_length() == 37 + 23 and cache.groups.pages_in_use == 0
 
 
 def test_fallback_in_the_middle() -> None:

@@ -1,0 +1,216 @@
+"""`DenseCache`: what a `PagedCache` holds outside of pages: Transformers' layers, copies, conversions and pickles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from hf_fastattn.cache_layer import PagedLayer
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.conversion import Hidden, read_layers, shown_columns, why_not_lent, write_pages
+from hf_fastattn.dense_layers import DenseLayers, fill_layer
+from hf_fastattn.page_groups import PageGroups, template_layers
+from hf_fastattn.page_table import PageTable
+
+Made = TypeVar("Made", bound="DenseCache")
+
+
+class DenseCache(Cache):
+    """The part of a `PagedCache` that is a `DynamicCache` to others; see there.
+
+    Attributes:
+        dense: Transformers' layers, if they and not pages hold the keys and values.
+        lent: a user's layers, which get their keys back after a call; what pages leave out of them is in `hidden`.
+    """
+
+    dense: DenseLayers | None
+    lent: DenseLayers | None
+    hidden: dict[int, Hidden]
+    record_past: bool
+    lengths: list[int]
+    tables: dict[int | None, PageTable]
+    groups: PageGroups
+    room: int
+    stored: Any
+    read_columns: Callable[..., tuple[Tensor, Tensor]]
+    dense_layer: Callable[[PagedLayer], tuple[Tensor, Tensor] | None]
+    drop_pages: Callable[[], None]
+    _config: Any
+    _options: FastAttnConfig | None
+    _paged: list[PagedLayer]
+    _columns: int
+    _query_length: int
+    _past_from: int
+    _open: bool
+    _wrote: set[int]
+    _replaced: dict[tuple[int, str], Tensor | None]
+    _stored: Tensor | None
+    _new_stored: Tensor | None
+    _known_stored: Tensor | None
+    _stored_until: Callable[[int], Tensor]
+
+    def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of a layer, wherever they are."""
+        if self.dense is not None:
+            keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
+        elif self._open and layer.index in self._wrote:
+            keys, values = self._with_new(layer)
+        else:
+            keys, values = self.dense_layer(layer) or (None, None)
+        return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
+
+    def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
+        """What Transformers would hold of the layer, which has written its part of the forward under way."""
+        columns, stored = self._columns + self._query_length, self.stored
+        if self._new_stored is not None:
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        elif stored is not None:
+            stored = self._stored_until(columns)
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        return self.read_columns(layer, first, columns, stored)
+
+    def replace(self, index: int, name: str, states: Tensor | None) -> None:
+        """Put `states` in the place of the `keys` or `values` of a layer."""
+        if self._open:
+            self._replaced[index, name] = states
+            return
+        setattr(self.stock_layer(index), name, states)
+
+    def hold_dense(self) -> None:
+        """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
+        if self.dense is not None:
+            return
+        layers = self.lent or self._stock_layers()
+        if self.lengths:
+            read_layers(self, layers)
+        self.drop_pages()
+        self.dense = layers
+
+    def stock_layer(self, index: int) -> Any:
+        """Transformers' own layer in the place of layer `index`."""
+        self.hold_dense()
+        assert self.dense is not None
+        return self.dense[index]
+
+    def place_of(self, layer: PagedLayer) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of a layer's keys; None before its first write."""
+        held = self.groups.group(layer.window).storage.pages(layer.index) if self.dense is None else None
+        keys = held[0] if held is not None else None if self.dense is None else self.dense[layer.index].keys
+        return (None, None) if keys is None else (keys.device, keys.dtype)
+
+    def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
+        """Bring what dense layers hold into pages; returns why they stay, or None.
+
+        Args:
+            mask: of the next forward; columns that it hides are not stored.
+            dtype: of the keys that the model will write.
+        """
+        dense, known = self.dense, self._known_stored
+        if dense is None:
+            return None
+        if not dense.is_empty:
+            reason = dense.why_not_pages(dtype)
+            if reason is not None:
+                return reason
+            columns, rows = dense.columns, dense.batch_size
+            stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
+            windows = [window for window in self.tables if window is not None]
+            past_from = min((columns - dense.columns_held(window) + window - 1 for window in windows), default=0)
+            self.dense = None
+            try:
+                write_pages(self, dense, stored)
+            except BaseException:
+                self.dense = dense
+                raise
+            self.lengths = [columns] * rows if stored is None else stored.sum(1).tolist()
+            self._columns, self._stored = columns, stored
+            self._past_from = past_from
+        self.dense, self._known_stored = None, None
+        return None
+
+    def _stock_layers(self) -> DenseLayers:
+        templates = template_layers(self._config)
+        layers = DenseLayers({layer.index: templates[layer.index] for layer in self._paged})
+        if self.record_past:
+            for template in layers.layers.values():
+                if template.is_sliding:
+                    template.record_past = True
+        return layers
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and window of each layer, as a `DynamicCache` gives them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    @classmethod
+    def from_dynamic(
+        cls: type[Made], cache: DynamicCache, config: Any, fastattn_config: FastAttnConfig | None = None,
+        mask: Tensor | None = None,
+    ) -> Made:
+        """A cache that holds what a `DynamicCache` of the same model holds, which is left as it is.
+
+        Args:
+            cache: filled or empty; not offloaded or quantised.
+            config: the model's configuration (`model.config`).
+            fastattn_config: see the class.
+            mask: `[B, columns]`, the columns that hold tokens; by default the mask of the next forward says so.
+
+        Raises:
+            TypeError: the cache is no `DynamicCache`.
+            ValueError: it has layers that the model has not.
+        """
+        reason = why_not_lent(cache, config)
+        if reason is not None:
+            raise (ValueError if isinstance(cache, DynamicCache) else TypeError)(f"{reason}; give the model's DynamicCache")
+        made = cls(config, fastattn_config)  # type: ignore[arg-type]
+        return made.filled(copy.deepcopy(cache.layers), None if mask is None else mask.cpu().bool())
+
+    def filled(self: Made, layers: Sequence[Any], stored: Tensor | None) -> Made:
+        """This empty cache over layers of Transformers, which are its own from now on."""
+        own = self._stock_layers()
+        for index in range(min(len(layers), len(self.layers))):
+            if isinstance(self.layers[index], PagedLayer):
+                own.layers[index] = layers[index]
+            else:
+                vars(self.layers[index]).update(vars(layers[index]))
+        self.record_past = any(getattr(layer, "record_past", False) for layer in layers)
+        if not own.is_empty:
+            self.dense, self._known_stored = own, stored
+        return self
+
+    def to_dynamic(self) -> DynamicCache:
+        """A `DynamicCache` with copies of all keys, values and states, for a model of any kind; padding is zero in it."""
+        made = DynamicCache(config=self._config)
+        for index, template in enumerate(made.layers):
+            made.layers[index] = self.copy_of(index, template)
+        return made
+
+    def copy_of(self, index: int, template: Any = None) -> Any:
+        """A layer of Transformers with copies of what layer `index` holds; `template` is an empty one."""
+        layer, made = self.layers[index], template or template_layers(self._config)[index]
+        if not isinstance(layer, PagedLayer):
+            vars(made).update(copy.deepcopy(vars(layer)))
+        elif self.dense is not None:
+            return copy.deepcopy(self.dense[index])
+        else:
+            states = self.dense_layer(layer)
+            if states is not None:
+                fill_layer(made, *states, self._columns, self.record_past)
+        return made
+
+    def __reduce__(self) -> Any:
+        """Pickles as the layers that Transformers would have, so that loading needs neither the model nor its pages."""
+        stored = self.stored if self.dense is None else self._known_stored
+        return restore_cache, (type(self), self._config, self._options, self.to_dynamic().layers, stored, self.room)
+
+
+def restore_cache(
+    kind: Any, config: Any, options: FastAttnConfig | None, layers: Sequence[Any], stored: Tensor | None, room: int
+) -> Any:
+    """The cache that was pickled with these parts."""
+    return kind(config, options, room=room).filled(layers, stored)
