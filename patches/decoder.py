@@ -229,7 +229,8 @@ def _why_padded(decoder: Any, kwargs: dict[str, Any]) -> str | None:
 def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
-    changed = why_not_ours(decoder)
+    # Inside generate() it was asked before the prompt.
+    changed = None if vars(decoder)[STATE].runtime.in_call and cache.get_seq_length() else why_not_ours(decoder)
     if changed is not None:
         return changed
     if cache.dense is not None:

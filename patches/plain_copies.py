@@ -6,6 +6,7 @@ None of it touches the patched object, which another thread may be using.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,11 @@ class PlainCopies:
 
 def plain_class(kind: Any) -> Any:
     """`kind` as it would be had we never replaced it or a class that it was derived from since (FSDP2 derives some)."""
+    return _plain_class(kind)
+
+
+@functools.cache
+def _plain_class(kind: Any) -> Any:
     ours = next((cls for cls in kind.__mro__ if "_fastattn_base" in vars(cls)), None)
     return kind if ours is None else replaced(kind, ours, ours._fastattn_base)
 

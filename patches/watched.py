@@ -6,7 +6,7 @@ That is: padded, and no equal rows merged. Asked only where a prompt has padding
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import nn
@@ -26,28 +26,33 @@ SCALED_BY_BATCH = ("torch.ao.nn.quantized.dynamic.", "bitsandbytes.nn.modules.Li
 
 def why_watched(root: nn.Module) -> str | None:
     """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks."""
-    if has_global_hooks():
-        return "hooks on all modules are registered"
-    return next((reason for reason in map(_why_watched, _with(root)) if reason is not None), None)
+    return _first_reason(root, (_why_watched,))
 
 
 def why_rows_differ(root: nn.Module) -> str | None:
     """Why equal rows may have different hidden states; None if each distinct one may be computed once."""
-    return why_watched(root) or next((reason for reason in map(_why_random, _with(root)) if reason is not None), None)
+    return _first_reason(root, (_why_watched, _why_random))
 
 
-def _with(root: nn.Module) -> Iterator[nn.Module]:
-    yield root
-    yield from submodules(root)
+def _first_reason(root: nn.Module, questions: tuple[Callable[[nn.Module], str | None], ...]) -> str | None:
+    if has_global_hooks():
+        return "hooks on all modules are registered"
+    for module in (root, *submodules(root)):
+        for question in questions:
+            reason = question(module)
+            if reason is not None:
+                return reason
+    return None
 
 
 def _why_watched(module: nn.Module) -> str | None:
     state, kind = vars(module), type(module)
-    hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
-    if not all(map(_is_harmless, hooks)):
-        return f"a {kind.__name__} has hooks"
-    hook = state.get("_hf_hook")
-    if hook is not None:
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+        if not all(map(_is_harmless, hooks)):
+            return f"a {kind.__name__} has hooks"
+    if "_hf_hook" in state:
+        hook = state["_hf_hook"]
         return None if _only_moves(hook) else f"a {kind.__name__} has a {type(hook).__name__}"
     if "forward" in state and not _is_known_forward(state):
         return f"the forward of a {kind.__name__} was replaced"
@@ -86,7 +91,7 @@ def _why_class(kind: Any) -> str | None:
 
 
 def _why_random(module: nn.Module) -> str | None:
-    if not module.training:
+    if not vars(module)["training"]:
         return None
     if isinstance(module, _DropoutNd) and module.p > 0:
         return "dropout is drawn for every row"
