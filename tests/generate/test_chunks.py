@@ -48,27 +48,28 @@ def test_a_later_turn(family: str) -> None:
     assert torch.equal(*turns)
 
 
-def test_a_failure_leaves_the_cache_as_it_was() -> None:
+def test_a_failure_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = pair("llama")
     cache = hf_fastattn.PagedCache(model.config)
     ids = padded_batch(1)["input_ids"]
+    commit, calls = hf_fastattn.PagedCache.commit, []
+
+    def fail_at_the_fifth(self: Any, *args: Any, **kwargs: Any) -> None:
+        commit(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("stop")
+
     with torch.no_grad():
         want = model(ids, **{CACHE: cache}).logits
         for past in (0, 37):
-            calls = []
-
-            def fail(*args: Any, calls: list[int] = calls) -> None:
-                calls.append(1)
-                if len(calls) == 5:
-                    raise RuntimeError("stop")
-
             cache = hf_fastattn.PagedCache(model.config)
             if past:
                 model(ids, **{CACHE: cache})
-            hook = model.model.layers[1].mlp.register_forward_hook(fail)
-            with pytest.raises(RuntimeError, match="stop"):
+            calls.clear()
+            with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+                patch.setattr(hf_fastattn.PagedCache, "commit", fail_at_the_fifth)
                 model(ids.repeat(1, 5), **{CACHE: cache})
-            hook.remove()
             assert cache.get_seq_length() == past
             assert torch.allclose(model(ids, **{CACHE: cache}).logits[:, -1:], want[:, -1:]) or past
 

@@ -110,7 +110,8 @@ def test_logits_to_keep(keep: Any) -> None:
 @pytest.mark.parametrize("family", CORE)
 def test_inference_mode_and_no_grad_take_turns(family: str) -> None:
     stock, model = pair(family)
-    cache = hf_fastattn.PagedCache(model.config)
+    # With options of its own it has pages of its own.
+    cache = hf_fastattn.PagedCache(model.config, hf_fastattn.FastAttnConfig())
     tokens, mask = padded_batch()["input_ids"], padded_batch()["attention_mask"]
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
