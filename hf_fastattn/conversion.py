@@ -116,6 +116,7 @@ def write_pages(cache: PagedCache, layers: DenseLayers, stored: Tensor | None) -
             _write_layer(cache, index, layer, shown, slots[key])
             moved.append((index, layer, columns - layer.keys.shape[2]))
             layer.keys = layer.values = None
+        cache.note_pages(counts, columns, stored, columns - min(held.values()))
     except BaseException as error:
         for index, layer, first in moved:
             dense = cache.read_columns(cache.layers[index], first, columns, stored)

@@ -119,19 +119,19 @@ class DenseCache(Cache):
                 return reason
             columns, rows = dense.columns, dense.batch_size
             stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
-            windows = [window for window in self.tables if window is not None]
-            past_from = min((columns - dense.columns_held(window) + window - 1 for window in windows), default=0)
-            self.dense = None
             try:
                 write_pages(self, dense, stored)
             except BaseException:
-                self.dense = dense
+                self.dense, self._known_stored = dense, known
                 raise
-            self.lengths = [columns] * rows if stored is None else stored.sum(1).tolist()
-            self._columns, self._stored = columns, stored
-            self._past_from = past_from
         self.dense, self._known_stored = None, None
         return None
+
+    def note_pages(self, lengths: list[int], columns: int, stored: Tensor | None, least_held: int) -> None:
+        """Pages hold `lengths[b]` tokens of `columns` columns, and behind every window those from `least_held` on."""
+        windows = [window for window in self.tables if window is not None]
+        self._past_from = least_held + min(windows, default=1) - 1
+        self.lengths, self._columns, self._stored = lengths, columns, stored
 
     def _stock_layers(self) -> DenseLayers:
         templates = template_layers(self._config)

@@ -30,7 +30,9 @@ class LentCache:
         dynamic.layers = paged.layers
 
     def give_back(self) -> None:
-        """Let the user's layers hold what the paged cache holds, which is empty then."""
+        """Let the user's layers hold what the paged cache holds, which is empty then. After that, nothing."""
+        if self.paged.lent is None:
+            return
         self.paged.hold_dense()
         dense: Any = self.paged.dense
         for index, layer in enumerate(self._layers):

@@ -49,7 +49,7 @@ def test_graphs_go_with_their_pages() -> None:
     model = patch_with_graphs(tiny("llama"))
     ids = single()["input_ids"]
     with torch.no_grad():
-        cache = hf_fastattn.PagedCache(model.config)
+        cache = hf_fastattn.PagedCache(model.config, hf_fastattn.FastAttnConfig())
         model(ids, **{CACHE: cache})
         for column in range(3):
             model(ids[:, column : column + 1], **{CACHE: cache})
