@@ -425,6 +425,7 @@ class PagedCache(DenseCache):
             lengths, stored = [have - count for have, count in zip(self.lengths, gone, strict=True)], stored[:, :keep]
         self._check_croppable(lengths)
         self._columns, self.lengths, self._stored = keep, lengths, stored
+        self.hidden = {index: hidden.crop(keep) for index, hidden in self.hidden.items()}
         for table in self.tables.values():
             table.trim(lengths)
 

@@ -59,6 +59,11 @@ class Hidden:
     keys: Tensor
     values: Tensor
 
+    def crop(self, columns: int) -> Hidden:
+        """Without what lies behind the first `columns` of the cache."""
+        keep = max(columns - self.first, 0)
+        return Hidden(self.first, self.where[:, :keep], self.keys[:, :, :keep], self.values[:, :, :keep])
+
     def select(self, rows: list[int]) -> Hidden:
         """Row b becomes what row `rows[b]` was."""
         return Hidden(self.first, self.where[rows], self.keys[rows], self.values[rows])

@@ -25,7 +25,8 @@ class DenseCache(Cache):
 
     Attributes:
         dense: Transformers' layers, if they and not pages hold the keys and values.
-        lent: a user's layers, which get their keys back after a call; what pages leave out of them is in `hidden`.
+        lent: a user's layers, which get their keys back after a call.
+        hidden: by layer, tokens that a mask hides and pages leave out.
     """
 
     dense: DenseLayers | None
@@ -54,6 +55,11 @@ class DenseCache(Cache):
     _known_stored: Tensor | None
     _stored_until: Callable[[int], Tensor]
 
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers with keys and values."""
+        return self._paged
+
     def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of a layer, wherever they are."""
         if self.dense is not None:
@@ -62,6 +68,8 @@ class DenseCache(Cache):
             keys, values = self._with_new(layer)
         else:
             keys, values = self.dense_layer(layer) or (None, None)
+            if keys is not None and values is not None and layer.index in self.hidden:
+                self.hidden[layer.index].put_back(self._columns - keys.shape[2], keys, values)
         return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
 
     def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:

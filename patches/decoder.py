@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.hidden_tokens import can_hide, hide_tokens, show_again
 from hf_fastattn.padding import Padding
 from hf_fastattn.page_groups import keys_dtype
 from hf_fastattn.page_storage import NarrowerKeysError
@@ -80,6 +81,7 @@ def decoder_forward_deepstack(
     return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
 
 
+HIDES_CACHED = "the mask hides tokens that are cached"
 # What a configuration may drop in train mode, by functions that no module shows.
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
@@ -110,6 +112,8 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
         return call_original(self, cache, **arguments, **kwargs)
     if cache.may_adopt:
         cache.adopt(state.runtime.groups_for(self), self.config)
+    if cache.hidden and (arguments["attention_mask"] is None or isinstance(arguments["attention_mask"], Tensor)):
+        show_again(cache, arguments["attention_mask"])
     if cache.dense is not None:
         cache.check_owner(self.config)
         reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
@@ -140,6 +144,9 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
     visible = visible_columns(mask, cache, rows, columns)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     reason = why_not_paged(self, mask, cache, visible, kwargs)
+    if reason == HIDES_CACHED and visible is not None and can_hide(cache):
+        hide_tokens(cache, visible[:, :past])
+        reason = why_not_paged(self, mask, cache, visible, kwargs)
     if reason is None and new is not None:
         reason = _why_padded(self, kwargs)
     batch = cache.begin(rows, columns, new, dense=reason is not None)
@@ -254,7 +261,7 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     past = cache.get_seq_length()
     stored = torch.ones(visible.shape[0], past, dtype=torch.bool, device="cpu") if cache.stored is None else cache.stored
     if not torch.equal(visible[:, :past], stored):
-        return "the mask hides tokens that are cached"
+        return HIDES_CACHED
     return _why_not_mask(visible, past, cache, vars(decoder)[STATE].runtime.in_call)
 
 

@@ -28,15 +28,16 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    # Transformers reads the first columns of a longer one.
-    if mask.shape[0] != rows or mask.shape[1] < past + columns:
+    if mask.shape[0] != rows:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, expected {(rows, past + columns)}: {rows} rows, "
             f"{past} columns in the cache and {columns} new ones"
         )
     if cache.seen_mask.knows(mask, rows, past):
         return None
-    visible, stored = mask[:, : past + columns].to("cpu", torch.bool), cache.stored
+    # Transformers reads the first columns of a longer one, and hides what a shorter one does not reach.
+    short = max(past + columns - mask.shape[1], 0)
+    visible, stored = torch.nn.functional.pad(mask[:, : past + columns].to("cpu", torch.bool), (0, short)), cache.stored
     if stored is not None and bool((visible[:, :past] & ~stored).any()):
         raise ValueError(
             "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "
