@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,18 +18,43 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots, dense_tokens
 from hf_fastattn.forward_batch import forward_batch
+from hf_fastattn.own_pages import own_pages
 from hf_fastattn.padding import Padding
-from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
+from hf_fastattn.page_groups import (
+    Holder,
+    PageGroups,
+    cache_layout,
+    is_pageable,
+    is_recurrent,
+    layer_window,
+    template_layers,
+)
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.recurrent_layer import RecurrentLayer
 from hf_fastattn.seen_mask import SeenMask
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.turn import Token
+
+# Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
+PATIENCE = 0.05
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
-def _release(tables: dict[int | None, PageTable]) -> None:
-    for table in tables.values():
-        table.clear()
+def _in_turn(
+    change: Callable[Concatenate[PagedCache, Params], Result],
+) -> Callable[Concatenate[PagedCache, Params], Result]:
+    """The method runs while no other thread changes the same pages."""
+
+    @functools.wraps(change)
+    def in_turn(self: PagedCache, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if self.groups.turn.is_mine():
+            return change(self, *args, **kwargs)
+        return (self.take_turn(), change(self, *args, **kwargs))[1]
+
+    return in_turn
 
 
 class PagedCache(Cache):
@@ -76,35 +101,83 @@ class PagedCache(Cache):
             raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
         windows = dict.fromkeys(layer.window for layer in self._paged)
         self.tables = {w: PageTable(self.groups.group(w).pool, self.groups.page_size, w) for w in windows}
-        self._finalizer = weakref.finalize(self, _release, self.tables)
-        self._start_empty()
+        self.__dict__.update(self._empty_state())
+        self._holder: Holder = self.groups.enlist(self, self.tables)
 
     def _own_layer(self, index: int, template: Any) -> Any:
         if is_pageable(template):
             return PagedLayer(self, index, layer_window(template))
         return RecurrentLayer(template.number_of_states) if is_recurrent(template) else template
 
-    def _start_empty(self) -> None:
-        self.lengths: list[int] = []
-        self._columns = 0
-        # Of the first columns; all that came after them hold tokens.
-        self._stored: Tensor | None = None
-        self.seen_mask = SeenMask()
-        self._batch: Batch | None = None
-        self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
-        self.padding: Padding | None = None
-        self._new_stored: Tensor | None = None
-        self._query_length = 0
-        self._dense = False
-        self._open = False
-        self._created_rows = False
-        self._reserved_ahead = False
-        self._written = [0] * len(self.layers)
-        # The last forward that came through `update()` alone, and the columns before it.
-        self._unannounced: tuple[Batch, int] | None = None
+    # What belongs together changes in one step, `self.__dict__.update(...)`: an exception, Ctrl-C included, may come between
+    # any two statements. What it leaves half done, `_settle()` takes back before anything else is done with the cache.
+    lengths: list[int]
+    _columns: int
+    # Of the first columns; all that came after them hold tokens.
+    _stored: Tensor | None
+    seen_mask: SeenMask
+    _batch: Batch | None
+    _snapshots: list[tuple[RecurrentLayer, dict[str, Any]]]
+    padding: Padding | None
+    _new_stored: Tensor | None
+    _query_length: int
+    _dense: bool
+    _open: bool
+    _created_rows: bool
+    # Tables may hold more than `lengths` tells.
+    _loose: bool
+    # What layers read and write instead of the forward under way.
+    _reading: Batch | None
+    _reserved_ahead: bool
+    _written: list[int]
+    # The last forward that came through `update()` alone, and the columns before it.
+    _unannounced: tuple[Batch, int] | None
+
+    def _empty_state(self) -> dict[str, Any]:
+        return {
+            "lengths": [], "_columns": 0, "_stored": None, "seen_mask": SeenMask(), "_query_length": 0, "_dense": False,
+            "_reserved_ahead": False, "_written": [0] * len(self.layers), "_unannounced": None, **self._closed(),
+        }  # fmt: skip
+
+    @staticmethod
+    def _closed() -> dict[str, Any]:
+        """The state without a forward under way."""
+        return {
+            "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [],
+            "_created_rows": False, "_loose": False, "_reading": None,
+        }  # fmt: skip
+
+    def take_turn(self) -> Token | None:
+        """Nobody else changes the cache's pages while the token exists, which no variable should hold; see `Turn`.
+
+        If another thread goes on changing pages of the same groups, the cache gets pages of its own.
+        """
+        return self.groups.turn.take(PATIENCE) or self._move_out()
+
+    def _move_out(self) -> Token | None:
+        if self.groups.turn.is_mine():
+            return None
+        groups, tables = own_pages(self.groups, self.tables)
+        before_groups, before, holder = self.groups, self._holder, groups.enlist(self, tables)
+        before.tables = self.tables
+        unannounced = self._unannounced
+        if unannounced is not None:
+            batch, start = unannounced
+            past = [length - new for length, new in zip(batch.seq_lens, batch.query_lens, strict=True)]
+            unannounced = (forward_batch(groups, tables, past, batch.query_lens, batch.seq_lens), start)
+        self.__dict__.update(groups=groups, tables=tables, _holder=holder, _reserved_ahead=False, _unannounced=unannounced)
+        before_groups.discharge(before)
+        return self.groups.turn.take(PATIENCE)
+
+    def _settle(self) -> None:
+        """Take back what an exception has left half done."""
+        self.groups.settle()
+        if self._open or self._loose or self._snapshots:
+            self.rollback()
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
+    @_in_turn
     def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
         """Reserve pages for a forward; `commit()` or `rollback()` must follow.
 
@@ -118,38 +191,40 @@ class PagedCache(Cache):
             ValueError: the cache holds another number of rows.
             CacheFullError: the pages do not fit into the memory limit; the cache is as before.
         """
-        if self._open:
-            self.rollback()
-        self._created_rows = not self.lengths
-        if self._created_rows:
-            self.lengths = [0] * batch_size
-            for table in self.tables.values():
-                table.add_rows(batch_size)
-        if len(self.lengths) != batch_size:
+        self._settle()
+        lengths = self.lengths or [0] * batch_size
+        if len(lengths) != batch_size:
             raise ValueError(
-                f"{CACHE} holds {len(self.lengths)} rows, but the batch has {batch_size}; "
+                f"{CACHE} holds {len(lengths)} rows, but the batch has {batch_size}; "
                 "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
             )
         counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
-        targets = [have + count for have, count in zip(self.lengths, counts, strict=True)]
-        self._open, self._dense, self._new_stored, self._query_length = True, dense, new, query_length
-        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
-        self._reserve(targets)
-        self._batch = forward_batch(self.groups, self.tables, self.lengths, counts, targets)
-        return self._batch
-
-    def _reserve(self, targets: list[int]) -> None:
+        targets = [have + count for have, count in zip(lengths, counts, strict=True)]
         try:
+            self.__dict__.update(
+                _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
+                _new_stored=new, _query_length=query_length, _snapshots=[], _reading=None,
+            )  # fmt: skip
+            self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+            if self._created_rows:
+                for table in self.tables.values():
+                    table.add_rows(batch_size)
             self._reserve_pages(targets)
+            self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
+            return self._batch
         except CacheFullError as full:
             self.rollback()
             raise CacheFullError(self.groups.describe_full(targets)) from full
+        except BaseException:
+            self.rollback()
+            raise
 
     def _reserve_pages(self, targets: list[int]) -> None:
         for window, table in self.tables.items():
             group, room = self.groups.group(window), max([self.room, *targets])
             table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
 
+    @_in_turn
     def reserve_ahead(self) -> None:
         """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
         for window, table in self.tables.items():
@@ -163,41 +238,56 @@ class PagedCache(Cache):
     @contextmanager
     def reading(self, batch: Batch) -> Iterator[None]:
         """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
-        before = self._batch, self._open, self._dense
-        self._batch, self._open, self._dense = batch, True, False
+        before, self._reading = self._reading, batch
         try:
             yield
         finally:
-            self._batch, self._open, self._dense = before
+            self._reading = before
 
-    def commit(self, release: bool = True) -> None:
-        """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
-        assert self._batch is not None
+    @_in_turn
+    def commit(self, release: bool = True, **more: Any) -> None:
+        """The forward is done: its tokens belong to the cache, and pages behind a window are released.
+
+        Args:
+            release: pages behind a window.
+            more: attributes that change at the same time.
+        """
+        batch, columns, stored = self._batch, self._columns + self._query_length, self._stored
+        assert batch is not None
         if self._new_stored is not None:
-            self._stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
-        self._columns += self._query_length
-        self.lengths = self._batch.seq_lens
-        self._written = [self._columns] * len(self.layers)
-        self._close()
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        written = [columns] * len(self.layers)
+        done = {"lengths": batch.seq_lens, "_columns": columns, "_stored": stored, "_written": written}
+        self.__dict__.update({**self._closed(), **done, **more})
         if release:
             self.release_behind()
 
+    @_in_turn
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
+        self.groups.settle()
         for layer, held in self._snapshots:
             layer.restore(held)
-        self._close()
-        self._written = [self._columns] * len(self.layers)
-        for table in self.tables.values():
-            if self._created_rows:
-                table.clear()
-            else:
-                table.trim(self.lengths)
-        if self._created_rows:
-            self.lengths = []
+        # The tables stay loose until they fit.
+        lengths, written = [] if self._created_rows else self.lengths, [self._columns] * len(self.layers)
+        self.__dict__.update({**self._closed(), "lengths": lengths, "_written": written, "_loose": True})
+        self._fit_tables()
+        for window in self.tables:
+            # Pages that there was no memory for would be asked for again.
+            group = self.groups.group(window)
+            group.pool.shrink(group.storage.capacity)
 
-    def _close(self) -> None:
-        self._open, self._batch, self._new_stored, self.padding, self._snapshots = False, None, None, None, []
+    def _fit_tables(self) -> None:
+        """Tables and layers hold what `lengths` tells."""
+        for table in self.tables.values():
+            if self.lengths:
+                table.trim(self.lengths)
+            else:
+                table.clear()
+        for layer in self.layers:
+            if not self.lengths and not isinstance(layer, PagedLayer):
+                layer.reset()
+        self._loose = False
 
     @property
     def _recurrent(self) -> list[RecurrentLayer]:
@@ -219,6 +309,8 @@ class PagedCache(Cache):
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
+        if self._reading is not None:
+            return self._reading
         return self._batch if self._open and not self._dense else None
 
     def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,6 +326,7 @@ class PagedCache(Cache):
 
     # ---- a loop that writes to pages by itself ----------------------------------------------------------------
 
+    @_in_turn
     def reserve_more(self, tokens: int) -> None:
         """Give every row, but those let go, pages for `tokens` more.
 
@@ -248,25 +341,48 @@ class PagedCache(Cache):
 
     def grow_by(self, tokens: int) -> None:
         """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
-        self.lengths = [length + tokens if length else 0 for length in self.lengths]
-        self._columns += tokens
-        self._written = [self._columns] * len(self.layers)
+        lengths, columns = [length + tokens if length else 0 for length in self.lengths], self._columns + tokens
+        self.__dict__.update(lengths=lengths, _columns=columns, _written=[columns] * len(self.layers))
 
+    @_in_turn
     def let_go(self, rows: Sequence[int]) -> None:
         """Release the pages of rows that nobody will read or write any more."""
-        for row in rows:
-            self.lengths[row] = 0
+        gone = set(rows)
+        self.lengths = [0 if row in gone else length for row, length in enumerate(self.lengths)]
         for table in self.tables.values():
             table.let_go(rows)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
-        for table in self.tables.values():
-            table.select(rows, self.counters)
-        self.lengths = [self.lengths[row] for row in rows]
-        if self._stored is not None:
-            self._stored = self._stored[list(rows)]
+        self._take_rows(rows)
 
+    @_in_turn
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes a fork of row `rows[b]`, in tables, layers and all else at the same time."""
+        self.groups.settle()
+        pools = [table.pool for table in self.tables.values()]
+        # Until old tables are cleared their pages count twice; an exception before has them counted anew.
+        for pool in pools:
+            pool.unsettled = True
+        old, stored = self.tables, self._stored
+        new = {window: table.selected(rows, self.counters) for window, table in old.items()}
+        changes: dict[str, Any] = {"tables": new, "lengths": [self.lengths[row] for row in rows], "_snapshots": []}
+        if stored is not None:
+            changes["_stored"] = stored[list(rows)]
+            if not torch.equal(stored, changes["_stored"]):
+                changes["seen_mask"] = SeenMask()
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(torch.tensor(rows))
+        self.__dict__.update(changes)
+        self._holder.tables = new
+        for table in old.values():
+            table.clear()
+        for pool in pools:
+            pool.unsettled = False
+
+    @_in_turn
     def trim(self) -> None:
         """Release the pages beyond the rows' tokens."""
         for table in self.tables.values():
@@ -279,6 +395,7 @@ class PagedCache(Cache):
 
     # ---- what Transformers calls ------------------------------------------------------------------------------
 
+    @_in_turn
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -316,10 +433,8 @@ class PagedCache(Cache):
             # Its other layers still read what lies behind their window, so pages are released a forward later.
             self.release_behind()
             batch = self.begin(key_states.shape[0], query_length, dense=True)
-            written = self._written
-            self.commit(release=False)
-            self._written = [min(done, start) for done in written]
-            self._unannounced = (batch, start)
+            written = [min(done, start) for done in self._written]
+            self.commit(release=False, _written=written, _unannounced=(batch, start))
             return batch, start
         if self._unannounced is None or (start, start + query_length) != (self._unannounced[1], self._columns):
             raise ValueError(
@@ -356,6 +471,7 @@ class PagedCache(Cache):
         layer = self.layers[layer_idx]
         return (layer if isinstance(layer, PagedLayer) else self._paged[0]).get_mask_sizes(query_length)
 
+    @_in_turn
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
 
@@ -363,26 +479,34 @@ class PagedCache(Cache):
             RuntimeError: pages behind a sliding window were released already, or a linear-attention layer has a state
                 that cannot be taken back; call `activate_past_recording()` first.
         """
+        self._settle()
         removed = int(tokens_to_remove)
         removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
+        changes: dict[str, Any] = {"_snapshots": []}
         if removed:
             self._check_croppable()
-            keep = self._columns - removed
-            if self._stored is None:
-                self.lengths = [length - removed for length in self.lengths]
-            else:
-                stored = self._stored_until(self._columns)
-                gone = stored[:, keep:].sum(1).tolist()
-                self.lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
-                self._stored = stored[:, :keep]
-            self._columns = keep
-            self._written = [keep] * len(self.layers)
-            for table in self.tables.values():
-                table.trim(self.lengths)
+            changes.update(self._cropped(self._columns - removed), _loose=True)
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(-removed)
+        self.__dict__.update(changes)
+        if removed:
+            for table in self.tables.values():
+                table.trim(self.lengths)
+            self._loose = False
         self._release_behind()
+
+    def _cropped(self, keep: int) -> dict[str, Any]:
+        """What changes if the first `keep` columns are kept."""
+        written = [keep] * len(self.layers)
+        if self._stored is None:
+            lengths = [length - (self._columns - keep) for length in self.lengths]
+            return {"lengths": lengths, "_columns": keep, "_written": written}
+        stored = self._stored_until(self._columns)
+        gone = stored[:, keep:].sum(1).tolist()
+        lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
+        return {"lengths": lengths, "_columns": keep, "_written": written, "_stored": stored[:, :keep]}
 
     def _check_croppable(self) -> None:
         if self._recurrent and not self.record_past:
@@ -414,30 +538,22 @@ class PagedCache(Cache):
         """Keep the rows `indices` (numbers or a bool mask)."""
         self.select_rows(torch.arange(len(self.lengths))[indices.cpu()].tolist())
 
+    @_in_turn
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
+        self._settle()
         if not self.lengths or list(rows) == list(range(len(self.lengths))):
             return
         for table in self.tables.values():
             table.trim(self.lengths)
-            table.select(rows, self.counters)
-        self.lengths = [self.lengths[row] for row in rows]
-        if self._stored is not None:
-            before, self._stored = self._stored, self._stored[list(rows)]
-            if not torch.equal(before, self._stored):
-                self.seen_mask = SeenMask()
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(torch.tensor(rows))
+        self._take_rows(rows)
 
+    @_in_turn
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
-        for table in self.tables.values():
-            table.clear()
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reset()
-        self._start_empty()
+        self.groups.settle()
+        self.__dict__.update({**self._empty_state(), "_loose": True})
+        self._fit_tables()
 
     @property
     def batch_size(self) -> int:
@@ -446,17 +562,28 @@ class PagedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A fork: shares the pages, copies what it writes to."""
-        other = PagedCache(self._config, groups=self.groups, counters=self.counters, room=self.room)
+        # Pages are shared where it is this thread's turn at them, and copied where another one is at work.
+        return (self.groups.turn.take(PATIENCE), self._copied(memo, self.groups.turn.is_mine()))[1]
+
+    def _copied(self, memo: dict[int, Any], share: bool) -> PagedCache:
+        groups, tables = (self.groups, {}) if share else own_pages(self.groups, self.tables)
+        if share:
+            groups.settle()
+        other = PagedCache(self._config, groups=groups, counters=self.counters, room=self.room)
         memo[id(self)] = other
-        for window, table in self.tables.items():
-            table.trim(self.lengths)
-            table.fork_into(other.tables[window])
-        other.lengths, other._columns = list(self.lengths), self._columns
-        other._stored, other.record_past = self._stored, self.record_past
-        other._written = list(self._written)
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, PagedLayer):
-                other.layers[index] = copy.deepcopy(layer, memo)
+        if share:
+            for window, table in self.tables.items():
+                table.fork_into(other.tables[window], self.lengths)
+        else:
+            other.tables.update(tables)
+        layers = [
+            copy.deepcopy(layer, memo) if not isinstance(layer, PagedLayer) else other.layers[index]
+            for index, layer in enumerate(self.layers)
+        ]
+        other.__dict__.update(
+            lengths=list(self.lengths), _columns=self._columns, _stored=self._stored, record_past=self.record_past,
+            _written=list(self._written), layers=layers, _loose=True,
+        )  # fmt: skip
         return other
 
     # ---- masks ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,20 +17,41 @@ from hf_fastattn.page_groups import PageGroups, is_recurrent, template_layers
 from hf_fastattn.prompt_rows import Expansion
 from hf_fastattn.step_graphs import StepGraphs
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.turn import Spans, Token, Turn
 
 logger = logging.getLogger("hf_fastattn")
 
 
-@dataclass
+# Seconds that a call waits for one in another thread before Transformers' own path serves it.
+PATIENCE = 0.05
+BUSY = "the model is busy in another thread"
+
+
+@dataclass(eq=False)
 class Call:
-    """One `generate()` under way, and the caches made for it."""
+    """One `generate()` under way, the caches made for it, and what is going on in it."""
 
     caches: list[PagedCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
+    # Forwards compute the prompt.
+    prefilling: bool = False
+    # A fast loop is under way: its static tensors are taken.
+    looping: bool = False
+    token: Callable[[], Token | None] = lambda: None
+
+    def begin(self) -> Token:
+        """The call is under way while the token exists, which no variable should hold; see `Turn`."""
+        box = [Token()]
+        try:
+            self.token = weakref.ref(box[0])
+            return box.pop()
+        except BaseException:
+            box.clear()
+            raise
 
     def release(self, result: Any) -> list[PagedCache]:
-        """Release the caches but the one that `result` returns to the caller."""
+        """Release the caches but the one that `result` returns to the caller, which is left."""
         kept = getattr(result, CACHE, None)
         for cache in self.caches:
             if cache is not kept:
@@ -41,6 +62,9 @@ class Call:
 class Runtime:
     """State of one patched model.
 
+    Calls of one thread may be nested; one of another thread waits for a moment and then runs as if the model were not
+    patched. Everything about a call ends with it, however it ends: what it had no time to clean up, the next one does.
+
     Args:
         config: the options.
         model_config: the model's configuration.
@@ -50,98 +74,165 @@ class Runtime:
     def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
         self.config = config
         self._dtype = dtype
-        self.groups = PageGroups(model_config, config, dtype)
+        # Of this thread are the calls under way, the pages, the graphs and their static tensors.
+        self.turn = Turn()
+        # Calls that run as if the model were not patched.
+        self._aside = Spans()
+        self.groups = PageGroups(model_config, config, dtype, self.turn)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
         self.graphs = StepGraphs(config.cuda_graphs, reason)
         self.loop_graphs = LoopGraphs(config.cuda_graphs, reason)
         self.counters = CallCounters()
-        self.prefilling = False
-        # A fast loop is under way: its static tensors are taken.
-        self.looping = False
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
         self._calls: list[Call] = []
-        self._lock = threading.RLock()
         self._logged: set[str] = set()
 
-    @contextmanager
-    def call(self, training: bool) -> Iterator[Any]:
-        """A `generate()` call; yields a function that is told its result. Pages are released on the way out.
+    # ---- calls ------------------------------------------------------------------------------------------------
 
-        Raises:
-            RuntimeError: another thread is generating with this model.
+    def call(self, training: bool, generate: Callable[[], Any]) -> Any:
+        """What `generate()` returns, run as a call under way; pages are released however it ends.
+
+        Args:
+            training: the model is in train mode, where no memory is kept.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "this model is generating in another thread; use one model a thread (they may share weights), "
-                "or wait for the other call"
-            )
-        result: list[Any] = [None]
+        if self.is_aside:
+            return generate()
+        return (self.turn.take(PATIENCE), self._call(training, generate))[1]
+
+    def _call(self, training: bool, generate: Callable[[], Any]) -> Any:
+        if not self.turn.is_mine():
+            self.count_fallback(BUSY)
+            return (self._aside.open(), generate())[1]
         call = Call()
+        return (call.begin(), self._run(call, training, generate))[1]
+
+    def _run(self, call: Call, training: bool, generate: Callable[[], Any]) -> Any:
+        result = None
         try:
+            self._drop_ended_calls()
             if not self._calls:
                 self.counters = CallCounters()
             self._calls.append(call)
-            self.graphs.enter_call(True)
-            yield lambda value: result.__setitem__(0, value)
+            self.graphs.enter_call(call.token)
+            result = generate()
+            return result
         finally:
-            returned = call.release(result[0])
-            self._calls.remove(call)
-            if self._calls:
-                # An assistant's cache comes back to its caller, which is ours too.
-                self._calls[-1].caches.extend(returned)
-            else:
-                version = self.groups.storage_version
-                self.groups.shrink(0.0 if training else self.config.keep_memory)
-                if self.groups.storage_version != version:
-                    # Graphs read pages that are gone, and memory is wanted.
-                    self.graphs.drop()
-                    self.loop_graphs.drop()
-            self.graphs.enter_call(bool(self._calls))
-            self._lock.release()
+            self._end(call, result, training)
+
+    def _end(self, call: Call, result: Any, training: bool) -> None:
+        returned = call.release(result)
+        self._calls = [other for other in self._calls if other is not call]
+        if self._calls:
+            # An assistant's cache comes back to its caller, which is ours too.
+            self._calls[-1].caches.extend(returned)
+            self.graphs.enter_call(self._calls[-1].token)
+            return
+        self.graphs.enter_call(None)
+        version = self.groups.storage_version
+        self.groups.shrink(0.0 if training else self.config.keep_memory)
+        if self.groups.storage_version != version:
+            # Graphs read pages that are gone, and memory is wanted.
+            self.graphs.drop()
+            self.loop_graphs.drop()
+
+    def _drop_ended_calls(self) -> None:
+        """Clean up after calls that an exception left no time to."""
+        for call in self._calls:
+            if call.token() is None:
+                call.release(None)
+        self._calls = [call for call in self._calls if call.token() is not None]
+        self.groups.settle()
+
+    def settle(self) -> bool:
+        """Clean up after calls and caches that have ended; False if another thread is at work."""
+        return (self.turn.take(0), self._settle())[1]
+
+    def _settle(self) -> bool:
+        if self.turn.is_mine():
+            self._drop_ended_calls()
+        return self.turn.is_mine()
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether this thread is in a call that runs as if the model were not patched."""
+        return self._aside.has_mine()
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost call of this thread; None outside of a call."""
+        if not self._calls or not self.turn.is_mine():
+            return None
+        return next((call for call in reversed(self._calls) if call.token() is not None), None)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether forwards compute the prompt of the innermost call."""
+        call = self.current
+        return call is not None and call.prefilling
+
+    @property
+    def looping(self) -> bool:
+        """Whether a fast loop of any call is under way."""
+        return any(call.looping and call.token() is not None for call in self._calls)
+
+    @looping.setter
+    def looping(self, value: bool) -> None:
+        call = self.current
+        if call is not None:
+            call.looping = value
 
     @property
     def expansion(self) -> Expansion | None:
         """How the innermost call repeated its inputs; None outside of a call."""
-        return self._calls[-1].expansion if self._calls else None
+        call = self.current
+        return None if call is None else call.expansion
 
     @expansion.setter
     def expansion(self, expansion: Expansion) -> None:
-        if self._calls:
-            self._calls[-1].expansion = expansion
+        call = self.current
+        if call is not None:
+            call.expansion = expansion
 
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""
-        return bool(self._calls) and any(cache is own for own in self._calls[-1].caches)
+        call = self.current
+        return call is not None and any(cache is own for own in call.caches)
 
     def keep_prefilled(self, outputs: Any) -> None:
         """The innermost call's prompt is computed; `take_prefilled` gives it to whoever would compute it again."""
-        self._calls[-1].prefilled = outputs
+        call = self.current
+        assert call is not None
+        call.prefilled = outputs
 
     def take_prefilled(self) -> Any:
         """What `keep_prefilled` was given, once; else None."""
-        if not self._calls:
+        call = self.current
+        if call is None:
             return None
-        held, self._calls[-1].prefilled = self._calls[-1].prefilled, None
+        held, call.prefilled = call.prefilled, None
         return held
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
         """Forwards inside compute the prompt."""
-        before, self.prefilling = self.prefilling, True
+        call = self.current or Call()
+        before, call.prefilling = call.prefilling, True
         try:
             yield
         finally:
-            self.prefilling = before
+            call.prefilling = before
 
     def new_cache(self, model_config: Any, dtype: Any, room: int) -> PagedCache:
         """A cache for the call under way."""
+        call = self.current
+        assert call is not None
         if dtype != self._dtype and not self.groups.pages_in_use:
             # The model was cast since: pages are counted in another size.
-            self._dtype, self.groups = dtype, PageGroups(model_config, self.config, dtype)
+            self.__dict__.update(_dtype=dtype, groups=PageGroups(model_config, self.config, dtype, self.turn))
         cache = PagedCache(model_config, groups=self.groups, counters=self.counters, room=room)
-        self._calls[-1].caches.append(cache)
+        call.caches.append(cache)
         return cache
 
     def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
