@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,19 +17,45 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.dense import dense_slots, dense_tokens
 from hf_fastattn.dense_cache import DenseCache
+from hf_fastattn.dense_layers import DenseLayers
 from hf_fastattn.forward_batch import forward_batch
+from hf_fastattn.own_pages import own_pages
 from hf_fastattn.padding import Padding
-from hf_fastattn.page_groups import PageGroups, cache_layout, is_pageable, is_recurrent, layer_window, template_layers
+from hf_fastattn.page_groups import (
+    Holder,
+    PageGroups,
+    cache_layout,
+    is_pageable,
+    is_recurrent,
+    layer_window,
+    template_layers,
+)
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.recurrent_layer import RecurrentLayer
 from hf_fastattn.seen_mask import SeenMask
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.turn import Token
+
+# Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
+PATIENCE = 0.05
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 
-def _release(tables: dict[int | None, PageTable]) -> None:
-    for table in tables.values():
-        table.clear()
+def _in_turn(
+    change: Callable[Concatenate[PagedCache, Params], Result],
+) -> Callable[Concatenate[PagedCache, Params], Result]:
+    """The method runs while no other thread changes the same pages."""
+
+    @functools.wraps(change)
+    def in_turn(self: PagedCache, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if self.groups.turn.is_mine():
+            return change(self, *args, **kwargs)
+        return (self.take_turn(), change(self, *args, **kwargs))[1]
+
+    return in_turn
 
 
 class PagedCache(DenseCache):
@@ -79,19 +105,18 @@ class PagedCache(DenseCache):
         self._recurrent_places = [place for place, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)]
         if not self._paged:
             raise ValueError(f"no layer of a {config.model_type} model can be paged; use Transformers' own cache")
-        self.tables = {}
-        self._make_tables()
-        self._finalizer = weakref.finalize(self, _release, self.tables)
-        self._start_empty()
+        self.tables = self._tables_in(self.groups)
+        self.__dict__.update(self._empty_state())
+        self._holder: Holder = self.groups.enlist(self, self.tables)
 
     def _own_layer(self, index: int, template: Any) -> Any:
         if is_pageable(template):
             return PagedLayer(self, index, layer_window(template))
         return RecurrentLayer(template.number_of_states) if is_recurrent(template) else template
 
-    def _make_tables(self) -> None:
-        for window in dict.fromkeys(layer.window for layer in self._paged):
-            self.tables[window] = PageTable(self.groups.group(window).pool, self.groups.page_size, window)
+    def _tables_in(self, groups: PageGroups) -> dict[int | None, PageTable]:
+        windows = dict.fromkeys(layer.window for layer in self._paged)
+        return {window: PageTable(groups.group(window).pool, groups.page_size, window) for window in windows}
 
     def adopt(self, groups: PageGroups, config: Any) -> None:
         """Live in `groups`, of a model with `config`, from now on, if the cache was made without options and holds no page.
@@ -101,40 +126,91 @@ class PagedCache(DenseCache):
         """
         self.check_owner(config)
         if self.may_adopt and self.groups is not groups:
-            self.groups = groups
-            self._make_tables()
+            self._live_in(groups, self._tables_in(groups))
 
     @property
     def may_adopt(self) -> bool:
         """Whether `adopt` would do anything."""
         return self._options is None and not self.lengths and not self._open
 
-    def _start_empty(self) -> None:
-        self.lengths = []
-        self._columns = 0
-        # Of the first columns; all that came after them hold tokens.
-        self._stored = None
-        self.seen_mask = SeenMask()
-        self._batch: Batch | None = None
-        self._snapshots: list[tuple[RecurrentLayer, dict[str, Any]]] = []
-        self.padding: Padding | None = None
-        self._new_stored = None
-        self._query_length = 0
-        self._dense = False
-        self._open = False
-        self._created_rows = False
-        self._reserved_ahead = False
-        self.dense, self.hidden = None, {}
-        # Columns that dense layers are known to hold tokens in.
-        self._known_stored = None
-        # Columns at which recording of the past began anew: those before are there as far as a window reached then.
-        self._past_from = 0
-        self._wrote = set()
-        # What somebody sets on a layer while a forward is under way holds from its end on.
-        self._replaced = {}
+    # What belongs together changes in one step, `self.__dict__.update(...)`: an exception, Ctrl-C included, may come between
+    # any two statements. What it leaves half done, `_settle()` takes back before anything else is done with the cache.
+    lengths: list[int]
+    _columns: int
+    # Of the first columns; all that came after them hold tokens.
+    _stored: Tensor | None
+    seen_mask: SeenMask
+    _batch: Batch | None
+    _snapshots: list[tuple[RecurrentLayer, dict[str, Any]]]
+    padding: Padding | None
+    _new_stored: Tensor | None
+    _query_length: int
+    _dense: bool
+    _open: bool
+    _created_rows: bool
+    # Tables may hold more than `lengths` tells.
+    _loose: bool
+    # What layers read and write instead of the forward under way.
+    _reading: Batch | None
+    _reserved_ahead: bool
+    # Columns that dense layers are known to hold tokens in.
+    _known_stored: Tensor | None
+    # Columns at which recording of the past began anew: those before are there as far as a window reached then.
+    _past_from: int
+    # Layers that the forward under way has written to.
+    _wrote: set[int]
+    # What somebody sets on a layer while a forward is under way holds from its end on.
+    _replaced: dict[tuple[int, str], Tensor | None]
+    # Dense layers that keys are being moved into.
+    _moving: DenseLayers | None
+
+    def _empty_state(self) -> dict[str, Any]:
+        return {
+            "lengths": [], "_columns": 0, "_stored": None, "seen_mask": SeenMask(), "_query_length": 0, "_dense": False,
+            "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
+            **self._closed(),
+        }  # fmt: skip
+
+    @staticmethod
+    def _closed() -> dict[str, Any]:
+        """The state without a forward under way."""
+        return {
+            "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
+            "_replaced": {}, "_created_rows": False, "_loose": False, "_reading": None,
+        }  # fmt: skip
+
+    def take_turn(self) -> Token | None:
+        """Nobody else changes the cache's pages while the token exists, which no variable should hold; see `Turn`.
+
+        If another thread goes on changing pages of the same groups, the cache gets pages of its own.
+        """
+        return self.groups.turn.take(PATIENCE) or self._move_out()
+
+    def _move_out(self) -> Token | None:
+        if self.groups.turn.is_mine():
+            return None
+        groups, tables = own_pages(self.groups, self.tables)
+        self._live_in(groups, tables)
+        return self.groups.turn.take(PATIENCE)
+
+    def _live_in(self, groups: PageGroups, tables: dict[int | None, PageTable]) -> None:
+        """Hold what `tables` of `groups` hold, and nothing of the groups so far."""
+        before_groups, before, holder = self.groups, self._holder, groups.enlist(self, tables)
+        before.tables = self.tables
+        self.__dict__.update(groups=groups, tables=tables, _holder=holder, _reserved_ahead=False)
+        before_groups.discharge(before)
+
+    def _settle(self) -> None:
+        """Take back what an exception has left half done."""
+        self.groups.settle()
+        if self._moving is not None:
+            self.hold_dense()
+        if self._open or self._loose or self._snapshots:
+            self.rollback()
 
     # ---- one forward ------------------------------------------------------------------------------------------
 
+    @_in_turn
     def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
         """Reserve pages for a forward; `commit()` or `rollback()` must follow.
 
@@ -148,38 +224,40 @@ class PagedCache(DenseCache):
             ValueError: the cache holds another number of rows.
             CacheFullError: the pages do not fit into the memory limit; the cache is as before.
         """
-        if self._open:
-            self.rollback()
-        self._created_rows = not self.lengths
-        if self._created_rows:
-            self.lengths = [0] * batch_size
-            for table in self.tables.values():
-                table.add_rows(batch_size)
-        if len(self.lengths) != batch_size:
+        self._settle()
+        lengths = self.lengths or [0] * batch_size
+        if len(lengths) != batch_size:
             raise ValueError(
-                f"{CACHE} holds {len(self.lengths)} rows, but the batch has {batch_size}; "
+                f"{CACHE} holds {len(lengths)} rows, but the batch has {batch_size}; "
                 "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
             )
         counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
-        targets = [have + count for have, count in zip(self.lengths, counts, strict=True)]
-        self._open, self._dense, self._new_stored, self._query_length = True, dense, new, query_length
-        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
-        self._reserve(targets)
-        self._batch = forward_batch(self.groups, self.tables, self.lengths, counts, targets)
-        return self._batch
-
-    def _reserve(self, targets: list[int]) -> None:
+        targets = [have + count for have, count in zip(lengths, counts, strict=True)]
         try:
+            self.__dict__.update(
+                _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
+                _new_stored=new, _query_length=query_length, _snapshots=[], _reading=None,
+            )  # fmt: skip
+            self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+            if self._created_rows:
+                for table in self.tables.values():
+                    table.add_rows(batch_size)
             self._reserve_pages(targets)
+            self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
+            return self._batch
         except CacheFullError as full:
             self.rollback()
             raise CacheFullError(self.groups.describe_full(targets)) from full
+        except BaseException:
+            self.rollback()
+            raise
 
     def _reserve_pages(self, targets: list[int]) -> None:
         for window, table in self.tables.items():
             group, room = self.groups.group(window), max([self.room, *targets])
             table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
 
+    @_in_turn
     def reserve_ahead(self) -> None:
         """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
         for window, table in self.tables.items():
@@ -193,44 +271,57 @@ class PagedCache(DenseCache):
     @contextmanager
     def reading(self, batch: Batch) -> Iterator[None]:
         """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
-        before = self._batch, self._open, self._dense
-        self._batch, self._open, self._dense = batch, True, False
+        before, self._reading = self._reading, batch
         try:
             yield
         finally:
-            self._batch, self._open, self._dense = before
+            self._reading = before
 
-    def commit(self, release: bool = True) -> None:
-        """The forward is done: its tokens belong to the cache, and pages behind a window are released."""
-        assert self._batch is not None
+    @_in_turn
+    def commit(self, release: bool = True, **more: Any) -> None:
+        """The forward is done: its tokens belong to the cache, and pages behind a window are released.
+
+        Args:
+            release: pages behind a window.
+            more: attributes that change at the same time.
+        """
+        batch, columns, stored = self._batch, self._columns + self._query_length, self._stored
+        assert batch is not None
         if self._new_stored is not None:
-            self._stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
-        self._columns += self._query_length
-        self.lengths = self._batch.seq_lens
-        self._close()
-        replaced, self._replaced = self._replaced, {}
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        replaced = self._replaced
+        self.__dict__.update({**self._closed(), "lengths": batch.seq_lens, "_columns": columns, "_stored": stored})
         for (index, name), states in replaced.items():
             self.replace(index, name, states)
         if release:
             self.release_behind()
 
+    @_in_turn
     def rollback(self) -> None:
         """The forward failed: the cache is as before it."""
-        self._replaced = {}
+        self.groups.settle()
         for layer, held in self._snapshots:
             layer.restore(held)
-        self._close()
-        for table in self.tables.values():
-            if self._created_rows:
-                table.clear()
-            else:
-                table.trim(self.lengths)
-        if self._created_rows:
-            self.lengths = []
+        # The tables stay loose until they fit.
+        lengths = [] if self._created_rows else self.lengths
+        self.__dict__.update({**self._closed(), "lengths": lengths, "_loose": True})
+        self._fit_tables()
+        for window in self.tables:
+            # Pages that there was no memory for would be asked for again.
+            group = self.groups.group(window)
+            group.pool.shrink(group.storage.capacity)
 
-    def _close(self) -> None:
-        self._open, self._batch, self._new_stored, self.padding, self._snapshots = False, None, None, None, []
-        self._wrote = set()
+    def _fit_tables(self, keep_states: bool = False) -> None:
+        """Tables and, unless they are to be kept, linear-attention layers hold what `lengths` tells."""
+        for table in self.tables.values():
+            if self.lengths:
+                table.trim(self.lengths)
+            else:
+                table.clear()
+        for layer in self.layers:
+            if not (self.lengths or keep_states or self.dense is not None or isinstance(layer, PagedLayer)):
+                layer.reset()
+        self._loose = False
 
     @property
     def _recurrent(self) -> list[RecurrentLayer]:
@@ -252,6 +343,8 @@ class PagedCache(DenseCache):
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
+        if self._reading is not None:
+            return self._reading
         return self._batch if self._open and not self._dense else None
 
     def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +361,7 @@ class PagedCache(DenseCache):
 
     # ---- a loop that writes to pages by itself ----------------------------------------------------------------
 
+    @_in_turn
     def reserve_more(self, tokens: int) -> None:
         """Give every row, but those let go, pages for `tokens` more.
 
@@ -282,24 +376,53 @@ class PagedCache(DenseCache):
 
     def grow_by(self, tokens: int) -> None:
         """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
-        self.lengths = [length + tokens if length else 0 for length in self.lengths]
-        self._columns += tokens
+        lengths = [length + tokens if length else 0 for length in self.lengths]
+        self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
 
+    @_in_turn
     def let_go(self, rows: Sequence[int]) -> None:
         """Release the pages of rows that nobody will read or write any more."""
-        for row in rows:
-            self.lengths[row] = 0
+        gone = set(rows)
+        self.lengths = [0 if row in gone else length for row, length in enumerate(self.lengths)]
         for table in self.tables.values():
             table.let_go(rows)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
-        for table in self.tables.values():
-            table.select(rows, self.counters)
-        self.lengths = [self.lengths[row] for row in rows]
-        if self._stored is not None:
-            self._stored = self._stored[list(rows)]
+        self._take_rows(rows)
 
+    @_in_turn
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes a fork of row `rows[b]`, in tables, layers and all else at the same time."""
+        self.groups.settle()
+        # Until old tables are cleared their pages count twice; an exception before has them counted anew.
+        for table in self.tables.values():
+            table.pool.unsettled = True
+        stored = self._stored
+        new = {window: table.selected(rows, self.counters) for window, table in self.tables.items()}
+        changes: dict[str, Any] = {"lengths": [self.lengths[row] for row in rows], "_snapshots": []}
+        changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
+        if stored is not None:
+            changes["_stored"] = stored[list(rows)]
+            if not torch.equal(stored, changes["_stored"]):
+                changes["seen_mask"] = SeenMask()
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(torch.tensor(rows, device="cpu"))
+        self.exchange_tables(new, changes)
+
+    def exchange_tables(self, tables: dict[int | None, PageTable], changes: dict[str, Any]) -> None:
+        """Hold what `tables` hold instead, in one step with other `changes`; their pools are unsettled until then."""
+        before = self.tables
+        self.__dict__.update({**changes, "tables": tables})
+        self._holder.tables = tables
+        for table in before.values():
+            table.clear()
+        for table in tables.values():
+            table.pool.unsettled = False
+
+    @_in_turn
     def trim(self) -> None:
         """Release the pages beyond the rows' tokens."""
         for table in self.tables.values():
@@ -312,6 +435,7 @@ class PagedCache(DenseCache):
 
     # ---- what Transformers calls ------------------------------------------------------------------------------
 
+    @_in_turn
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -369,11 +493,23 @@ class PagedCache(DenseCache):
 
     def drop_pages(self) -> None:
         """Release all pages, whatever they hold; linear-attention layers keep their states."""
-        for table in self.tables.values():
-            table.clear()
-        known = self.stored
-        self._start_empty()
-        self._known_stored = known
+        self.hand_over(None)
+
+    def hand_over(self, dense: DenseLayers | None) -> None:
+        """Hold no page any more: what the cache holds is in `dense`, or nowhere."""
+        held = {"dense": dense, "_known_stored": self.stored, "_loose": True}
+        self.__dict__.update({**self._empty_state(), **held})
+        self._fit_tables(keep_states=True)
+
+    @_in_turn
+    def hold_dense(self) -> None:
+        """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
+        super().hold_dense()
+
+    @_in_turn
+    def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
+        """Bring what dense layers hold into pages; see `DenseCache`."""
+        return super().into_pages(mask, dtype)
 
     def owns_all_pages(self, window: int | None) -> bool:
         """Whether no other cache holds a page of this window."""
@@ -395,6 +531,7 @@ class PagedCache(DenseCache):
         offset = 0 if window is None else max(self._columns - window + 1, 0)
         return self._columns - offset + query_length, offset
 
+    @_in_turn
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
 
@@ -402,32 +539,36 @@ class PagedCache(DenseCache):
             RuntimeError: pages behind a sliding window were released already, or a linear-attention layer has a state
                 that cannot be taken back; call `activate_past_recording()` first.
         """
+        self._settle()
         removed = int(tokens_to_remove)
+        changes: dict[str, Any] = {"_snapshots": []}
         if self.dense is not None:
             self.dense.crop(removed)
         else:
-            removed = max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns)
-            self._crop_pages(removed)
-            removed = -removed
+            removed = -(max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns))
+            changes["_past_from"] = self._columns + removed
+            if removed:
+                changes.update(self._cropped(self._columns + removed), _loose=True)
+                self._check_croppable(changes["lengths"])
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(removed)
-        self._past_from = self._columns
+        self.__dict__.update(changes)
+        if self._loose:
+            self._fit_tables()
         self._release_behind()
 
-    def _crop_pages(self, removed: int) -> None:
-        if not removed:
-            return
-        keep, stored, lengths = self._columns - removed, self._stored, [length - removed for length in self.lengths]
-        if stored is not None:
-            stored = self._stored_until(self._columns)
-            gone = stored[:, keep:].sum(1).tolist()
-            lengths, stored = [have - count for have, count in zip(self.lengths, gone, strict=True)], stored[:, :keep]
-        self._check_croppable(lengths)
-        self._columns, self.lengths, self._stored = keep, lengths, stored
-        self.hidden = {index: hidden.crop(keep) for index, hidden in self.hidden.items()}
-        for table in self.tables.values():
-            table.trim(lengths)
+    def _cropped(self, keep: int) -> dict[str, Any]:
+        """What changes if the first `keep` columns are kept."""
+        hidden = {index: hidden.crop(keep) for index, hidden in self.hidden.items()}
+        if self._stored is None:
+            lengths = [length - (self._columns - keep) for length in self.lengths]
+            return {"lengths": lengths, "_columns": keep, "hidden": hidden}
+        stored = self._stored_until(self._columns)
+        gone = stored[:, keep:].sum(1).tolist()
+        lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
+        return {"lengths": lengths, "_columns": keep, "_stored": stored[:, :keep], "hidden": hidden}
 
     def _check_croppable(self, lengths: list[int]) -> None:
         if self._recurrent and not self.record_past:
@@ -463,42 +604,34 @@ class PagedCache(DenseCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a bool mask)."""
-        self.select_rows(torch.arange(self.batch_size)[indices.cpu()].tolist())
+        self.select_rows(torch.arange(self.batch_size, device="cpu")[indices.cpu()].tolist())
 
+    @_in_turn
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
+        self._settle()
         if list(rows) == list(range(self.batch_size)):
             return
         if self.dense is not None:
-            self.dense.select(torch.tensor(rows))
+            self.dense.select(torch.tensor(rows, device="cpu"))
             self._known_stored = None if self._known_stored is None else self._known_stored[list(rows)]
         elif not self.lengths:
             return
         else:
-            self._select_pages(rows)
+            for table in self.tables.values():
+                table.trim(self.lengths)
+            self._take_rows(rows)
+            return
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(torch.tensor(rows))
+                layer.reorder_cache(torch.tensor(rows, device="cpu"))
 
-    def _select_pages(self, rows: Sequence[int]) -> None:
-        for table in self.tables.values():
-            table.trim(self.lengths)
-            table.select(rows, self.counters)
-        self.lengths = [self.lengths[row] for row in rows]
-        if self._stored is not None:
-            before, self._stored = self._stored, self._stored[list(rows)]
-            if not torch.equal(before, self._stored):
-                self.seen_mask = SeenMask()
-        self.hidden = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
-
+    @_in_turn
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
-        for table in self.tables.values():
-            table.clear()
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reset()
-        self._start_empty()
+        self.groups.settle()
+        self.__dict__.update({**self._empty_state(), "_loose": True})
+        self._fit_tables()
 
     @property
     def batch_size(self) -> int:
@@ -512,17 +645,29 @@ class PagedCache(DenseCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A fork: shares the pages, copies what it writes to."""
-        other = PagedCache(self._config, self._options, groups=self.groups, counters=self.counters, room=self.room)
+        # Pages are shared where it is this thread's turn at them, and copied where another one is at work.
+        return (self.groups.turn.take(PATIENCE), self._copied(memo, self.groups.turn.is_mine()))[1]
+
+    def _copied(self, memo: dict[int, Any], share: bool) -> PagedCache:
+        groups, tables = (self.groups, {}) if share else own_pages(self.groups, self.tables)
+        if share:
+            groups.settle()
+        other = PagedCache(self._config, self._options, groups=groups, counters=self.counters, room=self.room)
         memo[id(self)] = other
-        for window, table in self.tables.items():
-            table.trim(self.lengths)
-            table.fork_into(other.tables[window])
-        other.lengths, other._columns = list(self.lengths), self._columns
-        other._stored, other.record_past, other._past_from = self._stored, self.record_past, self._past_from
-        other.dense, other._known_stored = copy.deepcopy(self.dense, memo), self._known_stored
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, PagedLayer):
-                other.layers[index] = copy.deepcopy(layer, memo)
+        if share:
+            for window, table in self.tables.items():
+                table.fork_into(other.tables[window], self.lengths)
+        else:
+            other.tables.update(tables)
+        layers = [
+            copy.deepcopy(layer, memo) if not isinstance(layer, PagedLayer) else other.layers[index]
+            for index, layer in enumerate(self.layers)
+        ]
+        other.__dict__.update(
+            lengths=list(self.lengths), _columns=self._columns, _stored=self._stored, record_past=self.record_past,
+            _past_from=self._past_from, dense=copy.deepcopy(self.dense, memo), _known_stored=self._known_stored,
+            hidden=dict(self.hidden), layers=layers, _loose=True,
+        )  # fmt: skip
         return other
 
     # ---- masks ------------------------------------------------------------------------------------------------

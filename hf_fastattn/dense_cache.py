@@ -41,6 +41,8 @@ class DenseCache(Cache):
     read_columns: Callable[..., tuple[Tensor, Tensor]]
     dense_layer: Callable[[PagedLayer], tuple[Tensor, Tensor] | None]
     drop_pages: Callable[[], None]
+    hand_over: Callable[[DenseLayers | None], None]
+    _moving: DenseLayers | None
     _config: Any
     _options: FastAttnConfig | None
     _paged: list[PagedLayer]
@@ -93,11 +95,11 @@ class DenseCache(Cache):
         """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
         if self.dense is not None:
             return
-        layers = self.lent or self._stock_layers()
+        # What an exception interrupts goes on with the same layers: pages that were read may be gone.
+        layers = self._moving = self._moving or self.lent or self._stock_layers()
         if self.lengths:
             read_layers(self, layers)
-        self.drop_pages()
-        self.dense = layers
+        self.hand_over(layers)
 
     def stock_layer(self, index: int) -> Any:
         """Transformers' own layer in the place of layer `index`."""
@@ -130,16 +132,18 @@ class DenseCache(Cache):
             try:
                 write_pages(self, dense, stored)
             except BaseException:
-                self.dense, self._known_stored = dense, known
+                self.__dict__.update(dense=dense, _known_stored=known)
                 raise
-        self.dense, self._known_stored = None, None
+        self.__dict__.update(dense=None, _known_stored=None)
         return None
 
     def note_pages(self, lengths: list[int], columns: int, stored: Tensor | None, least_held: int) -> None:
         """Pages hold `lengths[b]` tokens of `columns` columns, and behind every window those from `least_held` on."""
         windows = [window for window in self.tables if window is not None]
-        self._past_from = least_held + min(windows, default=1) - 1
-        self.lengths, self._columns, self._stored = lengths, columns, stored
+        self.__dict__.update(
+            lengths=lengths, _columns=columns, _stored=stored, _past_from=least_held + min(windows, default=1) - 1,
+            dense=None, _known_stored=None,
+        )  # fmt: skip
 
     def _stock_layers(self) -> DenseLayers:
         templates = template_layers(self._config)

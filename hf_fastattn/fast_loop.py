@@ -76,6 +76,8 @@ class FastLoop:
         self._places = list(range(rows))
         self._used = bucket_of(rows)
         self._launched = 0
+        # Tokens that steps which have arrived added to each row of the cache.
+        self._appended = 0
         self._reserved = 0
         self._graphs: LoopGraphs = runtime.loop_graphs
         device, page_size = input_ids.device, cache.groups.page_size
@@ -137,7 +139,6 @@ class FastLoop:
             self._reserve()
         kind = self._kind
         news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._runtime.counters)
-        self._cache.grow_by(1)
         self._launched += 1
         self._arrivals.send(news, self._places)
         self._release_behind()
@@ -170,6 +171,10 @@ class FastLoop:
     def _take(self, news: News) -> None:
         """A step has arrived: note its tokens, pass them on, and let rows go that have ended."""
         late = self._rows.take(news)
+        if self._rows.steps > 1:
+            # The token of a step is in the cache after the next one.
+            self._cache.grow_by(1)
+            self._appended += 1
         if self._streamer is not None:
             self._streamer.put(self._rows.newest())
         places = [place for place, number in enumerate(self._places) if number in late]
@@ -209,7 +214,8 @@ class FastLoop:
         wanted = min(AHEAD, self._most - 1 - appended)
         while wanted:
             try:
-                self._cache.reserve_more(wanted)
+                # Some of what was appended has not arrived, and is not in the cache's lengths yet.
+                self._cache.reserve_more(appended - self._appended + wanted)
                 break
             except CacheFullError:
                 if wanted <= 1:
@@ -227,18 +233,15 @@ class FastLoop:
             self._state.write_groups(self._kind, self._shared)
 
     def _release_behind(self) -> None:
-        """Pages behind a window, but for those that come into sight again if the last steps are dropped."""
+        """Pages behind a window, but for those that come into sight again if steps under way are dropped."""
         if self._launched % AHEAD == 0:
-            self._cache.release_behind(DEPTH + 1)
+            self._cache.release_behind()
 
     def _close(self) -> None:
-        """The cache as it is after the steps that were read, whatever else is under way."""
+        """The cache is as it is after the steps that were read, whatever else is under way."""
         self._arrivals.clear()
-        taken = self._rows.steps
-        # The token of a step is in the cache after the next one.
-        extra = max(self._launched - 1, 0) - max(taken - 1, 0)
-        self._cache.grow_by(-extra)
         self._cache.trim()
-        counters = self._runtime.counters
+        taken, counters = self._rows.steps, self._runtime.counters
+        extra = max(self._launched - 1, 0) - max(taken - 1, 0)
         counters.forwards += max(taken - 1, 0)
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)

@@ -33,6 +33,8 @@ class FastGenerationMixin(PlainCopies):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         runtime: Runtime = self._fastattn.runtime
+        if runtime.current is None:
+            return done
         cache = model_kwargs.get(CACHE)
         if isinstance(supplied, PagedCache) and supplied.may_adopt:
             supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
@@ -53,11 +55,12 @@ class FastGenerationMixin(PlainCopies):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        before = {name: unshared(value) for name, value in model_kwargs.items()}
+        runtime: Runtime = self._fastattn.runtime
+        before = {} if runtime.is_aside else {name: unshared(value) for name, value in model_kwargs.items()}
         ids, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        self._fastattn.runtime.expansion = expansion_of(expand_size, before, expanded)
+        runtime.expansion = expansion_of(expand_size, before, expanded)
         return ids, expanded
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -75,6 +78,8 @@ class FastGenerationMixin(PlainCopies):
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
     ) -> Any:
         runtime: Runtime = self._fastattn.runtime
+        if runtime.is_aside:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
         prefilled = runtime.take_prefilled()
         if prefilled is not None:
             return prefilled
@@ -134,7 +139,7 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if not synced_gpus:
+        if not synced_gpus and self._fastattn.runtime.current is not None:
             result = fast_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result
@@ -164,10 +169,7 @@ def fast_class(base: Any) -> type:
     @functools.wraps(base.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self._fastattn.runtime
-        with runtime.call(self.training) as set_result:
-            result = base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
-            set_result(result)
-            return result
+        return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})

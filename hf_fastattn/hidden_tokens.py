@@ -41,22 +41,20 @@ def hide_tokens(cache: PagedCache, visible: Tensor) -> None:
     table, size = cache.tables[None], cache.groups.page_size
     group = cache.groups.group(None)
     rewritten = PageTable(group.pool, size)
-    try:
-        table.fork_into(rewritten)
-        rewritten.trim(starts)
-        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-        rewritten.reserve(starts, lengths, max([cache.room, *lengths]), cache.counters, group.copy_pages)
-        targets = _slots(rewritten.rows, starts, lengths, size)
-        for layer in cache.paged_layers:
-            held = group.storage.pages(layer.index)
-            if held is not None:
-                _move(group.storage.layer(layer.index, held[0], group.pool.capacity), sources, targets)
-    except BaseException:
-        rewritten.clear()
-        raise
-    cache.tables[None] = rewritten
-    cache.__dict__.update(lengths=lengths, _stored=keep, hidden=aside, seen_mask=SeenMask())
-    table.clear()
+    cache.groups.settle()
+    # An exception before the tables are exchanged has pages counted anew, without the new table.
+    group.pool.unsettled = True
+    table.fork_into(rewritten, starts)
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    rewritten.reserve(starts, lengths, max([cache.room, *lengths]), cache.counters, group.copy_pages)
+    targets = _slots(rewritten.rows, starts, lengths, size)
+    for layer in cache.paged_layers:
+        held = group.storage.pages(layer.index)
+        if held is not None:
+            _move(group.storage.layer(layer.index, held[0], group.pool.capacity), sources, targets)
+    cache.exchange_tables(
+        {None: rewritten}, {"lengths": lengths, "_stored": keep, "hidden": aside, "seen_mask": SeenMask()}
+    )
 
 
 def show_again(cache: PagedCache, mask: Tensor | None) -> None:
@@ -77,7 +75,7 @@ def show_again(cache: PagedCache, mask: Tensor | None) -> None:
 
 
 def _tails(cache: PagedCache, stored: Tensor, keep: Tensor) -> tuple[list[int], Tensor, list[int]]:
-    """Of each row the token with which its first page with a hidden one begins; slots and number of those kept from there."""
+    """Of each row where its first page with a hidden token begins; slots and number of the tokens kept from there."""
     size, rows = cache.groups.page_size, cache.tables[None].rows
     starts, sources, counts = [], [], []
     for row, pages in enumerate(rows):

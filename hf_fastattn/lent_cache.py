@@ -16,11 +16,15 @@ class LentCache:
 
     Args:
         dynamic: the user's; `why_not_lent` has no objection to it.
-        paged: new and empty; holds from now on what `dynamic` holds, in the user's own layers until the first forward.
+        paged: new and empty; holds after `lend()` what `dynamic` holds, in the user's own layers until the first forward.
     """
 
     def __init__(self, dynamic: DynamicCache, paged: PagedCache) -> None:
         self.dynamic, self.paged = dynamic, paged
+
+    def lend(self) -> None:
+        """From now on the paged cache holds what the user's does."""
+        dynamic, paged = self.dynamic, self.paged
         while len(dynamic.layers) < len(paged.layers):
             dynamic.layers.append(DynamicLayer())
         self._layers = dynamic.layers

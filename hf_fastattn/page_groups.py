@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.page_storage import PageStorage
+from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import PagePool
+from hf_fastattn.turn import Turn
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.workspace import Workspace
@@ -86,21 +90,37 @@ def cache_layout(config: Any, templates: list[Any] | None = None) -> tuple[Any, 
     return *key_shape(config), *(layer_window(layer) if is_pageable(layer) else type(layer) for layer in layers)
 
 
+class Holder(weakref.ref[Any]):
+    """A cache, as the groups know it, and its page tables by window, which outlive it until they are cleared."""
+
+    __slots__ = ("tables",)
+    tables: dict[int | None, PageTable]
+
+
 class PageGroups:
     """The page groups of a model.
+
+    One thread at a time may change pages and the tables of the caches that hold them: the one whose `turn` it is.
 
     Args:
         config: the model's configuration; tells layers, windows and the size of a token.
         fastattn: page size and memory limit.
         dtype: dtype that keys will have, for the memory limit; the configuration's by default.
+        turn: of whatever else goes with these pages; one of their own by default.
     """
 
-    def __init__(self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None, turn: Turn | None = None
+    ) -> None:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
         self.backend, self.batch_invariant = fastattn.backend, fastattn.batch_invariant
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
-        self._fastattn = fastattn
+        self.turn = turn or Turn()
+        self._holders: set[Holder] = set()
+        # Of caches that are gone. They end inside of anything, in any thread: nothing but this may happen then.
+        self._ended: deque[Any] = deque()
+        self._config, self._fastattn, self._dtype = config, fastattn, dtype
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
         heads, head_dim = key_shape(config)
         self.head_dim = head_dim
@@ -141,10 +161,61 @@ class PageGroups:
         groups = map(self.group, windows)
         return any(group.storage.capacity < max(group.pool.capacity, 1) for group in groups)
 
+    # ---- who holds pages --------------------------------------------------------------------------------------
+
+    def enlist(self, cache: Any, tables: dict[int | None, PageTable]) -> Holder:
+        """From now on pages in the tables of `cache` count as held, until it is gone."""
+        # The callback runs no Python code, so that no signal can come inside of it.
+        holder = Holder(cache, self._ended.append)
+        holder.tables = tables
+        self._holders.add(holder)
+        return holder
+
+    def discharge(self, holder: Holder) -> None:
+        """Its cache holds no pages of these groups any more; they are released at the next `settle()`."""
+        self._ended.append(holder)
+
+    def settle(self) -> None:
+        """Release what caches held that are gone; after an exception amid a change, count the owners of pages anew.
+
+        Called by the thread whose turn it is.
+        """
+        if any(group.pool.unsettled for group in self._groups.values()):
+            self._recount()
+        while self._ended:
+            # Forgotten last, so that it is done again if an exception comes.
+            ended = self._ended[0]
+            for table in ended.tables.values():
+                table.clear()
+            self._holders.discard(ended)
+            self._ended.popleft()
+
+    def _recount(self) -> None:
+        tables: dict[int | None, list[PageTable]] = {window: [] for window in self._groups}
+        for holder in list(self._holders):
+            cache = holder()
+            if cache is not None and cache.groups is self:
+                # It may have got other ones just before the exception.
+                holder.tables = cache.tables
+            for window, table in holder.tables.items():
+                table.forget_derived()
+                tables[window].append(table)
+        for window, group in self._groups.items():
+            group.pool.recount(pages for table in tables[window] for pages in table.rows)
+
     @property
     def pages_in_use(self) -> int:
         """Pages held by caches, over all groups."""
+        return (self.turn.take(0), self._count())[1]
+
+    def _count(self) -> int:
+        if self.turn.is_mine():
+            self.settle()
         return sum(group.pool.in_use for group in self)
+
+    def emptied(self) -> PageGroups:
+        """Other groups of the same kind, without pages."""
+        return PageGroups(self._config, self._fastattn, self._dtype)
 
     @property
     def nbytes(self) -> int:
@@ -172,6 +243,8 @@ class PageGroups:
     def shrink(self, keep: float) -> None:
         """Give memory back: if no page is held, keep at most the share `keep` of the storage."""
         for group in self:
+            # Pages that there was no memory for would be asked for again.
+            group.pool.shrink(group.storage.capacity)
             if group.pool.in_use or keep >= 1:
                 continue
             # A share of the most there ever was: a call that needs less does not make it less.

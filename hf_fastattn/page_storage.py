@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class PageStorage:
         for layer_idx, (held, _) in list(self._pages.items()):
             if held.shape[0] < capacity:
                 self.layer(layer_idx, held, capacity)
+        # An exception may have come before it was noted.
+        self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
 
     @staticmethod
     def _grown(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -109,6 +111,16 @@ class PageStorage:
             for pages in pair:
                 with torch.no_grad():
                     pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def fill_from(self, other: PageStorage, places: Mapping[int, int], capacity: int) -> None:
+        """Copy page `page` of `other` to page `places[page]`, in every layer, grown to `capacity` pages."""
+        for layer_idx, (held, values) in list(other._pages.items()):
+            written = [page for page in places if page < held.shape[0]]
+            source = torch.tensor(written, dtype=torch.long).to(held.device)
+            target = torch.tensor([places[page] for page in written], dtype=torch.long).to(held.device)
+            for pages, theirs in zip(self.layer(layer_idx, held, capacity), (held, values), strict=True):
+                with torch.no_grad():
+                    pages.index_copy_(0, target, theirs.index_select(0, source))
 
     def pages(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """The K and V pages of a layer, or None if it has not written yet."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +16,29 @@ from hf_fastattn.table_mirror import TableMirror
 # A growing sequence gets this much room after it, at most, before another may settle there.
 MAX_ROOM_TOKENS = 2048
 
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def _noted(change: Callable[Concatenate[PageTable, Params], Result]) -> Callable[Concatenate[PageTable, Params], Result]:
+    """While rows and pages change, the pool is unsettled; it stays so if an exception comes between."""
+
+    @functools.wraps(change)
+    def noted(self: PageTable, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        pool = self.pool
+        before, pool.unsettled = pool.unsettled, True
+        result = change(self, *args, **kwargs)
+        pool.unsettled = before
+        return result
+
+    return noted
+
 
 class PageTable:
     """Rows of pages: column `c` of a row holds its tokens `c * P` to `(c + 1) * P - 1`, or -1 once released.
+
+    Its rows are the truth about who holds which page: every change of them is one assignment, and owners can be counted
+    anew from them, so an exception, Ctrl-C included, may come between any two statements.
 
     Args:
         pool: where the pages come from.
@@ -28,22 +50,35 @@ class PageTable:
         self.pool = pool
         self.page_size = page_size
         self.window = window
-        self.rows: list[list[int]] = []
-        # Columns that a row is known to share with the rows of the same origin; see `prefixes`.
-        self._origin: list[tuple[int, int]] = []
-        self._mirror = TableMirror()
+        self._publish([], [], TableMirror())
+
+    def _publish(self, rows: list[list[int]], origin: list[tuple[int, int]], mirror: TableMirror) -> None:
+        """Other rows, in one step.
+
+        Args:
+            origin: columns that a row is known to share with the rows of the same origin; see `prefixes`.
+        """
+        self.rows: list[list[int]]
+        self._origin: list[tuple[int, int]]
+        self._mirror: TableMirror
         # Tokens that every row can append to pages which it has and owns alone.
-        self._slack = 0
+        self._slack: int
         # Until a row has this length, no row has a page to release behind its window.
-        self._release_at = 0
+        self._release_at: int
+        self.__dict__.update(rows=rows, _origin=origin, _mirror=mirror, _slack=0, _release_at=0)
+
+    def forget_derived(self) -> None:
+        """What is derived from the rows is derived anew."""
+        mirror = TableMirror()
+        mirror.add_rows(len(self.rows))
+        self._publish(self.rows, self._origin, mirror)
 
     def add_rows(self, count: int) -> None:
         """Append `count` empty rows."""
-        first = len(self.rows)
-        self.rows.extend([] for _ in range(count))
-        self._origin.extend((first + row, 0) for row in range(count))
-        self._mirror.add_rows(count)
-        self._slack = 0
+        first, mirror = len(self.rows), self._mirror.selected(range(len(self.rows)))
+        mirror.add_rows(count)
+        origin = [(first + row, 0) for row in range(count)]
+        self._publish(self.rows + [[] for _ in range(count)], self._origin + origin, mirror)
 
     def start_behind(self, columns: Sequence[int]) -> None:
         """Empty rows begin after `columns[b]` pages that count as released."""
@@ -83,6 +118,20 @@ class PageTable:
             self._slack -= growth
             return
         self._slack = 0
+        self._reserve(lengths, targets, room, counters, copy_pages)
+        if all(target > length for length, target in zip(lengths, targets, strict=True)):
+            size = self.page_size
+            self._slack = min(len(pages) * size - target for pages, target in zip(self.rows, targets, strict=True))
+
+    @_noted
+    def _reserve(
+        self,
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+        copy_pages: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
         size = self.page_size
         fresh: list[int] = []
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
@@ -108,11 +157,9 @@ class PageTable:
         counters.pages_copied += len(partial)
         for row, run in runs:
             column = lengths[row] // size
-            self.pool.release(self.rows[row][column:])
-            self.rows[row][column:] = run
             self._mirror.changed(row, column)
-        if all(target > length for length, target in zip(lengths, targets, strict=True)):
-            self._slack = min(len(pages) * size - target for pages, target in zip(self.rows, targets, strict=True))
+            gone, self.rows[row][column:] = self.rows[row][column:], run
+            self.pool.release(gone)
 
     def _fresh_runs(
         self,
@@ -149,29 +196,43 @@ class PageTable:
             total += max(pages if most is None else min(pages, most), 1)
         return total
 
-    def select(self, indices: Sequence[int], counters: CallCounters) -> None:
-        """Row b becomes a fork of row `indices[b]`; pages are shared until one of their owners writes."""
-        selected = [list(self.rows[index]) for index in indices]
-        for pages in selected:
-            self.pool.fork(page for page in pages if page >= 0)
-        held_before = sum(page >= 0 for pages in self.rows for page in pages)
-        held_after = sum(page >= 0 for pages in selected for page in pages)
-        for pages in self.rows:
-            self.pool.release(page for page in pages if page >= 0)
-        counters.pages_shared += max(held_after - held_before, 0)
-        self._origin = self._origin_of(indices)
-        self.rows = selected
-        self._mirror.select(indices)
-        self._slack = self._release_at = 0
-
-    def fork_into(self, other: PageTable) -> None:
-        """Give `other`, an empty table of the same pool, forks of all rows."""
-        other.rows = [list(pages) for pages in self.rows]
-        other._origin = list(self._origin)
-        other._mirror.add_rows(len(self.rows))
+    @_noted
+    def selected(self, indices: Sequence[int], counters: CallCounters) -> PageTable:
+        """Another table, whose row b is a fork of row `indices[b]`; pages are shared until one of their owners writes."""
+        other = PageTable(self.pool, self.page_size, self.window)
+        rows = [list(self.rows[index]) for index in indices]
         self._slack = 0
-        for pages in other.rows:
+        for pages in rows:
             self.pool.fork(page for page in pages if page >= 0)
+        other._publish(rows, self._origin_of(indices), self._mirror.selected(indices))
+        counters.pages_shared += max(other.held - self.held, 0)
+        return other
+
+    @property
+    def held(self) -> int:
+        """Entries of the rows that are pages."""
+        return sum(page >= 0 for pages in self.rows for page in pages)
+
+    @_noted
+    def fork_into(self, other: PageTable, lengths: Sequence[int]) -> None:
+        """Give `other`, an empty table of the same pool, forks of the pages of `lengths[b]` tokens of each row."""
+        rows = [pages[: -(-length // self.page_size)] for pages, length in zip(self.rows, lengths, strict=True)]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        self._slack = 0
+        for pages in rows:
+            self.pool.fork(page for page in pages if page >= 0)
+        other._publish(rows, list(self._origin), mirror)
+
+    def moved(self, pool: PagePool, places: Mapping[int, int]) -> PageTable:
+        """The same table over pages of another pool: `places[page]` instead of `page`, held by nobody else."""
+        other = PageTable(pool, self.page_size, self.window)
+        rows = [[places.get(page, page) for page in pages] for pages in self.rows]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        other._publish(rows, list(self._origin), mirror)
+        pool.recount(rows)
+        return other
 
     def _origin_of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         repeated = len(set(indices)) < len(indices)
@@ -204,31 +265,37 @@ class PageTable:
             row = last
         return found
 
+    @_noted
     def trim(self, lengths: Sequence[int]) -> None:
         """Release the pages beyond `lengths[b]` tokens of each row."""
         self._slack = self._release_at = 0
         for row, (pages, length) in enumerate(zip(self.rows, lengths, strict=True)):
             keep = -(-length // self.page_size)
             if keep < len(pages):
+                self._mirror.changed(row, keep)
                 self.pool.release(page for page in pages[keep:] if page >= 0)
                 del pages[keep:]
-                self._mirror.changed(row, keep)
 
+    @_noted
     def let_go(self, rows: Sequence[int]) -> None:
         """Release all pages of `rows`."""
         self._slack = self._release_at = 0
         for row in rows:
-            self.pool.release(page for page in self.rows[row] if page >= 0)
-            self.rows[row] = []
             self._mirror.changed(row, 0)
+            gone, self.rows[row] = self.rows[row], []
+            self.pool.release(page for page in gone if page >= 0)
 
     def release_behind(self, lengths: Sequence[int]) -> None:
         """Release the pages that no query from `lengths[b]` on can see through the window."""
         if self.window is None or not lengths or max(lengths) < self._release_at:
             return
         first_seen = [max(length - self.window + 1, 0) for length in lengths]
+        self._release_before(first_seen)
         # Rows that grow at different speeds may release a page some steps late, never early.
         self._release_at = max(lengths) + min(self.page_size - first % self.page_size for first in first_seen)
+
+    @_noted
+    def _release_before(self, first_seen: Sequence[int]) -> None:
         for pages, first in zip(self.rows, first_seen, strict=True):
             column = first // self.page_size
             for behind in range(min(column, len(pages)) - 1, -1, -1):
@@ -237,12 +304,13 @@ class PageTable:
                 self.pool.release([pages[behind]])
                 pages[behind] = -1
 
+    @_noted
     def clear(self) -> None:
         """Release everything; no rows remain."""
-        for pages in self.rows:
+        rows = self.rows
+        self._publish([], [], TableMirror())
+        for pages in rows:
             self.pool.release(page for page in pages if page >= 0)
-        self.rows, self._origin, self._mirror = [], [], TableMirror()
-        self._slack = self._release_at = 0
 
     # ---- as arrays --------------------------------------------------------------------------------------------
 

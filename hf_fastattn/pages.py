@@ -29,6 +29,8 @@ class PagePool:
         if capacity < 0 or (max_pages is not None and capacity > max_pages):
             raise ValueError(f"capacity={capacity} must lie between 0 and max_pages={max_pages}")
         self.max_pages = max_pages
+        # A table is changing pages and rows, or was when an exception came: then `recount` puts things right.
+        self.unsettled = False
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
         self._in_use = 0
@@ -130,8 +132,19 @@ class PagePool:
     def shrink(self, capacity: int) -> None:
         """Forget free pages from the end until `capacity` pages, or the last held page, are reached."""
         keep = max(capacity, self._held.rfind(1) + 1)
-        del self._held[keep:]
-        del self._owners[keep:]
+        if keep < self.capacity:
+            self.__dict__.update(_held=self._held[:keep], _owners=self._owners[:keep])
+
+    def recount(self, rows: Iterable[Iterable[int]]) -> None:
+        """Owners are those who hold pages in `rows`, and nobody else; -1 is no page."""
+        owners = [0] * self.capacity
+        for pages in rows:
+            for page in pages:
+                if page >= 0:
+                    owners[page] += 1
+        held = bytearray(map(bool, owners))
+        # In one step, so that an exception leaves either the old books or the new ones.
+        self.__dict__.update(_owners=owners, _held=held, _in_use=sum(held), unsettled=False)
 
     def _run(self, count: int, after: int | None, room: int) -> int | None:
         if after is not None:
@@ -170,5 +183,4 @@ class PagePool:
 
     def _extend(self, capacity: int) -> None:
         extra = capacity - self.capacity
-        self._held.extend(bytes(extra))
-        self._owners.extend([0] * extra)
+        self.__dict__.update(_held=self._held + bytes(extra), _owners=self._owners + [0] * extra)

@@ -73,6 +73,7 @@ def report(model: Any) -> Report:
     state: Any = target._fastattn
     inner: Any = target
     runtime = state.runtime
+    runtime.settle()
     heads = (inner.device, inner.dtype, key_shape(inner.config)[1])
     backend, reason = choose_backend(runtime.config.backend, *heads, runtime.config.batch_invariant)
     return Report(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,22 +21,46 @@ from hf_fastattn.page_groups import PageGroups, is_recurrent, keys_dtype, templa
 from hf_fastattn.prompt_rows import Expansion
 from hf_fastattn.step_graphs import StepGraphs
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.turn import Spans, Token, Turn
 
 logger = logging.getLogger("hf_fastattn")
 
 
-@dataclass
+# Seconds that a call waits for one in another thread before Transformers' own path serves it.
+PATIENCE = 0.05
+BUSY = "the model is busy in another thread"
+
+
+@dataclass(eq=False)
 class Call:
-    """One `generate()` under way, and the caches made for it."""
+    """One `generate()` under way, the caches made for it, and what is going on in it."""
 
     caches: list[PagedCache] = field(default_factory=list)
     lent: list[LentCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
     encoded_from: dict[str, Any] = field(default_factory=dict)
+    # Forwards compute the prompt.
+    prefilling: bool = False
+    # A fast loop is under way: its static tensors are taken.
+    looping: bool = False
+    token: Callable[[], Token | None] = lambda: None
+
+    def begin(self) -> Token:
+        """The call is under way while the token exists, which no variable should hold; see `Turn`."""
+        box = [Token()]
+        try:
+            self.token = weakref.ref(box[0])
+            return box.pop()
+        except BaseException:
+            box.clear()
+            raise
 
     def release(self, result: Any) -> list[PagedCache]:
-        """Release the caches but the one that `result` returns to the caller; give back those that users lent."""
+        """Release the caches but the one that `result` returns to the caller; give back those that users lent.
+
+        Again after an exception, it goes on where that came.
+        """
         for lent in self.lent:
             lent.give_back()
             if getattr(result, CACHE, None) is lent.paged:
@@ -48,8 +72,17 @@ class Call:
         return [cache for cache in self.caches if cache is kept]
 
 
+def _windows(config: Any) -> tuple[Any, ...]:
+    """What a configuration says of its layers' windows."""
+    text = config.get_text_config(decoder=True)
+    return text.num_hidden_layers, getattr(text, "sliding_window", None), tuple(getattr(text, "layer_types", None) or ())
+
+
 class Runtime:
     """State of one patched model.
+
+    Calls of one thread may be nested; one of another thread waits for a moment and then runs as if the model were not
+    patched. Everything about a call ends with it, however it ends: what it had no time to clean up, the next one does.
 
     Args:
         config: the options.
@@ -59,120 +92,187 @@ class Runtime:
 
     def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
         self.config = config
-        # What keys were counted for: pages of another dtype or place belong to caches of another time.
-        self._made_for: tuple[Any, Any] = (dtype, None)
-        self.groups = PageGroups(model_config, config, dtype)
+        # What keys were counted for: pages of another dtype, place or window belong to caches of another time.
+        self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
+        # Of this thread are the calls under way, the pages, the graphs and their static tensors.
+        self.turn = Turn()
+        # Calls that run as if the model were not patched.
+        self._aside = Spans()
+        self.groups = PageGroups(model_config, config, dtype, self.turn)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
         self.graphs = StepGraphs(config.cuda_graphs, reason)
         self.loop_graphs = LoopGraphs(config.cuda_graphs, reason)
         self.counters = CallCounters()
-        self.prefilling = False
-        # A fast loop is under way: its static tensors are taken.
-        self.looping = False
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
         self._calls: list[Call] = []
-        self._lock = threading.RLock()
         self._logged: set[str] = set()
 
-    @contextmanager
-    def call(self, training: bool) -> Iterator[Any]:
-        """A `generate()` call; yields a function that is told its result. Pages are released on the way out.
+    # ---- calls ------------------------------------------------------------------------------------------------
 
-        Raises:
-            RuntimeError: another thread is generating with this model.
+    def call(self, training: bool, generate: Callable[[], Any]) -> Any:
+        """What `generate()` returns, run as a call under way; pages are released however it ends.
+
+        Args:
+            training: the model is in train mode, where no memory is kept.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "this model is generating in another thread; use one model a thread (they may share weights), "
-                "or wait for the other call"
-            )
-        result: list[Any] = [None]
+        if self.is_aside:
+            return generate()
+        return (self.turn.take(PATIENCE), self._call(training, generate))[1]
+
+    def _call(self, training: bool, generate: Callable[[], Any]) -> Any:
+        if not self.turn.is_mine():
+            self.count_fallback(BUSY)
+            return (self._aside.open(), generate())[1]
         call = Call()
+        return (call.begin(), self._run(call, training, generate))[1]
+
+    def _run(self, call: Call, training: bool, generate: Callable[[], Any]) -> Any:
+        result = None
         try:
+            self._drop_ended_calls()
             if not self._calls:
                 self.counters = CallCounters()
             self._calls.append(call)
-            self.graphs.enter_call(True)
-            yield lambda value: result.__setitem__(0, value)
+            self.graphs.enter_call(call.token)
+            result = generate()
+            return result
         finally:
-            version = self.groups.storage_version
-            returned = call.release(result[0])
-            self._calls.remove(call)
-            if self._calls:
-                # An assistant's cache comes back to its caller, which is ours too.
-                self._calls[-1].caches.extend(returned)
-            else:
-                self.groups.shrink(0.0 if training else self.config.keep_memory)
-                if self.groups.storage_version != version:
-                    # Graphs read pages that are gone, and memory is wanted.
-                    self.graphs.drop()
-                    self.loop_graphs.drop()
-            self.graphs.enter_call(bool(self._calls))
-            self._lock.release()
+            self._end(call, result, training)
+
+    def _end(self, call: Call, result: Any, training: bool) -> None:
+        version = self.groups.storage_version
+        returned = call.release(result)
+        self._calls = [other for other in self._calls if other is not call]
+        if self._calls:
+            # An assistant's cache comes back to its caller, which is ours too.
+            self._calls[-1].caches.extend(returned)
+            self.graphs.enter_call(self._calls[-1].token)
+            return
+        self.graphs.enter_call(None)
+        self.groups.shrink(0.0 if training else self.config.keep_memory)
+        if self.groups.storage_version != version:
+            # Graphs read pages that are gone, and memory is wanted.
+            self.graphs.drop()
+            self.loop_graphs.drop()
+
+    def _drop_ended_calls(self) -> None:
+        """Clean up after calls that an exception left no time to."""
+        for call in self._calls:
+            if call.token() is None:
+                call.release(None)
+        self._calls = [call for call in self._calls if call.token() is not None]
+        self.groups.settle()
+
+    def settle(self) -> bool:
+        """Clean up after calls and caches that have ended; False if another thread is at work."""
+        return (self.turn.take(0), self._settle())[1]
+
+    def _settle(self) -> bool:
+        if self.turn.is_mine():
+            self._drop_ended_calls()
+        return self.turn.is_mine()
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether this thread is in a call that runs as if the model were not patched."""
+        return self._aside.has_mine()
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost call of this thread; None outside of a call."""
+        if not self._calls or not self.turn.is_mine():
+            return None
+        return next((call for call in reversed(self._calls) if call.token() is not None), None)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether forwards compute the prompt of the innermost call."""
+        call = self.current
+        return call is not None and call.prefilling
+
+    @property
+    def looping(self) -> bool:
+        """Whether a fast loop of any call is under way."""
+        return any(call.looping and call.token() is not None for call in self._calls)
+
+    @looping.setter
+    def looping(self, value: bool) -> None:
+        call = self.current
+        if call is not None:
+            call.looping = value
 
     @property
     def expansion(self) -> Expansion | None:
         """How the innermost call repeated its inputs; None outside of a call."""
-        return self._calls[-1].expansion if self._calls else None
+        call = self.current
+        return None if call is None else call.expansion
 
     @expansion.setter
     def expansion(self, expansion: Expansion) -> None:
-        if self._calls:
-            self._calls[-1].expansion = expansion
+        call = self.current
+        if call is not None:
+            call.expansion = expansion
 
     @property
     def in_call(self) -> bool:
-        """Whether a `generate()` is under way."""
-        return bool(self._calls)
+        """Whether this thread is in a `generate()`."""
+        return self.current is not None
 
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""
-        if not self._calls or any(cache is lent.paged for lent in self._calls[-1].lent):
+        call = self.current
+        if call is None or any(cache is lent.paged for lent in call.lent):
             return False
-        return any(cache is own for own in self._calls[-1].caches)
+        return any(cache is own for own in call.caches)
 
     def keep_prefilled(self, outputs: Any) -> None:
         """The innermost call's prompt is computed; `take_prefilled` gives it to whoever would compute it again."""
-        self._calls[-1].prefilled = outputs
+        call = self.current
+        assert call is not None
+        call.prefilled = outputs
 
     def take_prefilled(self) -> Any:
         """What `keep_prefilled` was given, once; else None."""
-        if not self._calls:
+        call = self.current
+        if call is None:
             return None
-        held, self._calls[-1].prefilled = self._calls[-1].prefilled, None
+        held, call.prefilled = call.prefilled, None
         return held
 
     def keep_encoded_from(self, inputs: dict[str, Any]) -> None:
         """The innermost call's towers have run over `inputs`; `take_encoded_from` gives them once."""
-        if self._calls:
-            self._calls[-1].encoded_from = inputs
+        call = self.current
+        if call is not None:
+            call.encoded_from = inputs
 
     def take_encoded_from(self) -> dict[str, Any]:
         """What `keep_encoded_from` was given, once; else nothing."""
-        if not self._calls:
+        call = self.current
+        if call is None:
             return {}
-        held, self._calls[-1].encoded_from = self._calls[-1].encoded_from, {}
+        held, call.encoded_from = call.encoded_from, {}
         return held
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
         """Forwards inside compute the prompt."""
-        before, self.prefilling = self.prefilling, True
+        call = self.current or Call()
+        before, call.prefilling = call.prefilling, True
         try:
             yield
         finally:
-            self.prefilling = before
+            call.prefilling = before
 
     def groups_for(self, model: Any) -> PageGroups:
-        """The pages of the model as it is now; those from before it was cast or moved go with the caches that hold them."""
-        wanted = (keys_dtype(model), model.device)
-        if self._made_for[1] is None and self._made_for[0] == wanted[0]:
+        """The pages of the model as it is now; those from before it was changed go with the caches that hold them."""
+        wanted = (keys_dtype(model), _windows(model.config), model.device)
+        if self._made_for[-1] is None and self._made_for[:-1] == wanted[:-1]:
             self._made_for = wanted
         if self._made_for != wanted:
-            self.groups = PageGroups(model.config, self.config, wanted[0])
-            self._made_for = wanted
+            groups = PageGroups(model.config, self.config, wanted[0], self.turn)
+            self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups
 
     def new_cache(self, model: Any, room: int, lender: DynamicCache | None = None) -> PagedCache:
@@ -183,22 +283,26 @@ class Runtime:
             room: tokens that a row is expected to reach.
             lender: a user's cache that it stands in for until the end of the call.
         """
+        call = self.current
+        assert call is not None
         config = model.config.get_text_config(decoder=True)
         cache = PagedCache(config, groups=self.groups_for(model), counters=self.counters, room=room)
         if lender is not None:
-            self._calls[-1].lent.append(LentCache(lender, cache))
-        self._calls[-1].caches.append(cache)
+            call.lent.append(LentCache(lender, cache))
+            call.lent[-1].lend()
+        call.caches.append(cache)
         return cache
 
     def paged_of(self, cache: Any) -> Any:
         """The paged cache that stands in for `cache` in the innermost call; `cache` itself if there is none."""
-        lent = self._calls[-1].lent if self._calls else []
+        call = self.current
+        lent = [] if call is None else call.lent
         return next((one.paged for one in lent if one.dynamic is cache), cache)
 
     def take_in(self, decoder: Any, cache: Any) -> Any:
         """`paged_of`, also for a filled `DynamicCache` that somebody puts in the place of the call's own: PEFT's prefix."""
-        paged = self.paged_of(cache)
-        if paged is not cache or type(cache) is not DynamicCache or not self._calls or not self._calls[-1].caches:
+        paged, call = self.paged_of(cache), self.current
+        if paged is not cache or type(cache) is not DynamicCache or call is None or not call.caches:
             return paged
         if not cache.get_seq_length():
             return cache
@@ -206,7 +310,7 @@ class Runtime:
         if reason is not None:
             self.count_fallback(reason)
             return cache
-        return self.new_cache(decoder, self._calls[-1].caches[0].room, cache)
+        return self.new_cache(decoder, call.caches[0].room, cache)
 
     def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
         """Count a forward of the base decoder."""

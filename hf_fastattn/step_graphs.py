@@ -108,7 +108,8 @@ class StepGraphs:
         self._reason: str | None = None
         # The decoder whose state was compared and need not be again in this call.
         self._checked: weakref.ref[Any] | None = None
-        self._in_call = False
+        # Of the call under way: gives None once it has ended, however it did.
+        self._call: Callable[[], Any] | None = None
         self._failures = 0
         self._resting = False
         self._logged: set[str] = set()
@@ -116,9 +117,17 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def enter_call(self, in_call: bool) -> None:
-        """A `generate()` begins, or ends and the one around it, if any, goes on."""
-        self._checked, self._in_call, self._resting = None, in_call, False
+    def enter_call(self, call: Callable[[], Any] | None) -> None:
+        """A `generate()` begins, or ends and the one around it, if any, goes on.
+
+        Args:
+            call: gives None once it has ended, however it did.
+        """
+        self.__dict__.update(_checked=None, _call=call, _resting=False)
+
+    @property
+    def _in_call(self) -> bool:
+        return self._call is not None and self._call() is not None
 
     def drop(self) -> None:
         """Forget all graphs; their memory is free."""
@@ -216,7 +225,7 @@ class StepGraphs:
         return backend in self.step_type.backends
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
-        if self._checked is None or self._checked() is not decoder:
+        if self._checked is None or self._checked() is not decoder or not self._in_call:
             state, known = decoder_state(decoder, device), self._state
             if known is None or state.parts != known.parts:
                 self.drop()

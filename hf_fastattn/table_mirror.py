@@ -37,15 +37,14 @@ class TableMirror:
         self._valid[row] = min(self._valid[row], column)
         self._stale = True
 
-    def select(self, indices: Sequence[int]) -> None:
-        """Row b is what row `indices[b]` was."""
+    def selected(self, indices: Sequence[int]) -> TableMirror:
+        """Another one, whose row b is what row `indices[b]` of this one is."""
+        other = TableMirror()
+        other.add_rows(len(indices))
         if len(self._pages) == len(self._valid):
-            self._pages = self._pages[list(indices)]
-            self._valid = [self._valid[index] for index in indices]
-        else:
-            self._valid = [0] * len(indices)
-        self._stale = True
-        self.version = next(_versions)
+            other._pages = self._pages[list(indices)]
+            other._valid = [self._valid[index] for index in indices]
+        return other
 
     def update(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
         """The array for `rows`, the table's."""

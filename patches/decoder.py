@@ -135,6 +135,12 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
 # The batch is described by Python numbers that change every step: tracing it would recompile every step.
 @torch.compiler.disable
 def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    if cache.groups.turn.is_mine():
+        return _forward_in_turn(self, arguments, cache, kwargs)
+    return (cache.take_turn(), _forward_in_turn(self, arguments, cache, kwargs))[1]
+
+
+def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
     state: ModuleState = vars(self)[STATE]
     mask = arguments["attention_mask"]
     tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
@@ -149,15 +155,15 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
         reason = why_not_paged(self, mask, cache, visible, kwargs)
     if reason is None and new is not None:
         reason = _why_padded(self, kwargs)
-    batch = cache.begin(rows, columns, new, dense=reason is not None)
-    padding = None if new is None or reason is not None else Padding(new, tokens.device)
     try:
+        batch = cache.begin(rows, columns, new, dense=reason is not None)
+        padding = None if new is None or reason is not None else Padding(new, tokens.device)
         outputs = None
         is_step, is_linear = columns == 1 and new is None, state.family.linear_attention
         if reason is None and not is_step and not is_linear:
             arguments = _packed_arguments(arguments, padding, past, rows, columns)
         if reason is None and (is_step or not is_linear):
-            outputs = state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
+            outputs = _replayed(self, state, arguments, cache, kwargs)
         if outputs is None:
             if reason is None and is_linear:
                 # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
@@ -175,6 +181,20 @@ def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwa
         cache.seen_mask.remember(mask, past + columns)
     state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
     return outputs if padding is None else padding.restore_outputs(outputs)
+
+
+def _replayed(
+    self: Any, state: ModuleState, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]
+) -> Any | None:
+    """The output from a captured step; None if there is none, or another thread is at work with the static inputs."""
+    runtime = state.runtime
+
+    def run() -> Any | None:
+        if not runtime.turn.is_mine():
+            return None
+        return runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, runtime.counters)
+
+    return run() if runtime.turn.is_mine() else (runtime.turn.take(0), run())[1]
 
 
 def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, columns: int) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class RandomTables(RuleBasedStateMachine):
         table, rows = self.tables[which], self.rows[which]
         table.trim([len(row) for row in rows])
         picks = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=4))
-        table.select(picks, self.counters)
+        self.tables[which] = table.selected(picks, self.counters)
+        table.clear()
         self.rows[which] = [list(rows[pick]) for pick in picks]
 
     @precondition(lambda self: self.tables and self.window is None)
@@ -135,7 +136,7 @@ class RandomTables(RuleBasedStateMachine):
         which = data.draw(st.integers(0, len(self.tables) - 1))
         self.tables[which].trim([len(row) for row in self.rows[which]])
         other = PageTable(self.pool, SIZE, self.window)
-        self.tables[which].fork_into(other)
+        self.tables[which].fork_into(other, [len(row) for row in self.rows[which]])
         self.tables.append(other)
         self.rows.append([list(row) for row in self.rows[which]])
 
@@ -206,7 +207,8 @@ def test_rows_behind_a_window_share_no_prefix(window, shared):
     table, counters = PageTable(PagePool(), SIZE, window), CallCounters()
     table.add_rows(1)
     table.reserve([0], [8], 0, counters, lambda moves: None)
-    table.select([0, 0], counters)
+    table, before = table.selected([0, 0], counters), table
+    before.clear()
     table.reserve([8, 8], [9, 8], 0, counters, lambda moves: None)
     table.release_behind([9, 8])
     assert [row[0] for row in table.rows] == ([0, 0] if window is None else [-1, 0])

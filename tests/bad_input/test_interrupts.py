@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -187,32 +186,3 @@ def test_a_users_cache_goes_on_after_an_interrupted_generate() -> None:
     known = {"input_ids": whole[:, : length + 1]}
     rest = sample(model, known, 24 - 7, do_sample=False, **{CACHE: cache})
     assert torch.equal(rest, whole)
-
-
-class Elsewhere(LogitsProcessor):
-    """Calls the model from a second thread."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.errors: list[Exception] = []
-
-    def work(self) -> None:
-        try:
-            sample(self.model)
-        except RuntimeError as error:
-            self.errors.append(error)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        thread = threading.Thread(target=self.work)
-        thread.start()
-        thread.join()
-        return scores
-
-
-def test_a_second_thread_is_told() -> None:
-    stock, model = pair("llama")
-    other = Elsewhere(model)
-    tokens = sample(model, do_sample=False, logits_processor=LogitsProcessorList([other]))
-    assert torch.equal(tokens, sample(stock, do_sample=False))
-    assert len(other.errors) == 12 and all("thread" in str(error) for error in other.errors)
-    assert_healthy(stock, model)
