@@ -146,7 +146,7 @@ def test_a_cache_of_the_models_pages_in_another_thread(change: str) -> None:
     for logits in other.results:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert (cache.groups is shared) == (change != "forward")
-    del first, cache, twin, other
+    first = cache = twin = other = None
     assert_books_agree(model)
 
 
