@@ -180,8 +180,9 @@ class PageGroups:
 
         Called by the thread whose turn it is.
         """
-        if any(group.pool.unsettled for group in self._groups.values()):
-            self._recount()
+        for group in self._groups.values():
+            if group.pool.unsettled:
+                self._recount()
         while self._ended:
             # Forgotten last, so that it is done again if an exception comes.
             ended = self._ended[0]

@@ -87,7 +87,9 @@ class Turn(Spans):
     def is_mine(self) -> bool:
         """Whether it is this thread's turn."""
         # Of a list that other threads change: its first entry, if there is one.
-        return any(span.is_mine for span in self._spans[:1])
+        for first in self._spans[:1]:
+            return first.thread == threading.get_ident() and first.token() is not None
+        return False
 
     def take(self, seconds: float) -> Token | None:
         """Wait for the turn; `is_mine()` tells whether it came.
