@@ -189,8 +189,8 @@ class Runtime:
     @property
     def prefilling(self) -> bool:
         """Whether forwards compute the prompt of the innermost call."""
-        call = self.current
-        return call is not None and call.prefilling
+        # Asked at every step, when mostly the last call is the one and does not.
+        return bool(self._calls) and self._calls[-1].prefilling and self.current is self._calls[-1]
 
     @property
     def looping(self) -> bool:

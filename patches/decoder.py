@@ -187,14 +187,10 @@ def _replayed(
     self: Any, state: ModuleState, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]
 ) -> Any | None:
     """The output from a captured step; None if there is none, or another thread is at work with the static inputs."""
-    runtime = state.runtime
-
-    def run() -> Any | None:
-        if not runtime.turn.is_mine():
-            return None
-        return runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, runtime.counters)
-
-    return run() if runtime.turn.is_mine() else (runtime.turn.take(0), run())[1]
+    turn = state.runtime.turn
+    if turn.is_mine():
+        return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
+    return (turn.take(0), _replayed(self, state, arguments, cache, kwargs) if turn.is_mine() else None)[1]
 
 
 def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, columns: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.pages import CacheFullError, PagePool
+from tests.bad_input.interrupting import interrupted
 
 SIZE = 4
 
@@ -146,6 +147,36 @@ class RandomTables(RuleBasedStateMachine):
         which = data.draw(st.integers(0, len(self.tables) - 1))
         self.tables.pop(which).clear()
         self.rows.pop(which)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), moment=st.integers(0, 400), change=st.sampled_from(["reserve", "select", "fork", "let go"]))
+    def interrupt(self, data, moment, change):
+        """A change that Ctrl-C may cut off, at any bytecode, is taken back."""
+        which = data.draw(st.integers(0, len(self.tables) - 1))
+        table, lengths = self.tables[which], [len(row) for row in self.rows[which]]
+
+        def copy_pages(moves):
+            for source, target in moves:
+                self.memory[target] = list(self.memory[source])
+
+        with interrupted(moment):
+            try:
+                if change == "reserve":
+                    table.reserve(lengths, [length + 5 for length in lengths], 0, self.counters, copy_pages)
+                elif change == "select":
+                    table.selected([0, 0], self.counters)
+                elif change == "fork":
+                    table.fork_into(PageTable(self.pool, SIZE, self.window), lengths)
+                else:
+                    other = table.selected(range(len(lengths)), self.counters)
+                    other.let_go([0])
+                    other.clear()
+            except (KeyboardInterrupt, CacheFullError):
+                pass
+        self.pool.recount(pages for held in self.tables for pages in held.rows)
+        for held in self.tables:
+            held.forget_derived()
+        table.trim(lengths)
 
     @precondition(lambda self: hasattr(self, "pool"))
     @rule(capacity=st.integers(0, 10))
