@@ -21,19 +21,23 @@ class SeenMask:
 
     def remember(self, mask: Any, columns: int) -> None:
         """Columns up to `columns` of `mask` were compared with the cache, or are known to agree with it."""
+        # What a longer one says of columns to come was not looked at.
         usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
-        self._mask = weakref.ref(mask) if usable else None
-        self._version = _version(mask) if usable else 0
-        self._compared = columns
+        self._note(mask if usable else None, columns)
 
     def extend(self, before: Any, after: Any) -> None:
         """`after` is `before` with columns of ones behind it."""
         if self._is_the_one(before):
-            self.remember(after, self._compared)
+            self._note(after, self._compared)
 
-    def knows(self, mask: Any, rows: int, past: int) -> bool:
-        """Whether `mask` is known to show the `past` columns of a cache as they are stored, and all after them."""
-        return self._is_the_one(mask) and self._compared == past and mask.shape[0] == rows
+    def knows(self, mask: Any, rows: int, past: int, new: int) -> bool:
+        """Whether `mask` is known to show the `past` columns of a cache as they are stored, and the `new` ones after them."""
+        return self._is_the_one(mask) and self._compared == past and mask.shape[0] == rows and mask.shape[1] >= past + new
+
+    def _note(self, mask: Tensor | None, columns: int) -> None:
+        self._mask = None if mask is None else weakref.ref(mask)
+        self._version = 0 if mask is None else _version(mask)
+        self._compared = columns
 
     def _is_the_one(self, mask: Any) -> bool:
         if not isinstance(mask, Tensor) or self._mask is None:

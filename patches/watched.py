@@ -56,7 +56,7 @@ def _why_watched(module: nn.Module) -> str | None:
         return None if _only_moves(hook) else f"a {kind.__name__} has a {type(hook).__name__}"
     if "forward" in state and not _is_known_forward(state):
         return f"the forward of a {kind.__name__} was replaced"
-    return _why_class(cast(Any, kind))
+    return _why_class(cast(Any, kind), getattr(kind, "forward", None))
 
 
 def _is_harmless(hook: Any) -> bool:
@@ -80,13 +80,13 @@ def _is_known_forward(state: dict[str, Any]) -> bool:
     return str(getattr(forward, "__module__", "")).startswith(("transformers.", "torch."))
 
 
-@functools.cache
-def _why_class(kind: Any) -> str | None:
+@functools.lru_cache(maxsize=256)
+def _why_class(kind: Any, forward: Any) -> str | None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name.startswith(SCALED_BY_BATCH):
         return f"a {kind.__name__} scales activations by the whole batch"
     # A function of ours stands in classes by their own names.
-    origin = str(getattr(getattr(kind, "forward", None), "__module__", ""))
+    origin = str(getattr(forward, "__module__", ""))
     return None if origin.startswith((*KNOWN, "hf_fastattn.")) else f"a {name} may look at the whole batch"
 
 

@@ -29,7 +29,8 @@ def test_a_forward_that_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(kind, "forward", waits)
     assert torch.equal(run(model), want)
-    call = assert_fast(model)
+    # A forward of a test's own, which might look at the batch.
+    call = assert_fast(model, fallbacks=("padding stays",))
     assert call.graphs_replayed == 0 and "capturing it failed" in next(iter(call.uncaptured))
     monkeypatch.setattr(kind, "forward", forward)
     for _ in range(2):
@@ -57,7 +58,7 @@ def test_out_of_memory_while_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(kind, "forward", full)
         assert torch.equal(run(model), want)
-        assert "OutOfMemoryError" in next(iter(assert_fast(model).uncaptured))
+        assert "OutOfMemoryError" in next(iter(assert_fast(model, fallbacks=("padding stays",)).uncaptured))
     assert torch.equal(run(model), want) and replays(model)[1] > 0
 
 
