@@ -75,7 +75,8 @@ class Call:
 def _windows(config: Any) -> tuple[Any, ...]:
     """What a configuration says of its layers' windows."""
     text = config.get_text_config(decoder=True)
-    return text.num_hidden_layers, getattr(text, "sliding_window", None), tuple(getattr(text, "layer_types", None) or ())
+    # Not how many layers there are: an early exit uses fewer of them for its drafts.
+    return getattr(text, "sliding_window", None), tuple(getattr(text, "layer_types", None) or ())
 
 
 class Runtime:

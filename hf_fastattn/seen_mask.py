@@ -31,7 +31,7 @@ class SeenMask:
             self._note(after, self._compared)
 
     def knows(self, mask: Any, rows: int, past: int, new: int) -> bool:
-        """Whether `mask` is known to show the `past` columns of a cache as they are stored, and the `new` ones after them."""
+        """Whether `mask` is known to show the `past` columns of a cache as stored, and the `new` ones after them."""
         return self._is_the_one(mask) and self._compared == past and mask.shape[0] == rows and mask.shape[1] >= past + new
 
     def _note(self, mask: Tensor | None, columns: int) -> None:

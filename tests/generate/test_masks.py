@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.seen_mask import SeenMask
 from hf_fastattn.transformers_version import CACHE
 from tests.models import CORE, VOCAB, assert_fast, noisy, padded_batch, pair, real_tokens, single, tiny
 
@@ -109,3 +110,20 @@ def test_another_default_device() -> None:
 def padded_batch_on_cpu() -> dict[str, torch.Tensor]:
     with torch.device("cpu"):
         return padded_batch()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_step_reads_the_mask(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """generate() extends a mask by ones at every step: its values are known, and reading them would wait for the device."""
+    _, model = pair("qwen2_window")
+    known: list[bool] = []
+    knows = SeenMask.knows
+
+    def recorded(self: SeenMask, *args: Any) -> bool:
+        known.append(knows(self, *args))
+        return known[-1]
+
+    monkeypatch.setattr(SeenMask, "knows", recorded)
+    run(model, padded_batch(), num_beams=beams)
+    # The prompt is read, and where beams come apart its rows may be others.
+    assert len(known) == 8 and all(known[2:])
