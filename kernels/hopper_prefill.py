@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.hopper_registers import (
+    copy_registers,
     pack_pairs,
     partial_row_sums,
     row_maxima,
@@ -264,6 +265,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
                 acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,
                 WARPGROUP, CFG, True,
             )  # fmt: skip
+        packed = copy_registers(packed)
         for j in range(masked, count):
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,

@@ -52,6 +52,16 @@ def unpack_pairs(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def copy_registers(packed):
+    """`packed` in registers that the assembler may choose anew, at a move each at most.
+
+    Between two loops that carry the same operand: where it kept one place for both, half of the operand was moved in
+    every iteration of each.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [packed], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _halves(x):
     """`[M, N, K]` as its first and last half along N: other names for the same registers."""
     return gl.split(x.reshape([x.shape[0], 2, x.shape[1] // 2, x.shape[2]]).permute((0, 2, 3, 1)))
