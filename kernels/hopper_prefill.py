@@ -24,8 +24,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.hopper_registers import (
+    copy_registers,
     pack_pairs,
     partial_row_sums,
+    row_maxima,
     schedule_fence,
     turn_pass,
     turn_wait,
@@ -161,7 +163,7 @@ def _softmax(scores, row_max, scale, last_key, first_key, LAYOUT: gl.constexpr, 
     if MASK:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
+    new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
     if MASK:
         # A row that has seen no key yet would give -inf - -inf.
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -263,6 +265,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
                 acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,
                 WARPGROUP, CFG, True,
             )  # fmt: skip
+        packed = copy_registers(packed)
         for j in range(masked, count):
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,
