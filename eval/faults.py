@@ -31,6 +31,7 @@ from hf_fastattn.cache import PagedCache
 from hf_fastattn.eval.choices import FAULTS
 from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.kernels.rope import rotate, signed_sin
+from hf_fastattn.patches.watched import takes_packed_rows
 from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
@@ -134,6 +135,7 @@ def _plant_in_plan(
     true_batches: list[Batch] = []
     made: list[tuple[Batch, Batch]] = []
 
+    @takes_packed_rows
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         cache, batch = _batch_of(kwargs)
         if cache is None or batch is None:
@@ -149,6 +151,7 @@ def _plant_in_plan(
         true_batches.append(batch)
         cache._batch = faulty
 
+    @takes_packed_rows
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache, batch = _batch_of(kwargs)
         if cache is not None and batch is not None and true_batches:
@@ -192,6 +195,7 @@ def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: AttentionPlan) -> N
 
 
 def _plant_scale(modules: list[Any], count: Planted) -> list[Callable[[], None]]:
+    @takes_packed_rows
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         count.times += _batch_of(kwargs)[1] is not None
 
@@ -215,6 +219,7 @@ def _plant_position(model: Any, modules: list[Any], count: Planted) -> list[Call
         cos, sin = (cos / length)[0], signed_sin(sin / length)[0]
     appending: list[bool] = []
 
+    @takes_packed_rows
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         cache, batch = _batch_of(kwargs)
         plan = None if cache is None or batch is None else batch.plans[cache.layers[module.layer_idx].window]
@@ -222,6 +227,7 @@ def _plant_position(model: Any, modules: list[Any], count: Planted) -> list[Call
         count.times += appending[0]
 
     def turn(dim: int) -> Callable[[Any, Any, Tensor], Tensor | None]:
+        @takes_packed_rows
         def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
             if not (appending and appending[0]):
                 return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.patches.watched import takes_packed_rows
 from hf_fastattn.patching import find_model
 
 
@@ -30,6 +31,7 @@ class LayerTap:
         for handle in self._handles:
             handle.remove()
 
+    @takes_packed_rows
     def _keep(self, module: Any, arguments: Any, output: Any) -> None:
         self._states.append(output[0] if isinstance(output, tuple) else output)
 

@@ -469,7 +469,8 @@ class PagedCache(DenseCache):
         columns = self._columns
         first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
         if self.groups.group(layer.window).storage.pages(layer.index) is None or columns == first:
-            empty = like.new_zeros(like.shape[0], like.shape[1], 0, like.shape[3])
+            # Columns without a token may have come before any page.
+            empty = like.new_zeros(like.shape[0], like.shape[1], columns - first, like.shape[3])
             return empty, empty
         return self.read_columns(layer, first, columns, self.stored)
 

@@ -23,10 +23,11 @@ def dense_slots(
         those places, or None if there are none.
     """
     size = table.page_size
-    slots = torch.zeros(len(table.rows), last - first, dtype=torch.int64)
+    slots = torch.zeros(len(table.rows), last - first, dtype=torch.int64, device="cpu")
     missing = None if stored is None else ~stored[:, first:last]
+    within = torch.arange(size, device="cpu")
     for row, pages in enumerate(table.rows):
-        of_tokens = (torch.tensor(pages, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
+        of_tokens = (torch.tensor(pages, dtype=torch.int64, device="cpu")[:, None] * size + within).flatten()
         if stored is None:
             slots[row] = of_tokens[first:last]
         else:
@@ -44,7 +45,10 @@ def is_run(slots: Tensor) -> bool:
 def dense_tokens(pages: Tensor, slots: Tensor, missing: Tensor | None) -> Tensor:
     """`[B, G, columns, D]` from pages `[N, P, G, D]`, zero at the places that `dense_slots` calls missing."""
     flat = pages.flatten(0, 1)
-    if slots.device.type == "cpu" and is_run(slots):
+    if not len(flat):
+        # No page was made yet: nothing is stored, and all slots are missing.
+        tokens = flat.new_zeros(*slots.shape, *flat.shape[1:])
+    elif slots.device.type == "cpu" and is_run(slots):
         # Adjacent pages are copied several times faster than they are gathered.
         tokens = torch.stack([flat[first : first + slots.shape[1]] for first in slots[:, 0].tolist()])
     else:

@@ -99,7 +99,7 @@ class PageStorage:
         """Copy pages `(source, target)` in every layer, grown to `capacity` pages."""
         if not moves:
             return
-        host = torch.tensor(moves).T.contiguous()
+        host = torch.tensor(moves, device="cpu").T.contiguous()
         places: dict[torch.device, Tensor] = {}
         for layer_idx, (held, _) in list(self._pages.items()):
             pair = self.layer(layer_idx, held, capacity)

@@ -74,7 +74,7 @@ class PromptRows:
         Args:
             outputs: a `ModelOutput`, or a tuple of its values.
         """
-        rows = torch.tensor(self.copies)
+        rows = torch.tensor(self.copies, device="cpu")
 
         def expand(value: Any) -> Any:
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(self.first):

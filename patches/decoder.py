@@ -93,7 +93,9 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
         return call_original(self, cache, **arguments, **kwargs)
     given, cache = cache, state.runtime.take_in(self, cache)
     if not isinstance(cache, PagedCache):
-        if not torch.compiler.is_compiling():
+        runtime = state.runtime
+        # A call has counted why it keeps Transformers' cache.
+        if not torch.compiler.is_compiling() and not runtime.in_call and not runtime.is_aside:
             # Nothing to warn of: whoever trains or scores texts asked for no pages.
             state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)
         return call_original(self, cache, **arguments, **kwargs)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.decoder_state import CAPTURE_HOOK, is_our_forward, submodules
 from hf_fastattn.patches.fused_plain import has_global_hooks
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 # Whose modules treat every token by itself, or are told which belong together.
 KNOWN = ("torch.", "transformers.", "peft.", "accelerate.", "bitsandbytes.", "gptqmodel.", "auto_gptq.", "awq.", "hqq.",
@@ -22,6 +24,12 @@ KNOWN = ("torch.", "transformers.", "peft.", "accelerate.", "bitsandbytes.", "gp
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
 # Quantised layers whose scales or outliers come from the whole batch, padding included.
 SCALED_BY_BATCH = ("torch.ao.nn.quantized.dynamic.", "bitsandbytes.nn.modules.Linear8bitLt")
+
+
+def takes_packed_rows(hook: Hook) -> Hook:
+    """`hook`, known to see `[1, T, hidden]` for padded rows: padding goes on being taken out. Returns the same function."""
+    hook.takes_packed_rows = True  # type: ignore[attr-defined]
+    return hook
 
 
 def why_watched(root: nn.Module) -> str | None:
@@ -60,7 +68,7 @@ def _why_watched(module: nn.Module) -> str | None:
 
 
 def _is_harmless(hook: Any) -> bool:
-    if getattr(hook, "__name__", "") in HARMLESS_HOOKS:
+    if getattr(hook, "__name__", "") in HARMLESS_HOOKS or getattr(hook, "takes_packed_rows", False):
         return True
     # FSDP's and weight norm's: they look at parameters.
     return str(getattr(hook, "__module__", "")).startswith("torch.")

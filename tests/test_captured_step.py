@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 import hf_fastattn
 from hf_fastattn.captured_step import CapturedStep
+from hf_fastattn.patches.watched import takes_packed_rows
 from hf_fastattn.static_inputs import why_not_static
 from hf_fastattn.step_graphs import StepGraphs
 from hf_fastattn.transformers_version import CACHE
@@ -255,7 +256,9 @@ def test_hooks_are_called(where: str) -> None:
     calls = []
     for candidate in (stock, model):
         module = candidate.model.get_submodule(where)
-        handle = module.register_forward_hook(lambda module, args, output: calls.append(1) or output * 1.01)
+        handle = module.register_forward_hook(
+            takes_packed_rows(lambda module, args, output: calls.append(1) or output * 1.01)
+        )
     assert torch.equal(run(model, 8), run(stock, 8))
     assert len(calls) == 2 * 8 and replays(model) == (0, 0)
     assert "has hooks" in next(iter(assert_fast(model).uncaptured))

@@ -1,0 +1,153 @@
+"""Whether the outcomes of a step are the same on both sides."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.side import CACHE, Outcome, Side
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-6}
+# Which of stock's errors a clearer one of ours may stand for, where stock fails somewhere inside.
+CLEARER = ("ValueError", "TypeError")
+
+
+def difference(stock: Outcome, ours: Outcome, limited: bool) -> str | None:
+    """What differs; None if nothing does.
+
+    Args:
+        limited: a memory limit may really be too small.
+    """
+    if ours.error != stock.error:
+        problem = _errors_differ(stock, ours, limited)
+        if problem is not None or ours.error is not None:
+            return problem
+    if ours.error is None:
+        problem = _same(stock.result, ours.result, "result", stock.mask)
+        if problem is not None:
+            return problem
+    problem = _same(stock.seen, ours.seen, "seen", None)
+    if problem is None and not torch.equal(stock.random, ours.random):  # type: ignore[arg-type]
+        problem = "torch's random generator is in another state"
+    if problem is None and ours.error is None:
+        problem = caches_differ(stock.cache, ours.cache, stock.mask)
+    return problem
+
+
+def _errors_differ(stock: Outcome, ours: Outcome, limited: bool) -> str | None:
+    theirs, mine = stock.error, ours.error
+    if mine is not None and mine[0] == "CacheFullError" and limited:
+        return None
+    if theirs is None or mine is None:
+        return f"stock {theirs or 'works'}, ours {mine or 'works'}"
+    return None if theirs[0] == mine[0] or mine[0] in CLEARER else f"stock {theirs}, ours {mine}"
+
+
+def _same(stock: Any, ours: Any, name: str, mask: Tensor | None) -> str | None:
+    if isinstance(stock, Tensor):
+        return _same_tensor(stock, ours, name, mask)
+    if hasattr(stock, "keys") and hasattr(stock, "items"):
+        if list(stock.keys()) != list(ours.keys()):
+            return f"{name} has {list(ours.keys())}, stock {list(stock.keys())}"
+        return _first(_same(stock[key], ours[key], key, mask) for key in stock if key != CACHE)
+    if isinstance(stock, list | tuple):
+        if len(stock) != len(ours):
+            return f"{name} has {len(ours)} entries, stock {len(stock)}"
+        return _first(_same(a, b, f"{name}[{i}]", mask) for i, (a, b) in enumerate(zip(stock, ours, strict=True)))
+    return None if stock == ours else f"{name} is {ours}, stock {stock}"
+
+
+def _first(problems: Any) -> str | None:
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _same_tensor(stock: Tensor, ours: Any, name: str, mask: Tensor | None) -> str | None:
+    if not isinstance(ours, Tensor) or ours.shape != stock.shape or ours.dtype != stock.dtype:
+        got = (tuple(ours.shape), ours.dtype) if isinstance(ours, Tensor) else ours
+        return f"{name} is {got}, stock {tuple(stock.shape)} {stock.dtype}"
+    if not stock.is_floating_point():
+        return None if torch.equal(stock, ours) else f"{name} differ: {ours.tolist()}, stock {stock.tolist()}"
+    shown = _shown(stock, mask) if name.startswith(("hidden_states", "attentions", "logits")) else None
+    if shown is not None:
+        stock, ours = stock[shown], ours[shown]
+    return _far(stock, ours, name)
+
+
+def _shown(tensor: Tensor, mask: Tensor | None) -> Any:
+    """Where a tensor `[B, S, ..]` or `[B, H, S, K]` is of real tokens; steps of one token are."""
+    columns = 2 if tensor.ndim == 4 else 1
+    if mask is None or tensor.ndim < 3 or tensor.shape[columns] > mask.shape[1] or tensor.shape[columns] == 1:
+        return None
+    copies = tensor.shape[0] // mask.shape[0]
+    real = mask.repeat_interleave(copies, 0)[:, -tensor.shape[columns] :].bool()
+    return real[:, None].expand(tensor.shape[:3]) if columns == 2 else real
+
+
+def _far(stock: Tensor, ours: Tensor, name: str) -> str | None:
+    finite = stock.isfinite()
+    if not torch.equal(ours.isfinite(), finite):
+        return f"{name}: {int((ours.isfinite() != finite).sum())} values are finite on one side alone"
+    if not bool(finite.any()):
+        return None
+    error, size = (ours - stock)[finite].abs().max().item(), stock[finite].abs().max().item()
+    limit = TOLERANCE.get(stock.dtype, 1e-2) * max(size, 1.0)
+    return None if error <= limit else f"{name} is off by {error:.2g} (values up to {size:.2g})"
+
+
+def caches_differ(stock: Any, ours: Any, mask: Tensor | None) -> str | None:
+    """Whether two caches hold other keys or values at visible columns."""
+    if stock is None or ours is None:
+        return None if ours is stock else f"a cache is on one side alone: stock {type(stock)}, ours {type(ours)}"
+    length = stock.get_seq_length()
+    if int(ours.get_seq_length()) != int(length):
+        return f"the cache has {ours.get_seq_length()} columns, stock {length}"
+    if len(ours.layers) != len(stock.layers):
+        return f"the cache has {len(ours.layers)} layers, stock {len(stock.layers)}"
+    for index, (theirs, mine) in enumerate(zip(stock.layers, ours.layers, strict=True)):
+        for name in ("keys", "values"):
+            a, b = getattr(theirs, name, None), getattr(mine, name, None)
+            if not isinstance(a, Tensor) or not a.numel():
+                continue
+            if not isinstance(b, Tensor) or a.shape != b.shape:
+                return f"{name} of layer {index} are {None if b is None else tuple(b.shape)}, stock {tuple(a.shape)}"
+            problem = _far(*_visible(a, b, mask, length), f"{name} of layer {index} in the cache")
+            if problem is not None:
+                return problem
+    return None
+
+
+def _visible(stock: Tensor, ours: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+    if mask is None or stock.shape[0] % mask.shape[0]:
+        return stock, ours
+    copies = stock.shape[0] // mask.shape[0]
+    grown = torch.ones(stock.shape[0], max(length, mask.shape[1]), dtype=torch.bool)
+    grown[:, : mask.shape[1]] = mask.bool().repeat_interleave(copies, 0)
+    shown = grown[:, :length][:, -stock.shape[2] :]
+    if shown.shape[1] < stock.shape[2]:
+        return stock, ours
+    return stock.transpose(1, 2)[shown], ours.transpose(1, 2)[shown]
+
+
+def books_differ(side: Side, outcome: Outcome) -> str | None:
+    """Whether the pages' books contradict one another, or pages are held with no cache alive."""
+    if not side.is_patched:
+        return None
+    runtime = side.base._fastattn.runtime
+    # What caches held that are gone is released at the next entry.
+    runtime.settle()
+    alive = side.cache is not None or outcome.cache is not None
+    if not alive and any(group.pool.in_use for group in runtime.groups):
+        gc.collect()
+    for group in runtime.groups:
+        pool = group.pool
+        owned = [count > 0 for count in pool._owners]
+        if sum(owned) != pool.in_use or owned != [bool(held) for held in pool._held]:
+            return f"books: {pool.in_use} in use, {sum(owned)} owned, {sum(pool._held)} held"
+        if not alive and pool.in_use:
+            return f"books: {pool.in_use} pages are in use, and no cache is alive"
+    if runtime.in_call:
+        return "books: a call is still listed"
+    return "books: the prefilling flag is stuck" if getattr(runtime, "prefilling", False) else None

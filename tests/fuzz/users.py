@@ -1,0 +1,124 @@
+"""What users hang into `generate()` and into modules; everything notes what it sees in `seen`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+
+class Thrown(Exception):
+    """By a user's code, on purpose."""
+
+
+class Collect(BaseStreamer):
+    """Notes what it is given; with `limit`, raises after so many."""
+
+    def __init__(self, seen: list[Any], limit: int | None) -> None:
+        self.seen, self.limit, self.count = seen, limit, 0
+
+    def put(self, value: Tensor) -> None:
+        self.seen.append(("streamer", value.flatten().tolist()))
+        self.count += 1
+        if self.limit is not None and self.count > self.limit:
+            raise Thrown("streamer")
+
+    def end(self) -> None:
+        self.seen.append(("streamer", "end"))
+
+
+class Processor(LogitsProcessor):
+    """One of `draw.PROCESSORS`."""
+
+    def __init__(self, kind: str, seen: list[Any], model: Any) -> None:
+        self.kind, self.seen, self.model, self.count = kind, seen, model, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.count += 1
+        if self.kind == "raise" and self.count == 3:
+            raise Thrown("processor")
+        if self.kind == "record":
+            self.seen.append(("processor", input_ids.tolist(), scores.argmax(-1).tolist()))
+        elif self.kind == "bias":
+            scores = scores + torch.arange(scores.shape[-1]) % 3
+        elif self.kind == "history":
+            scores = scores - 0.1 * torch.nn.functional.one_hot(input_ids, scores.shape[-1]).sum(1) * input_ids.shape[1]
+        elif self.kind == "nested" and self.count < 4:
+            guess = self.model.generate(input_ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+            scores = scores.scatter_add(1, guess[:, -1:], torch.full_like(scores[:, :1], 2.0))
+        return scores
+
+
+class Criterion(StoppingCriteria):
+    """One of `draw.CRITERIA`."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.count = kind, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.count += 1
+        if self.kind == "raise" and self.count == 3:
+            raise Thrown("criterion")
+        rows = torch.arange(input_ids.shape[0])
+        return self.count > rows + 1 if self.kind == "rows" else torch.full_like(rows, self.count > 3).bool()
+
+
+def hook(kind: str, after: int, seen: list[Any]) -> Callable[..., Any]:
+    """A forward hook, one of `draw.HOOKS`, but for `halve_input`, which comes before a forward."""
+    calls = [0]
+
+    def run(module: Any, args: Any, output: Any) -> Any:
+        calls[0] += 1
+        tensor = first_tensor(output)
+        if kind == "raise" and calls[0] == after + 1:
+            raise Thrown("hook")
+        if kind == "record":
+            seen.append(("hook", tuple(tensor.shape)))
+        elif kind == "pool":
+            seen.append(("pooled", tensor.detach().mean(1)))
+        elif kind == "steer":
+            return with_first_tensor(output, tensor + 0.3 * torch.linspace(-1, 1, tensor.shape[-1], dtype=tensor.dtype))
+        elif kind == "steer_last":
+            changed = tensor.clone()
+            changed[:, -1] *= 1.3
+            return with_first_tensor(output, changed)
+        return None
+
+    return run
+
+
+def halve_input(module: Any, args: Any, kwargs: Any) -> Any:
+    """A pre-hook."""
+    if args:
+        return (args[0] * 0.8 if args[0].is_floating_point() else args[0], *args[1:]), kwargs
+    name = next((name for name in ("hidden_states", "inputs_embeds") if isinstance(kwargs.get(name), Tensor)), None)
+    return (args, kwargs) if name is None else (args, {**kwargs, name: kwargs[name] * 0.8})
+
+
+def wrapped(forward: Callable[..., Any], scale: float, seen: list[Any]) -> Callable[..., Any]:
+    """A forward of the user's around a module's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        tensor = first_tensor(output)
+        seen.append(("wrapped", tuple(tensor.shape)))
+        return output if scale == 1.0 else with_first_tensor(output, tensor * scale)
+
+    return run
+
+
+def first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (tensor, *output[1:])
+    output[next(iter(output.keys()))] = tensor
+    return output
