@@ -81,7 +81,7 @@ $(VENV517)/.installed: pyproject.toml constraints-517.txt
 	@echo "setting up $(VENV517) (one to three minutes, once)"
 	@test -x $(VENV517)/bin/python || $(BASE_PYTHON) -m venv $(VENV517)
 	@grep -vE '^($(PINNED_BY_GPU))==' constraints-517.txt > $(VENV517)/constraints.txt
-	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt torch setuptools pytest hypothesis
+	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt torch setuptools pytest pytest-xdist hypothesis
 	@$(VENV517)/bin/python $(INSTALL) -c $(VENV517)/constraints.txt --no-build-isolation -e .
 	@touch $@
 

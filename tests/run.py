@@ -5,6 +5,7 @@ A process with TRITON_INTERPRET=1 cannot compile kernels, so there have to be tw
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,14 +16,24 @@ from collections import Counter
 from pathlib import Path
 
 NOTHING_COLLECTED = 5
+# They may share one GPU.
+MOST_WORKERS = 4
 # How conftest.py begins the reason of a test that the second run is for.
 RUN_BY_THE_OTHER = "needs TRITON_INTERPRET=1"
 
 
 def run(arguments: list[str], interpret: bool, report: Path) -> int:
     """One pytest run, reported to `report`; returns its exit status."""
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *workers(arguments), *arguments]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": str(int(interpret))}).returncode
+
+
+def workers(arguments: list[str]) -> list[str]:
+    """Two workers or more if pytest-xdist is there, unless the arguments say how many."""
+    cores = os.cpu_count() or 1
+    if cores == 1 or importlib.util.find_spec("xdist") is None or any(word.startswith("-n") for word in arguments):
+        return []
+    return ["-n", str(min(cores, MOST_WORKERS))]
 
 
 def count(report: Path) -> tuple[Counter[str], Counter[str]]:

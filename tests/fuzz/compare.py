@@ -10,9 +10,12 @@ from torch import Tensor
 
 from tests.fuzz.side import CACHE, Outcome, Side
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-6}
+# In fp64 what Transformers computes in fp32 all the same, such as recurrent states.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
 # Which of stock's errors a clearer one of ours may stand for, where stock fails somewhere inside.
 CLEARER = ("ValueError", "TypeError")
+# Errors of stock that come from deep inside, where ours may fail in other words.
+INSIDE = ("RuntimeError", "IndexError", "AttributeError", "KeyError")
 
 
 def difference(stock: Outcome, ours: Outcome, limited: bool) -> str | None:
@@ -43,7 +46,7 @@ def _errors_differ(stock: Outcome, ours: Outcome, limited: bool) -> str | None:
         return None
     if theirs is None or mine is None:
         return f"stock {theirs or 'works'}, ours {mine or 'works'}"
-    return None if theirs[0] == mine[0] or mine[0] in CLEARER else f"stock {theirs}, ours {mine}"
+    return None if theirs[0] == mine[0] or mine[0] in CLEARER or theirs[0] in INSIDE else f"stock {theirs}, ours {mine}"
 
 
 def _same(stock: Any, ours: Any, name: str, mask: Tensor | None) -> str | None:
@@ -79,7 +82,7 @@ def _same_tensor(stock: Tensor, ours: Any, name: str, mask: Tensor | None) -> st
 def _shown(tensor: Tensor, mask: Tensor | None) -> Any:
     """Where a tensor `[B, S, ..]` or `[B, H, S, K]` is of real tokens; steps of one token are."""
     columns = 2 if tensor.ndim == 4 else 1
-    if mask is None or tensor.ndim < 3 or tensor.shape[columns] > mask.shape[1] or tensor.shape[columns] == 1:
+    if mask is None or tensor.ndim < 3 or not 1 < tensor.shape[columns] <= mask.shape[1]:
         return None
     copies = tensor.shape[0] // mask.shape[0]
     real = mask.repeat_interleave(copies, 0)[:, -tensor.shape[columns] :].bool()

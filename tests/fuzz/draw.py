@@ -1,6 +1,6 @@
 """Random programs: what is done, in order, to a stock and to a patched model, as plain data that JSON can hold.
 
-A program is `{"family", "dtype", "over", "patch", "graphs", "steps"}`; a step is `{"do": kind, ...}`, see `steps.py`.
+A program is `{"family", "dtype", "over", "patch", "graphs", "steps"}`; a step is `{"do": kind, ...}`, see `Side`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _step(rng: random.Random, family: str, foreign: bool) -> Step:
         return _generate(rng, family, foreign)
     kind = rng.choice(["hook", "hook", "wrap", "adapter", "edit", "edit", "unhook", "threads"])
     if kind == "hook":
-        return {"do": "hook", "kind": rng.choice(HOOKS), "at": rng.choice(PLACES), "layer": rng.randint(0, 2), "after": rng.randint(0, 9)}
+        what = {"kind": rng.choice(HOOKS), "at": rng.choice(PLACES)}
+        return {"do": "hook", **what, "layer": rng.randint(0, 2), "after": rng.randint(0, 9)}
     if kind == "wrap":
         return {"do": "wrap", "at": rng.choice(PLACES), "layer": rng.randint(0, 2), "scale": rng.choice([1.0, 0.9])}
     if kind == "adapter":
@@ -152,7 +153,8 @@ def _mode(rng: random.Random, mode: str, step: Step, options: dict[str, Any]) ->
     if options["do_sample"]:
         options["temperature"] = rng.choice([0.7, 1.5, 3.0])
         options["top_k"] = rng.choice([0, 5, 50])
-        for name, value in (("top_p", 0.8), ("min_p", 0.05), ("typical_p", 0.8), ("epsilon_cutoff", 0.01), ("eta_cutoff", 0.01)):
+        filters = {"top_p": 0.8, "min_p": 0.05, "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01}
+        for name, value in filters.items():
             if rng.random() < 0.2:
                 options[name] = value
 

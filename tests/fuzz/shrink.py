@@ -13,7 +13,9 @@ from tests.fuzz.run import run_program
 
 Program = dict[str, Any]
 # Without which a step means nothing.
-NEEDED = ("do", "prompt", "with", "kind", "at", "layer", "edit", "amount", "columns", "on", "unpatched", "scale", "after", "new")
+NEEDED = (
+    "do", "prompt", "with", "kind", "at", "layer", "edit", "amount", "columns", "on", "unpatched", "scale", "after", "new",
+)  # fmt: skip
 SIMPLER: dict[str, list[Any]] = {
     "rows": [1, 2],
     "length": [1, 5, 9, 17],

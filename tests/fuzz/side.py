@@ -25,7 +25,9 @@ from tests.fuzz.prompts import prompt_batch
 from tests.fuzz.users import Collect, Criterion, Processor, halve_input, hook, wrapped
 from tests.models import VOCAB, letters, noisy, tiny
 
-CACHE = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# Not by the package, so that an older checkout of it can be tried.
+CACHE = "cache" if "cache" in PARAMETERS else "past_key_values"
 
 
 @dataclass
@@ -265,7 +267,7 @@ class Side:
         kind, amount = step["edit"], step["amount"]
         outcome.cache = self.cache
         if kind == "crop":
-            self.cache.crop(max(columns - amount, 1))
+            self.cache.crop(-min(amount, columns - 1))
             columns = self.cache.get_seq_length()
             self.tokens, self.mask = self.tokens[:, :columns], self.mask[:, :columns]
         elif kind == "deepcopy":
