@@ -21,14 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.configs import arch_of, split_kv_tile
 from hf_fastattn.kernels.decode_row import decode_row
-from hf_fastattn.kernels.launch import (
-    ASSEMBLER_OPTIONS,
-    check_pages,
-    dot_precision,
-    on_device_of,
-    overlaps_launches,
-    power_of_2,
-)
+from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.shares import program_of
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
@@ -368,6 +361,5 @@ def paged_decode(
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
-            **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 100 else {}),
         )  # fmt: skip
     return out, lse

@@ -1,7 +1,7 @@
 """What a compiled kernel takes of a multiprocessor: registers, spilled bytes, shared memory, warps.
 
-Registers and spills are read from the very binary that would run: what is assembled once more, with other options than
-Triton's, has others.
+On Hopper registers and spills are read from the very binary that would run: what is assembled once more, with other
+options than Triton's, has others.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def resources(compiled: CompiledKernel, target: Target) -> Resources:
         usage = _output([_TOOLS / "cuobjdump", "-res-usage", binary])
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         # A spill needs a stack frame, and most kernels have none.
-        spilled = _spilled_bytes(_output([_TOOLS / "nvdisasm", "-c", binary])) if int(stack) else 0
+        spilled = _spilled(compiled, target, binary) if int(stack) else 0
         serialised = _remarks(compiled, target, Path(folder)) if "wgmma" in compiled.asm["ptx"] else ()
     return Resources(
         kernel=compiled.src.fn.__name__,
@@ -65,6 +65,17 @@ def resources(compiled: CompiledKernel, target: Target) -> Resources:
         uses_tf32="tf32" in compiled.asm["ptx"],
         serialised=serialised,
     )
+
+
+def _spilled(compiled: CompiledKernel, target: Target, binary: Path) -> int:
+    if target.arch == 90:
+        return _spilled_bytes(_output([_TOOLS / "nvdisasm", "-c", binary]))
+    # Elsewhere by the assembler's own level of allocation: that of Triton 3.9 has been looked at for Hopper only.
+    source = binary.with_name("kernel.ptx")
+    source.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={target.ptxas_name}", source]
+    log = _output([*command, "-o", binary.with_name("again.cubin")])
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", log))
 
 
 def _spilled_bytes(code: str) -> int:
