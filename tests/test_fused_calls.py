@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import hf_fastattn
 from hf_fastattn.patches.fused import fused_reason
-from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
 from tests.fused_layers import LAYER_COUNT, SMALL, assert_logits, build, count_launches, expected, steps
 from tests.models import tiny
 from tests.patch.snapshots import lora
@@ -179,7 +179,8 @@ def test_decoders_that_run_as_they_were(name: str, launched: Counter[str]) -> No
         with torch.no_grad():
             cache = hf_fastattn.PagedCache(model.config)
             torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
-        assert not launched
+        # Without gradients nothing is checkpointed since 5.24, and the layers are fused.
+        assert bool(launched) == (name == "checkpointing" and CHECKPOINTING_NEEDS_GRADIENTS)
     finally:
         for each in handle:
             if hasattr(each, "remove"):
