@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from hf_fastattn.cache import PagedCache
 
 
-def can_hide(cache: PagedCache) -> bool:
-    """Whether tokens can be taken out: a window would count them, and drafts are taken back column by column."""
-    return cache.dense is None and not cache.record_past and set(cache.tables) == {None}
+def can_hide(cache: PagedCache, rows: int) -> bool:
+    """Whether tokens can be taken out for a batch of so many rows, which may not be the cache's.
+
+    A window would count them, and drafts are taken back column by column.
+    """
+    return rows == cache.batch_size and cache.dense is None and not cache.record_past and set(cache.tables) == {None}
 
 
 def hide_tokens(cache: PagedCache, visible: Tensor) -> None:

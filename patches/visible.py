@@ -38,7 +38,8 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
     # Transformers reads the first columns of a longer one, and hides what a shorter one does not reach.
     short = max(past + columns - mask.shape[1], 0)
     visible, stored = torch.nn.functional.pad(mask[:, : past + columns].to("cpu", torch.bool), (0, short)), cache.stored
-    if stored is not None and bool((visible[:, :past] & ~stored).any()):
+    # A batch of other rows than the cache's is refused when its forward begins.
+    if stored is not None and len(stored) == rows and bool((visible[:, :past] & ~stored).any()):
         raise ValueError(
             "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "
             "keep them masked"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
@@ -109,3 +110,21 @@ def test_hidden_tokens_are_shown_again(page_size: int) -> None:
             a, b = (getattr(layer, name).transpose(1, 2)[where] for layer in (ours, theirs))
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert hf_fastattn.report(model).last_call.fallbacks == {}
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_call_of_more_rows_than_the_cache_fails_and_the_next_one_works(lent: bool) -> None:
+    """Beams over a padded cache of fewer rows: stock fails as well, and goes on."""
+    stock, model = pair("llama")
+    batch = padded_batch()
+    batch["attention_mask"][:, :3] = 0
+    options = {CACHE: DynamicCache(config=model.config)} if lent else {"return_dict_in_generate": True}
+    first = model.generate(**batch, max_new_tokens=8, do_sample=False, **options)
+    cache, said = (options[CACHE], first) if lent else (first[CACHE], first.sequences)
+    more = torch.cat((said, torch.full((3, 1), 5)), 1)
+    mask = torch.ones_like(more)
+    mask[:, :37] = batch["attention_mask"]
+    with pytest.raises(ValueError, match="holds 3 rows, but the batch has 9"):
+        model.generate(more, attention_mask=mask, do_sample=False, num_beams=3, max_new_tokens=4, **{CACHE: cache})
+    ours, theirs = (side.generate(**batch, max_new_tokens=4, do_sample=False) for side in (model, stock))
+    assert torch.equal(ours, theirs)
