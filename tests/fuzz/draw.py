@@ -22,6 +22,14 @@ ADAPTERS = ("lora", "lora_two", "lora_names", "lora_disabled", "lora_merged", "i
 EDITS = ("weights", "norm", "copy_layer", "swap_layers", "append_layer", "window", "eager", "sdpa", "is_causal", "float64",
          "float32", "head")  # fmt: skip
 CACHE_EDITS = ("crop", "reorder", "select", "repeat", "deepcopy", "reset")
+# What a user hangs in or changes, beside the arguments of a call.
+OF_THE_USER = ("hook", "wrap", "adapter", "edit", "threads")
+
+
+def is_plain(program: Program) -> bool:
+    """Whether a program has nothing of the user's own: no hooks, processors, criteria, wrappers, adapters or edits."""
+    own = ("processor", "criterion")
+    return not any(step["do"] in OF_THE_USER or any(name in step for name in own) for step in program["steps"])
 
 
 def draw(seed: int) -> Program:
@@ -69,7 +77,9 @@ def _step(rng: random.Random, family: str, foreign: bool) -> Step:
     if choice < 0.76:
         return {"do": "forward", "columns": rng.choice([1, 1, 3, 9]), "prompt": _prompt(rng, family)}
     if choice < 0.84:
-        return {"do": "edit_cache", "edit": rng.choice(CACHE_EDITS), "amount": rng.randint(1, 12)}
+        # Transformers cannot repeat or select rows of recurrent states.
+        edits = CACHE_EDITS[-2:] if family.startswith(("qwen3_next", "qwen3_5")) else CACHE_EDITS
+        return {"do": "edit_cache", "edit": rng.choice(edits), "amount": rng.randint(1, 12)}
     if choice < 0.87:
         return {"do": "repatch", "unpatched": rng.random() < 0.3}
     if choice < 0.90:
@@ -116,10 +126,16 @@ def _generate(rng: random.Random, family: str, foreign: bool) -> Step:
     if mode in ("assisted", "lookup") and rng.random() < 0.9:
         options.pop("cache_implementation", None)
         options.pop("use_cache", None)
+    if mode in ("assisted", "lookup") or "prefill_chunk_size" in options:
+        # Transformers takes the embeddings' mask for one of the token ids, of which there are none.
+        step["prompt"].pop("embeds", None)
     if rng.random() < 0.3:
         step["chat"] = {"mask": rng.choice(["proper", "ones"]), "new": rng.choice([1, 4, 9]),
                         "cache": rng.choice(["returned", "returned", "copy", "none"])}  # fmt: skip
-    elif rng.random() < 0.12:
+        if mode in ("assisted", "lookup") or options.get("use_cache") is False:
+            # Transformers feeds the whole chat again there, under a mask that is too narrow.
+            step["chat"]["cache"] = "none"
+    elif rng.random() < 0.12 and options.get("use_cache", True):
         step["cache"] = rng.choice(["dynamic", "dynamic_plain", "paged", "static"])
     if rng.random() < 0.15:
         step["streamer"] = rng.choice(["collect", "collect", "raise"]) if foreign else "collect"

@@ -50,12 +50,12 @@ def run_program(program: dict[str, Any], check_reasons: bool = True) -> Result:
             result.paths.append(path_of(mine))
             if theirs.error is not None:
                 result.errors.append(": ".join(theirs.error)[:160])
-            full = mine.error is not None and mine.error[0] == "CacheFullError"
+            # After a call that only one side could do the chat goes on there alone.
+            apart = (mine.error is None) != (theirs.error is None)
             result.problem = difference(theirs, mine, is_limited(program)) or books_differ(ours, mine)
             if result.problem is None and check_reasons:
                 result.problem = unknown_reasons(program, result.step, result.paths[-1]["fallbacks"])
-            if result.problem is not None or full:
-                # The chat of a call that did not fit goes on on one side alone.
+            if result.problem is not None or apart or (mine.error or "")[:1] == ("CacheFullError",):
                 return result
     return result
 
@@ -94,5 +94,3 @@ def _graphs(program: dict[str, Any]) -> Any:
 def is_rounding(program: dict[str, Any]) -> bool:
     """Whether a program that fails in fp32 passes in fp64: two tokens were nearly tied."""
     return program["dtype"] == "float32" and run_program({**program, "dtype": "float64"}).problem is None
-
-

@@ -24,7 +24,7 @@ SIMPLER: dict[str, list[Any]] = {
     "num_return_sequences": [2],
     "pad": ["none", "left"],
     "family": ["llama", "mistral_window"],
-    "page_size": [16, 4],
+    "page_size": [4, 16],
     "seed": [0],
     "columns": [1],
     "new": [1],
@@ -66,10 +66,16 @@ def candidates(program: Program) -> Iterator[Program]:
         name = path[-1]
         if name not in NEEDED and not isinstance(_at(program, path), list) and len(path) > 1:
             yield _without(program, path)
-        for simpler in SIMPLER.get(str(name), []):
-            now = _at(program, path)
-            if simpler != now and (not isinstance(now, int) or simpler < now):
-                yield _with(program, path, simpler)
+        for simpler in _simpler(str(name), _at(program, path)):
+            yield _with(program, path, simpler)
+
+
+def _simpler(name: str, now: Any) -> list[Any]:
+    """Values that are simpler than `now`, the simplest first."""
+    values = SIMPLER.get(name, [])
+    if isinstance(now, int):
+        return [value for value in values if value < now]
+    return values[: values.index(now)] if now in values else values
 
 
 def _paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:

@@ -22,7 +22,7 @@ from transformers import (
 import hf_fastattn
 from tests.fuzz import adapters, edits
 from tests.fuzz.prompts import prompt_batch
-from tests.fuzz.users import Collect, Criterion, Processor, halve_input, hook, wrapped
+from tests.fuzz.users import Collect, Criterion, Processor, Thrown, halve_input, hook, wrapped
 from tests.models import VOCAB, letters, noisy, tiny
 
 PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -92,10 +92,19 @@ class Side:
         except Exception as error:
             # Not the error itself: its frames hold caches.
             outcome.error = (type(error).__name__, str(error))
+            if not isinstance(error, Thrown):
+                # Transformers leaves a cache behind whose layers have different lengths.
+                self.cache = None
         outcome.random = torch.get_rng_state()
         if self.is_patched:
-            outcome.counters = copy.deepcopy(hf_fastattn.report(self.base).last_call)
+            self._count(outcome)
         return outcome
+
+    def _count(self, outcome: Outcome) -> None:
+        try:
+            outcome.counters = copy.deepcopy(hf_fastattn.report(self.base).last_call)
+        except Exception as error:
+            outcome.error = (f"report() raises {type(error).__name__}", str(error))
 
     @property
     def is_patched(self) -> bool:
@@ -244,12 +253,13 @@ class Side:
             self.model.base_model.disable_adapter_layers()
 
     def threads(self, step: dict[str, Any], outcome: Outcome) -> None:
+        """Two at once. Not by a wrapper: PEFT exchanges methods of the model for the length of a call."""
         batch = prompt_batch({**step["prompt"], "embeds": False}, self.program["family"], self.base)
         results: list[Any] = [None, None]
 
         def run(place: int) -> None:
             try:
-                results[place] = self.model.generate(**batch, max_new_tokens=step["new"], do_sample=False, pad_token_id=0)
+                results[place] = self.base.generate(**batch, max_new_tokens=step["new"], do_sample=False, pad_token_id=0)
             except Exception as error:
                 results[place] = type(error).__name__
 
