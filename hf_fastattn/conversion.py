@@ -46,37 +46,49 @@ def shown_columns(mask: Any, rows: int, columns: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Columns of one layer that a mask hides, which pages leave out and the owner of the cache still has a right to.
+    """Tokens of one layer that a mask hides, which pages leave out and the owner of the cache still has a right to.
 
     Attributes:
-        first: the first column.
-        where: `[B, columns]` bool, the hidden ones.
-        keys: `[B, G, columns, D]`; `values` likewise.
+        where: `[B, columns]` bool on the host, the hidden ones among the first columns.
+        keys: `[n, G, D]`, row after row; `values` likewise.
     """
 
-    first: int
     where: Tensor
     keys: Tensor
     values: Tensor
 
+    @staticmethod
+    def of(where: Tensor, first: int, keys: Tensor, values: Tensor) -> Hidden:
+        """The tokens `where` of `[B, G, held, D]` keys and values whose first column is `first`."""
+        held = where[:, first:].to(keys.device)
+        where = where.clone()
+        where[:, :first] = False
+        return Hidden(where, *(states.transpose(1, 2)[:, : held.shape[1]][held] for states in (keys, values)))
+
     def crop(self, columns: int) -> Hidden:
         """Without what lies behind the first `columns` of the cache."""
-        keep = max(columns - self.first, 0)
-        return Hidden(self.first, self.where[:, :keep], self.keys[:, :, :keep], self.values[:, :, :keep])
+        return self._only(self.where & (torch.arange(self.where.shape[1], device="cpu") < columns), columns)
+
+    def _only(self, where: Tensor, columns: int) -> Hidden:
+        kept = where[self.where].to(self.keys.device)
+        return Hidden(where[:, :columns], self.keys[kept], self.values[kept])
 
     def select(self, rows: list[int]) -> Hidden:
         """Row b becomes what row `rows[b]` was."""
-        return Hidden(self.first, self.where[rows], self.keys[rows], self.values[rows])
+        counts = self.where.sum(1).tolist()
+        parts = [(states.split(counts), states[:0]) for states in (self.keys, self.values)]
+        keys, values = (torch.cat([none, *(by_row[row] for row in rows)]) for by_row, none in parts)
+        return Hidden(self.where[rows], keys, values)
 
     def put_back(self, first: int, keys: Tensor, values: Tensor) -> None:
-        """Write the hidden columns into `[B, G, held, D]` keys and values whose first column is `first`."""
-        begin, end = max(first, self.first), min(first + keys.shape[2], self.first + self.where.shape[1])
-        if end <= begin:
-            return
-        where = self.where[:, begin - self.first : end - self.first, None].transpose(1, 2)[..., None].to(keys.device)
-        for target, source in ((keys, self.keys), (values, self.values)):
-            part = target[:, :, begin - first : end - first]
-            part.copy_(torch.where(where, source[:, :, begin - self.first : end - self.first], part))
+        """Write the hidden tokens into `[B, G, held, D]` keys and values whose first column is `first`."""
+        last = min(first + keys.shape[2], self.where.shape[1])
+        inside = torch.zeros_like(self.where)
+        inside[:, first:last] = self.where[:, first:last]
+        held = self._only(inside, self.where.shape[1])
+        place = inside[:, first:last].to(keys.device)
+        for target, source in ((keys, held.keys), (values, held.values)):
+            target.transpose(1, 2)[:, : place.shape[1]][place] = source
 
 
 def read_layers(cache: PagedCache, layers: DenseLayers) -> None:
@@ -180,10 +192,7 @@ def _write_layer(cache: PagedCache, index: int, layer: Any, shown: Tensor | None
 
 
 def _keep_hidden(cache: PagedCache, index: int, layer: Any, shown: Tensor, columns: int) -> None:
-    hidden = ~shown
-    if not bool(hidden.any()):
-        return
-    last = int(hidden.any(0).nonzero().max()) + 1
     first = columns - shown.shape[1]
-    parts = (tensor[:, :, :last].detach().clone() for tensor in (layer.keys, layer.values))
-    cache.hidden[index] = Hidden(first, hidden[:, :last], *parts)
+    where = torch.nn.functional.pad(~shown, (first, 0))
+    if bool(where.any()):
+        cache.hidden[index] = Hidden.of(where, first, layer.keys.detach(), layer.values.detach())

@@ -36,8 +36,10 @@ class FastGenerationMixin(PlainCopies):
         if runtime.current is None:
             return done
         cache = model_kwargs.get(CACHE)
-        if isinstance(supplied, PagedCache) and supplied.may_adopt:
-            supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
+        if isinstance(supplied, PagedCache):
+            if supplied.may_adopt:
+                supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
+            runtime.current.why_dense = _why_not_prompt(model_kwargs)
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
         reason = _why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is None:
@@ -100,7 +102,10 @@ class FastGenerationMixin(PlainCopies):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
         runtime: Runtime = self._fastattn.runtime
-        cache, input_ids = kwargs.get(CACHE), kwargs.get("input_ids")
+        cache, input_ids, call = kwargs.get(CACHE), kwargs.get("input_ids"), runtime.current
+        if call is not None:
+            kept = kwargs.get("logits_to_keep")
+            call.logits_read = kept if isinstance(kept, int) and kept > 0 else 1
         own = not args and input_ids is not None and not runtime.prefilling and runtime.is_private(cache)
         if not own or not isinstance(cache, PagedCache) or cache.get_seq_length():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -183,6 +188,11 @@ def _why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: 
         return reason
     if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
         return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+    return _why_not_prompt(model_kwargs)
+
+
+def _why_not_prompt(model_kwargs: dict) -> str | None:
+    """Why no pages will do for a prompt."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(mask.any(1).all()):
         return "a row of the prompt has no visible token"

@@ -65,14 +65,13 @@ def show_again(cache: PagedCache, mask: Tensor | None) -> None:
     aside = next(iter(cache.hidden.values()), None)
     if aside is None or cache.dense is not None or cache.lent is not None:
         return
-    first, last = aside.first, aside.first + aside.where.shape[1]
     if mask is not None:
-        shown = mask[:, first:last].to("cpu", torch.bool)
+        shown = mask[:, : aside.where.shape[1]].to("cpu", torch.bool)
         if not bool((shown & aside.where[:, : shown.shape[1]]).any()):
             return
     assert cache.stored is not None
     known = cache.stored.clone()
-    known[:, first:last] |= aside.where
+    known[:, : aside.where.shape[1]] |= aside.where
     cache.hold_dense()
     cache.__dict__.update(_known_stored=known, hidden={})
 
@@ -113,7 +112,7 @@ def _kept_aside(cache: PagedCache, gone: Tensor) -> dict[int, Hidden]:
     before = next(iter(cache.hidden.values()), None)
     where = gone.clone()
     if before is not None:
-        where[:, before.first : before.first + before.where.shape[1]] |= before.where
+        where[:, : before.where.shape[1]] |= before.where
     columns = where.any(0).nonzero()
     first, last = int(columns[0]), int(columns[-1]) + 1
     aside = {}
@@ -122,5 +121,5 @@ def _kept_aside(cache: PagedCache, gone: Tensor) -> dict[int, Hidden]:
             keys, values = cache.read_columns(layer, first, last, cache.stored)
             if layer.index in cache.hidden:
                 cache.hidden[layer.index].put_back(first, keys, values)
-            aside[layer.index] = Hidden(first, where[:, first:last], keys, values)
+            aside[layer.index] = Hidden.of(where[:, :last], first, keys, values)
     return aside

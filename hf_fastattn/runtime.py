@@ -39,6 +39,10 @@ class Call:
     lent: list[LentCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
+    # Of how many of its last columns the forward under way is to give logits; generate() reads them, tokens or not.
+    logits_read: int = 1
+    # Why all its forwards attend as Transformers does, although their cache has pages.
+    why_dense: str | None = None
     encoded_from: dict[str, Any] = field(default_factory=dict)
     # Forwards compute the prompt.
     prefilling: bool = False

@@ -258,6 +258,9 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     changed = None if vars(decoder)[STATE].runtime.in_call and cache.get_seq_length() else why_not_ours(decoder)
     if changed is not None:
         return changed
+    call = vars(decoder)[STATE].runtime.current
+    if call is not None and call.why_dense is not None:
+        return call.why_dense
     if cache.dense is not None:
         return "the cache holds dense layers"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
@@ -280,19 +283,20 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     stored = torch.ones(visible.shape[0], past, dtype=torch.bool, device="cpu") if cache.stored is None else cache.stored
     if not torch.equal(visible[:, :past], stored):
         return HIDES_CACHED
-    return _why_not_mask(visible, past, cache, vars(decoder)[STATE].runtime.in_call)
+    return _why_not_mask(visible, past, cache, 0 if call is None else call.logits_read)
 
 
-def _why_not_mask(visible: Tensor, past: int, cache: PagedCache, in_call: bool) -> str | None:
-    """Why what the mask `visible [B, past + S]` hides cannot be left out; `generate()` reads logits of hidden columns."""
+def _why_not_mask(visible: Tensor, past: int, cache: PagedCache, logits_read: int) -> str | None:
+    """Why what the mask `visible [B, past + S]` hides cannot be left out.
+
+    Args:
+        logits_read: the logits of so many last columns are read, whether they hold tokens or not: by `generate()`.
+    """
     if not bool(visible[:, past:].any()):
         return "no row has a new token"
-    started = visible.cumsum(1) > 0
-    hidden = started & ~visible
+    hidden = (visible.cumsum(1) > 0) & ~visible
     if any(window is not None for window in cache.tables) and bool((hidden[:, :-1] & visible[:, 1:]).any()):
         return "the mask has holes, and a sliding window counts them"
-    if in_call and bool(hidden[:, -1].any()):
-        return "the mask hides the last token of a row"
-    if in_call and cache.record_past and bool(hidden[:, past:].any()):
-        return "the mask hides columns by whose logits drafts are verified"
-    return None
+    # A row that has no token yet is read in a later chunk of its prompt.
+    read = visible[visible.any(1), past:][:, -logits_read:] if logits_read else visible[:, :0]
+    return None if bool(read.all()) else "the mask hides a column whose logits are read"

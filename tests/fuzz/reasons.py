@@ -54,11 +54,7 @@ PLAIN = (
         r"equal rows are computed one by one: attention dropout is drawn for every row",
         (TRAIN, call(prompt={"equal": True})), over=DROPOUT,
     ),
-    Reason(r"the mask hides the last token of a row", (call(pad="right"),)),
-    Reason(
-        r"the mask hides columns by whose logits drafts are verified",
-        (call(rows=1, pad="right", length=5, prompt={"seed": 0}, prompt_lookup_num_tokens=2),),
-    ),
+    Reason(r"the mask hides a column whose logits are read", (call(pad="right"),)),
     Reason(
         r"the mask has holes, and a sliding window counts them",
         (call(pad="holes", length=31),), family="mistral_window",

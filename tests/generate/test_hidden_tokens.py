@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
-from tests.models import VOCAB, assert_fast, padded_batch, pair
+from tests.models import VOCAB, assert_fast, padded_batch, pair, tiny
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mixtral")
 
@@ -128,3 +128,17 @@ def test_a_call_of_more_rows_than_the_cache_fails_and_the_next_one_works(lent: b
         model.generate(more, attention_mask=mask, do_sample=False, num_beams=3, max_new_tokens=4, **{CACHE: cache})
     ours, theirs = (side.generate(**batch, max_new_tokens=4, do_sample=False) for side in (model, stock))
     assert torch.equal(ours, theirs)
+
+
+def test_only_hidden_tokens_are_kept_aside() -> None:
+    model = hf_fastattn.patch(tiny("llama"), page_size=4)
+    batch = padded_batch(3, 37)
+    cache = hf_fastattn.PagedCache(model.config)
+    mask = batch["attention_mask"].clone()
+    with torch.no_grad():
+        model(**batch, **{CACHE: cache})
+        mask[0, 30], mask[1, 31:33] = 0, 0
+        for _ in range(2):
+            mask = torch.cat((mask, torch.ones(3, 1, dtype=torch.long)), 1)
+            model(torch.full((3, 1), 7), attention_mask=mask, **{CACHE: cache})
+    assert [len(hidden.keys) for hidden in cache.hidden.values()] == [3, 3, 3]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_fastattn
 from hf_fastattn.seen_mask import SeenMask
@@ -127,3 +128,25 @@ def test_no_step_reads_the_mask(beams: int, monkeypatch: pytest.MonkeyPatch) -> 
     run(model, padded_batch(), num_beams=beams)
     # The prompt is read, and where beams come apart its rows may be others.
     assert len(known) == 8 and all(known[2:])
+
+
+def test_drafts_behind_a_hole_that_nobody_reads() -> None:
+    stock, model = (side.double() for side in pair("llama"))
+    batch = single(24)
+    batch["input_ids"] = batch["input_ids"] % 4 + 5
+    batch["attention_mask"][0, 3:7] = 0
+    options = {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(run(model, batch, **options), run(stock, batch, **options))
+    assert_fast(model)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_row_without_a_token_over_a_cache_by_hand(drafts: bool) -> None:
+    ids = torch.zeros(1, 31, dtype=torch.long)
+    batch, tokens = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}, []
+    for side, kind in zip(pair("llama"), (DynamicCache, hf_fastattn.PagedCache), strict=True):
+        more = {"assistant_model": noisy(tiny("llama"))} if drafts else {}
+        tokens.append(run(side, batch, **more, **{CACHE: kind(config=side.config)}))
+    assert torch.equal(*tokens)
+    call = hf_fastattn.report(side).last_call
+    assert call is not None and "a row of the prompt has no visible token" in call.fallbacks
