@@ -139,9 +139,8 @@ def find_model(model: Any) -> Any:
         if hasattr(inner, "get_base_model"):
             unwrapped = inner.get_base_model()
         else:
-            # What torch.compile and data parallel wrappers hold.
-            held = vars(inner).get("_modules", {}) if hasattr(inner, "__dict__") else {}
-            unwrapped = held.get("_orig_mod") or held.get("module")
+            # What torch.compile holds, and what parallel wrappers do.
+            unwrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if unwrapped is None:
             raise TypeError(
                 f"model is a {type(model).__name__}, expected a Transformers model with generate(), or one that PEFT or "

@@ -199,7 +199,8 @@ def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, column
     """Arguments for the original forward of a model with linear-attention layers: only these get a mask."""
     linear = None
     if padding is not None and columns > 1:
-        linear = arguments["attention_mask"][:, -columns:].contiguous()
+        mask = arguments["attention_mask"]
+        linear = padding.visible.to(mask.device, mask.dtype)
     return {**arguments, "attention_mask": {"full_attention": None, "linear_attention": linear}}
 
 
