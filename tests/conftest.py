@@ -1,4 +1,4 @@
-"""Shared test set-up: the `gpu` and `interpreter` markers, NaN where nothing was written, few threads."""
+"""Shared test set-up: the `gpu` and `interpreter` markers, NaN where nothing was written, few threads, gradients."""
 
 import math
 import os
@@ -48,6 +48,16 @@ def own_cache_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         if not torch.cuda.is_available():
             patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def gradients_as_before() -> Iterator[None]:
+    """A test that leaves gradients off would fail others, far from here."""
+    before = torch.is_grad_enabled()
+    yield
+    after = torch.is_grad_enabled()
+    torch.set_grad_enabled(before)
+    assert after == before
 
 
 @pytest.fixture(autouse=True)
