@@ -82,6 +82,7 @@ def decoder_forward_deepstack(
 
 
 HIDES_CACHED = "the mask hides tokens that are cached"
+NO_TOKEN = "no row has a new token"
 # What a configuration may drop in train mode, by functions that no module shows.
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
@@ -157,6 +158,13 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         reason = why_not_paged(self, mask, cache, visible, kwargs)
     if reason is None and new is not None:
         reason = _why_padded(self, kwargs)
+    if reason is None:
+        reason = _why_not_tokens(arguments, columns)
+    if reason is not None and visible is not None and mask.shape[1] < past + columns:
+        # A later mask, wide enough, may show the tokens that this one does not reach: pages would leave them out.
+        cache.hold_dense()
+        state.runtime.count_fallback(reason)
+        return call_original(self, cache, **arguments, **kwargs)
     try:
         batch = cache.begin(rows, columns, new, dense=reason is not None)
         padding = None if new is None or reason is not None else Padding(new, tokens.device)
@@ -252,6 +260,14 @@ def _why_padded(decoder: Any, kwargs: dict[str, Any]) -> str | None:
     return None if watched is None else f"padding stays: {watched}"
 
 
+def _why_not_tokens(arguments: dict[str, Any], columns: int) -> str | None:
+    """Why tokens and positions are none that can be packed."""
+    positions = arguments["position_ids"]
+    if positions is not None and positions.shape[-1] != columns:
+        return f"{positions.shape[-1]} positions for {columns} columns"
+    return None if columns else NO_TOKEN
+
+
 def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
@@ -294,7 +310,7 @@ def _why_not_mask(visible: Tensor, past: int, cache: PagedCache, logits_read: in
         logits_read: the logits of so many last columns are read, whether they hold tokens or not: by `generate()`.
     """
     if not bool(visible[:, past:].any()):
-        return "no row has a new token"
+        return NO_TOKEN
     hidden = (visible.cumsum(1) > 0) & ~visible
     if any(window is not None for window in cache.tables) and bool((hidden[:, :-1] & visible[:, 1:]).any()):
         return "the mask has holes, and a sliding window counts them"

@@ -48,6 +48,7 @@ DROPOUT = {"attention_dropout": 0.3}
 PLAIN = (
     Reason(r"a row of the prompt has no visible token", (call(pad="hidden_row"),)),
     Reason(r"no row has a new token", (call(pad="columns", prefill_chunk_size=1),)),
+    Reason(r"\d+ positions for \d+ columns"),
     Reason(r"attention weights are asked for", (call(output_attentions=True, **FULL_DICT),)),
     Reason(r"attention dropout is active", (TRAIN, call()), over=DROPOUT),
     Reason(

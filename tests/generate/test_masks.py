@@ -46,6 +46,37 @@ def test_drafts_behind_hidden_columns(drafts: str) -> None:
     assert_fast(model, fallbacks=("hides",))
 
 
+def test_drafts_over_a_padded_cache_whose_chat_is_fed_again() -> None:
+    """As stock does it: the mask does not reach the columns of the chat at first, and shows them later."""
+    given, mask = torch.randint(1, VOCAB, (1, 5), generator=torch.Generator().manual_seed(1)), torch.ones(1, 5).long()
+    mask[:, :2] = 0
+    tokens = []
+    for model in pair("llama"):
+        first = run(model, {"input_ids": given * mask, "attention_mask": mask}, return_dict_in_generate=True)
+        chat = torch.cat([first.sequences, torch.arange(20, 29)[None]], 1)
+        longer = {"input_ids": chat, "attention_mask": (chat != 0).long()}
+        tokens.append(run(model, longer, prompt_lookup_num_tokens=5, **{CACHE: first[CACHE]}))
+    assert torch.equal(*tokens)
+    call = hf_fastattn.report(model).last_call
+    assert call is not None and set(call.fallbacks) == {
+        "the mask hides a column whose logits are read", "the mask hides tokens that are cached"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+def test_positions_that_are_not_one_for_each_column(columns: int) -> None:
+    """One that stands for all is Transformers' to repeat; none is an error, of the same kind."""
+    outcomes = []
+    for model in pair("llama"):
+        positions = {"position_ids": torch.zeros(1, columns, dtype=torch.long)}
+        with torch.no_grad():
+            try:
+                outcomes.append(model(single()["input_ids"], **positions, use_cache=True).logits)
+            except RuntimeError as error:
+                outcomes.append(str(error))
+    assert torch.equal(*outcomes) if columns else outcomes[0] == outcomes[1]
+
+
 def padded_right(rows: int = 3) -> dict[str, torch.Tensor]:
     batch = padded_batch(rows)
     return {name: value.flip(1) for name, value in batch.items()}
