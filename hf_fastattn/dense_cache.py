@@ -161,7 +161,10 @@ class DenseCache(Cache):
 
     @classmethod
     def from_dynamic(
-        cls: type[Made], cache: DynamicCache, config: Any, fastattn_config: FastAttnConfig | None = None,
+        cls: type[Made],
+        cache: DynamicCache,
+        config: Any,
+        fastattn_config: FastAttnConfig | None = None,
         mask: Tensor | None = None,
     ) -> Made:
         """A cache that holds what a `DynamicCache` of the same model holds, which is left as it is.

@@ -55,9 +55,7 @@ def hide_tokens(cache: PagedCache, visible: Tensor) -> None:
         held = group.storage.pages(layer.index)
         if held is not None:
             _move(group.storage.layer(layer.index, held[0], group.pool.capacity), sources, targets)
-    cache.exchange_tables(
-        {None: rewritten}, {"lengths": lengths, "_stored": keep, "hidden": aside, "seen_mask": SeenMask()}
-    )
+    cache.exchange_tables({None: rewritten}, {"lengths": lengths, "_stored": keep, "hidden": aside, "seen_mask": SeenMask()})
 
 
 def show_again(cache: PagedCache, mask: Tensor | None) -> None:

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.loop_tensors import ABSENT, ENDED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
 
 

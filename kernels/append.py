@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import check_pages, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
 
 # Elements of a program's tile, and heads in it at most.
 TILE_ELEMENTS = 2048

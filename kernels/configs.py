@@ -7,10 +7,9 @@ row takes that of `DEFAULT`, whose shared memory fits every GPU from compute cap
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
+from hf_fastattn.kernels.launch import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Tile:
     programs: int = 2
 
 
-DEFAULT = 80
 # (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile
 PREFILL: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(128, 32, 8, 3),
@@ -146,29 +144,3 @@ def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few
     found = (tile_of(tables[0], arch, itemsize, block_d) if few else None) or tile_of(tables[1], arch, itemsize, block_d)
     assert found is not None
     return found
-
-
-def arch_of(device: torch.device) -> int:
-    """Compute capability of the GPU that a launch on `device` is for: 90 for Hopper."""
-    return _cuda_arch(device) if device.type == "cuda" else _compiled_arch()
-
-
-@functools.cache
-def _cuda_arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return _row(10 * major + minor)
-
-
-def _compiled_arch() -> int:
-    """That of the target which kernels are compiled for without a GPU; `DEFAULT` where they are interpreted."""
-    from triton.runtime import driver
-
-    try:
-        return _row(int(driver.active.get_current_target().arch))
-    except RuntimeError:
-        return DEFAULT
-
-
-def _row(capability: int) -> int:
-    # Datacenter Blackwell comes as 10.0 and 10.3; 12.0 has the shared memory of a desktop GPU.
-    return {90: 90, 100: 100, 103: 100}.get(capability, DEFAULT)

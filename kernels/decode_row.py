@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of, split_kv_tile
-from hf_fastattn.kernels.launch import on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.configs import split_kv_tile
+from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 from hf_fastattn.kernels.workspace import Workspace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The architecture that stands for all without a row of their own in a table of launch configurations.
+DEFAULT = 80
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 # For kernels that take every register of a Hopper GPU: Triton 3.9 holds the assembler to level 2, which spills up to 170
 # bytes a thread there; this is the assembler's own level. That of Triton 3.6 makes the same code either way.
@@ -67,3 +70,29 @@ def check_pages(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
         raise ValueError(f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; they must be of one dtype")
     if q.stride(-1) != 1 or k_pages.stride(-1) != 1:
         raise ValueError("q and the pages must be contiguous in their last dimension")
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability of the GPU that a launch on `device` is for: 90 for Hopper."""
+    return _cuda_arch(device) if device.type == "cuda" else _compiled_arch()
+
+
+@functools.cache
+def _cuda_arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return _row(10 * major + minor)
+
+
+def _compiled_arch() -> int:
+    """That of the target which kernels are compiled for without a GPU; `DEFAULT` where they are interpreted."""
+    from triton.runtime import driver
+
+    try:
+        return _row(int(driver.active.get_current_target().arch))
+    except RuntimeError:
+        return DEFAULT
+
+
+def _row(capability: int) -> int:
+    # Datacenter Blackwell comes as 10.0 and 10.3; 12.0 has the shared memory of a desktop GPU.
+    return {90: 90, 100: 100, 103: 100}.get(capability, DEFAULT)

@@ -19,11 +19,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.activation import silu_gate
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
 from hf_fastattn.kernels.matvec_configs import MOST_TOKENS, ProductTile, product_tile
-from hf_fastattn.kernels.skinny import find_tile, pick, skinny_product
+from hf_fastattn.kernels.skinny import skinny_product
 from hf_fastattn.kernels.split_sums import SplitSums
+from hf_fastattn.kernels.tiles import find_tile, pick
 
 MOST_WEIGHTS = 3
 

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 
 MAX_HIDDEN = 16_384
 # One vector load of 16-bit elements a thread, as far as there are threads.

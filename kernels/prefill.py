@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.configs import arch_of, prefill_tile
-from hf_fastattn.kernels.launch import check_pages, dot_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.configs import prefill_tile
+from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
 from hf_fastattn.kernels.tile import score_factors, softmax_end, softmax_step, tile_scores
 
 

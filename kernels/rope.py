@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.step_reference import rms_norm
+
 
 def signed_sin(sin: Tensor) -> Tensor:
     """`sin` with its first half negated, so that `rotate_half(x) * sin = roll(x, D/2) * signed_sin(sin)`."""
@@ -25,20 +27,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return x * cos + x.roll(dim // 2, -1) * sin
     turned = x[..., :dim]
     return torch.cat((turned * cos + turned.roll(dim // 2, -1) * sin, x[..., dim:]), dim=-1)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
-    """RMSNorm over the last dimension (Zhang and Sennrich, 2019), as Transformers rounds it.
-
-    With `n = x * rsqrt(mean(x^2) + eps)`, all of it in fp32 (fp64 for fp64 input), the result is
-    `weight * round(n)`: n is rounded to the dtype of x first, the product is one in that dtype. With `unit_offset`
-    it is `round(n * (1 + weight))`: the weight is widened, the product is one in fp32, rounded to the dtype of x once.
-    """
-    wide = x.float() if x.dtype != torch.float64 else x
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if unit_offset:
-        return (wide * (1.0 + weight.to(wide.dtype))).to(x.dtype)
-    return weight * wide.to(x.dtype)
 
 
 def rope_append(

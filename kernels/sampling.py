@@ -17,13 +17,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.sampling_candidates import draw_candidate, gather_candidates
-from hf_fastattn.kernels.sampling_greedy import CHUNK, Expected, best_of_chunks, check_choice, greedy_tokens
+from hf_fastattn.kernels.sampling_greedy import best_of_chunks, greedy_tokens
 from hf_fastattn.kernels.sampling_noise import best_token, draw_chunk
 from hf_fastattn.kernels.sampling_params import PARAMS
-from hf_fastattn.kernels.sampling_scores import LARGEST, LOG2E, filter_params, inverse_temperature, load_scores
+from hf_fastattn.kernels.sampling_scores import (
+    CHUNK,
+    LARGEST,
+    LOG2E,
+    Expected,
+    check_choice,
+    filter_params,
+    inverse_temperature,
+    load_scores,
+)
 from hf_fastattn.kernels.sampling_threshold import masses, row_threshold
 
 # Tokens of which the largest logit is kept.

@@ -12,15 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.sampling_noise import best_token
-from hf_fastattn.kernels.sampling_scores import load_scores
-
-# Tokens a program. Which random number belongs to which token depends on it too.
-CHUNK = 4096
-# A tensor, the shape and the dtypes that it may have.
-Expected = tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]
+from hf_fastattn.kernels.sampling_scores import CHUNK, check_choice, load_scores
 
 
 @triton.jit
@@ -59,24 +53,6 @@ def best_of_chunks_kernel(
         gdc_wait()
     b = tl.program_id(0).to(tl.int64)
     tl.store(out_ptr + b * stride_out, best_of_chunks(best_ptr, winner_ptr, b * chunks, chunks, BLOCK_C).to(tl.int64))
-
-
-def check_choice(logits: Tensor, out_tokens: Tensor, inputs: dict[str, Expected]) -> None:
-    """Raise a `ValueError` unless a token of each row can be chosen: `[B, V]` logits, `[B]` int64 tokens, and inputs."""
-    if logits.ndim != 2 or logits.dtype not in DTYPES or logits.stride(-1) != 1 or not 0 < logits.shape[1] < 1 << 24:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} with strides {logits.stride()}, {logits.dtype}, must be [B, V], contiguous in "
-            f"the last dimension, of a dtype among {DTYPES}"
-        )
-    if out_tokens.shape != logits.shape[:1] or out_tokens.dtype != torch.int64:
-        raise ValueError(
-            f"out_tokens {tuple(out_tokens.shape)}, {out_tokens.dtype}, must be [B] = [{logits.shape[0]}], int64"
-        )
-    for name, (tensor, shape, dtypes) in inputs.items():
-        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)}, {tensor.dtype}, must be {list(shape)}, contiguous, of a dtype among {dtypes}"
-            )
 
 
 def greedy_tokens(logits: Tensor, out_tokens: Tensor) -> None:

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import DTYPES, on_device_of, overlaps_launches
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
 from hf_fastattn.kernels.sampling_params import PARAMS
 
 BLOCK = 2048

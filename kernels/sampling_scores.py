@@ -1,15 +1,21 @@
-"""What kernels of token choice read: scores without NaN, and the values of `SamplingParams` from device memory."""
+"""What all kernels of token choice share: chunks, checks, scores without NaN, and `SamplingParams` from device memory."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hf_fastattn.kernels import launch
 
 # Of fp32.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(launch.LOG2E)
+# Tokens a program. Which random number belongs to which token depends on it too.
+CHUNK = 4096
+# A tensor, the shape and the dtypes that it may have.
+Expected = tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]
 
 
 @triton.jit
@@ -33,3 +39,21 @@ def filter_params(params_ptr, vocab):
     top_p = tl.load(params_ptr + 2)
     min_p = tl.load(params_ptr + 3)
     return top_k, top_p, min_p, (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
+
+
+def check_choice(logits: Tensor, out_tokens: Tensor, inputs: dict[str, Expected]) -> None:
+    """Raise a `ValueError` unless a token of each row can be chosen: `[B, V]` logits, `[B]` int64 tokens, and inputs."""
+    if logits.ndim != 2 or logits.dtype not in launch.DTYPES or logits.stride(-1) != 1 or not 0 < logits.shape[1] < 1 << 24:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with strides {logits.stride()}, {logits.dtype}, must be [B, V], contiguous in "
+            f"the last dimension, of a dtype among {launch.DTYPES}"
+        )
+    if out_tokens.shape != logits.shape[:1] or out_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"out_tokens {tuple(out_tokens.shape)}, {out_tokens.dtype}, must be [B] = [{logits.shape[0]}], int64"
+        )
+    for name, (tensor, shape, dtypes) in inputs.items():
+        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)}, {tensor.dtype}, must be {list(shape)}, contiguous, of a dtype among {dtypes}"
+            )

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.configs import arch_of, shared_prefix_tile
+from hf_fastattn.kernels.configs import shared_prefix_tile
 from hf_fastattn.kernels.launch import (
     ASSEMBLER_OPTIONS,
+    arch_of,
     check_pages,
     dot_precision,
     on_device_of,

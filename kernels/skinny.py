@@ -16,46 +16,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.activation import silu_gate
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.matvec_configs import ProductTile
 from hf_fastattn.kernels.split_sums import MOST_TILES, SplitSums
-
-
-@triton.jit
-def find_tile(tile, n0, n1, n2, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Which weight a tile of the launch belongs to, its rows, their first column of output, and the tile among theirs."""
-    which = 0
-    rows = n0
-    column = 0
-    if WEIGHTS > 1:
-        tiles = tl.cdiv(n0, BLOCK_N)
-        if tile >= tiles:
-            which = 1
-            rows = n1
-            column = n0
-            tile -= tiles
-    if WEIGHTS > 2:
-        tiles = tl.cdiv(n1, BLOCK_N)
-        if (which == 1) & (tile >= tiles):
-            which = 2
-            rows = n2
-            column = n0 + n1
-            tile -= tiles
-    return which, rows, column, tile
-
-
-@triton.jit
-def pick(which, p0_ptr, p1_ptr, p2_ptr, WEIGHTS: tl.constexpr):
-    """The pointer of that weight."""
-    chosen = p0_ptr
-    if WEIGHTS > 1:
-        if which == 1:
-            chosen = p1_ptr
-    if WEIGHTS > 2:
-        if which == 2:
-            chosen = p2_ptr
-    return chosen
+from hf_fastattn.kernels.tiles import find_tile, pick
 
 
 @triton.jit

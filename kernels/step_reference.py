@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
-
-from hf_fastattn.kernels.rope import rms_norm
 
 
 def add_rms_norm(
@@ -42,3 +41,17 @@ def matvec(
 def gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """`silu(x Wg^T) * (x Wu^T)`."""
     return silu_and_mul(*matvec(x, (w_gate, w_up)))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich, 2019), as Transformers rounds it.
+
+    With `n = x * rsqrt(mean(x^2) + eps)`, all of it in fp32 (fp64 for fp64 input), the result is
+    `weight * round(n)`: n is rounded to the dtype of x first, the product is one in that dtype. With `unit_offset`
+    it is `round(n * (1 + weight))`: the weight is widened, the product is one in fp32, rounded to the dtype of x once.
+    """
+    wide = x.float() if x.dtype != torch.float64 else x
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (wide * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+    return weight * wide.to(x.dtype)

@@ -115,7 +115,7 @@ def fused_logits(lm_head: nn.Module, hidden: Tensor) -> Tensor:
     if held is None:
         return lm_head(hidden)
     weight, bias = held
-    from hf_fastattn.kernels.configs import arch_of
+    from hf_fastattn.kernels.launch import arch_of
     from hf_fastattn.kernels.matvec import matvec
     from hf_fastattn.kernels.matvec_configs import beats_cublas
 

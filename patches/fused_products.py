@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fastattn.kernels.activation import silu_and_mul
-from hf_fastattn.kernels.configs import arch_of
-from hf_fastattn.kernels.launch import DTYPES
+from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.matvec_configs import MOST_TOKENS, beats_cublas
 from hf_fastattn.kernels.norm import MAX_HIDDEN, add_rms_norm, rms_norm

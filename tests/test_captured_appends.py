@@ -154,9 +154,7 @@ def test_the_same_bits_before_and_after_a_capture(device: str) -> None:
     logits = []
     with torch.no_grad():
         for _ in range(5):
-            logits.append(
-                model(ids, **{CACHE: hf_fastattn.PagedCache(model.config, groups=model._fastattn.runtime.groups)})
-            )
+            logits.append(model(ids, **{CACHE: hf_fastattn.PagedCache(model.config, groups=model._fastattn.runtime.groups)}))
     assert all(torch.equal(logits[0].logits, other.logits) for other in logits)
     assert not logits[0].logits.isnan().any() and logits[0].logits.shape == (1, 37, VOCAB)
 

@@ -60,9 +60,7 @@ def test_samples_go_on_sharing_their_prompt() -> None:
     assert all(map(torch.equal, ours, theirs))
     model = hf_fastattn.patch(copy.deepcopy(model), page_size=4)
     batch = {name: value[:1] for name, value in padded_batch(1).items()}
-    out = model.generate(
-        **batch, max_new_tokens=9, do_sample=True, num_return_sequences=8, return_dict_in_generate=True
-    )
+    out = model.generate(**batch, max_new_tokens=9, do_sample=True, num_return_sequences=8, return_dict_in_generate=True)
     before = hf_fastattn.report(model).pages_in_use
     mask = torch.cat((batch["attention_mask"].repeat(8, 1), torch.ones(8, 9, dtype=torch.long)), 1)
     mask[:4, -3:] = 0
