@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_fastattn.eval.speed_cases import Case
-from hf_fastattn.page_groups import is_pageable, key_shape, layer_window, template_layers
+from hf_fastattn.model_layout import is_pageable, key_shape, layer_window, template_layers
 
 
 def weight_bytes(model: Any) -> int | None:

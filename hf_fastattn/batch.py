@@ -16,7 +16,21 @@ from hf_fastattn.kernels.plan import AttentionPlan
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.workspace import Workspace
-    from hf_fastattn.shared_rows import SharedPrefixes
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Groups of rows on a device; see `kernels.shared_prefix.paged_decode_shared`.
+
+    Attributes:
+        group_starts: `[groups + 1]` int32.
+        prefix_lens: `[groups]` int32 tokens.
+        max_group_rows: about how many rows the largest group has.
+    """
+
+    group_starts: Tensor
+    prefix_lens: Tensor
+    max_group_rows: int
 
 
 @dataclass

@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fastattn.batch import Batch
 from hf_fastattn.cache_layer import PagedLayer
+from hf_fastattn.cache_state import PATIENCE, in_turn
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.dense import dense_slots, dense_tokens
-from hf_fastattn.dense_cache import DenseCache
-from hf_fastattn.dense_layers import DenseLayers
-from hf_fastattn.forward_batch import forward_batch
+from hf_fastattn.forward_cache import ForwardCache
+from hf_fastattn.model_layout import cache_layout, is_pageable, is_recurrent, layer_window, template_layers
 from hf_fastattn.own_pages import own_pages
-from hf_fastattn.padding import Padding
-from hf_fastattn.page_groups import (
-    Holder,
-    PageGroups,
-    cache_layout,
-    is_pageable,
-    is_recurrent,
-    layer_window,
-    template_layers,
-)
+from hf_fastattn.page_groups import Holder, PageGroups
 from hf_fastattn.page_table import PageTable
-from hf_fastattn.pages import CacheFullError
 from hf_fastattn.recurrent_layer import RecurrentLayer
-from hf_fastattn.seen_mask import SeenMask
 from hf_fastattn.transformers_version import CACHE
-from hf_fastattn.turn import Token
-
-# Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
-PATIENCE = 0.05
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
 
 
-def _in_turn(
-    change: Callable[Concatenate[PagedCache, Params], Result],
-) -> Callable[Concatenate[PagedCache, Params], Result]:
-    """The method runs while no other thread changes the same pages."""
-
-    @functools.wraps(change)
-    def in_turn(self: PagedCache, *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        if self.groups.turn.is_mine():
-            return change(self, *args, **kwargs)
-        return (self.take_turn(), change(self, *args, **kwargs))[1]
-
-    return in_turn
-
-
-class PagedCache(DenseCache):
+class PagedCache(ForwardCache):
     """Keys and values of a batch of rows, in pages of a pool (Kwon et al., 2023, "PagedAttention").
 
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
@@ -133,200 +97,6 @@ class PagedCache(DenseCache):
         """Whether `adopt` would do anything."""
         return self._options is None and not self.lengths and not self._open
 
-    # What belongs together changes in one step, `self.__dict__.update(...)`: an exception, Ctrl-C included, may come between
-    # any two statements. What it leaves half done, `_settle()` takes back before anything else is done with the cache.
-    lengths: list[int]
-    _columns: int
-    # Of the first columns; all that came after them hold tokens.
-    _stored: Tensor | None
-    seen_mask: SeenMask
-    _batch: Batch | None
-    _snapshots: list[tuple[RecurrentLayer, dict[str, Any]]]
-    padding: Padding | None
-    _new_stored: Tensor | None
-    _query_length: int
-    _dense: bool
-    _open: bool
-    _created_rows: bool
-    # Tables may hold more than `lengths` tells.
-    _loose: bool
-    # What layers read and write instead of the forward under way.
-    _reading: Batch | None
-    _reserved_ahead: bool
-    # Columns that dense layers are known to hold tokens in.
-    _known_stored: Tensor | None
-    # Columns at which recording of the past began anew: those before are there as far as a window reached then.
-    _past_from: int
-    # Layers that the forward under way has written to.
-    _wrote: set[int]
-    # What somebody sets on a layer while a forward is under way holds from its end on.
-    _replaced: dict[tuple[int, str], Tensor | None]
-    # Dense layers that keys are being moved into.
-    _moving: DenseLayers | None
-
-    def _empty_state(self) -> dict[str, Any]:
-        return {
-            "lengths": [], "_columns": 0, "_stored": None, "seen_mask": SeenMask(), "_query_length": 0, "_dense": False,
-            "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
-            **self._closed(),
-        }  # fmt: skip
-
-    @staticmethod
-    def _closed() -> dict[str, Any]:
-        """The state without a forward under way."""
-        return {
-            "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
-            "_replaced": {}, "_created_rows": False, "_loose": False, "_reading": None,
-        }  # fmt: skip
-
-    def take_turn(self) -> Token | None:
-        """Nobody else changes the cache's pages while the token exists, which no variable should hold; see `Turn`.
-
-        If another thread goes on changing pages of the same groups, the cache gets pages of its own.
-        """
-        return self.groups.turn.take(PATIENCE) or self._move_out()
-
-    def _move_out(self) -> Token | None:
-        if self.groups.turn.is_mine():
-            return None
-        groups, tables = own_pages(self.groups, self.tables)
-        self._live_in(groups, tables)
-        return self.groups.turn.take(PATIENCE)
-
-    def _live_in(self, groups: PageGroups, tables: dict[int | None, PageTable]) -> None:
-        """Hold what `tables` of `groups` hold, and nothing of the groups so far."""
-        before_groups, before, holder = self.groups, self._holder, groups.enlist(self, tables)
-        before.tables = self.tables
-        self.__dict__.update(groups=groups, tables=tables, _holder=holder, _reserved_ahead=False)
-        before_groups.discharge(before)
-
-    def _settle(self) -> None:
-        """Take back what an exception has left half done."""
-        self.groups.settle()
-        if self._moving is not None:
-            self.hold_dense()
-        if self._open or self._loose or self._snapshots:
-            self.rollback()
-
-    # ---- one forward ------------------------------------------------------------------------------------------
-
-    @_in_turn
-    def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
-        """Reserve pages for a forward; `commit()` or `rollback()` must follow.
-
-        Args:
-            batch_size: rows of the forward (B).
-            query_length: columns of the forward, padding included (S).
-            new: `[B, S]` bool, the columns that hold a token; all of them by default.
-            dense: the layers will call `update()` instead of reading pages.
-
-        Raises:
-            ValueError: the cache holds another number of rows.
-            CacheFullError: the pages do not fit into the memory limit; the cache is as before.
-        """
-        self._settle()
-        lengths = self.lengths or [0] * batch_size
-        if len(lengths) != batch_size:
-            raise ValueError(
-                f"{CACHE} holds {len(lengths)} rows, but the batch has {batch_size}; "
-                "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
-            )
-        counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
-        targets = [have + count for have, count in zip(lengths, counts, strict=True)]
-        try:
-            self.__dict__.update(
-                _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
-                _new_stored=new, _query_length=query_length, _snapshots=[], _reading=None,
-            )  # fmt: skip
-            self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
-            if self._created_rows:
-                for table in self.tables.values():
-                    table.add_rows(batch_size)
-            self._reserve_pages(targets)
-            self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
-            return self._batch
-        except CacheFullError as full:
-            self.rollback()
-            raise CacheFullError(self.groups.describe_full(targets)) from full
-        except BaseException:
-            self.rollback()
-            raise
-
-    def _reserve_pages(self, targets: list[int]) -> None:
-        for window, table in self.tables.items():
-            group, room = self.groups.group(window), max([self.room, *targets])
-            table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
-
-    @_in_turn
-    def reserve_ahead(self) -> None:
-        """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
-        for window, table in self.tables.items():
-            group = self.groups.group(window)
-            if not self._reserved_ahead:
-                group.pool.ensure(table.pages_to_come(self.lengths, self.room))
-            if group.storage.capacity < group.pool.capacity:
-                group.grow_storage()
-        self._reserved_ahead = True
-
-    @contextmanager
-    def reading(self, batch: Batch) -> Iterator[None]:
-        """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
-        before, self._reading = self._reading, batch
-        try:
-            yield
-        finally:
-            self._reading = before
-
-    @_in_turn
-    def commit(self, release: bool = True, **more: Any) -> None:
-        """The forward is done: its tokens belong to the cache, and pages behind a window are released.
-
-        Args:
-            release: pages behind a window.
-            more: attributes that change at the same time.
-        """
-        batch, columns, stored = self._batch, self._columns + self._query_length, self._stored
-        assert batch is not None
-        if self._new_stored is not None:
-            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
-        replaced = self._replaced
-        self.__dict__.update({**self._closed(), "lengths": batch.seq_lens, "_columns": columns, "_stored": stored})
-        for (index, name), states in replaced.items():
-            self.replace(index, name, states)
-        if release:
-            self.release_behind()
-
-    @_in_turn
-    def rollback(self) -> None:
-        """The forward failed: the cache is as before it."""
-        self.groups.settle()
-        for layer, held in self._snapshots:
-            layer.restore(held)
-        # The tables stay loose until they fit.
-        lengths = [] if self._created_rows else self.lengths
-        self.__dict__.update({**self._closed(), "lengths": lengths, "_loose": True})
-        self._fit_tables()
-        for window in self.tables:
-            # Pages that there was no memory for would be asked for again.
-            group = self.groups.group(window)
-            group.pool.shrink(group.storage.capacity)
-
-    def _fit_tables(self, keep_states: bool = False) -> None:
-        """Tables and, unless they are to be kept, linear-attention layers hold what `lengths` tells."""
-        for table in self.tables.values():
-            if self.lengths:
-                table.trim(self.lengths)
-            else:
-                table.clear()
-        for layer in self.layers:
-            if not (self.lengths or keep_states or self.dense is not None or isinstance(layer, PagedLayer)):
-                layer.reset()
-        self._loose = False
-
-    @property
-    def _recurrent(self) -> list[RecurrentLayer]:
-        return [self.layers[place] for place in self._recurrent_places]
-
     def check_owner(self, config: Any) -> None:
         """Raise a `ValueError` if the cache was made for a model that stores other keys than that of `config`."""
         if config is self._config:
@@ -340,102 +110,7 @@ class PagedCache(DenseCache):
         # The next forward compares identities only.
         self._config = config
 
-    @property
-    def paged_batch(self) -> Batch | None:
-        """The batch of the forward under way, if its layers are to read pages."""
-        if self._reading is not None:
-            return self._reading
-        return self._batch if self._open and not self._dense else None
-
-    def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
-        window = self.layers[layer_idx].window
-        group = self.groups.group(window)
-        self._wrote.add(layer_idx)
-
-        def is_alone() -> bool:
-            held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
-            return self._columns == 0 and held == group.pool.in_use
-
-        return group.storage.layer(layer_idx, states, group.pool.capacity, is_alone)
-
-    # ---- a loop that writes to pages by itself ----------------------------------------------------------------
-
-    @_in_turn
-    def reserve_more(self, tokens: int) -> None:
-        """Give every row, but those let go, pages for `tokens` more.
-
-        Raises:
-            CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
-        """
-        targets = [length + tokens if length else 0 for length in self.lengths]
-        try:
-            self._reserve_pages(targets)
-        except CacheFullError as full:
-            raise CacheFullError(self.groups.describe_full(targets)) from full
-
-    def grow_by(self, tokens: int) -> None:
-        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
-        lengths = [length + tokens if length else 0 for length in self.lengths]
-        self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
-
-    @_in_turn
-    def let_go(self, rows: Sequence[int]) -> None:
-        """Release the pages of rows that nobody will read or write any more."""
-        gone = set(rows)
-        self.lengths = [0 if row in gone else length for row, length in enumerate(self.lengths)]
-        for table in self.tables.values():
-            table.let_go(rows)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
-        self._take_rows(rows)
-
-    @_in_turn
-    def _take_rows(self, rows: Sequence[int]) -> None:
-        """Row b becomes a fork of row `rows[b]`, in tables, layers and all else at the same time."""
-        self.groups.settle()
-        # Until old tables are cleared their pages count twice; an exception before has them counted anew.
-        for table in self.tables.values():
-            table.pool.unsettled = True
-        stored = self._stored
-        new = {window: table.selected(rows, self.counters) for window, table in self.tables.items()}
-        changes: dict[str, Any] = {"lengths": [self.lengths[row] for row in rows], "_snapshots": []}
-        changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
-        if stored is not None:
-            changes["_stored"] = stored[list(rows)]
-            if not torch.equal(stored, changes["_stored"]):
-                changes["seen_mask"] = SeenMask()
-        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(torch.tensor(rows, device="cpu"))
-        self.exchange_tables(new, changes)
-
-    def exchange_tables(self, tables: dict[int | None, PageTable], changes: dict[str, Any]) -> None:
-        """Hold what `tables` hold instead, in one step with other `changes`; their pools are unsettled until then."""
-        before = self.tables
-        self.__dict__.update({**changes, "tables": tables})
-        self._holder.tables = tables
-        for table in before.values():
-            table.clear()
-        for table in tables.values():
-            table.pool.unsettled = False
-
-    @_in_turn
-    def trim(self) -> None:
-        """Release the pages beyond the rows' tokens."""
-        for table in self.tables.values():
-            table.trim(self.lengths)
-
-    def release_behind(self, margin: int = 0) -> None:
-        """Release pages that no query can see through its window, from `margin` tokens before the newest on."""
-        if not self.record_past:
-            self._release_behind(margin)
-
-    # ---- what Transformers calls ------------------------------------------------------------------------------
-
-    @_in_turn
+    @in_turn
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -474,55 +149,6 @@ class PagedCache(DenseCache):
             return empty, empty
         return self.read_columns(layer, first, columns, self.stored)
 
-    def read_columns(self, layer: PagedLayer, first: int, last: int, stored: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored."""
-        held = self.groups.group(layer.window).storage.pages(layer.index)
-        assert held is not None
-        stored = None if stored is None else stored[:, :last]
-        slots, missing = dense_slots(self.tables[layer.window], stored, first, last, held[0].device)
-        return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
-
-    def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
-        """Of what the layer has in pages, what Transformers would hold, dense; None before its first write."""
-        held, columns = self.groups.group(layer.window).storage.pages(layer.index), self._columns
-        if held is None or not self.lengths:
-            return None
-        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        if layer.window is not None and self.record_past:
-            first = max(self._past_from - layer.window + 1, 0)
-        return self.read_columns(layer, first, columns, self.stored)
-
-    def drop_pages(self) -> None:
-        """Release all pages, whatever they hold; linear-attention layers keep their states."""
-        self.hand_over(None)
-
-    def hand_over(self, dense: DenseLayers | None) -> None:
-        """Hold no page any more: what the cache holds is in `dense`, or nowhere."""
-        held = {"dense": dense, "_known_stored": self.stored, "_loose": True}
-        self.__dict__.update({**self._empty_state(), **held})
-        self._fit_tables(keep_states=True)
-
-    @_in_turn
-    def hold_dense(self) -> None:
-        """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
-        super().hold_dense()
-
-    @_in_turn
-    def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
-        """Bring what dense layers hold into pages; see `DenseCache`."""
-        return super().into_pages(mask, dtype)
-
-    def owns_all_pages(self, window: int | None) -> bool:
-        """Whether no other cache holds a page of this window."""
-        held = {page for pages in self.tables[window].rows for page in pages if page >= 0}
-        return len(held) == self.groups.group(window).pool.in_use
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in the cache, padding included."""
-        if self.dense is not None:
-            return int(self.dense.or_first(layer_idx).get_seq_length())
-        return self._columns
-
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """`(kv length, kv offset)` of what `update()` will return for the layer."""
         if self.dense is not None:
@@ -532,7 +158,7 @@ class PagedCache(DenseCache):
         offset = 0 if window is None else max(self._columns - window + 1, 0)
         return self._columns - offset + query_length, offset
 
-    @_in_turn
+    @in_turn
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
 
@@ -607,7 +233,7 @@ class PagedCache(DenseCache):
         """Keep the rows `indices` (numbers or a bool mask)."""
         self.select_rows(torch.arange(self.batch_size, device="cpu")[indices.cpu()].tolist())
 
-    @_in_turn
+    @in_turn
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
         self._settle()
@@ -627,17 +253,12 @@ class PagedCache(DenseCache):
             if not isinstance(layer, PagedLayer):
                 layer.reorder_cache(torch.tensor(rows, device="cpu"))
 
-    @_in_turn
+    @in_turn
     def reset(self) -> None:
         """Release all pages; the cache is as new."""
         self.groups.settle()
         self.__dict__.update({**self._empty_state(), "_loose": True})
         self._fit_tables()
-
-    @property
-    def batch_size(self) -> int:
-        """Rows; -1 before the first forward."""
-        return len(self.lengths) or -1 if self.dense is None else self.dense.batch_size
 
     @property
     def max_cache_len(self) -> int:
@@ -670,20 +291,3 @@ class PagedCache(DenseCache):
             hidden=dict(self.hidden), layers=layers, _loose=True,
         )  # fmt: skip
         return other
-
-    # ---- masks ------------------------------------------------------------------------------------------------
-
-    @property
-    def stored(self) -> Tensor | None:
-        """`[B, columns]` bool on the host: columns whose token is stored; None if all are."""
-        return None if self._stored is None else self._stored_until(self._columns)
-
-    def _stored_until(self, columns: int) -> Tensor:
-        held = torch.ones(len(self.lengths), 0, dtype=torch.bool, device="cpu") if self._stored is None else self._stored
-        # All columns since then hold tokens.
-        missing = max(columns - held.shape[1], 0)
-        return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
-
-    def _release_behind(self, margin: int = 0) -> None:
-        for table in self.tables.values():
-            table.release_behind([max(length - margin, 0) for length in self.lengths])

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-if TYPE_CHECKING:
-    from hf_fastattn.cache import PagedCache
+
+class Owner(Protocol):
+    """What a layer asks of the cache that it belongs to."""
+
+    record_past: bool
+
+    def states_of(self, layer: Any) -> tuple[Tensor | None, Tensor | None]: ...
+    def replace(self, index: int, name: str, states: Tensor | None) -> None: ...
+    def place_of(self, layer: Any) -> tuple[torch.device | None, torch.dtype | None]: ...
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]: ...
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]: ...
+    def get_seq_length(self, layer_idx: int = 0) -> int: ...
+    def stock_layer(self, index: int) -> Any: ...
+    def copy_of(self, index: int) -> Any: ...
 
 
 class PagedLayer(CacheLayerMixin):
@@ -29,7 +43,7 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: PagedCache, index: int, window: int | None) -> None:
+    def __init__(self, cache: Owner, index: int, window: int | None) -> None:
         # No strong reference: a cycle would keep the pages until the garbage collector runs.
         self._cache = weakref.ref(cache)
         self.index = index
@@ -40,7 +54,7 @@ class PagedLayer(CacheLayerMixin):
             self._sliding_window_tensor = torch.tensor(window, dtype=torch.long)
 
     @property
-    def cache(self) -> PagedCache:
+    def cache(self) -> Owner:
         """The cache this layer belongs to."""
         cache = self._cache()
         if cache is None:

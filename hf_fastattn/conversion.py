@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hf_fastattn.cache_state import CacheState
 from hf_fastattn.dense import is_run
 from hf_fastattn.dense_layers import DenseLayers, fill_layer, window_of
-from hf_fastattn.page_groups import is_recurrent, template_layers
+from hf_fastattn.hidden_columns import Hidden
+from hf_fastattn.model_layout import is_recurrent, template_layers
 from hf_fastattn.pages import CacheFullError
 from hf_fastattn.transformers_version import CACHE
-
-if TYPE_CHECKING:
-    from hf_fastattn.cache import PagedCache
 
 
 def why_not_lent(cache: Any, config: Any) -> str | None:
@@ -44,54 +42,7 @@ def shown_columns(mask: Any, rows: int, columns: int) -> Tensor | None:
     return None if bool(shown.all()) else shown
 
 
-@dataclass(frozen=True)
-class Hidden:
-    """Tokens of one layer that a mask hides, which pages leave out and the owner of the cache still has a right to.
-
-    Attributes:
-        where: `[B, columns]` bool on the host, the hidden ones among the first columns.
-        keys: `[n, G, D]`, row after row; `values` likewise.
-    """
-
-    where: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @staticmethod
-    def of(where: Tensor, first: int, keys: Tensor, values: Tensor) -> Hidden:
-        """The tokens `where` of `[B, G, held, D]` keys and values whose first column is `first`."""
-        held = where[:, first:].to(keys.device)
-        where = where.clone()
-        where[:, :first] = False
-        return Hidden(where, *(states.transpose(1, 2)[:, : held.shape[1]][held] for states in (keys, values)))
-
-    def crop(self, columns: int) -> Hidden:
-        """Without what lies behind the first `columns` of the cache."""
-        return self._only(self.where & (torch.arange(self.where.shape[1], device="cpu") < columns), columns)
-
-    def _only(self, where: Tensor, columns: int) -> Hidden:
-        kept = where[self.where].to(self.keys.device)
-        return Hidden(where[:, :columns], self.keys[kept], self.values[kept])
-
-    def select(self, rows: list[int]) -> Hidden:
-        """Row b becomes what row `rows[b]` was."""
-        counts = self.where.sum(1).tolist()
-        parts = [(states.split(counts), states[:0]) for states in (self.keys, self.values)]
-        keys, values = (torch.cat([none, *(by_row[row] for row in rows)]) for by_row, none in parts)
-        return Hidden(self.where[rows], keys, values)
-
-    def put_back(self, first: int, keys: Tensor, values: Tensor) -> None:
-        """Write the hidden tokens into `[B, G, held, D]` keys and values whose first column is `first`."""
-        last = min(first + keys.shape[2], self.where.shape[1])
-        inside = torch.zeros_like(self.where)
-        inside[:, first:last] = self.where[:, first:last]
-        held = self._only(inside, self.where.shape[1])
-        place = inside[:, first:last].to(keys.device)
-        for target, source in ((keys, held.keys), (values, held.values)):
-            target.transpose(1, 2)[:, : place.shape[1]][place] = source
-
-
-def read_layers(cache: PagedCache, layers: DenseLayers) -> None:
+def read_layers(cache: CacheState, layers: DenseLayers) -> None:
     """Fill `layers` from the pages of `cache`, which gives up what memory it can as it goes."""
     for index, layer in layers.layers.items():
         view = cache.layers[index]
@@ -106,7 +57,7 @@ def read_layers(cache: PagedCache, layers: DenseLayers) -> None:
             cache.groups.group(view.window).storage.forget(index)
 
 
-def write_pages(cache: PagedCache, layers: DenseLayers, stored: Tensor | None) -> None:
+def write_pages(cache: CacheState, layers: DenseLayers, stored: Tensor | None) -> None:
     """Move what `layers` hold into pages of `cache`, which is empty; the layers are left without tensors.
 
     Args:
@@ -146,7 +97,7 @@ def write_pages(cache: PagedCache, layers: DenseLayers, stored: Tensor | None) -
         raise
 
 
-def _reserve(cache: PagedCache, counts: list[int], kept: dict[int | None, list[int]]) -> None:
+def _reserve(cache: CacheState, counts: list[int], kept: dict[int | None, list[int]]) -> None:
     size = cache.groups.page_size
     for window, table in cache.tables.items():
         behind = [(count - held) // size for count, held in zip(counts, kept[window], strict=True)]
@@ -162,7 +113,7 @@ def _tokens_in(counts: list[int], stored: Tensor | None, first: int) -> list[int
     return [count - first for count in counts] if stored is None else stored[:, first:].sum(1).tolist()
 
 
-def _slots(cache: PagedCache, window: int | None, counts: list[int], held: list[int]) -> Tensor:
+def _slots(cache: CacheState, window: int | None, counts: list[int], held: list[int]) -> Tensor:
     """`[T]` slots of the last `held[b]` of the `counts[b]` tokens of each row."""
     size = cache.groups.page_size
     within = torch.arange(size, device="cpu")
@@ -175,7 +126,7 @@ def _slots(cache: PagedCache, window: int | None, counts: list[int], held: list[
     )
 
 
-def _write_layer(cache: PagedCache, index: int, layer: Any, shown: Tensor | None, slots: Tensor) -> None:
+def _write_layer(cache: CacheState, index: int, layer: Any, shown: Tensor | None, slots: Tensor) -> None:
     # Pages are looked up by the shape [.., heads, head dim].
     pairs = zip(cache.pages_for(index, layer.keys.transpose(1, 2)), (layer.keys, layer.values), strict=True)
     with torch.no_grad():
@@ -191,7 +142,7 @@ def _write_layer(cache: PagedCache, index: int, layer: Any, shown: Tensor | None
                 pages.flatten(0, 1).index_copy_(0, slots, tokens)
 
 
-def _keep_hidden(cache: PagedCache, index: int, layer: Any, shown: Tensor, columns: int) -> None:
+def _keep_hidden(cache: CacheState, index: int, layer: Any, shown: Tensor, columns: int) -> None:
     first = columns - shown.shape[1]
     where = torch.nn.functional.pad(~shown, (first, 0))
     if bool(where.any()):

@@ -7,30 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from hf_fastattn.module_checks import KNOWN, has_foreign_hooks, has_global_hooks, submodules, why_not_module
 from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
 
 SCALARS = frozenset((bool, int, float, str))
-# Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
-KNOWN = ("torch.nn.", "transformers.", "peft.")
 PLAIN = (nn.Parameter, Tensor)
-CAPTURE_HOOK = "output_capturing_hook"
-
-
-def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
-    """All modules below the decoder; one that is there twice comes twice."""
-    stack = [decoder]
-    while stack:
-        for module in stack.pop()._modules.values():
-            if module is not None:
-                stack.append(module)
-                yield module
-
-
-def is_our_forward(function: Any) -> bool:
-    """Whether it is the forward of a patched class, bound to a module; see `patches.module_state`."""
-    return getattr(getattr(function, "__func__", None), "is_patched_forward", False)
 
 
 class DecoderState(NamedTuple):
@@ -51,7 +33,7 @@ def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
     It is made before the first kernel of every call, so it has to be quick.
     """
     parts: list[Any] = [device, _options(decoder), *_tensors(vars(decoder))]
-    hooked = _has_global_hooks()
+    hooked = has_global_hooks()
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
         # By their names it shows what was set on the instance: a forward, accelerate's hook.
@@ -60,7 +42,7 @@ def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            hooked = hooked or _has_foreign_hooks(state)
+            hooked = hooked or has_foreign_hooks(state)
         if not kind.__module__.startswith(KNOWN[:2]):
             parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
     return DecoderState(tuple(parts), hooked)
@@ -75,7 +57,7 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     checkpointing = getattr(decoder, "gradient_checkpointing", False) and decoder.training
     if checkpointing and not CHECKPOINTING_NEEDS_GRADIENTS:
         return "gradient checkpointing is on"
-    if _has_global_hooks():
+    if has_global_hooks():
         return "hooks on all modules are registered"
     held = list(_held(vars(decoder)))
     for module in submodules(decoder):
@@ -91,38 +73,6 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
         if tensor.device != device:
             return f"the model is on {tensor.device} and {device}"
     return None
-
-
-def why_not_module(module: nn.Module) -> str | None:
-    """Why this module, apart from those in it, may do more than launch kernels; None if it doesn't."""
-    state, kind = vars(module), type(module)
-    if not kind.__module__.startswith(KNOWN):
-        return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
-    if "_hf_hook" in state or _has_foreign_hooks(state):
-        return f"a {kind.__name__} has hooks"
-    if "forward" in state and not is_our_forward(state["forward"]):
-        return f"the forward of a {kind.__name__} was replaced"
-    if state.get("_compiled_call_impl") is not None:
-        return f"a {kind.__name__} is compiled"
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        return "dropout is active"
-    types = state.get("rope_type")
-    if types is None:
-        return None
-    for rope_type in types.values() if isinstance(types, dict) else (types,):
-        if "dynamic" in rope_type or "longrope" in rope_type:
-            return f"the frequencies of {rope_type!r} RoPE depend on the length"
-    return None
-
-
-def _has_global_hooks() -> bool:
-    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
-
-
-def _has_foreign_hooks(state: dict[str, Any]) -> bool:
-    # Transformers leaves its own hooks on a model that was ever asked for hidden states; they do nothing unless it is.
-    hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-    return any(getattr(hook, "__name__", "") != CAPTURE_HOOK for hook in hooks)
 
 
 def _options(decoder: Any) -> tuple[Any, ...]:

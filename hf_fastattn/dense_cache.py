@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache_layer import PagedLayer
+from hf_fastattn.cache_state import CacheState, in_turn
 from hf_fastattn.config import FastAttnConfig
-from hf_fastattn.conversion import Hidden, read_layers, shown_columns, why_not_lent, write_pages
+from hf_fastattn.conversion import read_layers, shown_columns, why_not_lent, write_pages
 from hf_fastattn.dense_layers import DenseLayers, fill_layer
-from hf_fastattn.page_groups import PageGroups, template_layers
-from hf_fastattn.page_table import PageTable
+from hf_fastattn.model_layout import template_layers
 
 Made = TypeVar("Made", bound="DenseCache")
 
 
-class DenseCache(Cache):
-    """The part of a `PagedCache` that is a `DynamicCache` to others; see there.
-
-    Attributes:
-        dense: Transformers' layers, if they and not pages hold the keys and values.
-        lent: a user's layers, which get their keys back after a call.
-        hidden: by layer, tokens that a mask hides and pages leave out.
-    """
-
-    dense: DenseLayers | None
-    lent: DenseLayers | None
-    hidden: dict[int, Hidden]
-    record_past: bool
-    lengths: list[int]
-    tables: dict[int | None, PageTable]
-    groups: PageGroups
-    room: int
-    stored: Any
-    read_columns: Callable[..., tuple[Tensor, Tensor]]
-    dense_layer: Callable[[PagedLayer], tuple[Tensor, Tensor] | None]
-    drop_pages: Callable[[], None]
-    hand_over: Callable[[DenseLayers | None], None]
-    _moving: DenseLayers | None
-    _config: Any
-    _options: FastAttnConfig | None
-    _paged: list[PagedLayer]
-    _columns: int
-    _query_length: int
-    _past_from: int
-    _open: bool
-    _wrote: set[int]
-    _replaced: dict[tuple[int, str], Tensor | None]
-    _stored: Tensor | None
-    _new_stored: Tensor | None
-    _known_stored: Tensor | None
-    _stored_until: Callable[[int], Tensor]
-
-    @property
-    def paged_layers(self) -> list[PagedLayer]:
-        """The layers with keys and values."""
-        return self._paged
+class DenseCache(CacheState):
+    """The part of a `PagedCache` that is a `DynamicCache` to others; see there."""
 
     def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of a layer, wherever they are."""
@@ -91,6 +52,7 @@ class DenseCache(Cache):
             return
         setattr(self.stock_layer(index), name, states)
 
+    @in_turn
     def hold_dense(self) -> None:
         """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
         if self.dense is not None:
@@ -113,6 +75,7 @@ class DenseCache(Cache):
         keys = held[0] if held is not None else None if self.dense is None else self.dense[layer.index].keys
         return (None, None) if keys is None else (keys.device, keys.dtype)
 
+    @in_turn
     def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
         """Bring what dense layers hold into pages; returns why they stay, or None.
 
@@ -136,14 +99,6 @@ class DenseCache(Cache):
                 raise
         self.__dict__.update(dense=None, _known_stored=None)
         return None
-
-    def note_pages(self, lengths: list[int], columns: int, stored: Tensor | None, least_held: int) -> None:
-        """Pages hold `lengths[b]` tokens of `columns` columns, and behind every window those from `least_held` on."""
-        windows = [window for window in self.tables if window is not None]
-        self.__dict__.update(
-            lengths=lengths, _columns=columns, _stored=stored, _past_from=least_held + min(windows, default=1) - 1,
-            dense=None, _known_stored=None,
-        )  # fmt: skip
 
     def _stock_layers(self) -> DenseLayers:
         templates = template_layers(self._config)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.arrivals import DEPTH, News
 from hf_fastattn.cache import PagedCache
+from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.advance import advance
 from hf_fastattn.kernels.loop_tensors import LoopTensors
 from hf_fastattn.loop_graphs import LoopGraphs
@@ -21,7 +22,6 @@ from hf_fastattn.loop_plan import LoopPlan
 from hf_fastattn.loop_rows import LoopRows
 from hf_fastattn.loop_state import LoopState, bucket_of
 from hf_fastattn.pages import CacheFullError
-from hf_fastattn.runtime import Runtime
 from hf_fastattn.shared_rows import SharedRows
 from hf_fastattn.step_kind import StepKind
 from hf_fastattn.token_choice import choose
@@ -37,7 +37,8 @@ class FastLoop:
 
     Args:
         model: patched.
-        runtime: of the model.
+        graphs: of the model, with its static tensors.
+        counters: of the call.
         plan: what the call asks for.
         cache: holds the prompt; grows with every step.
         input_ids: `[B, S]` the prompt.
@@ -53,7 +54,8 @@ class FastLoop:
     def __init__(
         self,
         model: Any,
-        runtime: Runtime,
+        graphs: LoopGraphs,
+        counters: CallCounters,
         plan: LoopPlan,
         cache: PagedCache,
         input_ids: Tensor,
@@ -66,7 +68,7 @@ class FastLoop:
         streamer: Any = None,
         limits: Sequence[int] | None = None,
     ) -> None:
-        self._model, self._runtime, self._plan, self._cache = model, runtime, plan, cache
+        self._model, self._counters, self._plan, self._cache = model, counters, plan, cache
         self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
         rows = input_ids.shape[0]
         self._limits = list(limits) if limits is not None else [plan.max_new] * rows
@@ -79,7 +81,7 @@ class FastLoop:
         # Tokens that steps which have arrived added to each row of the cache.
         self._appended = 0
         self._reserved = 0
-        self._graphs: LoopGraphs = runtime.loop_graphs
+        self._graphs = graphs
         device, page_size = input_ids.device, cache.groups.page_size
         columns = -(-(max(cache.lengths) + self._most) // page_size)
         self._state: LoopState = self._graphs.make_room(device, self._used, columns, cache, vocabulary)
@@ -90,7 +92,7 @@ class FastLoop:
         if plan.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, plan.ignored)
         # In batch-invariant mode how a row is added up may not depend on the others.
-        self._shared = SharedRows() if cache.groups.batch_invariant else SharedRows.of(cache)
+        self._shared = SharedRows() if cache.groups.batch_invariant else _shared_rows(cache)
         self._kind = self._kind_of(self._used, self._shared)
         self._write_groups()
 
@@ -110,7 +112,7 @@ class FastLoop:
             self._reserve()
             news = self._finish_step(self._kind_of(len(self._places)), logits)
             self._launched = 1
-            self._runtime.counters.fast_loops += 1
+            self._counters.fast_loops += 1
             self._arrivals.send(news, self._places)
             while not self._rows.done:
                 if self._launched < self._most and len(self._arrivals) <= DEPTH:
@@ -138,7 +140,7 @@ class FastLoop:
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
         kind = self._kind
-        news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._runtime.counters)
+        news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._counters)
         self._launched += 1
         self._arrivals.send(news, self._places)
         self._release_behind()
@@ -241,7 +243,14 @@ class FastLoop:
         """The cache is as it is after the steps that were read, whatever else is under way."""
         self._arrivals.clear()
         self._cache.trim()
-        taken, counters = self._rows.steps, self._runtime.counters
+        taken, counters = self._rows.steps, self._counters
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)
         counters.forwards += max(taken - 1, 0)
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
+
+
+def _shared_rows(cache: PagedCache) -> SharedRows:
+    """Which rows of the prompt share pages of the layers that see all keys."""
+    table = cache.tables.get(None)
+    keys = None if table is None else cache.groups.group(None).storage.any_pages()
+    return SharedRows.of(table, keys, cache.lengths)

@@ -57,8 +57,9 @@ def fast_sample(
     runtime.looping = True
     try:
         loop = FastLoop(
-            model, runtime, plan, cache, input_ids, positions, vocabulary=logits.shape[-1], private=private,
-            forward=fused_forward, logits_of=fused_logits, streamer=streamer, limits=runtime.row_limits,
+            model, runtime.loop_graphs, runtime.counters, plan, cache, input_ids, positions,
+            vocabulary=logits.shape[-1], private=private, forward=fused_forward, logits_of=fused_logits,
+            streamer=streamer, limits=runtime.row_limits,
         )  # fmt: skip
         tokens = loop.run(logits)
     finally:

@@ -6,20 +6,16 @@ Pages before a row's first hidden token stay where they are, shared or not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from hf_fastattn.conversion import Hidden
+from hf_fastattn.dense_cache import DenseCache
+from hf_fastattn.hidden_columns import Hidden
 from hf_fastattn.page_table import PageTable
 from hf_fastattn.seen_mask import SeenMask
 
-if TYPE_CHECKING:
-    from hf_fastattn.cache import PagedCache
 
-
-def can_hide(cache: PagedCache, rows: int) -> bool:
+def can_hide(cache: DenseCache, rows: int) -> bool:
     """Whether tokens can be taken out for a batch of so many rows, which may not be the cache's.
 
     A window would count them, and drafts are taken back column by column.
@@ -27,7 +23,7 @@ def can_hide(cache: PagedCache, rows: int) -> bool:
     return rows == cache.batch_size and cache.dense is None and not cache.record_past and set(cache.tables) == {None}
 
 
-def hide_tokens(cache: PagedCache, visible: Tensor) -> None:
+def hide_tokens(cache: DenseCache, visible: Tensor) -> None:
     """Store only the tokens that `visible` shows.
 
     Args:
@@ -58,7 +54,7 @@ def hide_tokens(cache: PagedCache, visible: Tensor) -> None:
     cache.exchange_tables({None: rewritten}, {"lengths": lengths, "_stored": keep, "hidden": aside, "seen_mask": SeenMask()})
 
 
-def show_again(cache: PagedCache, mask: Tensor | None) -> None:
+def show_again(cache: DenseCache, mask: Tensor | None) -> None:
     """Put tokens that were kept aside back, for pages to be made anew, if `mask [B, columns]` shows one of them."""
     aside = next(iter(cache.hidden.values()), None)
     if aside is None or cache.dense is not None or cache.lent is not None:
@@ -74,7 +70,7 @@ def show_again(cache: PagedCache, mask: Tensor | None) -> None:
     cache.__dict__.update(_known_stored=known, hidden={})
 
 
-def _tails(cache: PagedCache, stored: Tensor, keep: Tensor) -> tuple[list[int], Tensor, list[int]]:
+def _tails(cache: DenseCache, stored: Tensor, keep: Tensor) -> tuple[list[int], Tensor, list[int]]:
     """Of each row where its first page with a hidden token begins; slots and number of the tokens kept from there."""
     size, rows = cache.groups.page_size, cache.tables[None].rows
     starts, sources, counts = [], [], []
@@ -105,7 +101,7 @@ def _move(pair: tuple[Tensor, Tensor], sources: Tensor, targets: Tensor) -> None
             tokens.index_copy_(0, targets.to(pages.device), tokens.index_select(0, sources.to(pages.device)))
 
 
-def _kept_aside(cache: PagedCache, gone: Tensor) -> dict[int, Hidden]:
+def _kept_aside(cache: DenseCache, gone: Tensor) -> dict[int, Hidden]:
     """The keys and values of the columns `gone [B, columns]`, and of those that were kept aside before."""
     before = next(iter(cache.hidden.values()), None)
     where = gone.clone()

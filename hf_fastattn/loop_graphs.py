@@ -16,9 +16,10 @@ from hf_fastattn.arrivals import Arrivals
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.decoder_state import DecoderState, decoder_state, why_not_capturable, why_not_module
+from hf_fastattn.decoder_state import DecoderState, decoder_state, why_not_capturable
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.workspace import Workspace
+from hf_fastattn.module_checks import why_not_module
 from hf_fastattn.page_groups import PageGroups
 from hf_fastattn.step_kind import StepKind
 

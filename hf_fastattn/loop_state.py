@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fastattn.batch import Batch
+from hf_fastattn.batch import Batch, SharedPrefixes
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling_params import PARAMS
 from hf_fastattn.kernels.workspace import Workspace
 from hf_fastattn.loop_plan import LoopPlan
-from hf_fastattn.shared_rows import SharedPrefixes, SharedRows
+from hf_fastattn.shared_rows import SharedRows
 from hf_fastattn.staging import Staging
 from hf_fastattn.step_kind import StepKind
 

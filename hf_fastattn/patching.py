@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation import FastGenerationMixin, fast_class
-from hf_fastattn.page_groups import is_pageable, is_recurrent, template_layers
+from hf_fastattn.model_layout import is_pageable, is_recurrent, template_layers
 from hf_fastattn.patches.attention import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family

@@ -23,25 +23,12 @@ from hf_fastattn.media import (
     repeats_whole,
     select_encoded,
 )
+from hf_fastattn.runtime import Expansion
 from hf_fastattn.transformers_version import CACHE
 
 # Inputs that belong to the rows of a prompt; any other one keeps the rows apart.
 _ROW_INPUTS = ("attention_mask", "position_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
 _SHARED_INPUTS = (CACHE, "use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """How `generate()` repeated a batch for samples or beams.
-
-    Attributes:
-        copies: of each row, one after the other.
-        inputs: by name, as repeated and as they were before, for inputs such as images that are more or fewer than
-            rows, and so can't be taken apart again.
-    """
-
-    copies: int
-    inputs: dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from hf_fastattn.conversion import why_not_lent
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.lent_cache import LentCache
 from hf_fastattn.loop_graphs import LoopGraphs
-from hf_fastattn.page_groups import PageGroups, is_recurrent, keys_dtype, template_layers
-from hf_fastattn.prompt_rows import Expansion
+from hf_fastattn.model_layout import is_recurrent, keys_dtype, template_layers
+from hf_fastattn.page_groups import PageGroups
 from hf_fastattn.step_graphs import StepGraphs
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.turn import Spans, Token, Turn
@@ -29,6 +29,20 @@ logger = logging.getLogger("hf_fastattn")
 # Seconds that a call waits for one in another thread before Transformers' own path serves it.
 PATIENCE = 0.05
 BUSY = "the model is busy in another thread"
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How `generate()` repeated a batch for samples or beams.
+
+    Attributes:
+        copies: of each row, one after the other.
+        inputs: by name, as repeated and as they were before, for inputs such as images that are more or fewer than
+            rows, and so can't be taken apart again.
+    """
+
+    copies: int
+    inputs: dict[str, tuple[Any, Any]]
 
 
 @dataclass(eq=False)

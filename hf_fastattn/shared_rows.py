@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_fastattn.cache import PagedCache
 from hf_fastattn.kernels.launch import power_of_2
+from hf_fastattn.page_table import PageTable
 
 # Bytes of keys and values of one layer that rows have to save. Where nothing is shared the kernel for prefixes takes 8 us
 # longer than the plain one on an H200, which reads so much in 14 us, and in less from its second-level cache.
@@ -17,21 +17,6 @@ WORTH_BYTES = 64 << 20
 MOST_SHARERS = 64
 # It looks for a row's group among that many, at least.
 MIN_GROUPS = 16
-
-
-@dataclass(frozen=True)
-class SharedPrefixes:
-    """Groups of rows on a device; see `kernels.shared_prefix.paged_decode_shared`.
-
-    Attributes:
-        group_starts: `[groups + 1]` int32.
-        prefix_lens: `[groups]` int32 tokens.
-        max_group_rows: about how many rows the largest group has.
-    """
-
-    group_starts: Tensor
-    prefix_lens: Tensor
-    max_group_rows: int
 
 
 @dataclass(frozen=True)
@@ -47,14 +32,18 @@ class SharedRows:
     token_bytes: int = 0
 
     @staticmethod
-    def of(cache: PagedCache) -> SharedRows:
-        """The groups of a cache none of whose rows was let go; none if no layer sees all keys."""
-        table = cache.tables.get(None)
-        keys = None if table is None else cache.groups.group(None).storage.any_pages()
+    def of(table: PageTable | None, keys: Tensor | None, lengths: Sequence[int]) -> SharedRows:
+        """The groups of a cache none of whose rows was released; none if no layer sees all keys.
+
+        Args:
+            table: the rows' page table of the layers without a window.
+            keys: key pages `[N, P, G, D]` of one such layer.
+            lengths: tokens of each row.
+        """
         if table is None or keys is None:
             return SharedRows()
-        size = cache.groups.page_size
-        groups = tuple((first, past, columns * size) for first, past, columns in table.prefixes(cache.lengths))
+        size = table.page_size
+        groups = tuple((first, past, columns * size) for first, past, columns in table.prefixes(lengths))
         return SharedRows(groups, 2 * keys[0, 0].nbytes)
 
     def keep(self, kept: Sequence[int]) -> SharedRows:

@@ -11,8 +11,8 @@ from transformers.utils import ModelOutput
 
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.hidden_tokens import can_hide, hide_tokens, show_again
+from hf_fastattn.model_layout import keys_dtype
 from hf_fastattn.padding import Padding
-from hf_fastattn.page_groups import keys_dtype
 from hf_fastattn.page_storage import NarrowerKeysError
 from hf_fastattn.patches.chunks import pieces, run_pieces
 from hf_fastattn.patches.fused import drops_cache, fused_forward

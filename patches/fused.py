@@ -11,8 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
-from hf_fastattn.page_groups import key_shape
-from hf_fastattn.patches.fused_plain import has_global_hooks, is_plain_layer, layers_of, linear_parameters
+from hf_fastattn.model_layout import key_shape
+from hf_fastattn.module_checks import has_global_hooks
+from hf_fastattn.patches.fused_plain import is_plain_layer, layers_of, linear_parameters
 from hf_fastattn.patches.module_state import ModuleState, call_original
 from hf_fastattn.patches.plain_copies import STATE
 from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS

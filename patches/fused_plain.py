@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.activations import SiLUActivation
 
-from hf_fastattn.decoder_state import CAPTURE_HOOK
+from hf_fastattn.module_checks import CAPTURE_HOOK
 
 LIBRARIES = ("transformers.", "torch.nn.")
 
@@ -90,11 +89,6 @@ def is_silu(module: nn.Module) -> bool:
 def layers_of(decoder: Any) -> Iterator[Any]:
     """The decoder's layers, as many as its configuration says. A slice of them would be a new module."""
     return islice(decoder.layers, decoder.config.num_hidden_layers)
-
-
-def has_global_hooks() -> bool:
-    """Whether hooks are registered on all modules."""
-    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
 def norm_eps(norm: Any) -> float:

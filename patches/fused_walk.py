@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache import PagedCache
-from hf_fastattn.decoder_state import is_our_forward
+from hf_fastattn.module_checks import is_our_forward
 from hf_fastattn.patches.attention import attend_projected
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused_plain import has_no_foreign_hooks, is_plain, layers_of

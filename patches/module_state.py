@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from hf_fastattn.decoder_state import is_our_forward
+from hf_fastattn.module_checks import is_our_forward
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.plain_copies import STATE, PlainCopies, plain_class
 from hf_fastattn.patches.scope import PatchScope

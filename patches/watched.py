@@ -12,8 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_fastattn.decoder_state import CAPTURE_HOOK, is_our_forward, submodules
-from hf_fastattn.patches.fused_plain import has_global_hooks
+from hf_fastattn.module_checks import CAPTURE_HOOK, has_global_hooks, is_our_forward, submodules
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from hf_fastattn.batch import Batch
+from hf_fastattn.batch import Batch, SharedPrefixes
 from hf_fastattn.cache import PagedCache
 from hf_fastattn.captured_step import CapturedStep
 from hf_fastattn.kernels import advance_reference, reference, rope, sampling_reference
@@ -19,7 +19,6 @@ from hf_fastattn.kernels.plan import AttentionPlan
 from hf_fastattn.kernels.sampling_params import SamplingParams
 from hf_fastattn.loop_graphs import LoopGraphs
 from hf_fastattn.loop_state import LoopState
-from hf_fastattn.shared_rows import SharedPrefixes
 from hf_fastattn.static_inputs import StaticInputs
 from hf_fastattn.step_graphs import Entry, StepGraphs
 from hf_fastattn.step_kind import StepKind

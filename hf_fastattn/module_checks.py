@@ -1,0 +1,62 @@
+"""Which modules and hooks are known to launch kernels and do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+# Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
+KNOWN = ("torch.nn.", "transformers.", "peft.")
+
+
+CAPTURE_HOOK = "output_capturing_hook"
+
+
+def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
+    """All modules below the decoder; one that is there twice comes twice."""
+    stack = [decoder]
+    while stack:
+        for module in stack.pop()._modules.values():
+            if module is not None:
+                stack.append(module)
+                yield module
+
+
+def is_our_forward(function: Any) -> bool:
+    """Whether it is the forward of a patched class, bound to a module; see `patches.module_state`."""
+    return getattr(getattr(function, "__func__", None), "is_patched_forward", False)
+
+
+def why_not_module(module: nn.Module) -> str | None:
+    """Why this module, apart from those in it, may do more than launch kernels; None if it doesn't."""
+    state, kind = vars(module), type(module)
+    if not kind.__module__.startswith(KNOWN):
+        return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
+    if "_hf_hook" in state or has_foreign_hooks(state):
+        return f"a {kind.__name__} has hooks"
+    if "forward" in state and not is_our_forward(state["forward"]):
+        return f"the forward of a {kind.__name__} was replaced"
+    if state.get("_compiled_call_impl") is not None:
+        return f"a {kind.__name__} is compiled"
+    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+        return "dropout is active"
+    types = state.get("rope_type")
+    if types is None:
+        return None
+    for rope_type in types.values() if isinstance(types, dict) else (types,):
+        if "dynamic" in rope_type or "longrope" in rope_type:
+            return f"the frequencies of {rope_type!r} RoPE depend on the length"
+    return None
+
+
+def has_global_hooks() -> bool:
+    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+
+
+def has_foreign_hooks(state: dict[str, Any]) -> bool:
+    # Transformers leaves its own hooks on a model that was ever asked for hidden states; they do nothing unless it is.
+    hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
+    return any(getattr(hook, "__name__", "") != CAPTURE_HOOK for hook in hooks)

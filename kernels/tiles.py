@@ -1,0 +1,42 @@
+"""Tiles of a launch for up to three weights: which weight a tile belongs to, and that weight's pointer."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_tile(tile, n0, n1, n2, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Which weight a tile of the launch belongs to, its rows, their first column of output, and the tile among theirs."""
+    which = 0
+    rows = n0
+    column = 0
+    if WEIGHTS > 1:
+        tiles = tl.cdiv(n0, BLOCK_N)
+        if tile >= tiles:
+            which = 1
+            rows = n1
+            column = n0
+            tile -= tiles
+    if WEIGHTS > 2:
+        tiles = tl.cdiv(n1, BLOCK_N)
+        if (which == 1) & (tile >= tiles):
+            which = 2
+            rows = n2
+            column = n0 + n1
+            tile -= tiles
+    return which, rows, column, tile
+
+
+@triton.jit
+def pick(which, p0_ptr, p1_ptr, p2_ptr, WEIGHTS: tl.constexpr):
+    """The pointer of that weight."""
+    chosen = p0_ptr
+    if WEIGHTS > 1:
+        if which == 1:
+            chosen = p1_ptr
+    if WEIGHTS > 2:
+        if which == 2:
+            chosen = p2_ptr
+    return chosen
