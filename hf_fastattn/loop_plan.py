@@ -26,14 +26,6 @@ PROCESSORS = (
     processors.MinPLogitsWarper,
 )
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
-# Models whose `forward` is the decoder and `lm_head`, and nothing else.
-MODELS = tuple(
-    f"{family}ForCausalLM"
-    for family in (
-        "Apertus", "Arcee", "Cwm", "Exaone4", "Jais2", "Llama", "Ministral", "Ministral3", "Mistral", "Olmo2", "Olmo3",
-        "Qwen2", "Qwen3", "SeedOss", "SmolLM3", "Starcoder2",
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def loop_plan(
     """
     config = generation_config
     name = model._fastattn_base.__name__
-    if name not in MODELS or not model._fastattn_base.__module__.startswith("transformers."):
+    if name != model._fastattn.family.causal_lm or not model._fastattn_base.__module__.startswith("transformers."):
         return f"a {name} may do more than its decoder and lm_head"
     for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
         if getattr(model._fastattn_base, method) is not getattr(GenerationMixin, method):

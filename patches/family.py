@@ -34,24 +34,6 @@ def like_llama(prefix: str) -> LayerNames:
     return LayerNames(f"{prefix}DecoderLayer", f"{prefix}RMSNorm", f"{prefix}MLP")
 
 
-# By model type, as Transformers 5.17 to 5.24 have them. The layers of other types differ or were not compared.
-LAYERS: dict[str, LayerNames] = {
-    "arcee": LayerNames("ArceeDecoderLayer", "ArceeRMSNorm", ""),
-    "cwm": like_llama("Cwm"),
-    "exaone": like_llama("Llama"),
-    "jais2": LayerNames("Jais2DecoderLayer", "", ""),
-    "llama": like_llama("Llama"),
-    "ministral": like_llama("Ministral"),
-    "ministral3": like_llama("Ministral3"),
-    "mistral": like_llama("Mistral"),
-    "qwen2": like_llama("Qwen2"),
-    "qwen3": like_llama("Qwen3"),
-    "seed_oss": like_llama("SeedOss"),
-    "smollm3": like_llama("SmolLM3"),
-    "starcoder2": LayerNames("Starcoder2DecoderLayer", "", ""),
-}
-
-
 @dataclass(frozen=True)
 class Family:
     """The modules of a model type that are replaced, and how its attention differs from Llama's.
@@ -63,6 +45,10 @@ class Family:
         model_type: `model_type` of the text decoder's configuration.
         decoder: class name of the base decoder.
         attention: class name of its attention modules, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+        layers: class names in its decoder layers, if they are known to be Llama's but for the attention; else they are
+            called, not fused.
+        causal_lm: class whose `forward` is the decoder and `lm_head` and nothing else, if there is one: the device's loop
+            runs these.
         qk_norm: class name of the RMSNorm on each head of q and k (`q_norm`, `k_norm`) before RoPE, if there is one.
         unit_offset: that norm multiplies by `1 + weight`.
         projection_norm: `q_norm` and `k_norm` are over all heads at once; they are called.
@@ -75,6 +61,8 @@ class Family:
     model_type: str
     decoder: str
     attention: str
+    layers: LayerNames | None = None
+    causal_lm: str | None = None
     qk_norm: str | None = None
     unit_offset: bool = False
     projection_norm: bool = False
@@ -82,8 +70,3 @@ class Family:
     output_gate: bool = False
     query_scale: Callable[[Any, Tensor], Tensor] | None = None
     linear_attention: bool = False
-
-    @property
-    def layer(self) -> LayerNames | None:
-        """Its decoder layer, if that is known to be Llama's but for the attention."""
-        return LAYERS.get(self.model_type)

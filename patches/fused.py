@@ -40,10 +40,10 @@ def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
     from hf_fastattn.patches.fused_walk import walk
 
     state: ModuleState = vars(decoder)[STATE]
-    assert state.family.layer is not None
+    assert state.family.layers is not None
     hidden = walk(
         decoder,
-        state.family.layer,
+        state.family.layers,
         cache,
         arguments.get("input_ids"),
         arguments.get("inputs_embeds"),
@@ -64,7 +64,7 @@ def fused_reason(decoder: Any) -> str | None:
         ValueError: the backend that was asked for cannot run where the model is.
     """
     state: ModuleState = vars(decoder)[STATE]
-    names = state.family.layer
+    names = state.family.layers
     if names is None:
         return f"the layers of {state.family.model_type} are not known to be Llama's"
     options = state.runtime.config
