@@ -52,17 +52,17 @@ format: $(READY)
 	@$(PYTHON) -m ruff format .
 
 smoke523: $(READY) $(TRANSFORMERS523)/.installed
-	@PYTHONPATH=$(TRANSFORMERS523) $(PYTHON) tests/run.py tests/test_family_smoke.py
+	@PYTHONPATH=$(TRANSFORMERS523) $(PYTHON) tests/run.py tests/patches/test_family_smoke.py
 
 smoke517: $(READY517)
-	@$(PYTHON517) tests/run.py tests/test_family_smoke.py tests/triton_tools tests/kernels
+	@$(PYTHON517) tests/run.py tests/patches/test_family_smoke.py tests/tools tests/kernels
 
 newest:
 	@rm -rf $(VENVNEWEST) && $(BASE_PYTHON) -m venv $(VENVNEWEST)
 	@$(VENVNEWEST)/bin/python $(INSTALL) torch transformers triton accelerate peft safetensors packaging setuptools pytest hypothesis
 	@$(VENVNEWEST)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@$(VENVNEWEST)/bin/python tests/newest.py
-	@$(VENVNEWEST)/bin/python tests/run.py tests/test_family_smoke.py
+	@$(VENVNEWEST)/bin/python tests/run.py tests/patches/test_family_smoke.py
 
 existing:
 	@$(PYTHON) -c "import torch, transformers" || \

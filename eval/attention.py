@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_fastattn.eval.append_speed import TOKENS, append_table, measure_append
 from hf_fastattn.eval.arguments import parser
-from hf_fastattn.eval.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape, agrees, make_inputs, shapes
-from hf_fastattn.eval.attention_plot import draw_attention
-from hf_fastattn.eval.ceilings import Ceilings, measure_ceilings
-from hf_fastattn.eval.environment import command, default_device, environment
-from hf_fastattn.eval.flashinfer_peer import flashinfer_launches
-from hf_fastattn.eval.graph_timer import Launch, Timer, interleaved, median_ratio
-from hf_fastattn.eval.report import environment_lines, write
+from hf_fastattn.eval.kernel_speed.append_speed import TOKENS, append_table, measure_append
+from hf_fastattn.eval.kernel_speed.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape, agrees, make_inputs, shapes
+from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
+from hf_fastattn.eval.kernel_speed.ceilings import Ceilings, measure_ceilings
+from hf_fastattn.eval.kernel_speed.flashinfer_peer import flashinfer_launches
+from hf_fastattn.eval.kernel_speed.graph_timer import Launch, Timer, interleaved, median_ratio
+from hf_fastattn.eval.reporting.environment import command, default_device, environment
+from hf_fastattn.eval.reporting.report import environment_lines, write
 
 SCALE = DIM**-0.5
 LAYOUT_SHAPES = ("1 x 8k", "16 x 8k", "64 x 1k", "16 on 8k, B 16", "4 x 4k")
@@ -39,8 +39,8 @@ def our_launch(inputs: Inputs) -> Launch:
     """Paged attention of set i: Triton on a GPU, the reference elsewhere."""
     sets = list(zip(inputs.q, inputs.k_pages, inputs.v_pages, strict=True))
     if inputs.page_table.device.type != "cuda":
-        from hf_fastattn.kernels import reference
-        from hf_fastattn.kernels.plan import AttentionPlan
+        from hf_fastattn.kernels.attention import reference
+        from hf_fastattn.kernels.attention.read_plan import AttentionPlan
 
         plan = AttentionPlan(
             [[page for page in row if page >= 0] for row in inputs.page_table.tolist()],
@@ -49,9 +49,9 @@ def our_launch(inputs: Inputs) -> Launch:
             inputs.k_pages[0].shape[1],
         )
         return lambda i: reference.paged_attention(*sets[i % len(sets)], plan, scale=SCALE)
+    from hf_fastattn.kernels.attention.paged import paged_attention
+    from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.kernels.backends import choose_backend
-    from hf_fastattn.kernels.paged import paged_attention
-    from hf_fastattn.kernels.workspace import Workspace
 
     workspace, longest = Workspace(inputs.page_table.device), max(inputs.shape.news)
     begins = None if longest == 1 else inputs.cu_seqlens_q

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 import hf_fastattn
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.checkpoint.recall import heldout_documents
-from hf_fastattn.eval.environment import default_device
 from hf_fastattn.eval.models import named
+from hf_fastattn.eval.reporting.environment import default_device
 
 SLOW_SECONDS = 10.0
 

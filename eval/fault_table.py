@@ -14,12 +14,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hf_fastattn.eval import models, options, parity, perplexity, report
+from hf_fastattn.eval import models, parity, perplexity
+from hf_fastattn.eval.accuracy import options
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import WINDOWS_16, WINDOWS_32
-from hf_fastattn.eval.environment import command, default_device, environment
-from hf_fastattn.eval.plots import draw_faults
-from hf_fastattn.eval.progress import bar
+from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.environment import command, default_device, environment
+from hf_fastattn.eval.reporting.plots import draw_faults
+from hf_fastattn.eval.reporting.progress import bar
 
 EVALUATIONS = ("perplexity", "parity")
 # More than the largest page that the default variants have.

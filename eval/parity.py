@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 
 import hf_fastattn
-from hf_fastattn.eval import models, options, parity_summary, report
+from hf_fastattn.eval import models
+from hf_fastattn.eval.accuracy import options, parity_summary
+from hf_fastattn.eval.accuracy.faults import planted
+from hf_fastattn.eval.accuracy.feed import CallLog, in_pieces, whole
+from hf_fastattn.eval.accuracy.layer_tap import LayerTap
+from hf_fastattn.eval.accuracy.options import Setup
+from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
+from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
+from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
-from hf_fastattn.eval.faults import planted
-from hf_fastattn.eval.feed import CallLog, in_pieces, whole
-from hf_fastattn.eval.layer_tap import LayerTap
-from hf_fastattn.eval.options import Setup
-from hf_fastattn.eval.parity_errors import first_beyond, layer_errors, logit_errors
-from hf_fastattn.eval.parity_greedy import greedy_path, path_errors
-from hf_fastattn.eval.plots import draw_parity
-from hf_fastattn.eval.progress import bar
-from hf_fastattn.eval.windows import WindowBatch
+from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.plots import draw_parity
+from hf_fastattn.eval.reporting.progress import bar
 
 ONE, STOCK = "stock, one forward", "stock"
 

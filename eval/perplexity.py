@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 import hf_fastattn
-from hf_fastattn.eval import models, options, perplexity_summary, report
+from hf_fastattn.eval import models
+from hf_fastattn.eval.accuracy import options, perplexity_summary
+from hf_fastattn.eval.accuracy.faults import planted
+from hf_fastattn.eval.accuracy.feed import CallLog, Piece, in_pieces, whole
+from hf_fastattn.eval.accuracy.options import Setup
+from hf_fastattn.eval.accuracy.variants import Variant
+from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
-from hf_fastattn.eval.faults import planted
-from hf_fastattn.eval.feed import CallLog, Piece, in_pieces, whole
-from hf_fastattn.eval.options import Setup
-from hf_fastattn.eval.plots import draw_perplexity
-from hf_fastattn.eval.progress import bar
-from hf_fastattn.eval.variants import Variant
-from hf_fastattn.eval.windows import WindowBatch
+from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.plots import draw_perplexity
+from hf_fastattn.eval.reporting.progress import bar
 
 EXACT, ONE, STOCK = "exact", "stock, one forward", "stock"
 

@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_fastattn.eval import report, variants
+from hf_fastattn.eval.accuracy import variants
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import SHIPPED
-from hf_fastattn.eval.environment import command, default_device, environment
+from hf_fastattn.eval.generate_speed.bench import Bench, Settings, free_memory
+from hf_fastattn.eval.generate_speed.cases import Case, choose
+from hf_fastattn.eval.generate_speed.plot import draw_speed
+from hf_fastattn.eval.generate_speed.step_profile import profile_step
+from hf_fastattn.eval.generate_speed.table import is_green, markdown
 from hf_fastattn.eval.models import named
+from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.shapes import random_model
-from hf_fastattn.eval.speed_bench import Bench, Settings, free_memory
-from hf_fastattn.eval.speed_cases import Case, choose
-from hf_fastattn.eval.speed_plot import draw_speed
-from hf_fastattn.eval.speed_profile import profile_step
-from hf_fastattn.eval.speed_table import is_green, markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

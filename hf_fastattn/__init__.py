@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from hf_fastattn.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hf_fastattn.cache import PagedCache
+    from hf_fastattn.cache.paged_cache import PagedCache
     from hf_fastattn.config import FastAttnConfig
     from hf_fastattn.interface import register
-    from hf_fastattn.pages import CacheFullError, PagePool
-    from hf_fastattn.patches.scope import PatchScope
+    from hf_fastattn.pages.page_pool import CacheFullError, PagePool
+    from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
 
@@ -36,11 +36,11 @@ __all__ = [
 
 # PyTorch and Transformers take seconds to import, so what needs them is imported when it is first asked for.
 _DEFINED_IN = {
-    "CacheFullError": "hf_fastattn.pages",
+    "CacheFullError": "hf_fastattn.pages.page_pool",
     "FastAttnConfig": "hf_fastattn.config",
-    "PagePool": "hf_fastattn.pages",
-    "PagedCache": "hf_fastattn.cache",
-    "PatchScope": "hf_fastattn.patches.scope",
+    "PagePool": "hf_fastattn.pages.page_pool",
+    "PagedCache": "hf_fastattn.cache.paged_cache",
+    "PatchScope": "hf_fastattn.patches.modules.scope",
     "patch": "hf_fastattn.patching",
     "patched": "hf_fastattn.patching",
     "register": "hf_fastattn.interface",

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from hf_fastattn.causal_layout import CausalLayout, layout_of, with_layout
-from hf_fastattn.dense_attention import dense_attention
+from hf_fastattn.dense.causal_layout import CausalLayout, layout_of, with_layout
+from hf_fastattn.dense.dense_attention import dense_attention
+from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.kernels.backends import choose_backend
-from hf_fastattn.stock_attention import stock_attention
 
 NAME = "fastattn"
 # Inside a row the kernels count elements in 32 bits.

@@ -13,16 +13,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fastattn.config import FastAttnConfig, resolve_config
-from hf_fastattn.generation import FastGenerationMixin, fast_class
-from hf_fastattn.model_layout import is_pageable, is_recurrent, template_layers
-from hf_fastattn.patches.attention import ATTENTION_FORWARDS
-from hf_fastattn.patches.decoder import DECODER_FORWARDS
+from hf_fastattn.generation.hooks import FastGenerationMixin, fast_class
+from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
+from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
+from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
-from hf_fastattn.patches.module_state import release_slots, replace_forward
-from hf_fastattn.patches.plain_copies import STATE
+from hf_fastattn.patches.modules.module_state import release_slots, replace_forward
+from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.scope import PatchScope
+from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
-from hf_fastattn.patches.scope import PatchScope
-from hf_fastattn.patches.unchanged import layer_without_our_attention
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import is_tested, supported_versions
 

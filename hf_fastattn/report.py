@@ -7,9 +7,9 @@ from typing import Any
 
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.generation import FastGenerationMixin
+from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.kernels.backends import choose_backend
-from hf_fastattn.model_layout import key_shape
+from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patching import find_model
 
 

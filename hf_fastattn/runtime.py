@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache
 
-from hf_fastattn.cache import PagedCache
+from hf_fastattn.cache.conversion import why_not_lent
+from hf_fastattn.cache.lent_cache import LentCache
+from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
-from hf_fastattn.conversion import why_not_lent
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.lent_cache import LentCache
-from hf_fastattn.loop_graphs import LoopGraphs
-from hf_fastattn.model_layout import is_recurrent, keys_dtype, template_layers
-from hf_fastattn.page_groups import PageGroups
-from hf_fastattn.step_graphs import StepGraphs
+from hf_fastattn.graphs.forward_graphs import StepGraphs
+from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
+from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.pages.turn import Spans, Token, Turn
 from hf_fastattn.transformers_version import CACHE
-from hf_fastattn.turn import Spans, Token, Turn
 
 logger = logging.getLogger("hf_fastattn")
 

@@ -67,7 +67,7 @@ def _try_hopper(device: torch.device, head_dim: int) -> tuple[bool, str]:
         return True, f"a Hopper GPU, and Triton {version}, which was tested"
     if head_dim not in GLUON_HEAD_DIMS:
         return False, f"head dim {head_dim}, which the Gluon kernel does not take"
-    from hf_fastattn.kernels.hopper_trial import why_not_trusted
+    from hf_fastattn.kernels.attention.hopper_trial import why_not_trusted
 
     trial = f"a trial of the Gluon kernel in a process of its own with Triton {version}, which was not tested before, gave"
     reason = why_not_trusted(version, device)

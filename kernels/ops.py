@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels import reference, rope, softmax_state
+from hf_fastattn.kernels.attention import reference, softmax_state
+from hf_fastattn.kernels.attention import rope_reference as rope
+from hf_fastattn.kernels.attention.read_plan import AttentionPlan
 from hf_fastattn.kernels.backends import choose_backend
-from hf_fastattn.kernels.plan import AttentionPlan
 
 
 def _plan(
@@ -77,7 +78,7 @@ def paged_attention(
     """
     backend = _backend(q)
     if backend != "reference":
-        from hf_fastattn.kernels import paged
+        from hf_fastattn.kernels.attention import paged
 
         longest = int(cu_seqlens_q.diff().max()) if max_query_len is None else max_query_len
         return paged.paged_attention(
@@ -118,7 +119,7 @@ def rope_append(
         `[T, H, D]` rotated queries.
     """
     if _backend(q) != "reference":
-        from hf_fastattn.kernels import append
+        from hf_fastattn.kernels.attention import append
 
         launch = append.rope_append
     else:
@@ -136,7 +137,7 @@ def _(q, k, v, cos, sin, k_pages, v_pages, slot_mapping, q_norm=None, k_norm=Non
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The attention state over the keys of both states; see `softmax_state.merge_states`."""
     if _backend(out_a) != "reference":
-        from hf_fastattn.kernels import merge
+        from hf_fastattn.kernels.attention import merge
 
         return merge.merge_states(out_a, lse_a, out_b, lse_b)
     return softmax_state.merge_states(out_a, lse_a, out_b, lse_b)

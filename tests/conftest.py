@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.page_groups import PageGroups
-from hf_fastattn.page_storage import PageStorage
-from hf_fastattn.pages import PagePool
+from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.page_storage import PageStorage
 
 torch.set_num_threads(1)
 
@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
     config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter, in a pytest run of its own")
     if INTERPRETING:
-        from tests.triton_tools import interpreter
+        from tests.tools import interpreter
 
         interpreter.repair()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import hf_fastattn
-from tests.models import assert_fast, padded_batch, real_tokens, single
+from tests.tools.models import assert_fast, padded_batch, real_tokens, single
 
 
 def sample(model: Any, batch: Any = None, new: int = 12, **kwargs: Any) -> torch.Tensor:

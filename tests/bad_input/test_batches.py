@@ -12,7 +12,7 @@ import torch
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
-from tests.models import CORE, VOCAB, assert_fast, padded_batch, pair, single
+from tests.tools.models import CORE, VOCAB, assert_fast, padded_batch, pair, single
 
 
 def assert_as_stock(batch: dict[str, torch.Tensor], family: str, **options: Any) -> None:

@@ -12,9 +12,9 @@ import torch
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
-from tests.models import assert_fast, padded_batch, pair, single, tiny
+from tests.tools.models import assert_fast, padded_batch, pair, single, tiny
 
-# Bytes of a page of 16 tokens over the 3 layers of the llama of tests/models.py: K and V, 2 heads of 16, fp32.
+# Bytes of a page of 16 tokens over the 3 layers of the llama of tests/tools/models.py: K and V, 2 heads of 16, fp32.
 PAGE_BYTES = 2 * 3 * 16 * 2 * 16 * 4
 
 

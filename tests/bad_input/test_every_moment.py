@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.interrupting import assert_books_agree, interrupted
-from tests.models import VOCAB, assert_fast, tiny
+from tests.tools.models import VOCAB, assert_fast, tiny
 
 # How many moments of a call a test tries; 0 for all.
 MOMENTS = int(os.environ.get("FASTATTN_MOMENTS", "150"))

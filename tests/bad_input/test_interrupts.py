@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
-from tests.models import CORE, VOCAB, assert_fast, padded_batch, pair, single, tiny
+from tests.tools.models import CORE, VOCAB, assert_fast, padded_batch, pair, single, tiny
 
 
 class Boom(Exception):

@@ -15,12 +15,12 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 import hf_fastattn
-from hf_fastattn.page_storage import PageStorage
+from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.runtime import BUSY
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.healthy import assert_healthy, sample
 from tests.bad_input.interrupting import assert_books_agree
-from tests.models import VOCAB, letters, padded_batch, pair, single
+from tests.tools.models import VOCAB, letters, padded_batch, pair, single
 
 
 class Meanwhile(LogitsProcessor):

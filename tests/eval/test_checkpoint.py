@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_fastattn
 from hf_fastattn.eval.checkpoint.recall import recall_prompts
-from hf_fastattn.kernels import reference, rope
+from hf_fastattn.kernels.attention import reference
+from hf_fastattn.kernels.attention import rope_reference as rope
 
 WEIGHTS = Path(hf_fastattn.__file__).parent / "eval" / "checkpoint" / "weights"
 LENGTH = 512

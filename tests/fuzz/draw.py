@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tests.models import FAMILIES, MODELS, OLD, VISION_MODELS, VOCAB
+from tests.tools.models import FAMILIES, MODELS, OLD, VISION_MODELS, VOCAB
 
 Program = dict[str, Any]
 Step = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models import VOCAB, image_batch
+from tests.tools.models import VOCAB, image_batch
 
 
 def prompt_batch(prompt: dict[str, Any], family: str, model: Any) -> dict[str, Tensor]:

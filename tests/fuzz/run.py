@@ -85,7 +85,7 @@ def _graphs(program: dict[str, Any]) -> Any:
     if not program.get("graphs"):
         yield
         return
-    from tests.reexecuted import reexecuted_loop
+    from tests.tools.reexecuted import reexecuted_loop
 
     with reexecuted_loop():
         yield

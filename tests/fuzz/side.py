@@ -23,7 +23,7 @@ import hf_fastattn
 from tests.fuzz import adapters, edits
 from tests.fuzz.prompts import prompt_batch
 from tests.fuzz.users import Collect, Criterion, Processor, Thrown, halve_input, hook, wrapped
-from tests.models import VOCAB, letters, noisy, tiny
+from tests.tools.models import VOCAB, letters, noisy, tiny
 
 PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 # Not by the package, so that an older checkout of it can be tried.

@@ -44,7 +44,7 @@ def test_programs_of_the_day(request: pytest.FixtureRequest) -> None:
 
 def test_a_fault_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that is a little off shows, and what has nothing to do with it goes."""
-    from hf_fastattn.batch import Batch
+    from hf_fastattn.cache.batch import Batch
 
     attend = Batch.attend
     monkeypatch.setattr(Batch, "attend", lambda self, *args, **kwargs: 1.05 * attend(self, *args, **kwargs))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.causal_layout import layout_of
+from hf_fastattn.dense.causal_layout import layout_of
 from hf_fastattn.interface import attention_mask
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_fastattn import interface
 from hf_fastattn.interface import counters
 from tests.interface.tiny import MODELS, NEW, assert_ours, build_pair, tokens
-from tests.models import COMMON, VOCAB, image_batch, padded_batch, tiny
+from tests.tools.models import COMMON, VOCAB, image_batch, padded_batch, tiny
 
 
 def logits_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

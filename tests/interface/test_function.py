@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn import dense_attention
-from hf_fastattn.causal_layout import CausalLayout
+from hf_fastattn.dense import dense_attention
+from hf_fastattn.dense.causal_layout import CausalLayout
 from hf_fastattn.interface import attention_forward, counters
 from tests.interface.dense_cases import OPTIONS, Case, make_case, oracle
 from tests.interface.tiny import assert_ours
@@ -59,8 +59,8 @@ def test_keys_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("queries", [1, 100])
 def test_one_binary_serves_all_lengths(queries: int) -> None:
     pytest.importorskip("triton")
-    from tests.triton_tools.fake_driver import fake_driver
-    from tests.triton_tools.targets import TARGETS
+    from tests.tools.fake_driver import fake_driver
+    from tests.tools.targets import TARGETS
 
     q = torch.zeros(2, 8, queries, 64, dtype=torch.bfloat16)
     with fake_driver(TARGETS["sm_90"]) as fake:

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from hf_fastattn import dense_attention
-from hf_fastattn.causal_layout import CausalLayout, layout_of
+from hf_fastattn.dense import dense_attention
+from hf_fastattn.dense.causal_layout import CausalLayout, layout_of
 from hf_fastattn.interface import counters
 from tests.interface.dense_cases import OPTIONS, make_case, oracle
 from tests.interface.tiny import CALLS, MODELS, NEW, assert_ours, build_pair, tokens
-from tests.models import padded_batch
+from tests.tools.models import padded_batch
 
 
 @pytest.mark.gpu

@@ -13,11 +13,11 @@ from transformers import StaticCache
 
 import hf_fastattn
 from hf_fastattn import interface
-from hf_fastattn.causal_layout import CausalLayout
+from hf_fastattn.dense.causal_layout import CausalLayout
 from hf_fastattn.interface import counters
 from hf_fastattn.transformers_version import CACHE
 from tests.interface.tiny import CALLS, MODELS, NEW, assert_ours, build_pair, tokens
-from tests.models import OLD, noisy, padded_batch, tiny
+from tests.tools.models import OLD, noisy, padded_batch, tiny
 
 
 @pytest.mark.parametrize("call", CALLS)

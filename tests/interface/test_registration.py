@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_fastattn.interface import counters
 from tests.interface.tiny import NEW, assert_ours, build, tokens
-from tests.models import VOCAB, padded_batch
+from tests.tools.models import VOCAB, padded_batch
 
 
 def test_import_registers_nothing_and_transformers_says_so() -> None:

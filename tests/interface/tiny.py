@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from hf_fastattn.interface import counters
-from tests.models import COMMON, WINDOW
+from tests.tools.models import COMMON, WINDOW
 
 # (name of the classes without Config and ForCausalLM, what differs from COMMON, stock's attention)
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -9,26 +9,26 @@ from typing import Any
 
 import torch
 
-from hf_fastattn.kernels.activation import silu_and_mul
-from hf_fastattn.kernels.advance import advance
-from hf_fastattn.kernels.append import rope_append
-from hf_fastattn.kernels.decode import paged_decode
-from hf_fastattn.kernels.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
-from hf_fastattn.kernels.matvec import gate_up_silu, matvec
-from hf_fastattn.kernels.matvec_configs import ProductTile
-from hf_fastattn.kernels.merge import merge_states
-from hf_fastattn.kernels.norm import add_rms_norm
-from hf_fastattn.kernels.prefill import paged_prefill
-from hf_fastattn.kernels.sampling import sample_tokens
-from hf_fastattn.kernels.sampling_greedy import greedy_tokens
-from hf_fastattn.kernels.sampling_params import SamplingParams
-from hf_fastattn.kernels.sampling_penalty import process_logits
-from hf_fastattn.kernels.shared_prefix import paged_decode_shared
-from hf_fastattn.kernels.work_list import work_list
-from hf_fastattn.kernels.workspace import Workspace
-from tests.triton_tools.fake_driver import fake_driver
-from tests.triton_tools.resources import Resources, resources
-from tests.triton_tools.targets import TARGETS
+from hf_fastattn.kernels.attention.append import rope_append
+from hf_fastattn.kernels.attention.decode import paged_decode
+from hf_fastattn.kernels.attention.merge import merge_states
+from hf_fastattn.kernels.attention.prefill import paged_prefill
+from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
+from hf_fastattn.kernels.attention.work_list import work_list
+from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.layer.activation import silu_and_mul
+from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
+from hf_fastattn.kernels.layer.norm import add_rms_norm
+from hf_fastattn.kernels.sampling.advance import advance
+from hf_fastattn.kernels.sampling.draw import sample_tokens
+from hf_fastattn.kernels.sampling.greedy import greedy_tokens
+from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
+from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.kernels.sampling.penalty import process_logits
+from tests.tools.fake_driver import fake_driver
+from tests.tools.resources import Resources, resources
+from tests.tools.targets import TARGETS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -113,7 +113,7 @@ def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
 
 
 def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
-    from hf_fastattn.kernels.hopper_prefill import hopper_prefill
+    from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill
 
     q, (page_table, lengths) = torch.zeros(512, 8 * ratio, dim, dtype=BF16), table(1, 16)
     begins = torch.tensor([0, 512], dtype=torch.int32)

@@ -16,23 +16,21 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
-from hf_fastattn.kernels.split_sums import SplitSums
-from tests.kernels import (
-    test_activation,
-    test_advance,
+from hf_fastattn.kernels.layer.split_sums import SplitSums
+from tests.kernels.attention import (
     test_append,
     test_decode,
     test_hopper,
-    test_matvec,
     test_merge,
-    test_norm,
     test_prefill,
-    test_sampling,
-    test_sampling_penalty,
     test_shared_prefix,
     test_work_list,
 )
 from tests.kernels.cases import make_batch
+from tests.kernels.layer import test_activation, test_matvec, test_norm
+from tests.kernels.sampling import test_advance
+from tests.kernels.sampling import test_draw as test_sampling
+from tests.kernels.sampling import test_penalty as test_sampling_penalty
 from tests.kernels.sweep import Shape
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

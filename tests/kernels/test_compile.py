@@ -13,7 +13,7 @@ import pytest
 from triton.runtime import JITFunction
 
 from tests.kernels.compile_cases import CASES, compile_case
-from tests.triton_tools.resources import Resources
+from tests.tools.resources import Resources
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 WORKERS = 2
@@ -48,8 +48,9 @@ def test_compiles(compiled: Callable[[str, str], list[Resources]], name: str, ta
 
 def jit_functions() -> dict[str, JITFunction]:
     found = {}
-    for path in KERNELS.glob("*.py"):
-        module = importlib.import_module(f"hf_fastattn.kernels.{path.stem}")
+    for path in KERNELS.rglob("*.py"):
+        name = ".".join(path.relative_to(KERNELS).with_suffix("").parts)
+        module = importlib.import_module(f"hf_fastattn.kernels.{name}")
         found.update({name: value for name, value in vars(module).items() if isinstance(value, JITFunction)})
     return found
 

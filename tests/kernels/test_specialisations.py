@@ -7,8 +7,8 @@ import pytest
 from tests.kernels import compile_cases
 from tests.kernels.sweep import MOST_SPECIALISATIONS
 from tests.kernels.test_compile import jit_functions
-from tests.triton_tools.fake_driver import fake_driver
-from tests.triton_tools.targets import TARGETS
+from tests.tools.fake_driver import fake_driver
+from tests.tools.targets import TARGETS
 
 # Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, and of the splits.
 STEP_KERNELS = {"rms_norm_kernel", "silu_and_mul_kernel", "matvec_kernel", "skinny_kernel"}

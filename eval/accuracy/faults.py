@@ -1,0 +1,243 @@
+"""Faults that the evaluations must notice, planted in a patched model for the length of a `with` block.
+
+Each is a mistake that a paged cache invites, in a form chosen to be quiet: nothing crashes and no NaN gives it away.
+They live in hooks on the attention modules of this one model and change what a layer reads, so that they hold for every
+backend and nothing of them is in the product. `scale` and `window` act on every forward, the others where there is a
+past: in appends and decode.
+
+    page      The two newest pages of the longest row are exchanged in the table that attention reads. (To exchange two
+              full pages that a query sees whole changes nothing: attention doesn't care for the order of keys, and
+              they carry their positions. So the last, partial page takes part.) Slots that were never written are
+              zeroed, lest old bits give it away.
+    position  The key of an appended token is stored as if it stood one position further on; its query is right. (Where
+              a family normalises keys, they are turned before the norm, which comes to nearly the same.)
+    mask      In decode a token doesn't see its own key, the newest.
+    scale     Scores are multiplied by 1.03.
+    window    A sliding window is one page too short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.eval.choices import FAULTS
+from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.rope_reference import rotate, signed_sin
+from hf_fastattn.patches.modules.watched import takes_packed_rows
+from hf_fastattn.patching import find_model
+from hf_fastattn.transformers_version import CACHE
+
+SCALE_FACTOR = 1.03
+
+
+@dataclass
+class Planted:
+    """How many times a fault changed what a layer read."""
+
+    times: int = 0
+
+
+@contextmanager
+def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator[Planted]:
+    """Plant `fault` in a patched model, in all layers or in one; None plants nothing.
+
+    Raises:
+        ValueError: the fault is unknown, the model is not patched, has no such layer, or has no window to shorten.
+    """
+    count = Planted()
+    if fault is None:
+        yield count
+        return
+    modules = _attention_modules(model)
+    if fault not in FAULTS:
+        raise ValueError(f"fault {fault!r} is unknown; choose one of {FAULTS}")
+    if layer is not None and not 0 <= layer < len(modules):
+        raise ValueError(f"layer {layer} does not exist; the model has {len(modules)}")
+    chosen = modules if layer is None else [modules[layer]]
+    if fault == "scale":
+        undo = _plant_scale(chosen, count)
+    elif fault == "position":
+        undo = _plant_position(model, chosen, count)
+    else:
+        undo = _plant_in_plan(chosen, _PLAN_FAULTS[fault], count)
+    try:
+        yield count
+    finally:
+        for action in undo:
+            action()
+
+
+def _attention_modules(model: Any) -> list[Any]:
+    target = find_model(model)
+    state = vars(target).get("_fastattn")
+    if state is None:
+        raise ValueError("the model is not patched: faults are planted in the paged path")
+    named = (target.get_submodule(name) for name in state.modules)
+    return [module for module in named if hasattr(module, "k_proj")]
+
+
+def _batch_of(kwargs: dict[str, Any]) -> tuple[PagedCache | None, Batch | None]:
+    cache = kwargs.get(CACHE)
+    return (cache, cache.paged_batch) if isinstance(cache, PagedCache) else (None, None)
+
+
+def _has_past(plan: AttentionPlan) -> bool:
+    return all(have > new for have, new in zip(plan.seq_lens, plan.query_lens, strict=True))
+
+
+# ---- in what is read ----------------------------------------------------------------------------------------------
+
+
+def _newest_pages_exchanged(plan: AttentionPlan) -> AttentionPlan:
+    row = _longest(plan)
+    last = (plan.seq_lens[row] - 1) // plan.page_size
+    if last < 1 or plan.pages[row][last - 1] < 0 or not _has_past(plan):
+        return plan
+    pages = [list(columns) for columns in plan.pages]
+    pages[row][last - 1], pages[row][last] = pages[row][last], pages[row][last - 1]
+    return replace(plan, pages=pages, _indices={})
+
+
+def _longest(plan: AttentionPlan) -> int:
+    return max(range(len(plan.seq_lens)), key=lambda row: plan.seq_lens[row])
+
+
+def _newest_key_hidden(plan: AttentionPlan) -> AttentionPlan:
+    if not (plan.is_decode and _has_past(plan)):
+        return plan
+    window = None if plan.window is None else plan.window - 1
+    return replace(plan, seq_lens=[length - 1 for length in plan.seq_lens], window=window, _indices={})
+
+
+def _window_one_page_short(plan: AttentionPlan) -> AttentionPlan:
+    if plan.window is None:
+        raise ValueError("fault 'window' needs a model with a sliding window; --window N loads a Llama as one")
+    if plan.window <= plan.page_size:
+        raise ValueError(f"a window of {plan.window} has no page of {plan.page_size} tokens to lose")
+    return replace(plan, window=plan.window - plan.page_size, _indices={})
+
+
+_PLAN_FAULTS = {"page": _newest_pages_exchanged, "mask": _newest_key_hidden, "window": _window_one_page_short}
+
+
+def _plant_in_plan(
+    modules: list[Any], change: Callable[[AttentionPlan], AttentionPlan], count: Planted
+) -> list[Callable[[], None]]:
+    """While one of `modules` runs, its batch is one with changed plans, made once a forward."""
+    true_batches: list[Batch] = []
+    made: list[tuple[Batch, Batch]] = []
+
+    @takes_packed_rows
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache, batch = _batch_of(kwargs)
+        if cache is None or batch is None:
+            return
+        if not made or made[0][0] is not batch:
+            plans = {window: change(plan) for window, plan in batch.plans.items()}
+            made[:] = [(batch, _with_plans(batch, plans))]
+        faulty = made[0][1]
+        window = cache.layers[module.layer_idx].window
+        count.times += faulty.plans[window] is not batch.plans[window]
+        if change is _newest_pages_exchanged:
+            _zero_unwritten(cache, module.layer_idx, batch.plans[window])
+        true_batches.append(batch)
+        cache._batch = faulty
+
+    @takes_packed_rows
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache, batch = _batch_of(kwargs)
+        if cache is not None and batch is not None and true_batches:
+            cache._batch = true_batches.pop()
+
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    return [handle.remove for handle in handles]
+
+
+class _FaultyBatch(Batch):
+    """A batch whose plans may have another window than the layer."""
+
+    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, **options: Any) -> Tensor:
+        return super().attend(q, k_pages, v_pages, self.plans[window].window, **options)
+
+
+def _with_plans(batch: Batch, plans: dict[int | None, AttentionPlan]) -> Batch:
+    """A copy of the batch that reads by `plans`, and has made no tensor from them yet."""
+    public = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
+    by_window = {**plans, **{plan.window: plan for plan in plans.values()}}
+    seq_lens = list(next(iter(plans.values())).seq_lens)
+    return _FaultyBatch(**{**public, "plans": by_window, "seq_lens": seq_lens})
+
+
+def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: AttentionPlan) -> None:
+    held = cache.groups.group(plan.window).storage.pages(layer_idx)
+    if held is None:
+        return
+    # The layer would add the pages of this forward only later, with whatever was in memory.
+    pages = cache.pages_for(layer_idx, held[0])
+    row = _longest(plan)
+    last, filled = divmod(plan.seq_lens[row] - 1, plan.page_size)
+    for tensor in pages:
+        tensor[plan.pages[row][last], filled + 1 :] = 0
+
+
+# ---- in keys and scores -------------------------------------------------------------------------------------------
+
+
+def _plant_scale(modules: list[Any], count: Planted) -> list[Callable[[], None]]:
+    @takes_packed_rows
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        count.times += _batch_of(kwargs)[1] is not None
+
+    undo: list[Callable[[], None]] = []
+    for module in modules:
+        right = module.scaling
+        module.scaling = right * SCALE_FACTOR
+        undo.append(lambda module=module, right=right: setattr(module, "scaling", right))  # type: ignore[misc]
+        undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    return undo
+
+
+def _plant_position(model: Any, modules: list[Any], count: Planted) -> list[Callable[[], None]]:
+    """Rotations add up: a key that RoPE will turn by p positions is turned by one more on its way out of `k_proj`."""
+    with torch.no_grad():
+        rotary = next(module for name, module in find_model(model).named_modules() if name.endswith("rotary_emb"))
+        device = find_model(model).device
+        cos, sin = rotary(torch.zeros(1, device=device), torch.ones(1, 1, dtype=torch.long, device=device))
+        # Some RoPE scalings lengthen the vectors too; here only the angle is wanted.
+        length = torch.sqrt(cos.square() + sin.square())
+        cos, sin = (cos / length)[0], signed_sin(sin / length)[0]
+    appending: list[bool] = []
+
+    @takes_packed_rows
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache, batch = _batch_of(kwargs)
+        plan = None if cache is None or batch is None else batch.plans[cache.layers[module.layer_idx].window]
+        appending[:] = [plan is not None and _has_past(plan)]
+        count.times += appending[0]
+
+    def turn(dim: int) -> Callable[[Any, Any, Tensor], Tensor | None]:
+        @takes_packed_rows
+        def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
+            if not (appending and appending[0]):
+                return None
+            keys = output.reshape(-1, output.shape[-1] // dim, dim)
+            return rotate(keys, cos.to(keys), sin.to(keys)).reshape(output.shape)
+
+        return hook
+
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.k_proj.register_forward_hook(turn(module.head_dim)))
+    return [handle.remove for handle in handles]

@@ -1,0 +1,252 @@
+"""`CacheState`: what a paged cache holds, field by field, and how it is read, exchanged and emptied."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.dense_layers import DenseLayers
+from hf_fastattn.cache.dense_tokens import dense_slots, dense_tokens
+from hf_fastattn.cache.hidden_columns import Hidden
+from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.padding import Padding
+from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.cache.recurrent_layer import RecurrentLayer
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.pages.own_pages import own_pages
+from hf_fastattn.pages.page_groups import Holder, PageGroups
+from hf_fastattn.pages.page_table import PageTable
+from hf_fastattn.pages.turn import Token
+
+# Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
+PATIENCE = 0.05
+
+Held = TypeVar("Held", bound="CacheState")
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def in_turn(change: Callable[Concatenate[Held, Params], Result]) -> Callable[Concatenate[Held, Params], Result]:
+    """The method runs while no other thread changes the same pages."""
+
+    @functools.wraps(change)
+    def taken(self: Held, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if self.groups.turn.is_mine():
+            return change(self, *args, **kwargs)
+        return (self.take_turn(), change(self, *args, **kwargs))[1]
+
+    return taken
+
+
+class CacheState(Cache):
+    """The fields of a `PagedCache`, and what needs nothing but them.
+
+    What belongs together changes in one step, `self.__dict__.update(...)`: an exception, Ctrl-C included, may come between
+    any two statements. What it leaves half done, `_settle()` takes back before anything else is done with the cache.
+
+    Attributes:
+        groups: the model's page groups; `tables` are the rows' page tables in them, by window.
+        lengths: tokens stored of each row; empty before the first forward.
+        seen_mask: the mask of the last forward, so that the next one compares only what is new.
+        padding: of the forward under way, for models whose layers keep the padded layout.
+        counters: where pages are counted.
+        room: tokens that a row is expected to reach.
+        record_past: nothing is released behind a window until the next `crop()`.
+        dense: Transformers' layers, if they and not pages hold the keys and values.
+        lent: a user's layers, which get their keys back after a call.
+        hidden: by layer, tokens that a mask hides and pages leave out.
+    """
+
+    groups: PageGroups
+    tables: dict[int | None, PageTable]
+    lengths: list[int]
+    seen_mask: SeenMask
+    padding: Padding | None
+    counters: CallCounters
+    room: int
+    record_past: bool
+    dense: DenseLayers | None
+    lent: DenseLayers | None
+    hidden: dict[int, Hidden]
+    hold_dense: Callable[[], None]
+    _config: Any
+    _layout: tuple[Any, ...]
+    _options: FastAttnConfig | None
+    _paged: list[PagedLayer]
+    _recurrent_places: list[int]
+    _holder: Holder
+    # Columns in the cache, padding included.
+    _columns: int
+    # Of the first columns; all that came after them hold tokens.
+    _stored: Tensor | None
+    _batch: Batch | None
+    _snapshots: list[tuple[RecurrentLayer, dict[str, Any]]]
+    _new_stored: Tensor | None
+    _query_length: int
+    _dense: bool
+    _open: bool
+    _created_rows: bool
+    # Tables may hold more than `lengths` tells.
+    _loose: bool
+    # What layers read and write instead of the forward under way.
+    _reading: Batch | None
+    _reserved_ahead: bool
+    # Columns that dense layers are known to hold tokens in.
+    _known_stored: Tensor | None
+    # Columns at which recording of the past began anew: those before are there as far as a window reached then.
+    _past_from: int
+    # Layers that the forward under way has written to.
+    _wrote: set[int]
+    # What somebody sets on a layer while a forward is under way holds from its end on.
+    _replaced: dict[tuple[int, str], Tensor | None]
+    # Dense layers that keys are being moved into.
+    _moving: DenseLayers | None
+
+    def take_turn(self) -> Token | None:
+        """Nobody else changes the cache's pages while the token exists, which no variable should hold; see `Turn`.
+
+        If another thread goes on changing pages of the same groups, the cache gets pages of its own.
+        """
+        return self.groups.turn.take(PATIENCE) or self._move_out()
+
+    def _move_out(self) -> Token | None:
+        if self.groups.turn.is_mine():
+            return None
+        groups, tables = own_pages(self.groups, self.tables)
+        self._live_in(groups, tables)
+        return self.groups.turn.take(PATIENCE)
+
+    def _live_in(self, groups: PageGroups, tables: dict[int | None, PageTable]) -> None:
+        """Hold what `tables` of `groups` hold, and nothing of the groups so far."""
+        before_groups, before, holder = self.groups, self._holder, groups.enlist(self, tables)
+        before.tables = self.tables
+        self.__dict__.update(groups=groups, tables=tables, _holder=holder, _reserved_ahead=False)
+        before_groups.discharge(before)
+
+    def _empty_state(self) -> dict[str, Any]:
+        return {
+            "lengths": [], "_columns": 0, "_stored": None, "seen_mask": SeenMask(), "_query_length": 0, "_dense": False,
+            "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
+            **self._closed(),
+        }  # fmt: skip
+
+    @staticmethod
+    def _closed() -> dict[str, Any]:
+        """The state without a forward under way."""
+        return {
+            "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
+            "_replaced": {}, "_created_rows": False, "_loose": False, "_reading": None,
+        }  # fmt: skip
+
+    def _fit_tables(self, keep_states: bool = False) -> None:
+        """Tables and, unless they are to be kept, linear-attention layers hold what `lengths` tells."""
+        for table in self.tables.values():
+            if self.lengths:
+                table.trim(self.lengths)
+            else:
+                table.clear()
+        for layer in self.layers:
+            if not (self.lengths or keep_states or self.dense is not None or isinstance(layer, PagedLayer)):
+                layer.reset()
+        self._loose = False
+
+    def hand_over(self, dense: DenseLayers | None) -> None:
+        """Hold no page any more: what the cache holds is in `dense`, or nowhere."""
+        held = {"dense": dense, "_known_stored": self.stored, "_loose": True}
+        self.__dict__.update({**self._empty_state(), **held})
+        self._fit_tables(keep_states=True)
+
+    def drop_pages(self) -> None:
+        """Release all pages, whatever they hold; linear-attention layers keep their states."""
+        self.hand_over(None)
+
+    def exchange_tables(self, tables: dict[int | None, PageTable], changes: dict[str, Any]) -> None:
+        """Hold what `tables` hold instead, in one step with other `changes`; their pools are unsettled until then."""
+        before = self.tables
+        self.__dict__.update({**changes, "tables": tables})
+        self._holder.tables = tables
+        for table in before.values():
+            table.clear()
+        for table in tables.values():
+            table.pool.unsettled = False
+
+    def note_pages(self, lengths: list[int], columns: int, stored: Tensor | None, least_held: int) -> None:
+        """Pages hold `lengths[b]` tokens of `columns` columns, and behind every window those from `least_held` on."""
+        windows = [window for window in self.tables if window is not None]
+        self.__dict__.update(
+            lengths=lengths, _columns=columns, _stored=stored, _past_from=least_held + min(windows, default=1) - 1,
+            dense=None, _known_stored=None,
+        )  # fmt: skip
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers with keys and values."""
+        return self._paged
+
+    @property
+    def _recurrent(self) -> list[RecurrentLayer]:
+        return [self.layers[place] for place in self._recurrent_places]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first forward."""
+        return len(self.lengths) or -1 if self.dense is None else self.dense.batch_size
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in the cache, padding included."""
+        if self.dense is not None:
+            return int(self.dense.or_first(layer_idx).get_seq_length())
+        return self._columns
+
+    @property
+    def stored(self) -> Tensor | None:
+        """`[B, columns]` bool on the host: columns whose token is stored; None if all are."""
+        return None if self._stored is None else self._stored_until(self._columns)
+
+    def _stored_until(self, columns: int) -> Tensor:
+        held = torch.ones(len(self.lengths), 0, dtype=torch.bool, device="cpu") if self._stored is None else self._stored
+        # All columns since then hold tokens.
+        missing = max(columns - held.shape[1], 0)
+        return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
+
+    def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
+        window = self.layers[layer_idx].window
+        group = self.groups.group(window)
+        self._wrote.add(layer_idx)
+
+        def is_alone() -> bool:
+            held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
+            return self._columns == 0 and held == group.pool.in_use
+
+        return group.storage.layer(layer_idx, states, group.pool.capacity, is_alone)
+
+    def owns_all_pages(self, window: int | None) -> bool:
+        """Whether no other cache holds a page of this window."""
+        held = {page for pages in self.tables[window].rows for page in pages if page >= 0}
+        return len(held) == self.groups.group(window).pool.in_use
+
+    def read_columns(self, layer: PagedLayer, first: int, last: int, stored: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored."""
+        held = self.groups.group(layer.window).storage.pages(layer.index)
+        assert held is not None
+        stored = None if stored is None else stored[:, :last]
+        slots, missing = dense_slots(self.tables[layer.window], stored, first, last, held[0].device)
+        return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
+
+    def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
+        """Of what the layer has in pages, what Transformers would hold, dense; None before its first write."""
+        held, columns = self.groups.group(layer.window).storage.pages(layer.index), self._columns
+        if held is None or not self.lengths:
+            return None
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        if layer.window is not None and self.record_past:
+            first = max(self._past_from - layer.window + 1, 0)
+        return self.read_columns(layer, first, columns, self.stored)

@@ -1,0 +1,186 @@
+"""`DenseCache`: what a `PagedCache` holds outside of pages: Transformers' layers, copies, conversions and pickles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from hf_fastattn.cache.cache_state import CacheState, in_turn
+from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_lent, write_pages
+from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer
+from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.pages.model_layout import template_layers
+
+Made = TypeVar("Made", bound="DenseCache")
+
+
+class DenseCache(CacheState):
+    """The part of a `PagedCache` that is a `DynamicCache` to others; see there."""
+
+    def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of a layer, wherever they are."""
+        if self.dense is not None:
+            keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
+        elif self._open and layer.index in self._wrote:
+            keys, values = self._with_new(layer)
+        else:
+            keys, values = self.dense_layer(layer) or (None, None)
+            if keys is not None and values is not None and layer.index in self.hidden:
+                self.hidden[layer.index].put_back(self._columns - keys.shape[2], keys, values)
+        return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
+
+    def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
+        """What Transformers would hold of the layer, which has written its part of the forward under way."""
+        columns, stored = self._columns + self._query_length, self.stored
+        if self._new_stored is not None:
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        elif stored is not None:
+            stored = self._stored_until(columns)
+        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
+        return self.read_columns(layer, first, columns, stored)
+
+    def replace(self, index: int, name: str, states: Tensor | None) -> None:
+        """Put `states` in the place of the `keys` or `values` of a layer."""
+        if self._open:
+            self._replaced[index, name] = states
+            return
+        setattr(self.stock_layer(index), name, states)
+
+    @in_turn
+    def hold_dense(self) -> None:
+        """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
+        if self.dense is not None:
+            return
+        # What an exception interrupts goes on with the same layers: pages that were read may be gone.
+        layers = self._moving = self._moving or self.lent or self._stock_layers()
+        if self.lengths:
+            read_layers(self, layers)
+        self.hand_over(layers)
+
+    def stock_layer(self, index: int) -> Any:
+        """Transformers' own layer in the place of layer `index`."""
+        self.hold_dense()
+        assert self.dense is not None
+        return self.dense[index]
+
+    def place_of(self, layer: PagedLayer) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of a layer's keys; None before its first write."""
+        held = self.groups.group(layer.window).storage.pages(layer.index) if self.dense is None else None
+        keys = held[0] if held is not None else None if self.dense is None else self.dense[layer.index].keys
+        return (None, None) if keys is None else (keys.device, keys.dtype)
+
+    @in_turn
+    def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:
+        """Bring what dense layers hold into pages; returns why they stay, or None.
+
+        Args:
+            mask: of the next forward; columns that it hides are not stored.
+            dtype: of the keys that the model will write.
+        """
+        dense, known = self.dense, self._known_stored
+        if dense is None:
+            return None
+        if not dense.is_empty:
+            reason = dense.why_not_pages(dtype)
+            if reason is not None:
+                return reason
+            columns, rows = dense.columns, dense.batch_size
+            stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
+            try:
+                write_pages(self, dense, stored)
+            except BaseException:
+                self.__dict__.update(dense=dense, _known_stored=known)
+                raise
+        self.__dict__.update(dense=None, _known_stored=None)
+        return None
+
+    def _stock_layers(self) -> DenseLayers:
+        templates = template_layers(self._config)
+        layers = DenseLayers({layer.index: templates[layer.index] for layer in self._paged})
+        if self.record_past:
+            for template in layers.layers.values():
+                if template.is_sliding:
+                    template.record_past = True
+        return layers
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and window of each layer, as a `DynamicCache` gives them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    @classmethod
+    def from_dynamic(
+        cls: type[Made],
+        cache: DynamicCache,
+        config: Any,
+        fastattn_config: FastAttnConfig | None = None,
+        mask: Tensor | None = None,
+    ) -> Made:
+        """A cache that holds what a `DynamicCache` of the same model holds, which is left as it is.
+
+        Args:
+            cache: filled or empty; not offloaded or quantised.
+            config: the model's configuration (`model.config`).
+            fastattn_config: see the class.
+            mask: `[B, columns]`, the columns that hold tokens; by default the mask of the next forward says so.
+
+        Raises:
+            TypeError: the cache is no `DynamicCache`.
+            ValueError: it has layers that the model has not.
+        """
+        reason = why_not_lent(cache, config)
+        if reason is not None:
+            raise (ValueError if isinstance(cache, DynamicCache) else TypeError)(f"{reason}; give the model's DynamicCache")
+        made = cls(config, fastattn_config)  # type: ignore[arg-type]
+        return made.filled(copy.deepcopy(cache.layers), None if mask is None else mask.cpu().bool())
+
+    def filled(self: Made, layers: Sequence[Any], stored: Tensor | None) -> Made:
+        """This empty cache over layers of Transformers, which are its own from now on."""
+        own = self._stock_layers()
+        for index in range(min(len(layers), len(self.layers))):
+            if isinstance(self.layers[index], PagedLayer):
+                own.layers[index] = layers[index]
+            else:
+                vars(self.layers[index]).update(vars(layers[index]))
+        self.record_past = any(getattr(layer, "record_past", False) for layer in layers)
+        if not own.is_empty:
+            self.dense, self._known_stored = own, stored
+        return self
+
+    def to_dynamic(self) -> DynamicCache:
+        """A `DynamicCache` with copies of all keys, values and states, for a model of any kind; padding is zero in it."""
+        made = DynamicCache(config=self._config)
+        for index, template in enumerate(made.layers):
+            made.layers[index] = self.copy_of(index, template)
+        return made
+
+    def copy_of(self, index: int, template: Any = None) -> Any:
+        """A layer of Transformers with copies of what layer `index` holds; `template` is an empty one."""
+        layer, made = self.layers[index], template or template_layers(self._config)[index]
+        if not isinstance(layer, PagedLayer):
+            vars(made).update(copy.deepcopy(vars(layer)))
+        elif self.dense is not None:
+            return copy.deepcopy(self.dense[index])
+        else:
+            states = self.dense_layer(layer)
+            if states is not None:
+                fill_layer(made, *states, self._columns, self.record_past)
+        return made
+
+    def __reduce__(self) -> Any:
+        """Pickles as the layers that Transformers would have, so that loading needs neither the model nor its pages."""
+        stored = self.stored if self.dense is None else self._known_stored
+        return restore_cache, (type(self), self._config, self._options, self.to_dynamic().layers, stored, self.room)
+
+
+def restore_cache(
+    kind: Any, config: Any, options: FastAttnConfig | None, layers: Sequence[Any], stored: Tensor | None, room: int
+) -> Any:
+    """The cache that was pickled with these parts."""
+    return kind(config, options, room=room).filled(layers, stored)

@@ -1,0 +1,209 @@
+"""`ForwardCache`: one forward at a time over the pages of a cache, undone if it fails; and a loop that appends by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.cache_state import in_turn
+from hf_fastattn.cache.dense_cache import DenseCache
+from hf_fastattn.cache.forward_batch import forward_batch
+from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.pages.page_pool import CacheFullError
+from hf_fastattn.transformers_version import CACHE
+
+
+class ForwardCache(DenseCache):
+    """The part of a `PagedCache` that patched models and the device's loop drive; see there.
+
+    A forward is `begin()`, writes and reads of the layers, then `commit()` or `rollback()`. The loop reserves pages ahead,
+    says by how much the rows have grown, and releases those that have finished.
+    """
+
+    def _settle(self) -> None:
+        """Take back what an exception has left half done."""
+        self.groups.settle()
+        if self._moving is not None:
+            self.hold_dense()
+        if self._open or self._loose or self._snapshots:
+            self.rollback()
+
+    @in_turn
+    def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
+        """Reserve pages for a forward; `commit()` or `rollback()` must follow.
+
+        Args:
+            batch_size: rows of the forward (B).
+            query_length: columns of the forward, padding included (S).
+            new: `[B, S]` bool, the columns that hold a token; all of them by default.
+            dense: the layers will call `update()` instead of reading pages.
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+            CacheFullError: the pages do not fit into the memory limit; the cache is as before.
+        """
+        self._settle()
+        lengths = self.lengths or [0] * batch_size
+        if len(lengths) != batch_size:
+            raise ValueError(
+                f"{CACHE} holds {len(lengths)} rows, but the batch has {batch_size}; "
+                "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
+            )
+        counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
+        targets = [have + count for have, count in zip(lengths, counts, strict=True)]
+        try:
+            self.__dict__.update(
+                _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
+                _new_stored=new, _query_length=query_length, _snapshots=[], _reading=None,
+            )  # fmt: skip
+            self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+            if self._created_rows:
+                for table in self.tables.values():
+                    table.add_rows(batch_size)
+            self._reserve_pages(targets)
+            self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
+            return self._batch
+        except CacheFullError as full:
+            self.rollback()
+            raise CacheFullError(self.groups.describe_full(targets)) from full
+        except BaseException:
+            self.rollback()
+            raise
+
+    def _reserve_pages(self, targets: list[int]) -> None:
+        for window, table in self.tables.items():
+            group, room = self.groups.group(window), max([self.room, *targets])
+            table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
+
+    @in_turn
+    def reserve_ahead(self) -> None:
+        """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
+        for window, table in self.tables.items():
+            group = self.groups.group(window)
+            if not self._reserved_ahead:
+                group.pool.ensure(table.pages_to_come(self.lengths, self.room))
+            if group.storage.capacity < group.pool.capacity:
+                group.grow_storage()
+        self._reserved_ahead = True
+
+    @contextmanager
+    def reading(self, batch: Batch) -> Iterator[None]:
+        """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
+        before, self._reading = self._reading, batch
+        try:
+            yield
+        finally:
+            self._reading = before
+
+    @in_turn
+    def commit(self, release: bool = True, **more: Any) -> None:
+        """The forward is done: its tokens belong to the cache, and pages behind a window are released.
+
+        Args:
+            release: pages behind a window.
+            more: attributes that change at the same time.
+        """
+        batch, columns, stored = self._batch, self._columns + self._query_length, self._stored
+        assert batch is not None
+        if self._new_stored is not None:
+            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+        replaced = self._replaced
+        self.__dict__.update({**self._closed(), "lengths": batch.seq_lens, "_columns": columns, "_stored": stored})
+        for (index, name), states in replaced.items():
+            self.replace(index, name, states)
+        if release:
+            self.release_behind()
+
+    @in_turn
+    def rollback(self) -> None:
+        """The forward failed: the cache is as before it."""
+        self.groups.settle()
+        for layer, held in self._snapshots:
+            layer.restore(held)
+        # The tables stay loose until they fit.
+        lengths = [] if self._created_rows else self.lengths
+        self.__dict__.update({**self._closed(), "lengths": lengths, "_loose": True})
+        self._fit_tables()
+        for window in self.tables:
+            # Pages that there was no memory for would be asked for again.
+            group = self.groups.group(window)
+            group.pool.shrink(group.storage.capacity)
+
+    @property
+    def paged_batch(self) -> Batch | None:
+        """The batch of the forward under way, if its layers are to read pages."""
+        if self._reading is not None:
+            return self._reading
+        return self._batch if self._open and not self._dense else None
+
+    @in_turn
+    def reserve_more(self, tokens: int) -> None:
+        """Give every row, but those let go, pages for `tokens` more.
+
+        Raises:
+            CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
+        """
+        targets = [length + tokens if length else 0 for length in self.lengths]
+        try:
+            self._reserve_pages(targets)
+        except CacheFullError as full:
+            raise CacheFullError(self.groups.describe_full(targets)) from full
+
+    def grow_by(self, tokens: int) -> None:
+        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
+        lengths = [length + tokens if length else 0 for length in self.lengths]
+        self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
+
+    @in_turn
+    def let_go(self, rows: Sequence[int]) -> None:
+        """Release the pages of rows that nobody will read or write any more."""
+        gone = set(rows)
+        self.lengths = [0 if row in gone else length for row, length in enumerate(self.lengths)]
+        for table in self.tables.values():
+            table.let_go(rows)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
+        self._take_rows(rows)
+
+    @in_turn
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        """Row b becomes a fork of row `rows[b]`, in tables, layers and all else at the same time."""
+        self.groups.settle()
+        # Until old tables are cleared their pages count twice; an exception before has them counted anew.
+        for table in self.tables.values():
+            table.pool.unsettled = True
+        stored = self._stored
+        new = {window: table.selected(rows, self.counters) for window, table in self.tables.items()}
+        changes: dict[str, Any] = {"lengths": [self.lengths[row] for row in rows], "_snapshots": []}
+        changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
+        if stored is not None:
+            changes["_stored"] = stored[list(rows)]
+            if not torch.equal(stored, changes["_stored"]):
+                changes["seen_mask"] = SeenMask()
+        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(torch.tensor(rows, device="cpu"))
+        self.exchange_tables(new, changes)
+
+    @in_turn
+    def trim(self) -> None:
+        """Release the pages beyond the rows' tokens."""
+        for table in self.tables.values():
+            table.trim(self.lengths)
+
+    def release_behind(self, margin: int = 0) -> None:
+        """Release pages that no query can see through its window, from `margin` tokens before the newest on."""
+        if not self.record_past:
+            self._release_behind(margin)
+
+    def _release_behind(self, margin: int = 0) -> None:
+        for table in self.tables.values():
+            table.release_behind([max(length - margin, 0) for length in self.lengths])

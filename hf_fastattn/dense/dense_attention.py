@@ -1,0 +1,109 @@
+"""Our kernels over dense keys and values `[B, G, L, D]`, as any Transformers cache returns them, without a copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.dense.causal_layout import PAGE_SIZE, CausalLayout
+from hf_fastattn.kernels.attention import reference
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: CausalLayout,
+    *,
+    backend: str,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last S tokens of each row over its keys.
+
+    Args:
+        q: `[B, H, S, D]` queries, any strides.
+        k: `[B, G, L, D]` keys, any strides; `v` values. Read in place where a row is a whole number of tokens from the
+            next and `v` has the strides of `k`; copied otherwise.
+        layout: which keys hold tokens, and the window.
+        backend: "triton" or "reference".
+        scale: factor on the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        sinks: `[H]` logits of a key without a value, one a head (Xiao et al., 2023, "Attention Sinks").
+
+    Returns:
+        `[B, S, H, D]` in q's dtype; zero for queries that are padding.
+    """
+    if _strides(k) != _strides(v) or not _is_token_storage(k):
+        k, v = k.contiguous(), v.contiguous()
+    run = _triton if backend == "triton" else _reference
+    return run(q, k, v, layout, scale, softcap, sinks)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, layout: CausalLayout, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    from hf_fastattn.kernels.attention.paged import paged_attention
+
+    rows, heads, queries, dim = q.shape
+    # A view may not reach past its storage, which a row of fewer tokens than a page would.
+    page_size = PAGE_SIZE if k.shape[2] >= PAGE_SIZE else 1
+    packed = q.transpose(1, 2).reshape(rows * queries, heads, dim).contiguous()
+    out, lse = paged_attention(
+        packed, _pages(k, 1, page_size), _pages(v, 1, page_size), layout.page_table(_row_step(k), page_size),
+        None if queries == 1 else layout.cu_seqlens(queries), layout.seq_lens,
+        max_query_len=queries, scale=scale, window=layout.window, softcap=softcap, workspace=layout.workspace(q.device),
+    )  # fmt: skip
+    return _with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: CausalLayout, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    rows, heads, queries, dim = q.shape
+    tokens = q.transpose(1, 2)
+    real = layout.real_queries(queries) if layout.padded else None
+    packed = (tokens.reshape(-1, heads, dim) if real is None else tokens[real]).contiguous()
+    row_step = _row_step(k)
+    count = (rows - 1) * row_step + k.shape[2]
+    plan = layout.plan(queries, row_step)
+    out, lse = reference.paged_attention(packed, _pages(k, count), _pages(v, count), plan, scale=scale, softcap=softcap)
+    out = _with_sinks(out, lse, sinks)
+    if real is None:
+        return out.view(rows, queries, heads, dim)
+    padded = out.new_zeros(rows, queries, heads, dim)
+    padded[real] = out
+    return padded
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """`[T, H, D]` as if the sink had been in the softmax: its share of the weight is `sigmoid(sink - lse)`."""
+    if sinks is None:
+        return out
+    share = torch.sigmoid(lse - sinks.to(lse.dtype))
+    return (out * share.unsqueeze(-1)).to(out.dtype)
+
+
+def _strides(k: Tensor) -> tuple[int, int, int]:
+    """From a row, a head and a token to the next; a dimension of size 1 has a stride that says nothing."""
+    rows, groups, tokens, dim = k.shape
+    row, head, token = k.stride()[:3]
+    return row if rows > 1 else 0, head if groups > 1 else 0, token if tokens > 1 else dim
+
+
+def _row_step(k: Tensor) -> int:
+    """Tokens from a row to the next."""
+    row, _, token = _strides(k)
+    return row // token
+
+
+def _is_token_storage(k: Tensor) -> bool:
+    row, _, token = _strides(k)
+    return k.stride(3) == 1 and token > 0 and row % token == 0
+
+
+def _pages(k: Tensor, count: int, size: int = 1) -> Tensor:
+    """`[count, size, G, D]` pages, each beginning one token after the last; all have numbers, `count` are in the view."""
+    _, head, token = _strides(k)
+    return k.as_strided((count, size, k.shape[1], k.shape[3]), (token, token, head, 1), k.storage_offset())

@@ -1,0 +1,89 @@
+"""`fast_sample`: `generate()`'s loop for models and calls that the fast loop can serve, with the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.patches.decoder.forward import why_not_paged
+from hf_fastattn.patches.decoder.visible import visible_columns
+from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.transformers_version import CACHE
+
+
+def fast_sample(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Any | None:
+    """What `_sample` returns; None if Transformers' own loop has to run.
+
+    Args:
+        model: patched; `input_ids [B, S]` and all else are what `_sample` is given.
+    """
+    runtime = model._fastattn.runtime
+    cache = model_kwargs.get(CACHE)
+    private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
+    if runtime.looping or runtime.loop_graphs.why_not_here(model, cache) is not None:
+        return None
+    assert isinstance(cache, PagedCache)
+    # Not before: they import Triton.
+    from hf_fastattn.loop.decode_loop import FastLoop
+    from hf_fastattn.loop.request import loop_plan
+
+    plan = loop_plan(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+    if isinstance(plan, str):
+        runtime.note(f"Transformers' own loop runs: {plan}")
+        return None
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    positions = None
+    if outputs.get(CACHE) is cache:
+        positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
+    # Only now, while the device computes the prompt: it takes the host some milliseconds. One token takes no step.
+    captures = plan.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
+    if positions is None or not captures:
+        runtime.keep_prefilled(outputs)
+        return None
+    logits = outputs.logits[:, -1]
+    del outputs
+    runtime.looping = True
+    try:
+        loop = FastLoop(
+            model, runtime.loop_graphs, runtime.counters, plan, cache, input_ids, positions,
+            vocabulary=logits.shape[-1], private=private, forward=fused_forward, logits_of=fused_logits,
+            streamer=streamer, limits=runtime.row_limits,
+        )  # fmt: skip
+        tokens = loop.run(logits)
+    finally:
+        runtime.looping = False
+    sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
+    """Positions `[B, 1]` of the first new token; None if its forward would not be one over pages alone."""
+    cache = outputs[CACHE]
+    more = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    # Which token it is changes nothing that is asked for here.
+    longer = torch.cat((input_ids, input_ids.new_zeros(input_ids.shape[0], 1)), 1)
+    inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
+    mask = inputs.get("attention_mask")
+    visible = visible_columns(mask, cache, input_ids.shape[0], 1)
+    if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:
+        return None
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return torch.full((input_ids.shape[0], 1), cache.get_seq_length(), device=input_ids.device)
+    return positions.expand(input_ids.shape[0], 1) if positions.ndim == 2 and positions.shape[1] == 1 else None

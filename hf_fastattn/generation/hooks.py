@@ -1,0 +1,199 @@
+"""The hooks in `generate()`: a paged cache for every call, and each distinct prompt computed once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from hf_fastattn.cache.conversion import why_not_lent
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.generation.device_sample import fast_sample
+from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows, expansion_of, unshared
+from hf_fastattn.patches.modules.plain_copies import PlainCopies
+from hf_fastattn.patches.modules.unchanged import why_not_ours
+from hf_fastattn.patches.modules.watched import why_rows_differ
+from hf_fastattn.runtime import Runtime
+from hf_fastattn.transformers_version import CACHE
+
+
+class FastGenerationMixin(PlainCopies):
+    """Goes in front of a model's class; see `fast_class`."""
+
+    _fastattn: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        supplied = model_kwargs.get(CACHE)
+        done = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        runtime: Runtime = self._fastattn.runtime
+        if runtime.current is None:
+            return done
+        cache = model_kwargs.get(CACHE)
+        if isinstance(supplied, PagedCache):
+            if supplied.may_adopt:
+                supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
+            runtime.current.why_dense = _why_not_prompt(model_kwargs)
+        config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
+        reason = _why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
+        if reason is None:
+            reason = why_not_ours(self._fastattn.decoder(self))
+        if reason is not None:
+            if reason:
+                runtime.count_fallback(reason)
+            return done
+        paged = runtime.new_cache(self, max_cache_length + 1, supplied)
+        if generation_config.is_assistant and supplied is None:
+            paged.activate_past_recording()
+        model_kwargs[CACHE] = paged
+        return done
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        runtime: Runtime = self._fastattn.runtime
+        before = {} if runtime.is_aside else {name: unshared(value) for name, value in model_kwargs.items()}
+        ids, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        runtime.expansion = expansion_of(expand_size, before, expanded)
+        return ids, expanded
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        before = dict(model_kwargs)
+        prepared = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs, *args, **kwargs
+        )
+        # What a tower has made of equal images need not be equal to the last bit: the images are compared.
+        self._fastattn.runtime.keep_encoded_from({name: value for name, value in before.items() if name not in prepared})
+        return prepared
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True
+    ) -> Any:
+        runtime: Runtime = self._fastattn.runtime
+        if runtime.is_aside:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
+        prefilled = runtime.take_prefilled()
+        if prefilled is not None:
+            return prefilled
+        cache = model_kwargs.get(CACHE)
+        rows = None
+        if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
+            rows = self._distinct_rows(input_ids, model_kwargs)
+        with runtime.prefill():
+            if rows is None:
+                return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
+            outputs = super()._prefill(  # type: ignore[misc]
+                input_ids[rows.first], generation_config, rows.select(model_kwargs), is_first_iteration
+            )
+        assert isinstance(cache, PagedCache)
+        runtime.paged_of(outputs[CACHE]).reorder_cache(torch.tensor(rows.copies, device=input_ids.device))
+        return rows.expand(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
+        runtime: Runtime = self._fastattn.runtime
+        cache, input_ids, call = kwargs.get(CACHE), kwargs.get("input_ids"), runtime.current
+        if call is not None:
+            kept = kwargs.get("logits_to_keep")
+            call.logits_read = kept if isinstance(kept, int) and kept > 0 else 1
+        own = not args and input_ids is not None and not runtime.prefilling and runtime.is_private(cache)
+        if not own or not isinstance(cache, PagedCache) or cache.get_seq_length():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        assert isinstance(input_ids, Tensor)
+        others = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        rows = self._distinct_rows(input_ids, others)
+        if rows is None:
+            return super().__call__(**kwargs)  # type: ignore[misc]
+        with runtime.prefill():
+            outputs = super().__call__(input_ids=input_ids[rows.first], **rows.select(others))  # type: ignore[misc]
+        cache.select_rows(rows.copies)
+        return rows.expand(outputs)
+
+    def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
+        runtime = self._fastattn.runtime
+        config = self.config  # type: ignore[attr-defined]
+        rows = distinct_rows(input_ids, inputs, runtime.expansion, config, runtime.take_encoded_from())
+        if isinstance(rows, str):
+            runtime.note(f"equal rows of the prompt are not looked for: {rows}")
+            return None
+        why_differ = None if rows is None else why_rows_differ(self)  # type: ignore[arg-type]
+        if why_differ is not None:
+            runtime.count_fallback(f"equal rows are computed one by one: {why_differ}")
+            return None
+        return rows
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not synced_gpus and self._fastattn.runtime.current is not None:
+            result = fast_sample(self, *given, streamer, model_kwargs)
+            if result is not None:
+                return result
+        return super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        before = model_kwargs.get("attention_mask")
+        updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        cache = self._fastattn.runtime.paged_of(updated.get(CACHE))
+        if isinstance(cache, PagedCache):
+            updated[CACHE] = cache
+            cache.seen_mask.extend(before, updated.get("attention_mask"))
+        return updated
+
+
+@functools.cache
+def fast_class(base: Any) -> type:
+    """A subclass of a model class with our hooks, by the same name: Transformers looks classes up by it.
+
+    Its `generate()` takes and returns what the model's does; pages are released when it returns or fails.
+    """
+
+    @functools.wraps(base.generate)  # type: ignore[attr-defined]
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime: Runtime = self._fastattn.runtime
+        return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})
+
+
+def _why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
+    """Why the call keeps the cache it has: a reason to report, "" for the user's wish, None if pages will do."""
+    if isinstance(supplied, PagedCache):
+        return ""
+    if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
+        return reason
+    if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
+        return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+    return _why_not_prompt(model_kwargs)
+
+
+def _why_not_prompt(model_kwargs: dict) -> str | None:
+    """Why no pages will do for a prompt."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.any(1).all()):
+        return "a row of the prompt has no visible token"
+    return None

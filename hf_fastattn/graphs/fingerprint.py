@@ -1,0 +1,117 @@
+"""Whether a decoder's step can be captured, and what a captured one depends on beside its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_fastattn.graphs.module_checks import KNOWN, has_foreign_hooks, has_global_hooks, submodules, why_not_module
+from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
+
+SCALARS = frozenset((bool, int, float, str))
+PLAIN = (nn.Parameter, Tensor)
+
+
+class DecoderState(NamedTuple):
+    """What a captured step depends on beside its inputs, as values to compare.
+
+    Attributes:
+        parts: where weights lie, modules, options, adapters; what the weights hold is not part of it: a replay reads them.
+        hooked: modules have hooks of somebody, which come and go: captured steps rest meanwhile.
+    """
+
+    parts: tuple[Any, ...]
+    hooked: bool
+
+
+def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
+    """The state of a decoder; while it is the same, so is what `why_not_capturable` says.
+
+    It is made before the first kernel of every call, so it has to be quick.
+    """
+    parts: list[Any] = [device, _options(decoder), *_tensors(vars(decoder))]
+    hooked = has_global_hooks()
+    for module in submodules(decoder):
+        state, kind = vars(module), type(module)
+        # By their names it shows what was set on the instance: a forward, accelerate's hook.
+        parts += kind, kind.forward, tuple(state), state.get("_compiled_call_impl") is None
+        parts += [value for value in state.values() if type(value) in SCALARS]
+        if state["_parameters"] or state["_buffers"]:
+            parts += _tensors(state)
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            hooked = hooked or has_foreign_hooks(state)
+        if not kind.__module__.startswith(KNOWN[:2]):
+            parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
+    return DecoderState(tuple(parts), hooked)
+
+
+def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
+    """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
+    config: Any = decoder.config
+    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
+        return "a mixture of experts chooses what it computes"
+    # Steps are captured without gradients.
+    checkpointing = getattr(decoder, "gradient_checkpointing", False) and decoder.training
+    if checkpointing and not CHECKPOINTING_NEEDS_GRADIENTS:
+        return "gradient checkpointing is on"
+    if has_global_hooks():
+        return "hooks on all modules are registered"
+    held = list(_held(vars(decoder)))
+    for module in submodules(decoder):
+        reason = why_not_module(module)
+        if reason is not None:
+            return reason
+        state = vars(module)
+        if state["_parameters"] or state["_buffers"]:
+            held += _held(state)
+    for tensor in held:
+        if type(tensor) not in PLAIN:
+            return f"a parameter is a {type(tensor).__name__}"
+        if tensor.device != device:
+            return f"the model is on {tensor.device} and {device}"
+    return None
+
+
+def _options(decoder: Any) -> tuple[Any, ...]:
+    matmul = torch.backends.cuda.matmul
+    return (
+        type(decoder),
+        decoder.training,
+        getattr(decoder, "gradient_checkpointing", False),
+        str(getattr(decoder.config, "rope_parameters", None)),
+        torch.get_float32_matmul_precision(),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _held(state: dict[str, Any]) -> Iterator[Tensor]:
+    """Parameters and buffers of a module, by its `vars`."""
+    for held in (state["_parameters"], state["_buffers"]):
+        for tensor in held.values():
+            if tensor is not None:
+                yield tensor
+
+
+def _tensors(state: dict[str, Any]) -> list[Any]:
+    # Others, such as quantised ones, are refused; some have no address.
+    return [
+        (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        for tensor in _held(state)
+        if type(tensor) in PLAIN
+    ]
+
+
+def _frozen(value: Any) -> Any:
+    """`value` in a form that can be compared: plain values and containers of them, anything else by identity."""
+    if value is None or type(value) in SCALARS:
+        return value
+    if isinstance(value, dict):
+        return tuple((name, _frozen(entry)) for name, entry in value.items())
+    if isinstance(value, list | tuple | set):
+        return tuple(_frozen(entry) for entry in value)
+    return id(value)

@@ -1,0 +1,317 @@
+"""`StepGraphs`: the captured forwards of one model's decoder: when they are made, used and dropped."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.fingerprint import DecoderState, decoder_state, why_not_capturable
+from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.graphs.static_inputs import MOST_TOKENS, StaticInputs, StepShape, columns_for, why_not_static
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.transformers_version import CACHE
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.attention.workspace import Workspace
+
+logger = logging.getLogger("hf_fastattn")
+
+# The least recently used one goes when there are more: of decode steps, and of forwards of several tokens a row.
+MAX_GRAPHS, MAX_APPENDS = 8, 16
+# Shapes that are known to have come up once.
+MAX_SHAPES = 256
+# Captures that may fail before the model is left alone, until it changes.
+MAX_FAILURES = 3
+
+Key = tuple[StepShape, int, int]
+
+
+@dataclass
+class Entry:
+    """A captured forward and what it was captured with.
+
+    Attributes:
+        groups: whose pages it reads, at `storage_version`.
+        outputs: the class of the decoder's output.
+    """
+
+    inputs: StaticInputs
+    batch: Batch
+    step: CapturedStep
+    groups: weakref.ref[PageGroups]
+    storage_version: int = -1
+    outputs: Any = None
+
+    def fits(self, cache: PagedCache, columns: int) -> bool:
+        """Whether the step can be replayed for this cache: its pages lie where they lay, and the table has room."""
+        version = cache.groups.storage_version
+        return self.groups() is cache.groups and self.storage_version == version and self.inputs.columns >= columns
+
+    def launcher(self, decoder: Any, forward: Callable[..., Any], cache: PagedCache) -> Callable[[], Tensor]:
+        """The decoder's forward over the static inputs."""
+
+        def run() -> Tensor:
+            # What a graph computes must be ordinary tensors, whatever mode the caller is in.
+            with cache.reading(self.batch), torch.inference_mode(False), torch.no_grad():
+                arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
+                outputs = forward(decoder, cache, **arguments)
+            self.batch.forget_rope()
+            self.outputs = type(outputs)
+            others = set(outputs) - {"last_hidden_state", CACHE}
+            if others:
+                raise RuntimeError(f"the decoder also returns {sorted(others)}")
+            return outputs.last_hidden_state
+
+        return run
+
+
+class StepGraphs:
+    """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
+
+    A shape is a decode step of so many rows, or room for so many tokens of so many rows: prompts, drafts to verify, chat
+    turns. Their tokens stand in the same static inputs the first time, when layers are still launched one by one, so
+    that the products have the same sizes, and give the same bits, whether captured or not. Forwards of many tokens keep
+    the GPU busy for longer than their launches take, and are not captured.
+
+    What a graph depends on beside its inputs (`decoder_state`) is compared at the first step of every `generate()`, and
+    in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
+    they may change weights in place.
+
+    Args:
+        enabled: `FastAttnConfig.cuda_graphs`.
+        known_reason: why no step of this model can be captured, if there is a reason that its decoder does not show.
+    """
+
+    # Tests run the same steps without a GPU by another type.
+    step_type: ClassVar[type[CapturedStep]] = CapturedStep
+
+    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
+        self._enabled = enabled
+        self._known_reason = known_reason
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._room: Any = None
+        # One for all: graphs of a model never run at the same time.
+        self._workspace: Workspace | None = None
+        self._state: DecoderState | None = None
+        self._reason: str | None = None
+        # The decoder whose state was compared and need not be again in this call.
+        self._checked: weakref.ref[Any] | None = None
+        # Of the call under way: gives None once it has ended, however it did.
+        self._call: Callable[[], Any] | None = None
+        self._failures = 0
+        self._resting = False
+        self._logged: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def enter_call(self, call: Callable[[], Any] | None) -> None:
+        """A `generate()` begins, or ends and the one around it, if any, goes on.
+
+        Args:
+            call: gives None once it has ended, however it did.
+        """
+        self.__dict__.update(_checked=None, _call=call, _resting=False)
+
+    @property
+    def _in_call(self) -> bool:
+        return self._call is not None and self._call() is not None
+
+    def drop(self) -> None:
+        """Forget all graphs; their memory is free."""
+        self._entries.clear()
+        self._room = self._workspace = None
+
+    def run(
+        self,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        kwargs: dict[str, Any],
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Any | None:
+        """The decoder's output; None if its layers have to be launched one by one for inputs as they are.
+
+        Args:
+            arguments: `input_ids` or `inputs_embeds`, `position_ids`, and what else the decoder takes: `[B, S]`, or
+                `[1, T]` where padding was taken out; what a mask says, `cache` knows.
+            cache: a paged forward of it is under way.
+            kwargs: what else the decoder was given.
+            forward: the decoder's own, called with it.
+            counters: where captures and replays are counted.
+        """
+        tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+        batch = cache.paged_batch
+        if not self._enabled or tokens.device.type not in self.step_type.devices or batch is None:
+            return None
+        is_decode = batch.is_decode and tokens.shape[:2] == (len(batch.query_lens), 1)
+        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
+            return None
+        if not self._has_kernels(decoder, cache, tokens.device):
+            return None
+        reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
+        if is_decode and reason is not None:
+            self._count_reason(reason, counters)
+        elif is_decode:
+            cache.reserve_ahead()
+        elif self._resting or self._failures >= MAX_FAILURES:
+            return None
+        if reason is not None:
+            return None
+        shape = StepShape.of(arguments, batch, is_decode)
+        key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
+        hidden = self._hidden(key, decoder, arguments, cache, forward, counters)
+        if hidden is None:
+            return None
+        states, kind = hidden
+        if not is_decode:
+            states = states[0, : batch.tokens].view(*tokens.shape[:2], -1)
+        outputs = kind(last_hidden_state=states, **{CACHE: cache})
+        return outputs.to_tuple() if kwargs.get("return_dict", decoder.config.return_dict) is False else outputs
+
+    def _hidden(
+        self,
+        key: Key,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> tuple[Tensor, Any] | None:
+        """The last hidden states over static inputs, and the class of the output; None for a decode step not captured."""
+        batch, is_decode = cache.paged_batch, key[0].room is None
+        assert batch is not None
+        needed, worth_having = columns_for(cache, batch.seq_lens)
+        # A graph neither moves pages nor makes them; layers launched one by one do.
+        settled, entry = not cache.groups.is_growing(cache.tables), self._entries.get(key)
+        if settled and entry is not None and entry.fits(cache, needed):
+            entry.inputs.write(arguments, cache, batch)
+            self._entries.move_to_end(key)
+        elif self._is_due(key) and settled:
+            entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
+        else:
+            entry = None
+        if entry is not None:
+            if is_decode:
+                counters.graphs_replayed += 1
+            else:
+                counters.appends_replayed += 1
+            return entry.step.replay(entry.launcher(decoder, forward, cache)), entry.outputs
+        if is_decode:
+            return None
+        entry = self._entry(key, worth_having, cache)
+        self.step_type.enter(self._room)
+        entry.inputs.write(arguments, cache, batch)
+        return entry.launcher(decoder, forward, cache)(), entry.outputs
+
+    def _has_kernels(self, decoder: Any, cache: PagedCache, device: torch.device) -> bool:
+        groups, pages = cache.groups, next(iter(cache.groups)).storage.any_pages()
+        # The model's own would be looked for among all its parameters, at every step.
+        dtype = decoder.dtype if pages is None else pages.dtype
+        backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
+        return backend in self.step_type.backends
+
+    def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
+        if self._checked is None or self._checked() is not decoder or not self._in_call:
+            state, known = decoder_state(decoder, device), self._state
+            if known is None or state.parts != known.parts:
+                self.drop()
+                self._failures, self._resting = 0, False
+            if state != known:
+                self._state, self._reason = state, self._known_reason or why_not_capturable(decoder, device)
+            self._checked = weakref.ref(decoder) if self._in_call else None
+        return self._reason
+
+    def _is_due(self, key: Key) -> bool:
+        if self._resting or self._failures >= MAX_FAILURES:
+            return False
+        if key in self._seen:
+            return True
+        self._seen[key] = None
+        if len(self._seen) > MAX_SHAPES:
+            self._seen.popitem(last=False)
+        return False
+
+    def _capture(
+        self,
+        key: Key,
+        columns: int,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Entry | None:
+        self._entries.pop(key, None)
+        groups, batch = cache.groups, cache.paged_batch
+        assert batch is not None
+        try:
+            entry = self._entry(key, columns, cache)
+            entry.inputs.write(arguments, cache, batch)
+
+            def warmed_up() -> None:
+                entry.storage_version = groups.storage_version
+
+            entry.step.capture(entry.launcher(decoder, forward, cache), warmed_up)
+            if not entry.fits(cache, 0):
+                raise RuntimeError("pages were moved meanwhile")
+        except Exception as error:
+            # The step itself goes on layer by layer, and fails there if it must.
+            self.drop()
+            self._failures, self._resting = self._failures + 1, True
+            self._count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
+            return None
+        self._entries[key] = entry
+        self._evict(key[0].room is None)
+        if key[0].room is None:
+            counters.graphs_captured += 1
+        else:
+            counters.appends_captured += 1
+        return entry
+
+    def _entry(self, key: Key, columns: int, cache: PagedCache) -> Entry:
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.attention.workspace import Workspace
+
+        device, groups = key[0].device, cache.groups
+        if self._room is None:
+            self._room = self.step_type.make_room(device)
+        if self._workspace is None or self._workspace.device != device:
+            self._workspace = Workspace(device)
+        inputs = StaticInputs(key[0], columns, cache.tables)
+        batch = inputs.batch(groups.backend, groups.batch_invariant, self._workspace)
+        return Entry(inputs, batch, self.step_type(self._room), self._reference(groups, key))
+
+    def _evict(self, decode: bool) -> None:
+        alike = [key for key in self._entries if (key[0].room is None) == decode]
+        if len(alike) > (MAX_GRAPHS if decode else MAX_APPENDS):
+            del self._entries[alike[0]]
+
+    def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
+        owner = weakref.ref(self)
+
+        def gone(_: Any) -> None:
+            graphs = owner()
+            if graphs is not None:
+                graphs._entries.pop(key, None)
+
+        return weakref.ref(groups, gone)
+
+    def _count_reason(self, reason: str, counters: CallCounters) -> None:
+        counters.uncaptured[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)

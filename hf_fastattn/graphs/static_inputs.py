@@ -1,0 +1,242 @@
+"""`StaticInputs`: what a captured forward reads, in device tensors that stay where they are from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.upload_ring import Staging
+from hf_fastattn.kernels.launch import power_of_2
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.attention.workspace import Workspace
+
+# Views begin at multiples of this many int32: kernels are compiled for the alignment of their pointers.
+ALIGNMENT = 64
+MIN_COLUMNS = 64
+# Up to so many tokens, a captured forward has a multiple of so many; with more, launches cost little beside the work.
+ROOMS = ((16, 4), (64, 16), (256, 64), (1024, 128))
+MOST_TOKENS = ROOMS[-1][0]
+# Arguments that static inputs stand for, and those that change nothing that a step computes.
+STATIC = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "is_causal",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What two forwards must have in common to share static inputs.
+
+    Attributes:
+        rows: of the batch (B).
+        room: tokens of all rows that there is room for, packed as `[1, room]`; None for a decode step, `[B, 1]`. Places
+            without a token are those of one more row, which sees no key.
+        tokens: `input_ids` or `inputs_embeds`, with its `dtype` and what follows `[B, S]` in its shape.
+        axes: `()` for position ids `[B, S]`, `(n,)` for `[n, B, S]`.
+        device: of all tensors.
+    """
+
+    rows: int
+    room: int | None
+    tokens: str
+    dtype: torch.dtype
+    features: tuple[int, ...]
+    axes: tuple[int, ...]
+    device: torch.device
+
+    @staticmethod
+    def of(arguments: dict[str, Any], batch: Batch, is_decode: bool) -> StepShape:
+        """That of a forward.
+
+        Args:
+            arguments: of the decoder's forward, tokens `[B, S]`, or `[1, T]` where padding was taken out.
+            batch: of the cache: its T tokens.
+            is_decode: one new token a row.
+        """
+        name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
+        tokens, positions = arguments[name], arguments["position_ids"]
+        axes = () if positions is None else tuple(positions.shape[:-2])
+        room = None if is_decode else room_for(batch.tokens)
+        return StepShape(len(batch.query_lens), room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of the tables."""
+        return self.rows if self.room is None else self.rows + 1
+
+    @property
+    def leading(self) -> tuple[int, int]:
+        """The first two dimensions of tokens and hidden states."""
+        return (self.rows, 1) if self.room is None else (1, self.room)
+
+
+def room_for(tokens: int) -> int:
+    """Tokens that a captured forward has for `tokens`, at most MOST_TOKENS: few different numbers, few tokens in vain."""
+    step = next(step for upto, step in ROOMS if tokens <= upto)
+    return -(-tokens // step) * step
+
+
+class StaticInputs:
+    """Tokens, positions, and in one packed int32 tensor slots, lengths and page tables.
+
+    Args:
+        shape: of the forward.
+        columns: pages a row that there is room for.
+        windows: of the cache's page tables.
+    """
+
+    def __init__(self, shape: StepShape, columns: int, windows: Iterable[int | None]) -> None:
+        self.shape = shape
+        self.columns = columns
+        self.windows = tuple(windows)
+        rows, device = shape.all_rows, shape.device
+        self._places = rows if shape.room is None else shape.room
+        self._stride, self._row_stride = _aligned(self._places), _aligned(rows + 1)
+        # Slots by window, lengths, where queries begin: they change every time. Tables, behind them, change now and then.
+        self._head = self._stride * len(self.windows) + 2 * self._row_stride
+        self._table = _aligned(rows * columns)
+        size = self._head + self._table * len(self.windows)
+        # Tensors made inside inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(*shape.leading, *shape.features, dtype=shape.dtype, device=device)
+            self.position_ids = torch.zeros(*shape.axes, *shape.leading, dtype=torch.int64, device=device)
+            # Transformers passes a 4-D mask on as it is; our attention ignores it.
+            self.mask = torch.zeros(1, 1, 1, 1, device=device)
+            self._packed = torch.zeros(size, dtype=torch.int32, device=device)
+        self._staging = Staging(size, device)
+        self._uploaded: tuple[int, ...] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the decoder's forward."""
+        return {
+            "input_ids": None,
+            "inputs_embeds": None,
+            self.shape.tokens: self.tokens,
+            "position_ids": self.position_ids,
+            "attention_mask": self.mask,
+        }
+
+    def batch(self, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
+        """A batch whose tensors are these."""
+        rows, device = self.shape.all_rows, self.shape.device
+        tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
+        for place, window in enumerate(self.windows):
+            tensors["slots", window, device] = self._packed[self._slots(place)]
+            tensors["pages", window, device] = self._packed[self._pages(place)].view(rows, self.columns)
+        tensors["seq_lens", None, device] = self._packed[self._lengths()]
+        query_lens = [1] * rows
+        if self.shape.room is not None:
+            tensors["cu_seqlens", None, device] = self._packed[self._begins()]
+            # As far as the host knows: one row may have all.
+            query_lens = [self.shape.room] + [0] * (rows - 1)
+        return Batch(
+            query_lens, [], {}, {}, backend,
+            batch_invariant=batch_invariant, workspace=workspace, _tensors=tensors,
+        )  # fmt: skip
+
+    def _slots(self, place: int) -> slice:
+        return slice(place * self._stride, place * self._stride + self._places)
+
+    def _lengths(self) -> slice:
+        start = self._stride * len(self.windows)
+        return slice(start, start + self.shape.all_rows)
+
+    def _begins(self) -> slice:
+        start = self._stride * len(self.windows) + self._row_stride
+        return slice(start, start + self.shape.all_rows + 1)
+
+    def _pages(self, place: int) -> slice:
+        start = self._head + place * self._table
+        return slice(start, start + self.shape.all_rows * self.columns)
+
+    def write(self, arguments: dict[str, Any], cache: PagedCache, batch: Batch) -> None:
+        """Put the values of a forward in place, without a look at the device.
+
+        Args:
+            arguments: of the decoder's forward.
+            cache: its tables.
+            batch: of the forward.
+        """
+        self._write_tokens(arguments, cache, batch)
+        host = self._staging.next()
+        lengths = np.array(batch.seq_lens, np.int32)
+        host[self._lengths()] = 0
+        host[self._lengths()][: len(lengths)] = lengths
+        tables: list[NDArray[np.int32]] = []
+        versions: list[int] = []
+        for place, window in enumerate(self.windows):
+            table = cache.tables[window]
+            if self.shape.room is None:
+                host[self._slots(place)] = table.newest_slots(lengths)
+            else:
+                slots = host[self._slots(place)]
+                slots[: batch.tokens] = batch.slots[window]
+                # Others write nowhere.
+                slots[batch.tokens :] = -1
+            pages, version = table.as_array()
+            tables.append(pages)
+            versions.append(version)
+        if self.shape.room is not None:
+            host[self._begins()] = np.concatenate(([0], np.cumsum(batch.query_lens), [self.shape.room]))
+        count = self._head
+        if self._uploaded != tuple(versions):
+            for place, pages in enumerate(tables):
+                used = min(pages.shape[1], self.columns)
+                held = host[self._pages(place)].reshape(self.shape.all_rows, self.columns)
+                held[: len(pages), :used] = pages[:, :used]
+            count = self._packed.shape[0]
+        self._staging.send(self._packed, count)
+        self._uploaded = tuple(versions)
+
+    def _write_tokens(self, arguments: dict[str, Any], cache: PagedCache, batch: Batch) -> None:
+        tokens, positions = arguments[self.shape.tokens], arguments["position_ids"]
+        if positions is None:
+            past = cache.get_seq_length()
+            positions = torch.arange(past, past + tokens.shape[1], device=self.shape.device)[None]
+        if self.shape.room is None:
+            self.tokens.copy_(tokens)
+            self.position_ids.copy_(positions)
+            return
+        # Places without a token hold what was there: some token, whose states nobody reads.
+        self.tokens[0, : batch.tokens].copy_(tokens.flatten(0, 1))
+        positions = positions.expand(*positions.shape[:-2], *tokens.shape[:2])
+        self.position_ids[..., 0, : batch.tokens].copy_(positions.flatten(-2))
+
+
+def why_not_static(decoder: Any, arguments: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
+    """Why a forward asks for more than static inputs can say; None if it doesn't."""
+    for name, value in (*arguments.items(), *kwargs.items()):
+        if name not in STATIC and value is not None and value is not False:
+            return f"{name} is given"
+    if kwargs.get("use_cache") is False or kwargs.get("is_causal") is False:
+        return "use_cache=False or is_causal=False"
+    if decoder.config.output_hidden_states and kwargs.get("output_hidden_states") is not False:
+        return "output_hidden_states is set"
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    positions = arguments["position_ids"]
+    if positions is not None and (positions.device != tokens.device or positions.shape[-1] != tokens.shape[1]):
+        return f"position_ids of shape {tuple(positions.shape)} on {positions.device}"
+    if torch.is_grad_enabled() and tokens.requires_grad:
+        return "gradients are needed"
+    if torch.is_autocast_enabled(tokens.device.type):
+        return "autocast is on"
+    return None
+
+
+def columns_for(cache: PagedCache, seq_lens: list[int]) -> tuple[int, int]:
+    """Pages a row that a forward needs, and those worth making room for."""
+    size = cache.groups.page_size
+    needed = -(-max(seq_lens) // size)
+    return needed, max(power_of_2(max(needed, -(-cache.room // size))), MIN_COLUMNS)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

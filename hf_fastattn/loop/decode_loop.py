@@ -1,0 +1,256 @@
+"""The decode loop of a `generate()` call that asks for nothing in between: the device goes on by itself.
+
+A captured step takes the tokens that the step before has chosen, runs the model, chooses the next ones and prepares what
+comes after. The host launches steps, gives rows pages ahead of time, and reads what was chosen a few steps late; what
+was computed past the end is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.shared_prefixes import SharedRows
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.kernels.sampling.advance import advance
+from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
+from hf_fastattn.loop.device_state import LoopState, bucket_of
+from hf_fastattn.loop.generated_rows import LoopRows
+from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.loop.readback import DEPTH, News
+from hf_fastattn.loop.request import LoopPlan
+from hf_fastattn.loop.token_choice import choose
+from hf_fastattn.pages.page_pool import CacheFullError
+
+# Tokens for which rows get pages at a time.
+AHEAD = 64
+# A smaller step is captured for rows that go on for this many tokens, at most, at least.
+WORTH_CAPTURING = 128
+
+
+class FastLoop:
+    """One call's loop, from the logits of the prompt to the new tokens.
+
+    Args:
+        model: patched.
+        graphs: of the model, with its static tensors.
+        counters: of the call.
+        plan: what the call asks for.
+        cache: holds the prompt; grows with every step.
+        input_ids: `[B, S]` the prompt.
+        positions: `[B, 1]` of the first new token.
+        vocabulary: size of the logits.
+        private: nobody sees the cache after the call, so rows that have ended may leave it.
+        forward: the decoder's forward, called as `forward(decoder, cache, **arguments)`.
+        logits_of: called with `lm_head` and `[T, hidden]`.
+        streamer: gets the tokens of every step, `[B]` on the host.
+        limits: new tokens a row, at most; those of the plan by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        graphs: LoopGraphs,
+        counters: CallCounters,
+        plan: LoopPlan,
+        cache: PagedCache,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        vocabulary: int,
+        private: bool,
+        forward: Callable[..., Any],
+        logits_of: Callable[[Any, Tensor], Tensor],
+        streamer: Any = None,
+        limits: Sequence[int] | None = None,
+    ) -> None:
+        self._model, self._counters, self._plan, self._cache = model, counters, plan, cache
+        self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
+        rows = input_ids.shape[0]
+        self._limits = list(limits) if limits is not None else [plan.max_new] * rows
+        self._most = max(self._limits)
+        self._rows = LoopRows(input_ids, self._most, plan)
+        # Rows of the call that are on the device, in their places there.
+        self._places = list(range(rows))
+        self._used = bucket_of(rows)
+        self._launched = 0
+        # Tokens that steps which have arrived added to each row of the cache.
+        self._appended = 0
+        self._reserved = 0
+        self._graphs = graphs
+        device, page_size = input_ids.device, cache.groups.page_size
+        columns = -(-(max(cache.lengths) + self._most) // page_size)
+        self._state: LoopState = self._graphs.make_room(device, self._used, columns, cache, vocabulary)
+        assert self._graphs.arrivals is not None
+        self._arrivals = self._graphs.arrivals
+        self._drop = private and bool(plan.ends or plan.stop_strings or limits is not None)
+        self._state.begin(plan, cache.lengths, positions, self._limits, self._drop)
+        if plan.choice.repetition_penalty != 1.0:
+            self._state.see(input_ids, plan.ignored)
+        # In batch-invariant mode how a row is added up may not depend on the others.
+        self._shared = SharedRows() if cache.groups.batch_invariant else _shared_rows(cache)
+        self._kind = self._kind_of(self._used, self._shared)
+        self._write_groups()
+
+    def run(self, logits: Tensor) -> Tensor:
+        """Generate.
+
+        Args:
+            logits: `[B, V]` after the prompt.
+
+        Returns:
+            `[B, new]` int64 tokens on the host, as long as the longest row; shorter rows are padded.
+
+        Raises:
+            CacheFullError: no pages are left. The cache holds what was generated so far.
+        """
+        try:
+            self._reserve()
+            news = self._finish_step(self._kind_of(len(self._places)), logits)
+            self._launched = 1
+            self._counters.fast_loops += 1
+            self._arrivals.send(news, self._places)
+            while not self._rows.done:
+                if self._launched < self._most and len(self._arrivals) <= DEPTH:
+                    self._launch()
+                waits = len(self._arrivals) > DEPTH or self._launched == self._most
+                arrived = self._arrivals.receive(waits)
+                while arrived is not None and not self._rows.done:
+                    self._take(arrived)
+                    arrived = self._arrivals.receive(False)
+        finally:
+            self._close()
+        return self._rows.tokens()
+
+    # ---- the device's part ------------------------------------------------------------------------------------
+
+    def _kind_of(self, rows: int, shared: SharedRows | None = None) -> StepKind:
+        plan, worth = self._plan, (shared or SharedRows()).worthwhile()
+        return StepKind(
+            rows, plan.do_sample, plan.choice.repetition_penalty != 1.0, plan.choice.min_new_tokens > 0,
+            worth.sharers, worth.group_count,
+        )  # fmt: skip
+
+    def _launch(self) -> None:
+        # A step also finds the place of the token that it chooses.
+        if self._reserved <= min(self._launched, self._most - 2):
+            self._reserve()
+        kind = self._kind
+        news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._counters)
+        self._launched += 1
+        self._arrivals.send(news, self._places)
+        self._release_behind()
+
+    def _step(self, kind: StepKind) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            state, cache, workspace = self._state, self._cache, self._graphs.workspace
+            groups, decoder = cache.groups, self._model.base_model
+            assert workspace is not None
+            batch = state.batch(kind, groups.backend, groups.batch_invariant, workspace)
+            with cache.reading(batch):
+                arguments = {**state.arguments(kind.rows), "use_cache": True, "return_dict": True}
+                hidden = self._forward(decoder, cache, **arguments).last_hidden_state
+            batch.forget_rope()
+            return self._finish_step(kind, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
+
+        return run
+
+    def _finish_step(self, kind: StepKind, logits: Tensor) -> Tensor:
+        """Choose tokens by `logits [rows, V]`, and prepare the next step."""
+        state = self._state
+        choose(state, kind, logits)
+        # The first step chooses for the rows of the prompt, and prepares a bucket.
+        tensors: LoopTensors = state.tensors(max(kind.rows, self._used), kind.penalised)
+        advance(tensors, self._cache.groups.page_size)
+        return tensors.news
+
+    # ---- the host's part --------------------------------------------------------------------------------------
+
+    def _take(self, news: News) -> None:
+        """A step has arrived: note its tokens, pass them on, and let rows go that have ended."""
+        late = self._rows.take(news)
+        if self._rows.steps > 1:
+            # The token of a step is in the cache after the next one.
+            self._cache.grow_by(1)
+            self._appended += 1
+        if self._streamer is not None:
+            self._streamer.put(self._rows.newest())
+        places = [place for place, number in enumerate(self._places) if number in late]
+        if places:
+            self._state.end_rows(places, self._drop)
+        if self._drop and not self._rows.done:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Release what ended rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
+        ended = [place for place, number in enumerate(self._places) if self._rows.ended[number]]
+        if any(self._cache.lengths[place] for place in ended):
+            self._cache.let_go(ended)
+        count = len(self._places) - len(ended)
+        used = bucket_of(count)
+        if used >= self._used:
+            return
+        kept = sorted(set(range(len(self._places))) - set(ended))
+        kind, left = self._kind_of(used, self._shared.keep(kept)), self._most - self._launched
+        if self._graphs.has(kind, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
+            self._compact(kept, used)
+
+    def _compact(self, kept: list[int], used: int) -> None:
+        """Go on with the rows at the places `kept`, in a step of `used` rows."""
+        self._state.keep(kept, used)
+        self._places = [self._places[place] for place in kept]
+        self._cache.keep_rows(kept)
+        self._used = used
+        self._shared = self._shared.keep(kept)
+        self._kind = self._kind_of(used, self._shared)
+        self._write_groups()
+        self._write_tables()
+
+    def _reserve(self) -> None:
+        """Pages for the steps to come, AHEAD of them if the memory limit allows."""
+        appended = max(self._launched - 1, 0)
+        wanted = min(AHEAD, self._most - 1 - appended)
+        while wanted:
+            try:
+                # Some of what was appended has not arrived, and is not in the cache's lengths yet.
+                self._cache.reserve_more(appended - self._appended + wanted)
+                break
+            except CacheFullError:
+                if wanted <= 1:
+                    raise
+                wanted //= 2
+        self._reserved = appended + wanted
+        self._cache.reserve_ahead()
+        self._write_tables()
+
+    def _write_tables(self) -> None:
+        self._state.write_tables([table.as_array()[0] for table in self._cache.tables.values()])
+
+    def _write_groups(self) -> None:
+        if self._kind.sharers:
+            self._state.write_groups(self._kind, self._shared)
+
+    def _release_behind(self) -> None:
+        """Pages behind a window, but for those that come into sight again if steps under way are dropped."""
+        if self._launched % AHEAD == 0:
+            self._cache.release_behind()
+
+    def _close(self) -> None:
+        """The cache is as it is after the steps that were read, whatever else is under way."""
+        self._arrivals.clear()
+        self._cache.trim()
+        taken, counters = self._rows.steps, self._counters
+        extra = max(self._launched - 1, 0) - max(taken - 1, 0)
+        counters.forwards += max(taken - 1, 0)
+        counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
+
+
+def _shared_rows(cache: PagedCache) -> SharedRows:
+    """Which rows of the prompt share pages of the layers that see all keys."""
+    table = cache.tables.get(None)
+    keys = None if table is None else cache.groups.group(None).storage.any_pages()
+    return SharedRows.of(table, keys, cache.lengths)

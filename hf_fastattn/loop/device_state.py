@@ -1,0 +1,223 @@
+"""`LoopState`: what the fast decode loop keeps on the device, in tensors that stay where they are from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.cache.batch import Batch, SharedPrefixes
+from hf_fastattn.cache.shared_prefixes import SharedRows
+from hf_fastattn.graphs.upload_ring import Staging
+from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.launch import power_of_2
+from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
+from hf_fastattn.kernels.sampling.params import PARAMS
+from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.request import LoopPlan
+
+# Room to begin with: a larger batch or longer rows need new tensors, and steps captured with the old ones are lost.
+MIN_ROWS, MIN_COLUMNS = 64, 1024
+# Graphs are captured for these numbers of rows, and for multiples of the last.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+
+
+def bucket_of(rows: int) -> int:
+    """The rows of the captured step that takes `rows` rows."""
+    last = BUCKETS[-1]
+    return next((bucket for bucket in BUCKETS if bucket >= rows), -(-rows // last) * last)
+
+
+class LoopState:
+    """Static tensors for up to `rows` rows; a bucket's step works on the first rows of each.
+
+    Args:
+        device: of the model.
+        rows: there is room for.
+        columns: of the page tables.
+        windows: attention windows of the model.
+        vocabulary: size of the logits.
+    """
+
+    def __init__(
+        self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int
+    ) -> None:
+        self.device, self.windows, self.vocabulary = device, tuple(windows), vocabulary
+        self.rows, self.columns = max(power_of_2(rows), MIN_ROWS), max(power_of_2(columns), MIN_COLUMNS)
+        rows, count = self.rows, len(self.windows)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # Tensors made inside inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            self._all = LoopTensors(
+                chosen=zeros(rows, dtype=torch.int64),
+                news=zeros(rows, dtype=torch.int64),
+                tokens=zeros(rows, 1, dtype=torch.int64),
+                positions=zeros(rows, 1, dtype=torch.int64),
+                ended=zeros(rows),
+                limits=zeros(rows),
+                seq_lens=zeros(rows),
+                slots=zeros(count, rows),
+                tables=zeros(count, rows, self.columns),
+                step=zeros(1),
+                ends=zeros(MOST_ENDS, dtype=torch.int64),
+                pad=zeros(1, dtype=torch.int64),
+                drop=zeros(1),
+            )
+            # Which row of the call each row is: what is drawn for it depends on that, not on its place.
+            self.numbers = zeros(rows)
+            self.params = zeros(PARAMS, dtype=torch.float32)
+            self.seed = zeros(1, dtype=torch.int64)
+            self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
+            self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)
+            # Transformers passes a 4-D mask on as it is; our attention ignores it.
+            self.mask = torch.zeros(1, 1, 1, 1, device=device)
+            self._staging = Staging(count * rows * self.columns, device)
+            self._seen: Tensor | None = None
+
+    def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
+        """Whether a call of this size has room."""
+        same = (device, tuple(windows), vocabulary) == (self.device, self.windows, self.vocabulary)
+        return same and rows <= self.rows and columns <= self.columns
+
+    # ---- the first rows of each tensor ------------------------------------------------------------------------
+
+    def tensors(self, rows: int, with_seen: bool) -> LoopTensors:
+        """Views of the first `rows` rows."""
+        held = self._all
+        views = {
+            name: getattr(held, name)[:rows]
+            for name in ("chosen", "news", "tokens", "positions", "ended", "limits", "seq_lens")
+        }
+        return replace(held, **views, slots=held.slots, seen=self.seen(rows) if with_seen else None)
+
+    def seen(self, rows: int) -> Tensor:
+        """`[rows, V]` uint8: which tokens a row holds, for a repetition penalty."""
+        if self._seen is None:
+            with torch.inference_mode(False):
+                self._seen = torch.zeros(self.rows, self.vocabulary, dtype=torch.uint8, device=self.device)
+        return self._seen[:rows]
+
+    def arguments(self, rows: int) -> dict[str, Any]:
+        """The arguments of the decoder's forward."""
+        return {
+            "input_ids": self._all.tokens[:rows],
+            "inputs_embeds": None,
+            "position_ids": self._all.positions[:rows],
+            "attention_mask": self.mask,
+        }
+
+    def batch(self, kind: StepKind, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
+        """A batch of one new token a row whose tensors are these."""
+        rows, shared = kind.rows, None
+        if kind.sharers:
+            groups = kind.groups
+            shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], kind.sharers)
+        tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
+        for place, window in enumerate(self.windows):
+            tensors["slots", window, self.device] = self._all.slots[place, :rows]
+            tensors["pages", window, self.device] = self._all.tables[place, :rows]
+        tensors["seq_lens", None, self.device] = self._all.seq_lens[:rows]
+        return Batch(
+            [1] * rows, [], {}, {}, backend,
+            batch_invariant=batch_invariant, workspace=workspace, shared=shared, _tensors=tensors,
+        )  # fmt: skip
+
+    # ---- what the host writes ---------------------------------------------------------------------------------
+
+    def begin(self, plan: LoopPlan, seq_lens: Sequence[int], positions: Tensor, limits: Sequence[int], drop: bool) -> None:
+        """A call starts, with nothing in flight.
+
+        Args:
+            seq_lens: keys a row before its first new token.
+            positions: `[B, 1]` of the first new token.
+            limits: new tokens a row.
+            drop: rows that have ended leave the attention.
+        """
+        held, rows, used = self._all, len(seq_lens), bucket_of(len(seq_lens))
+        self._write(held.seq_lens, [*seq_lens, *[0] * (used - rows)])
+        self._write(held.ended, [0] * rows + [ABSENT] * (used - rows))
+        self._write(held.limits, [*limits, *[0] * (used - rows)])
+        self._write(self.numbers, list(range(used)))
+        self._write(held.ends, [*plan.ends, *[-1] * (MOST_ENDS - len(plan.ends))])
+        self._write(self.suppressed, [*plan.suppressed, *[-1] * (MOST_ENDS - len(plan.suppressed))])
+        self._write(held.pad, [plan.pad])
+        self._write(held.drop, [int(drop)])
+        self._write(self.params, plan.choice.values())
+        if plan.do_sample:
+            self.seed.copy_(torch.randint(2**62, (1,)), non_blocking=True)
+        # The choice of the first token counts both up.
+        held.positions[:rows].copy_(positions - 1)
+        held.positions[rows:used].zero_()
+        held.step.zero_()
+
+    def see(self, input_ids: Tensor, ignored: int | Tensor) -> None:
+        """Note the tokens of the prompt `[B, S]`, but for the first `ignored` of a row."""
+        seen = self.seen(bucket_of(input_ids.shape[0])).zero_()
+        columns = torch.arange(input_ids.shape[1], device=self.device)
+        leading = ignored.to(self.device)[:, None] if isinstance(ignored, Tensor) else ignored
+        counted = (columns[None] >= leading).expand(input_ids.shape).to(torch.uint8)
+        seen[: input_ids.shape[0]].scatter_reduce_(1, input_ids.to(self.device), counted, "amax")
+
+    def write_tables(self, tables: Sequence[NDArray[np.int32]]) -> None:
+        """Upload `[B, columns]` page tables by window."""
+        host, used = self._staging.next(), 0
+        for place, pages in enumerate(tables):
+            rows, columns = pages.shape[0], min(pages.shape[1], self.columns)
+            place_in_host = host[place * self.rows * self.columns :][: rows * self.columns]
+            place_in_host.reshape(rows, self.columns)[:, :columns] = pages[:, :columns]
+            used = (place * self.rows + rows) * self.columns
+        self._staging.send(self._all.tables.view(-1), used)
+
+    def write_groups(self, kind: StepKind, shared: SharedRows) -> None:
+        """The groups of rows that a step of this kind, one with sharers, is for; places that are left get empty groups."""
+        starts, lengths = shared.layout()
+        empty = kind.groups - len(lengths)
+        self._write(self._group_starts, starts + [starts[-1]] * empty)
+        self._write(self._prefix_lens, lengths + [0] * empty)
+
+    def keep(self, kept: Sequence[int], used: int) -> None:
+        """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""
+        held, count = self._all, len(kept)
+        index = torch.tensor(kept).to(self.device, non_blocking=True)
+        moved = [held.chosen, held.tokens, held.positions, held.ended, held.limits, held.seq_lens, self.numbers]
+        for tensor in moved if self._seen is None else [*moved, self._seen]:
+            tensor[:count] = tensor.index_select(0, index)
+        held.slots[:, :count] = held.slots.index_select(1, index)
+        held.ended[count:used].fill_(ABSENT)
+        held.seq_lens[count:used].zero_()
+        held.slots[:, count:used].fill_(-1)
+
+    def end_rows(self, rows: Sequence[int], drop: bool) -> None:
+        """These rows have ended for a reason that the device does not know."""
+        held, index = self._all, torch.tensor(rows).to(self.device, non_blocking=True)
+        held.ended.index_fill_(0, index, 1)
+        if drop:
+            # Their pages may be another row's soon.
+            held.seq_lens.index_fill_(0, index, 0)
+            held.slots.index_fill_(1, index, -1)
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts back what a step changes."""
+        held = self._all
+        changing = [held.chosen, held.tokens, held.positions, held.ended, held.seq_lens, held.slots, held.step]
+        changing += [] if self._seen is None else [self._seen]
+        before = [tensor.clone() for tensor in changing]
+
+        def restore() -> None:
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
+
+        return restore
+
+    def _write(self, target: Tensor, values: Sequence[float]) -> None:
+        host = torch.tensor(values, dtype=target.dtype, device="cpu")
+        # From pageable memory this returns once the data is staged, without waiting for the device.
+        target[: len(values)].copy_(host, non_blocking=True)

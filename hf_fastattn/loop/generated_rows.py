@@ -1,0 +1,62 @@
+"""`LoopRows`: the new tokens of a call on the host, and which of its rows have ended."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.loop.readback import News
+from hf_fastattn.loop.request import LoopPlan
+
+
+class LoopRows:
+    """Collects what steps chose, in order.
+
+    Args:
+        input_ids: `[B, S]` the prompt.
+        most: most new tokens of a row.
+        plan: of the call.
+
+    Attributes:
+        ended: `[B]` bool.
+        steps: that were taken.
+    """
+
+    def __init__(self, input_ids: Tensor, most: int, plan: LoopPlan) -> None:
+        rows, prompt = input_ids.shape
+        self._plan, self._most, self._prompt = plan, most, prompt
+        # Stop strings are looked for in the prompt's end too.
+        self._all: NDArray[np.int64] = np.full((rows, prompt + most), plan.pad, np.int64)
+        if plan.stop_strings is not None:
+            self._all[:, :prompt] = input_ids.cpu().numpy()
+        self.ended: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        """All rows have ended."""
+        return self.steps >= self._most or (self.steps > 0 and bool(self.ended.all()))
+
+    def take(self, news: News) -> set[int]:
+        """Add a step; returns the rows that end with it for a reason which the device does not know."""
+        numbers = np.asarray(news.numbers, np.int64)
+        going = ~self.ended[numbers]
+        column = self._prompt + self.steps
+        self._all[numbers[going], column] = news.tokens[going]
+        self.ended[numbers[going]] = news.ended[going]
+        self.steps += 1
+        if self._plan.stop_strings is None:
+            return set()
+        found = self._plan.stop_strings(torch.from_numpy(self._all[:, : column + 1]), None).numpy() & ~self.ended
+        self.ended |= found
+        return set(np.flatnonzero(found).tolist())
+
+    def newest(self) -> Tensor:
+        """`[B]` int64 tokens of the last step."""
+        return torch.from_numpy(self._all[:, self._prompt + self.steps - 1].copy())
+
+    def tokens(self) -> Tensor:
+        """`[B, steps]` int64."""
+        return torch.from_numpy(self._all[:, self._prompt : self._prompt + self.steps].copy())

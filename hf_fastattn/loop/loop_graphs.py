@@ -1,0 +1,182 @@
+"""`LoopGraphs`: whole decode steps of one model, from token to token, captured once for each number of rows."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.fingerprint import DecoderState, decoder_state, why_not_capturable
+from hf_fastattn.graphs.module_checks import why_not_module
+from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.readback import Arrivals
+from hf_fastattn.pages.page_groups import PageGroups
+
+if TYPE_CHECKING:
+    from hf_fastattn.loop.device_state import LoopState
+
+logger = logging.getLogger("hf_fastattn")
+
+# The least recently used one goes when there are more.
+MAX_STEPS = 24
+
+
+@dataclass
+class LoopStep:
+    """One captured step; it is captured again when pages have moved."""
+
+    step: CapturedStep
+    storage_version: int
+
+
+class LoopGraphs:
+    """Captured steps and the static tensors that they share; lives with the model.
+
+    Args:
+        enabled: `FastAttnConfig.cuda_graphs`.
+        known_reason: why no step of this model can be captured, if there is one that its modules do not show.
+    """
+
+    # Tests run the same steps without a GPU by another type.
+    step_type: ClassVar[type[CapturedStep]] = CapturedStep
+
+    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
+        self._enabled, self._known_reason = enabled, known_reason
+        self._steps: OrderedDict[StepKind, LoopStep] = OrderedDict()
+        self._groups: weakref.ref[PageGroups] | None = None
+        self._room: Any = None
+        self._depends_on: DecoderState | None = None
+        self._reason: str | None = None
+        self._failed: set[StepKind] = set()
+        self._logged: set[str] = set()
+        self.state: LoopState | None = None
+        self.arrivals: Arrivals | None = None
+        self.workspace: Workspace | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def drop(self) -> None:
+        """Forget all steps and their memory."""
+        self._steps.clear()
+        self._failed.clear()
+        self._room = self.state = self.arrivals = self.workspace = None
+
+    def why_not_here(self, model: Any, cache: Any) -> str | None:
+        """Why steps of the model cannot be captured with this cache where it is; None if its modules may allow it."""
+        if not self._enabled:
+            return "cuda_graphs=False"
+        if not isinstance(cache, PagedCache):
+            return f"the cache is a {type(cache).__name__}"
+        device = model.device
+        if device.type not in self.step_type.devices:
+            return f"the model is on {device.type}"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
+        groups = cache.groups
+        backend, _ = choose_backend(groups.backend, device, model.dtype, groups.head_dim, groups.batch_invariant)
+        if backend not in self.step_type.backends:
+            return f"backend {backend}"
+        if "forward" in vars(model):
+            return f"the forward of the {type(model).__name__} was replaced"
+        return self._known_reason
+
+    def why_not(self, model: Any, cache: PagedCache) -> str | None:
+        """Why the modules of the model do not allow it; None if they do.
+
+        Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
+        """
+        state, known = decoder_state(model, model.device), self._depends_on
+        if known is None or state.parts != known.parts or self._groups is None or self._groups() is not cache.groups:
+            self.drop()
+            self._groups = weakref.ref(cache.groups)
+        if state != known:
+            self._depends_on, self._reason = state, why_not_capturable(model, model.device)
+        return why_not_module(model) or self._reason
+
+    def make_room(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> LoopState:
+        """Static tensors for a call of `rows` rows of up to `columns` pages."""
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.device_state import LoopState
+
+        size = (device, rows, columns, cache.tables, vocabulary)
+        if self.state is None or not self.state.fits(*size):
+            before = self.state
+            self.drop()
+            if before is not None:
+                # What was enough for another call will be wanted again.
+                size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
+            self.state = LoopState(*size)
+            self.arrivals, self.workspace = Arrivals(self.state.rows, device), Workspace(device)
+        if self._room is not None:
+            # The last steps of the call before may be under way on another stream.
+            self.step_type.enter(self._room)
+        return self.state
+
+    def has(self, kind: StepKind, storage_version: int) -> bool:
+        """Whether the step is captured already."""
+        held = self._steps.get(kind)
+        return held is not None and held.storage_version == storage_version
+
+    def replay(self, kind: StepKind, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> Tensor:
+        """One step: its graph, captured if need be, or its launches if that fails.
+
+        Args:
+            run: the launches; changes the state and returns its `news`.
+
+        Returns:
+            `[rows]` int64, which the next step writes to.
+        """
+        if not self.has(kind, groups.storage_version) and kind not in self._failed:
+            self._capture(kind, groups, run, counters)
+        held = self._steps.get(kind)
+        if held is None:
+            with torch.inference_mode(False), torch.no_grad():
+                return run()
+        self._steps.move_to_end(kind)
+        counters.graphs_replayed += 1
+        return held.step.replay(run, copy=False)
+
+    def _capture(self, kind: StepKind, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
+        assert self.state is not None
+        self._steps.pop(kind, None)
+        if self._room is None:
+            self._room = self.step_type.make_room(self.state.device)
+        step = self.step_type(self._room)
+        restore = self.state.snapshot()
+
+        def recorded() -> Tensor:
+            # What a graph computes must be ordinary tensors, whatever mode the caller is in.
+            with torch.inference_mode(False), torch.no_grad():
+                return run()
+
+        try:
+            step.capture(recorded, restore)
+        except Exception as error:
+            # The same launches go on one by one, and fail there if they must.
+            restore()
+            self._failed.add(kind)
+            self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
+            return
+        self._steps[kind] = LoopStep(step, groups.storage_version)
+        if len(self._steps) > MAX_STEPS:
+            self._steps.popitem(last=False)
+        counters.graphs_captured += 1
+
+    def count_reason(self, reason: str, counters: CallCounters) -> None:
+        """Count, and log once, why steps are launched one by one."""
+        counters.uncaptured[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)

@@ -1,0 +1,84 @@
+"""`Arrivals`: what steps have chosen, on its way to the host, read some steps late so that neither waits for the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.kernels.sampling.loop_tensors import ENDED_BIT
+
+# Steps that the host may be ahead of what it has read: with one under way and one queued the device never waits.
+DEPTH = 2
+
+
+@dataclass(frozen=True)
+class News:
+    """What one step chose.
+
+    Attributes:
+        tokens: `[rows]` int64.
+        ended: `[rows]` bool, rows that have ended with it or before.
+        numbers: which row of the call each is.
+    """
+
+    tokens: NDArray[np.int64]
+    ended: NDArray[np.bool_]
+    numbers: Sequence[int]
+
+
+class Arrivals:
+    """A ring of host buffers, pinned for a CUDA device.
+
+    Args:
+        rows: most rows of a step.
+        device: where they come from.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        with torch.inference_mode(False):
+            self._host = torch.zeros(DEPTH + 1, rows, dtype=torch.int64, device="cpu", pin_memory=cuda)
+        self._device = device
+        self._events = [torch.cuda.Event() for _ in range(DEPTH + 1)] if cuda else []
+        self._under_way: deque[tuple[int, Sequence[int]]] = deque()
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def send(self, news: Tensor, numbers: Sequence[int]) -> None:
+        """Start the copy of a step's `news` `[>= rows]`, of which the first rows count."""
+        assert len(self._under_way) <= DEPTH
+        self._turn = (self._turn + 1) % (DEPTH + 1)
+        count = len(numbers)
+        self._host[self._turn, :count].copy_(news if len(news) == count else news[:count], non_blocking=True)
+        if self._events:
+            self._events[self._turn].record(torch.cuda.current_stream(self._device))
+        self._under_way.append((self._turn, numbers))
+
+    def clear(self) -> None:
+        """Forget what is under way."""
+        self._under_way.clear()
+
+    def receive(self, wait: bool) -> News | None:
+        """The oldest step under way; None if there is none, or it has not arrived and nobody wants to `wait`."""
+        if not self._under_way:
+            return None
+        turn, numbers = self._under_way[0]
+        if self._events:
+            event: Any = self._events[turn]
+            if not event.query():
+                if not wait:
+                    return None
+                event.synchronize()
+        self._under_way.popleft()
+        packed = self._host[turn, : len(numbers)].numpy()
+        ended = (packed >> ENDED_BIT) > 0
+        return News(packed & ((1 << ENDED_BIT) - 1), ended, numbers)

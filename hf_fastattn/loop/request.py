@@ -1,0 +1,161 @@
+"""`LoopPlan`: what a `generate()` call asks of the fast decode loop, read from what Transformers made of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import logits_process as processors
+from transformers.generation import stopping_criteria as criteria
+
+from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
+from hf_fastattn.kernels.sampling.params import SamplingParams
+
+# In the order in which Transformers applies them.
+PROCESSORS = (
+    processors.RepetitionPenaltyLogitsProcessor,
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+    processors.MinPLogitsWarper,
+)
+CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """How tokens are chosen and when a call ends.
+
+    Attributes:
+        do_sample: draw, or take the likeliest.
+        max_new: new tokens a row, at most.
+        ends: end tokens; their rows get `pad` from then on.
+        suppressed: end tokens that are not chosen before the least number of new tokens.
+        pad: padding token.
+        choice: temperature, filters, penalty, least number of new tokens.
+        ignored: leading prompt tokens that the penalty does not count, a number or one a row.
+        stop_strings: the criterion, if there are any.
+    """
+
+    do_sample: bool
+    max_new: int
+    ends: tuple[int, ...]
+    suppressed: tuple[int, ...]
+    pad: int
+    choice: SamplingParams
+    ignored: int | Tensor
+    stop_strings: Any
+
+
+def loop_plan(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Sequence[Any],
+    stopping_criteria: Sequence[Any],
+    generation_config: Any,
+    streamer: Any,
+    rows_are_private: bool,
+) -> LoopPlan | str:
+    """The plan of a call, or why the fast loop cannot do what it asks.
+
+    Args:
+        rows_are_private: nobody sees the cache after the call.
+    """
+    config = generation_config
+    name = model._fastattn_base.__name__
+    if name != model._fastattn.family.causal_lm or not model._fastattn_base.__module__.startswith("transformers."):
+        return f"a {name} may do more than its decoder and lm_head"
+    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+        if getattr(model._fastattn_base, method) is not getattr(GenerationMixin, method):
+            return f"{name}.{method} is its own"
+    if config.is_assistant:
+        return "the model drafts for another"
+    for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, wish):
+            return f"{wish} is asked for"
+    if not config.use_cache:
+        return "use_cache=False"
+    found = _in_order(logits_processor, PROCESSORS)
+    if isinstance(found, str):
+        return found
+    stops = {type(criterion): criterion for criterion in stopping_criteria}
+    others = [kind.__name__ for kind in stops if kind not in CRITERIA]
+    if others or len(stops) < len(stopping_criteria):
+        return f"stopping criteria {others or 'given twice'}"
+    if criteria.MaxLengthCriteria not in stops:
+        return "no length is set at which to stop"
+    if config.do_sample and model._fastattn.runtime.config.sampling == "transformers":
+        return "sampling='transformers'"
+    eos, strings = stops.get(criteria.EosTokenCriteria), stops.get(criteria.StopStringCriteria)
+    ends = () if eos is None else tuple(torch.as_tensor(eos.eos_token_id, device="cpu").flatten().tolist())
+    if strings is not None and (eos is None or (not rows_are_private and input_ids.shape[0] > 1)):
+        return "rows go on after a stop string, as they do without an end token or where the cache is returned"
+    suppressed, min_new = _suppressed(found, input_ids.shape[1])
+    if len(ends) > MOST_ENDS or len(suppressed) > MOST_ENDS or input_ids.shape[0] > MOST_ROWS:
+        return f"{max(len(ends), len(suppressed))} end tokens, {input_ids.shape[0]} rows"
+    max_new = stops[criteria.MaxLengthCriteria].max_length - input_ids.shape[1]
+    if max_new < 1:
+        return "there is no room for a token"
+    for kind in PROCESSORS[3:]:
+        warper = found.get(kind)
+        if getattr(warper, "filter_value", -torch.inf) != -torch.inf or getattr(warper, "min_tokens_to_keep", 1) != 1:
+            return f"a {kind.__name__} with its own filter_value or min_tokens_to_keep"
+    penalty = found.get(processors.RepetitionPenaltyLogitsProcessor)
+    ignored = getattr(penalty, "prompt_ignore_length", None)
+    # Padding lengths of embeddings count columns that the token ids do not have.
+    most_ignored = int(ignored.max()) if isinstance(ignored, Tensor) else ignored or 0
+    if most_ignored > input_ids.shape[1]:
+        return "a repetition penalty that ignores new tokens"
+    temperature, top_k, top_p, min_p = (found.get(kind) for kind in PROCESSORS[3:])
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    if not 0 <= pad < model.config.get_text_config(decoder=True).vocab_size:
+        # Steps launched past the end embed it, even for a single row.
+        return f"pad_token_id={pad} is no token of the model"
+    return LoopPlan(
+        do_sample=bool(config.do_sample),
+        max_new=max_new,
+        ends=ends,
+        suppressed=suppressed,
+        pad=pad,
+        choice=SamplingParams(
+            temperature=1.0 if temperature is None else float(temperature.temperature),
+            top_k=0 if top_k is None else int(top_k.top_k),
+            top_p=1.0 if top_p is None else float(top_p.top_p),
+            min_p=0.0 if min_p is None else float(min_p.min_p),
+            repetition_penalty=1.0 if penalty is None else float(penalty.penalty),
+            min_new_tokens=min_new,
+        ),
+        ignored=0 if ignored is None else ignored,
+        stop_strings=strings,
+    )
+
+
+def _in_order(given: Sequence[Any], known: tuple[type, ...]) -> dict[type, Any] | str:
+    """The processors by type if they are known ones, each at most once, in the known order; else why not."""
+    places = []
+    for processor in given:
+        if type(processor) not in known:
+            return f"a {type(processor).__name__} looks at the logits"
+        places.append(known.index(type(processor)))
+    if places != sorted(set(places)):
+        return "logits processors in another order than Transformers'"
+    return {type(processor): processor for processor in given}
+
+
+def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], int]:
+    """End tokens that are not to be chosen at first, and for how many new tokens."""
+    by_length = found.get(processors.MinLengthLogitsProcessor)
+    by_new = found.get(processors.MinNewTokensLengthLogitsProcessor)
+    least = [] if by_length is None else [(by_length.min_length - prompt, by_length)]
+    least += [] if by_new is None else [(by_new.prompt_length_to_skip + by_new.min_new_tokens - prompt, by_new)]
+    # Both are made of the same end tokens: the one that lasts longer says it all.
+    if not least:
+        return (), 0
+    count, processor = max(least, key=lambda entry: entry[0])
+    return tuple(torch.as_tensor(processor.eos_token_id, device="cpu").flatten().tolist()), max(count, 0)

@@ -1,0 +1,203 @@
+"""`PageGroups`: the pools and tensors of one model, one group for each distinct attention window."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
+from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.page_storage import PageStorage
+from hf_fastattn.pages.page_table import PageTable
+from hf_fastattn.pages.turn import Turn
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.attention.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Layers that see the same keys: they share page numbers, tables and counts."""
+
+    window: int | None
+    pool: PagePool
+    storage: PageStorage
+
+    def copy_pages(self, moves: list[tuple[int, int]]) -> None:
+        """Copy pages `(source, target)` in every layer of the group."""
+        self.storage.copy(moves, self.pool.capacity)
+
+    def grow_storage(self) -> None:
+        """Give every page of the pool its place in the tensors of all layers."""
+        self.storage.grow(self.pool.capacity)
+
+
+class Holder(weakref.ref[Any]):
+    """A cache, as the groups know it, and its page tables by window, which outlive it until they are cleared."""
+
+    __slots__ = ("tables",)
+    tables: dict[int | None, PageTable]
+
+
+class PageGroups:
+    """The page groups of a model.
+
+    One thread at a time may change pages and the tables of the caches that hold them: the one whose `turn` it is.
+
+    Args:
+        config: the model's configuration; tells layers, windows and the size of a token.
+        fastattn: page size and memory limit.
+        dtype: dtype that keys will have, for the memory limit; the configuration's by default.
+        turn: of whatever else goes with these pages; one of their own by default.
+    """
+
+    def __init__(
+        self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None, turn: Turn | None = None
+    ) -> None:
+        text = config.get_text_config(decoder=True)
+        self.page_size = fastattn.page_size
+        self.backend, self.batch_invariant = fastattn.backend, fastattn.batch_invariant
+        self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
+        self.turn = turn or Turn()
+        self._holders: set[Holder] = set()
+        # Of caches that are gone. They end inside of anything, in any thread: nothing but this may happen then.
+        self._ended: deque[Any] = deque()
+        self._config, self._fastattn, self._dtype = config, fastattn, dtype
+        windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
+        heads, head_dim = key_shape(config)
+        self.head_dim = head_dim
+        dtype = dtype or getattr(text, "dtype", None) or torch.float32
+        itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
+        self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize
+        self._largest: dict[int | None, int] = {}
+        self._groups = {
+            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
+            for window in dict.fromkeys(windows)
+        }
+
+    def _max_pages(self) -> int | None:
+        limit = self._fastattn.memory_limit
+        # Every group may hold the same number of tokens.
+        return None if limit is None else limit // max(self.page_bytes, 1)
+
+    def group(self, window: int | None) -> PageGroup:
+        """The group of layers with this window.
+
+        Raises:
+            ValueError: the model these pages were made for has no such layers.
+        """
+        if window not in self._groups:
+            raise ValueError(f"no layer with window {window} belongs to these pages; known: {list(self._groups)}")
+        return self._groups[window]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._groups.values())
+
+    @property
+    def storage_version(self) -> int:
+        """Another number whenever a tensor behind the pages was made, moved or dropped."""
+        return sum(group.storage.version for group in self)
+
+    def is_growing(self, windows: Iterable[int | None]) -> bool:
+        """Whether pages of these windows have been counted that the tensors do not hold yet, or there are no tensors."""
+        groups = map(self.group, windows)
+        return any(group.storage.capacity < max(group.pool.capacity, 1) for group in groups)
+
+    # ---- who holds pages --------------------------------------------------------------------------------------
+
+    def enlist(self, cache: Any, tables: dict[int | None, PageTable]) -> Holder:
+        """From now on pages in the tables of `cache` count as held, until it is gone."""
+        # The callback runs no Python code, so that no signal can come inside of it.
+        holder = Holder(cache, self._ended.append)
+        holder.tables = tables
+        self._holders.add(holder)
+        return holder
+
+    def discharge(self, holder: Holder) -> None:
+        """Its cache holds no pages of these groups any more; they are released at the next `settle()`."""
+        self._ended.append(holder)
+
+    def settle(self) -> None:
+        """Release what caches held that are gone; after an exception amid a change, count the owners of pages anew.
+
+        Called by the thread whose turn it is.
+        """
+        for group in self._groups.values():
+            if group.pool.unsettled:
+                self._recount()
+        while self._ended:
+            # Forgotten last, so that it is done again if an exception comes.
+            ended = self._ended[0]
+            for table in ended.tables.values():
+                table.clear()
+            self._holders.discard(ended)
+            self._ended.popleft()
+
+    def _recount(self) -> None:
+        tables: dict[int | None, list[PageTable]] = {window: [] for window in self._groups}
+        for holder in list(self._holders):
+            cache = holder()
+            if cache is not None and cache.groups is self:
+                # It may have got other ones just before the exception.
+                holder.tables = cache.tables
+            for window, table in holder.tables.items():
+                table.forget_derived()
+                tables[window].append(table)
+        for window, group in self._groups.items():
+            group.pool.recount(pages for table in tables[window] for pages in table.rows)
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages held by caches, over all groups."""
+        return (self.turn.take(0), self._count())[1]
+
+    def _count(self) -> int:
+        if self.turn.is_mine():
+            self.settle()
+        return sum(group.pool.in_use for group in self)
+
+    def emptied(self) -> PageGroups:
+        """Other groups of the same kind, without pages."""
+        return PageGroups(self._config, self._fastattn, self._dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for pages."""
+        return sum(group.storage.nbytes for group in self)
+
+    def describe_limit(self) -> str:
+        """The memory limit in words, for an error."""
+        limit, most = self._fastattn.memory_limit, self._max_pages()
+        if limit is None or most is None:
+            return "no memory_limit is set"
+        return (
+            f"memory_limit={limit} bytes holds {most} pages of {self.page_size} tokens "
+            f"({self.page_bytes} bytes a page over all layers), that is {most * self.page_size} tokens"
+        )
+
+    def describe_full(self, targets: list[int]) -> str:
+        """That rows of `targets[b]` tokens do not fit, in words, for an error."""
+        asked = sum(-(-target // self.page_size) for target in targets)
+        return (
+            f"the cache is full: rows of {max(targets)} tokens need {asked} pages, and {self.pages_in_use} are in use; "
+            f"{self.describe_limit()}. Use fewer or shorter rows, or a higher FastAttnConfig(memory_limit=...)"
+        )
+
+    def shrink(self, keep: float) -> None:
+        """Give memory back: if no page is held, keep at most the share `keep` of the storage."""
+        for group in self:
+            # Pages that there was no memory for would be asked for again.
+            group.pool.shrink(group.storage.capacity)
+            if group.pool.in_use or keep >= 1:
+                continue
+            # A share of the most there ever was: a call that needs less does not make it less.
+            self._largest[group.window] = max(self._largest.get(group.window, 0), group.pool.capacity)
+            kept = int(self._largest[group.window] * keep)
+            group.pool.shrink(kept)
+            group.storage.shrink(kept)

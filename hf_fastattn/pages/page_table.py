@@ -1,0 +1,326 @@
+"""`PageTable`: the pages of the rows of one cache, in one page group."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.table_mirror import TableMirror
+
+# A growing sequence gets this much room after it, at most, before another may settle there.
+MAX_ROOM_TOKENS = 2048
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def _noted(change: Callable[Concatenate[PageTable, Params], Result]) -> Callable[Concatenate[PageTable, Params], Result]:
+    """While rows and pages change, the pool is unsettled; it stays so if an exception comes between."""
+
+    @functools.wraps(change)
+    def noted(self: PageTable, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        pool = self.pool
+        before, pool.unsettled = pool.unsettled, True
+        result = change(self, *args, **kwargs)
+        pool.unsettled = before
+        return result
+
+    return noted
+
+
+class PageTable:
+    """Rows of pages: column `c` of a row holds its tokens `c * P` to `(c + 1) * P - 1`, or -1 once released.
+
+    Its rows are the truth about who holds which page: every change of them is one assignment, and owners can be counted
+    anew from them, so an exception, Ctrl-C included, may come between any two statements.
+
+    Args:
+        pool: where the pages come from.
+        page_size: tokens a page (P).
+        window: keys a query sees, itself included; `None` for all. Pages that no later query can see are released.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, window: int | None = None) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.window = window
+        self._publish([], [], TableMirror())
+
+    def _publish(self, rows: list[list[int]], origin: list[tuple[int, int]], mirror: TableMirror) -> None:
+        """Other rows, in one step.
+
+        Args:
+            origin: columns that a row is known to share with the rows of the same origin; see `prefixes`.
+        """
+        self.rows: list[list[int]]
+        self._origin: list[tuple[int, int]]
+        self._mirror: TableMirror
+        # Tokens that every row can append to pages which it has and owns alone.
+        self._slack: int
+        # Until a row has this length, no row has a page to release behind its window.
+        self._release_at: int
+        self.__dict__.update(rows=rows, _origin=origin, _mirror=mirror, _slack=0, _release_at=0)
+
+    def forget_derived(self) -> None:
+        """What is derived from the rows is derived anew."""
+        mirror = TableMirror()
+        mirror.add_rows(len(self.rows))
+        self._publish(self.rows, self._origin, mirror)
+
+    def add_rows(self, count: int) -> None:
+        """Append `count` empty rows."""
+        first, mirror = len(self.rows), self._mirror.selected(range(len(self.rows)))
+        mirror.add_rows(count)
+        origin = [(first + row, 0) for row in range(count)]
+        self._publish(self.rows + [[] for _ in range(count)], self._origin + origin, mirror)
+
+    def start_behind(self, columns: Sequence[int]) -> None:
+        """Empty rows begin after `columns[b]` pages that count as released."""
+        for row, count in enumerate(columns):
+            self.rows[row] = [-1] * count
+            self._mirror.changed(row, 0)
+
+    def misses_pages(self, lengths: Sequence[int]) -> bool:
+        """Whether a query after `lengths[b]` tokens would look for a page that was released behind its window."""
+        if self.window is None:
+            return False
+        columns = [max(length - self.window + 1, 0) // self.page_size for length in lengths]
+        return any(column < len(pages) and pages[column] < 0 for column, pages in zip(columns, self.rows, strict=True))
+
+    def reserve(
+        self,
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+        copy_pages: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
+        """Give every row pages for its tokens `lengths[b]` to `targets[b] - 1`, owned by that row alone.
+
+        Args:
+            lengths: tokens that each row holds.
+            targets: tokens that each row will hold.
+            room: tokens that a row may reach; the pages are chosen so that it can grow in place.
+            counters: where pages are counted.
+            copy_pages: copies the contents of pages `(source, target)`: partial pages that were shared.
+
+        Raises:
+            CacheFullError: the pool is full. Rows are as before, but for pages reserved beyond their length.
+        """
+        growth = max((target - length for length, target in zip(lengths, targets, strict=True)), default=0)
+        if growth <= self._slack:
+            self._slack -= growth
+            return
+        self._slack = 0
+        self._reserve(lengths, targets, room, counters, copy_pages)
+        if all(target > length for length, target in zip(lengths, targets, strict=True)):
+            size = self.page_size
+            self._slack = min(len(pages) * size - target for pages, target in zip(self.rows, targets, strict=True))
+
+    @_noted
+    def _reserve(
+        self,
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+        copy_pages: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
+        size = self.page_size
+        fresh: list[int] = []
+        for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
+            pages = self.rows[row]
+            if target == length:
+                continue
+            column = length // size
+            if column < len(pages) and self.pool.owners(pages[column]) > 1:
+                fresh.append(row)
+                continue
+            need = -(-target // size) - len(pages)
+            if need <= 0:
+                continue
+            if not pages or pages[-1] < 0 or self.pool.owners(pages[-1]) > 1:
+                fresh.append(row)
+                continue
+            self._mirror.changed(row, len(pages))
+            pages.extend(self._take(need, pages[-1], counters))
+        runs = self._fresh_runs(fresh, lengths, targets, room, counters)
+        partial = [(row, run) for row, run in runs if lengths[row] % size]
+        # Before the release: a source may lose its last owner by it.
+        copy_pages([(self.rows[row][lengths[row] // size], run[0]) for row, run in partial])
+        counters.pages_copied += len(partial)
+        for row, run in runs:
+            column = lengths[row] // size
+            self._mirror.changed(row, column)
+            gone, self.rows[row][column:] = self.rows[row][column:], run
+            self.pool.release(gone)
+
+    def _fresh_runs(
+        self,
+        rows: list[int],
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        room: int,
+        counters: CallCounters,
+    ) -> list[tuple[int, list[int]]]:
+        """New pages from the column of its next token on, for each of `rows`, at equal distances if possible."""
+        if not rows:
+            return []
+        size = self.page_size
+        counts = [-(-targets[row] // size) - lengths[row] // size for row in rows]
+        reach = max(-(-min(room, targets[row] + MAX_ROOM_TOKENS) // size) - lengths[row] // size for row in rows)
+        step = max([*counts, reach])
+        runs = self.pool.allocate_rows(counts, step)
+        counters.pages_allocated += sum(counts)
+        return list(zip(rows, runs, strict=True))
+
+    def _take(self, count: int, after: int, counters: CallCounters) -> list[int]:
+        pages = self.pool.allocate(count, after=after)
+        counters.pages_allocated += count
+        return pages
+
+    def pages_to_come(self, lengths: Sequence[int], room: int) -> int:
+        """Pages that the rows need more to reach `room` tokens, or `MAX_ROOM_TOKENS` more if that is less."""
+        size = self.page_size
+        most = None if self.window is None else -(-self.window // size) + 1
+        total = 0
+        for length in lengths:
+            # One more, for the page that is copied when it is shared.
+            pages = -(-min(room, length + MAX_ROOM_TOKENS) // size) - length // size + 1
+            total += max(pages if most is None else min(pages, most), 1)
+        return total
+
+    @_noted
+    def selected(self, indices: Sequence[int], counters: CallCounters) -> PageTable:
+        """Another table, whose row b is a fork of row `indices[b]`; pages are shared until one of their owners writes."""
+        other = PageTable(self.pool, self.page_size, self.window)
+        rows = [list(self.rows[index]) for index in indices]
+        self._slack = 0
+        for pages in rows:
+            self.pool.fork(page for page in pages if page >= 0)
+        other._publish(rows, self._origin_of(indices), self._mirror.selected(indices))
+        counters.pages_shared += max(other.held - self.held, 0)
+        return other
+
+    @property
+    def held(self) -> int:
+        """Entries of the rows that are pages."""
+        return sum(page >= 0 for pages in self.rows for page in pages)
+
+    @_noted
+    def fork_into(self, other: PageTable, lengths: Sequence[int]) -> None:
+        """Give `other`, an empty table of the same pool, forks of the pages of `lengths[b]` tokens of each row."""
+        rows = [pages[: -(-length // self.page_size)] for pages, length in zip(self.rows, lengths, strict=True)]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        self._slack = 0
+        for pages in rows:
+            self.pool.fork(page for page in pages if page >= 0)
+        other._publish(rows, list(self._origin), mirror)
+
+    def moved(self, pool: PagePool, places: Mapping[int, int]) -> PageTable:
+        """The same table over pages of another pool: `places[page]` instead of `page`, held by nobody else."""
+        other = PageTable(pool, self.page_size, self.window)
+        rows = [[places.get(page, page) for page in pages] for pages in self.rows]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        other._publish(rows, list(self._origin), mirror)
+        pool.recount(rows)
+        return other
+
+    def _origin_of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        repeated = len(set(indices)) < len(indices)
+        if all(columns == 0 for _, columns in self._origin) and repeated:
+            # The first fork: what a row holds now in whole pages is what its copies will share.
+            return [(index, len(self.rows[index])) for index in indices]
+        return [self._origin[index] for index in indices]
+
+    def prefixes(self, lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+        """`(first_row, last_row, columns)` of neighbouring rows whose first `columns` pages are the same.
+
+        None behind a window, where rows of different lengths have released different pages, and nobody reads from the start.
+        """
+        found: list[tuple[int, int, int]] = []
+        if self.window is not None:
+            return found
+        row = 0
+        while row < len(self.rows):
+            last = row + 1
+            origin, columns = self._origin[row]
+            while columns and last < len(self.rows) and self._origin[last][0] == origin:
+                last += 1
+            if columns and last - row > 1:
+                # The page after the last whole one was copied by whoever wrote to it, and nobody may end inside.
+                columns = min(columns, min(lengths[row:last]) // self.page_size)
+                while columns and len({self.rows[r][columns - 1] for r in range(row, last)}) > 1:
+                    columns -= 1
+                if columns:
+                    found.append((row, last, columns))
+            row = last
+        return found
+
+    @_noted
+    def trim(self, lengths: Sequence[int]) -> None:
+        """Release the pages beyond `lengths[b]` tokens of each row."""
+        self._slack = self._release_at = 0
+        for row, (pages, length) in enumerate(zip(self.rows, lengths, strict=True)):
+            keep = -(-length // self.page_size)
+            if keep < len(pages):
+                self._mirror.changed(row, keep)
+                self.pool.release(page for page in pages[keep:] if page >= 0)
+                del pages[keep:]
+
+    @_noted
+    def let_go(self, rows: Sequence[int]) -> None:
+        """Release all pages of `rows`."""
+        self._slack = self._release_at = 0
+        for row in rows:
+            self._mirror.changed(row, 0)
+            gone, self.rows[row] = self.rows[row], []
+            self.pool.release(page for page in gone if page >= 0)
+
+    def release_behind(self, lengths: Sequence[int]) -> None:
+        """Release the pages that no query from `lengths[b]` on can see through the window."""
+        if self.window is None or not lengths or max(lengths) < self._release_at:
+            return
+        first_seen = [max(length - self.window + 1, 0) for length in lengths]
+        self._release_before(first_seen)
+        # Rows that grow at different speeds may release a page some steps late, never early.
+        self._release_at = max(lengths) + min(self.page_size - first % self.page_size for first in first_seen)
+
+    @_noted
+    def _release_before(self, first_seen: Sequence[int]) -> None:
+        for pages, first in zip(self.rows, first_seen, strict=True):
+            column = first // self.page_size
+            for behind in range(min(column, len(pages)) - 1, -1, -1):
+                if pages[behind] < 0:
+                    break
+                self.pool.release([pages[behind]])
+                pages[behind] = -1
+
+    @_noted
+    def clear(self) -> None:
+        """Release everything; no rows remain."""
+        rows = self.rows
+        self._publish([], [], TableMirror())
+        for pages in rows:
+            self.pool.release(page for page in pages if page >= 0)
+
+    # ---- as arrays --------------------------------------------------------------------------------------------
+
+    def as_array(self) -> tuple[NDArray[np.int32], int]:
+        """`[rows, columns]` int32 pages, arbitrary where there is none, and a number that tells two contents apart."""
+        pages = self._mirror.update(self.rows)
+        return pages, self._mirror.version
+
+    def newest_slots(self, lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """`[rows]` int32 slots `page * P + offset` of the last of the `lengths[b]` tokens of each row."""
+        columns, offsets = np.divmod(lengths - 1, self.page_size)
+        pages = self._mirror.update(self.rows)
+        return pages[np.arange(len(lengths)), columns] * self.page_size + offsets

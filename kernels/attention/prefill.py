@@ -1,0 +1,199 @@
+"""Paged prefill and append: causal attention of ragged rows of new tokens, one program a tile of queries.
+
+The R query heads of a key/value head are packed with the tokens into the rows of a tile (BLOCK_M = tokens * R rows), so
+K and V are read once a group ("FlashAttention-2", Dao, 2023; packed GQA as in FlashInfer, Ye et al., 2025). Rows of any
+lengths share one launch: each program finds its row from `cu_seqlens_q`; the longest tiles of a row come first. Only
+tiles on the causal or window edge pay for a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fastattn.kernels.attention.configs import prefill_tile
+from hf_fastattn.kernels.attention.tile import score_factors, softmax_end, softmax_step, tile_scores
+from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
+
+
+@triton.jit
+def prefill_tiles(
+    q, row_max, row_sum, acc, lo, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window, scale, softcap,
+    stride_page, stride_slot,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys `lo` to `hi - 1`, multiples of BLOCK_N; EDGE: some are hidden or do not exist."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    for key in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        key_n = key + n
+        if EDGE:
+            ok_n = (key_n < length) & (key_n >= lowest)
+            page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
+        else:
+            page = tl.load(table + key_n // PAGE)
+        slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
+        offset = slot[:, None] + (head_offset + d)[None, :]
+        if EDGE:
+            ok = ok_n[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + offset, mask=ok, other=0.0)
+        elif D == BLOCK_D:
+            k = tl.load(k_ptr + offset)
+        else:
+            k = tl.load(k_ptr + offset, mask=(d < D)[None, :], other=0.0)
+        scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        if EDGE:
+            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
+            if HAS_WINDOW:
+                seen = seen & (key_n[None, :] > last_key[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            v = tl.load(v_ptr + offset, mask=ok, other=0.0)
+        elif D == BLOCK_D:
+            v = tl.load(v_ptr + offset)
+        else:
+            v = tl.load(v_ptr + offset, mask=(d < D)[None, :], other=0.0)
+        row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["rows", "window", "stride_table"])
+def prefill_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
+    rows, window, scale, softcap,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M packed queries of one row and kv head; programs past the last tile do nothing."""
+    # ---- which row: tiles of queries before row b are upto[b] - blocks[b]
+    row = tl.arange(0, BLOCK_B)
+    valid = row < rows
+    news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
+    blocks = tl.where(valid, (news * RATIO + BLOCK_M - 1) // BLOCK_M, 0)
+    upto = tl.cumsum(blocks, 0)
+    block = tl.program_id(0) // GROUPS
+    head = tl.program_id(0) % GROUPS
+    if block < tl.sum(blocks, 0):
+        before = (upto <= block) & valid
+        b = tl.sum(before.to(tl.int32), 0)
+        first_token = tl.load(cu_seqlens_ptr + b)
+        new = tl.load(cu_seqlens_ptr + b + 1) - first_token
+        length = tl.load(seq_lens_ptr + b)
+        block = (new * RATIO + BLOCK_M - 1) // BLOCK_M - 1 - (block - tl.max(tl.where(before, upto, 0), 0))
+
+        query = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        token = query // RATIO
+        ok_m = token < new
+        d = tl.arange(0, BLOCK_D)
+        inside = ok_m[:, None] & (d < D)[None, :]
+        place = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
+        q = tl.load(q_ptr + place[:, None] + d[None, :], mask=inside, other=0.0)
+
+        # ---- which keys: every query of the tile sees [some_from, all_upto), none sees more than [none_below, none_from)
+        past = length - new
+        first_query = past + block * BLOCK_M // RATIO
+        last_query = past + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // RATIO, new - 1)
+        all_upto = (first_query + 1) // BLOCK_N * BLOCK_N
+        none_from = last_query + 1
+        none_below = 0
+        all_from = 0
+        if HAS_WINDOW:
+            none_below = tl.maximum(first_query - window + 1, 0) // BLOCK_N * BLOCK_N
+            all_from = (tl.maximum(last_query - window + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+            all_upto = tl.maximum(all_upto, none_below)
+            all_from = tl.minimum(all_from, all_upto)
+        lowest = tl.maximum(first_query - window + 1, 0) if HAS_WINDOW else 0
+
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        last_key = past + token
+        table = page_table_ptr + b.to(tl.int64) * stride_table
+        head_offset = head * stride_head
+        if HAS_WINDOW:
+            row_max, row_sum, acc = prefill_tiles(
+                q, row_max, row_sum, acc, none_below, all_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
+                window, scale, softcap, stride_page, stride_slot,
+                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+        row_max, row_sum, acc = prefill_tiles(
+            q, row_max, row_sum, acc, all_from, all_upto, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
+            window, scale, softcap, stride_page, stride_slot,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+        row_max, row_sum, acc = prefill_tiles(
+            q, row_max, row_sum, acc, all_upto, none_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
+            window, scale, softcap, stride_page, stride_slot,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+        out, lse = softmax_end(row_max, row_sum, acc)
+
+        out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
+        tl.store(out_ptr + out_row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(lse_ptr + out_row, lse, mask=ok_m)
+
+
+def paged_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of packed rows of new tokens over paged keys and values.
+
+    Args:
+        q: `[T, H, D]` queries after RoPE, row after row as `cu_seqlens_q` says.
+        k_pages: `[N, P, G, D]` pages of keys, any strides but 1 in the last dimension; `v_pages` with the same.
+        page_table: `[B, columns]` int32; columns that no query of the row sees are not read.
+        cu_seqlens_q: `[B + 1]` int32, where each row's queries begin; rows may be empty.
+        seq_lens: `[B]` int32, keys of each row after the append.
+        scale: factor on the scores.
+        window: keys a query sees, itself included; all by default.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        batch_invariant: a row's output and LSE are bitwise the same whatever the other rows and the places of the pages.
+
+    Returns:
+        Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit each other or the kernel.
+    """
+    check_pages(q, k_pages, v_pages)
+    tokens, heads, dim = q.shape
+    rows, page, groups = seq_lens.shape[0], k_pages.shape[1], k_pages.shape[2]
+    if page_table.shape[0] != rows or cu_seqlens_q.shape[0] != rows + 1:
+        raise ValueError(
+            f"page_table has {page_table.shape[0]} rows, cu_seqlens_q {cu_seqlens_q.shape[0]} entries and seq_lens {rows}; "
+            "they must be [B, columns], [B + 1] and [B]"
+        )
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    if not tokens:
+        return out, lse
+    ratio, block_d = heads // groups, power_of_2(dim)
+    tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, None if batch_invariant else tokens * ratio)
+    factor, cap = score_factors(scale, softcap)
+    # No row needs more than one tile that is not full.
+    tiles = min(triton.cdiv(tokens * ratio, tile.block_m) + rows - 1, tokens * ratio)
+    with on_device_of(q):
+        prefill_kernel[(tiles * groups,)](
+            q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
+            rows, window or 0, factor, cap,
+            q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,114 @@
+"""The second launch of `shared_prefix.py`: a row's prefix and suffix, each in one or more parts, merged by LSE.
+
+The parts of a split prefix lie BLOCK_M rows apart, those of a split suffix BLOCK_S, in the order of the programs that made
+them, and are merged in that order: results are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.attention.tile import softmax_end
+from hf_fastattn.kernels.launch import on_device_of, power_of_2
+
+# Int32 numbers a (row, kv head): row of the first state of the prefix, number of states, the same of the suffix, and
+# whether there is a prefix. Padded for alignment.
+PLACE = tl.constexpr(8)
+# Fp32 elements of partial states that a program has in flight.
+MERGE_ELEMENTS = 4096
+
+
+@triton.jit
+def merge_prefixes_kernel(
+    partial_ptr, partial_sum_ptr, places_ptr, out_ptr, lse_ptr,
+    RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The R query heads of one (row, kv head)."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    pair = tl.program_id(0)
+    place = places_ptr + pair * PLACE
+    suffix = tl.load(place + 2)
+    suffix_parts = tl.load(place + 3)
+    # Where there is no prefix nobody has written where it lies.
+    has_prefix = tl.load(place + 4) > 0
+    prefix = tl.load(place, mask=has_prefix, other=0)
+    prefix_parts = tl.load(place + 1, mask=has_prefix, other=0)
+    r = tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for number in range(0, prefix_parts + suffix_parts, MERGE_PARTS):
+        # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
+        for u in tl.static_range(MERGE_PARTS):
+            i = number + u
+            j = i - prefix_parts
+            # The first program's second block, and from then on every program's first.
+            start = tl.where(j < 0, prefix + tl.maximum(2 * i - 1, 0) * BLOCK_M, suffix + tl.maximum(2 * j - 1, 0) * BLOCK_S)
+            ok = r < tl.where(j < suffix_parts, RATIO, 0)
+            at = start + r
+            part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"))
+            part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0)
+            x = tl.load(partial_ptr + at[:, None] * BLOCK_D + d[None, :], mask=ok[:, None], other=0.0)
+            new_max = tl.maximum(row_max, part_max)
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weight = tl.math.exp2(part_max - shift)
+            decay = tl.math.exp2(row_max - shift)
+            row_sum = row_sum * decay + part_sum * weight
+            acc = acc * decay[:, None] + x * weight[:, None]
+            row_max = new_max
+    out, lse = softmax_end(row_max, row_sum, acc)
+    out_row = pair.to(tl.int64) * RATIO + r
+    ok = r < RATIO
+    tl.store(
+        out_ptr + out_row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :]
+    )
+    tl.store(lse_ptr + out_row, lse, mask=ok)
+
+
+def merge_prefixes(
+    partial: Tensor,
+    partial_sum: Tensor,
+    places: Tensor,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    block_m: int,
+    block_s: int,
+    *,
+    overlap: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of every query head from the states that `shared_prefix_kernel` has left.
+
+    Args:
+        partial: `[states, BLOCK_D]` fp32, sums of weighted values, not normalised.
+        partial_sum: `[states, 2]` fp32, maximum (base 2) and sum of the weights of each.
+        places: `[B * G, 8]` int32; see `PLACE`.
+        shape: B, H and D.
+        dtype: of the output.
+        block_m: states from a program's block to its next, of prefixes.
+        block_s: the same of suffixes.
+        overlap: start before the launch ahead ends, and wait for it inside.
+
+    Returns:
+        Output `[B, H, D]` and LSE `[B, H]` fp32, natural logarithm; 0 and -inf for a row without keys.
+    """
+    rows, heads, dim = shape
+    out = torch.empty(shape, dtype=dtype, device=partial.device)
+    lse = torch.empty((rows, heads), dtype=torch.float32, device=partial.device)
+    ratio = rows * heads // places.shape[0]
+    block_r, block_d = power_of_2(ratio), power_of_2(dim)
+    with on_device_of(partial):
+        merge_prefixes_kernel[(places.shape[0],)](
+            partial, partial_sum, places, out, lse,
+            RATIO=ratio, D=dim, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_S=block_s,
+            MERGE_PARTS=min(max(MERGE_ELEMENTS // (block_r * block_d), 1), 8), OVERLAP=overlap,
+            num_warps=min(max(block_r * block_d // 128, 1), 4), **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,69 @@
+"""[qk-norm] + RoPE + append: what stands between the projections and attention, as one operation.
+
+RoPE (Su et al., 2021) in the rotate-half form on the first `cos.shape[-1]` dimensions:
+`x * cos + rotate_half(x) * sin`, from the model's own cos and sin, so that every RoPE scaling of Transformers holds.
+The products are rounded in the dtype of x, as Transformers rounds them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels.layer.reference import rms_norm
+
+
+def signed_sin(sin: Tensor) -> Tensor:
+    """`sin` with its first half negated, so that `rotate_half(x) * sin = roll(x, D/2) * signed_sin(sin)`."""
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on `x: [T, heads, D]` with `cos`, and `sin` from `signed_sin`, both `[T, rotary dims]`."""
+    dim = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if dim == x.shape[-1]:
+        return x * cos + x.roll(dim // 2, -1) * sin
+    turned = x[..., :dim]
+    return torch.cat((turned * cos + turned.roll(dim // 2, -1) * sin, x[..., dim:]), dim=-1)
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> Tensor:
+    """Normalise and rotate q and k, and write k and v into their pages.
+
+    Args:
+        q: `[T, H, D]` queries, before norm and RoPE.
+        k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
+        cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `signed_sin`.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values.
+        slot_mapping: `[T]` int64, `page * P + offset` of each token.
+        q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
+        eps: of that norm.
+        unit_offset: its weights are stored less one; see `rms_norm` for how that form is rounded.
+
+    Returns:
+        `[T, H, D]` rotated queries.
+    """
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, eps, unit_offset)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, eps, unit_offset)
+    # Under autocast cos and sin are wider than the heads.
+    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k.dtype))
+    v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    return rotate(q, cos, sin).to(q.dtype)

@@ -1,0 +1,207 @@
+"""Products of few tokens with several weights in one launch, at the speed at which the weights can be read.
+
+`y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
+weights stay where they are: a program finds by its number which of them it works on. One token is multiplied here,
+without the matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`.
+Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own
+(`norm.py`): its weight, read again by every program beside x, costs more than that where the first-level cache is small,
+as after attention kernels with much shared memory. The plain PyTorch versions are in `step_reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.layer.activation import silu_gate
+from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile
+from hf_fastattn.kernels.layer.skinny import skinny_product
+from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
+
+MOST_WEIGHTS = 3
+
+
+@triton.jit
+def _weights(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Weights are read once a step: they need not stay in the cache."""
+    if K % BLOCK_K == 0:
+        return tl.load(pointers + k, eviction_policy="evict_first")
+    column = k + tl.arange(0, BLOCK_K)
+    return tl.load(pointers + k, mask=(column < K)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _x_tile(x_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`[BLOCK_K]` elements of x from k on, in fp32."""
+    column = k + tl.arange(0, BLOCK_K)
+    if K % BLOCK_K == 0:
+        return tl.load(x_ptr + column).to(tl.float32)
+    return tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _products(w, x, VECTOR: tl.constexpr):
+    """`w: [BLOCK_N, BLOCK_K]` times `x: [BLOCK_K]`, VECTOR neighbours added up: `[BLOCK_N, BLOCK_K / VECTOR]`."""
+    products = w.to(tl.float32) * x[None, :]
+    if VECTOR == 1:
+        return products
+    return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // VECTOR, VECTOR)), 2)
+
+
+@triton.jit(do_not_specialize=["n0", "n1", "n2"])
+def matvec_kernel(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, BLOCK_N, WEIGHTS)
+    w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
+    b_ptr = b0_ptr
+    if b0_ptr is not None:
+        b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Past the last row it is read again, which costs no mask.
+    offset = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    w = _weights(w_ptr + offset, 0, K, BLOCK_K)
+    if GATED:
+        u = _weights(w1_ptr + offset, 0, K, BLOCK_K)
+    if OVERLAP and SETTLED:
+        gdc_wait()
+    # What is added at the end is loaded here, where nobody waits for it.
+    ok = n < rows
+    added = tl.zeros([BLOCK_N], tl.float32)
+    if b_ptr is not None:
+        added += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
+    x = _x_tile(x_ptr, 0, K, BLOCK_K)
+    acc = _products(w, x, VECTOR)
+    if GATED:
+        acc_u = _products(u, x, VECTOR)
+    for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+        w = _weights(w_ptr + offset, k, K, BLOCK_K)
+        if GATED:
+            u = _weights(w1_ptr + offset, k, K, BLOCK_K)
+        x = _x_tile(x_ptr, k, K, BLOCK_K)
+        acc += _products(w, x, VECTOR)
+        if GATED:
+            acc_u += _products(u, x, VECTOR)
+    y = tl.sum(acc, 1)
+    if GATED:
+        y = silu_gate(y, tl.sum(acc_u, 1))
+    tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None) -> None:
+    if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1 or not x.shape[1] or x.shape[0] > MOST_TOKENS:
+        raise ValueError(
+            f"x {tuple(x.shape)} with strides {x.stride()}, {x.dtype}, must be [T, K] with T up to {MOST_TOKENS}, "
+            f"contiguous in its last dimension, of a dtype among {DTYPES}"
+        )
+    if not 1 <= len(weights) <= MOST_WEIGHTS or (biases is not None and len(biases) != len(weights)):
+        raise ValueError(f"{len(weights)} weights and {len(biases or ())} biases; expected 1 to 3, a bias for each or none")
+    dtype, k = x.dtype, x.shape[1]
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != k or weight.dtype is not dtype or not weight.is_contiguous():
+            raise ValueError(f"weight {tuple(weight.shape)}, {weight.dtype}, is not [N, {k}], {dtype}, contiguous")
+    for weight, bias in zip(weights, biases or (), strict=False):
+        if bias.shape != weight.shape[:1] or not bias.is_contiguous():
+            raise ValueError(f"bias {tuple(bias.shape)} must be [N] = {[weight.shape[0]]} and contiguous")
+    if residual is not None and (
+        len(weights) != 1
+        or residual.shape != (x.shape[0], weights[0].shape[0])
+        or residual.dtype is not dtype
+        or residual.stride(1) != 1
+    ):
+        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as the output of a single weight")
+
+
+def _product(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
+    gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
+) -> Tensor:  # fmt: skip
+    """Everything side by side in `[T, rows of all weights]`, or `[T, rows of one]` if gated."""
+    _check(x, weights, biases, residual)
+    tokens, k = x.shape
+    counts = [weight.shape[0] for weight in weights]
+    y = torch.empty((tokens, counts[0] if gated else sum(counts)), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    arch = arch_of(x.device)
+    tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated)
+    if tokens > 1:
+        skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile)
+        return y
+    counts += [0] * (MOST_WEIGHTS - len(counts))
+    used = 1 if gated else len(weights)
+    spare: list[Tensor | None] = [None] * (MOST_WEIGHTS - len(weights))
+    added = [*biases, *spare] if biases else [None] * MOST_WEIGHTS
+    overlap = overlaps_launches(arch)
+    # Not `triton.cdiv`, which costs the host a microsecond a call.
+    programs = sum(-(-count // tile.block_n) for count in counts[:used])
+    with on_device_of(x):
+        matvec_kernel[(programs,)](
+            x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated, VECTOR=tile.vector,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    return y
+
+
+def matvec(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    residual: Tensor | None = None,
+    sums: SplitSums | None = None,
+    weights_settled: bool = False,
+    tile: ProductTile | None = None,
+) -> tuple[Tensor, ...]:
+    """`x W^T + b` for up to three weights in one launch.
+
+    Args:
+        x: `[T, K]` bf16, fp16 or fp32, T up to 64, any stride between rows.
+        weights: each `[N_i, K]`, contiguous, of the dtype of x.
+        biases: `[N_i]` for each weight, or none at all.
+        residual: `[T, N]`, added to the product of a single weight.
+        sums: room for split products, for one stream; made by the call if needed and not given.
+        weights_settled: no launch that may still be running writes a weight, so that their first tiles are read ahead of
+            its end. Launches overlap, so the one before the last counts too.
+        tile: launch configuration, for measuring; by default that of `matvec_configs.product_tile`.
+
+    Returns:
+        `[T, N_i]` of each weight, views of one tensor `[T, N_0 + N_1 + N_2]`.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit each other or the kernel.
+    """
+    y = _product(x, weights, biases, residual, False, sums, weights_settled, tile)
+    return y.split([weight.shape[0] for weight in weights], -1)
+
+
+def gate_up_silu(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    *,
+    sums: SplitSums | None = None,
+    weights_settled: bool = False,
+    tile: ProductTile | None = None,
+) -> Tensor:
+    """`silu(x Wg^T) * (x Wu^T)`, `[T, I]`, in one launch; arguments as of `matvec`, both weights `[I, K]`."""
+    if w_gate.shape != w_up.shape:
+        raise ValueError(f"w_gate {tuple(w_gate.shape)} and w_up {tuple(w_up.shape)} must be of one shape")
+    return _product(x, (w_gate, w_up), None, None, True, sums, weights_settled, tile)

@@ -1,0 +1,198 @@
+"""Products of 2 to 64 tokens with several weights in one launch, on the matrix unit.
+
+The weights are the large operand, `[BLOCK_N, BLOCK_K]` a step through the pipeline; the tokens are padded to 16 or more
+columns of the small one. Where the tiles of weight rows are too few to keep the memory busy, programs share a tile: each
+sums its part of K, and the last one to arrive adds the parts in fixed order, so results are bitwise repeatable
+("Split-K"). Called by `matvec.py`, whose plain PyTorch versions hold here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.layer.activation import silu_gate
+from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
+
+
+@triton.jit
+def _weights(pointers, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Weights are read once a step: they need not stay in the cache."""
+    if EVEN:
+        return tl.load(pointers + k, eviction_policy="evict_first")
+    column = k + tl.arange(0, BLOCK_K)
+    return tl.load(pointers + k, mask=(column < end)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x `[BLOCK_T, BLOCK_K]` from column k on, transposed."""
+    if EVEN:
+        return tl.trans(tl.load(pointers + k, mask=ok[:, None], other=0.0))
+    column = k + tl.arange(0, BLOCK_K)
+    return tl.trans(tl.load(pointers + k, mask=ok[:, None] & (column < end)[None, :], other=0.0))
+
+
+@triton.jit
+def _add_product(acc, lost, w, x, PRECISION: tl.constexpr):
+    """`acc + w x`; `lost` is what fp32 sums were rounded by so far.
+
+    On the CUDA cores one chain of additions as long as K would err more than PyTorch's sums, so that only a tile's is one,
+    and tiles are added with compensation (Kahan, 1965). A plain sum of tiles the compiler would turn back into a chain.
+    """
+    if PRECISION == "ieee":
+        part = tl.dot(w, x, input_precision="ieee") - lost
+        total = acc + part
+        return total, (total - acc) - part
+    return tl.dot(w, x, acc), lost
+
+
+@triton.jit
+def _store(
+    acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED: tl.constexpr
+):  # fmt: skip
+    """`[BLOCK_N, BLOCK_T]` sums to the rows of y."""
+    ok = (n < rows)[:, None] & (t < tokens)[None, :]
+    if GATED:
+        acc = silu_gate(acc, acc_u)
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + t[None, :] * stride_r + n[:, None], mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + t[None, :] * stride_y + (column + n)[:, None], acc.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
+def skinny_kernel(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, partial_ptr, arrived_ptr,
+    tokens, n0, n1, n2, stride_x, stride_y, stride_r,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    number = tl.program_id(0)
+    part = tl.program_id(1)
+    which, rows, column, tile = find_tile(number, n0, n1, n2, BLOCK_N, WEIGHTS)
+    w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
+    b_ptr = b0_ptr
+    if b0_ptr is not None:
+        b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    begin = part * PART
+    end = tl.minimum(begin + PART, K)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    ok_t = t < tokens
+    # Past the last row it is read again, which costs no mask.
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    offset = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + inner
+    x_place = x_ptr + t[:, None] * stride_x + inner
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    w_first = _weights(w_ptr + offset, begin, end, EVEN, BLOCK_K)
+    if GATED:
+        u_first = _weights(w1_ptr + offset, begin, end, EVEN, BLOCK_K)
+    if OVERLAP and SETTLED:
+        gdc_wait()
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    acc_u = acc
+    lost = acc
+    lost_u = acc
+    for k in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
+        w = _weights(w_ptr + offset, k, end, EVEN, BLOCK_K)
+        x = _tokens(x_place, ok_t, k, end, EVEN, BLOCK_K)
+        acc, lost = _add_product(acc, lost, w, x, PRECISION)
+        if GATED:
+            u = _weights(w1_ptr + offset, k, end, EVEN, BLOCK_K)
+            acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
+    # The tile loaded first is multiplied last: before the loop, its pipeline would start only after this product.
+    x = _tokens(x_place, ok_t, begin, end, EVEN, BLOCK_K)
+    acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
+    if GATED:
+        acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
+    if SPLIT == 1:
+        _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
+    else:
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_T
+        SUMS: tl.constexpr = 2 if GATED else 1
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+        parts = partial_ptr + number.to(tl.int64) * (SPLIT * SUMS * SIZE)
+        tl.store(parts + part * (SUMS * SIZE) + cell, acc)
+        if GATED:
+            tl.store(parts + part * (SUMS * SIZE) + SIZE + cell, acc_u)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT - 1:
+            tl.store(arrived_ptr + number, 0)
+            total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+            total_u = total
+            for other in tl.static_range(SPLIT):
+                # Past the first-level cache, which may hold what stood there before another program wrote.
+                total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
+                if GATED:
+                    total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
+            _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
+
+
+def skinny_product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    residual: Tensor | None,
+    y: Tensor,
+    gated: bool,
+    sums: SplitSums | None,
+    weights_settled: bool,
+    tile: ProductTile,
+) -> None:
+    """Fill y with the products side by side; arguments are as `matvec` has checked them.
+
+    Args:
+        x: `[T, K]`.
+        weights: up to three of `[N_i, K]`, or gate and up.
+        biases: `[N_i]` each, or None.
+        residual: `[T, N]` to add, or None.
+        y: `[T, sum of N_i]`, or `[T, N_0]` if gated.
+        gated: y is `silu` of the first product times the second.
+        sums: room for partial sums if the tile splits K; made if None.
+        weights_settled: see `matvec`.
+        tile: launch configuration.
+    """
+    tokens, k = x.shape
+    counts = [weight.shape[0] for weight in weights]
+    counts += [0] * (3 - len(counts))
+    used = 1 if gated else len(weights)
+    spare: list[Tensor | None] = [None] * (3 - len(weights))
+    added = [*biases, *spare] if biases else [None] * 3
+    # Not `triton.cdiv`, which costs the host a microsecond a call.
+    tiles = sum(-(-count // tile.block_n) for count in counts[:used])
+    steps = -(-k // tile.block_k)
+    # Rounded so that no part is empty.
+    part = -(-steps // min(tile.split, steps)) if tiles <= MOST_TILES else steps
+    split = -(-steps // part)
+    block_t = max(power_of_2(tokens), 16)
+    partial = arrived = None
+    if split > 1:
+        room = sums or SplitSums(x.device)
+        partial = room.partial(tiles * split * tile.block_n * block_t * (2 if gated else 1))
+        arrived = room.arrived
+    overlap = overlaps_launches(arch_of(x.device))
+    with on_device_of(x):
+        skinny_kernel[(tiles, split)](
+            x, *weights, *spare, *added, y, residual, partial, arrived,
+            tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
+            K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=dot_precision(x.dtype),
+            SETTLED=weights_settled, OVERLAP=overlap,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip

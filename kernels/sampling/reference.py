@@ -1,0 +1,68 @@
+"""Token choice in plain PyTorch: what Transformers' processors and warpers leave, written out.
+
+`scores` are logits times `1 / temperature`, fp32 unless the logits are fp64. Divisions by a parameter are products with its
+reciprocal, which may differ from PyTorch in the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels.sampling.params import SamplingParams
+
+
+def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None, eos: list[int], step: int) -> Tensor:
+    """fp32 logits `[B, V]` with the penalty on tokens where `seen` is nonzero and, before `min_new_tokens`, eos at -inf."""
+    x = logits.float()
+    if seen is not None:
+        penalty = torch.tensor(params.repetition_penalty, dtype=torch.float32, device=x.device)
+        x = torch.where(seen != 0, torch.where(x < 0, x * penalty, x * penalty.reciprocal()), x)
+    if step < params.min_new_tokens:
+        x = x.index_fill(1, torch.tensor(eos, device=x.device, dtype=torch.int64), -math.inf)
+    return x
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Scores: fp32 logits times the reciprocal of the temperature."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    return x * torch.tensor(temperature, dtype=x.dtype, device=x.device).reciprocal()
+
+
+def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Which tokens temperature, top-k, top-p and min-p leave, `[B, V]` bool.
+
+    Top-p and min-p in fp64. Tokens that tie are kept or dropped together; else all is as in Transformers.
+    """
+    scores = scaled(logits, params.temperature)
+    vocab = scores.shape[-1]
+    ordered = torch.sort(scores, descending=True).values
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if 0 < params.top_k < vocab:
+        kept &= scores >= ordered[:, params.top_k - 1, None]
+    if params.top_p < 1:
+        left = ordered.double().masked_fill(ordered < scores.masked_fill(~kept, math.inf).amin(-1, keepdim=True), -math.inf)
+        mass = left.softmax(-1)
+        # Of a run of equal scores the first one knows the mass of all that are likelier.
+        likelier = mass.cumsum(-1) - mass
+        first = torch.searchsorted(-ordered, -ordered)
+        ok = (likelier.gather(-1, first) < params.top_p) | (ordered == ordered[:, :1])
+        kept &= scores >= ordered.masked_fill(~ok, math.inf).amin(-1, keepdim=True)
+    if params.min_p > 0:
+        kept &= (scores.double() - ordered[:, :1].double()).exp() >= params.min_p
+    return kept
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What a token is drawn from, `[B, V]` fp64."""
+    scores = scaled(logits, params.temperature).double()
+    return scores.masked_fill(~kept_tokens(logits, params), -math.inf).softmax(-1)
+
+
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """The lowest token of greatest logit of every row, `[B]` int64; NaN counts as -inf."""
+    x = logits.float()
+    x = torch.where(x.isnan(), -math.inf, x)
+    return (x == x.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)

@@ -1,0 +1,29 @@
+"""qk-norm: fused where the model's norm is the plain one, called where it is anything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.modules.plain_modules import norm_eps, norm_weight
+
+
+def normalise(module: Any, family: Family, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What is left to do of the norm on `q [T, H, D]` and `k [T, G, D]`.
+
+    Returns:
+        q, k and the norm's arguments for `rope_append`: q and k as they are if it can do the norm, else normalised by
+        the modules, and no arguments.
+    """
+    if family.qk_norm is None:
+        return q, k, {}
+    norms = (module.q_norm, module.k_norm)
+    weights = [norm_weight(norm, family.qk_norm, q) for norm in norms]
+    if weights[0] is None or weights[1] is None:
+        return norms[0](q), norms[1](k), {}
+    eps = norm_eps(norms[0])
+    if eps != norm_eps(norms[1]):
+        return norms[0](q), norms[1](k), {}
+    return q, k, {"q_norm": weights[0], "k_norm": weights[1], "eps": eps, "unit_offset": family.unit_offset}

@@ -1,0 +1,319 @@
+"""The base decoder's forward of a patched model: padding dropped, the batch described once for all layers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from hf_fastattn.cache.hidden_tokens import can_hide, hide_tokens, show_again
+from hf_fastattn.cache.padding import Padding
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.pages.model_layout import keys_dtype
+from hf_fastattn.pages.page_storage import NarrowerKeysError
+from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
+from hf_fastattn.patches.decoder.visible import visible_columns
+from hf_fastattn.patches.fused.forward import drops_cache, fused_forward
+from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
+from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.unchanged import why_not_ours
+from hf_fastattn.patches.modules.watched import why_watched
+from hf_fastattn.transformers_version import CACHE
+
+
+def decoder_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run the decoder over pages if the cache is ours and nothing asks for more; else as it was.
+
+    Takes and returns what the original takes and returns. Hidden states of padding are zero on the paged path, but
+    for models with linear-attention layers, where they are as arbitrary as in the original.
+
+    Raises:
+        ValueError: the cache belongs to another model, or the mask shows tokens that were padding when they were cached.
+        CacheFullError: the memory limit is reached; the cache is as before the call.
+    """
+    arguments = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+    return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
+
+
+def decoder_forward_deepstack(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    visual_pos_masks: Tensor | None = None,
+    deepstack_visual_embeds: list[Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`decoder_forward` of Qwen3-VL, which adds features of the images to the states of the first layers.
+
+    Args:
+        visual_pos_masks: `[B, S]` bool, where image tokens stand.
+        deepstack_visual_embeds: per layer `[image tokens, hidden]`, in the order of the mask.
+    """
+    arguments = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "visual_pos_masks": visual_pos_masks,
+        "deepstack_visual_embeds": deepstack_visual_embeds,
+    }
+    return _forward(self, arguments, cache, {**kwargs, "use_cache": use_cache})
+
+
+HIDES_CACHED = "the mask hides tokens that are cached"
+NO_TOKEN = "no row has a new token"
+# What a configuration may drop in train mode, by functions that no module shows.
+DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
+DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
+
+
+def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str, Any]) -> Any:
+    state: ModuleState | None = vars(self).get(STATE)
+    if state is None:
+        return call_original(self, cache, **arguments, **kwargs)
+    given, cache = cache, state.runtime.take_in(self, cache)
+    if not isinstance(cache, PagedCache):
+        runtime = state.runtime
+        # A call has counted why it keeps Transformers' cache.
+        if not torch.compiler.is_compiling() and not runtime.in_call and not runtime.is_aside:
+            # Nothing to warn of: whoever trains or scores texts asked for no pages.
+            state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)
+        return call_original(self, cache, **arguments, **kwargs)
+    outputs = _paged_forward(self, arguments, cache, kwargs)
+    if given is not cache and isinstance(outputs, ModelOutput):
+        outputs[CACHE] = given
+    return outputs
+
+
+def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    state: ModuleState = vars(self)[STATE]
+    if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if drops_cache(self):
+        state.runtime.count_fallback("gradient checkpointing runs the layers without the cache")
+        return call_original(self, cache, **arguments, **kwargs)
+    if cache.may_adopt:
+        cache.adopt(state.runtime.groups_for(self), self.config)
+    if cache.hidden and (arguments["attention_mask"] is None or isinstance(arguments["attention_mask"], Tensor)):
+        show_again(cache, arguments["attention_mask"])
+    if cache.dense is not None:
+        cache.check_owner(self.config)
+        reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
+        if reason is not None:
+            state.runtime.count_fallback(reason)
+            return call_original(self, cache, **arguments, **kwargs)
+    cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
+    try:
+        if cut is not None and why_watched(self) is None:
+            return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
+        return _cached_forward(self, dict(arguments), cache, kwargs)
+    except NarrowerKeysError as narrower:
+        # The model was cast since; Transformers' layers take on the wider dtype.
+        cache.hold_dense()
+        state.runtime.count_fallback(str(narrower))
+        return call_original(self, cache, **arguments, **kwargs)
+
+
+# The batch is described by Python numbers that change every step: tracing it would recompile every step.
+@torch.compiler.disable
+def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    if cache.groups.turn.is_mine():
+        return _forward_in_turn(self, arguments, cache, kwargs)
+    return (cache.take_turn(), _forward_in_turn(self, arguments, cache, kwargs))[1]
+
+
+def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    state: ModuleState = vars(self)[STATE]
+    mask = arguments["attention_mask"]
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    rows, columns = tokens.shape[:2]
+    past = cache.get_seq_length()
+    cache.check_owner(self.config)
+    visible = visible_columns(mask, cache, rows, columns)
+    new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
+    reason = why_not_paged(self, mask, cache, visible, kwargs)
+    if reason == HIDES_CACHED and visible is not None and can_hide(cache, rows):
+        hide_tokens(cache, visible[:, :past])
+        reason = why_not_paged(self, mask, cache, visible, kwargs)
+    if reason is None and new is not None:
+        reason = _why_padded(self, kwargs)
+    if reason is None:
+        reason = _why_not_tokens(arguments, columns)
+    if reason is not None and visible is not None and mask.shape[1] < past + columns:
+        # A later mask, wide enough, may show the tokens that this one does not reach: pages would leave them out.
+        cache.hold_dense()
+        state.runtime.count_fallback(reason)
+        return call_original(self, cache, **arguments, **kwargs)
+    try:
+        batch = cache.begin(rows, columns, new, dense=reason is not None)
+        padding = None if new is None or reason is not None else Padding(new, tokens.device)
+        outputs = None
+        is_step, is_linear = columns == 1 and new is None, state.family.linear_attention
+        if reason is None and not is_step and not is_linear:
+            arguments = _packed_arguments(arguments, padding, past, rows, columns)
+        if reason is None and (is_step or not is_linear):
+            outputs = _replayed(self, state, arguments, cache, kwargs)
+        if outputs is None:
+            if reason is None and is_linear:
+                # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
+                cache.padding, padding = padding, None
+                arguments = _padded_arguments(arguments, cache.padding, columns)
+            elif reason is None and is_step:
+                arguments = _packed_arguments(arguments, padding, past, rows, columns)
+            forward = fused_forward if reason is None else call_original
+            outputs = forward(self, cache, **arguments, **kwargs)
+    except BaseException:
+        cache.rollback()
+        raise
+    cache.commit()
+    if reason is None:
+        cache.seen_mask.remember(mask, past + columns)
+    state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
+    return outputs if padding is None else padding.restore_outputs(outputs)
+
+
+def _replayed(
+    self: Any, state: ModuleState, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]
+) -> Any | None:
+    """The output from a captured step; None if there is none, or another thread is at work with the static inputs."""
+    turn = state.runtime.turn
+    if turn.is_mine():
+        return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
+    return (turn.take(0), _replayed(self, state, arguments, cache, kwargs) if turn.is_mine() else None)[1]
+
+
+def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, columns: int) -> dict[str, Any]:
+    """Arguments for the original forward of a model with linear-attention layers: only these get a mask."""
+    linear = None
+    if padding is not None and columns > 1:
+        mask = arguments["attention_mask"]
+        linear = padding.visible.to(mask.device, mask.dtype)
+    return {**arguments, "attention_mask": {"full_attention": None, "linear_attention": linear}}
+
+
+def _packed_arguments(
+    arguments: dict[str, Any], padding: Padding | None, past: int, rows: int, columns: int
+) -> dict[str, Any]:
+    """Arguments for the original forward: packed, and with a mask that nobody computes or reads."""
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    position_ids = arguments["position_ids"]
+    if position_ids is None:
+        position_ids = torch.arange(past, past + columns, device=tokens.device)[None]
+    if padding is not None:
+        position_ids = padding.pack_positions(position_ids)
+        for name in ("input_ids", "inputs_embeds"):
+            if arguments[name] is not None:
+                arguments[name] = padding.pack(arguments[name])
+        if arguments.get("visual_pos_masks") is not None:
+            arguments = _packed_visual(arguments, padding)
+    # Transformers passes a 4-D mask on as it is; our attention ignores it.
+    mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+    return {**arguments, "position_ids": position_ids, "attention_mask": mask}
+
+
+def _packed_visual(arguments: dict[str, Any], padding: Padding) -> dict[str, Any]:
+    """The same with the image tokens under the mask left out."""
+    where = arguments["visual_pos_masks"]
+    shown = padding.visible.to(where.device)[where]
+    embeds = arguments["deepstack_visual_embeds"]
+    return {
+        **arguments,
+        "visual_pos_masks": padding.pack(where),
+        "deepstack_visual_embeds": embeds and [features[shown.to(features.device)] for features in embeds],
+    }
+
+
+def _why_not_paged_cache(cache: Any, kwargs: dict[str, Any]) -> str:
+    """What a forward has instead of pages, as a reason to count."""
+    if cache is not None:
+        return f"{CACHE} is a {type(cache).__name__}"
+    return "use_cache=False" if kwargs.get("use_cache") is False else "a forward without a PagedCache"
+
+
+def _why_padded(decoder: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why the padding of a batch must stay; None if it may be taken out."""
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor | list | tuple):
+            return f"padding stays, since {name} may belong to rows or columns"
+    watched = why_watched(decoder)
+    return None if watched is None else f"padding stays: {watched}"
+
+
+def _why_not_tokens(arguments: dict[str, Any], columns: int) -> str | None:
+    """Why tokens and positions are none that can be packed."""
+    positions = arguments["position_ids"]
+    if positions is not None and positions.shape[-1] != columns:
+        return f"{positions.shape[-1]} positions for {columns} columns"
+    return None if columns else NO_TOKEN
+
+
+def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+    """Why this forward has to run the original attention; None if pages will do."""
+    config = decoder.config
+    # Inside generate() it was asked before the prompt.
+    changed = None if vars(decoder)[STATE].runtime.in_call and cache.get_seq_length() else why_not_ours(decoder)
+    if changed is not None:
+        return changed
+    call = vars(decoder)[STATE].runtime.current
+    if call is not None and call.why_dense is not None:
+        return call.why_dense
+    if cache.dense is not None:
+        return "the cache holds dense layers"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        return "gradients are needed"
+    if decoder.training:
+        for name in DROPOUTS:
+            if getattr(config, name, 0.0):
+                return f"{name.replace('_', ' ')} is active"
+    if kwargs.get("output_attentions", config.output_attentions):
+        return "attention weights are asked for"
+    if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        return "router logits, padding's too, are asked for"
+    if kwargs.get("is_causal", True) is False:
+        return "is_causal=False"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return "a custom attention mask is given"
+    if visible is None:
+        return None
+    past = cache.get_seq_length()
+    stored = torch.ones(visible.shape[0], past, dtype=torch.bool, device="cpu") if cache.stored is None else cache.stored
+    if not torch.equal(visible[:, :past], stored):
+        return HIDES_CACHED
+    return _why_not_mask(visible, past, cache, 0 if call is None else call.logits_read)
+
+
+def _why_not_mask(visible: Tensor, past: int, cache: PagedCache, logits_read: int) -> str | None:
+    """Why what the mask `visible [B, past + S]` hides cannot be left out.
+
+    Args:
+        logits_read: the logits of so many last columns are read, whether they hold tokens or not: by `generate()`.
+    """
+    if not bool(visible[:, past:].any()):
+        return NO_TOKEN
+    hidden = (visible.cumsum(1) > 0) & ~visible
+    if any(window is not None for window in cache.tables) and bool((hidden[:, :-1] & visible[:, 1:]).any()):
+        return "the mask has holes, and a sliding window counts them"
+    # A row that has no token yet is read in a later chunk of its prompt.
+    read = visible[visible.any(1), past:][:, -logits_read:] if logits_read else visible[:, :0]
+    return None if bool(read.all()) else "the mask hides a column whose logits are read"

@@ -1,0 +1,145 @@
+"""The decoder's forward with fused layers, in place of the original one; the original where that is not possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.module_checks import has_global_hooks
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
+from hf_fastattn.pages.model_layout import key_shape
+from hf_fastattn.patches.modules.module_state import ModuleState, call_original
+from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, linear_parameters
+from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
+
+# What a walk over the layers takes, and options that change nothing where they have these values.
+TAKEN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "return_dict", "use_cache"}
+OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
+    """The decoder's forward over pages: fused if `fused_reason` has none against it, else the original.
+
+    Args:
+        decoder: patched.
+        cache: with a paged batch under way.
+        arguments: of the original forward, packed.
+
+    Returns:
+        What the original returns.
+    """
+    if fused_reason(decoder) is not None or _why_not_these(decoder, cache, arguments) is not None:
+        return call_original(decoder, cache, **arguments)
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.layers import walk
+
+    state: ModuleState = vars(decoder)[STATE]
+    assert state.family.layers is not None
+    hidden = walk(
+        decoder,
+        state.family.layers,
+        cache,
+        arguments.get("input_ids"),
+        arguments.get("inputs_embeds"),
+        arguments.get("position_ids"),
+        arguments.get("attention_mask"),
+    )
+    outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+    wanted = arguments.get("return_dict")
+    return outputs.to_tuple() if (decoder.config.return_dict if wanted is None else wanted) is False else outputs
+
+
+def fused_reason(decoder: Any) -> str | None:
+    """Why the layers of a patched decoder run as Transformers wrote them; None if they are fused.
+
+    A fused layer still calls those of its modules that are not plain: see `fused_plain`.
+
+    Raises:
+        ValueError: the backend that was asked for cannot run where the model is.
+    """
+    state: ModuleState = vars(decoder)[STATE]
+    names = state.family.layers
+    if names is None:
+        return f"the layers of {state.family.model_type} are not known to be Llama's"
+    options = state.runtime.config
+    # Norms and products need the kernels only; so does attention, and it is one choice for both.
+    heads = (decoder.device, decoder.dtype, key_shape(decoder.config)[1])
+    backend, why = choose_backend(options.backend, *heads, options.batch_invariant)
+    if backend == "reference":
+        return why
+    if has_global_hooks():
+        return "hooks on all modules are registered"
+    if drops_cache(decoder):
+        return "gradient checkpointing is on"
+    for option in OPTIONS:
+        if getattr(decoder.config, option, False):
+            return f"{option} is set"
+    for layer in layers_of(decoder):
+        if not is_plain_layer(layer, names.layer):
+            return f"a {type(layer).__name__} was replaced or has hooks"
+    return None
+
+
+def drops_cache(decoder: Any) -> bool:
+    """Whether gradient checkpointing is on in train mode: Transformers' layers then run without the cache.
+
+    Since 5.24 they do so only while gradients are recorded.
+    """
+    if not decoder.training or (CHECKPOINTING_NEEDS_GRADIENTS and not torch.is_grad_enabled()):
+        return False
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
+
+
+def fused_logits(lm_head: nn.Module, hidden: Tensor) -> Tensor:
+    """`lm_head(hidden)`, by our product where that is a plain linear layer and ours is quicker.
+
+    Args:
+        lm_head: the model's output layer.
+        hidden: `[T, hidden]` after the last norm.
+
+    Returns:
+        `[T, vocabulary]`.
+    """
+    grads = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in lm_head.parameters()))
+    if grads or has_global_hooks() or torch.is_autocast_enabled(hidden.device.type):
+        return lm_head(hidden)
+    # The product knows no heads: the smallest is as good as any.
+    if hidden.dtype not in DTYPES or choose_backend("auto", hidden.device, hidden.dtype, MIN_HEAD_DIM)[0] == "reference":
+        return lm_head(hidden)
+    held = linear_parameters(lm_head, hidden)
+    if held is None:
+        return lm_head(hidden)
+    weight, bias = held
+    from hf_fastattn.kernels.launch import arch_of
+    from hf_fastattn.kernels.layer.configs import beats_cublas
+    from hf_fastattn.kernels.layer.matvec import matvec
+
+    tokens, width = hidden.shape
+    if not beats_cublas(arch_of(hidden.device), hidden.element_size(), tokens, width, weight.shape[0], 1):
+        return lm_head(hidden)
+    return matvec(hidden, [weight], None if bias is None else [bias], weights_settled=True)[0]
+
+
+def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> str | None:
+    """Why a forward with these arguments needs the original."""
+    for name, value in arguments.items():
+        if name not in TAKEN and value is not None and value is not False and (name, value) != ("is_causal", True):
+            return f"{name} is given"
+    use_cache = arguments.get("use_cache")
+    if not (decoder.config.use_cache if use_cache is None else use_cache):
+        return "use_cache is off"
+    embeds, tokens = arguments.get("inputs_embeds"), arguments.get("input_ids")
+    given = tokens if embeds is None else embeds
+    if given is None or cache.paged_batch is None:
+        return "no tokens, or no pages"
+    if torch.is_autocast_enabled(given.device.type):
+        return "autocast is on"
+    if torch.is_grad_enabled() and given.requires_grad:
+        return "gradients are needed"
+    return None

@@ -1,0 +1,130 @@
+"""How a decoder or an attention module is patched: a class of the same name with our forward, and what it remembers.
+
+A class, not a function on the instance: a bound method in a module's dictionary would refer to the module, and `del model`
+would free nothing until the garbage collector runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import transformers
+from torch import nn
+
+from hf_fastattn.graphs.module_checks import is_our_forward
+from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.modules.plain_copies import STATE, PlainCopies, plain_class
+from hf_fastattn.patches.modules.scope import PatchScope
+from hf_fastattn.runtime import Runtime
+from hf_fastattn.transformers_version import CACHE, spelled_as_here, supported_versions
+
+# Where a module keeps a forward of its own: `_old_forward` is what accelerate's hook calls.
+SLOTS = ("forward", "_old_forward")
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """Attached to each patched module as `_fastattn`.
+
+    Attributes:
+        runtime: shared by all modules of the model.
+        family: of the model.
+        original: what accelerate's hook on the module called before the patch; None without a hook.
+        class_forward: the forward of the module's class then.
+    """
+
+    runtime: Runtime
+    family: Family
+    original: Callable[..., Any] | None
+    class_forward: Callable[..., Any]
+
+    def plain_slots(self, module: Any) -> dict[str, Any]:
+        """What the slots that hold our forward would hold without the patch; None where there would be nothing."""
+        ours = [slot for slot in SLOTS if is_our_forward(vars(module).get(slot))]
+        theirs = self.original or types.MethodType(plain_class(type(module)).forward, module)
+        return {slot: theirs if slot == "_old_forward" else None for slot in ours}
+
+
+def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, spelled as this Transformers does, and known as ours wherever it is found."""
+    ours = spelled_as_here(forward)
+    ours.is_patched_forward = True  # type: ignore[attr-defined]
+    return ours
+
+
+def call_original(module: Any, cache: Any, **kwargs: Any) -> Any:
+    """The forward that the module had before the patch, over `cache`."""
+    state = vars(module).get(STATE)
+    kwargs[CACHE] = cache
+    if state is not None and state.original is not None:
+        return state.original(**kwargs)
+    return plain_class(type(module)).forward(module, **kwargs)
+
+
+def replace_forward(
+    scope: PatchScope,
+    module: nn.Module,
+    forwards: Sequence[Callable[..., Any]],
+    runtime: Runtime,
+    family: Family,
+    name: str,
+) -> None:
+    """Give the module that of `forwards` which takes its arguments, where accelerate's hooks keep working.
+
+    Raises:
+        ValueError: the module's forward was replaced by someone else, or takes other arguments than any of ours.
+    """
+    state = vars(module)
+    kind: Any = type(module)
+    if STATE in state:
+        raise ValueError(
+            f"{name} is patched already, but the model is not: it was taken from a patched model; unpatch that model "
+            "first, or build this one anew"
+        )
+    hooked = "_hf_hook" in state
+    if not hooked and "forward" in state:
+        raise ValueError(f"{name}.forward was replaced by {_describe(state['forward'])}; undo that before patch()")
+    if not kind.forward.__module__.startswith("transformers."):
+        raise ValueError(f"{kind.__name__}.forward was replaced by {_describe(kind.forward)}; undo that before patch()")
+    theirs = _parameters(kind.forward)
+    forward = next((ours for ours in forwards if _parameters(ours) == theirs), None)
+    if forward is None:
+        expected = " or ".join(str(_parameters(ours)) for ours in forwards)
+        raise ValueError(
+            f"{name} ({kind.__name__}.forward) takes {theirs}, expected {expected}: transformers "
+            f"{transformers.__version__} is not supported; install {supported_versions()}"
+        )
+    original = state["_old_forward"] if hooked else None
+    scope.set(module, STATE, ModuleState(runtime, family, original, kind.forward))
+    scope.set(module, "__class__", patched_class(kind, forward))
+    if hooked:
+        scope.set(module, "_old_forward", types.MethodType(type(module).forward, module))
+
+
+def release_slots(module: Any) -> None:
+    """Take our forward out of the slots of a patched module that hooks put on since have copied it into."""
+    for slot, value in vars(module)[STATE].plain_slots(module).items():
+        if value is None:
+            delattr(module, slot)
+        else:
+            setattr(module, slot, value)
+
+
+@functools.cache
+def patched_class(base: Any, forward: Callable[..., Any]) -> Any:
+    """A subclass of a module's class, by the same name, with `forward`: Transformers looks classes up by it."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (PlainCopies, base), {**names, "forward": forward, "_fastattn_base": base})
+
+
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(signature(forward).parameters)[1:]
+
+
+def _describe(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"

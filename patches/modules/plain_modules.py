@@ -1,0 +1,97 @@
+"""Which modules do what their class does and nothing else, so that a kernel may do it instead of a call.
+
+Anything else is called: modules with hooks (accelerate's too), with a forward of their own, compiled, of another class
+(LoRA, quantised, sharded), of a class whose forward was replaced, or with weights that are not plain dense tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from hf_fastattn.graphs.module_checks import CAPTURE_HOOK
+
+LIBRARIES = ("transformers.", "torch.nn.")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_library_class(kind: Any, forward: Callable[..., Any], name: str) -> bool:
+    """Whether `kind` is called `name`, comes from a library, and `forward` is the one that it was defined with."""
+    own = (kind.__module__, f"{name}.forward") == (forward.__module__, forward.__qualname__)
+    return own and kind.__name__ == name and kind.__module__.startswith(LIBRARIES)
+
+
+def _has_forward_of(module: nn.Module, name: str) -> bool:
+    kind: Any = type(module)
+    state = vars(module)
+    compiled = state.get("_compiled_call_impl") is not None
+    return not compiled and "forward" not in state and _is_library_class(kind, kind.forward, name)
+
+
+def is_plain(module: nn.Module, name: str) -> bool:
+    """Whether calling the module runs the forward of the library's class `name`, and nothing before or after it."""
+    return not module._forward_hooks and not module._forward_pre_hooks and _has_forward_of(module, name)
+
+
+def is_plain_layer(module: nn.Module, name: str) -> bool:
+    """`is_plain`, but for the hooks that Transformers left where hidden states were asked for once."""
+    return has_no_foreign_hooks(module) and _has_forward_of(module, name)
+
+
+def has_no_foreign_hooks(module: nn.Module) -> bool:
+    """Whether there are no hooks but those of Transformers, which do nothing unless outputs are recorded."""
+    hooks = module._forward_hooks
+    known = not hooks or all(getattr(hook, "__name__", "") == CAPTURE_HOOK for hook in hooks.values())
+    return known and not module._forward_pre_hooks
+
+
+def is_plain_tensor(tensor: Any, like: Tensor) -> bool:
+    """Whether it is a dense contiguous tensor of the dtype and on the device of `like`, and no subclass."""
+    return (
+        (type(tensor) is nn.Parameter or type(tensor) is Tensor)
+        and tensor.dtype is like.dtype
+        and tensor.device == like.device
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
+
+
+def linear_parameters(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that calling is `x weight^T + bias` with plain tensors; None if it is anything else."""
+    if type(module) is not nn.Linear or not is_plain(module, "Linear"):
+        return None
+    # Not by attribute, which costs the host half a microsecond each.
+    held = module._parameters
+    weight, bias = held.get("weight"), held.get("bias")
+    if not is_plain_tensor(weight, like) or "bias" not in held or (bias is not None and not is_plain_tensor(bias, like)):
+        return None
+    assert weight is not None
+    return weight, bias
+
+
+def norm_weight(module: nn.Module, name: str, like: Tensor) -> Tensor | None:
+    """The weight of a norm that calling is the RMSNorm of class `name`, of tensors like `like`; None if it is not."""
+    weight = module._parameters.get("weight")
+    return weight if is_plain_tensor(weight, like) and is_plain(module, name) else None
+
+
+def is_silu(module: nn.Module) -> bool:
+    """Whether calling the module is SiLU."""
+    return type(module) in (SiLUActivation, nn.SiLU) and is_plain(module, type(module).__name__)
+
+
+def layers_of(decoder: Any) -> Iterator[Any]:
+    """The decoder's layers, as many as its configuration says. A slice of them would be a new module."""
+    return islice(decoder.layers, decoder.config.num_hidden_layers)
+
+
+def norm_eps(norm: Any) -> float:
+    """What an RMSNorm adds to the mean square, by whichever name its class has for it."""
+    state = vars(norm)
+    return state["variance_epsilon"] if "variance_epsilon" in state else norm.eps

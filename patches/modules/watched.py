@@ -1,0 +1,110 @@
+"""Whether anybody looks at hidden states from outside, who must see a batch as Transformers shows it.
+
+That is: padded, and no equal rows merged. Asked only where a prompt has padding or equal rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, has_global_hooks, is_our_forward, submodules
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+# Whose modules treat every token by itself, or are told which belong together.
+KNOWN = ("torch.", "transformers.", "peft.", "accelerate.", "bitsandbytes.", "gptqmodel.", "auto_gptq.", "awq.", "hqq.",
+         "optimum.", "compressed_tensors.", "torchao.", "liger_kernel.")  # fmt: skip
+# Hooks that look at nothing: they mark the embeddings for gradients, or record outputs if they are asked for.
+HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
+# Quantised layers whose scales or outliers come from the whole batch, padding included.
+SCALED_BY_BATCH = ("torch.ao.nn.quantized.dynamic.", "bitsandbytes.nn.modules.Linear8bitLt")
+
+
+def takes_packed_rows(hook: Hook) -> Hook:
+    """`hook`, known to see `[1, T, hidden]` for padded rows: padding goes on being taken out. Returns the same function."""
+    hook.takes_packed_rows = True  # type: ignore[attr-defined]
+    return hook
+
+
+def why_watched(root: nn.Module) -> str | None:
+    """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks."""
+    return _first_reason(root, (_why_watched,))
+
+
+def why_rows_differ(root: nn.Module) -> str | None:
+    """Why equal rows may have different hidden states; None if each distinct one may be computed once."""
+    return _first_reason(root, (_why_watched, _why_random))
+
+
+def _first_reason(root: nn.Module, questions: tuple[Callable[[nn.Module], str | None], ...]) -> str | None:
+    if has_global_hooks():
+        return "hooks on all modules are registered"
+    for module in (root, *submodules(root)):
+        for question in questions:
+            reason = question(module)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _why_watched(module: nn.Module) -> str | None:
+    state, kind = vars(module), type(module)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+        if not all(map(_is_harmless, hooks)):
+            return f"a {kind.__name__} has hooks"
+    if "_hf_hook" in state:
+        hook = state["_hf_hook"]
+        return None if _only_moves(hook) else f"a {kind.__name__} has a {type(hook).__name__}"
+    if "forward" in state and not _is_known_forward(state):
+        return f"the forward of a {kind.__name__} was replaced"
+    return _why_class(cast(Any, kind), getattr(kind, "forward", None))
+
+
+def _is_harmless(hook: Any) -> bool:
+    if getattr(hook, "__name__", "") in HARMLESS_HOOKS or getattr(hook, "takes_packed_rows", False):
+        return True
+    # FSDP's and weight norm's: they look at parameters.
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _only_moves(hook: Any) -> bool:
+    """Whether accelerate's hook is of accelerate's own kinds, which move tensors and cast them."""
+    hooks = getattr(hook, "hooks", (hook,))
+    return all(type(held).__module__.startswith("accelerate.") for held in hooks)
+
+
+def _is_known_forward(state: dict[str, Any]) -> bool:
+    """Ours, accelerate's for mixed precision, Transformers' for shards; any of them compiled."""
+    forward = getattr(state["forward"], "_torchdynamo_orig_callable", state["forward"])
+    if is_our_forward(forward) or "_original_forward" in state:
+        return True
+    return str(getattr(forward, "__module__", "")).startswith(("transformers.", "torch."))
+
+
+@functools.lru_cache(maxsize=256)
+def _why_class(kind: Any, forward: Any) -> str | None:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name.startswith(SCALED_BY_BATCH):
+        return f"a {kind.__name__} scales activations by the whole batch"
+    # A function of ours stands in classes by their own names.
+    origin = str(getattr(forward, "__module__", ""))
+    return None if origin.startswith((*KNOWN, "hf_fastattn.")) else f"a {name} may look at the whole batch"
+
+
+def _why_random(module: nn.Module) -> str | None:
+    if not vars(module)["training"]:
+        return None
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        return "dropout is drawn for every row"
+    config = getattr(module, "config", None)
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention dropout is drawn for every row"
+    if getattr(module, "jitter_noise", 0.0):
+        return "noise of the router is drawn for every row"
+    return None

@@ -1,0 +1,100 @@
+"""Each planted fault turns both evaluations red, quietly, and leaves nothing behind; without one they stay green."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from hf_fastattn.eval import fault_table, models
+from hf_fastattn.eval.accuracy import faults, texts, windows
+from hf_fastattn.eval.accuracy.feed import Schedule, in_pieces
+from tests.eval.reduced import PLAIN, SHARED, SMALL
+
+OPTIONS = {"perplexity": [], "parity": ["--new", "6"]}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_faults_are_caught(fault: str, name: str) -> None:
+    window = ["--window", "48"] if fault == "window" else []
+    record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *SHARED, *window, "--inject", fault])
+    assert record["verdict"] == "red" and record["planted"] > 0
+    alarms = [check for check in record["checks"] if check["alarms"]]
+    # Quiet faults: numbers that are wrong, not NaN, and on the paged path.
+    assert alarms and all(isinstance(check["value"], float) and check["limit"] > 0 for check in alarms)
+    assert max(check["value"] / check["limit"] for check in alarms) > 100
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("seed", range(2))
+def test_no_alarm_without_a_fault(seed: int, name: str) -> None:
+    window = ["--window", "48"] if seed == 1 else []
+    record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *SHARED, *window, "--seed", str(seed)])
+    assert record["verdict"] == "green" and record["planted"] == 0
+
+
+@pytest.fixture(scope="module")
+def fed() -> Any:
+    model, tokenizer = models.load(str(models.SHIPPED), torch.float32, "cpu", window=48)
+    chosen = windows.choose(texts.documents(), tokenizer, context=96, stride=32, count=2, seed=0)
+    batch = windows.batches(chosen, 2, pad=2)[0]
+
+    def logits() -> torch.Tensor:
+        return torch.cat([piece.logits for piece in in_pieces(model, batch, Schedule(11, 4, 5), keep=24)], 1)
+
+    return model, logits
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_undone_after_the_block(fault: str, fed: Any) -> None:
+    model, logits = fed
+    with hf_fastattn.patched(model):
+        before = logits()
+        with faults.planted(model, fault) as planted:
+            wrong = logits()
+        assert planted.times > 0 and bool(wrong.isfinite().all()) and not torch.allclose(wrong, before, atol=1e-3)
+        assert torch.equal(logits(), before)
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
+
+
+def test_exchanging_full_pages_in_decode_changes_nothing(fed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the fault `page` involves the last, partial page: whole pages may stand in any order."""
+    model, _ = models.load(str(models.SHIPPED), torch.float32, "cpu")
+    ids = torch.arange(100, 165)[None]
+
+    def exchanged(plan: Any) -> Any:
+        if not plan.is_decode:
+            return plan
+        pages = [[row[1], row[0], *row[2:]] for row in plan.pages]
+        return replace(plan, pages=pages, _indices={})
+
+    with hf_fastattn.patched(model):
+        right = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+        monkeypatch.setitem(faults._PLAN_FAULTS, "page", exchanged)
+        with faults.planted(model, "page") as planted:
+            assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8), right)
+        assert planted.times > 0
+
+
+def test_bad_requests_are_refused(fed: Any, capsys: Any) -> None:
+    model, _ = fed
+    with pytest.raises(ValueError, match="not patched"), faults.planted(model, "scale"):
+        pass
+    with hf_fastattn.patched(model):
+        with pytest.raises(ValueError, match="unknown"), faults.planted(model, "typo"):
+            pass
+        with pytest.raises(ValueError, match="layer 7 does not exist"), faults.planted(model, "scale", 7):
+            pass
+
+
+def test_table_of_faults(tmp_path: Path) -> None:
+    size = ["--context", "64", "--stride", "24", "--windows", "2", "--device", "cpu", "--dtype", "float32"]
+    assert fault_table.main([*size, *PLAIN, "--seeds", "0", "--faults", "mask", "--output", str(tmp_path), "--quiet"]) == 0
+    text = (tmp_path / "faults.md").read_text()
+    assert "all caught by both evaluations" in text and "0 alarms in 0 runs" in text

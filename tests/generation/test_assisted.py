@@ -1,0 +1,73 @@
+"""Assisted decoding: guesses of an assistant, of early layers, of the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from tests.generation.calls import SAMPLING, run
+from tests.tools.models import CORE, OLD, assert_fast, noisy, pair, single, tiny
+
+
+@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("patched_assistant", [False, True])
+def test_assisted(family: str, sampling: bool, patched_assistant: bool) -> None:
+    if family == "qwen2_window" and OLD and not patched_assistant:
+        pytest.skip("stock cannot crop a cache with a sliding window in this version")
+    stock, model = pair(family)
+    assistant = noisy(tiny(family))
+    if patched_assistant:
+        hf_fastattn.patch(assistant)
+    tokens = run(model, single(), 48, assistant_model=assistant, **(SAMPLING if sampling else {}))
+    if not sampling:
+        expected = run(stock, single(), 48)
+    elif family == "qwen2_window" and OLD:
+        pytest.skip("stock cannot crop a cache with a sliding window in this version")
+    else:
+        expected = run(stock, single(), 48, assistant_model=noisy(tiny(family)), **SAMPLING)
+    assert torch.equal(tokens, expected)
+    call = assert_fast(model)
+    # Some guesses were right, some were not.
+    assert 4 < call.forwards < 48
+    if patched_assistant:
+        assert_fast(assistant)
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_assistant_that_is_always_wrong(family: str) -> None:
+    stock, model = pair(family)
+    assistant = tiny(family, seed=9)
+    if family == "qwen2_window" and OLD:
+        # Stock's own cache could not be cropped.
+        hf_fastattn.patch(assistant)
+    tokens = run(model, single(), 48, assistant_model=assistant)
+    assert torch.equal(tokens, run(stock, single(), 48))
+    assert_fast(model)
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_assistant_early_exit(family: str) -> None:
+    stock, model = pair(family)
+    tokens = run(model, single(), 32, assistant_early_exit=2)
+    assert torch.equal(tokens, run(stock, single(), 32))
+    assert_fast(model)
+
+
+@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("sampling", [False, True])
+def test_prompt_lookup(family: str, sampling: bool) -> None:
+    stock, model = pair(family)
+    text = single(13)["input_ids"].repeat(1, 3)
+    batch = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    options: dict[str, Any] = dict(SAMPLING) if sampling else {}
+    if family == "qwen2_window" and OLD and sampling:
+        pytest.skip("stock cannot crop a cache with a sliding window in this version")
+    tokens = run(model, batch, 48, prompt_lookup_num_tokens=4, **options)
+    if sampling:
+        options["prompt_lookup_num_tokens"] = 4
+    assert torch.equal(tokens, run(stock, batch, 48, **options))
+    assert_fast(model)

@@ -1,0 +1,47 @@
+"""Which tile a launch gets: the tables are sparse, so a row that is added must not hide another one."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_fastattn.kernels.attention import configs
+from hf_fastattn.kernels.attention.configs import Tile, split_kv_tile, tile_of
+
+TABLES = {name: table for name, table in vars(configs).items() if name.isupper() and isinstance(table, dict)}
+
+
+def test_an_entry_for_larger_heads_hides_no_entry_for_smaller_ones():
+    table = {(80, 2, 128): Tile(1, 1, 1, 1), (80, 2, 256): Tile(2, 2, 2, 2), (90, 2, 256): Tile(3, 3, 3, 3)}
+    assert tile_of(table, 90, 2, 128) is table[80, 2, 128]
+    assert tile_of(table, 90, 2, 64) is table[80, 2, 128]
+    assert tile_of(table, 90, 2, 256) is table[90, 2, 256]
+    assert tile_of(table, 89, 2, 256) is table[80, 2, 256]
+    assert tile_of(table, 90, 4, 64) is None
+
+
+def test_the_only_entry_serves_smaller_heads():
+    table = {(80, 4, 256): Tile(1, 1, 1, 1)}
+    assert tile_of(table, 120, 4, 64) is table[80, 4, 256]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_entry_is_found(name):
+    for (arch, itemsize, limit), tile in TABLES[name].items():
+        assert tile_of(TABLES[name], arch, itemsize, limit) is tile
+
+
+# Rows of 8 kv heads on 132 multiprocessors -> keys a tile, programs a multiprocessor: the quickest of those tried, for rows
+# of one length; others cost up to half of the speed.
+QUICKEST = {1: (128, 1), 4: (128, 1), 6: (32, 3), 8: (128, 1), 12: (32, 3), 16: (128, 1), 24: (32, 3), 28: (64, 2),
+            32: (64, 2), 40: (32, 3), 48: (32, 3), 56: (64, 2), 64: (64, 2), 72: (32, 3), 96: (32, 3), 144: (32, 3),
+            256: (32, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_decode_on_hopper_takes_what_was_measured(dim):
+    for rows, expected in QUICKEST.items():
+        tile = split_kv_tile(90, 2, dim, 4, rows * 8, 132)
+        assert (tile.block_n, tile.programs) == expected, rows
+    for pairs in (1, 64, 384, 512, None):
+        assert split_kv_tile(90, 2, dim, 32, pairs, 132) == Tile(64, 64, 4, 5), "appends"
+        assert split_kv_tile(80, 2, dim, 4, pairs, 108) == Tile(64, 64, 4, 5), "another architecture"

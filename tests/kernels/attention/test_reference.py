@@ -1,0 +1,99 @@
+"""Paged attention in PyTorch against dense attention in fp64, under FlashAttention's error criterion."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_fastattn.kernels import ops
+from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.reference import paged_attention
+from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
+from tests.kernels.cases import Batch, assert_attention, make_batch
+
+
+def check(batch: Batch, *, window=None, softcap=None, prefixes=()):
+    plan = AttentionPlan(batch.table, batch.counts, batch.lengths, batch.k_pages.shape[1], window, prefixes)
+    got = paged_attention(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, softcap=softcap)
+    assert_attention(batch, got, window=window, softcap=softcap)
+    return plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_ragged_prefill_and_append(dtype, scattered, window, softcap):
+    counts = [9, 1, 5, 0, 4]
+    batch = make_batch(counts, [0, 3, 8, 6, 12], dtype=dtype, scattered=scattered)
+    check(batch, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [1, 4, 5, 7])
+@pytest.mark.parametrize("pasts", [[0], [15], [16], [17], [40, 40, 40], [3, 31, 64]])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_decode(dtype, ratio, pasts, scattered):
+    counts = [1] * len(pasts)
+    plan = check(make_batch(counts, pasts, page=16, ratio=ratio, dtype=dtype, scattered=scattered))
+    assert (plan.strided is not None) == (len(set(pasts)) == 1 and (not scattered or pasts[0] < 16))
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 100])
+def test_decode_window(window):
+    counts = [1, 1, 1]
+    check(make_batch(counts, [3, 20, 50]), window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_shared_prefix(dtype, scattered):
+    counts, pasts, shared = [1] * 5, [129, 130, 128, 128, 140], 32
+    batch = make_batch(counts, pasts, dtype=dtype, scattered=scattered, shared=shared)
+    plan = check(batch, prefixes=[(0, 5, shared)])
+    assert len(plan.shared) == 1
+    plan = check(batch, prefixes=[(0, 2, shared), (2, 5, shared)])
+    assert len(plan.shared) == 2
+
+
+def test_extreme_logits():
+    check(make_batch([1, 4], [30, 0], factor=1e3))
+
+
+def test_plain_path_agrees_with_the_fused_one(monkeypatch):
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 9, 9))
+    fused = attention_state(q, k, v, scale=0.3)
+    monkeypatch.setattr("hf_fastattn.kernels.attention.softmax_state._CPU_DTYPES", ())
+    plain = attention_state(q, k, v, scale=0.3)
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_merge_states_is_exact_and_takes_empty_states():
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8)
+    whole = attention_state(q, k, v, scale=1.0)
+    parts = [attention_state(q, k[:, :, s], v[:, :, s], scale=1.0) for s in (slice(0, 4), slice(4, 10))]
+    for got, want in zip(merge_states(*parts[0], *parts[1]), whole, strict=True):
+        torch.testing.assert_close(got, want)
+    empty = torch.zeros_like(whole[0]), torch.full_like(whole[1], -math.inf)
+    for got, want in zip(merge_states(*whole, *empty), whole, strict=True):
+        torch.testing.assert_close(got, want)
+    out, lse = merge_states(*empty, *empty)
+    assert not out.any() and bool((lse == -math.inf).all())
+
+
+def test_operators_pass_opcheck():
+    case = make_batch([3, 1], [2, 6])
+    q, k_pages, v_pages = case.q, torch.nan_to_num(case.k_pages), torch.nan_to_num(case.v_pages)
+    batch = case.page_table, case.cu_seqlens_q, case.seq_lens
+    torch.library.opcheck(ops.paged_attention, (q, k_pages, v_pages, *batch, 0.25))
+    k, v, cos, sin = torch.randn(4, 2, 16), torch.randn(4, 2, 16), torch.randn(4, 8), torch.randn(4, 8)
+    slots = torch.tensor([1, 5, 9, 2])
+    norm = torch.rand(16)
+    torch.library.opcheck(ops.rope_append, (q, k, v, cos, sin, k_pages, v_pages, slots, norm, norm, 1e-6))
+    out, lse = ops.paged_attention(q, k_pages, v_pages, *batch, 0.25)
+    torch.library.opcheck(ops.merge_states, (out, lse, out.clone(), lse.clone()))
+    with pytest.raises(ValueError, match="its 1 pages hold"):
+        ops.paged_attention(q, k_pages, v_pages, batch[0][:, :1], batch[1], batch[2] * 9, 0.25)

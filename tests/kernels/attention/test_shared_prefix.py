@@ -1,0 +1,247 @@
+"""Decode of groups of rows that share prefixes against dense attention, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from random import Random
+
+import pytest
+import torch
+
+from hf_fastattn.kernels.attention import configs, shared_prefix
+from hf_fastattn.kernels.attention.decode import paged_decode
+from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
+from hf_fastattn.kernels.attention.workspace import Workspace
+from tests.kernels.cases import Batch, assert_attention, make_batch
+
+ORDERS = {
+    "beside": shared_prefix.BESIDE,
+    "in turn": shared_prefix.IN_TURN,
+    "by length": shared_prefix.BY_LENGTH,
+}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Tokens of a prefix, and of each row's suffix; None is a row without keys.
+Group = tuple[int, list[int | None]]
+State = tuple[torch.Tensor, torch.Tensor]
+
+
+def make_shared(rows_of: Sequence[Group], /, **options) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Rows over pages as `make_batch` lays them out, those of a group in the prefix pages of its first row with keys.
+
+    What the others held in place of them is NaN.
+    """
+    pasts = [-1 if suffix is None else prefix + suffix - 1 for prefix, suffixes in rows_of for suffix in suffixes]
+    batch = make_batch([1] * len(pasts), pasts, scattered=True, **options)
+    page, row = batch.k_pages.shape[1], 0
+    for prefix, suffixes in rows_of:
+        assert prefix % page == 0
+        active = [row + i for i, suffix in enumerate(suffixes) if suffix is not None]
+        for other in active[1:]:
+            for pages in (batch.k_pages, batch.v_pages):
+                pages[batch.table[other][: prefix // page]] = math.nan
+            batch.table[other][: prefix // page] = batch.table[active[0]][: prefix // page]
+            for own, common in zip(batch.rows[other], batch.rows[active[0]], strict=True):
+                own[:prefix] = common[:prefix]
+        row += len(suffixes)
+    starts = [0, *itertools.accumulate(len(suffixes) for _, suffixes in rows_of)]
+    device = batch.q.device
+    return batch, torch.tensor(starts).int().to(device), torch.tensor([prefix for prefix, _ in rows_of]).int().to(device)
+
+
+def check(
+    rows_of: Sequence[Group],
+    softcap: float | None = None,
+    workspace: Workspace | None = None,
+    /,
+    most: int | None = None,
+    **options,
+) -> State:
+    batch, starts, prefixes = make_shared(rows_of, **options)
+    most = most or max(len(suffixes) for _, suffixes in rows_of)
+    got = paged_decode_shared(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, starts, prefixes,
+        max_group_rows=most, scale=batch.scale, softcap=softcap, workspace=workspace,
+    )  # fmt: skip
+    assert_attention(batch, got, softcap=softcap)
+    return got
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("ratio", "dim", "page"), [(1, 64, 16), (4, 128, 16), (7, 96, 32)])
+def test_shapes(dtype, ratio, dim, page):
+    options = {"ratio": ratio, "dim": dim, "page": page, "dtype": dtype}
+    check([(2 * page, [3, 20, 1]), (page, [5])], **options)
+    check([(5 * page, [70])], groups=1, **options)
+
+
+@pytest.mark.interpreter
+def test_empty_states():
+    groups: list[Group] = [(32, [0, 0]), (0, [5, None]), (16, [None, 0, 9]), (48, [None]), (0, [1]), (16, [])]
+    out, lse = check([*groups, (32, [4, 4])], page=16, dim=32, dtype=BF16)
+    for row in (3, 4, 7):
+        assert not out[row].any() and bool((lse[row] == -torch.inf).all())
+
+
+@pytest.mark.interpreter
+def test_rows_past_the_last_group_share_nothing():
+    batch, starts, prefixes = make_shared([(16, [3, 30]), (0, [20]), (0, [None])], page=16, dim=32, dtype=BF16)
+    got = paged_decode_shared(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, starts[:2].clone(), prefixes[:1].clone(),
+        max_group_rows=2, scale=batch.scale,
+    )  # fmt: skip
+    assert_attention(batch, got)
+
+
+def test_order_of_work():
+    """16 samples of one prompt and 64, with 4 heads a kv head of 8; 4 samples of one prompt and of 64; 256 of one."""
+    cases = {(16, 16): "by length", (64, 64): "by length", (4, 4): "beside", (256, 4): "in turn", (256, 256): "in turn"}
+    for (rows, sharers), order in cases.items():
+        assert shared_prefix.order_of_work(rows * 8, sharers * 4, 132) == ORDERS[order], rows
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rows", [1, 5, 17, 40])
+def test_query_blocks(rows, order, monkeypatch):
+    """More rows than a tile holds, with heads that do not divide it; and all ways of dividing the work."""
+    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+    tile = configs.Tile(32, 32, 4, 3)
+    monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: tile)
+    check([(80, [row % 3 for row in range(rows)]), (0, [40, 3])], groups=1, ratio=5, page=16, dim=32, dtype=BF16)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("order", ORDERS)
+def test_prefixes_and_suffixes_in_many_parts(order, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+    monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
+    # Prefixes of more and of less than twice the cost of the suffixes.
+    for groups in ([(400, [130])], [(160, [20, 300]), (48, [90])]):
+        check(groups, page=16, dim=32, dtype=BF16)
+        check(groups, groups=1, page=16, dim=32, dtype=BF16)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "softcap", "factor"), [(BF16, 5.0, 1.0), (FP32, 50.0, 30.0), (BF16, None, 30.0)])
+def test_softcap_and_extreme_scores(dtype, softcap, factor):
+    check([(64, [20, 1, 0]), (16, [7, 80])], softcap, page=16, groups=1, dim=64, dtype=dtype, factor=factor)
+
+
+@pytest.mark.interpreter
+def test_strides():
+    check([(32, [3, 20])], page=16, dim=32, q_layout="fused", heads_first=True)
+    check([(32, [3, 20])], page=16, dim=32, q_layout="transposed")
+
+
+@pytest.mark.interpreter
+def test_a_workspace_serves_one_launch_after_another():
+    workspace, options = Workspace(torch.device("cpu")), {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
+    groups: list[Group] = [(96, [5, 17]), (16, [90, 1])]
+    first = check(groups, None, workspace, **options)
+    batch = make_batch([1] * 3, [5, 300, 64], **options)
+    got = paged_decode(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, scale=batch.scale, workspace=workspace
+    )
+    assert_attention(batch, got)
+    for before, after in zip(first, check(groups, None, workspace, **options), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("change", ["rows", "starts", "groups", "most"])
+def test_what_does_not_fit_is_refused(change):
+    batch, starts, prefixes = make_shared([(16, [3, 5])], page=16)
+    table, most = batch.page_table, 2
+    if change == "rows":
+        table = table[:1]
+    elif change == "starts":
+        starts = starts[:1]
+    elif change == "groups":
+        starts, prefixes = starts[:1], prefixes[:0]
+    else:
+        most = 0
+    with pytest.raises(ValueError, match="one a row|one more|must be positive"):
+        paged_decode_shared(
+            batch.q, batch.k_pages, batch.v_pages, table, batch.seq_lens, starts, prefixes, max_group_rows=most, scale=1.0
+        )
+
+
+def random_groups(random: Random, page: int, rows: int, longest: int) -> list[Group]:
+    """Groups of 0 to 40 rows, and now and then no prefix, no suffix or no keys at all."""
+    groups: list[Group] = []
+    while rows > 0:
+        size = min(random.choice((0, 1, 2, 3, 8, 16, 33, 40)), rows)
+        prefix = random.choice((0, 1, 2, random.randint(0, longest // page))) * page
+        lengths = (0, 1, page, 127, 128, random.randint(1, 600))
+        suffixes = [random.choice(lengths) if random.random() > 0.1 else None for _ in range(size)]
+        groups.append((prefix, [1 if prefix == 0 and suffix == 0 else suffix for suffix in suffixes]))
+        rows -= size
+    return groups
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("ratio", "dim", "page", "dtype"),
+    [(4, 128, 16, BF16), (1, 64, 16, FP16), (7, 96, 32, BF16), (4, 128, 64, FP32), (8, 256, 16, BF16)],
+)
+def test_sweep(ratio, dim, page, dtype):
+    for seed in range(10):
+        random = Random(f"{ratio} {dim} {seed}")
+        # Few specialisations: one for small batches, one for large ones, whose groups are filled up with empty ones.
+        rows, most, softcap = (random.choice((1, 5, 16)), 4, None) if seed % 2 else (60, 40, 30.0)
+        groups = random_groups(random, page, rows, 3000)
+        groups += [(0, [])] * (16 * (1 if seed % 2 else 4) - len(groups))
+        layout = random.choice(("contiguous", "fused", "transposed"))
+        options = {"ratio": ratio, "dim": dim, "page": page, "dtype": dtype, "heads_first": random.random() < 0.3}
+        check(groups, softcap, most=most, q_layout=layout, device="cuda", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "prefix", "count"), [(1, 8192, 1), (4, 8192, 1), (64, 4096, 1), (200, 1024, 1), (8, 2048, 6)]
+)
+def test_many_samples_of_long_prompts(rows, prefix, count):
+    suffixes: list[int | None] = [(37 * row) % 200 for row in range(rows)]
+    check([(prefix, suffixes)] * count, ratio=4, dim=128, page=16, groups=4, dtype=BF16, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [1, 64])
+def test_a_captured_graph_follows_lengths_and_groups(most):
+    options = {"ratio": 4, "dim": 128, "page": 16, "dtype": BF16, "device": "cuda"}
+    batch, starts, prefixes = make_shared([(2048, [100, 5, 0]), (512, [3000, None, 7]), (0, [50, 1])], **options)
+    page_table, seq_lens, workspace = batch.page_table, batch.seq_lens, Workspace(batch.q.device)
+
+    def launch() -> State:
+        return paged_decode_shared(
+            batch.q, batch.k_pages, batch.v_pages, page_table, seq_lens, starts, prefixes,
+            max_group_rows=most, scale=batch.scale, workspace=workspace,
+        )  # fmt: skip
+
+    launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = launch()
+
+    def replay(lengths: list[int], bounds: list[int], shared: list[int]) -> Callable[[], None]:
+        seq_lens.copy_(torch.tensor(lengths))
+        starts.copy_(torch.tensor(bounds))
+        prefixes.copy_(torch.tensor(shared))
+        graph.replay()
+        rows = [(keys[:n], values[:n]) for (keys, values), n in zip(batch.rows, lengths, strict=True)]
+        return lambda: assert_attention(dataclasses.replace(batch, lengths=lengths, rows=rows), got)
+
+    first = batch.lengths
+    for step in (
+        (first, [0, 3, 6, 8], [2048, 512, 0]),
+        ([2049, 2048, 2048, 512, 0, 519, 50, 1], [0, 3, 6, 8], [2048, 512, 0]),
+        ([2148, 0, 2048, 3512, 0, 513, 3, 0], [0, 3, 6, 8], [1024, 16, 0]),
+        ([2148, 2053, 2048, 3512, 0, 519, 50, 1], [0, 2, 3, 3], [2048, 0, 0]),
+        ([0] * 8, [0, 3, 6, 8], [2048, 512, 0]),
+        (first, [0, 3, 6, 8], [2048, 512, 0]),
+    ):
+        replay(*step)()

@@ -1,0 +1,185 @@
+"""Captured decode steps without a GPU: the same forward over the same static tensors, run again instead of replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton import knobs
+
+from hf_fastattn.cache.batch import Batch, SharedPrefixes
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.forward_graphs import Entry, StepGraphs
+from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.graphs.static_inputs import StaticInputs
+from hf_fastattn.kernels.attention import reference
+from hf_fastattn.kernels.attention import rope_reference as rope
+from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.sampling import advance_reference
+from hf_fastattn.kernels.sampling import reference as sampling_reference
+from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop.device_state import LoopState
+from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.loop_graphs import LoopGraphs
+
+
+class ReexecutedStep(CapturedStep):
+    """A step whose replay runs the forward. Its output lies in one tensor, as that of a graph."""
+
+    devices = ("cpu", "cuda")
+    backends = ("reference", "triton", "hopper")
+
+    @staticmethod
+    def make_room(device: torch.device) -> Any:
+        return object()
+
+    @staticmethod
+    def enter(room: Any) -> None:
+        pass
+
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
+        run()
+        warmed_up()
+        self._output = run()
+
+    def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
+        assert self._output is not None
+        with torch.inference_mode(False), torch.no_grad():
+            self._output.copy_(run())
+        return self._output.clone() if copy else self._output
+
+
+class ReadBack(Batch):
+    """A static batch for the reference backend, which wants lists, and rows and tokens that are there."""
+
+    def rope_append(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
+        window: int | None, **norms: Any,
+    ) -> Tensor:  # fmt: skip
+        slots = self.slot_mapping(window, q.device).long()
+        there = slots >= 0
+        rows = [tensor[there] for tensor in (q, k, v, cos, sin)]
+        out = torch.zeros_like(q)
+        out[there] = rope.rope_append(*rows, k_pages, v_pages, slots[there], **norms)
+        return out
+
+    def attend(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        size, lengths = k_pages.shape[1], self.seq_lens_on(q.device)
+        there = lengths > 0
+        table = self.page_table(window, q.device)
+        if self.shared is not None and window is None:
+            table = through_first_rows(table, lengths, self.shared, size)
+        table = table[there].tolist()
+        held = lengths[there].tolist()
+        news = torch.ones_like(lengths) if self.is_decode else self.cu_seqlens_on(q.device).diff()
+        # A row without keys has zeros.
+        queries = there.repeat_interleave(news)
+        pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
+        plan = AttentionPlan(pages, news[there].tolist(), held, size, window)
+        out = torch.zeros_like(q)
+        if held:
+            out[queries] = reference.paged_attention(q[queries], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
+        return out
+
+
+def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
+    """`[B, columns]` pages by which `kernels.shared_prefix` reads: a prefix by those of its first row that has keys."""
+    table = table.clone()
+    starts = shared.group_starts.tolist()
+    for first, past, tokens in zip(starts, starts[1:], shared.prefix_lens.tolist(), strict=False):
+        readers = [row for row in range(first, past) if lengths[row] > 0]
+        if readers:
+            table[first:past, : tokens // page_size] = table[readers[0], : tokens // page_size].clone()
+    return table
+
+
+class ReexecutedLoopStep(ReexecutedStep):
+    """The same for whole steps, which change what they read: only replays count."""
+
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
+        run()
+        warmed_up()
+
+    def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return run().clone() if copy else run()
+
+
+@contextmanager
+def reexecuted_loop() -> Iterator[None]:
+    """The fast loop runs on the CPU too, and for the reference backend."""
+    make = LoopState.batch
+
+    def batch(self: LoopState, kind: StepKind, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+        made = make(self, kind, backend, batch_invariant, workspace)
+        return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
+
+    with pytest.MonkeyPatch.context() as patch, reexecuted():
+        patch.setattr(LoopGraphs, "step_type", ReexecutedLoopStep)
+        patch.setattr(LoopState, "batch", batch)
+        if not knobs.runtime.interpret:
+            patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.loop.token_choice.choose_tokens", choose_in_torch)
+            patch.setattr("hf_fastattn.loop.token_choice.process_logits", process_in_torch)
+        yield
+
+
+def choose_in_torch(
+    logits: Tensor, out_tokens: Tensor, params: Any = None, seed: Any = None, rows: Any = None, step: Any = None
+) -> None:
+    """`kernels.sampling.choose_tokens`: other draws, but of the same distribution, and of seed, row and step alone."""
+    if params is None:
+        out_tokens.copy_(sampling_reference.greedy_tokens(logits))
+        return
+    likely = sampling_reference.probabilities(logits, SamplingParams(*_values(params)))
+    for row, number in enumerate(rows.tolist()):
+        generator = torch.Generator().manual_seed(hash((int(seed), number, int(step))) % 2**62)
+        out_tokens[row] = torch.multinomial(likely[row], 1, generator=generator)[0]
+
+
+def process_in_torch(logits: Tensor, params: Tensor, seen: Any = None, eos: Any = None, step: Any = None) -> Tensor:
+    """`kernels.sampling_penalty.process_logits`."""
+    ends = [] if eos is None else [end for end in eos.tolist() if end >= 0]
+    return sampling_reference.process_logits(
+        logits, SamplingParams(*_values(params)), seen, ends, 0 if step is None else int(step)
+    )
+
+
+def _values(params: Tensor) -> list[Any]:
+    values: list[Any] = params.tolist()
+    return [int(value) if place in (1, 5) else value for place, value in enumerate(values)]
+
+
+@contextmanager
+def reexecuted() -> Iterator[None]:
+    """Steps are captured on the CPU too, and for the reference backend."""
+    make, launcher = StaticInputs.batch, Entry.launcher
+
+    def batch(self: StaticInputs, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+        made = make(self, backend, batch_invariant, workspace)
+        if backend in ("triton", "hopper"):
+            return made
+        return ReadBack(**vars(made))
+
+    def launcher_of_what_was_captured(self: Entry, decoder: Any, forward: Any, cache: PagedCache) -> Callable[[], Tensor]:
+        run = launcher(self, decoder, forward, cache)
+
+        def checked() -> Tensor:
+            out = run()
+            # A graph would have gone on with the pages that it was captured with.
+            assert self.storage_version in (-1, cache.groups.storage_version)
+            return out
+
+        return checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepGraphs, "step_type", ReexecutedStep)
+        patch.setattr(Entry, "launcher", launcher_of_what_was_captured)
+        patch.setattr(StaticInputs, "batch", batch)
+        yield
