@@ -47,7 +47,6 @@ _DEFINED_IN = {
     "report": "hf_fastattn.report",
     "unpatch": "hf_fastattn.patching",
 }
-_LINKS = ("eval", "kernels", "patches")
 
 
 class _Package(ModuleType):
@@ -74,9 +73,10 @@ class _Package(ModuleType):
 
 def _modules() -> set[str]:
     """Names of the modules and folders in this package."""
-    import pkgutil
+    from pathlib import Path
 
-    return {*_LINKS, *(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))}
+    entries = [entry for folder in __path__ for entry in Path(folder).iterdir() if entry.name[0] not in "_."]
+    return {entry.stem for entry in entries if entry.is_dir() or entry.suffix == ".py"}
 
 
 sys.modules[__name__].__class__ = _Package

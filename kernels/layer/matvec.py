@@ -5,7 +5,7 @@ weights stay where they are: a program finds by its number which of them it work
 without the matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`.
 Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own
 (`norm.py`): its weight, read again by every program beside x, costs more than that where the first-level cache is small,
-as after attention kernels with much shared memory. The plain PyTorch versions are in `step_reference.py`.
+as after attention kernels with much shared memory. The plain PyTorch versions are in `reference.py`.
 """
 
 from __future__ import annotations

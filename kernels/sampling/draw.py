@@ -3,10 +3,10 @@
 The first launch splits every row into chunks. Where no filter is on it leaves the token of a chunk whose logit /
 temperature + Gumbel noise is greatest; for filters it leaves the largest logit of every group of tokens, and the mass of
 the chunk. The second, a program a row, takes the best of the chunks, or gathers the candidates
-(`sampling_candidates.py`), finds the least score that top-k, top-p and min-p keep (`sampling_threshold.py`) and draws
+(`candidates.py`), finds the least score that top-k, top-p and min-p keep (`sampling_threshold.py`) and draws
 among those. Whatever differs from call to call is read from device memory. A draw depends on the scores, the
 parameters, seed, row number and step, and on nothing else in the batch. The plain PyTorch version is in
-`sampling_reference.py`.
+`reference.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a draw depends on, as one device tensor: a captured graph serves any temperature, k and p.
 
 `SamplingParams.values` are written to an fp32 tensor `[PARAMS]`, which the kernels read at every launch
-(`sampling_scores.py`). Importing this needs no Triton.
+(`scores.py`). Importing this needs no Triton.
 """
 
 from __future__ import annotations

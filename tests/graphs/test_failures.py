@@ -1,4 +1,4 @@
-"""Bounds of the captured decode steps, and what failures leave behind; without a GPU, as `test_captured_step.py`."""
+"""Bounds of the captured decode steps, and what failures leave behind; without a GPU, as `test_forward_graphs.py`."""
 
 from __future__ import annotations
 

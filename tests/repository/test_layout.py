@@ -57,8 +57,9 @@ def test_no_file_is_named_like_a_package_in_use(folder: str) -> None:
 
 def test_every_kernel_file_is_in_the_table() -> None:
     table = (ROOT / "kernels" / "README.md").read_text()
-    named = re.findall(r"^\| `(\w+\.py)` \|", table, re.MULTILINE)
-    assert sorted(named) == sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", table, re.MULTILINE)
+    kernels = ROOT / "kernels"
+    assert sorted(named) == sorted(path.relative_to(kernels).as_posix() for path in kernels.rglob("*.py"))
 
 
 def test_the_readme_names_every_family() -> None:
