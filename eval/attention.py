@@ -40,9 +40,9 @@ def our_launch(inputs: Inputs) -> Launch:
     sets = list(zip(inputs.q, inputs.k_pages, inputs.v_pages, strict=True))
     if inputs.page_table.device.type != "cuda":
         from hf_fastattn.kernels.attention import reference
-        from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+        from hf_fastattn.kernels.attention.read_plan import ReadPlan
 
-        plan = AttentionPlan(
+        plan = ReadPlan(
             [[page for page in row if page >= 0] for row in inputs.page_table.tolist()],
             inputs.shape.news,
             inputs.shape.lengths,

@@ -16,7 +16,7 @@ from hf_fastattn.cache.lent_cache import LentCache
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.forward_graphs import StepGraphs
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
 from hf_fastattn.pages.page_groups import PageGroups
@@ -120,7 +120,7 @@ class Runtime:
         self.groups = PageGroups(model_config, config, dtype, self.turn)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
-        self.graphs = StepGraphs(config.cuda_graphs, reason)
+        self.graphs = ForwardGraphs(config.cuda_graphs, reason)
         self.loop_graphs = LoopGraphs(config.cuda_graphs, reason)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.

@@ -1,7 +1,7 @@
 """The operations registered with `torch.library`, as `torch.ops.hf_fastattn.*`: for own loops and for `torch.compile`.
 
 They take the batch as tensors (`page_table`, `cu_seqlens_q`, `seq_lens`) and run the Triton kernels on CUDA devices, the
-reference elsewhere. The reference reads the batch on the host: a loop over layers makes one `AttentionPlan` instead and
+reference elsewhere. The reference reads the batch on the host: a loop over layers makes one `ReadPlan` instead and
 calls `reference.paged_attention` with it.
 """
 
@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention import reference, softmax_state
-from hf_fastattn.kernels.attention import rope_reference as rope
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention import reference, rope_reference, softmax_state
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.backends import choose_backend
 
 
 def _plan(
     page_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, page_size: int, window: int | None, shared: int
-) -> AttentionPlan:
+) -> ReadPlan:
     pages, starts, lengths = page_table.tolist(), cu_seqlens_q.tolist(), seq_lens.tolist()
     counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
     if len(pages) != len(lengths) or len(counts) != len(lengths):
@@ -34,7 +33,7 @@ def _plan(
         if length > len(pages[row]) * page_size:
             raise ValueError(f"row {row} has {length} tokens, but its {len(pages[row])} pages hold {page_size} each")
     prefixes = [(0, len(pages), shared)] if shared else []
-    return AttentionPlan(pages, counts, lengths, page_size, window, prefixes)
+    return ReadPlan(pages, counts, lengths, page_size, window, prefixes)
 
 
 def _backend(x: Tensor) -> str:
@@ -113,7 +112,7 @@ def rope_append(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> Tensor:
-    """[qk-norm] + RoPE + append; see `rope.rope_append`, but `sin: [T, rotary dims]` is the model's own.
+    """[qk-norm] + RoPE + append; see `rope_reference.rope_append`, but `sin: [T, rotary dims]` is the model's own.
 
     Returns:
         `[T, H, D]` rotated queries.
@@ -123,9 +122,9 @@ def rope_append(
 
         launch = append.rope_append
     else:
-        launch = rope.rope_append
+        launch = rope_reference.rope_append
     norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "unit_offset": unit_offset}
-    return launch(q, k, v, cos, rope.signed_sin(sin), k_pages, v_pages, slot_mapping, **norms)
+    return launch(q, k, v, cos, rope_reference.signed_sin(sin), k_pages, v_pages, slot_mapping, **norms)
 
 
 @rope_append.register_fake

@@ -29,7 +29,7 @@ from torch import Tensor
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.eval.choices import FAULTS
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.rope_reference import rotate, signed_sin
 from hf_fastattn.patches.modules.watched import takes_packed_rows
 from hf_fastattn.patching import find_model
@@ -89,14 +89,14 @@ def _batch_of(kwargs: dict[str, Any]) -> tuple[PagedCache | None, Batch | None]:
     return (cache, cache.paged_batch) if isinstance(cache, PagedCache) else (None, None)
 
 
-def _has_past(plan: AttentionPlan) -> bool:
+def _has_past(plan: ReadPlan) -> bool:
     return all(have > new for have, new in zip(plan.seq_lens, plan.query_lens, strict=True))
 
 
 # ---- in what is read ----------------------------------------------------------------------------------------------
 
 
-def _newest_pages_exchanged(plan: AttentionPlan) -> AttentionPlan:
+def _newest_pages_exchanged(plan: ReadPlan) -> ReadPlan:
     row = _longest(plan)
     last = (plan.seq_lens[row] - 1) // plan.page_size
     if last < 1 or plan.pages[row][last - 1] < 0 or not _has_past(plan):
@@ -106,18 +106,18 @@ def _newest_pages_exchanged(plan: AttentionPlan) -> AttentionPlan:
     return replace(plan, pages=pages, _indices={})
 
 
-def _longest(plan: AttentionPlan) -> int:
+def _longest(plan: ReadPlan) -> int:
     return max(range(len(plan.seq_lens)), key=lambda row: plan.seq_lens[row])
 
 
-def _newest_key_hidden(plan: AttentionPlan) -> AttentionPlan:
+def _newest_key_hidden(plan: ReadPlan) -> ReadPlan:
     if not (plan.is_decode and _has_past(plan)):
         return plan
     window = None if plan.window is None else plan.window - 1
     return replace(plan, seq_lens=[length - 1 for length in plan.seq_lens], window=window, _indices={})
 
 
-def _window_one_page_short(plan: AttentionPlan) -> AttentionPlan:
+def _window_one_page_short(plan: ReadPlan) -> ReadPlan:
     if plan.window is None:
         raise ValueError("fault 'window' needs a model with a sliding window; --window N loads a Llama as one")
     if plan.window <= plan.page_size:
@@ -128,9 +128,7 @@ def _window_one_page_short(plan: AttentionPlan) -> AttentionPlan:
 _PLAN_FAULTS = {"page": _newest_pages_exchanged, "mask": _newest_key_hidden, "window": _window_one_page_short}
 
 
-def _plant_in_plan(
-    modules: list[Any], change: Callable[[AttentionPlan], AttentionPlan], count: Planted
-) -> list[Callable[[], None]]:
+def _plant_in_plan(modules: list[Any], change: Callable[[ReadPlan], ReadPlan], count: Planted) -> list[Callable[[], None]]:
     """While one of `modules` runs, its batch is one with changed plans, made once a forward."""
     true_batches: list[Batch] = []
     made: list[tuple[Batch, Batch]] = []
@@ -171,7 +169,7 @@ class _FaultyBatch(Batch):
         return super().attend(q, k_pages, v_pages, self.plans[window].window, **options)
 
 
-def _with_plans(batch: Batch, plans: dict[int | None, AttentionPlan]) -> Batch:
+def _with_plans(batch: Batch, plans: dict[int | None, ReadPlan]) -> Batch:
     """A copy of the batch that reads by `plans`, and has made no tensor from them yet."""
     public = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     by_window = {**plans, **{plan.window: plan for plan in plans.values()}}
@@ -179,7 +177,7 @@ def _with_plans(batch: Batch, plans: dict[int | None, AttentionPlan]) -> Batch:
     return _FaultyBatch(**{**public, "plans": by_window, "seq_lens": seq_lens})
 
 
-def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: AttentionPlan) -> None:
+def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: ReadPlan) -> None:
     held = cache.groups.group(plan.window).storage.pages(layer_idx)
     if held is None:
         return

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention import reference
-from hf_fastattn.kernels.attention import rope_reference as rope
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention import reference, rope_reference
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.backends import choose_backend
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Batch:
 
     query_lens: list[int]
     seq_lens: list[int]
-    plans: Mapping[int | None, AttentionPlan]
+    plans: Mapping[int | None, ReadPlan]
     slots: Mapping[int | None, list[int]]
     backend: str = "auto"
     workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
@@ -117,7 +116,7 @@ class Batch:
         held = self._rope.get(cos.device)
         if held is None or held[0] is not cos:
             flat = []
-            for table in (cos, rope.signed_sin(sin)):
+            for table in (cos, rope_reference.signed_sin(sin)):
                 rows = self.tokens // table.shape[1]
                 flat.append(table.expand(rows, -1, -1).reshape(self.tokens, -1))
             held = (cos, flat[0], flat[1])
@@ -157,7 +156,7 @@ class Batch:
             from hf_fastattn.kernels.attention import append
 
             return append.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
-        return rope.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
+        return rope_reference.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
 
     def attend(
         self,

@@ -14,7 +14,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.dense_layers import DenseLayers
 from hf_fastattn.cache.dense_tokens import dense_slots, dense_tokens
 from hf_fastattn.cache.hidden_columns import Hidden
-from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import RecurrentLayer
@@ -54,7 +54,7 @@ class CacheState(Cache):
     Attributes:
         groups: the model's page groups; `tables` are the rows' page tables in them, by window.
         lengths: tokens stored of each row; empty before the first forward.
-        seen_mask: the mask of the last forward, so that the next one compares only what is new.
+        known_mask: the mask of the last forward, so that the next one compares only what is new.
         padding: of the forward under way, for models whose layers keep the padded layout.
         counters: where pages are counted.
         room: tokens that a row is expected to reach.
@@ -67,7 +67,7 @@ class CacheState(Cache):
     groups: PageGroups
     tables: dict[int | None, PageTable]
     lengths: list[int]
-    seen_mask: SeenMask
+    known_mask: KnownMask
     padding: Padding | None
     counters: CallCounters
     room: int
@@ -132,7 +132,7 @@ class CacheState(Cache):
 
     def _empty_state(self) -> dict[str, Any]:
         return {
-            "lengths": [], "_columns": 0, "_stored": None, "seen_mask": SeenMask(), "_query_length": 0, "_dense": False,
+            "lengths": [], "_columns": 0, "_stored": None, "known_mask": KnownMask(), "_query_length": 0, "_dense": False,
             "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
             **self._closed(),
         }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.by_window import ByWindow
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_table import PageTable
 
@@ -25,9 +25,9 @@ def forward_batch(
     size = groups.page_size
 
     # Made when asked for: a forward whose inputs are static tensors needs neither.
-    def plan(window: int | None) -> AttentionPlan:
+    def plan(window: int | None) -> ReadPlan:
         table = tables[window]
-        return AttentionPlan(table.rows, counts, targets, size, window, table.prefixes(lengths))
+        return ReadPlan(table.rows, counts, targets, size, window, table.prefixes(lengths))
 
     def slots(window: int | None) -> list[int]:
         return [

@@ -13,7 +13,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.cache_state import in_turn
 from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.forward_batch import forward_batch
-from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.pages.page_pool import CacheFullError
 from hf_fastattn.transformers_version import CACHE
@@ -161,12 +161,12 @@ class ForwardCache(DenseCache):
         self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
 
     @in_turn
-    def let_go(self, rows: Sequence[int]) -> None:
+    def release_rows(self, rows: Sequence[int]) -> None:
         """Release the pages of rows that nobody will read or write any more."""
         gone = set(rows)
         self.lengths = [0 if row in gone else length for row, length in enumerate(self.lengths)]
         for table in self.tables.values():
-            table.let_go(rows)
+            table.release_rows(rows)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes what row `rows[b]` was, with the pages reserved for what is to come; the others are let go."""
@@ -186,7 +186,7 @@ class ForwardCache(DenseCache):
         if stored is not None:
             changes["_stored"] = stored[list(rows)]
             if not torch.equal(stored, changes["_stored"]):
-                changes["seen_mask"] = SeenMask()
+                changes["known_mask"] = KnownMask()
         self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):

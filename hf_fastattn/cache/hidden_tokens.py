@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.hidden_columns import Hidden
-from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.pages.page_table import PageTable
 
 
@@ -51,7 +51,8 @@ def hide_tokens(cache: DenseCache, visible: Tensor) -> None:
         held = group.storage.pages(layer.index)
         if held is not None:
             _move(group.storage.layer(layer.index, held[0], group.pool.capacity), sources, targets)
-    cache.exchange_tables({None: rewritten}, {"lengths": lengths, "_stored": keep, "hidden": aside, "seen_mask": SeenMask()})
+    changes = {"lengths": lengths, "_stored": keep, "hidden": aside, "known_mask": KnownMask()}
+    cache.exchange_tables({None: rewritten}, changes)
 
 
 def show_again(cache: DenseCache, mask: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""`SeenMask`: which attention mask is known to show what a cache stores, so that its values need not be read."""
+"""`KnownMask`: which attention mask is known to show what a cache stores, so that its values need not be read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-class SeenMask:
+class KnownMask:
     """Remembers one mask `[B, columns]`: its first columns show exactly the tokens that are stored, all others are ones.
 
     `generate()` makes a new mask a step; to compare it with the cache, the host would have to wait for the device.

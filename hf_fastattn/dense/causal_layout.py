@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
@@ -42,7 +42,7 @@ class CausalLayout:
     kv_length: int
     window: int | None = None
     _tensors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _plans: dict[tuple[int, int], AttentionPlan] = field(default_factory=dict)
+    _plans: dict[tuple[int, int], ReadPlan] = field(default_factory=dict)
     _workspaces: dict[int, Workspace] = field(default_factory=dict)
 
     @classmethod
@@ -96,14 +96,14 @@ class CausalLayout:
 
     # ---- for the reference ------------------------------------------------------------------------------------
 
-    def plan(self, queries: int, row_step: int) -> AttentionPlan:
+    def plan(self, queries: int, row_step: int) -> ReadPlan:
         """The reads of the queries that are no padding, over pages of one token."""
         key = (queries, row_step)
         if key not in self._plans:
             starts = self.starts.tolist()
             lengths = [self.filled - start for start in starts]
             pages = [list(range(row * row_step + start, row * row_step + self.filled)) for row, start in enumerate(starts)]
-            self._plans[key] = AttentionPlan(pages, [min(queries, n) for n in lengths], lengths, 1, self.window)
+            self._plans[key] = ReadPlan(pages, [min(queries, n) for n in lengths], lengths, 1, self.window)
         return self._plans[key]
 
     def real_queries(self, queries: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`fast_sample`: `generate()`'s loop for models and calls that the fast loop can serve, with the same result."""
+"""`device_sample`: `generate()`'s loop for models and calls that the fast loop can serve, with the same result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
 from hf_fastattn.transformers_version import CACHE
 
 
-def fast_sample(
+def device_sample(
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
@@ -36,10 +36,10 @@ def fast_sample(
         return None
     assert isinstance(cache, PagedCache)
     # Not before: they import Triton.
-    from hf_fastattn.loop.decode_loop import FastLoop
-    from hf_fastattn.loop.request import loop_plan
+    from hf_fastattn.loop.decode_loop import DecodeLoop
+    from hf_fastattn.loop.request import loop_request
 
-    plan = loop_plan(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+    plan = loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
     if isinstance(plan, str):
         runtime.note(f"Transformers' own loop runs: {plan}")
         return None
@@ -56,7 +56,7 @@ def fast_sample(
     del outputs
     runtime.looping = True
     try:
-        loop = FastLoop(
+        loop = DecodeLoop(
             model, runtime.loop_graphs, runtime.counters, plan, cache, input_ids, positions,
             vocabulary=logits.shape[-1], private=private, forward=fused_forward, logits_of=fused_logits,
             streamer=streamer, limits=runtime.row_limits,

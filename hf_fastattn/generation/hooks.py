@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.generation.device_sample import fast_sample
+from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows, expansion_of, unshared
 from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
@@ -145,7 +145,7 @@ class FastGenerationMixin(PlainCopies):
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
         if not synced_gpus and self._fastattn.runtime.current is not None:
-            result = fast_sample(self, *given, streamer, model_kwargs)
+            result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result
         return super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
@@ -160,7 +160,7 @@ class FastGenerationMixin(PlainCopies):
         cache = self._fastattn.runtime.paged_of(updated.get(CACHE))
         if isinstance(cache, PagedCache):
             updated[CACHE] = cache
-            cache.seen_mask.extend(before, updated.get("attention_mask"))
+            cache.known_mask.extend(before, updated.get("attention_mask"))
         return updated
 
 

@@ -15,7 +15,7 @@ SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
 
 
-class DecoderState(NamedTuple):
+class Fingerprint(NamedTuple):
     """What a captured step depends on beside its inputs, as values to compare.
 
     Attributes:
@@ -27,7 +27,7 @@ class DecoderState(NamedTuple):
     hooked: bool
 
 
-def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
+def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     """The state of a decoder; while it is the same, so is what `why_not_capturable` says.
 
     It is made before the first kernel of every call, so it has to be quick.
@@ -45,7 +45,7 @@ def decoder_state(decoder: nn.Module, device: torch.device) -> DecoderState:
             hooked = hooked or has_foreign_hooks(state)
         if not kind.__module__.startswith(KNOWN[:2]):
             parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
-    return DecoderState(tuple(parts), hooked)
+    return Fingerprint(tuple(parts), hooked)
 
 
 def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:

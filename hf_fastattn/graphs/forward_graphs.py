@@ -1,4 +1,4 @@
-"""`StepGraphs`: the captured forwards of one model's decoder: when they are made, used and dropped."""
+"""`ForwardGraphs`: the captured forwards of one model's decoder: when they are made, used and dropped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.fingerprint import DecoderState, decoder_state, why_not_capturable
-from hf_fastattn.graphs.recorded_forward import CapturedStep
-from hf_fastattn.graphs.static_inputs import MOST_TOKENS, StaticInputs, StepShape, columns_for, why_not_static
+from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.static_inputs import MOST_TOKENS, ForwardShape, StaticInputs, columns_for, why_not_static
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
@@ -34,7 +34,7 @@ MAX_SHAPES = 256
 # Captures that may fail before the model is left alone, until it changes.
 MAX_FAILURES = 3
 
-Key = tuple[StepShape, int, int]
+Key = tuple[ForwardShape, int, int]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Entry:
 
     inputs: StaticInputs
     batch: Batch
-    step: CapturedStep
+    step: RecordedForward
     groups: weakref.ref[PageGroups]
     storage_version: int = -1
     outputs: Any = None
@@ -76,7 +76,7 @@ class Entry:
         return run
 
 
-class StepGraphs:
+class ForwardGraphs:
     """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
 
     A shape is a decode step of so many rows, or room for so many tokens of so many rows: prompts, drafts to verify, chat
@@ -84,7 +84,7 @@ class StepGraphs:
     that the products have the same sizes, and give the same bits, whether captured or not. Forwards of many tokens keep
     the GPU busy for longer than their launches take, and are not captured.
 
-    What a graph depends on beside its inputs (`decoder_state`) is compared at the first step of every `generate()`, and
+    What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
     they may change weights in place.
 
@@ -94,7 +94,7 @@ class StepGraphs:
     """
 
     # Tests run the same steps without a GPU by another type.
-    step_type: ClassVar[type[CapturedStep]] = CapturedStep
+    forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
         self._enabled = enabled
@@ -104,7 +104,7 @@ class StepGraphs:
         self._room: Any = None
         # One for all: graphs of a model never run at the same time.
         self._workspace: Workspace | None = None
-        self._state: DecoderState | None = None
+        self._state: Fingerprint | None = None
         self._reason: str | None = None
         # The decoder whose state was compared and need not be again in this call.
         self._checked: weakref.ref[Any] | None = None
@@ -155,7 +155,7 @@ class StepGraphs:
         """
         tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
         batch = cache.paged_batch
-        if not self._enabled or tokens.device.type not in self.step_type.devices or batch is None:
+        if not self._enabled or tokens.device.type not in self.forward_type.devices or batch is None:
             return None
         is_decode = batch.is_decode and tokens.shape[:2] == (len(batch.query_lens), 1)
         if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
@@ -171,7 +171,7 @@ class StepGraphs:
             return None
         if reason is not None:
             return None
-        shape = StepShape.of(arguments, batch, is_decode)
+        shape = ForwardShape.of(arguments, batch, is_decode)
         key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
         hidden = self._hidden(key, decoder, arguments, cache, forward, counters)
         if hidden is None:
@@ -213,7 +213,7 @@ class StepGraphs:
         if is_decode:
             return None
         entry = self._entry(key, worth_having, cache)
-        self.step_type.enter(self._room)
+        self.forward_type.enter(self._room)
         entry.inputs.write(arguments, cache, batch)
         return entry.launcher(decoder, forward, cache)(), entry.outputs
 
@@ -222,11 +222,11 @@ class StepGraphs:
         # The model's own would be looked for among all its parameters, at every step.
         dtype = decoder.dtype if pages is None else pages.dtype
         backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
-        return backend in self.step_type.backends
+        return backend in self.forward_type.backends
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
         if self._checked is None or self._checked() is not decoder or not self._in_call:
-            state, known = decoder_state(decoder, device), self._state
+            state, known = fingerprint_of(decoder, device), self._state
             if known is None or state.parts != known.parts:
                 self.drop()
                 self._failures, self._resting = 0, False
@@ -288,12 +288,12 @@ class StepGraphs:
 
         device, groups = key[0].device, cache.groups
         if self._room is None:
-            self._room = self.step_type.make_room(device)
+            self._room = self.forward_type.make_pool(device)
         if self._workspace is None or self._workspace.device != device:
             self._workspace = Workspace(device)
         inputs = StaticInputs(key[0], columns, cache.tables)
         batch = inputs.batch(groups.backend, groups.batch_invariant, self._workspace)
-        return Entry(inputs, batch, self.step_type(self._room), self._reference(groups, key))
+        return Entry(inputs, batch, self.forward_type(self._room), self._reference(groups, key))
 
     def _evict(self, decode: bool) -> None:
         alike = [key for key in self._entries if (key[0].room is None) == decode]

@@ -1,4 +1,4 @@
-"""`CapturedStep`: the decoder's forward over static inputs, recorded once as a CUDA graph and replayed."""
+"""`RecordedForward`: the decoder's forward over static inputs, recorded once as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class CaptureRoom:
+class CapturePool:
     """What the graphs of one model share: the stream they are captured on and the memory they compute in.
 
     One memory pool is enough for all: two graphs of a model never run at the same time, and what a replay computed is
@@ -33,10 +33,10 @@ class CaptureRoom:
         self.device = device
         self.stream = capture_stream(device)
         self._pool: Any = None
-        self._steps: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
+        self._steps: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
 
-    def pool_for(self, step: CapturedStep) -> Any:
+    def pool_for(self, step: RecordedForward) -> Any:
         """The pool that a step is to be captured in."""
         if not self._steps:
             self._pool = torch.cuda.graph_pool_handle()
@@ -64,7 +64,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class CapturedStep:
+class RecordedForward:
     """A forward that reads and writes the same device memory every time.
 
     Args:
@@ -75,15 +75,15 @@ class CapturedStep:
     devices: tuple[str, ...] = ("cuda",)
     backends: tuple[str, ...] = ("triton", "hopper")
 
-    def __init__(self, room: CaptureRoom) -> None:
+    def __init__(self, room: CapturePool) -> None:
         self._room = room
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Tensor | None = None
 
     @staticmethod
-    def make_room(device: torch.device) -> Any:
+    def make_pool(device: torch.device) -> Any:
         """What the steps of a model share."""
-        return CaptureRoom(device)
+        return CapturePool(device)
 
     @staticmethod
     def enter(room: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.upload_ring import Staging
+from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.launch import power_of_2
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ STATIC = (
 
 
 @dataclass(frozen=True)
-class StepShape:
+class ForwardShape:
     """What two forwards must have in common to share static inputs.
 
     Attributes:
@@ -53,7 +53,7 @@ class StepShape:
     device: torch.device
 
     @staticmethod
-    def of(arguments: dict[str, Any], batch: Batch, is_decode: bool) -> StepShape:
+    def of(arguments: dict[str, Any], batch: Batch, is_decode: bool) -> ForwardShape:
         """That of a forward.
 
         Args:
@@ -64,8 +64,8 @@ class StepShape:
         name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
         tokens, positions = arguments[name], arguments["position_ids"]
         axes = () if positions is None else tuple(positions.shape[:-2])
-        room = None if is_decode else room_for(batch.tokens)
-        return StepShape(len(batch.query_lens), room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
+        room = None if is_decode else bucket_of_tokens(batch.tokens)
+        return ForwardShape(len(batch.query_lens), room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
 
     @property
     def all_rows(self) -> int:
@@ -78,7 +78,7 @@ class StepShape:
         return (self.rows, 1) if self.room is None else (1, self.room)
 
 
-def room_for(tokens: int) -> int:
+def bucket_of_tokens(tokens: int) -> int:
     """Tokens that a captured forward has for `tokens`, at most MOST_TOKENS: few different numbers, few tokens in vain."""
     step = next(step for upto, step in ROOMS if tokens <= upto)
     return -(-tokens // step) * step
@@ -93,7 +93,7 @@ class StaticInputs:
         windows: of the cache's page tables.
     """
 
-    def __init__(self, shape: StepShape, columns: int, windows: Iterable[int | None]) -> None:
+    def __init__(self, shape: ForwardShape, columns: int, windows: Iterable[int | None]) -> None:
         self.shape = shape
         self.columns = columns
         self.windows = tuple(windows)
@@ -111,7 +111,7 @@ class StaticInputs:
             # Transformers passes a 4-D mask on as it is; our attention ignores it.
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._packed = torch.zeros(size, dtype=torch.int32, device=device)
-        self._staging = Staging(size, device)
+        self._staging = UploadRing(size, device)
         self._uploaded: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Any]:

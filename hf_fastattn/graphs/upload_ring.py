@@ -1,4 +1,4 @@
-"""`Staging`: numbers on their way from the host to the device, without either waiting for the other."""
+"""`UploadRing`: numbers on their way from the host to the device, without either waiting for the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 DEPTH = 4
 
 
-class Staging:
+class UploadRing:
     """Host buffers of `size` int32 that take turns; pinned for a CUDA device, so that copies are asynchronous.
 
     Args:

@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.cache.shared_prefixes import SharedRows
+from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
-from hf_fastattn.loop.device_state import LoopState, bucket_of
-from hf_fastattn.loop.generated_rows import LoopRows
-from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.device_state import DeviceState, bucket_of
+from hf_fastattn.loop.generated_rows import GeneratedRows
+from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
-from hf_fastattn.loop.readback import DEPTH, News
-from hf_fastattn.loop.request import LoopPlan
+from hf_fastattn.loop.readback import DEPTH, StepTokens
+from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.loop.token_choice import choose
 from hf_fastattn.pages.page_pool import CacheFullError
 
@@ -32,14 +32,14 @@ AHEAD = 64
 WORTH_CAPTURING = 128
 
 
-class FastLoop:
+class DecodeLoop:
     """One call's loop, from the logits of the prompt to the new tokens.
 
     Args:
         model: patched.
         graphs: of the model, with its static tensors.
         counters: of the call.
-        plan: what the call asks for.
+        request: what the call asks for.
         cache: holds the prompt; grows with every step.
         input_ids: `[B, S]` the prompt.
         positions: `[B, 1]` of the first new token.
@@ -48,7 +48,7 @@ class FastLoop:
         forward: the decoder's forward, called as `forward(decoder, cache, **arguments)`.
         logits_of: called with `lm_head` and `[T, hidden]`.
         streamer: gets the tokens of every step, `[B]` on the host.
-        limits: new tokens a row, at most; those of the plan by default.
+        limits: new tokens a row, at most; those of the request by default.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FastLoop:
         model: Any,
         graphs: LoopGraphs,
         counters: CallCounters,
-        plan: LoopPlan,
+        request: LoopRequest,
         cache: PagedCache,
         input_ids: Tensor,
         positions: Tensor,
@@ -68,12 +68,12 @@ class FastLoop:
         streamer: Any = None,
         limits: Sequence[int] | None = None,
     ) -> None:
-        self._model, self._counters, self._plan, self._cache = model, counters, plan, cache
+        self._model, self._counters, self._request, self._cache = model, counters, request, cache
         self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
         rows = input_ids.shape[0]
-        self._limits = list(limits) if limits is not None else [plan.max_new] * rows
+        self._limits = list(limits) if limits is not None else [request.max_new] * rows
         self._most = max(self._limits)
-        self._rows = LoopRows(input_ids, self._most, plan)
+        self._rows = GeneratedRows(input_ids, self._most, request)
         # Rows of the call that are on the device, in their places there.
         self._places = list(range(rows))
         self._used = bucket_of(rows)
@@ -84,16 +84,16 @@ class FastLoop:
         self._graphs = graphs
         device, page_size = input_ids.device, cache.groups.page_size
         columns = -(-(max(cache.lengths) + self._most) // page_size)
-        self._state: LoopState = self._graphs.make_room(device, self._used, columns, cache, vocabulary)
+        self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary)
         assert self._graphs.arrivals is not None
         self._arrivals = self._graphs.arrivals
-        self._drop = private and bool(plan.ends or plan.stop_strings or limits is not None)
-        self._state.begin(plan, cache.lengths, positions, self._limits, self._drop)
-        if plan.choice.repetition_penalty != 1.0:
-            self._state.see(input_ids, plan.ignored)
+        self._drop = private and bool(request.ends or request.stop_strings or limits is not None)
+        self._state.begin(request, cache.lengths, positions, self._limits, self._drop)
+        if request.choice.repetition_penalty != 1.0:
+            self._state.see(input_ids, request.ignored)
         # In batch-invariant mode how a row is added up may not depend on the others.
-        self._shared = SharedRows() if cache.groups.batch_invariant else _shared_rows(cache)
-        self._kind = self._kind_of(self._used, self._shared)
+        self._shared = PrefixGroups() if cache.groups.batch_invariant else _shared_rows(cache)
+        self._key = self._key_for(self._used, self._shared)
         self._write_groups()
 
     def run(self, logits: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class FastLoop:
         """
         try:
             self._reserve()
-            news = self._finish_step(self._kind_of(len(self._places)), logits)
+            news = self._finish_step(self._key_for(len(self._places)), logits)
             self._launched = 1
             self._counters.fast_loops += 1
             self._arrivals.send(news, self._places)
@@ -128,10 +128,10 @@ class FastLoop:
 
     # ---- the device's part ------------------------------------------------------------------------------------
 
-    def _kind_of(self, rows: int, shared: SharedRows | None = None) -> StepKind:
-        plan, worth = self._plan, (shared or SharedRows()).worthwhile()
-        return StepKind(
-            rows, plan.do_sample, plan.choice.repetition_penalty != 1.0, plan.choice.min_new_tokens > 0,
+    def _key_for(self, rows: int, shared: PrefixGroups | None = None) -> GraphKey:
+        request, worth = self._request, (shared or PrefixGroups()).worthwhile()
+        return GraphKey(
+            rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
             worth.sharers, worth.group_count,
         )  # fmt: skip
 
@@ -139,38 +139,38 @@ class FastLoop:
         # A step also finds the place of the token that it chooses.
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
-        kind = self._kind
-        news = self._graphs.replay(kind, self._cache.groups, self._step(kind), self._counters)
+        key = self._key
+        news = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
         self._launched += 1
         self._arrivals.send(news, self._places)
         self._release_behind()
 
-    def _step(self, kind: StepKind) -> Callable[[], Tensor]:
+    def _step(self, key: GraphKey) -> Callable[[], Tensor]:
         def run() -> Tensor:
             state, cache, workspace = self._state, self._cache, self._graphs.workspace
             groups, decoder = cache.groups, self._model.base_model
             assert workspace is not None
-            batch = state.batch(kind, groups.backend, groups.batch_invariant, workspace)
+            batch = state.batch(key, groups.backend, groups.batch_invariant, workspace)
             with cache.reading(batch):
-                arguments = {**state.arguments(kind.rows), "use_cache": True, "return_dict": True}
+                arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, cache, **arguments).last_hidden_state
             batch.forget_rope()
-            return self._finish_step(kind, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
+            return self._finish_step(key, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
 
         return run
 
-    def _finish_step(self, kind: StepKind, logits: Tensor) -> Tensor:
+    def _finish_step(self, key: GraphKey, logits: Tensor) -> Tensor:
         """Choose tokens by `logits [rows, V]`, and prepare the next step."""
         state = self._state
-        choose(state, kind, logits)
+        choose(state, key, logits)
         # The first step chooses for the rows of the prompt, and prepares a bucket.
-        tensors: LoopTensors = state.tensors(max(kind.rows, self._used), kind.penalised)
+        tensors: LoopTensors = state.tensors(max(key.rows, self._used), key.penalised)
         advance(tensors, self._cache.groups.page_size)
         return tensors.news
 
     # ---- the host's part --------------------------------------------------------------------------------------
 
-    def _take(self, news: News) -> None:
+    def _take(self, news: StepTokens) -> None:
         """A step has arrived: note its tokens, pass them on, and let rows go that have ended."""
         late = self._rows.take(news)
         if self._rows.steps > 1:
@@ -183,20 +183,20 @@ class FastLoop:
         if places:
             self._state.end_rows(places, self._drop)
         if self._drop and not self._rows.done:
-            self._let_go()
+            self._release_finished()
 
-    def _let_go(self) -> None:
+    def _release_finished(self) -> None:
         """Release what ended rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
         ended = [place for place, number in enumerate(self._places) if self._rows.ended[number]]
         if any(self._cache.lengths[place] for place in ended):
-            self._cache.let_go(ended)
+            self._cache.release_rows(ended)
         count = len(self._places) - len(ended)
         used = bucket_of(count)
         if used >= self._used:
             return
         kept = sorted(set(range(len(self._places))) - set(ended))
-        kind, left = self._kind_of(used, self._shared.keep(kept)), self._most - self._launched
-        if self._graphs.has(kind, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
+        key, left = self._key_for(used, self._shared.keep(kept)), self._most - self._launched
+        if self._graphs.has(key, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
             self._compact(kept, used)
 
     def _compact(self, kept: list[int], used: int) -> None:
@@ -206,7 +206,7 @@ class FastLoop:
         self._cache.keep_rows(kept)
         self._used = used
         self._shared = self._shared.keep(kept)
-        self._kind = self._kind_of(used, self._shared)
+        self._key = self._key_for(used, self._shared)
         self._write_groups()
         self._write_tables()
 
@@ -231,8 +231,8 @@ class FastLoop:
         self._state.write_tables([table.as_array()[0] for table in self._cache.tables.values()])
 
     def _write_groups(self) -> None:
-        if self._kind.sharers:
-            self._state.write_groups(self._kind, self._shared)
+        if self._key.sharers:
+            self._state.write_groups(self._key, self._shared)
 
     def _release_behind(self) -> None:
         """Pages behind a window, but for those that come into sight again if steps under way are dropped."""
@@ -249,8 +249,8 @@ class FastLoop:
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
 
 
-def _shared_rows(cache: PagedCache) -> SharedRows:
+def _shared_rows(cache: PagedCache) -> PrefixGroups:
     """Which rows of the prompt share pages of the layers that see all keys."""
     table = cache.tables.get(None)
     keys = None if table is None else cache.groups.group(None).storage.any_pages()
-    return SharedRows.of(table, keys, cache.lengths)
+    return PrefixGroups.of(table, keys, cache.lengths)

@@ -1,4 +1,4 @@
-"""`LoopState`: what the fast decode loop keeps on the device, in tensors that stay where they are from step to step."""
+"""`DeviceState`: what the fast decode loop keeps on the device, in tensors that stay where they are from step to step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
-from hf_fastattn.cache.shared_prefixes import SharedRows
-from hf_fastattn.graphs.upload_ring import Staging
+from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import PARAMS
-from hf_fastattn.loop.graph_key import StepKind
-from hf_fastattn.loop.request import LoopPlan
+from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.request import LoopRequest
 
 # Room to begin with: a larger batch or longer rows need new tensors, and steps captured with the old ones are lost.
 MIN_ROWS, MIN_COLUMNS = 64, 1024
@@ -33,7 +33,7 @@ def bucket_of(rows: int) -> int:
     return next((bucket for bucket in BUCKETS if bucket >= rows), -(-rows // last) * last)
 
 
-class LoopState:
+class DeviceState:
     """Static tensors for up to `rows` rows; a bucket's step works on the first rows of each.
 
     Args:
@@ -79,7 +79,7 @@ class LoopState:
             self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)
             # Transformers passes a 4-D mask on as it is; our attention ignores it.
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
-            self._staging = Staging(count * rows * self.columns, device)
+            self._staging = UploadRing(count * rows * self.columns, device)
             self._seen: Tensor | None = None
 
     def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
@@ -114,12 +114,12 @@ class LoopState:
             "attention_mask": self.mask,
         }
 
-    def batch(self, kind: StepKind, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
+    def batch(self, key: GraphKey, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
         """A batch of one new token a row whose tensors are these."""
-        rows, shared = kind.rows, None
-        if kind.sharers:
-            groups = kind.groups
-            shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], kind.sharers)
+        rows, shared = key.rows, None
+        if key.sharers:
+            groups = key.groups
+            shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], key.sharers)
         tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
         for place, window in enumerate(self.windows):
             tensors["slots", window, self.device] = self._all.slots[place, :rows]
@@ -132,7 +132,9 @@ class LoopState:
 
     # ---- what the host writes ---------------------------------------------------------------------------------
 
-    def begin(self, plan: LoopPlan, seq_lens: Sequence[int], positions: Tensor, limits: Sequence[int], drop: bool) -> None:
+    def begin(
+        self, request: LoopRequest, seq_lens: Sequence[int], positions: Tensor, limits: Sequence[int], drop: bool
+    ) -> None:
         """A call starts, with nothing in flight.
 
         Args:
@@ -146,12 +148,12 @@ class LoopState:
         self._write(held.ended, [0] * rows + [ABSENT] * (used - rows))
         self._write(held.limits, [*limits, *[0] * (used - rows)])
         self._write(self.numbers, list(range(used)))
-        self._write(held.ends, [*plan.ends, *[-1] * (MOST_ENDS - len(plan.ends))])
-        self._write(self.suppressed, [*plan.suppressed, *[-1] * (MOST_ENDS - len(plan.suppressed))])
-        self._write(held.pad, [plan.pad])
+        self._write(held.ends, [*request.ends, *[-1] * (MOST_ENDS - len(request.ends))])
+        self._write(self.suppressed, [*request.suppressed, *[-1] * (MOST_ENDS - len(request.suppressed))])
+        self._write(held.pad, [request.pad])
         self._write(held.drop, [int(drop)])
-        self._write(self.params, plan.choice.values())
-        if plan.do_sample:
+        self._write(self.params, request.choice.values())
+        if request.do_sample:
             self.seed.copy_(torch.randint(2**62, (1,)), non_blocking=True)
         # The choice of the first token counts both up.
         held.positions[:rows].copy_(positions - 1)
@@ -176,10 +178,10 @@ class LoopState:
             used = (place * self.rows + rows) * self.columns
         self._staging.send(self._all.tables.view(-1), used)
 
-    def write_groups(self, kind: StepKind, shared: SharedRows) -> None:
-        """The groups of rows that a step of this kind, one with sharers, is for; places that are left get empty groups."""
+    def write_groups(self, key: GraphKey, shared: PrefixGroups) -> None:
+        """The groups of rows that a step of this key, one with sharers, is for; places that are left get empty groups."""
         starts, lengths = shared.layout()
-        empty = kind.groups - len(lengths)
+        empty = key.groups - len(lengths)
         self._write(self._group_starts, starts + [starts[-1]] * empty)
         self._write(self._prefix_lens, lengths + [0] * empty)
 

@@ -1,4 +1,4 @@
-"""`LoopRows`: the new tokens of a call on the host, and which of its rows have ended."""
+"""`GeneratedRows`: the new tokens of a call on the host, and which of its rows have ended."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fastattn.loop.readback import News
-from hf_fastattn.loop.request import LoopPlan
+from hf_fastattn.loop.readback import StepTokens
+from hf_fastattn.loop.request import LoopRequest
 
 
-class LoopRows:
+class GeneratedRows:
     """Collects what steps chose, in order.
 
     Args:
         input_ids: `[B, S]` the prompt.
         most: most new tokens of a row.
-        plan: of the call.
+        request: of the call.
 
     Attributes:
         ended: `[B]` bool.
         steps: that were taken.
     """
 
-    def __init__(self, input_ids: Tensor, most: int, plan: LoopPlan) -> None:
+    def __init__(self, input_ids: Tensor, most: int, request: LoopRequest) -> None:
         rows, prompt = input_ids.shape
-        self._plan, self._most, self._prompt = plan, most, prompt
+        self._request, self._most, self._prompt = request, most, prompt
         # Stop strings are looked for in the prompt's end too.
-        self._all: NDArray[np.int64] = np.full((rows, prompt + most), plan.pad, np.int64)
-        if plan.stop_strings is not None:
+        self._all: NDArray[np.int64] = np.full((rows, prompt + most), request.pad, np.int64)
+        if request.stop_strings is not None:
             self._all[:, :prompt] = input_ids.cpu().numpy()
         self.ended: NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.steps = 0
@@ -39,7 +39,7 @@ class LoopRows:
         """All rows have ended."""
         return self.steps >= self._most or (self.steps > 0 and bool(self.ended.all()))
 
-    def take(self, news: News) -> set[int]:
+    def take(self, news: StepTokens) -> set[int]:
         """Add a step; returns the rows that end with it for a reason which the device does not know."""
         numbers = np.asarray(news.numbers, np.int64)
         going = ~self.ended[numbers]
@@ -47,9 +47,9 @@ class LoopRows:
         self._all[numbers[going], column] = news.tokens[going]
         self.ended[numbers[going]] = news.ended[going]
         self.steps += 1
-        if self._plan.stop_strings is None:
+        if self._request.stop_strings is None:
             return set()
-        found = self._plan.stop_strings(torch.from_numpy(self._all[:, : column + 1]), None).numpy() & ~self.ended
+        found = self._request.stop_strings(torch.from_numpy(self._all[:, : column + 1]), None).numpy() & ~self.ended
         self.ended |= found
         return set(np.flatnonzero(found).tolist())
 

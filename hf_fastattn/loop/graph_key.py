@@ -1,4 +1,4 @@
-"""`StepKind`: what tells one captured step of the fast loop from another."""
+"""`GraphKey`: what tells one captured step of the fast loop from another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class StepKind:
+class GraphKey:
     """What the launches of a step depend on.
 
     Attributes:

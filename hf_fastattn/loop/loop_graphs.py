@@ -14,17 +14,17 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.fingerprint import DecoderState, decoder_state, why_not_capturable
+from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
 from hf_fastattn.graphs.module_checks import why_not_module
-from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.backends import choose_backend
-from hf_fastattn.loop.graph_key import StepKind
-from hf_fastattn.loop.readback import Arrivals
+from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.readback import Readback
 from hf_fastattn.pages.page_groups import PageGroups
 
 if TYPE_CHECKING:
-    from hf_fastattn.loop.device_state import LoopState
+    from hf_fastattn.loop.device_state import DeviceState
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -33,10 +33,10 @@ MAX_STEPS = 24
 
 
 @dataclass
-class LoopStep:
+class RecordedStep:
     """One captured step; it is captured again when pages have moved."""
 
-    step: CapturedStep
+    step: RecordedForward
     storage_version: int
 
 
@@ -49,19 +49,19 @@ class LoopGraphs:
     """
 
     # Tests run the same steps without a GPU by another type.
-    step_type: ClassVar[type[CapturedStep]] = CapturedStep
+    forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
         self._enabled, self._known_reason = enabled, known_reason
-        self._steps: OrderedDict[StepKind, LoopStep] = OrderedDict()
+        self._steps: OrderedDict[GraphKey, RecordedStep] = OrderedDict()
         self._groups: weakref.ref[PageGroups] | None = None
         self._room: Any = None
-        self._depends_on: DecoderState | None = None
+        self._depends_on: Fingerprint | None = None
         self._reason: str | None = None
-        self._failed: set[StepKind] = set()
+        self._failed: set[GraphKey] = set()
         self._logged: set[str] = set()
-        self.state: LoopState | None = None
-        self.arrivals: Arrivals | None = None
+        self.state: DeviceState | None = None
+        self.arrivals: Readback | None = None
         self.workspace: Workspace | None = None
 
     def __len__(self) -> int:
@@ -80,13 +80,13 @@ class LoopGraphs:
         if not isinstance(cache, PagedCache):
             return f"the cache is a {type(cache).__name__}"
         device = model.device
-        if device.type not in self.step_type.devices:
+        if device.type not in self.forward_type.devices:
             return f"the model is on {device.type}"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
         groups = cache.groups
         backend, _ = choose_backend(groups.backend, device, model.dtype, groups.head_dim, groups.batch_invariant)
-        if backend not in self.step_type.backends:
+        if backend not in self.forward_type.backends:
             return f"backend {backend}"
         if "forward" in vars(model):
             return f"the forward of the {type(model).__name__} was replaced"
@@ -97,7 +97,7 @@ class LoopGraphs:
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
-        state, known = decoder_state(model, model.device), self._depends_on
+        state, known = fingerprint_of(model, model.device), self._depends_on
         if known is None or state.parts != known.parts or self._groups is None or self._groups() is not cache.groups:
             self.drop()
             self._groups = weakref.ref(cache.groups)
@@ -105,10 +105,10 @@ class LoopGraphs:
             self._depends_on, self._reason = state, why_not_capturable(model, model.device)
         return why_not_module(model) or self._reason
 
-    def make_room(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> LoopState:
+    def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:
         """Static tensors for a call of `rows` rows of up to `columns` pages."""
         # Not before: it imports Triton.
-        from hf_fastattn.loop.device_state import LoopState
+        from hf_fastattn.loop.device_state import DeviceState
 
         size = (device, rows, columns, cache.tables, vocabulary)
         if self.state is None or not self.state.fits(*size):
@@ -117,19 +117,19 @@ class LoopGraphs:
             if before is not None:
                 # What was enough for another call will be wanted again.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
-            self.state = LoopState(*size)
-            self.arrivals, self.workspace = Arrivals(self.state.rows, device), Workspace(device)
+            self.state = DeviceState(*size)
+            self.arrivals, self.workspace = Readback(self.state.rows, device), Workspace(device)
         if self._room is not None:
             # The last steps of the call before may be under way on another stream.
-            self.step_type.enter(self._room)
+            self.forward_type.enter(self._room)
         return self.state
 
-    def has(self, kind: StepKind, storage_version: int) -> bool:
+    def has(self, key: GraphKey, storage_version: int) -> bool:
         """Whether the step is captured already."""
-        held = self._steps.get(kind)
+        held = self._steps.get(key)
         return held is not None and held.storage_version == storage_version
 
-    def replay(self, kind: StepKind, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> Tensor:
+    def replay(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> Tensor:
         """One step: its graph, captured if need be, or its launches if that fails.
 
         Args:
@@ -138,22 +138,22 @@ class LoopGraphs:
         Returns:
             `[rows]` int64, which the next step writes to.
         """
-        if not self.has(kind, groups.storage_version) and kind not in self._failed:
-            self._capture(kind, groups, run, counters)
-        held = self._steps.get(kind)
+        if not self.has(key, groups.storage_version) and key not in self._failed:
+            self._capture(key, groups, run, counters)
+        held = self._steps.get(key)
         if held is None:
             with torch.inference_mode(False), torch.no_grad():
                 return run()
-        self._steps.move_to_end(kind)
+        self._steps.move_to_end(key)
         counters.graphs_replayed += 1
         return held.step.replay(run, copy=False)
 
-    def _capture(self, kind: StepKind, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
+    def _capture(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
         assert self.state is not None
-        self._steps.pop(kind, None)
+        self._steps.pop(key, None)
         if self._room is None:
-            self._room = self.step_type.make_room(self.state.device)
-        step = self.step_type(self._room)
+            self._room = self.forward_type.make_pool(self.state.device)
+        step = self.forward_type(self._room)
         restore = self.state.snapshot()
 
         def recorded() -> Tensor:
@@ -166,10 +166,10 @@ class LoopGraphs:
         except Exception as error:
             # The same launches go on one by one, and fail there if they must.
             restore()
-            self._failed.add(kind)
+            self._failed.add(key)
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return
-        self._steps[kind] = LoopStep(step, groups.storage_version)
+        self._steps[key] = RecordedStep(step, groups.storage_version)
         if len(self._steps) > MAX_STEPS:
             self._steps.popitem(last=False)
         counters.graphs_captured += 1

@@ -1,4 +1,4 @@
-"""`Arrivals`: what steps have chosen, on its way to the host, read some steps late so that neither waits for the other."""
+"""`Readback`: what steps have chosen, on its way to the host, read some steps late so that neither waits for the other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEPTH = 2
 
 
 @dataclass(frozen=True)
-class News:
+class StepTokens:
     """What one step chose.
 
     Attributes:
@@ -33,7 +33,7 @@ class News:
     numbers: Sequence[int]
 
 
-class Arrivals:
+class Readback:
     """A ring of host buffers, pinned for a CUDA device.
 
     Args:
@@ -67,7 +67,7 @@ class Arrivals:
         """Forget what is under way."""
         self._under_way.clear()
 
-    def receive(self, wait: bool) -> News | None:
+    def receive(self, wait: bool) -> StepTokens | None:
         """The oldest step under way; None if there is none, or it has not arrived and nobody wants to `wait`."""
         if not self._under_way:
             return None
@@ -81,4 +81,4 @@ class Arrivals:
         self._under_way.popleft()
         packed = self._host[turn, : len(numbers)].numpy()
         ended = (packed >> ENDED_BIT) > 0
-        return News(packed & ((1 << ENDED_BIT) - 1), ended, numbers)
+        return StepTokens(packed & ((1 << ENDED_BIT) - 1), ended, numbers)

@@ -1,4 +1,4 @@
-"""`LoopPlan`: what a `generate()` call asks of the fast decode loop, read from what Transformers made of its arguments."""
+"""`LoopRequest`: what a `generate()` call asks of the decode loop, read from what Transformers made of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.Stop
 
 
 @dataclass(frozen=True)
-class LoopPlan:
+class LoopRequest:
     """How tokens are chosen and when a call ends.
 
     Attributes:
@@ -53,7 +53,7 @@ class LoopPlan:
     stop_strings: Any
 
 
-def loop_plan(
+def loop_request(
     model: Any,
     input_ids: Tensor,
     logits_processor: Sequence[Any],
@@ -61,8 +61,8 @@ def loop_plan(
     generation_config: Any,
     streamer: Any,
     rows_are_private: bool,
-) -> LoopPlan | str:
-    """The plan of a call, or why the fast loop cannot do what it asks.
+) -> LoopRequest | str:
+    """The request of a call, or why the fast loop cannot do what it asks.
 
     Args:
         rows_are_private: nobody sees the cache after the call.
@@ -117,7 +117,7 @@ def loop_plan(
     if not 0 <= pad < model.config.get_text_config(decoder=True).vocab_size:
         # Steps launched past the end embed it, even for a single row.
         return f"pad_token_id={pad} is no token of the model"
-    return LoopPlan(
+    return LoopRequest(
         do_sample=bool(config.do_sample),
         max_new=max_new,
         ends=ends,

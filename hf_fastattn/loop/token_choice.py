@@ -6,24 +6,24 @@ from torch import Tensor
 
 from hf_fastattn.kernels.sampling.draw import choose_tokens
 from hf_fastattn.kernels.sampling.penalty import process_logits
-from hf_fastattn.loop.device_state import LoopState
-from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.device_state import DeviceState
+from hf_fastattn.loop.graph_key import GraphKey
 
 
-def choose(state: LoopState, kind: StepKind, logits: Tensor) -> None:
+def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
     """Write the next token of every row to `chosen`.
 
     Args:
         state: parameters, seed, step and row numbers; tokens seen so far.
-        kind: which of them are used.
+        key: which of them are used.
         logits: `[rows, V]`; may be changed.
     """
-    tensors = state.tensors(kind.rows, kind.penalised)
-    if kind.penalised or kind.suppressed:
-        ends = {"eos": state.suppressed, "step": tensors.step} if kind.suppressed else {}
+    tensors = state.tensors(key.rows, key.penalised)
+    if key.penalised or key.suppressed:
+        ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
         logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
-    if not kind.do_sample:
+    if not key.do_sample:
         choose_tokens(logits, tensors.chosen)
         return
-    numbers = state.numbers[: kind.rows]
+    numbers = state.numbers[: key.rows]
     choose_tokens(logits, tensors.chosen, params=state.params, seed=state.seed, rows=numbers, step=tensors.step)

@@ -277,7 +277,7 @@ class PageTable:
                 del pages[keep:]
 
     @_noted
-    def let_go(self, rows: Sequence[int]) -> None:
+    def release_rows(self, rows: Sequence[int]) -> None:
         """Release all pages of `rows`."""
         self._slack = self._release_at = 0
         for row in rows:

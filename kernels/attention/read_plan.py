@@ -1,4 +1,4 @@
-"""`AttentionPlan`: what a batch has to read from the pages of one group, worked out once for all layers.
+"""`ReadPlan`: what a batch has to read from the pages of one group, worked out once for all layers.
 
 The page tables live on the host, so the plan costs no device work: it names strided views where a sequence's pages are
 adjacent, token gathers where they are not, and shared prefixes as one block for all the rows that hold them.
@@ -39,7 +39,7 @@ class SharedPrefix:
 
 
 @dataclass
-class AttentionPlan:
+class ReadPlan:
     """The reads of one forward over the pages of one group.
 
     Args:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan, Run
+from hf_fastattn.kernels.attention.read_plan import ReadPlan, Run
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
 
 # Bounds the score bias of a long append to a few megabytes.
@@ -24,7 +24,7 @@ def paged_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    plan: AttentionPlan,
+    plan: ReadPlan,
     *,
     scale: float,
     softcap: float | None = None,
@@ -52,7 +52,7 @@ def paged_attention(
 
 
 def _decode(
-    q: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, softcap: float | None
+    q: Tensor, keys: Tensor, values: Tensor, plan: ReadPlan, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     rows, heads, dim = q.shape
     groups = keys.shape[1]
@@ -76,7 +76,7 @@ def _decode(
 
 
 def _decode_rows(
-    grouped: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, softcap: float | None
+    grouped: Tensor, keys: Tensor, values: Tensor, plan: ReadPlan, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Each row over the tokens that it reads alone; `grouped` is `[B, G, R, D]`."""
     if plan.strided is not None:
@@ -99,7 +99,7 @@ def _prefill_row(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    plan: AttentionPlan,
+    plan: ReadPlan,
     row: int,
     scale: float,
     softcap: float | None,
@@ -133,7 +133,7 @@ def _prefill_row(
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, dim), lse.permute(2, 0, 1).reshape(tokens, heads)
 
 
-def _read(tokens: Tensor, run: Run, plan: AttentionPlan) -> Tensor:
+def _read(tokens: Tensor, run: Run, plan: ReadPlan) -> Tensor:
     """A run of `[N * P, G, D]` as `[1, G, L, D]`: a view where its slots are adjacent, else a gathered copy."""
     if run.first_slot is not None:
         return tokens[run.first_slot : run.first_slot + run.length].transpose(0, 1)[None]

@@ -188,7 +188,7 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         raise
     cache.commit()
     if reason is None:
-        cache.seen_mask.remember(mask, past + columns)
+        cache.known_mask.remember(mask, past + columns)
     state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
     return outputs if padding is None else padding.restore_outputs(outputs)
 

@@ -33,7 +33,7 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
             f"attention_mask has shape {tuple(mask.shape)}, expected {(rows, past + columns)}: {rows} rows, "
             f"{past} columns in the cache and {columns} new ones"
         )
-    if cache.seen_mask.knows(mask, rows, past, columns):
+    if cache.known_mask.knows(mask, rows, past, columns):
         return None
     # Transformers reads the first columns of a longer one, and hides what a shorter one does not reach.
     short = max(past + columns - mask.shape[1], 0)

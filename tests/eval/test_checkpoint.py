@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_fastattn
 from hf_fastattn.eval.checkpoint.recall import recall_prompts
-from hf_fastattn.kernels.attention import reference
-from hf_fastattn.kernels.attention import rope_reference as rope
+from hf_fastattn.kernels.attention import reference, rope_reference
 
 WEIGHTS = Path(hf_fastattn.__file__).parent / "eval" / "checkpoint" / "weights"
 LENGTH = 512
@@ -84,13 +83,13 @@ def test_page_and_mask_faults_drop_recall(checkpoint: Any, monkeypatch: Any, tas
 def test_position_fault_drops_recall(checkpoint: Any, monkeypatch: Any, task: str) -> None:
     """Every second prompt token one position late. A shift of all would show nowhere: RoPE is relative."""
     model, tokenizer = checkpoint
-    launch = rope.rope_append
+    launch = rope_reference.rope_append
 
     def late(q: Any, k: Any, v: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         odd = (torch.arange(len(q)) % 2 == 1)[:, None]
         cos, sin = (torch.where(odd, table.roll(-1, 0), table) for table in (cos, sin))
         return launch(q, k, v, cos, sin, *args, **kwargs)
 
-    monkeypatch.setattr(rope, "rope_append", late)
+    monkeypatch.setattr(rope_reference, "rope_append", late)
     _, share = answers(hf_fastattn.patch(model), tokenizer, task)
     assert share <= 0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn.patches.decoder import chunked_prefill as chunks
+from hf_fastattn.patches.decoder import chunked_prefill
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
 from tests.tools.models import assert_fast, padded_batch, pair, real_tokens
@@ -18,7 +18,7 @@ FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3", "qwen3_moe")
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "PIECE_TOKENS", 24)
+    monkeypatch.setattr(chunked_prefill, "PIECE_TOKENS", 24)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

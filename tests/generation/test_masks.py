@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_fastattn
-from hf_fastattn.cache.known_mask import SeenMask
+from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import CORE, VOCAB, assert_fast, noisy, padded_batch, pair, real_tokens, single, tiny
 
@@ -149,13 +149,13 @@ def test_no_step_reads_the_mask(beams: int, monkeypatch: pytest.MonkeyPatch) -> 
     """generate() extends a mask by ones at every step: its values are known, and reading them would wait for the device."""
     _, model = pair("qwen2_window")
     known: list[bool] = []
-    knows = SeenMask.knows
+    knows = KnownMask.knows
 
-    def recorded(self: SeenMask, *args: Any) -> bool:
+    def recorded(self: KnownMask, *args: Any) -> bool:
         known.append(knows(self, *args))
         return known[-1]
 
-    monkeypatch.setattr(SeenMask, "knows", recorded)
+    monkeypatch.setattr(KnownMask, "knows", recorded)
     run(model, padded_batch(), num_beams=beams)
     # The prompt is read, and where beams come apart its rows may be others.
     assert len(known) == 8 and all(known[2:])

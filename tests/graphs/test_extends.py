@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn.graphs import forward_graphs as step_graphs
-from hf_fastattn.graphs.recorded_forward import CapturedStep
-from hf_fastattn.graphs.static_inputs import MOST_TOKENS, StaticInputs, room_for
+from hf_fastattn.graphs import forward_graphs
+from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.static_inputs import MOST_TOKENS, StaticInputs, bucket_of_tokens
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -60,9 +60,9 @@ def appends(model: Any) -> tuple[int, int]:
 
 
 def test_room() -> None:
-    rooms = [room_for(tokens) for tokens in range(1, MOST_TOKENS + 1)]
+    rooms = [bucket_of_tokens(tokens) for tokens in range(1, MOST_TOKENS + 1)]
     assert all(room >= tokens for tokens, room in enumerate(rooms, 1)) and rooms == sorted(rooms)
-    assert len(set(rooms)) <= 16 and room_for(MOST_TOKENS) == MOST_TOKENS
+    assert len(set(rooms)) <= 16 and bucket_of_tokens(MOST_TOKENS) == MOST_TOKENS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,7 +176,7 @@ def test_what_is_not_captured(device: str) -> None:
 
 
 def test_steps_of_many_rows_are_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "MOST_TOKENS", 2)
+    monkeypatch.setattr(forward_graphs, "MOST_TOKENS", 2)
     stock, model = both("llama", device)
     batch = {**padded_batch(3), "num_beams": 2}
     for _ in range(3):
@@ -197,19 +197,19 @@ def test_a_changed_weight_is_captured_anew(device: str) -> None:
 
 
 def test_the_least_recently_used_goes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "MAX_APPENDS", 2)
+    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 2)
     stock, model = both("llama", device)
     for length in (9, 20, 40, 60, 60, 40, 20, 9, 40, 60, 60):
         batch = single(length)
         assert torch.equal(run(model, **batch), run(stock, **batch))
-        assert len(model._fastattn.runtime.graphs) <= 2 + step_graphs.MAX_GRAPHS
+        assert len(model._fastattn.runtime.graphs) <= 2 + forward_graphs.MAX_GRAPHS
     assert appends(model) == (0, 1)
 
 
 def test_a_capture_that_fails(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = both("llama", device)
     run(model, **single())
-    kind = ReexecutedStep if device == "cpu" else CapturedStep
+    kind = ReexecutedStep if device == "cpu" else RecordedForward
 
     def failing(*args: Any) -> None:
         raise RuntimeError("no capture today")

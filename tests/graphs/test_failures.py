@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn.graphs import forward_graphs as step_graphs
-from hf_fastattn.graphs.fingerprint import decoder_state
-from hf_fastattn.graphs.forward_graphs import StepGraphs
+from hf_fastattn.graphs import forward_graphs
+from hf_fastattn.graphs.fingerprint import fingerprint_of
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import no_garbage_collection
 from hf_fastattn.transformers_version import CACHE
 from tests.graphs.test_forward_graphs import graphs, replays, run
@@ -27,8 +27,8 @@ def without_a_gpu() -> Iterator[None]:
 
 
 def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 3)
-    monkeypatch.setattr(step_graphs, "MAX_APPENDS", 0)
+    monkeypatch.setattr(forward_graphs, "MAX_GRAPHS", 3)
+    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 0)
     stock, model = pair_with_graphs("llama")
     for rows in (1, 2, 3, 4, 2, 1):
         batch = padded_batch(rows)
@@ -71,12 +71,12 @@ def test_a_failed_capture(when: str) -> None:
     want = run(stock)
     # Undone before what the fixture has patched.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepGraphs, "step_type", Failing)
+        patch.setattr(ForwardGraphs, "forward_type", Failing)
         for tries in range(5):
             assert torch.equal(run(model), want)
             call = assert_fast(model)
             # Once a call, and a few calls at most.
-            assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == int(tries < step_graphs.MAX_FAILURES)
+            assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == int(tries < forward_graphs.MAX_FAILURES)
     noise = model.model.norm.weight.data.clone()
     model.model.norm.weight.data = noise
     assert torch.equal(run(model), want) and replays(model)[1] > 0
@@ -177,8 +177,8 @@ def test_what_shows_in_the_state_of_a_decoder() -> None:
     linear = model.layers[1].mlp.up_proj
     linear._compiled_call_impl = None
     device = torch.device("cpu")
-    before = decoder_state(model, device)
-    assert decoder_state(model, device) == before and not before.hooked
+    before = fingerprint_of(model, device)
+    assert fingerprint_of(model, device) == before and not before.hooked
     for change in (
         lambda: setattr(linear, "_compiled_call_impl", print),
         lambda: setattr(linear, "forward", print),
@@ -188,10 +188,10 @@ def test_what_shows_in_the_state_of_a_decoder() -> None:
         lambda: setattr(model, "gradient_checkpointing", True),
     ):
         change()
-        after = decoder_state(model, device)
+        after = fingerprint_of(model, device)
         assert after.parts != before.parts
         before = after
     handle = linear.register_forward_hook(lambda *given: None)
-    assert decoder_state(model, device) == (before.parts, True)
+    assert fingerprint_of(model, device) == (before.parts, True)
     handle.remove()
-    assert decoder_state(model, device) == before
+    assert fingerprint_of(model, device) == before

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_fastattn
-from hf_fastattn.graphs.forward_graphs import StepGraphs
-from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
+from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import why_not_static
 from hf_fastattn.patches.modules.watched import takes_packed_rows
 from hf_fastattn.transformers_version import CACHE
@@ -54,7 +54,7 @@ def replays(model: Any) -> tuple[int, int]:
     return call.graphs_captured, call.graphs_replayed
 
 
-def graphs(model: Any) -> StepGraphs:
+def graphs(model: Any) -> ForwardGraphs:
     return model._fastattn.runtime.graphs
 
 
@@ -356,6 +356,6 @@ def test_the_kernels_over_static_tensors() -> None:
 def test_without_a_gpu_nothing_is_captured() -> None:
     model = patch_with_graphs(tiny("llama"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepGraphs, "step_type", CapturedStep)
+        patch.setattr(ForwardGraphs, "forward_type", RecordedForward)
         run(model, 8)
     assert replays(model) == (0, 0) and not assert_fast(model).uncaptured

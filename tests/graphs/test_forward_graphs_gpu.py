@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_fastattn
-from hf_fastattn.graphs.forward_graphs import StepGraphs
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -67,7 +67,7 @@ def replays(model: Any) -> tuple[int, int]:
     return call.graphs_captured, call.graphs_replayed
 
 
-def graphs(model: Any) -> StepGraphs:
+def graphs(model: Any) -> ForwardGraphs:
     return model._fastattn.runtime.graphs
 
 

@@ -147,7 +147,7 @@ def test_a_failed_capture(when: str, device: str) -> None:
     want = run(stock, NEW)
     # Undone before what the fixture has patched.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoopGraphs, "step_type", Failing)
+        patch.setattr(LoopGraphs, "forward_type", Failing)
         for tries in range(2):
             assert torch.equal(run(model, NEW), want)
             call = assert_fast(model)

@@ -14,7 +14,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
-from hf_fastattn.loop import decode_loop as fast_loop
+from hf_fastattn.loop import decode_loop
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -112,10 +112,12 @@ def test_what_calls_ask_for(device: str, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", CORE)
 def test_rows_that_end_leave_the_batch(device: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_loop, "WORTH_CAPTURING", 1)
+    monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
     sizes: list[int] = []
-    compact = fast_loop.FastLoop._compact
-    monkeypatch.setattr(fast_loop.FastLoop, "_compact", lambda self, *args: (sizes.append(args[1]), compact(self, *args)))
+    compact = decode_loop.DecodeLoop._compact
+    monkeypatch.setattr(
+        decode_loop.DecodeLoop, "_compact", lambda self, *args: (sizes.append(args[1]), compact(self, *args))
+    )
     stock, model = both(family, device)
     batch = padded_batch(9, 37)
     want = run(stock, **batch)
@@ -192,19 +194,21 @@ def test_pages_that_move_in_mid_generation(
     device: str, family: str, page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_fastattn.pages.page_table.MAX_ROOM_TOKENS", 8)
-    monkeypatch.setattr(fast_loop, "AHEAD", 8)
+    monkeypatch.setattr(decode_loop, "AHEAD", 8)
     stock, model = both(family, device, {"page_size": page_size})
     assert torch.equal(run(model, 90), run(stock, 90))
     assert assert_looped(model).graphs_captured > 1
 
 
 def test_pages_behind_a_window_are_released(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_loop, "AHEAD", 8)
+    monkeypatch.setattr(decode_loop, "AHEAD", 8)
     stock, model = both("mistral_window", device, {"page_size": 4})
     most: list[int] = []
-    take = fast_loop.FastLoop._take
+    take = decode_loop.DecodeLoop._take
     groups = model._fastattn.runtime.groups
-    monkeypatch.setattr(fast_loop.FastLoop, "_take", lambda self, news: (most.append(groups.pages_in_use), take(self, news)))
+    monkeypatch.setattr(
+        decode_loop.DecodeLoop, "_take", lambda self, news: (most.append(groups.pages_in_use), take(self, news))
+    )
     assert torch.equal(run(model, 120), run(stock, 120))
     # Three rows of a window of 24 tokens, and what is reserved ahead or released late.
     assert max(most[40:]) <= 3 * (24 + 8 + 8 + 12) // 4

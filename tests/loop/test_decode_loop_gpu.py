@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn.graphs import forward_graphs as step_graphs
-from hf_fastattn.loop import decode_loop as fast_loop
-from hf_fastattn.loop import loop_graphs
+from hf_fastattn.graphs import forward_graphs
+from hf_fastattn.loop import decode_loop, loop_graphs
 from hf_fastattn.pages.page_pool import PagePool
 from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, patch_with_graphs, single, tiny
 
@@ -52,13 +51,13 @@ def sync_debug_mode(mode: str | int) -> Iterator[None]:
 def strictly(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Waiting for the device is an error in these methods of the loop, but where tests write NaN to pages released."""
     for name in names:
-        original = getattr(fast_loop.FastLoop, name)
+        original = getattr(decode_loop.DecodeLoop, name)
 
         def strict(self: Any, *args: Any, original: Any = original) -> Any:
             with sync_debug_mode("error"):
                 return original(self, *args)
 
-        monkeypatch.setattr(fast_loop.FastLoop, name, strict)
+        monkeypatch.setattr(decode_loop.DecodeLoop, name, strict)
     # The pool itself knows no tensors: what waits in it is the fixture.
     release = PagePool.release
 
@@ -72,13 +71,13 @@ def strictly(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_host_never_waits_for_a_step(rows: int, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_loop, "WORTH_CAPTURING", 1)
+    monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
     _, model = pair_with_graphs("qwen2_window")
     model.to("cuda")
     options = {"do_sample": True, "top_k": 9, "top_p": 0.9} if sampled else {"repetition_penalty": 1.2}
     model._fastattn.runtime.row_limits = [40, *range(8, 4 * rows + 4, 4)]
     run(model, **padded_batch(rows), **options)
-    strictly(monkeypatch, "_launch", "_take", "_let_go", "_reserve", "_compact")
+    strictly(monkeypatch, "_launch", "_take", "_release_finished", "_reserve", "_compact")
     run(model, **padded_batch(rows), **options)
     call = hf_fastattn.report(model).last_call
     assert call.fast_loops == 1 and call.graphs_replayed == 39 and call.graphs_captured == 0
@@ -116,8 +115,8 @@ def test_draws_follow_stocks_distribution(options: dict[str, Any]) -> None:
 def test_memory_does_not_grow_with_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nine steps of three sizes come up, and three sizes with beams: few kernels to compile, and old graphs have to go.
     monkeypatch.setattr(loop_graphs, "MAX_STEPS", 6)
-    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 2)
-    monkeypatch.setattr(step_graphs, "MAX_APPENDS", 2)
+    monkeypatch.setattr(forward_graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 2)
     model = patch_with_graphs(tiny("llama", num_hidden_layers=2).to("cuda"))
     runtime, source = model._fastattn.runtime, random.Random(1)
     levels = []

@@ -169,7 +169,7 @@ class RandomTables(RuleBasedStateMachine):
                     table.fork_into(PageTable(self.pool, SIZE, self.window), lengths)
                 else:
                     other = table.selected(range(len(lengths)), self.counters)
-                    other.let_go([0])
+                    other.release_rows([0])
                     other.clear()
             except (KeyboardInterrupt, CacheFullError):
                 pass

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.kernels.attention import reference
-from hf_fastattn.kernels.attention import rope_reference as rope
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention import reference, rope_reference
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.patches.decoder import forward as decoder
 from tests.tools.models import CORE, assert_fast, padded_batch, pair, single
 
@@ -27,7 +26,7 @@ def generate(model: Any, samples: int = 1) -> torch.Tensor:
     return model.generate(**padded_batch(), max_new_tokens=64, do_sample=False)
 
 
-def pages_swapped_between_rows(plan: AttentionPlan) -> AttentionPlan:
+def pages_swapped_between_rows(plan: ReadPlan) -> ReadPlan:
     """Two rows exchange the page before their newest one."""
     pages = [list(row) for row in plan.pages]
     a, b = ((length - 1) // plan.page_size - 1 for length in plan.seq_lens[:2])
@@ -35,7 +34,7 @@ def pages_swapped_between_rows(plan: AttentionPlan) -> AttentionPlan:
     return replace(plan, pages=pages)
 
 
-def newest_pages_swapped(plan: AttentionPlan) -> AttentionPlan:
+def newest_pages_swapped(plan: ReadPlan) -> ReadPlan:
     """A row's two newest pages change places, the last one being partial."""
     pages = [list(row) for row in plan.pages]
     last = (plan.seq_lens[0] - 1) // plan.page_size
@@ -43,7 +42,7 @@ def newest_pages_swapped(plan: AttentionPlan) -> AttentionPlan:
     return replace(plan, pages=pages)
 
 
-def newest_key_dropped(plan: AttentionPlan) -> AttentionPlan:
+def newest_key_dropped(plan: ReadPlan) -> ReadPlan:
     window = None if plan.window is None else plan.window - 1
     return replace(plan, seq_lens=[length - 1 for length in plan.seq_lens], window=window)
 
@@ -66,13 +65,13 @@ def planted() -> Planted:
 def plant_in_plan(
     monkeypatch: pytest.MonkeyPatch,
     planted: Planted,
-    change: Callable[[AttentionPlan], AttentionPlan],
-    when: Callable[[AttentionPlan], bool],
+    change: Callable[[ReadPlan], ReadPlan],
+    when: Callable[[ReadPlan], bool],
 ) -> None:
     """Decode attention reads by a changed plan."""
     launch = reference.paged_attention
 
-    def faulty(q: Any, k_pages: Any, v_pages: Any, plan: AttentionPlan, **kwargs: Any) -> Any:
+    def faulty(q: Any, k_pages: Any, v_pages: Any, plan: ReadPlan, **kwargs: Any) -> Any:
         if plan.is_decode and when(plan):
             planted.times += 1
             plan = change(plan)
@@ -102,11 +101,11 @@ def assert_noticed(
 @pytest.mark.parametrize("change", PLAN_FAULTS)
 def test_page_table_faults(
     family: str,
-    change: Callable[[AttentionPlan], AttentionPlan],
+    change: Callable[[ReadPlan], ReadPlan],
     monkeypatch: pytest.MonkeyPatch,
     planted: Planted,
 ) -> None:
-    def enough_pages(plan: AttentionPlan) -> bool:
+    def enough_pages(plan: ReadPlan) -> bool:
         return min(plan.seq_lens[:2]) > 2 * plan.page_size
 
     assert_noticed(family, planted, lambda: plant_in_plan(monkeypatch, planted, change, enough_pages))
@@ -115,11 +114,11 @@ def test_page_table_faults(
 @pytest.mark.parametrize("shift", [-1, 1])
 @pytest.mark.parametrize("family", ["qwen2_window", "mistral_window", "ministral", "qwen2_moe", "qwen3_window"])
 def test_window_faults(family: str, shift: int, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
-    def shifted(plan: AttentionPlan) -> AttentionPlan:
+    def shifted(plan: ReadPlan) -> ReadPlan:
         assert plan.window is not None
         return replace(plan, window=plan.window + shift)
 
-    def windowed(plan: AttentionPlan) -> bool:
+    def windowed(plan: ReadPlan) -> bool:
         return plan.window is not None
 
     assert_noticed(
@@ -175,7 +174,7 @@ def test_position_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: P
 @pytest.mark.parametrize("family", CORE)
 def test_slot_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: Planted) -> None:
     """Once, in one layer, the keys of two rows are written to each other's slots."""
-    launch = rope.rope_append
+    launch = rope_reference.rope_append
 
     def faulty(*args: Any, **norms: Any) -> Any:
         slots = args[-1]
@@ -185,7 +184,7 @@ def test_slot_fault(family: str, monkeypatch: pytest.MonkeyPatch, planted: Plant
                 slots = slots[[1, 0, 2]]
         return launch(*args[:-1], slots, **norms)
 
-    assert_noticed(family, planted, lambda: monkeypatch.setattr(rope, "rope_append", faulty))
+    assert_noticed(family, planted, lambda: monkeypatch.setattr(rope_reference, "rope_append", faulty))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

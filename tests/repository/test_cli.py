@@ -182,9 +182,7 @@ print(hf_fastattn.report is report)
 
 
 def test_modules_are_reached_as_attributes() -> None:
-    code = (
-        "import hf_fastattn as h; print(h.interface.counters.fallbacks, h.patching.patch is h.patch, h.kernels.__name__)"
-    )
+    code = "import hf_fastattn as h; print(h.interface.counters.fallbacks, h.patching.patch is h.patch, h.kernels.__name__)"
     assert fresh(code) == "Counter() True hf_fastattn.kernels"
     with pytest.raises(AttributeError, match="module 'hf_fastattn' has no attribute 'pach'"):
         hf_fastattn.pach  # noqa: B018

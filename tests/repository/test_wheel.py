@@ -124,7 +124,11 @@ def test_sdist_has_no_tests_and_no_links(sdist: Path) -> None:
     assert all(member.isreg() or member.isdir() for member in members)
     names = {member.name.partition("/")[2] for member in members}
     assert not [name for name in names if {"tests", *LEFT_OUT} & set(name.split("/"))]
-    assert {"constraints.txt", "hf_fastattn/kernels/attention/paged.py", "hf_fastattn/eval/checkpoint/weights/planted.json"} <= names
+    assert {
+        "constraints.txt",
+        "hf_fastattn/kernels/attention/paged.py",
+        "hf_fastattn/eval/checkpoint/weights/planted.json",
+    } <= names
 
 
 def test_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:

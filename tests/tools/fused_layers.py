@@ -43,7 +43,7 @@ def build(name: str) -> Any:
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each of our operations is called from now on."""
-    from hf_fastattn.patches.fused import products as fused_products
+    from hf_fastattn.patches.fused import products
 
     counts: Counter[str] = Counter()
 
@@ -55,7 +55,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return run
 
     for name in KERNELS:
-        monkeypatch.setattr(fused_products, name, counted(name, getattr(fused_products, name)))
+        monkeypatch.setattr(products, name, counted(name, getattr(products, name)))
     return counts
 
 

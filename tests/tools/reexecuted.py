@@ -13,28 +13,27 @@ from triton import knobs
 
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.forward_graphs import Entry, StepGraphs
-from hf_fastattn.graphs.recorded_forward import CapturedStep
+from hf_fastattn.graphs.forward_graphs import Entry, ForwardGraphs
+from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import StaticInputs
-from hf_fastattn.kernels.attention import reference
-from hf_fastattn.kernels.attention import rope_reference as rope
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention import reference, rope_reference
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.sampling import advance_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import SamplingParams
-from hf_fastattn.loop.device_state import LoopState
-from hf_fastattn.loop.graph_key import StepKind
+from hf_fastattn.loop.device_state import DeviceState
+from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 
 
-class ReexecutedStep(CapturedStep):
+class ReexecutedStep(RecordedForward):
     """A step whose replay runs the forward. Its output lies in one tensor, as that of a graph."""
 
     devices = ("cpu", "cuda")
     backends = ("reference", "triton", "hopper")
 
     @staticmethod
-    def make_room(device: torch.device) -> Any:
+    def make_pool(device: torch.device) -> Any:
         return object()
 
     @staticmethod
@@ -64,7 +63,7 @@ class ReadBack(Batch):
         there = slots >= 0
         rows = [tensor[there] for tensor in (q, k, v, cos, sin)]
         out = torch.zeros_like(q)
-        out[there] = rope.rope_append(*rows, k_pages, v_pages, slots[there], **norms)
+        out[there] = rope_reference.rope_append(*rows, k_pages, v_pages, slots[there], **norms)
         return out
 
     def attend(
@@ -81,7 +80,7 @@ class ReadBack(Batch):
         # A row without keys has zeros.
         queries = there.repeat_interleave(news)
         pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
-        plan = AttentionPlan(pages, news[there].tolist(), held, size, window)
+        plan = ReadPlan(pages, news[there].tolist(), held, size, window)
         out = torch.zeros_like(q)
         if held:
             out[queries] = reference.paged_attention(q[queries], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
@@ -114,15 +113,15 @@ class ReexecutedLoopStep(ReexecutedStep):
 @contextmanager
 def reexecuted_loop() -> Iterator[None]:
     """The fast loop runs on the CPU too, and for the reference backend."""
-    make = LoopState.batch
+    make = DeviceState.batch
 
-    def batch(self: LoopState, kind: StepKind, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
+    def batch(self: DeviceState, kind: GraphKey, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
         made = make(self, kind, backend, batch_invariant, workspace)
         return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
 
     with pytest.MonkeyPatch.context() as patch, reexecuted():
-        patch.setattr(LoopGraphs, "step_type", ReexecutedLoopStep)
-        patch.setattr(LoopState, "batch", batch)
+        patch.setattr(LoopGraphs, "forward_type", ReexecutedLoopStep)
+        patch.setattr(DeviceState, "batch", batch)
         if not knobs.runtime.interpret:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.token_choice.choose_tokens", choose_in_torch)
@@ -179,7 +178,7 @@ def reexecuted() -> Iterator[None]:
         return checked
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepGraphs, "step_type", ReexecutedStep)
+        patch.setattr(ForwardGraphs, "forward_type", ReexecutedStep)
         patch.setattr(Entry, "launcher", launcher_of_what_was_captured)
         patch.setattr(StaticInputs, "batch", batch)
         yield

@@ -13,7 +13,7 @@ from hf_fastattn import cli
 from hf_fastattn.eval import shapes, speed
 from hf_fastattn.eval.accuracy.agreement import Agreement, Verdict
 from hf_fastattn.eval.choices import KINDS
-from hf_fastattn.eval.generate_speed import bench as speed_bench
+from hf_fastattn.eval.generate_speed import bench as bench_module
 from hf_fastattn.eval.generate_speed.cases import ENDING, Case
 from hf_fastattn.eval.generate_speed.systems import twin
 from tests.tools.models import COMMON, tiny
@@ -96,7 +96,7 @@ def test_red_shows_no_ratio(checkpoint: str, tmp_path: Path, monkeypatch: pytest
         other.model.norm.weight = nn.Parameter(1.05 * other.model.norm.weight.detach())
         return other
 
-    monkeypatch.setattr(speed_bench, "twin", disturbed)
+    monkeypatch.setattr(bench_module, "twin", disturbed)
     status, record, text = bench("--model", checkpoint, "--kind", "greedy", "samples", *SMALL, output=tmp_path)
     assert status == 1
     for row in record["cases"]:
@@ -137,14 +137,14 @@ def test_the_loop_on_the_device_is_told_from_transformers(checkpoint: str, tmp_p
 
 
 def test_a_failing_case_is_named_and_others_go_on(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = speed_bench.Bench.measure
+    measure = bench_module.Bench.measure
 
-    def fail_on_sampling(self: speed_bench.Bench, case: Case) -> dict[str, Any]:
+    def fail_on_sampling(self: bench_module.Bench, case: Case) -> dict[str, Any]:
         if case.kind == "sampling":
             raise RuntimeError("planted")
         return measure(self, case)
 
-    monkeypatch.setattr(speed_bench.Bench, "measure", fail_on_sampling)
+    monkeypatch.setattr(bench_module.Bench, "measure", fail_on_sampling)
     status, record, text = bench("--model", checkpoint, "--kind", "sampling", "greedy", *SMALL, output=tmp_path)
     assert status == 1 and [row["kind"] for row in record["cases"]] == ["greedy"]
     assert record["failed"] == [{"case": "sampling 2 x 24", "error": "RuntimeError: planted"}]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention import append
-from hf_fastattn.kernels.attention import rope_reference as rope
+from hf_fastattn.kernels.attention import append, rope_reference
 from tests.kernels.cases import assert_close
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -51,7 +50,7 @@ def check(
     else:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     angles = normal(tokens, (rotary or dim) // 2).repeat(1, 2)
-    cos, sin = angles.cos(), rope.signed_sin(angles.sin())
+    cos, sin = angles.cos(), rope_reference.signed_sin(angles.sin())
     weights = {"q_norm": normal(dim), "k_norm": normal(dim), "eps": 1e-5} if norm else {}
     used = -(-tokens // page) + 2
     slots = torch.randperm(used * page, generator=torch.Generator().manual_seed(tokens))[:tokens].to(device)
@@ -86,8 +85,8 @@ def steps(
     for x, name in ((q, "q_norm"), (k, "k_norm")):
         x = x.to(dtype)
         if weights:
-            x = rope.rms_norm(x, weights[name].to(dtype), weights["eps"], unit_offset)
-        turned.append(rope.rotate(x, cos.to(dtype), sin.to(dtype)))
+            x = rope_reference.rms_norm(x, weights[name].to(dtype), weights["eps"], unit_offset)
+        turned.append(rope_reference.rotate(x, cos.to(dtype), sin.to(dtype)))
     return turned
 
 

@@ -103,12 +103,12 @@ def test_the_child_finds_the_package_and_says_that_there_is_no_gpu(tmp_path: Pat
 
 
 def test_what_the_results_are_compared_with() -> None:
-    from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+    from hf_fastattn.kernels.attention.read_plan import ReadPlan
     from hf_fastattn.kernels.attention.reference import paged_attention
 
     q, k_pages, v_pages, table = hopper_trial._batch(64, torch.device("cpu"))
     lengths = [count + past for count, past in zip(hopper_trial.COUNTS, hopper_trial.PASTS, strict=True)]
-    plan = AttentionPlan(table.tolist(), hopper_trial.COUNTS, lengths, hopper_trial.PAGE)
+    plan = ReadPlan(table.tolist(), hopper_trial.COUNTS, lengths, hopper_trial.PAGE)
     want, _ = paged_attention(q.double(), k_pages.double(), v_pages.double(), plan, scale=64**-0.5)
     assert_close("attention", hopper_trial._expected(q, k_pages, v_pages, table), want.float(), want)
 

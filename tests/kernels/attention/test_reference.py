@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from hf_fastattn.kernels import ops
-from hf_fastattn.kernels.attention.read_plan import AttentionPlan
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.reference import paged_attention
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
 from tests.kernels.cases import Batch, assert_attention, make_batch
 
 
 def check(batch: Batch, *, window=None, softcap=None, prefixes=()):
-    plan = AttentionPlan(batch.table, batch.counts, batch.lengths, batch.k_pages.shape[1], window, prefixes)
+    plan = ReadPlan(batch.table, batch.counts, batch.lengths, batch.k_pages.shape[1], window, prefixes)
     got = paged_attention(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, softcap=softcap)
     assert_attention(batch, got, window=window, softcap=softcap)
     return plan

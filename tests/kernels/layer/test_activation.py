@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_fastattn.kernels.layer import activation
-from hf_fastattn.kernels.layer import reference as step_reference
+from hf_fastattn.kernels.layer import activation, reference
 from tests.kernels.cases import assert_close
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,8 +19,8 @@ def check(tokens: int, width: int, dtype: torch.dtype = BF16, *, fused: bool = F
         gate, up = gate.contiguous(), up.contiguous()
     got = activation.silu_and_mul(gate, up)
     assert got.dtype == dtype and got.is_contiguous()
-    want = step_reference.silu_and_mul(gate.double(), up.double())
-    assert_close("product", got, step_reference.silu_and_mul(gate, up), want)
+    want = reference.silu_and_mul(gate.double(), up.double())
+    assert_close("product", got, reference.silu_and_mul(gate, up), want)
 
 
 @pytest.mark.interpreter

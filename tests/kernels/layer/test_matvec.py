@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.layer import configs as matvec_configs
-from hf_fastattn.kernels.layer import matvec
-from hf_fastattn.kernels.layer import reference as step_reference
+from hf_fastattn.kernels.layer import configs, matvec, reference
 from hf_fastattn.kernels.layer.configs import BUCKETS, HOPPER, MEASURED, ProductTile, beats_cublas, product_tile
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from tests.kernels.cases import assert_close
@@ -59,7 +57,7 @@ def check(
     got = run(matvec, dtype, **options)
     again = [run(matvec, dtype, **options) for _ in range(repeats - 1)]
     names = ("first", "second", "third")
-    plains, wants = run(step_reference, dtype), run(step_reference, torch.float64)
+    plains, wants = run(reference, dtype), run(reference, torch.float64)
     for i, (ours, plain, want) in enumerate(zip(got, plains, wants, strict=True)):
         assert ours.dtype == dtype
         assert_close(f"{names[i]} product", ours, plain, want)
@@ -194,7 +192,7 @@ QUICKEST = {
 
 def test_the_rules_choose_what_was_quickest(monkeypatch):
     measured = dict(MEASURED)
-    monkeypatch.setattr(matvec_configs, "MEASURED", {})
+    monkeypatch.setattr(configs, "MEASURED", {})
     choose = product_tile.__wrapped__
     for (tokens, k, total, gated), tile in QUICKEST.items():
         assert choose(HOPPER, 2, tokens, k, total, gated) == tile, (tokens, k, total)

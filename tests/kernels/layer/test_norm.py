@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.layer import norm
-from hf_fastattn.kernels.layer import reference as step_reference
+from hf_fastattn.kernels.layer import norm, reference
 from tests.kernels.cases import assert_close
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,13 +43,13 @@ def check(
     options = {"unit_offset": unit_offset}
     got, total = norm.add_rms_norm(x, residual, weight, 1e-5, weights_settled=settled, **options)
     alone = norm.rms_norm(x, weight, 1e-5, weights_settled=settled, **options)
-    plain, plain_total = step_reference.add_rms_norm(x, residual, weight, 1e-5, **options)
+    plain, plain_total = reference.add_rms_norm(x, residual, weight, 1e-5, **options)
     assert got.dtype == alone.dtype == dtype
     assert torch.equal(total, plain_total)
-    want, _ = step_reference.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5, **options)
+    want, _ = reference.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5, **options)
     assert_close("norm of the sum", got, plain, want)
-    want = step_reference.rms_norm(x.double(), weight.double(), 1e-5, unit_offset)
-    assert_close("norm", alone, step_reference.rms_norm(x, weight, 1e-5, unit_offset), want)
+    want = reference.rms_norm(x.double(), weight.double(), 1e-5, unit_offset)
+    assert_close("norm", alone, reference.rms_norm(x, weight, 1e-5, unit_offset), want)
 
 
 @pytest.mark.interpreter

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.sampling import advance_reference as reference
+from hf_fastattn.kernels.sampling import advance_reference
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, ENDED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
 
@@ -81,7 +81,7 @@ def check(rows: int, windows: int, page: int, *, drop: bool, seen: bool, device:
         for held in (state, want):
             held.chosen.copy_(chosen)
         advance(first(state, rows), page)
-        reference.advance(first(want, rows), page)
+        advance_reference.advance(first(want, rows), page)
         assert_same(state, want)
 
 
@@ -111,7 +111,7 @@ def test_reference_of_one_step():
 
     for drop in (0, 1):
         got = state(drop)
-        reference.advance(got, 4)
+        advance_reference.advance(got, 4)
         assert got.tokens.flatten().tolist() == [5, 3, 6, 1, 1]
         assert got.ended.tolist() == [0, 1, 1, 1, ABSENT]
         assert [number >> ENDED_BIT for number in got.news.tolist()] == [0, 1, 1, 1, 1]
@@ -180,5 +180,5 @@ def test_replayed(drop):
         for held in (state, want):
             held.chosen.copy_(chosen)
         graph.replay()
-        reference.advance(first(want, rows), page)
+        advance_reference.advance(first(want, rows), page)
         assert_same(state, want)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.sampling import draw as sampling
-from hf_fastattn.kernels.sampling import reference as reference
+from hf_fastattn.kernels.sampling import draw as draw_module
+from hf_fastattn.kernels.sampling import reference
 from hf_fastattn.kernels.sampling.greedy import greedy_tokens
 from hf_fastattn.kernels.sampling.noise import token_noise
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
@@ -70,7 +70,7 @@ def draw(
     rows = torch.arange(len(x), device=device) if rows is None else rows
     wide = torch.full((len(x), 2), -7, device=device)
     thresholds = torch.full((len(x),), math.nan, device=device)
-    sampling.sample_tokens(
+    draw_module.sample_tokens(
         x,
         wide[:, 0],
         params.tensor(device),
@@ -180,7 +180,7 @@ def test_kept_where_scaling_makes_ties():
 def test_too_many_candidates_are_searched_as_a_row(params, monkeypatch):
     x = logits(4, 3000, BF16, "cpu")
     before = draw(x, params)
-    monkeypatch.setattr(sampling, "SLOTS", 1)
+    monkeypatch.setattr(draw_module, "SLOTS", 1)
     assert all(map(torch.equal, draw(x, params), before))
 
 
@@ -210,7 +210,7 @@ def noise_kernel(out_ptr, seed_ptr, row, step_ptr, N: tl.constexpr, CHUNK: tl.co
 
 def noise(count: int, *, seed: int = 1, row: int = 0, step: int = 0) -> Tensor:
     out = torch.empty(count)
-    noise_kernel[(1,)](out, torch.tensor([seed]), row, torch.tensor([step]), count, sampling.CHUNK)
+    noise_kernel[(1,)](out, torch.tensor([seed]), row, torch.tensor([step]), count, draw_module.CHUNK)
     return out
 
 
@@ -288,7 +288,7 @@ def test_rows_and_steps_differ(params):
 
 def check_greedy(x: Tensor) -> None:
     wide = torch.full((len(x), 2), -7, device=x.device)
-    sampling.choose_tokens(x, wide[:, 0])
+    draw_module.choose_tokens(x, wide[:, 0])
     assert torch.equal(wide[:, 0], reference.greedy_tokens(x))
     assert (wide[:, 1] == -7).all()
 
@@ -330,9 +330,9 @@ def test_what_does_not_fit_is_refused():
         ("step", (params, one, rows, one.float())),
     ):
         with pytest.raises(ValueError, match=name):
-            sampling.sample_tokens(x, out, *values)
+            draw_module.sample_tokens(x, out, *values)
     with pytest.raises(ValueError, match="together"):
-        sampling.choose_tokens(x, out, params=params)
+        draw_module.choose_tokens(x, out, params=params)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_sweep_frequencies(params):
     out, values, seed = rows.long(), params.tensor("cuda"), torch.tensor([11], device="cuda")
     steps = 512 if reference.kept_tokens(x[:1], params).sum() < 4096 else 128
     for step in torch.arange(steps, device="cuda").split(1):
-        sampling.sample_tokens(x, out, values, seed, rows, step)
+        draw_module.sample_tokens(x, out, values, seed, rows, step)
         counts += out.bincount(minlength=len(counts))
     check_frequencies(counts, reference.probabilities(x[:1], params)[0])
 
@@ -405,11 +405,11 @@ def test_one_graph_serves_all_params():
     out = torch.zeros(16, dtype=torch.int64, device="cuda")
     values, seed, step = SamplingParams().tensor("cuda"), torch.tensor([1], device="cuda"), torch.tensor([0], device="cuda")
     inputs = {"params": values, "seed": seed, "rows": rows, "step": step}
-    sampling.choose_tokens(x, out, **inputs)
+    draw_module.choose_tokens(x, out, **inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sampling.choose_tokens(x, out, **inputs)
+        draw_module.choose_tokens(x, out, **inputs)
         step += 1
     for number, params in enumerate([*FILTERS, *FILTERS[:3]]):
         values.copy_(params.tensor("cuda"))

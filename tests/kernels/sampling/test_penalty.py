@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.sampling import reference as reference
+from hf_fastattn.kernels.sampling import reference
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
 

@@ -1,4 +1,4 @@
-"""`SharedRows`: which neighbouring rows of a decode loop hold the same first pages, and whether reading these once pays."""
+"""`PrefixGroups`: neighbouring rows of a decode loop with the same first pages, and whether reading these once pays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_GROUPS = 16
 
 
 @dataclass(frozen=True)
-class SharedRows:
+class PrefixGroups:
     """Groups of neighbouring rows, on the host.
 
     Attributes:
@@ -32,7 +32,7 @@ class SharedRows:
     token_bytes: int = 0
 
     @staticmethod
-    def of(table: PageTable | None, keys: Tensor | None, lengths: Sequence[int]) -> SharedRows:
+    def of(table: PageTable | None, keys: Tensor | None, lengths: Sequence[int]) -> PrefixGroups:
         """The groups of a cache none of whose rows was released; none if no layer sees all keys.
 
         Args:
@@ -41,12 +41,12 @@ class SharedRows:
             lengths: tokens of each row.
         """
         if table is None or keys is None:
-            return SharedRows()
+            return PrefixGroups()
         size = table.page_size
         groups = tuple((first, past, columns * size) for first, past, columns in table.prefixes(lengths))
-        return SharedRows(groups, 2 * keys[0, 0].nbytes)
+        return PrefixGroups(groups, 2 * keys[0, 0].nbytes)
 
-    def keep(self, kept: Sequence[int]) -> SharedRows:
+    def keep(self, kept: Sequence[int]) -> PrefixGroups:
         """The groups that are left where row b is what row `kept[b]` was; `kept` ascends.
 
         Rows of a group stay neighbours when others of it leave.
@@ -60,12 +60,12 @@ class SharedRows:
                 place += 1
             if place - start > 1:
                 found.append((start, place, tokens))
-        return SharedRows(tuple(found), self.token_bytes)
+        return PrefixGroups(tuple(found), self.token_bytes)
 
-    def worthwhile(self) -> SharedRows:
+    def worthwhile(self) -> PrefixGroups:
         """These groups if it pays to read their prefixes once, otherwise none."""
         saved = sum((past - first - 1) * tokens for first, past, tokens in self.groups)
-        return self if saved * self.token_bytes >= WORTH_BYTES else SharedRows()
+        return self if saved * self.token_bytes >= WORTH_BYTES else PrefixGroups()
 
     @property
     def sharers(self) -> int:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.cache import shared_prefixes as shared_rows
+from hf_fastattn.cache import prefix_groups
 from hf_fastattn.cache.batch import Batch
-from hf_fastattn.cache.shared_prefixes import SharedRows
-from hf_fastattn.loop import decode_loop as fast_loop
-from hf_fastattn.loop.decode_loop import FastLoop
-from hf_fastattn.loop.graph_key import StepKind
-from hf_fastattn.loop.readback import Arrivals
+from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.loop import decode_loop
+from hf_fastattn.loop.decode_loop import DecodeLoop
+from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.readback import Readback
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
 from tests.loop.test_decode_loop_gpu import strictly
 from tests.tools import reexecuted
@@ -39,15 +39,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def anything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_rows, "WORTH_BYTES", 1)
+    monkeypatch.setattr(prefix_groups, "WORTH_BYTES", 1)
 
 
 @pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> list[StepKind]:
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
     """Of the steps that were launched."""
-    seen: list[StepKind] = []
-    launch = FastLoop._launch
-    monkeypatch.setattr(FastLoop, "_launch", lambda self: (seen.append(self._kind), launch(self)))
+    seen: list[GraphKey] = []
+    launch = DecodeLoop._launch
+    monkeypatch.setattr(DecodeLoop, "_launch", lambda self: (seen.append(self._key), launch(self)))
     return seen
 
 
@@ -87,7 +87,7 @@ def repeated(copies: list[int], longest: int = 37) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("family", FULL_LAYERS)
 def test_samples_of_several_prompts(
-    device: str, family: str, page_size: int, kinds: list[StepKind], reads: list[int]
+    device: str, family: str, page_size: int, kinds: list[GraphKey], reads: list[int]
 ) -> None:
     stock, model = both(family, device, {"page_size": page_size})
     for kwargs in ({}, {"eos_token_id": ENDS}):
@@ -109,7 +109,7 @@ def test_layers_with_windows_read_for_themselves(device: str, family: str, reads
     assert_read_once(model, device, FULL_LAYERS[family], reads)
 
 
-def test_repeated_prompts_and_rows_that_share_nothing(device: str, kinds: list[StepKind], reads: list[int]) -> None:
+def test_repeated_prompts_and_rows_that_share_nothing(device: str, kinds: list[GraphKey], reads: list[int]) -> None:
     stock, model = both("llama", device, {"page_size": 4})
     batch = repeated([3, 1, 1, 2, 1])
     for kwargs in ({}, {"eos_token_id": ENDS}, {"repetition_penalty": 1.4}):
@@ -121,9 +121,9 @@ def test_repeated_prompts_and_rows_that_share_nothing(device: str, kinds: list[S
 @pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("family", ["llama", "qwen2_window"])
 def test_rows_that_end_leave_their_groups(
-    device: str, family: str, page_size: int, kinds: list[StepKind], monkeypatch: pytest.MonkeyPatch
+    device: str, family: str, page_size: int, kinds: list[GraphKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_loop, "WORTH_CAPTURING", 1)
+    monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
     stock, model = both(family, device, {"page_size": page_size})
     want = run(stock, **SAMPLES, num_return_sequences=5)
     # Of the first group rows leave in the middle, of the second at both ends, and the third shares little or nothing.
@@ -145,10 +145,10 @@ def draws(device: str, page_size: int, **kwargs: Any) -> tuple[torch.Tensor, Any
 
 
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_samples_that_differ(device: str, page_size: int, kinds: list[StepKind], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_differ(device: str, page_size: int, kinds: list[GraphKey], monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = draws(device, page_size)
     assert {kind.sharers for kind in kinds} == {8} and len({tuple(row) for row in ours.tolist()}) == 15
-    monkeypatch.setattr(shared_rows, "WORTH_BYTES", 1 << 60)
+    monkeypatch.setattr(prefix_groups, "WORTH_BYTES", 1 << 60)
     kinds.clear()
     assert torch.equal(draws(device, page_size)[0], ours)
     assert {kind.sharers for kind in kinds} == {0}
@@ -157,36 +157,36 @@ def test_samples_that_differ(device: str, page_size: int, kinds: list[StepKind],
 @pytest.mark.parametrize("fault", ["a page too many", "a row of another prompt"])
 def test_a_fault_changes_tokens(device: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = draws(device, 4)
-    layout = SharedRows.layout
+    layout = PrefixGroups.layout
 
-    def faulty(self: SharedRows) -> tuple[list[int], list[int]]:
+    def faulty(self: PrefixGroups) -> tuple[list[int], list[int]]:
         starts, lengths = layout(self)
         if fault == "a page too many":
             return starts, [tokens + 4 for tokens in lengths]
         return [0, *(start + 1 for start in starts[1:-1]), starts[-1]], [min(lengths)] * len(lengths)
 
-    monkeypatch.setattr(SharedRows, "layout", faulty)
+    monkeypatch.setattr(PrefixGroups, "layout", faulty)
     assert not torch.equal(draws(device, 4)[0], ours)
 
 
 def test_rows_without_pages_stay_in_their_groups(
-    device: str, kinds: list[StepKind], monkeypatch: pytest.MonkeyPatch
+    device: str, kinds: list[GraphKey], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The page tables of rows that were let go are not read: there they are those of another prompt's row."""
-    monkeypatch.setattr(fast_loop, "AHEAD", 4)
+    monkeypatch.setattr(decode_loop, "AHEAD", 4)
     want, _ = draws(device, 4)
     lengths = [4, 8, 40, 3, 40, 5, 5, 12, 40, 40, 3, 40, 6, 40, 40]
     for row, length in enumerate(lengths):
         want[row, 37 + length :] = 0
 
-    def write_others(loop: FastLoop) -> None:
+    def write_others(loop: DecodeLoop) -> None:
         tables = [table.as_array()[0].copy() for table in loop._cache.tables.values()]
         for row, length in enumerate(loop._cache.lengths):
             for table in tables:
                 table[row] = table[row if length else (row + 5) % 15]
         loop._state.write_tables(tables)
 
-    monkeypatch.setattr(FastLoop, "_write_tables", write_others)
+    monkeypatch.setattr(DecodeLoop, "_write_tables", write_others)
     model = patch_with_graphs(tiny("llama").to(device), page_size=4)
     model._fastattn.runtime.row_limits = lengths
     assert torch.equal(run(model, num_return_sequences=5, **DRAWS), want)
@@ -194,12 +194,12 @@ def test_rows_without_pages_stay_in_their_groups(
 
 
 def test_little_is_read_by_every_row(
-    device: str, kinds: list[StepKind], reads: list[int], monkeypatch: pytest.MonkeyPatch
+    device: str, kinds: list[GraphKey], reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A prompt of 36 tokens in whole pages, read once for 8 rows: heads 2, dim 16, fp32, keys and values.
     saved = 7 * 36 * 2 * 16 * 4 * 2
     for worth, sharers in ((saved, 8), (saved + 1, 0)):
-        monkeypatch.setattr(shared_rows, "WORTH_BYTES", worth)
+        monkeypatch.setattr(prefix_groups, "WORTH_BYTES", worth)
         stock, model = both("llama", device, {"page_size": 4})
         batch = repeated([8])
         assert torch.equal(run(model, **batch), run(stock, **batch))
@@ -208,10 +208,10 @@ def test_little_is_read_by_every_row(
         kinds.clear()
         reads.clear()
     monkeypatch.undo()
-    assert shared_rows.WORTH_BYTES >= 2**25
+    assert prefix_groups.WORTH_BYTES >= 2**25
 
 
-def test_not_where_every_layer_has_a_window(device: str, kinds: list[StepKind], reads: list[int]) -> None:
+def test_not_where_every_layer_has_a_window(device: str, kinds: list[GraphKey], reads: list[int]) -> None:
     stock, model = both("mistral_window", device, {"page_size": 4})
     asked = {**SAMPLES, "num_return_sequences": 4}
     assert torch.equal(run(model, **asked), run(stock, **asked))
@@ -219,7 +219,7 @@ def test_not_where_every_layer_has_a_window(device: str, kinds: list[StepKind], 
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)
-def test_not_in_batch_invariant_mode(device: str, kinds: list[StepKind], reads: list[int]) -> None:
+def test_not_in_batch_invariant_mode(device: str, kinds: list[GraphKey], reads: list[int]) -> None:
     _, model = both("llama", device, {"batch_invariant": True})
     run(model, num_return_sequences=4, **SAMPLES)
     assert assert_looped(model).pages_shared and {kind.sharers for kind in kinds} == {0} and not reads
@@ -227,9 +227,9 @@ def test_not_in_batch_invariant_mode(device: str, kinds: list[StepKind], reads: 
 
 def test_what_a_step_chose_is_not_copied_on_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     places: set[int] = set()
-    send = Arrivals.send
+    send = Readback.send
     monkeypatch.setattr(
-        Arrivals, "send", lambda self, news, numbers: (places.add(news.data_ptr()), send(self, news, numbers))
+        Readback, "send", lambda self, news, numbers: (places.add(news.data_ptr()), send(self, news, numbers))
     )
     _, model = both("llama", device)
     run(model, **repeated([4]))
@@ -237,14 +237,14 @@ def test_what_a_step_chose_is_not_copied_on_the_device(device: str, monkeypatch:
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)
-def test_the_host_never_waits(device: str, kinds: list[StepKind], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_loop, "WORTH_CAPTURING", 1)
+def test_the_host_never_waits(device: str, kinds: list[GraphKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
     _, model = pair_with_graphs("qwen2_window")
     model.to(device)
     model._fastattn.runtime.row_limits = [40, *range(8, 40, 4)]
     asked = {**repeated([9]), **DRAWS, "new": 40}
     run(model, **asked)
-    strictly(monkeypatch, "_launch", "_take", "_let_go", "_reserve", "_compact")
+    strictly(monkeypatch, "_launch", "_take", "_release_finished", "_reserve", "_compact")
     kinds.clear()
     run(model, **asked)
     assert assert_looped(model).graphs_captured == 0
@@ -252,19 +252,19 @@ def test_the_host_never_waits(device: str, kinds: list[StepKind], monkeypatch: p
 
 
 def test_groups_that_lose_rows() -> None:
-    shared = SharedRows(((0, 4, 32), (5, 7, 16), (9, 12, 48)), 8)
+    shared = PrefixGroups(((0, 4, 32), (5, 7, 16), (9, 12, 48)), 8)
     assert shared.layout() == ([0, 4, 5, 7, 9, 12], [32, 0, 16, 0, 48])
     assert (shared.sharers, shared.group_count) == (4, 16)
     assert shared.keep(range(13)) == shared
-    assert shared.keep([0, 3, 5, 6, 8, 10]) == SharedRows(((0, 2, 32), (2, 4, 16)), 8)
-    assert shared.keep([4, 6, 7, 9, 11]) == SharedRows(((3, 5, 48),), 8)
+    assert shared.keep([0, 3, 5, 6, 8, 10]) == PrefixGroups(((0, 2, 32), (2, 4, 16)), 8)
+    assert shared.keep([4, 6, 7, 9, 11]) == PrefixGroups(((3, 5, 48),), 8)
     assert shared.keep([4, 6, 7, 9, 11]).layout() == ([0, 3, 5], [0, 48])
-    assert shared.keep([1, 4, 5, 12]) == SharedRows((), 8)
-    none = SharedRows()
+    assert shared.keep([1, 4, 5, 12]) == PrefixGroups((), 8)
+    none = PrefixGroups()
     assert (none.sharers, none.group_count, none.worthwhile(), none.keep([0, 2])) == (0, 0, none, none)
-    many = SharedRows(tuple((2 * pair, 2 * pair + 2, 16) for pair in range(40)), 8)
+    many = PrefixGroups(tuple((2 * pair, 2 * pair + 2, 16) for pair in range(40)), 8)
     assert (many.sharers, many.group_count) == (2, 64)
-    assert SharedRows(((0, 300, 16),), 8).sharers == shared_rows.MOST_SHARERS
+    assert PrefixGroups(((0, 300, 16),), 8).sharers == prefix_groups.MOST_SHARERS
 
 
 def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pays(prompts: int, rows: int, tokens: int) -> bool:
         groups = tuple((rows * prompt, rows * (prompt + 1), tokens) for prompt in range(prompts))
-        return bool(SharedRows(groups, token).worthwhile().groups)
+        return bool(PrefixGroups(groups, token).worthwhile().groups)
 
     assert all(pays(*case) for case in ((1, 4, 8192), (1, 64, 2048), (8, 8, 4096), (16, 16, 2048), (64, 4, 2048)))
     assert not pays(1, 4, 1024) and not pays(1, 16, 128)
