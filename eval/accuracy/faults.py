@@ -139,13 +139,13 @@ def _plant_in_plan(modules: list[Any], change: Callable[[ReadPlan], ReadPlan], c
         if cache is None or batch is None:
             return
         if not made or made[0][0] is not batch:
-            plans = {window: change(plan) for window, plan in batch.plans.items()}
+            plans = {window: change(plan) for window, plan in batch.known.plans.items()}
             made[:] = [(batch, _with_plans(batch, plans))]
         faulty = made[0][1]
         window = cache.layers[module.layer_idx].window
-        count.times += faulty.plans[window] is not batch.plans[window]
+        count.times += faulty.known.plans[window] is not batch.known.plans[window]
         if change is _newest_pages_exchanged:
-            _zero_unwritten(cache, module.layer_idx, batch.plans[window])
+            _zero_unwritten(cache, module.layer_idx, batch.known.plans[window])
         true_batches.append(batch)
         cache._batch = faulty
 
@@ -166,15 +166,14 @@ class _FaultyBatch(Batch):
     """A batch whose plans may have another window than the layer."""
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, **options: Any) -> Tensor:
-        return super().attend(q, k_pages, v_pages, self.plans[window].window, **options)
+        return super().attend(q, k_pages, v_pages, self.known.plans[window].window, **options)
 
 
 def _with_plans(batch: Batch, plans: dict[int | None, ReadPlan]) -> Batch:
     """A copy of the batch that reads by `plans`, and has made no tensor from them yet."""
-    public = {name: value for name, value in vars(batch).items() if not name.startswith("_")}
     by_window = {**plans, **{plan.window: plan for plan in plans.values()}}
-    seq_lens = list(next(iter(plans.values())).seq_lens)
-    return _FaultyBatch(**{**public, "plans": by_window, "seq_lens": seq_lens})
+    host = replace(batch.known, plans=by_window, seq_lens=list(next(iter(plans.values())).seq_lens))
+    return _FaultyBatch(**vars(Batch.from_host(host, batch.options)))
 
 
 def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: ReadPlan) -> None:
@@ -220,7 +219,7 @@ def _plant_position(model: Any, modules: list[Any], count: Planted) -> list[Call
     @takes_packed_rows
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         cache, batch = _batch_of(kwargs)
-        plan = None if cache is None or batch is None else batch.plans[cache.layers[module.layer_idx].window]
+        plan = None if cache is None or batch is None else batch.known.plans[cache.layers[module.layer_idx].window]
         appending[:] = [plan is not None and _has_past(plan)]
         count.times += appending[0]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hf_fastattn.cache.batch_tensors import BatchTensors, HostBatch
 from hf_fastattn.kernels.attention import reference, rope_reference
-from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.backends import choose_backend
 
 if TYPE_CHECKING:
@@ -33,83 +31,81 @@ class SharedPrefixes:
     max_group_rows: int
 
 
-@dataclass
-class Batch:
-    """The new tokens of a forward: where they are written and what they read.
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a batch's operations run on.
 
     Attributes:
-        query_lens: new tokens a row that are stored, host.
-        seq_lens: tokens a row after the append, host.
-        plans: reads by window.
-        slots: `page * P + offset` of every new token, packed row after row, by window, host.
         backend: `FastAttnConfig.backend`.
-        workspaces: by device and stream; lives with the model's pages.
-        workspace: the one to use instead, whatever the stream.
         batch_invariant: `FastAttnConfig.batch_invariant`.
+        workspaces: by device and stream; live with the model's pages.
+        workspace: the one to use instead, whatever the stream.
+    """
+
+    backend: str = "auto"
+    batch_invariant: bool = False
+    workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
+    workspace: Workspace | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The new tokens of a forward: how many there are, where they are written and what they read.
+
+    Made by `from_host()`, or by `static()` for a captured forward, whose tensors hold other values at each replay.
+
+    Attributes:
+        rows: of the batch (B).
+        tokens: new tokens of all rows (T), or the bucket that they are padded to.
+        max_query_len: the most new tokens of a row.
+        is_decode: every row has one new token.
+        options: backend and its mode.
+        host: the rows as the host knows them; None where only the device does.
         shared: prefixes that layers without a window read once for all their rows, in decode.
     """
 
-    query_lens: list[int]
-    seq_lens: list[int]
-    plans: Mapping[int | None, ReadPlan]
-    slots: Mapping[int | None, list[int]]
-    backend: str = "auto"
-    workspaces: dict[tuple[torch.device, int], Workspace] = field(default_factory=dict)
-    batch_invariant: bool = False
-    workspace: Workspace | None = None
+    rows: int
+    tokens: int
+    max_query_len: int
+    is_decode: bool
+    options: BatchOptions
+    host: HostBatch | None = None
     shared: SharedPrefixes | None = None
-    _tensors: dict[tuple[str, int | None, torch.device], Tensor] = field(default_factory=dict)
+    _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        """New tokens of all rows (T)."""
-        return sum(self.query_lens)
+    @staticmethod
+    def from_host(host: HostBatch, options: BatchOptions) -> Batch:
+        """The batch of a forward whose lengths and pages the host knows; its tensors are made when they are asked for."""
+        counts = host.query_lens
+        return Batch(len(counts), sum(counts), max(counts), all(count == 1 for count in counts), options, host)
+
+    @staticmethod
+    def static(tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None) -> Batch:
+        """The batch of a captured forward.
+
+        Args:
+            tensors: that stay where they are.
+            tokens: the bucket: one a row in decode, else as many as all rows together may have, each row up to all.
+        """
+        lengths, decode = tensors.seq_lens, tensors.cu_seqlens is None
+        return Batch(
+            len(lengths), tokens, 1 if decode else tokens, decode, options,
+            shared=shared, _tensors={lengths.device: tensors},
+        )  # fmt: skip
 
     @property
-    def max_query_len(self) -> int:
-        """The most new tokens of a row."""
-        return max(self.query_lens)
+    def known(self) -> HostBatch:
+        """`host` of a batch that was made by `from_host()`."""
+        assert self.host is not None
+        return self.host
 
-    @property
-    def is_decode(self) -> bool:
-        """Every row has one new token."""
-        return all(length == 1 for length in self.query_lens)
-
-    # ---- the batch on a device, made once for all its layers --------------------------------------------------
-
-    def slot_mapping(self, window: int | None, device: torch.device) -> Tensor:
-        """`[T]` int64 slots of the new tokens."""
-        return self._on("slots", window, device, torch.int64)
-
-    def page_table(self, window: int | None, device: torch.device) -> Tensor:
-        """`[B, columns]` int32 pages of the rows, -1 past their end."""
-        return self._on("pages", window, device)
-
-    def seq_lens_on(self, device: torch.device) -> Tensor:
-        """`[B]` int32 keys a row after the append."""
-        return self._on("seq_lens", None, device)
-
-    def cu_seqlens_on(self, device: torch.device) -> Tensor:
-        """`[B + 1]` int32, where each row's queries begin."""
-        return self._on("cu_seqlens", None, device)
-
-    def _on(self, name: str, window: int | None, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-        key = (name, window, device)
-        if key not in self._tensors:
-            host = torch.tensor(self._host(name, window), dtype=dtype, device="cpu")
-            # From pageable memory this returns once the data is staged, without waiting for the device.
-            self._tensors[key] = host.to(device, non_blocking=True)
-        return self._tensors[key]
-
-    def _host(self, name: str, window: int | None) -> Sequence[Any]:
-        if name == "slots":
-            return self.slots[window]
-        if name == "pages":
-            rows = self.plans[window].pages
-            columns = max(map(len, rows))
-            return [row + [-1] * (columns - len(row)) for row in rows]
-        return self.seq_lens if name == "seq_lens" else [0, *accumulate(self.query_lens)]
+    def on(self, device: torch.device) -> BatchTensors:
+        """What kernels read, made once for all layers on the device."""
+        held = self._tensors.get(device)
+        if held is None:
+            held = self._tensors[device] = self.known.on(device)
+        return held
 
     def rope(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin as `[T, rotary dims]`, from the model's `[1 or B, S, rotary dims]`."""
@@ -151,7 +147,7 @@ class Batch:
         Returns:
             `[T, H, D]` rotated queries.
         """
-        slots = self.slot_mapping(window, k.device)
+        slots = self.on(k.device).slots[window]
         if self._backend_of(q) != "reference":
             from hf_fastattn.kernels.attention import append
 
@@ -177,7 +173,7 @@ class Batch:
             if self.shared is not None and window is None:
                 return self._attend_shared(q, k_pages, v_pages, self.shared, scale, softcap)
             return self._attend_triton(q, k_pages, v_pages, window, scale, softcap)
-        out, _ = reference.paged_attention(q, k_pages, v_pages, self.plans[window], scale=scale, softcap=softcap)
+        out, _ = reference.paged_attention(q, k_pages, v_pages, self.known.plans[window], scale=scale, softcap=softcap)
         return out
 
     def _attend_triton(
@@ -185,12 +181,12 @@ class Batch:
     ) -> Tensor:
         from hf_fastattn.kernels.attention.paged import paged_attention
 
-        device = q.device
+        held = self.on(q.device)
         out, _ = paged_attention(
-            q, k_pages, v_pages, self.page_table(window, device), None if self.is_decode else self.cu_seqlens_on(device),
-            self.seq_lens_on(device), max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
-            workspace=self._workspace(device), hopper=self._backend_of(q) == "hopper",
-            batch_invariant=self.batch_invariant,
+            q, k_pages, v_pages, held.page_tables[window], held.cu_seqlens, held.seq_lens,
+            max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
+            workspace=self._workspace(q.device), hopper=self._backend_of(q) == "hopper",
+            batch_invariant=self.options.batch_invariant,
         )  # fmt: skip
         return out
 
@@ -199,24 +195,25 @@ class Batch:
     ) -> Tensor:
         from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 
-        device = q.device
+        held = self.on(q.device)
         out, _ = paged_decode_shared(
-            q, k_pages, v_pages, self.page_table(None, device), self.seq_lens_on(device), shared.group_starts,
-            shared.prefix_lens, max_group_rows=shared.max_group_rows, scale=scale, softcap=softcap,
-            workspace=self._workspace(device),
+            q, k_pages, v_pages, held.page_tables[None], held.seq_lens, shared.group_starts, shared.prefix_lens,
+            max_group_rows=shared.max_group_rows, scale=scale, softcap=softcap, workspace=self._workspace(q.device),
         )  # fmt: skip
         return out
 
     def _backend_of(self, q: Tensor) -> str:
-        return choose_backend(self.backend, q.device, q.dtype, q.shape[-1], self.batch_invariant)[0]
+        options = self.options
+        return choose_backend(options.backend, q.device, q.dtype, q.shape[-1], options.batch_invariant)[0]
 
     def _workspace(self, device: torch.device) -> Workspace:
         from hf_fastattn.kernels.attention.workspace import Workspace
 
-        if self.workspace is not None:
-            return self.workspace
+        if self.options.workspace is not None:
+            return self.options.workspace
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (device, stream)
-        if key not in self.workspaces:
-            self.workspaces[key] = Workspace(device)
-        return self.workspaces[key]
+        held = self.options.workspaces
+        if key not in held:
+            held[key] = Workspace(device)
+        return held[key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.batch_tensors import HostBatch
 from hf_fastattn.cache.by_window import ByWindow
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.pages.page_groups import PageGroups
@@ -36,7 +37,5 @@ def forward_batch(
             for token in range(first, last)
         ]
 
-    return Batch(
-        counts, targets, ByWindow(tables, plan), ByWindow(tables, slots),
-        groups.backend, groups.workspaces, groups.batch_invariant,
-    )  # fmt: skip
+    host = HostBatch(counts, targets, ByWindow(tables, plan), ByWindow(tables, slots))
+    return Batch.from_host(host, BatchOptions(groups.backend, groups.batch_invariant, groups.workspaces))

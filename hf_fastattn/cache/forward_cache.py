@@ -114,7 +114,7 @@ class ForwardCache(DenseCache):
         if self._new_stored is not None:
             stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
         replaced = self._replaced
-        self.__dict__.update({**self._closed(), "lengths": batch.seq_lens, "_columns": columns, "_stored": stored})
+        self.__dict__.update({**self._closed(), "lengths": batch.known.seq_lens, "_columns": columns, "_stored": stored})
         for (index, name), states in replaced.items():
             self.replace(index, name, states)
         if release:

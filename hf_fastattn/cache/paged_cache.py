@@ -130,7 +130,7 @@ class PagedCache(ForwardCache):
             return self.stock_layer(layer_idx).update(key_states, value_states, *args, **kwargs)
         past_keys, past_values = self._past(layer, key_states)
         k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
-        slots = self._batch.slot_mapping(layer.window, key_states.device)
+        slots = self._batch.on(key_states.device).slots[layer.window]
         with torch.no_grad():
             for pages, states in ((k_pages, key_states), (v_pages, value_states)):
                 tokens = states.transpose(1, 2).flatten(0, 1)

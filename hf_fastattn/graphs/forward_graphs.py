@@ -157,7 +157,7 @@ class ForwardGraphs:
         batch = cache.paged_batch
         if not self._enabled or tokens.device.type not in self.forward_type.devices or batch is None:
             return None
-        is_decode = batch.is_decode and tokens.shape[:2] == (len(batch.query_lens), 1)
+        is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
         if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
             return None
         if not self._has_kernels(decoder, cache, tokens.device):
@@ -194,7 +194,7 @@ class ForwardGraphs:
         """The last hidden states over static inputs, and the class of the output; None for a decode step not captured."""
         batch, is_decode = cache.paged_batch, key[0].room is None
         assert batch is not None
-        needed, worth_having = columns_for(cache, batch.seq_lens)
+        needed, worth_having = columns_for(cache, batch.known.seq_lens)
         # A graph neither moves pages nor makes them; layers launched one by one do.
         settled, entry = not cache.groups.is_growing(cache.tables), self._entries.get(key)
         if settled and entry is not None and entry.fits(cache, needed):

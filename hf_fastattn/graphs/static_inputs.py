@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.launch import power_of_2
@@ -65,7 +65,7 @@ class ForwardShape:
         tokens, positions = arguments[name], arguments["position_ids"]
         axes = () if positions is None else tuple(positions.shape[:-2])
         room = None if is_decode else bucket_of_tokens(batch.tokens)
-        return ForwardShape(len(batch.query_lens), room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
+        return ForwardShape(batch.rows, room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
 
     @property
     def all_rows(self) -> int:
@@ -126,21 +126,17 @@ class StaticInputs:
 
     def batch(self, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
         """A batch whose tensors are these."""
-        rows, device = self.shape.all_rows, self.shape.device
-        tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
-        for place, window in enumerate(self.windows):
-            tensors["slots", window, device] = self._packed[self._slots(place)]
-            tensors["pages", window, device] = self._packed[self._pages(place)].view(rows, self.columns)
-        tensors["seq_lens", None, device] = self._packed[self._lengths()]
-        query_lens = [1] * rows
-        if self.shape.room is not None:
-            tensors["cu_seqlens", None, device] = self._packed[self._begins()]
-            # As far as the host knows: one row may have all.
-            query_lens = [self.shape.room] + [0] * (rows - 1)
-        return Batch(
-            query_lens, [], {}, {}, backend,
-            batch_invariant=batch_invariant, workspace=workspace, _tensors=tensors,
-        )  # fmt: skip
+        shape, packed, places = self.shape, self._packed, dict(zip(self.windows, range(len(self.windows)), strict=True))
+        tensors = BatchTensors(
+            slots={window: packed[self._slots(place)] for window, place in places.items()},
+            page_tables={
+                window: packed[self._pages(place)].view(shape.all_rows, self.columns) for window, place in places.items()
+            },
+            seq_lens=packed[self._lengths()],
+            cu_seqlens=None if shape.room is None else packed[self._begins()],
+        )
+        options = BatchOptions(backend, batch_invariant, workspace=workspace)
+        return Batch.static(tensors, shape.all_rows if shape.room is None else shape.room, options)
 
     def _slots(self, place: int) -> slice:
         return slice(place * self._stride, place * self._stride + self._places)
@@ -167,7 +163,7 @@ class StaticInputs:
         """
         self._write_tokens(arguments, cache, batch)
         host = self._staging.next()
-        lengths = np.array(batch.seq_lens, np.int32)
+        lengths = np.array(batch.known.seq_lens, np.int32)
         host[self._lengths()] = 0
         host[self._lengths()][: len(lengths)] = lengths
         tables: list[NDArray[np.int32]] = []
@@ -178,14 +174,14 @@ class StaticInputs:
                 host[self._slots(place)] = table.newest_slots(lengths)
             else:
                 slots = host[self._slots(place)]
-                slots[: batch.tokens] = batch.slots[window]
+                slots[: batch.tokens] = batch.known.slots[window]
                 # Others write nowhere.
                 slots[batch.tokens :] = -1
             pages, version = table.as_array()
             tables.append(pages)
             versions.append(version)
         if self.shape.room is not None:
-            host[self._begins()] = np.concatenate(([0], np.cumsum(batch.query_lens), [self.shape.room]))
+            host[self._begins()] = np.concatenate(([0], np.cumsum(batch.known.query_lens), [self.shape.room]))
         count = self._head
         if self._uploaded != tuple(versions):
             for place, pages in enumerate(tables):

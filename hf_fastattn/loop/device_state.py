@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fastattn.cache.batch import Batch, SharedPrefixes
+from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
+from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -120,15 +121,13 @@ class DeviceState:
         if key.sharers:
             groups = key.groups
             shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], key.sharers)
-        tensors: dict[tuple[str, int | None, torch.device], Tensor] = {}
-        for place, window in enumerate(self.windows):
-            tensors["slots", window, self.device] = self._all.slots[place, :rows]
-            tensors["pages", window, self.device] = self._all.tables[place, :rows]
-        tensors["seq_lens", None, self.device] = self._all.seq_lens[:rows]
-        return Batch(
-            [1] * rows, [], {}, {}, backend,
-            batch_invariant=batch_invariant, workspace=workspace, shared=shared, _tensors=tensors,
-        )  # fmt: skip
+        held, places = self._all, range(len(self.windows))
+        tensors = BatchTensors(
+            slots=dict(zip(self.windows, (held.slots[place, :rows] for place in places), strict=True)),
+            page_tables=dict(zip(self.windows, (held.tables[place, :rows] for place in places), strict=True)),
+            seq_lens=held.seq_lens[:rows],
+        )
+        return Batch.static(tensors, rows, BatchOptions(backend, batch_invariant, workspace=workspace), shared)
 
     # ---- what the host writes ---------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class ReadBack(Batch):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
         window: int | None, **norms: Any,
     ) -> Tensor:  # fmt: skip
-        slots = self.slot_mapping(window, q.device).long()
+        slots = self.on(q.device).slots[window].long()
         there = slots >= 0
         rows = [tensor[there] for tensor in (q, k, v, cos, sin)]
         out = torch.zeros_like(q)
@@ -69,14 +69,16 @@ class ReadBack(Batch):
     def attend(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float, softcap: float | None = None
     ) -> Tensor:
-        size, lengths = k_pages.shape[1], self.seq_lens_on(q.device)
+        size, held_tensors = k_pages.shape[1], self.on(q.device)
+        lengths = held_tensors.seq_lens
         there = lengths > 0
-        table = self.page_table(window, q.device)
+        table = held_tensors.page_tables[window]
         if self.shared is not None and window is None:
             table = through_first_rows(table, lengths, self.shared, size)
         table = table[there].tolist()
         held = lengths[there].tolist()
-        news = torch.ones_like(lengths) if self.is_decode else self.cu_seqlens_on(q.device).diff()
+        begins = held_tensors.cu_seqlens
+        news = torch.ones_like(lengths) if begins is None else begins.diff()
         # A row without keys has zeros.
         queries = there.repeat_interleave(news)
         pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
