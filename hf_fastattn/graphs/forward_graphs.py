@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,14 @@ from torch import Tensor
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.graph_store import GraphStore
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import MOST_TOKENS, ForwardShape, StaticInputs, columns_for, why_not_static
-from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
 
 if TYPE_CHECKING:
-    from hf_fastattn.kernels.attention.workspace import Workspace
+    pass
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -76,7 +75,7 @@ class Entry:
         return run
 
 
-class ForwardGraphs:
+class ForwardGraphs(GraphStore[Key, Entry]):
     """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
 
     A shape is a decode step of so many rows, or room for so many tokens of so many rows: prompts, drafts to verify, chat
@@ -89,33 +88,18 @@ class ForwardGraphs:
     they may change weights in place.
 
     Args:
-        enabled: `FastAttnConfig.cuda_graphs`.
-        known_reason: why no step of this model can be captured, if there is a reason that its decoder does not show.
+        enabled: see `GraphStore`; `known_reason` likewise.
     """
 
-    # Tests run the same steps without a GPU by another type.
-    forward_type: ClassVar[type[RecordedForward]] = RecordedForward
-
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        self._enabled = enabled
-        self._known_reason = known_reason
-        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        super().__init__(enabled, known_reason)
         self._seen: OrderedDict[Key, None] = OrderedDict()
-        self._room: Any = None
-        # One for all: graphs of a model never run at the same time.
-        self._workspace: Workspace | None = None
-        self._state: Fingerprint | None = None
-        self._reason: str | None = None
-        # The decoder whose state was compared and need not be again in this call.
+        # The decoder whose fingerprint was compared and need not be again in this call.
         self._checked: weakref.ref[Any] | None = None
         # Of the call under way: gives None once it has ended, however it did.
         self._call: Callable[[], Any] | None = None
         self._failures = 0
         self._resting = False
-        self._logged: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def enter_call(self, call: Callable[[], Any] | None) -> None:
         """A `generate()` begins, or ends and the one around it, if any, goes on.
@@ -128,11 +112,6 @@ class ForwardGraphs:
     @property
     def _in_call(self) -> bool:
         return self._call is not None and self._call() is not None
-
-    def drop(self) -> None:
-        """Forget all graphs; their memory is free."""
-        self._entries.clear()
-        self._room = self._workspace = None
 
     def run(
         self,
@@ -160,11 +139,14 @@ class ForwardGraphs:
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
         if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
             return None
-        if not self._has_kernels(decoder, cache, tokens.device):
+        pages = next(iter(cache.groups)).storage.any_pages()
+        # The model's own dtype would be looked for among all its parameters, at every step.
+        dtype = decoder.dtype if pages is None else pages.dtype
+        if self.why_not_backend(cache.groups, tokens.device, dtype) is not None:
             return None
         reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
         if is_decode and reason is not None:
-            self._count_reason(reason, counters)
+            self.count_reason(reason, counters)
         elif is_decode:
             cache.reserve_ahead()
         elif self._resting or self._failures >= MAX_FAILURES:
@@ -192,7 +174,7 @@ class ForwardGraphs:
         counters: CallCounters,
     ) -> tuple[Tensor, Any] | None:
         """The last hidden states over static inputs, and the class of the output; None for a decode step not captured."""
-        batch, is_decode = cache.paged_batch, key[0].room is None
+        batch, is_decode = cache.paged_batch, key[0].bucket is None
         assert batch is not None
         needed, worth_having = columns_for(cache, batch.known.seq_lens)
         # A graph neither moves pages nor makes them; layers launched one by one do.
@@ -213,25 +195,15 @@ class ForwardGraphs:
         if is_decode:
             return None
         entry = self._entry(key, worth_having, cache)
-        self.forward_type.enter(self._room)
+        self.wait()
         entry.inputs.write(arguments, cache, batch)
         return entry.launcher(decoder, forward, cache)(), entry.outputs
 
-    def _has_kernels(self, decoder: Any, cache: PagedCache, device: torch.device) -> bool:
-        groups, pages = cache.groups, next(iter(cache.groups)).storage.any_pages()
-        # The model's own would be looked for among all its parameters, at every step.
-        dtype = decoder.dtype if pages is None else pages.dtype
-        backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
-        return backend in self.forward_type.backends
-
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
         if self._checked is None or self._checked() is not decoder or not self._in_call:
-            state, known = fingerprint_of(decoder, device), self._state
-            if known is None or state.parts != known.parts:
+            if not self.compare(decoder, device):
                 self.drop()
                 self._failures, self._resting = 0, False
-            if state != known:
-                self._state, self._reason = state, self._known_reason or why_not_capturable(decoder, device)
             self._checked = weakref.ref(decoder) if self._in_call else None
         return self._reason
 
@@ -272,11 +244,11 @@ class ForwardGraphs:
             # The step itself goes on layer by layer, and fails there if it must.
             self.drop()
             self._failures, self._resting = self._failures + 1, True
-            self._count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
+            self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return None
-        self._entries[key] = entry
-        self._evict(key[0].room is None)
-        if key[0].room is None:
+        decode = key[0].bucket is None
+        self.keep(key, entry, MAX_GRAPHS if decode else MAX_APPENDS, lambda other: (other[0].bucket is None) == decode)
+        if key[0].bucket is None:
             counters.graphs_captured += 1
         else:
             counters.appends_captured += 1
@@ -287,18 +259,11 @@ class ForwardGraphs:
         from hf_fastattn.kernels.attention.workspace import Workspace
 
         device, groups = key[0].device, cache.groups
-        if self._room is None:
-            self._room = self.forward_type.make_pool(device)
-        if self._workspace is None or self._workspace.device != device:
-            self._workspace = Workspace(device)
+        if self.workspace is None or self.workspace.device != device:
+            self.workspace = Workspace(device)
         inputs = StaticInputs(key[0], columns, cache.tables)
-        batch = inputs.batch(groups.backend, groups.batch_invariant, self._workspace)
-        return Entry(inputs, batch, self.forward_type(self._room), self._reference(groups, key))
-
-    def _evict(self, decode: bool) -> None:
-        alike = [key for key in self._entries if (key[0].room is None) == decode]
-        if len(alike) > (MAX_GRAPHS if decode else MAX_APPENDS):
-            del self._entries[alike[0]]
+        batch = inputs.batch(groups.backend, groups.batch_invariant, self.workspace)
+        return Entry(inputs, batch, self.new_forward(device), self._reference(groups, key))
 
     def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
         owner = weakref.ref(self)
@@ -309,9 +274,3 @@ class ForwardGraphs:
                 graphs._entries.pop(key, None)
 
         return weakref.ref(groups, gone)
-
-    def _count_reason(self, reason: str, counters: CallCounters) -> None:
-        counters.uncaptured[reason] += 1
-        if reason not in self._logged:
-            self._logged.add(reason)
-            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)

@@ -32,16 +32,16 @@ class CapturePool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = capture_stream(device)
-        self._pool: Any = None
+        self._handle: Any = None
         self._steps: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
 
-    def pool_for(self, step: RecordedForward) -> Any:
-        """The pool that a step is to be captured in."""
+    def handle_for(self, step: RecordedForward) -> Any:
+        """The memory pool that a forward is to be captured in."""
         if not self._steps:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._handle = torch.cuda.graph_pool_handle()
         self._steps.add(step)
-        return self._pool
+        return self._handle
 
     def enter(self) -> torch.cuda.Stream:
         """The current stream, made to wait for what graphs of this model still do on another one."""
@@ -68,15 +68,15 @@ class RecordedForward:
     """A forward that reads and writes the same device memory every time.
 
     Args:
-        room: shared by the steps of a model.
+        pool: shared by the forwards of a model.
     """
 
     # Where steps can be captured, and with which kernels.
     devices: tuple[str, ...] = ("cuda",)
     backends: tuple[str, ...] = ("triton", "hopper")
 
-    def __init__(self, room: CapturePool) -> None:
-        self._room = room
+    def __init__(self, pool: CapturePool) -> None:
+        self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Tensor | None = None
 
@@ -86,9 +86,9 @@ class RecordedForward:
         return CapturePool(device)
 
     @staticmethod
-    def enter(room: Any) -> None:
-        """Make the current stream wait for steps of the room on another one."""
-        room.enter()
+    def enter(pool: Any) -> None:
+        """Make the current stream wait for forwards of the pool on another one."""
+        pool.enter()
 
     def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         """Run once to compile kernels and size their workspace, then record.
@@ -97,19 +97,19 @@ class RecordedForward:
             run: the forward; launches only, on static inputs, without a look at the device.
             warmed_up: called between the two.
         """
-        room = self._room
+        pool = self._pool
         graph = torch.cuda.CUDAGraph()
         # Static tensors and what is in flight to them come from the current stream.
-        current = room.enter()
-        room.stream.wait_stream(current)
+        current = pool.enter()
+        pool.stream.wait_stream(current)
         try:
-            with torch.cuda.device(room.device), torch.cuda.stream(room.stream):
+            with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 run()
                 warmed_up()
                 with no_garbage_collection():
                     self._output = self._record(graph, run)
         finally:
-            current.wait_stream(room.stream)
+            current.wait_stream(pool.stream)
         self._graph = graph
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
@@ -120,37 +120,37 @@ class RecordedForward:
             copy: return a copy, not what the next replay writes to.
         """
         assert self._graph is not None and self._output is not None
-        self._room.enter()
+        self._pool.enter()
         self._graph.replay()
         return self._output.clone() if copy else self._output
 
     def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
         # Other threads may go on using the device meanwhile.
-        pool = self._room.pool_for(self)
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        handle = self._pool.handle_for(self)
+        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
         try:
             output = run()
         except BaseException:
             try:
                 graph.capture_end()
             except RuntimeError:
-                self._clean_up(pool)
+                self._clean_up(handle)
             raise
         try:
             graph.capture_end()
         except RuntimeError:
-            self._clean_up(pool)
+            self._clean_up(handle)
             raise
         return output
 
-    def _clean_up(self, pool: Any) -> None:
+    def _clean_up(self, handle: Any) -> None:
         """Undo what PyTorch leaves behind when a launch or a wait that cannot be recorded broke the capture."""
         with contextlib.suppress(RuntimeError):
             # The allocator would go on serving the stream from the pool of the capture.
-            torch._C._cuda_endAllocateToPool(self._room.device.index or 0, pool)
+            torch._C._cuda_endAllocateToPool(self._pool.device.index or 0, handle)
         with contextlib.suppress(RuntimeError):
             # The random generator would go on counting for a graph: a capture that succeeds ends that.
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(capture_error_mode="thread_local")
-            torch.zeros(1, device=self._room.device)
+            torch.zeros(1, device=self._pool.device)
             graph.capture_end()

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 # Views begin at multiples of this many int32: kernels are compiled for the alignment of their pointers.
 ALIGNMENT = 64
 MIN_COLUMNS = 64
-# Up to so many tokens, a captured forward has a multiple of so many; with more, launches cost little beside the work.
-ROOMS = ((16, 4), (64, 16), (256, 64), (1024, 128))
-MOST_TOKENS = ROOMS[-1][0]
+# (largest size, padding multiple) of each bucket of captured forwards of several tokens a row. Above the last one, the
+# GPU is busy for longer than the launches take, and nothing is captured.
+BUCKETS = ((16, 4), (64, 16), (256, 64), (1024, 128))
+MOST_TOKENS = BUCKETS[-1][0]
 # Arguments that static inputs stand for, and those that change nothing that a step computes.
 STATIC = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "is_causal",
@@ -37,15 +38,15 @@ class ForwardShape:
 
     Attributes:
         rows: of the batch (B).
-        room: tokens of all rows that there is room for, packed as `[1, room]`; None for a decode step, `[B, 1]`. Places
-            without a token are those of one more row, which sees no key.
+        bucket: tokens that those of all rows are padded to, packed as `[1, bucket]`; None for a decode step, `[B, 1]`.
+            Padding tokens are those of a padding row, which sees no key.
         tokens: `input_ids` or `inputs_embeds`, with its `dtype` and what follows `[B, S]` in its shape.
         axes: `()` for position ids `[B, S]`, `(n,)` for `[n, B, S]`.
         device: of all tensors.
     """
 
     rows: int
-    room: int | None
+    bucket: int | None
     tokens: str
     dtype: torch.dtype
     features: tuple[int, ...]
@@ -64,23 +65,23 @@ class ForwardShape:
         name = "input_ids" if arguments["input_ids"] is not None else "inputs_embeds"
         tokens, positions = arguments[name], arguments["position_ids"]
         axes = () if positions is None else tuple(positions.shape[:-2])
-        room = None if is_decode else bucket_of_tokens(batch.tokens)
-        return ForwardShape(batch.rows, room, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
+        bucket = None if is_decode else bucket_of_tokens(batch.tokens)
+        return ForwardShape(batch.rows, bucket, name, tokens.dtype, tuple(tokens.shape[2:]), axes, tokens.device)
 
     @property
     def all_rows(self) -> int:
         """Rows of the tables."""
-        return self.rows if self.room is None else self.rows + 1
+        return self.rows if self.bucket is None else self.rows + 1
 
     @property
     def leading(self) -> tuple[int, int]:
         """The first two dimensions of tokens and hidden states."""
-        return (self.rows, 1) if self.room is None else (1, self.room)
+        return (self.rows, 1) if self.bucket is None else (1, self.bucket)
 
 
 def bucket_of_tokens(tokens: int) -> int:
-    """Tokens that a captured forward has for `tokens`, at most MOST_TOKENS: few different numbers, few tokens in vain."""
-    step = next(step for upto, step in ROOMS if tokens <= upto)
+    """The bucket of a captured forward of `tokens`, at most MOST_TOKENS: few buckets, little padding."""
+    step = next(step for upto, step in BUCKETS if tokens <= upto)
     return -(-tokens // step) * step
 
 
@@ -98,7 +99,7 @@ class StaticInputs:
         self.columns = columns
         self.windows = tuple(windows)
         rows, device = shape.all_rows, shape.device
-        self._places = rows if shape.room is None else shape.room
+        self._places = rows if shape.bucket is None else shape.bucket
         self._stride, self._row_stride = _aligned(self._places), _aligned(rows + 1)
         # Slots by window, lengths, where queries begin: they change every time. Tables, behind them, change now and then.
         self._head = self._stride * len(self.windows) + 2 * self._row_stride
@@ -133,10 +134,10 @@ class StaticInputs:
                 window: packed[self._pages(place)].view(shape.all_rows, self.columns) for window, place in places.items()
             },
             seq_lens=packed[self._lengths()],
-            cu_seqlens=None if shape.room is None else packed[self._begins()],
+            cu_seqlens=None if shape.bucket is None else packed[self._begins()],
         )
         options = BatchOptions(backend, batch_invariant, workspace=workspace)
-        return Batch.static(tensors, shape.all_rows if shape.room is None else shape.room, options)
+        return Batch.static(tensors, shape.all_rows if shape.bucket is None else shape.bucket, options)
 
     def _slots(self, place: int) -> slice:
         return slice(place * self._stride, place * self._stride + self._places)
@@ -170,18 +171,18 @@ class StaticInputs:
         versions: list[int] = []
         for place, window in enumerate(self.windows):
             table = cache.tables[window]
-            if self.shape.room is None:
+            if self.shape.bucket is None:
                 host[self._slots(place)] = table.newest_slots(lengths)
             else:
                 slots = host[self._slots(place)]
                 slots[: batch.tokens] = batch.known.slots[window]
-                # Others write nowhere.
+                # A slot of -1: the padding tokens are written nowhere.
                 slots[batch.tokens :] = -1
             pages, version = table.as_array()
             tables.append(pages)
             versions.append(version)
-        if self.shape.room is not None:
-            host[self._begins()] = np.concatenate(([0], np.cumsum(batch.known.query_lens), [self.shape.room]))
+        if self.shape.bucket is not None:
+            host[self._begins()] = np.concatenate(([0], np.cumsum(batch.known.query_lens), [self.shape.bucket]))
         count = self._head
         if self._uploaded != tuple(versions):
             for place, pages in enumerate(tables):
@@ -197,11 +198,11 @@ class StaticInputs:
         if positions is None:
             past = cache.get_seq_length()
             positions = torch.arange(past, past + tokens.shape[1], device=self.shape.device)[None]
-        if self.shape.room is None:
+        if self.shape.bucket is None:
             self.tokens.copy_(tokens)
             self.position_ids.copy_(positions)
             return
-        # Places without a token hold what was there: some token, whose states nobody reads.
+        # Padding tokens keep old values: some token of the vocabulary, whose states nobody reads.
         self.tokens[0, : batch.tokens].copy_(tokens.flatten(0, 1))
         positions = positions.expand(*positions.shape[:-2], *tokens.shape[:2])
         self.position_ids[..., 0, : batch.tokens].copy_(positions.flatten(-2))

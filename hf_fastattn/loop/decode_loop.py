@@ -85,8 +85,8 @@ class DecodeLoop:
         device, page_size = input_ids.device, cache.groups.page_size
         columns = -(-(max(cache.lengths) + self._most) // page_size)
         self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary)
-        assert self._graphs.arrivals is not None
-        self._arrivals = self._graphs.arrivals
+        assert self._graphs.readback is not None
+        self._readback = self._graphs.readback
         self._drop = private and bool(request.ends or request.stop_strings or limits is not None)
         self._state.begin(request, cache.lengths, positions, self._limits, self._drop)
         if request.choice.repetition_penalty != 1.0:
@@ -113,15 +113,15 @@ class DecodeLoop:
             news = self._finish_step(self._key_for(len(self._places)), logits)
             self._launched = 1
             self._counters.fast_loops += 1
-            self._arrivals.send(news, self._places)
+            self._readback.send(news, self._places)
             while not self._rows.done:
-                if self._launched < self._most and len(self._arrivals) <= DEPTH:
+                if self._launched < self._most and len(self._readback) <= DEPTH:
                     self._launch()
-                waits = len(self._arrivals) > DEPTH or self._launched == self._most
-                arrived = self._arrivals.receive(waits)
+                waits = len(self._readback) > DEPTH or self._launched == self._most
+                arrived = self._readback.receive(waits)
                 while arrived is not None and not self._rows.done:
                     self._take(arrived)
-                    arrived = self._arrivals.receive(False)
+                    arrived = self._readback.receive(False)
         finally:
             self._close()
         return self._rows.tokens()
@@ -142,7 +142,7 @@ class DecodeLoop:
         key = self._key
         news = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
         self._launched += 1
-        self._arrivals.send(news, self._places)
+        self._readback.send(news, self._places)
         self._release_behind()
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
@@ -241,7 +241,7 @@ class DecodeLoop:
 
     def _close(self) -> None:
         """The cache is as it is after the steps that were read, whatever else is under way."""
-        self._arrivals.clear()
+        self._readback.clear()
         self._cache.trim()
         taken, counters = self._rows.steps, self._counters
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.graph_store import GraphStore
 from hf_fastattn.graphs.module_checks import why_not_module
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.readback import Readback
 from hf_fastattn.pages.page_groups import PageGroups
@@ -40,38 +38,21 @@ class RecordedStep:
     storage_version: int
 
 
-class LoopGraphs:
-    """Captured steps and the static tensors that they share; lives with the model.
-
-    Args:
-        enabled: `FastAttnConfig.cuda_graphs`.
-        known_reason: why no step of this model can be captured, if there is one that its modules do not show.
-    """
-
-    # Tests run the same steps without a GPU by another type.
-    forward_type: ClassVar[type[RecordedForward]] = RecordedForward
+class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
+    """Recorded steps, and the static tensors that they share."""
 
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        self._enabled, self._known_reason = enabled, known_reason
-        self._steps: OrderedDict[GraphKey, RecordedStep] = OrderedDict()
+        super().__init__(enabled, known_reason)
         self._groups: weakref.ref[PageGroups] | None = None
-        self._room: Any = None
-        self._depends_on: Fingerprint | None = None
-        self._reason: str | None = None
         self._failed: set[GraphKey] = set()
-        self._logged: set[str] = set()
         self.state: DeviceState | None = None
-        self.arrivals: Readback | None = None
-        self.workspace: Workspace | None = None
-
-    def __len__(self) -> int:
-        return len(self._steps)
+        self.readback: Readback | None = None
 
     def drop(self) -> None:
         """Forget all steps and their memory."""
-        self._steps.clear()
+        super().drop()
         self._failed.clear()
-        self._room = self.state = self.arrivals = self.workspace = None
+        self.state = self.readback = None
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why steps of the model cannot be captured with this cache where it is; None if its modules may allow it."""
@@ -84,25 +65,18 @@ class LoopGraphs:
             return f"the model is on {device.type}"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        groups = cache.groups
-        backend, _ = choose_backend(groups.backend, device, model.dtype, groups.head_dim, groups.batch_invariant)
-        if backend not in self.forward_type.backends:
-            return f"backend {backend}"
         if "forward" in vars(model):
             return f"the forward of the {type(model).__name__} was replaced"
-        return self._known_reason
+        return self.why_not_backend(cache.groups, device, model.dtype) or self._known_reason
 
     def why_not(self, model: Any, cache: PagedCache) -> str | None:
         """Why the modules of the model do not allow it; None if they do.
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
-        state, known = fingerprint_of(model, model.device), self._depends_on
-        if known is None or state.parts != known.parts or self._groups is None or self._groups() is not cache.groups:
+        if not self.compare(model, model.device) or self._groups is None or self._groups() is not cache.groups:
             self.drop()
             self._groups = weakref.ref(cache.groups)
-        if state != known:
-            self._depends_on, self._reason = state, why_not_capturable(model, model.device)
         return why_not_module(model) or self._reason
 
     def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:
@@ -118,15 +92,14 @@ class LoopGraphs:
                 # What was enough for another call will be wanted again.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
             self.state = DeviceState(*size)
-            self.arrivals, self.workspace = Readback(self.state.rows, device), Workspace(device)
-        if self._room is not None:
-            # The last steps of the call before may be under way on another stream.
-            self.forward_type.enter(self._room)
+            self.readback, self.workspace = Readback(self.state.rows, device), Workspace(device)
+        # The last steps of the call before may be under way on another stream.
+        self.wait()
         return self.state
 
     def has(self, key: GraphKey, storage_version: int) -> bool:
         """Whether the step is captured already."""
-        held = self._steps.get(key)
+        held = self._entries.get(key)
         return held is not None and held.storage_version == storage_version
 
     def replay(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> Tensor:
@@ -140,20 +113,18 @@ class LoopGraphs:
         """
         if not self.has(key, groups.storage_version) and key not in self._failed:
             self._capture(key, groups, run, counters)
-        held = self._steps.get(key)
+        held = self._entries.get(key)
         if held is None:
             with torch.inference_mode(False), torch.no_grad():
                 return run()
-        self._steps.move_to_end(key)
+        self._entries.move_to_end(key)
         counters.graphs_replayed += 1
         return held.step.replay(run, copy=False)
 
     def _capture(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
         assert self.state is not None
-        self._steps.pop(key, None)
-        if self._room is None:
-            self._room = self.forward_type.make_pool(self.state.device)
-        step = self.forward_type(self._room)
+        self._entries.pop(key, None)
+        step = self.new_forward(self.state.device)
         restore = self.state.snapshot()
 
         def recorded() -> Tensor:
@@ -169,14 +140,5 @@ class LoopGraphs:
             self._failed.add(key)
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return
-        self._steps[key] = RecordedStep(step, groups.storage_version)
-        if len(self._steps) > MAX_STEPS:
-            self._steps.popitem(last=False)
+        self.keep(key, RecordedStep(step, groups.storage_version), MAX_STEPS)
         counters.graphs_captured += 1
-
-    def count_reason(self, reason: str, counters: CallCounters) -> None:
-        """Count, and log once, why steps are launched one by one."""
-        counters.uncaptured[reason] += 1
-        if reason not in self._logged:
-            self._logged.add(reason)
-            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)

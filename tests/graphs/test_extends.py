@@ -59,10 +59,10 @@ def appends(model: Any) -> tuple[int, int]:
     return call.appends_captured, call.appends_replayed
 
 
-def test_room() -> None:
-    rooms = [bucket_of_tokens(tokens) for tokens in range(1, MOST_TOKENS + 1)]
-    assert all(room >= tokens for tokens, room in enumerate(rooms, 1)) and rooms == sorted(rooms)
-    assert len(set(rooms)) <= 16 and bucket_of_tokens(MOST_TOKENS) == MOST_TOKENS
+def test_buckets() -> None:
+    buckets = [bucket_of_tokens(tokens) for tokens in range(1, MOST_TOKENS + 1)]
+    assert all(bucket >= tokens for tokens, bucket in enumerate(buckets, 1)) and buckets == sorted(buckets)
+    assert len(set(buckets)) <= 16 and bucket_of_tokens(MOST_TOKENS) == MOST_TOKENS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +79,7 @@ def test_prompts(family: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("family", CORE)
-def test_prompts_of_other_lengths_in_the_same_room(family: str, device: str) -> None:
+def test_prompts_of_other_lengths_in_the_same_bucket(family: str, device: str) -> None:
     stock, model = both(family, device)
     for length in (64, 64, 49, 63, 50, 64):
         batch = single(length, seed=length)
@@ -228,7 +228,7 @@ def test_a_fault_changes_tokens(device: str, monkeypatch: pytest.MonkeyPatch) ->
 
     def shifted(self: StaticInputs, *args: Any) -> None:
         write(self, *args)
-        if self.shape.room is not None:
+        if self.shape.bucket is not None:
             self.tokens[0, :20].copy_(self.tokens[0, 1:21].clone())
 
     monkeypatch.setattr(StaticInputs, "_write_tokens", shifted)

@@ -1,0 +1,92 @@
+"""`GraphStore`: recorded forwards of one model by key: what they share, which is evicted, why others are not recorded."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.pages.page_groups import PageGroups
+
+if TYPE_CHECKING:
+    from hf_fastattn.kernels.attention.workspace import Workspace
+
+logger = logging.getLogger("hf_fastattn")
+
+Key = TypeVar("Key", bound=Hashable)
+Held = TypeVar("Held")
+
+
+class GraphStore(Generic[Key, Held]):
+    """What `ForwardGraphs` and `LoopGraphs` have in common; lives with the model.
+
+    Args:
+        enabled: `FastAttnConfig.cuda_graphs`.
+        known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
+    """
+
+    # Tests run the same forwards without a GPU by another type.
+    forward_type: ClassVar[type[RecordedForward]] = RecordedForward
+
+    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
+        self._enabled, self._known_reason = enabled, known_reason
+        # The least recently used first.
+        self._entries: OrderedDict[Key, Held] = OrderedDict()
+        self._pool: Any = None
+        # One for all: graphs of a model never run at the same time.
+        self.workspace: Workspace | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._reason: str | None = None
+        self._logged: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def drop(self) -> None:
+        """Forget all graphs; their memory is free."""
+        self._entries.clear()
+        self._pool = self.workspace = None
+
+    def keep(self, key: Key, held: Held, most: int, alike: Callable[[Key], bool] = lambda key: True) -> None:
+        """Hold a recorded forward; of more than `most` with keys `alike`, the least recently used one is evicted."""
+        self._entries[key] = held
+        others = [other for other in self._entries if alike(other)]
+        if len(others) > most:
+            del self._entries[others[0]]
+
+    def new_forward(self, device: torch.device) -> RecordedForward:
+        """A forward to record, in the capture pool that all of the model's share."""
+        if self._pool is None:
+            self._pool = self.forward_type.make_pool(device)
+        return self.forward_type(self._pool)
+
+    def wait(self) -> None:
+        """Make the current stream wait for what graphs still do on another one."""
+        if self._pool is not None:
+            self.forward_type.enter(self._pool)
+
+    def why_not_backend(self, groups: PageGroups, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The backend of forwards over these pages, as a reason; None if its launches can be recorded."""
+        backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
+        return None if backend in self.forward_type.backends else f"backend {backend}"
+
+    def compare(self, decoder: Any, device: torch.device) -> bool:
+        """Whether all that graphs depend on, beside their inputs, is as it was; `_reason` says why none can be recorded."""
+        now, before = fingerprint_of(decoder, device), self._fingerprint
+        if now != before:
+            self._fingerprint, self._reason = now, self._known_reason or why_not_capturable(decoder, device)
+        return before is not None and now.parts == before.parts
+
+    def count_reason(self, reason: str, counters: CallCounters) -> None:
+        """Count, and log once, why decode steps are launched one by one."""
+        counters.uncaptured[reason] += 1
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)
