@@ -62,7 +62,7 @@ class _Package(ModuleType):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Whoever imports the file report.py would otherwise put the module in the place of the function of that name.
+        # Importing the module report.py would otherwise set it as the attribute `report`, over the function of that name.
         if name == "report" and isinstance(value, ModuleType):
             value = value.report
         super().__setattr__(name, value)

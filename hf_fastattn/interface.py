@@ -114,9 +114,9 @@ def _plain_pattern(kwargs: dict[str, Any]) -> tuple[bool, int | None]:
     if not skip or kwargs.get("use_vmap") or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False, None
     if local_size is None:
-        # Whatever is laid over the causal pattern makes another function of it.
+        # An overlay on the causal pattern makes it another mask.
         return kwargs.get("mask_function", causal_mask_function) is causal_mask_function, None
-    # A chunk has a local size too.
+    # Chunked attention sets `local_size` too.
     chunked = getattr(config, "attention_chunk_size", None) is not None
     return getattr(config, "sliding_window", None) == local_size and not chunked, local_size
 
@@ -157,7 +157,7 @@ def attention_forward(
     """
     mask, causal = attention_mask, kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    # Not asked for where the mask has a layout, or four dimensions, and says it itself.
+    # Not needed where the mask has a layout or is 4-D: then the mask itself says what is visible.
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     layout = None
     if not torch.compiler.is_compiling():

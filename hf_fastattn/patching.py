@@ -84,7 +84,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
     runtime = Runtime(resolved, target.config, target.dtype)
     try:
         names, decoder = _replace_forwards(target, scope, runtime, family)
-        # Not by the scope, which would then hold whoever holds it.
+        # Not through the scope: scope and model would then refer to each other, a cycle.
         setattr(target, STATE, PatchState(runtime, scope, family, tuple(names), decoder))
         base: Any = type(target)
         scope.set(target, "__class__", fast_class(base))

@@ -53,7 +53,7 @@ class Call:
     lent: list[LentCache] = field(default_factory=list)
     expansion: Expansion | None = None
     prefilled: Any = None
-    # Of how many of its last columns the forward under way is to give logits; generate() reads them, tokens or not.
+    # For how many of its last columns the forward under way computes logits; generate() reads them, padding or not.
     logits_read: int = 1
     # Why all its forwards attend as Transformers does, although their cache has pages.
     why_dense: str | None = None
@@ -111,9 +111,9 @@ class Runtime:
 
     def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
         self.config = config
-        # What keys were counted for: pages of another dtype, place or window belong to caches of another time.
+        # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
-        # Of this thread are the calls under way, the pages, the graphs and their static tensors.
+        # The thread with the turn owns the calls under way, the pages, the graphs and their static tensors.
         self.turn = Turn()
         # Calls that run as if the model were not patched.
         self._aside = Spans()
@@ -208,7 +208,7 @@ class Runtime:
     @property
     def prefilling(self) -> bool:
         """Whether forwards compute the prompt of the innermost call."""
-        # Asked at every step, when mostly the last call is the one and does not.
+        # Asked at every step: the common case first, that the last call is the innermost and is not in its prompt.
         return bool(self._calls) and self._calls[-1].prefilling and self.current is self._calls[-1]
 
     @property

@@ -100,11 +100,11 @@ class CacheState(Cache):
     _reserved_ahead: bool
     # Columns that dense layers are known to hold tokens in.
     _known_stored: Tensor | None
-    # Columns at which recording of the past began anew: those before are there as far as a window reached then.
+    # Where `record_past` began: of the columns before it, only those inside a window are still held.
     _past_from: int
     # Layers that the forward under way has written to.
     _wrote: set[int]
-    # What somebody sets on a layer while a forward is under way holds from its end on.
+    # Keys or values set on a layer while a forward is under way; they take effect when it is committed.
     _replaced: dict[tuple[int, str], Tensor | None]
     # Dense layers that keys are being moved into.
     _moving: DenseLayers | None

@@ -57,7 +57,7 @@ class DenseCache(CacheState):
         """From now on, until `into_pages()`, Transformers' own layers hold the keys and values."""
         if self.dense is not None:
             return
-        # What an exception interrupts goes on with the same layers: pages that were read may be gone.
+        # After an interruption go on with the same layers: the pages already read may have been released.
         layers = self._moving = self._moving or self.lent or self._stock_layers()
         if self.lengths:
             read_layers(self, layers)

@@ -131,7 +131,7 @@ class ForwardCache(DenseCache):
         self.__dict__.update({**self._closed(), "lengths": lengths, "_loose": True})
         self._fit_tables()
         for window in self.tables:
-            # Pages that there was no memory for would be asked for again.
+            # Pages that the allocation failed for would be asked for again.
             group = self.groups.group(window)
             group.pool.shrink(group.storage.capacity)
 
@@ -176,7 +176,8 @@ class ForwardCache(DenseCache):
     def _take_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in tables, layers and all else at the same time."""
         self.groups.settle()
-        # Until old tables are cleared their pages count twice; an exception before has them counted anew.
+        # Pages have two owners until the old tables are cleared; `unsettled` has owners recounted if an exception comes
+        # before that.
         for table in self.tables.values():
             table.pool.unsettled = True
         stored = self._stored

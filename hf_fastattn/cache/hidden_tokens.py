@@ -41,7 +41,7 @@ def hide_tokens(cache: DenseCache, visible: Tensor) -> None:
     group = cache.groups.group(None)
     rewritten = PageTable(group.pool, size)
     cache.groups.settle()
-    # An exception before the tables are exchanged has pages counted anew, without the new table.
+    # If an exception comes before the tables are exchanged, owners are recounted without the new table.
     group.pool.unsettled = True
     table.fork_into(rewritten, starts)
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]

@@ -21,7 +21,7 @@ class KnownMask:
 
     def remember(self, mask: Any, columns: int) -> None:
         """Columns up to `columns` of `mask` were compared with the cache, or are known to agree with it."""
-        # What a longer one says of columns to come was not looked at.
+        # Of a longer mask only the columns so far were compared.
         usable = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
         self._note(mask if usable else None, columns)
 

@@ -61,7 +61,7 @@ class PagedCache(ForwardCache):
         self.counters = counters or CallCounters()
         self.room = room
         self.record_past = False
-        # A user's dense layers, which get their keys back after a call; what pages leave out of them is kept aside.
+        # A user's own layers, which get their K/V back after a call, including tokens that pages leave out (`hidden`).
         self.lent = None
         layers = [self._own_layer(index, layer) for index, layer in enumerate(templates)]
         super().__init__(layers=layers)
@@ -126,7 +126,7 @@ class PagedCache(ForwardCache):
         if not isinstance(layer, PagedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self._open or self._batch is None:
-            # Nobody announced the forward: a model that is not patched.
+            # No begin() came before: the model is not patched.
             return self.stock_layer(layer_idx).update(key_states, value_states, *args, **kwargs)
         past_keys, past_values = self._past(layer, key_states)
         k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
@@ -144,7 +144,7 @@ class PagedCache(ForwardCache):
         columns = self._columns
         first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
         if self.groups.group(layer.window).storage.pages(layer.index) is None or columns == first:
-            # Columns without a token may have come before any page.
+            # All columns so far may be padding, so that no page was made.
             empty = like.new_zeros(like.shape[0], like.shape[1], columns - first, like.shape[3])
             return empty, empty
         return self.read_columns(layer, first, columns, self.stored)

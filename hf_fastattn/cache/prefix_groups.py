@@ -10,12 +10,12 @@ from torch import Tensor
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.pages.page_table import PageTable
 
-# Bytes of keys and values of one layer that rows have to save. Where nothing is shared the kernel for prefixes takes 8 us
-# longer than the plain one on an H200, which reads so much in 14 us, and in less from its second-level cache.
+# Bytes of K/V of one layer that sharing has to save. On an H200 the shared-prefix kernel has 8 us more overhead than plain
+# decode; reading this many bytes takes 14 us from memory, less from the L2 cache.
 WORTH_BYTES = 64 << 20
-# The kernel's tiles are the same for larger groups.
+# Above this group size the kernel's tiles are the same.
 MOST_SHARERS = 64
-# It looks for a row's group among that many, at least.
+# Prefix groups are padded to at least this many, so that the kernel is not recompiled for every number.
 MIN_GROUPS = 16
 
 

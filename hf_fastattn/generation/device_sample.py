@@ -47,7 +47,7 @@ def device_sample(
     positions = None
     if outputs.get(CACHE) is cache:
         positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
-    # Only now, while the device computes the prompt: it takes the host some milliseconds. One token takes no step.
+    # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
     captures = plan.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
     if positions is None or not captures:
         runtime.keep_prefilled(outputs)
@@ -76,7 +76,7 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
     """Positions `[B, 1]` of the first new token; None if its forward would not be one over pages alone."""
     cache = outputs[CACHE]
     more = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-    # Which token it is changes nothing that is asked for here.
+    # Only the shape matters: any token will do.
     longer = torch.cat((input_ids, input_ids.new_zeros(input_ids.shape[0], 1)), 1)
     inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
     mask = inputs.get("attention_mask")

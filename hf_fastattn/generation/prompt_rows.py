@@ -112,10 +112,10 @@ def distinct_rows(
             return f"{name} is not known to belong to a row"
     for known in MODALITIES.values():
         if known.main in others and known.grid in others and not repeats_whole(known, others, model_kwargs):
-            # As Transformers before 5.23 does for Qwen's thinkers; what comes of it is theirs to say.
+            # Transformers before 5.23 does so for Qwen's thinkers; we compute what it does, right or wrong.
             return f"{known.main} was repeated patch by patch"
     if others and expansion is not None:
-        # What belongs to a row is not known, but that its copies are next to it is.
+        # Which inputs belong to a row is unknown, but copies of a row stand next to it.
         return PromptRows(list(range(0, count, expansion.copies)), [row // expansion.copies for row in range(count)], others)
     found = _equal_rows(_bytes_of_rows(tensors))
     if found is None or not media:

@@ -36,7 +36,7 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     hooked = has_global_hooks()
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
-        # By their names it shows what was set on the instance: a forward, accelerate's hook.
+        # The names of instance attributes show a replaced forward, or accelerate's hook.
         parts += kind, kind.forward, tuple(state), state.get("_compiled_call_impl") is None
         parts += [value for value in state.values() if type(value) in SCALARS]
         if state["_parameters"] or state["_buffers"]:

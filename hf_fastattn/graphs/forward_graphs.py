@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_fastattn")
 
-# The least recently used one goes when there are more: of decode steps, and of forwards of several tokens a row.
+# Most graphs kept, of decode steps and of forwards of several tokens a row; the least recently used is evicted.
 MAX_GRAPHS, MAX_APPENDS = 8, 16
-# Shapes that are known to have come up once.
+# Shapes seen once that are remembered; a shape is captured when it is seen again.
 MAX_SHAPES = 256
-# Captures that may fail before the model is left alone, until it changes.
+# Failed captures after which no more are tried, until the model changes.
 MAX_FAILURES = 3
 
 Key = tuple[ForwardShape, int, int]
@@ -241,7 +241,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
         except Exception as error:
-            # The step itself goes on layer by layer, and fails there if it must.
+            # The forward then runs layer by layer; if the cause was not the capture, it fails there.
             self.drop()
             self._failures, self._resting = self._failures + 1, True
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-# Modules from elsewhere may count calls, wait for the device or change themselves in Python, which a replay skips.
+# Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
 
 

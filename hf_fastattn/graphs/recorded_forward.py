@@ -99,7 +99,7 @@ class RecordedForward:
         """
         pool = self._pool
         graph = torch.cuda.CUDAGraph()
-        # Static tensors and what is in flight to them come from the current stream.
+        # Uploads to the static tensors are queued on the current stream.
         current = pool.enter()
         pool.stream.wait_stream(current)
         try:
@@ -149,7 +149,7 @@ class RecordedForward:
             # The allocator would go on serving the stream from the pool of the capture.
             torch._C._cuda_endAllocateToPool(self._pool.device.index or 0, handle)
         with contextlib.suppress(RuntimeError):
-            # The random generator would go on counting for a graph: a capture that succeeds ends that.
+            # The random generator stays in capture mode until a capture succeeds.
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(capture_error_mode="thread_local")
             torch.zeros(1, device=self._pool.device)

@@ -26,7 +26,7 @@ MIN_COLUMNS = 64
 # GPU is busy for longer than the launches take, and nothing is captured.
 BUCKETS = ((16, 4), (64, 16), (256, 64), (1024, 128))
 MOST_TOKENS = BUCKETS[-1][0]
-# Arguments that static inputs stand for, and those that change nothing that a step computes.
+# Arguments that static inputs hold, and those that do not change what is computed.
 STATIC = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "is_causal",
 )  # fmt: skip
@@ -101,7 +101,7 @@ class StaticInputs:
         rows, device = shape.all_rows, shape.device
         self._places = rows if shape.bucket is None else shape.bucket
         self._stride, self._row_stride = _aligned(self._places), _aligned(rows + 1)
-        # Slots by window, lengths, where queries begin: they change every time. Tables, behind them, change now and then.
+        # The head changes at every forward: slots by window, lengths, cu_seqlens. Page tables, behind it, change rarely.
         self._head = self._stride * len(self.windows) + 2 * self._row_stride
         self._table = _aligned(rows * columns)
         size = self._head + self._table * len(self.windows)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Copies that may be under way before the host waits for the oldest: it may run this many steps ahead.
+# Uploads in flight before the host waits for the oldest, that is, how many steps it may run ahead.
 DEPTH = 4
 
 

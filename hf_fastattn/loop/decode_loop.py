@@ -26,9 +26,9 @@ from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.loop.token_choice import choose
 from hf_fastattn.pages.page_pool import CacheFullError
 
-# Tokens for which rows get pages at a time.
+# Tokens a row that pages are reserved for at a time.
 AHEAD = 64
-# A smaller step is captured for rows that go on for this many tokens, at most, at least.
+# Capture a graph for a smaller batch only if at least this many steps can still follow.
 WORTH_CAPTURING = 128
 
 
@@ -44,7 +44,7 @@ class DecodeLoop:
         input_ids: `[B, S]` the prompt.
         positions: `[B, 1]` of the first new token.
         vocabulary: size of the logits.
-        private: nobody sees the cache after the call, so rows that have ended may leave it.
+        private: nobody sees the cache after the call, so rows that have finished may leave it.
         forward: the decoder's forward, called as `forward(decoder, cache, **arguments)`.
         logits_of: called with `lm_head` and `[T, hidden]`.
         streamer: gets the tokens of every step, `[B]` on the host.
@@ -74,11 +74,11 @@ class DecodeLoop:
         self._limits = list(limits) if limits is not None else [request.max_new] * rows
         self._most = max(self._limits)
         self._rows = GeneratedRows(input_ids, self._most, request)
-        # Rows of the call that are on the device, in their places there.
-        self._places = list(range(rows))
+        # For each row on the device, its number in the call.
+        self._numbers = list(range(rows))
         self._used = bucket_of(rows)
         self._launched = 0
-        # Tokens that steps which have arrived added to each row of the cache.
+        # Tokens a row that are in the cache's lengths: those of steps that were read back.
         self._appended = 0
         self._reserved = 0
         self._graphs = graphs
@@ -91,7 +91,7 @@ class DecodeLoop:
         self._state.begin(request, cache.lengths, positions, self._limits, self._drop)
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
-        # In batch-invariant mode how a row is added up may not depend on the others.
+        # In batch-invariant mode the order of a row's sums may not depend on other rows.
         self._shared = PrefixGroups() if cache.groups.batch_invariant else _shared_rows(cache)
         self._key = self._key_for(self._used, self._shared)
         self._write_groups()
@@ -110,10 +110,10 @@ class DecodeLoop:
         """
         try:
             self._reserve()
-            news = self._finish_step(self._key_for(len(self._places)), logits)
+            packed = self._finish_step(self._key_for(len(self._numbers)), logits)
             self._launched = 1
             self._counters.fast_loops += 1
-            self._readback.send(news, self._places)
+            self._readback.send(packed, self._numbers)
             while not self._rows.done:
                 if self._launched < self._most and len(self._readback) <= DEPTH:
                     self._launch()
@@ -136,13 +136,13 @@ class DecodeLoop:
         )  # fmt: skip
 
     def _launch(self) -> None:
-        # A step also finds the place of the token that it chooses.
+        # A step also computes the slot of the token that it chooses.
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
         key = self._key
-        news = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
+        packed = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
         self._launched += 1
-        self._readback.send(news, self._places)
+        self._readback.send(packed, self._numbers)
         self._release_behind()
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
@@ -163,46 +163,46 @@ class DecodeLoop:
         """Choose tokens by `logits [rows, V]`, and prepare the next step."""
         state = self._state
         choose(state, key, logits)
-        # The first step chooses for the rows of the prompt, and prepares a bucket.
+        # The first choice is for the prompt's rows alone; its padding rows are prepared too.
         tensors: LoopTensors = state.tensors(max(key.rows, self._used), key.penalised)
         advance(tensors, self._cache.groups.page_size)
-        return tensors.news
+        return tensors.packed
 
     # ---- the host's part --------------------------------------------------------------------------------------
 
-    def _take(self, news: StepTokens) -> None:
-        """A step has arrived: note its tokens, pass them on, and let rows go that have ended."""
-        late = self._rows.take(news)
+    def _take(self, step: StepTokens) -> None:
+        """A step has arrived: note its tokens, pass them on, and let rows go that have finished."""
+        late = self._rows.take(step)
         if self._rows.steps > 1:
-            # The token of a step is in the cache after the next one.
+            # A step appends the token that the step before it has chosen.
             self._cache.grow_by(1)
             self._appended += 1
         if self._streamer is not None:
             self._streamer.put(self._rows.newest())
-        places = [place for place, number in enumerate(self._places) if number in late]
-        if places:
-            self._state.end_rows(places, self._drop)
+        late_rows = [index for index, number in enumerate(self._numbers) if number in late]
+        if late_rows:
+            self._state.finish_rows(late_rows, self._drop)
         if self._drop and not self._rows.done:
             self._release_finished()
 
     def _release_finished(self) -> None:
-        """Release what ended rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
-        ended = [place for place, number in enumerate(self._places) if self._rows.ended[number]]
-        if any(self._cache.lengths[place] for place in ended):
-            self._cache.release_rows(ended)
-        count = len(self._places) - len(ended)
+        """Release what finished rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
+        finished = [index for index, number in enumerate(self._numbers) if self._rows.finished[number]]
+        if any(self._cache.lengths[index] for index in finished):
+            self._cache.release_rows(finished)
+        count = len(self._numbers) - len(finished)
         used = bucket_of(count)
         if used >= self._used:
             return
-        kept = sorted(set(range(len(self._places))) - set(ended))
+        kept = sorted(set(range(len(self._numbers))) - set(finished))
         key, left = self._key_for(used, self._shared.keep(kept)), self._most - self._launched
         if self._graphs.has(key, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
             self._compact(kept, used)
 
     def _compact(self, kept: list[int], used: int) -> None:
-        """Go on with the rows at the places `kept`, in a step of `used` rows."""
+        """Go on with the rows `kept`, in a step of `used` rows."""
         self._state.keep(kept, used)
-        self._places = [self._places[place] for place in kept]
+        self._numbers = [self._numbers[index] for index in kept]
         self._cache.keep_rows(kept)
         self._used = used
         self._shared = self._shared.keep(kept)
@@ -216,7 +216,7 @@ class DecodeLoop:
         wanted = min(AHEAD, self._most - 1 - appended)
         while wanted:
             try:
-                # Some of what was appended has not arrived, and is not in the cache's lengths yet.
+                # Steps that were launched but not read back have appended tokens that the cache's lengths do not count yet.
                 self._cache.reserve_more(appended - self._appended + wanted)
                 break
             except CacheFullError:

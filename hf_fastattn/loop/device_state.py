@@ -22,7 +22,7 @@ from hf_fastattn.kernels.sampling.params import PARAMS
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.request import LoopRequest
 
-# Room to begin with: a larger batch or longer rows need new tensors, and steps captured with the old ones are lost.
+# Smallest allocation: a larger batch or longer rows need new tensors, and graphs over the old ones are dropped.
 MIN_ROWS, MIN_COLUMNS = 64, 1024
 # Graphs are captured for these numbers of rows, and for multiples of the last.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -59,10 +59,10 @@ class DeviceState:
         with torch.inference_mode(False):
             self._all = LoopTensors(
                 chosen=zeros(rows, dtype=torch.int64),
-                news=zeros(rows, dtype=torch.int64),
+                packed=zeros(rows, dtype=torch.int64),
                 tokens=zeros(rows, 1, dtype=torch.int64),
                 positions=zeros(rows, 1, dtype=torch.int64),
-                ended=zeros(rows),
+                finished=zeros(rows),
                 limits=zeros(rows),
                 seq_lens=zeros(rows),
                 slots=zeros(count, rows),
@@ -72,7 +72,7 @@ class DeviceState:
                 pad=zeros(1, dtype=torch.int64),
                 drop=zeros(1),
             )
-            # Which row of the call each row is: what is drawn for it depends on that, not on its place.
+            # The row's number in the call: random numbers depend on it, not on the row's index on the device.
             self.numbers = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
@@ -95,7 +95,7 @@ class DeviceState:
         held = self._all
         views = {
             name: getattr(held, name)[:rows]
-            for name in ("chosen", "news", "tokens", "positions", "ended", "limits", "seq_lens")
+            for name in ("chosen", "packed", "tokens", "positions", "finished", "limits", "seq_lens")
         }
         return replace(held, **views, slots=held.slots, seen=self.seen(rows) if with_seen else None)
 
@@ -140,11 +140,11 @@ class DeviceState:
             seq_lens: keys a row before its first new token.
             positions: `[B, 1]` of the first new token.
             limits: new tokens a row.
-            drop: rows that have ended leave the attention.
+            drop: rows that have finished leave the attention.
         """
         held, rows, used = self._all, len(seq_lens), bucket_of(len(seq_lens))
         self._write(held.seq_lens, [*seq_lens, *[0] * (used - rows)])
-        self._write(held.ended, [0] * rows + [ABSENT] * (used - rows))
+        self._write(held.finished, [0] * rows + [ABSENT] * (used - rows))
         self._write(held.limits, [*limits, *[0] * (used - rows)])
         self._write(self.numbers, list(range(used)))
         self._write(held.ends, [*request.ends, *[-1] * (MOST_ENDS - len(request.ends))])
@@ -154,7 +154,7 @@ class DeviceState:
         self._write(self.params, request.choice.values())
         if request.do_sample:
             self.seed.copy_(torch.randint(2**62, (1,)), non_blocking=True)
-        # The choice of the first token counts both up.
+        # advance() after the first choice adds one to both.
         held.positions[:rows].copy_(positions - 1)
         held.positions[rows:used].zero_()
         held.step.zero_()
@@ -188,27 +188,27 @@ class DeviceState:
         """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""
         held, count = self._all, len(kept)
         index = torch.tensor(kept).to(self.device, non_blocking=True)
-        moved = [held.chosen, held.tokens, held.positions, held.ended, held.limits, held.seq_lens, self.numbers]
+        moved = [held.chosen, held.tokens, held.positions, held.finished, held.limits, held.seq_lens, self.numbers]
         for tensor in moved if self._seen is None else [*moved, self._seen]:
             tensor[:count] = tensor.index_select(0, index)
         held.slots[:, :count] = held.slots.index_select(1, index)
-        held.ended[count:used].fill_(ABSENT)
+        held.finished[count:used].fill_(ABSENT)
         held.seq_lens[count:used].zero_()
         held.slots[:, count:used].fill_(-1)
 
-    def end_rows(self, rows: Sequence[int], drop: bool) -> None:
-        """These rows have ended for a reason that the device does not know."""
+    def finish_rows(self, rows: Sequence[int], drop: bool) -> None:
+        """These rows have finished by a stop string, of which the device does not know."""
         held, index = self._all, torch.tensor(rows).to(self.device, non_blocking=True)
-        held.ended.index_fill_(0, index, 1)
+        held.finished.index_fill_(0, index, 1)
         if drop:
-            # Their pages may be another row's soon.
+            # Their pages are released and may soon belong to another row.
             held.seq_lens.index_fill_(0, index, 0)
             held.slots.index_fill_(1, index, -1)
 
     def snapshot(self) -> Callable[[], None]:
         """A function that puts back what a step changes."""
         held = self._all
-        changing = [held.chosen, held.tokens, held.positions, held.ended, held.seq_lens, held.slots, held.step]
+        changing = [held.chosen, held.tokens, held.positions, held.finished, held.seq_lens, held.slots, held.step]
         changing += [] if self._seen is None else [self._seen]
         before = [tensor.clone() for tensor in changing]
 

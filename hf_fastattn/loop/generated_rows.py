@@ -1,4 +1,4 @@
-"""`GeneratedRows`: the new tokens of a call on the host, and which of its rows have ended."""
+"""`GeneratedRows`: the new tokens of a call on the host, and which of its rows have finished."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ class GeneratedRows:
         request: of the call.
 
     Attributes:
-        ended: `[B]` bool.
+        finished: `[B]` bool.
         steps: that were taken.
     """
 
     def __init__(self, input_ids: Tensor, most: int, request: LoopRequest) -> None:
         rows, prompt = input_ids.shape
         self._request, self._most, self._prompt = request, most, prompt
-        # Stop strings are looked for in the prompt's end too.
+        # A stop string may begin in the prompt.
         self._all: NDArray[np.int64] = np.full((rows, prompt + most), request.pad, np.int64)
         if request.stop_strings is not None:
             self._all[:, :prompt] = input_ids.cpu().numpy()
-        self.ended: NDArray[np.bool_] = np.zeros(rows, np.bool_)
+        self.finished: NDArray[np.bool_] = np.zeros(rows, np.bool_)
         self.steps = 0
 
     @property
     def done(self) -> bool:
-        """All rows have ended."""
-        return self.steps >= self._most or (self.steps > 0 and bool(self.ended.all()))
+        """All rows have finished."""
+        return self.steps >= self._most or (self.steps > 0 and bool(self.finished.all()))
 
-    def take(self, news: StepTokens) -> set[int]:
-        """Add a step; returns the rows that end with it for a reason which the device does not know."""
-        numbers = np.asarray(news.numbers, np.int64)
-        going = ~self.ended[numbers]
+    def take(self, step: StepTokens) -> set[int]:
+        """Add a step; returns the rows that finish in it by a stop string, which only the host checks."""
+        numbers = np.asarray(step.numbers, np.int64)
+        going = ~self.finished[numbers]
         column = self._prompt + self.steps
-        self._all[numbers[going], column] = news.tokens[going]
-        self.ended[numbers[going]] = news.ended[going]
+        self._all[numbers[going], column] = step.tokens[going]
+        self.finished[numbers[going]] = step.finished[going]
         self.steps += 1
         if self._request.stop_strings is None:
             return set()
-        found = self._request.stop_strings(torch.from_numpy(self._all[:, : column + 1]), None).numpy() & ~self.ended
-        self.ended |= found
+        found = self._request.stop_strings(torch.from_numpy(self._all[:, : column + 1]), None).numpy() & ~self.finished
+        self.finished |= found
         return set(np.flatnonzero(found).tolist())
 
     def newest(self) -> Tensor:

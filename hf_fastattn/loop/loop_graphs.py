@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_fastattn")
 
-# The least recently used one goes when there are more.
+# Most recorded steps kept; the least recently used is evicted.
 MAX_STEPS = 24
 
 
@@ -89,7 +89,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             before = self.state
             self.drop()
             if before is not None:
-                # What was enough for another call will be wanted again.
+                # At least as large as before, so that calls of two sizes do not replace each other's tensors.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
             self.state = DeviceState(*size)
             self.readback, self.workspace = Readback(self.state.rows, device), Workspace(device)
@@ -106,7 +106,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         """One step: its graph, captured if need be, or its launches if that fails.
 
         Args:
-            run: the launches; changes the state and returns its `news`.
+            run: the launches; changes the state and returns its `packed`.
 
         Returns:
             `[rows]` int64, which the next step writes to.
@@ -135,7 +135,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         try:
             step.capture(recorded, restore)
         except Exception as error:
-            # The same launches go on one by one, and fail there if they must.
+            # The step then runs launch by launch; if the cause was not the capture, it fails there.
             restore()
             self._failed.add(key)
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)

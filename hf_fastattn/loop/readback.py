@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fastattn.kernels.sampling.loop_tensors import ENDED_BIT
+from hf_fastattn.kernels.sampling.loop_tensors import FINISHED_BIT
 
-# Steps that the host may be ahead of what it has read: with one under way and one queued the device never waits.
+# How many steps late the host reads: with one running and one queued the device never waits for it.
 DEPTH = 2
 
 
@@ -24,12 +24,12 @@ class StepTokens:
 
     Attributes:
         tokens: `[rows]` int64.
-        ended: `[rows]` bool, rows that have ended with it or before.
+        finished: `[rows]` bool, rows that have finished with it or before.
         numbers: which row of the call each is.
     """
 
     tokens: NDArray[np.int64]
-    ended: NDArray[np.bool_]
+    finished: NDArray[np.bool_]
     numbers: Sequence[int]
 
 
@@ -53,12 +53,12 @@ class Readback:
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def send(self, news: Tensor, numbers: Sequence[int]) -> None:
-        """Start the copy of a step's `news` `[>= rows]`, of which the first rows count."""
+    def send(self, packed: Tensor, numbers: Sequence[int]) -> None:
+        """Start the copy of a step's `packed` `[>= rows]`, of which the first rows count."""
         assert len(self._under_way) <= DEPTH
         self._turn = (self._turn + 1) % (DEPTH + 1)
         count = len(numbers)
-        self._host[self._turn, :count].copy_(news if len(news) == count else news[:count], non_blocking=True)
+        self._host[self._turn, :count].copy_(packed if len(packed) == count else packed[:count], non_blocking=True)
         if self._events:
             self._events[self._turn].record(torch.cuda.current_stream(self._device))
         self._under_way.append((self._turn, numbers))
@@ -80,5 +80,5 @@ class Readback:
                 event.synchronize()
         self._under_way.popleft()
         packed = self._host[turn, : len(numbers)].numpy()
-        ended = (packed >> ENDED_BIT) > 0
-        return StepTokens(packed & ((1 << ENDED_BIT) - 1), ended, numbers)
+        finished = (packed >> FINISHED_BIT) > 0
+        return StepTokens(packed & ((1 << FINISHED_BIT) - 1), finished, numbers)

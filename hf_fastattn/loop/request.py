@@ -115,7 +115,7 @@ def loop_request(
     temperature, top_k, top_p, min_p = (found.get(kind) for kind in PROCESSORS[3:])
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     if not 0 <= pad < model.config.get_text_config(decoder=True).vocab_size:
-        # Steps launched past the end embed it, even for a single row.
+        # Steps launched ahead of the end embed the padding token, even for a single row.
         return f"pad_token_id={pad} is no token of the model"
     return LoopRequest(
         do_sample=bool(config.do_sample),
@@ -154,7 +154,7 @@ def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], i
     by_new = found.get(processors.MinNewTokensLengthLogitsProcessor)
     least = [] if by_length is None else [(by_length.min_length - prompt, by_length)]
     least += [] if by_new is None else [(by_new.prompt_length_to_skip + by_new.min_new_tokens - prompt, by_new)]
-    # Both are made of the same end tokens: the one that lasts longer says it all.
+    # Both suppress the same end tokens, so the longer one decides.
     if not least:
         return (), 0
     count, processor = max(least, key=lambda entry: entry[0])

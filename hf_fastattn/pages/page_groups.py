@@ -66,7 +66,8 @@ class PageGroups:
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self.turn = turn or Turn()
         self._holders: set[Holder] = set()
-        # Of caches that are gone. They end inside of anything, in any thread: nothing but this may happen then.
+        # Holders whose caches were garbage-collected. That happens inside any statement of any thread, so the callback only
+        # appends here; `settle()` releases their pages.
         self._ended: deque[Any] = deque()
         self._config, self._fastattn, self._dtype = config, fastattn, dtype
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
@@ -144,7 +145,7 @@ class PageGroups:
         for holder in list(self._holders):
             cache = holder()
             if cache is not None and cache.groups is self:
-                # It may have got other ones just before the exception.
+                # The cache may have exchanged its tables just before the exception.
                 holder.tables = cache.tables
             for window, table in holder.tables.items():
                 table.forget_derived()
@@ -192,11 +193,11 @@ class PageGroups:
     def shrink(self, keep: float) -> None:
         """Give memory back: if no page is held, keep at most the share `keep` of the storage."""
         for group in self:
-            # Pages that there was no memory for would be asked for again.
+            # Pages that the allocation failed for would be asked for again.
             group.pool.shrink(group.storage.capacity)
             if group.pool.in_use or keep >= 1:
                 continue
-            # A share of the most there ever was: a call that needs less does not make it less.
+            # The share is of the largest capacity so far, so that a small call does not shrink it.
             self._largest[group.window] = max(self._largest.get(group.window, 0), group.pool.capacity)
             kept = int(self._largest[group.window] * keep)
             group.pool.shrink(kept)

@@ -29,7 +29,7 @@ class PagePool:
         if capacity < 0 or (max_pages is not None and capacity > max_pages):
             raise ValueError(f"capacity={capacity} must lie between 0 and max_pages={max_pages}")
         self.max_pages = max_pages
-        # A table is changing pages and rows, or was when an exception came: then `recount` puts things right.
+        # Set while a table changes pages and rows. If an exception leaves it set, `recount` corrects the counts.
         self.unsettled = False
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
@@ -143,7 +143,7 @@ class PagePool:
                 if page >= 0:
                     owners[page] += 1
         held = bytearray(map(bool, owners))
-        # In one step, so that an exception leaves either the old books or the new ones.
+        # In one statement, so that an exception leaves either the old counts or the new ones.
         self.__dict__.update(_owners=owners, _held=held, _in_use=sum(held), unsettled=False)
 
     def _run(self, count: int, after: int | None, room: int) -> int | None:

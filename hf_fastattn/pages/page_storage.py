@@ -82,7 +82,7 @@ class PageStorage:
         for layer_idx, (held, _) in list(self._pages.items()):
             if held.shape[0] < capacity:
                 self.layer(layer_idx, held, capacity)
-        # An exception may have come before it was noted.
+        # An exception may have come between the allocation and this note of it.
         self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
 
     @staticmethod

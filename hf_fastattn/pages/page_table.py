@@ -13,7 +13,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.table_mirror import TableMirror
 
-# A growing sequence gets this much room after it, at most, before another may settle there.
+# Most tokens of free pages that are left behind a growing row, so that its pages stay adjacent.
 MAX_ROOM_TOKENS = 2048
 
 Params = ParamSpec("Params")
@@ -63,7 +63,7 @@ class PageTable:
         self._mirror: TableMirror
         # Tokens that every row can append to pages which it has and owns alone.
         self._slack: int
-        # Until a row has this length, no row has a page to release behind its window.
+        # No row has a page to release behind its window before the longest row has this length.
         self._release_at: int
         self.__dict__.update(rows=rows, _origin=origin, _mirror=mirror, _slack=0, _release_at=0)
 
@@ -152,7 +152,7 @@ class PageTable:
             pages.extend(self._take(need, pages[-1], counters))
         runs = self._fresh_runs(fresh, lengths, targets, room, counters)
         partial = [(row, run) for row, run in runs if lengths[row] % size]
-        # Before the release: a source may lose its last owner by it.
+        # Copy first: release() below may free the source page.
         copy_pages([(self.rows[row][lengths[row] // size], run[0]) for row, run in partial])
         counters.pages_copied += len(partial)
         for row, run in runs:
@@ -256,7 +256,8 @@ class PageTable:
             while columns and last < len(self.rows) and self._origin[last][0] == origin:
                 last += 1
             if columns and last - row > 1:
-                # The page after the last whole one was copied by whoever wrote to it, and nobody may end inside.
+                # Only full pages stay shared, since a writer copies its partial page, and the prefix may not be longer
+                # than the shortest row.
                 columns = min(columns, min(lengths[row:last]) // self.page_size)
                 while columns and len({self.rows[r][columns - 1] for r in range(row, last)}) > 1:
                     columns -= 1

@@ -1,6 +1,6 @@
 """The end of a decode step on the device: the tokens that were chosen become the inputs of the next step.
 
-One launch takes over what a host loop would do between two steps: padding for rows that have ended, the test for end
+One launch takes over what a host loop would do between two steps: padding for rows that have finished, the test for end
 tokens, positions, lengths, and the slot (`page * P + offset`) where the next key goes, by page table. So a captured step
 feeds itself. The plain PyTorch version is `advance_reference.advance`.
 """
@@ -12,13 +12,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
-from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, ENDED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
+from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, FINISHED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
 
 
 @triton.jit(do_not_specialize=["rows", "stride_slots", "stride_table"])
 def advance_kernel(
-    chosen_ptr, news_ptr, tokens_ptr, positions_ptr, ended_ptr, limits_ptr, seq_lens_ptr, slots_ptr, tables_ptr, step_ptr,
-    ends_ptr, pad_ptr, drop_ptr, seen_ptr, rows, vocabulary, columns, stride_slots, stride_table,
+    chosen_ptr, packed_ptr, tokens_ptr, positions_ptr, finished_ptr, limits_ptr, seq_lens_ptr, slots_ptr, tables_ptr,
+    step_ptr, ends_ptr, pad_ptr, drop_ptr, seen_ptr, rows, vocabulary, columns, stride_slots, stride_table,
     WINDOWS: tl.constexpr, PAGE: tl.constexpr, ENDS: tl.constexpr, ENDED: tl.constexpr, ABSENT: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -28,18 +28,18 @@ def advance_kernel(
         gdc_wait()
     row = tl.arange(0, BLOCK)
     ok = row < rows
-    ended = tl.load(ended_ptr + row, mask=ok, other=1)
+    finished = tl.load(finished_ptr + row, mask=ok, other=1)
     token = tl.load(chosen_ptr + row, mask=ok, other=0)
-    token = tl.where(ended != 0, tl.load(pad_ptr), token)
+    token = tl.where(finished != 0, tl.load(pad_ptr), token)
     for place in tl.static_range(ENDS):
-        ended = tl.where((ended == 0) & (token == tl.load(ends_ptr + place)), 1, ended)
+        finished = tl.where((finished == 0) & (token == tl.load(ends_ptr + place)), 1, finished)
     step = tl.load(step_ptr) + 1
-    ended = tl.where((ended == 0) & (step >= tl.load(limits_ptr + row, mask=ok, other=0)), 1, ended)
+    finished = tl.where((finished == 0) & (step >= tl.load(limits_ptr + row, mask=ok, other=0)), 1, finished)
     tl.store(tokens_ptr + row, token, mask=ok)
-    tl.store(ended_ptr + row, ended, mask=ok)
-    tl.store(news_ptr + row, token + ((ended != 0).to(tl.int64) << ENDED), mask=ok)
+    tl.store(finished_ptr + row, finished, mask=ok)
+    tl.store(packed_ptr + row, token + ((finished != 0).to(tl.int64) << ENDED), mask=ok)
     tl.store(positions_ptr + row, tl.load(positions_ptr + row, mask=ok, other=0) + 1, mask=ok)
-    gone = (ended == ABSENT) | ((ended != 0) & (tl.load(drop_ptr) != 0))
+    gone = (finished == ABSENT) | ((finished != 0) & (tl.load(drop_ptr) != 0))
     length = tl.load(seq_lens_ptr + row, mask=ok, other=0)
     tl.store(seq_lens_ptr + row, tl.where(gone, 0, length + 1), mask=ok)
     for place in tl.static_range(WINDOWS):
@@ -76,9 +76,9 @@ def advance(state: LoopTensors, page_size: int) -> None:
     block = power_of_2(rows)
     with on_device_of(state.chosen):
         advance_kernel[(1,)](
-            state.chosen, state.news, state.tokens, state.positions, state.ended, state.limits, state.seq_lens, state.slots,
-            tables, state.step, state.ends, state.pad, state.drop, seen, rows, 0 if seen is None else seen.shape[1],
+            state.chosen, state.packed, state.tokens, state.positions, state.finished, state.limits, state.seq_lens,
+            state.slots, tables, state.step, state.ends, state.pad, state.drop, seen, rows, 0 if seen is None else seen.shape[1],
             tables.shape[2], state.slots.stride(0), tables.stride(0),
-            WINDOWS=tables.shape[0], PAGE=page_size, ENDS=MOST_ENDS, ENDED=ENDED_BIT, ABSENT=ABSENT,
+            WINDOWS=tables.shape[0], PAGE=page_size, ENDS=MOST_ENDS, ENDED=FINISHED_BIT, ABSENT=ABSENT,
             BLOCK=block, OVERLAP=overlap, num_warps=min(max(block // 32, 1), 8), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, ENDED_BIT, LoopTensors
+from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, FINISHED_BIT, LoopTensors
 
 
 def advance(state: LoopTensors, page_size: int) -> None:
     """The same, on any device."""
-    token = torch.where(state.ended != 0, state.pad, state.chosen)
+    token = torch.where(state.finished != 0, state.pad, state.chosen)
     is_end = (token[:, None] == state.ends[None]).any(1)
     state.step.add_(1)
     ends = (is_end | (state.step >= state.limits)).int()
-    state.ended.copy_(torch.where(state.ended == 0, ends, state.ended))
+    state.finished.copy_(torch.where(state.finished == 0, ends, state.finished))
     state.tokens.copy_(token[:, None])
-    state.news.copy_(token + ((state.ended != 0).long() << ENDED_BIT))
+    state.packed.copy_(token + ((state.finished != 0).long() << FINISHED_BIT))
     state.positions.add_(1)
-    gone = (state.ended == ABSENT) | ((state.ended != 0) & (state.drop != 0))
+    gone = (state.finished == ABSENT) | ((state.finished != 0) & (state.drop != 0))
     length, rows = state.seq_lens.clone(), torch.arange(len(token), device=token.device)
     state.seq_lens.copy_(torch.where(gone, 0, length + 1))
     for place, table in enumerate(state.tables):

@@ -83,7 +83,7 @@ def decoder_forward_deepstack(
 
 HIDES_CACHED = "the mask hides tokens that are cached"
 NO_TOKEN = "no row has a new token"
-# What a configuration may drop in train mode, by functions that no module shows.
+# Dropout that is applied by functions instead of modules, by its name in the configuration.
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 DECODER_FORWARDS = (patched_forward(decoder_forward), patched_forward(decoder_forward_deepstack))
 
@@ -95,7 +95,7 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
     given, cache = cache, state.runtime.take_in(self, cache)
     if not isinstance(cache, PagedCache):
         runtime = state.runtime
-        # A call has counted why it keeps Transformers' cache.
+        # generate() has already counted why the call keeps Transformers' cache.
         if not torch.compiler.is_compiling() and not runtime.in_call and not runtime.is_aside:
             # Nothing to warn of: whoever trains or scores texts asked for no pages.
             state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)

@@ -18,7 +18,7 @@ from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, linear_parameters
 from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
 
-# What a walk over the layers takes, and options that change nothing where they have these values.
+# Arguments that the walk over the layers takes, and options that change nothing if they have these values.
 TAKEN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "return_dict", "use_cache"}
 OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -109,7 +109,7 @@ def fused_logits(lm_head: nn.Module, hidden: Tensor) -> Tensor:
     grads = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in lm_head.parameters()))
     if grads or has_global_hooks() or torch.is_autocast_enabled(hidden.device.type):
         return lm_head(hidden)
-    # The product knows no heads: the smallest is as good as any.
+    # lm_head has no head dimension; the smallest supported one stands for it.
     if hidden.dtype not in DTYPES or choose_backend("auto", hidden.device, hidden.dtype, MIN_HEAD_DIM)[0] == "reference":
         return lm_head(hidden)
     held = linear_parameters(lm_head, hidden)

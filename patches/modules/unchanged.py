@@ -16,7 +16,7 @@ from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
 from hf_fastattn.patches.modules.plain_modules import layers_of
 
-# Whose functions compute what Transformers' own would; Liger's RoPE is the same in one kernel.
+# Packages whose functions compute what Transformers' own do: Liger's RoPE is the same in one kernel.
 EQUIVALENT = ("transformers.", "liger_kernel.", "hf_fastattn.")
 # What an attention module and its decoder look up in their module by name.
 LOOKED_UP = ("apply_rotary_pos_emb", "rotate_half", "create_causal_mask", "create_sliding_window_causal_mask")

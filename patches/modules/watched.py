@@ -16,7 +16,7 @@ from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, has_global_hooks, is_
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-# Whose modules treat every token by itself, or are told which belong together.
+# Libraries whose modules treat every token by itself, or are told which tokens belong together.
 KNOWN = ("torch.", "transformers.", "peft.", "accelerate.", "bitsandbytes.", "gptqmodel.", "auto_gptq.", "awq.", "hqq.",
          "optimum.", "compressed_tensors.", "torchao.", "liger_kernel.")  # fmt: skip
 # Hooks that look at nothing: they mark the embeddings for gradients, or record outputs if they are asked for.
@@ -92,7 +92,7 @@ def _why_class(kind: Any, forward: Any) -> str | None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name.startswith(SCALED_BY_BATCH):
         return f"a {kind.__name__} scales activations by the whole batch"
-    # A function of ours stands in classes by their own names.
+    # Our own forwards bear the names of the classes that they stand in.
     origin = str(getattr(forward, "__module__", ""))
     return None if origin.startswith((*KNOWN, "hf_fastattn.")) else f"a {name} may look at the whole batch"
 

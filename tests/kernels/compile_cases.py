@@ -170,10 +170,10 @@ def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: boo
 
     state = LoopTensors(
         chosen=ids(rows),
-        news=ids(rows),
+        packed=ids(rows),
         tokens=ids(rows, 1),
         positions=ids(rows, 1),
-        ended=numbers(rows),
+        finished=numbers(rows),
         limits=numbers(rows),
         seq_lens=numbers(rows),
         slots=numbers(windows, rows),

@@ -69,7 +69,7 @@ class Collect(BaseStreamer):
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.parts: list[list[int]] = []
-        self.ended, self._fail_at = False, fail_at
+        self.finished, self._fail_at = False, fail_at
 
     def put(self, value: torch.Tensor) -> None:
         self.parts.append(value.flatten().tolist())
@@ -77,7 +77,7 @@ class Collect(BaseStreamer):
             raise KeyboardInterrupt
 
     def end(self) -> None:
-        self.ended = True
+        self.finished = True
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -153,7 +153,7 @@ def test_streamer(device: str) -> None:
     theirs, ours = Collect(), Collect()
     run(stock, **single(), streamer=theirs, eos_token_id=ENDS[:2])
     run(model, **single(), streamer=ours, eos_token_id=ENDS[:2])
-    assert ours.parts == theirs.parts and ours.ended
+    assert ours.parts == theirs.parts and ours.finished
     assert_looped(model)
 
 
@@ -207,7 +207,7 @@ def test_pages_behind_a_window_are_released(device: str, monkeypatch: pytest.Mon
     take = decode_loop.DecodeLoop._take
     groups = model._fastattn.runtime.groups
     monkeypatch.setattr(
-        decode_loop.DecodeLoop, "_take", lambda self, news: (most.append(groups.pages_in_use), take(self, news))
+        decode_loop.DecodeLoop, "_take", lambda self, packed: (most.append(groups.pages_in_use), take(self, packed))
     )
     assert torch.equal(run(model, 120), run(stock, 120))
     # Three rows of a window of 24 tokens, and what is reserved ahead or released late.

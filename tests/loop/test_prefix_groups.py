@@ -229,11 +229,11 @@ def test_what_a_step_chose_is_not_copied_on_the_device(device: str, monkeypatch:
     places: set[int] = set()
     send = Readback.send
     monkeypatch.setattr(
-        Readback, "send", lambda self, news, numbers: (places.add(news.data_ptr()), send(self, news, numbers))
+        Readback, "send", lambda self, packed, numbers: (places.add(packed.data_ptr()), send(self, packed, numbers))
     )
     _, model = both("llama", device)
     run(model, **repeated([4]))
-    assert places == {model._fastattn.runtime.loop_graphs.state.tensors(4, False).news.data_ptr()}
+    assert places == {model._fastattn.runtime.loop_graphs.state.tensors(4, False).packed.data_ptr()}
 
 
 @pytest.mark.parametrize("device", [GPU], indirect=True)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hf_fastattn.kernels.sampling import advance_reference
 from hf_fastattn.kernels.sampling.advance import advance
-from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, ENDED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
+from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, FINISHED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
 
 VOCAB = 50
 COLUMNS = 5
 STEPS = 6
 # Rows and columns of the tables that no step may touch, and how many more the slots have.
 SPARE = 3
-BY_ROW = ("chosen", "news", "tokens", "positions", "ended", "limits", "seq_lens", "seen")
+BY_ROW = ("chosen", "packed", "tokens", "positions", "finished", "limits", "seq_lens", "seen")
 
 
 def first(state: LoopTensors, rows: int) -> LoopTensors:
@@ -27,26 +27,26 @@ def first(state: LoopTensors, rows: int) -> LoopTensors:
 
 
 def random_state(rows: int, windows: int, page: int, *, drop: bool, seen: bool, device: str, seed: int = 0) -> LoopTensors:
-    """A call half-way, with room for SPARE more rows: rows that go on, have ended, are absent, or are about to end."""
+    """A call half-way, with room for SPARE more rows: rows that go on, have finished, are absent, or are about to end."""
     generator = torch.Generator().manual_seed(seed)
     room = rows + SPARE
 
     def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(low, high, shape, generator=generator).to(device, dtype)
 
-    ended = torch.tensor([0, 0, 0, 0, 1, ABSENT], dtype=torch.int32, device=device)[numbers(0, 6, room).long()]
+    finished = torch.tensor([0, 0, 0, 0, 1, ABSENT], dtype=torch.int32, device=device)[numbers(0, 6, room).long()]
     lengths = numbers(0, COLUMNS * page - STEPS, room)
     ends = torch.full((MOST_ENDS,), -1, device=device)
     ends[[0, 1, MOST_ENDS - 1]] = torch.tensor([3, 17, 40], device=device)
     step = numbers(0, 4, 1)
     return LoopTensors(
         chosen=numbers(0, VOCAB, room, dtype=torch.int64),
-        news=numbers(0, VOCAB, room, dtype=torch.int64),
+        packed=numbers(0, VOCAB, room, dtype=torch.int64),
         tokens=numbers(0, VOCAB, room, 1, dtype=torch.int64),
         positions=numbers(0, 99, room, 1, dtype=torch.int64),
-        ended=ended,
+        finished=finished,
         limits=step + numbers(1, 2 * STEPS, room),
-        seq_lens=torch.where((ended == ABSENT) | (drop & (ended != 0)), 0, lengths),
+        seq_lens=torch.where((finished == ABSENT) | (drop & (finished != 0)), 0, lengths),
         slots=numbers(-1, 99, windows, room),
         # Of windows whose first pages are released, too.
         tables=numbers(-1, 1 << 20, windows, room, COLUMNS),
@@ -86,7 +86,7 @@ def check(rows: int, windows: int, page: int, *, drop: bool, seen: bool, device:
 
 
 def test_reference_of_one_step():
-    """Rows that go on, choose an end token, reach their limit, have ended, and fill up the batch."""
+    """Rows that go on, choose an end token, reach their limit, have finished, and fill up the batch."""
 
     def column(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype)
@@ -94,10 +94,10 @@ def test_reference_of_one_step():
     def state(drop: int) -> LoopTensors:
         return LoopTensors(
             chosen=column(5, 3, 6, 7, 8, dtype=torch.int64),
-            news=column(0, 0, 0, 0, 0, dtype=torch.int64),
+            packed=column(0, 0, 0, 0, 0, dtype=torch.int64),
             tokens=column(0, 0, 0, 0, 0, dtype=torch.int64)[:, None],
             positions=column(6, 6, 6, 6, -1, dtype=torch.int64)[:, None],
-            ended=column(0, 0, 0, 1, ABSENT),
+            finished=column(0, 0, 0, 1, ABSENT),
             limits=column(9, 9, 2, 9, 0),
             seq_lens=column(7, 8, 9, 0 if drop else 10, 0),
             slots=torch.full((1, 6), 77, dtype=torch.int32),
@@ -113,9 +113,9 @@ def test_reference_of_one_step():
         got = state(drop)
         advance_reference.advance(got, 4)
         assert got.tokens.flatten().tolist() == [5, 3, 6, 1, 1]
-        assert got.ended.tolist() == [0, 1, 1, 1, ABSENT]
-        assert [number >> ENDED_BIT for number in got.news.tolist()] == [0, 1, 1, 1, 1]
-        assert [number % (1 << ENDED_BIT) for number in got.news.tolist()] == [5, 3, 6, 1, 1]
+        assert got.finished.tolist() == [0, 1, 1, 1, ABSENT]
+        assert [number >> FINISHED_BIT for number in got.packed.tolist()] == [0, 1, 1, 1, 1]
+        assert [number % (1 << FINISHED_BIT) for number in got.packed.tolist()] == [5, 3, 6, 1, 1]
         assert got.positions.flatten().tolist() == [7, 7, 7, 7, 0]
         assert got.seq_lens.tolist() == ([8, 0, 0, 0, 0] if drop else [8, 9, 10, 11, 0])
         slots = [101 * 4 + 3, 105 * 4, 108 * 4 + 1, 111 * 4 + 2, -1]
@@ -137,7 +137,7 @@ def test_tokens_outside_of_the_vocabulary_are_not_noted():
     """Nothing beside `seen` is written for a padding token that is none of the model's."""
     for pad in (-1, VOCAB):
         state = random_state(4, 1, 16, drop=False, seen=True, device="cpu")
-        state.ended.fill_(1)
+        state.finished.fill_(1)
         state.pad.fill_(pad)
         before = copied(state)
         advance(first(state, 4), 16)
