@@ -77,8 +77,8 @@ def advance(state: LoopTensors, page_size: int) -> None:
     with on_device_of(state.chosen):
         advance_kernel[(1,)](
             state.chosen, state.packed, state.tokens, state.positions, state.finished, state.limits, state.seq_lens,
-            state.slots, tables, state.step, state.ends, state.pad, state.drop, seen, rows, 0 if seen is None else seen.shape[1],
-            tables.shape[2], state.slots.stride(0), tables.stride(0),
+            state.slots, tables, state.step, state.ends, state.pad, state.drop, seen, rows,
+            0 if seen is None else seen.shape[1], tables.shape[2], state.slots.stride(0), tables.stride(0),
             WINDOWS=tables.shape[0], PAGE=page_size, ENDS=MOST_ENDS, ENDED=FINISHED_BIT, ABSENT=ABSENT,
             BLOCK=block, OVERLAP=overlap, num_warps=min(max(block // 32, 1), 8), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
