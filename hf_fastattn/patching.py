@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fastattn.config import FastAttnConfig, resolve_config
-from hf_fastattn.generation.hooks import FastGenerationMixin, fast_class
+from hf_fastattn.generation.hooks import FastGenerationMixin
+from hf_fastattn.generation.model_class import fast_class
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.cache_utils import DynamicCache
@@ -14,14 +12,16 @@ from transformers.cache_utils import DynamicCache
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.lent_cache import LentCache
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.call import Call
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
 from hf_fastattn.pages.page_groups import PageGroups
-from hf_fastattn.pages.turn import Spans, Token, Turn
-from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.pages.spans import Spans
+from hf_fastattn.pages.turn import Turn
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -29,65 +29,6 @@ logger = logging.getLogger("hf_fastattn")
 # Seconds that a call waits for one in another thread before Transformers' own path serves it.
 PATIENCE = 0.05
 BUSY = "the model is busy in another thread"
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """How `generate()` repeated a batch for samples or beams.
-
-    Attributes:
-        copies: of each row, one after the other.
-        inputs: by name, as repeated and as they were before, for inputs such as images that are more or fewer than
-            rows, and so can't be taken apart again.
-    """
-
-    copies: int
-    inputs: dict[str, tuple[Any, Any]]
-
-
-@dataclass(eq=False)
-class Call:
-    """One `generate()` under way, the caches made for it, and what is going on in it."""
-
-    caches: list[PagedCache] = field(default_factory=list)
-    lent: list[LentCache] = field(default_factory=list)
-    expansion: Expansion | None = None
-    prefilled: Any = None
-    # For how many of its last columns the forward under way computes logits; generate() reads them, padding or not.
-    logits_read: int = 1
-    # Why all its forwards attend as Transformers does, although their cache has pages.
-    why_dense: str | None = None
-    encoded_from: dict[str, Any] = field(default_factory=dict)
-    # Forwards compute the prompt.
-    prefilling: bool = False
-    # A fast loop is under way: its static tensors are taken.
-    looping: bool = False
-    token: Callable[[], Token | None] = lambda: None
-
-    def begin(self) -> Token:
-        """The call is under way while the token exists, which no variable should hold; see `Turn`."""
-        box = [Token()]
-        try:
-            self.token = weakref.ref(box[0])
-            return box.pop()
-        except BaseException:
-            box.clear()
-            raise
-
-    def release(self, result: Any) -> list[PagedCache]:
-        """Release the caches but the one that `result` returns to the caller; give back those that users lent.
-
-        Again after an exception, it goes on where that came.
-        """
-        for lent in self.lent:
-            lent.give_back()
-            if getattr(result, CACHE, None) is lent.paged:
-                result[CACHE] = lent.dynamic
-        kept = getattr(result, CACHE, None)
-        for cache in self.caches:
-            if cache is not kept:
-                cache.reset()
-        return [cache for cache in self.caches if cache is kept]
 
 
 def _windows(config: Any) -> tuple[Any, ...]:

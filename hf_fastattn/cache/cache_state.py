@@ -21,9 +21,10 @@ from hf_fastattn.cache.recurrent_layer import RecurrentLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.own_pages import own_pages
-from hf_fastattn.pages.page_groups import Holder, PageGroups
+from hf_fastattn.pages.page_group import Holder
+from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_table import PageTable
-from hf_fastattn.pages.turn import Token
+from hf_fastattn.pages.spans import Token
 
 # Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
 PATIENCE = 0.05

@@ -17,7 +17,8 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.model_layout import cache_layout, is_pageable, is_recurrent, layer_window, template_layers
 from hf_fastattn.pages.own_pages import own_pages
-from hf_fastattn.pages.page_groups import Holder, PageGroups
+from hf_fastattn.pages.page_group import Holder
+from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_table import PageTable
 from hf_fastattn.transformers_version import CACHE
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
-from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.device_sample import device_sample
-from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows, expansion_of, unshared
+from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
+from hf_fastattn.generation.stock_cache import why_not_prompt, why_stock_cache
 from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -21,7 +20,7 @@ from hf_fastattn.transformers_version import CACHE
 
 
 class FastGenerationMixin(PlainCopies):
-    """Goes in front of a model's class; see `fast_class`."""
+    """Goes in front of a model's class; see `model_class.fast_class`."""
 
     _fastattn: Any
 
@@ -39,9 +38,9 @@ class FastGenerationMixin(PlainCopies):
         if isinstance(supplied, PagedCache):
             if supplied.may_adopt:
                 supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
-            runtime.current.why_dense = _why_not_prompt(model_kwargs)
+            runtime.current.why_dense = why_not_prompt(model_kwargs)
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        reason = _why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
+        reason = why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is None:
             reason = why_not_ours(self._fastattn.decoder(self))
         if reason is not None:
@@ -162,38 +161,3 @@ class FastGenerationMixin(PlainCopies):
             updated[CACHE] = cache
             cache.known_mask.extend(before, updated.get("attention_mask"))
         return updated
-
-
-@functools.cache
-def fast_class(base: Any) -> type:
-    """A subclass of a model class with our hooks, by the same name: Transformers looks classes up by it.
-
-    Its `generate()` takes and returns what the model's does; pages are released when it returns or fails.
-    """
-
-    @functools.wraps(base.generate)  # type: ignore[attr-defined]
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime: Runtime = self._fastattn.runtime
-        return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
-
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})
-
-
-def _why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
-    """Why the call keeps the cache it has: a reason to report, "" for the user's wish, None if pages will do."""
-    if isinstance(supplied, PagedCache):
-        return ""
-    if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
-        return reason
-    if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
-        return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
-    return _why_not_prompt(model_kwargs)
-
-
-def _why_not_prompt(model_kwargs: dict) -> str | None:
-    """Why no pages will do for a prompt."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not bool(mask.any(1).all()):
-        return "a row of the prompt has no visible token"
-    return None

@@ -6,7 +6,6 @@ bits are then compared on the device; the host waits twice for each input, howev
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENCODED = "mm_encoder_outputs"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -76,7 +74,7 @@ class Media:
         units = [unit for row in rows for unit in self.owners[row]]
         starts = [0, *accumulate(self.sizes)]
         parts = [part for unit in units for part in range(starts[unit], starts[unit + 1])]
-        return {name: _take(tensor, parts if name == self.main else units) for name, tensor in self.inputs.items()}
+        return {name: take(tensor, parts if name == self.main else units) for name, tensor in self.inputs.items()}
 
 
 def media_of(
@@ -156,30 +154,6 @@ def repeats_whole(known: Modality, before: Mapping[str, Any], after: Mapping[str
     return torch.equal(before[known.main][:first], after[known.main][:first])
 
 
-def encoded_lengths(output: Any) -> list[int]:
-    """Tokens of each unit in what a tower has given.
-
-    Raises:
-        Unknown: its features are not by unit.
-    """
-    pooled = getattr(output, "pooler_output", None)
-    if not isinstance(pooled, list | tuple) and not (isinstance(pooled, Tensor) and pooled.ndim == 3):
-        raise Unknown("the tower's features are not by image")
-    for layer in getattr(output, "deepstack_features", None) or ():
-        if not isinstance(layer, list | tuple) or not all(isinstance(entry, Tensor) for entry in layer):
-            raise Unknown("the tower's deepstack features are not by image")
-    return [len(entry) for entry in pooled]
-
-
-def select_encoded(output: Any, units: Sequence[int]) -> Any:
-    """A tower's output for these units alone; `encoded_lengths` has to know it."""
-    selected = copy.copy(output)
-    selected.pooler_output = _pick(output.pooler_output, units)
-    if getattr(output, "deepstack_features", None) is not None:
-        selected.deepstack_features = [_pick(layer, units) for layer in output.deepstack_features]
-    return selected
-
-
 def _lengths(held: dict[str, Tensor], known: Modality, counts: list[int]) -> list[int]:
     """Tokens of each unit where no grid tells: one unit a row, or as many for each of equal units."""
     units = len(held[known.main])
@@ -215,9 +189,6 @@ def _kinds(tensor: Tensor, sizes: list[int]) -> list[int]:
     return kinds
 
 
-def _pick(entries: Any, units: Sequence[int]) -> Any:
-    return _take(entries, units) if isinstance(entries, Tensor) else [entries[unit] for unit in units]
-
-
-def _take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows of a tensor, in this order."""
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))

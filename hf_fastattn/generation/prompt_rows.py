@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +10,9 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from hf_fastattn.generation.media import (
-    ENCODED,
-    INPUTS,
-    MODALITIES,
-    Unknown,
-    encoded_lengths,
-    media_of,
-    owners,
-    placeholders,
-    repeats_whole,
-    select_encoded,
-)
-from hf_fastattn.runtime import Expansion
+from hf_fastattn.expansion import Expansion
+from hf_fastattn.generation.encoded import ENCODED, encoded_lengths, select_encoded
+from hf_fastattn.generation.media import INPUTS, MODALITIES, Unknown, media_of, owners, placeholders, repeats_whole
 from hf_fastattn.transformers_version import CACHE
 
 # Inputs that belong to the rows of a prompt; any other one keeps the rows apart.
@@ -124,16 +113,6 @@ def distinct_rows(
         return _with_media(found.copies, input_ids, media, {**(encoded_from or {}), **media}, config)
     except Unknown as reason:
         return str(reason)
-
-
-def expansion_of(copies: int, before: dict[str, Any], after: dict[str, Any]) -> Expansion:
-    """The expansion by `copies` that made the inputs `after` of those `before`."""
-    return Expansion(copies, {name: (after[name], value) for name, value in before.items() if name in after})
-
-
-def unshared(value: Any) -> Any:
-    """A dict of encoder outputs copied so far that the repetition, which works in place, leaves the copy alone."""
-    return {name: copy.copy(output) for name, output in value.items()} if isinstance(value, dict) else value
 
 
 def _row_dim(name: str, value: Tensor) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
+from hf_fastattn.pages.page_group import Holder, PageGroup
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.pages.page_table import PageTable
@@ -19,30 +18,6 @@ from hf_fastattn.pages.turn import Turn
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
-
-
-@dataclass(frozen=True)
-class PageGroup:
-    """Layers that see the same keys: they share page numbers, tables and counts."""
-
-    window: int | None
-    pool: PagePool
-    storage: PageStorage
-
-    def copy_pages(self, moves: list[tuple[int, int]]) -> None:
-        """Copy pages `(source, target)` in every layer of the group."""
-        self.storage.copy(moves, self.pool.capacity)
-
-    def grow_storage(self) -> None:
-        """Give every page of the pool its place in the tensors of all layers."""
-        self.storage.grow(self.pool.capacity)
-
-
-class Holder(weakref.ref[Any]):
-    """A cache, as the groups know it, and its page tables by window, which outlive it until they are cleared."""
-
-    __slots__ = ("tables",)
-    tables: dict[int | None, PageTable]
 
 
 class PageGroups:

@@ -1,0 +1,59 @@
+"""`Call`: one `generate()` under way."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fastattn.cache.lent_cache import LentCache
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.expansion import Expansion
+from hf_fastattn.pages.spans import Token
+from hf_fastattn.transformers_version import CACHE
+
+
+@dataclass(eq=False)
+class Call:
+    """One `generate()` under way, the caches made for it, and what is going on in it."""
+
+    caches: list[PagedCache] = field(default_factory=list)
+    lent: list[LentCache] = field(default_factory=list)
+    expansion: Expansion | None = None
+    prefilled: Any = None
+    # For how many of its last columns the forward under way computes logits; generate() reads them, padding or not.
+    logits_read: int = 1
+    # Why all its forwards attend as Transformers does, although their cache has pages.
+    why_dense: str | None = None
+    encoded_from: dict[str, Any] = field(default_factory=dict)
+    # Forwards compute the prompt.
+    prefilling: bool = False
+    # A fast loop is under way: its static tensors are taken.
+    looping: bool = False
+    token: Callable[[], Token | None] = lambda: None
+
+    def begin(self) -> Token:
+        """The call is under way while the token exists, which no variable should hold; see `Turn`."""
+        box = [Token()]
+        try:
+            self.token = weakref.ref(box[0])
+            return box.pop()
+        except BaseException:
+            box.clear()
+            raise
+
+    def release(self, result: Any) -> list[PagedCache]:
+        """Release the caches but the one that `result` returns to the caller; give back those that users lent.
+
+        Again after an exception, it goes on where that came.
+        """
+        for lent in self.lent:
+            lent.give_back()
+            if getattr(result, CACHE, None) is lent.paged:
+                result[CACHE] = lent.dynamic
+        kept = getattr(result, CACHE, None)
+        for cache in self.caches:
+            if cache is not kept:
+                cache.reset()
+        return [cache for cache in self.caches if cache is kept]

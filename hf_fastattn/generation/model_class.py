@@ -1,0 +1,25 @@
+"""`fast_class`: the class that a patched model has."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hf_fastattn.generation.hooks import FastGenerationMixin
+from hf_fastattn.runtime import Runtime
+
+
+@functools.cache
+def fast_class(base: Any) -> type:
+    """A subclass of a model class with our hooks, by the same name: Transformers looks classes up by it.
+
+    Its `generate()` takes and returns what the model's does; pages are released when it returns or fails.
+    """
+
+    @functools.wraps(base.generate)  # type: ignore[attr-defined]
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime: Runtime = self._fastattn.runtime
+        return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})

@@ -1,0 +1,29 @@
+"""Why a `generate()` call keeps the cache that Transformers gave it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicCache
+
+from hf_fastattn.cache.conversion import why_not_lent
+from hf_fastattn.cache.paged_cache import PagedCache
+
+
+def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
+    """Why the call keeps the cache it has: a reason to report, "" for the user's wish, None if pages will do."""
+    if isinstance(supplied, PagedCache):
+        return ""
+    if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
+        return reason
+    if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
+        return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+    return why_not_prompt(model_kwargs)
+
+
+def why_not_prompt(model_kwargs: dict) -> str | None:
+    """Why no pages will do for a prompt."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.any(1).all()):
+        return "a row of the prompt has no visible token"
+    return None
