@@ -11,12 +11,12 @@ import torch
 
 from hf_fastattn.kernels.launch import why_unsupported
 
-# Tensor cores for bf16, and cp.async, which the kernels' pipelines are made of.
+# The first with bf16 tensor cores and with cp.async, which the pipelined loops need.
 MIN_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
-# Gluon changes from release to release: any other version has to pass a trial on the spot (`hopper_trial`).
+# Gluon changes from release to release: any other version of Triton must first pass `hopper_trial`.
 GLUON_TESTED = ("3.6.", "3.9.")
-# What the trial runs, and all that the Gluon kernel takes.
+# The head dims that the Gluon kernel takes; the trial runs all of them.
 GLUON_HEAD_DIMS = (64, 128, 256)
 
 

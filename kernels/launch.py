@@ -1,4 +1,4 @@
-"""What every launcher needs: the tensor's own device, block sizes, and checks of what it was given."""
+"""What every launcher needs: the tensor's device, block sizes, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The architecture that stands for all without a row of their own in a table of launch configurations.
 DEFAULT = 80
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
-# For kernels that take every register of a Hopper GPU: Triton 3.9 holds the assembler to level 2, which spills up to 170
-# bytes a thread there; this is the assembler's own level. That of Triton 3.6 makes the same code either way.
+# For kernels that use all registers on Hopper. Triton 3.9 sets the assembler's register allocation level to 2, which spills
+# up to 170 bytes a thread; 4 is the assembler's default. The assembler of Triton 3.6 makes the same code with both.
 ASSEMBLER_OPTIONS = "--regAllocOptLevel=4"
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch under the tensor's device: Triton takes the current one, which may be another."""
+    """Make the tensor's device the current one, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 
 
 def overlaps_launches(arch: int) -> bool:
-    """Whether a kernel may be launched before the one ahead of it ends, and wait for it inside (Hopper and later)."""
+    """Whether dependent launch works (from Hopper on): a kernel starts before the launch ahead ends, and waits inside."""
     return arch >= 90
 
 
@@ -38,7 +38,7 @@ def power_of_2(n: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Triton multiplies fp32 in TF32 unless told otherwise."""
+    """`input_precision` of products: without it Triton multiplies fp32 in TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -73,7 +73,7 @@ def check_pages(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability of the GPU that a launch on `device` is for: 90 for Hopper."""
+    """Compute capability of the GPU that a launch on `device` is compiled for: 90 for Hopper."""
     return _cuda_arch(device) if device.type == "cuda" else _compiled_arch()
 
 
@@ -84,7 +84,7 @@ def _cuda_arch(device: torch.device) -> int:
 
 
 def _compiled_arch() -> int:
-    """That of the target which kernels are compiled for without a GPU; `DEFAULT` where they are interpreted."""
+    """The architecture of the active compile target if there is no GPU; `DEFAULT` in the interpreter."""
     from triton.runtime import driver
 
     try:
@@ -94,5 +94,5 @@ def _compiled_arch() -> int:
 
 
 def _row(capability: int) -> int:
-    # Datacenter Blackwell comes as 10.0 and 10.3; 12.0 has the shared memory of a desktop GPU.
+    # Datacenter Blackwell is 10.0 or 10.3; 12.0 is a desktop GPU, with less shared memory.
     return {90: 90, 100: 100, 103: 100}.get(capability, DEFAULT)

@@ -1,8 +1,8 @@
-"""The operations registered with `torch.library`, as `torch.ops.hf_fastattn.*`: for own loops and for `torch.compile`.
+"""The operations registered with `torch.library`, as `torch.ops.hf_fastattn.*`: for users' own loops and `torch.compile`.
 
 They take the batch as tensors (`page_table`, `cu_seqlens_q`, `seq_lens`) and run the Triton kernels on CUDA devices, the
-reference elsewhere. The reference reads the batch on the host: a loop over layers makes one `ReadPlan` instead and
-calls `reference.paged_attention` with it.
+reference elsewhere. The reference reads these tensors on the host at each call: a loop over layers had better make one
+`ReadPlan` and call `reference.paged_attention` with it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def paged_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         shared_pages: leading columns of `page_table` that are the same in all rows; the reference computes them once in
             decode.
-        max_query_len: the most new tokens of a row; read from `cu_seqlens_q`, which waits for the device, if not given.
+        max_query_len: the most new tokens of a row; if not given it is read from `cu_seqlens_q`, which waits for the device.
 
     Returns:
         Output `[T, H, D]` and LSE `[T, H]` in fp32, natural logarithm.
@@ -112,7 +112,7 @@ def rope_append(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> Tensor:
-    """[qk-norm] + RoPE + append; see `rope_reference.rope_append`, but `sin: [T, rotary dims]` is the model's own.
+    """[qk-norm] + RoPE + append; see `rope_reference.rope_append`, but `sin: [T, rotary dims]` has the model's own signs.
 
     Returns:
         `[T, H, D]` rotated queries.

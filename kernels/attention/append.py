@@ -1,8 +1,8 @@
 """[qk-norm] + RoPE + append to the pages, in one launch.
 
 RoPE (Su et al., 2021) in the rotate-half form on the first `cos.shape[-1]` dimensions. A program takes a few tokens and
-a few heads: rows `[BLOCK_T * BLOCK_H, D]`, read as the two halves that rotate into each other and the rest that does
-not. Queries go to a new tensor, keys and values to the slots of their tokens. All arithmetic is fp32 with one rounding
+a few heads: rows `[BLOCK_T * BLOCK_H, D]`, read as the two halves that rotate into each other and the rest, which is not
+rotated. Queries go to a new tensor, keys and values to the slots of their tokens. All arithmetic is fp32 with one rounding
 at the end. The plain PyTorch version is `rope.rope_append`.
 """
 
@@ -16,18 +16,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
 
-# Elements of a program's tile, and heads in it at most.
+# Elements of a program's tile, and the most heads in it.
 TILE_ELEMENTS = 2048
 BLOCK_H = 8
 
 
 @triton.jit
 def _load(base, columns, ok, width):
+    """fp32 `[rows, BLOCK]` of the rows at `base: [rows, 1]`; 0 for rows that are not ok, and from column `width` on."""
     return tl.load(base + columns[None, :], mask=ok[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _scale_of(columns, weight_ptr, width, UNIT_OFFSET: tl.constexpr):
+    """The norm's factors, fp32, of `columns: [BLOCK]`."""
     weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     return weight + 1.0 if UNIT_OFFSET else weight
 
@@ -37,7 +39,7 @@ def _normalise_and_rotate(
     x_base, y_base, cos_base, sin_base, ok, norm_ptr, eps,
     HALF: tl.constexpr, REST: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Rows at `x_base: [rows, 1]` to `y_base`; every row has HALF + HALF + REST columns."""
+    """Rows at `x_base: [rows, 1]`, normalised and rotated, to `y_base: [rows, 1]`, of HALF + HALF + REST columns each."""
     half = tl.arange(0, BLOCK_HALF)
     rest = tl.arange(0, BLOCK_REST)
     x1 = _load(x_base, half, ok, HALF)  # [rows, BLOCK_HALF]
@@ -45,9 +47,9 @@ def _normalise_and_rotate(
     if norm_ptr is not None:
         squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
         if REST > 0:
-            x3 = _load(x_base + 2 * HALF, rest, ok, REST)
+            x3 = _load(x_base + 2 * HALF, rest, ok, REST)  # [rows, BLOCK_REST]
             squares += tl.sum(x3 * x3, 1)
-        inverse = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]
+        inverse = tl.rsqrt(squares / (2 * HALF + REST) + eps)[:, None]  # [rows, 1]
         x1 = x1 * inverse * _scale_of(half, norm_ptr, HALF, UNIT_OFFSET)[None, :]
         x2 = x2 * inverse * _scale_of(half, norm_ptr + HALF, HALF, UNIT_OFFSET)[None, :]
     out_ok = ok[:, None] & (half < HALF)[None, :]
@@ -81,10 +83,10 @@ def rope_append_kernel(
         gdc_wait()
     D: tl.constexpr = 2 * HALF + REST
     Q_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    row = tl.arange(0, BLOCK_T * BLOCK_H)
+    row = tl.arange(0, BLOCK_T * BLOCK_H)  # heads innermost
     token = (tl.program_id(0) * BLOCK_T + row // BLOCK_H).to(tl.int64)
     block = tl.program_id(1)
-    cos_base = (cos_ptr + token * stride_ct)[:, None]
+    cos_base = (cos_ptr + token * stride_ct)[:, None]  # [rows, 1], as all that end in _base
     sin_base = (sin_ptr + token * stride_st)[:, None]
     if block < Q_BLOCKS:
         head = block * BLOCK_H + row % BLOCK_H
@@ -98,16 +100,16 @@ def rope_append_kernel(
         head = (block - Q_BLOCKS) * BLOCK_H + row % BLOCK_H
         slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
         ok = (slot >= 0) & (head < GROUPS)
-        place = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head
+        off_kv = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head  # [rows]
         x_base = (k_ptr + token * stride_kt + head * stride_kh)[:, None]
-        y_base = (k_pages_ptr + place)[:, None]
+        y_base = (k_pages_ptr + off_kv)[:, None]
         _normalise_and_rotate(
             x_base, y_base, cos_base, sin_base, ok, k_norm_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET
         )
         column = tl.arange(0, BLOCK_D)
-        inside = ok[:, None] & (column < D)[None, :]
+        inside = ok[:, None] & (column < D)[None, :]  # [rows, BLOCK_D]
         v = tl.load((v_ptr + token * stride_vt + head * stride_vh)[:, None] + column[None, :], mask=inside, other=0.0)
-        tl.store((v_pages_ptr + place)[:, None] + column[None, :], v, mask=inside)
+        tl.store((v_pages_ptr + off_kv)[:, None] + column[None, :], v, mask=inside)
 
 
 def rope_append(
@@ -157,7 +159,7 @@ def rope_append(
         return out
     block_d = power_of_2(dim)
     block_h = min(power_of_2(heads), max(TILE_ELEMENTS // block_d, 1), BLOCK_H)
-    # The same for any number of tokens, so that each is computed in the same way whatever the others.
+    # Independent of the number of tokens, so that a token is computed in the same way whatever the others.
     block_t = max(TILE_ELEMENTS // (block_d * block_h), 1)
     overlap = overlaps_launches(arch_of(q.device))
     head_blocks = triton.cdiv(heads, block_h) + triton.cdiv(groups, block_h)

@@ -1,8 +1,8 @@
 """Block shapes, warps and pipeline stages of the attention kernels, as data.
 
-Nothing is tuned at run time: the entries compile for their architecture with few or no spills. Those for 16-bit types and
-head dim 128 on Hopper were chosen by measurement, all others by the compiler's report only. An architecture without a
-row takes that of `DEFAULT`, whose shared memory fits every GPU from compute capability 8.0 on.
+Nothing is tuned at run time. The entries compile for their architecture with few or no spills; those for 16-bit types and
+head dim 128 on Hopper were chosen by measurement, all others by the compiler's report only. An architecture without an
+entry takes that of `DEFAULT`, whose shared memory fits every GPU from compute capability 8.0 on.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Tile:
     """Launch configuration of one attention kernel.
 
     Attributes:
-        block_m: packed query rows (tokens * R) a tile; split-KV takes its own from the queries there are.
+        block_m: packed query rows (tokens * R) a tile; the most of them in split-KV, which takes no more than there are.
         block_n: keys a tile.
         warps: warps a program.
-        stages: of the K/V pipeline; the page lookup before a load takes every second one.
-        programs: that split-KV launches a multiprocessor.
+        stages: pipeline stages of the K/V loop; the page lookup ahead of each load takes up every second stage.
+        programs: programs that split-KV launches for each multiprocessor (SM).
     """
 
     block_m: int
@@ -48,39 +48,39 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
 }
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
-    # Four warps would keep some numbers in memory.
+    # Four warps would spill.
     (80, 2, 256): Tile(64, 32, 8, 3),
     (80, 4, 256): Tile(16, 16, 8, 2),
     (90, 2, 256): Tile(64, 32, 4, 3),
     (100, 2, 256): Tile(64, 32, 4, 3),
 }
-# For more than 16 packed query rows: complete for 16-bit types, since an entry for larger heads would serve smaller ones.
-# 64 rows of 256 take more registers than four warps have.
+# For more than 16 packed query rows. Complete for 16-bit types: an entry for larger heads would serve smaller ones too.
+# 64 query rows of head dim 256 need more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# Decode with one program a multiprocessor, which begins while the launch ahead of it ends: for no more (row, kv head) pairs
-# than there are multiprocessors, where these are kept as busy as by more programs, or each pair has FEW_PAIRS of them.
+# One program per SM, with dependent launch. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
+# default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
-# Decode with three programs a multiprocessor, for numbers of pairs that fill these better, and for many pairs.
+# Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 32, 4, 6, programs=3),
 }
-# The share of the programs that a list of pairs which are not cut evenly keeps busy.
+# Share of the programs that a stream-K split keeps busy.
 LIST_FILL = 0.8
-# For prefixes of more than 16 packed query rows. 64 rows of 256 take more registers than four warps have.
+# For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
 }
-# The same where latency counts.
+# For few rows, where latency counts, and more than 16 packed query rows.
 SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
 }
@@ -129,13 +129,13 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
 
 
 def _fill(tile: Tile, pairs: int, processors: int) -> float:
-    """The busy share of the programs, of which each takes an equal part of a pair, or up to two whole pairs."""
+    """Occupancy: the busy share of the programs, if each takes an equal part of one pair, or up to two whole pairs."""
     programs = tile.programs * processors
     return programs // pairs * pairs / programs if pairs <= programs else pairs / (2 * programs)
 
 
 def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few: bool) -> Tile:
-    """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (group of rows, kv head) pair.
+    """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (prefix group, kv head) pair.
 
     Args:
         few: no more (row, kv head) pairs than multiprocessors.

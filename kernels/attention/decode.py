@@ -1,14 +1,15 @@
 """Paged decode and short appends: split-KV attention that plans its own split, in one launch.
 
 The R query heads of a key/value head (and the new tokens of a row) are packed into one matrix-unit tile. For each kv head
-the K/V tiles of all items (row, query block) form one flat list, which as many programs cut into equal ranges by themselves
-from `seq_lens` ("Stream-K", Osama et al., 2023; split-KV is "Flash-Decoding", Dao et al., 2023): ragged lengths are
-balanced, nothing is planned on the host or by another launch, and a captured graph follows lengths that changed. To begin
-and end an item takes a program as long as to read some hundred keys, so that it counts as so many in the list, and a
-program with many short rows gets fewer keys. Where rows are so alike that ranges get hardly longer, every item is cut into
-as many parts instead, or every program takes as many whole ones. A program holds at most two partial states, its first and
-its last. The last program to arrive at a split item merges its parts by LSE in fixed order, so results are bitwise
-repeatable. A single row is `decode_row.py`'s.
+the K/V tiles of all items (row, query block) form one flat list. Each program computes its own range of the list from
+`seq_lens`, so ragged lengths are balanced, nothing is planned on the host or by another launch, and a captured graph
+follows lengths that changed. There are two splits:
+- Stream-K (Osama et al., 2023): equal ranges, cut anywhere. Each item counts for ITEM_KEYS keys more than it has, the
+  fixed cost of its prologue and epilogue.
+- Even, for rows of similar length: every item is cut into the same number of parts ("Flash-Decoding", Dao et al., 2023),
+  or every program takes the same number of whole items.
+A program leaves at most two partial states, of its first and its last item. The last program to arrive at a split item
+merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row goes to `decode_row.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import split_kv_tile
+from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
-from hf_fastattn.kernels.attention.shares import program_of
-from hf_fastattn.kernels.attention.tile import score_factors, softmax_end, softmax_step, tile_scores
+from hf_fastattn.kernels.attention.tile import (
+    attend_tiles,
+    empty_state,
+    merge_step,
+    score_factors,
+    softmax_end,
+    store_output,
+)
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
 
@@ -30,44 +38,14 @@ from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_d
 INVARIANT_KEYS = 1024
 # Fp32 elements of partial states that a merging program has in flight, in registers.
 MERGE_ELEMENTS = 4096
-# The same where items may be cut into MANY_PARTS or more, so that merging them takes much of the time.
+# As MERGE_ELEMENTS, if items may be cut into MANY_PARTS or more parts, so that merging takes much of the time.
 MERGE_ELEMENTS_MANY, MANY_PARTS = 16384, 8
-# Query rows of a part that a program merges in the time in which one reads a key.
+# Query rows of a part that are merged in the time of reading one key.
 MERGED_ROWS = 2
-# Keys that a program reads in the time which beginning and ending an item takes: what an item counts in the list.
+# Fixed cost of an item (prologue and epilogue), as the number of keys that are read in the same time.
 ITEM_KEYS = 192
-# By how many keys equal parts may make the longest range longer before the list is cut regardless of items.
+# Largest imbalance, in keys, that an even split may cost; above it the work list is cut anywhere (stream-K).
 UNEVEN_KEYS = 384
-
-
-@triton.jit
-def _find_item(
-    position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window,
-    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """The item at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
-
-    Its row, the row's keys, first query and number of queries; the first key that one of them sees, and its unit; units of
-    each item of the row, and those that it takes in the list; its query block, and the unit at the position.
-    """
-    before = upto <= position
-    b = tl.sum(before.to(tl.int32), 0)
-    base = tl.max(tl.where(before, upto, 0), 0)
-    length = tl.load(seq_lens_ptr + b)
-    if cu_seqlens_ptr is None:
-        first_token = b
-        new = 1
-    else:
-        first_token = tl.load(cu_seqlens_ptr + b)
-        new = tl.load(cu_seqlens_ptr + b + 1) - first_token
-    lowest = 0
-    if HAS_WINDOW:
-        lowest = tl.maximum(length - new + 1 - window, 0)
-    first_unit = lowest // (UNIT * BLOCK_N)
-    count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
-    filled = (count + fill - 1) // fill * fill + tl.where(length > 0, spare, 0)
-    block, unit = (position - base) // filled, (position - base) % filled
-    return b, length, first_token, new, lowest, first_unit, count, filled, block, unit
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -82,79 +60,25 @@ def split_kv_kernel(
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One persistent program: an equal share of the flat list of units, each UNIT tiles of keys.
+    """One persistent program: an equal range of the flat list of units, each UNIT tiles of keys, for one kv head.
 
-    `cu_seqlens_ptr` is None in decode. With UNIT = 1 a program treats neighbouring units as one; with more, each unit is a
-    part of its own, cut at multiples of UNIT tiles, so that a row is added up in the same way whatever the other rows.
+    `cu_seqlens_ptr` is None in decode. With UNIT = 1 a program treats neighbouring units as one. With more (batch-invariant
+    mode) each unit is a part of its own, so that a row is added up in the same order whatever the other rows.
     """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    # Neighbours do the same for all heads, so that what they read lies together.
+    # Heads are innermost: neighbouring programs read the same pages, for different heads.
     head = tl.program_id(0)
     chunk = tl.program_id(1)
-    chunks = tl.num_programs(1)
-
-    # ---- the list: rows, in each the query blocks, in each the units
-    row = tl.arange(0, BLOCK_B)
-    valid = row < rows
-    lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
-    if cu_seqlens_ptr is None:
-        news = tl.full([BLOCK_B], 1, tl.int32)
-    else:
-        news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
-    blocks = (news * RATIO + BLOCK_M - 1) // BLOCK_M
-    units = (lengths + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N)
-    if HAS_WINDOW:
-        units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
-    # A row without keys has an output too.
-    units = tl.where(valid, tl.maximum(units, 1), 0)
-    # Either units are filled up to multiples of `fill` for each item, or `spare` units stand for what it costs besides.
-    fill = 1
-    whole = 1
-    spare = 0
-    if UNIT == 1:
-        items = rows
-        if not ONE_BLOCK:
-            items = tl.sum(tl.where(valid, blocks, 0), 0)
-        # In more parts than these an item is merged for longer than each of them is read.
-        most = tl.sqrt((tl.max(units, 0) * BLOCK_N).to(tl.float32) * MERGED).to(tl.int32)
-        chunks = tl.maximum(tl.minimum(chunks, items * tl.maximum(most, 1)), 1)
-        splits = chunks // tl.maximum(items, 1)
-        even = tl.cdiv(tl.max(units, 0), tl.maximum(splits, 1))
-        several = tl.cdiv(items, chunks)
-        longest = tl.sum(units * blocks, 0) // chunks + 1 + UNEVEN_KEYS // BLOCK_N
-        # Programs that begin and end whole items all at one time leave the memory idle meanwhile; that paid for as many
-        # items as programs that share a multiprocessor.
-        if (several <= MOST_WHOLE) & (several * even <= longest):
-            fill = even
-            whole = several
-        else:
-            spare = ITEM_KEYS // BLOCK_N
-    spares = tl.where(lengths > 0, spare, 0)
-    upto = tl.cumsum(tl.where(valid, (units + fill - 1) // fill * fill + spares, 0) * blocks, 0)
-    total = tl.max(upto, 0)
-    # The first `extra` chunks are one unit longer than the others.
-    share = total // chunks
-    extra = total % chunks
-    if fill > 1:
-        share = whole * fill
-        extra = 0
-    position = chunk * share + tl.minimum(chunk, extra)
-    end = tl.minimum(position + share + (chunk < extra).to(tl.int32), total)
-
-    if (spare > 0) & (position < end):
-        # A range that begins in what stands for the cost of an item begins with the next one.
-        _, _, _, _, _, _, count, filled, _, unit = _find_item(
-            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
-        )
-        position += tl.where(unit >= count, filled - unit, 0)
-
+    upto, fill, spare, position, end, share, extra = plan_split(
+        seq_lens_ptr, cu_seqlens_ptr, rows, window, chunk, tl.num_programs(1),
+        RATIO, BLOCK_B, BLOCK_M, BLOCK_N, UNIT, ITEM_KEYS, UNEVEN_KEYS, MOST_WHOLE, MERGED, ONE_BLOCK, HAS_WINDOW,
+    )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
     while position < end:
-        b, length, first_token, new, lowest, first_unit, count, filled, block, unit = _find_item(
+        b, length, first_token, new, lowest, first_unit, count, filled, block, unit = find_item(
             position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
         )
         take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
@@ -163,73 +87,54 @@ def split_kv_kernel(
         if unit + take == count:
             position += filled - count
         first_query = 0 if ONE_BLOCK else block * BLOCK_M
-        query = first_query + m
-
-        # ---- attention of the packed queries over units [unit, unit + take)
+        query = first_query + m  # [BLOCK_M]
         token = query // RATIO
         ok_m = token < new
-        place = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
-        q = tl.load(q_ptr + place[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
-        last_key = length - new + token  # [BLOCK_M] the last key that each query sees
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        off_q = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
+        q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
+        last_key = length - new + token
+        row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
         start = (first_unit + unit) * UNIT * BLOCK_N
         stop = tl.minimum(start + take * UNIT * BLOCK_N, length)
         if HAS_WINDOW:
             start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
-        for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-            key_n = key + n
-            ok_n = (key_n < length) & (key_n >= lowest)
-            page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
-            # One offset for K and V, whose strides agree.
-            slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
-            offset = slot[:, None] + (head * stride_head + d)[None, :]
-            ok = ok_n[:, None] & (d < D)[None, :]
-            k = tl.load(k_ptr + offset, mask=ok, other=0.0)
-            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
-            if HAS_WINDOW:
-                seen = seen & (key_n[None, :] > last_key[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-            v = tl.load(v_ptr + offset, mask=ok, other=0.0)
-            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
-
+        row_max, row_sum, acc = attend_tiles(
+            q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, table, head * stride_head, last_key, lowest, length,
+            window, scale, softcap, stride_page, stride_slot,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
         if take == count:
             out, lse = softmax_end(row_max, row_sum, acc)
             out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
-            tl.store(
-                out_ptr + out_row[:, None] * D + d[None, :],
-                out.to(out_ptr.dtype.element_ty),
-                mask=ok_m[:, None] & (d < D)[None, :],
-            )
-            tl.store(lse_ptr + out_row, lse, mask=ok_m)
+            store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
         else:
-            # ---- a part of a split item; its parts are numbered `first` to `last`
-            if UNIT == 1:
-                first = program_of(base, share, extra)
-                last = program_of(base + count - 1, share, extra)
-                # By programs: a split item is the last one of its first program and the first one of all others.
-                part = chunk * 2 + (chunk == first).to(tl.int32)
-            else:
-                first = base
-                last = base + count - 1
-                part = base + unit
-            part = part * GROUPS + head
-            in_part = (part * BLOCK_M + m)[:, None] * BLOCK_D + d[None, :]
-            tl.store(partial_ptr + in_part, acc, mask=ok_m[:, None])
-            # Maximum and sum apart: their logarithm in one number would round the weight of the part.
-            tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2, row_max)
-            tl.store(partial_sum_ptr + (part * BLOCK_M + m) * 2 + 1, row_sum)
+            first, last, part = part_numbers(base, unit, count, chunk, share, extra, UNIT)
+            store_part(partial_ptr, partial_sum_ptr, part * GROUPS + head, ok_m, row_max, row_sum, acc)
+            # Every thread has stored its share of the part before one of them counts it.
             tl.debug_barrier()
-            arrived = tl.atomic_add(arrived_ptr + first * GROUPS + head, 1, sem="acq_rel", scope="gpu")
+            counter_ptr = arrived_ptr + first * GROUPS + head
+            arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
             if arrived == last - first:
-                tl.store(arrived_ptr + first * GROUPS + head, 0)
+                tl.store(counter_ptr, 0)
                 merge_parts(
                     partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
                     GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS,
                 )  # fmt: skip
+
+
+@triton.jit
+def store_part(partial_ptr, partial_sum_ptr, part, ok_m, row_max, row_sum, acc):
+    """A state to `partial_ptr: [parts, BLOCK_M, BLOCK_D]` and `partial_sum_ptr: [parts, BLOCK_M, 2]`.
+
+    Maximum and sum are kept apart: their logarithm in one number would round the weight of the part.
+    """
+    d = tl.arange(0, acc.shape[1])
+    at = part * acc.shape[0] + tl.arange(0, acc.shape[0])  # [BLOCK_M]
+    off_part = at[:, None] * acc.shape[1] + d[None, :]  # [BLOCK_M, BLOCK_D]
+    tl.store(partial_ptr + off_part, acc, mask=ok_m[:, None])
+    tl.store(partial_sum_ptr + at * 2, row_max)
+    tl.store(partial_sum_ptr + at * 2 + 1, row_sum)
 
 
 @triton.jit
@@ -244,37 +149,25 @@ def merge_parts(
         m = row + tl.arange(0, MERGE_ROWS)
         query = first_query + m
         ok_m = query // RATIO < new
-        row_max = tl.full([MERGE_ROWS], float("-inf"), tl.float32)
-        row_sum = tl.zeros([MERGE_ROWS], tl.float32)
-        acc = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
+        row_max, row_sum, acc = empty_state(MERGE_ROWS, BLOCK_D)
         for number in range(first, last + 1, MERGE_PARTS):
-            # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
+            # Unrolled, and without a reduction over threads: the loads of MERGE_PARTS parts are in flight together.
             for u in tl.static_range(MERGE_PARTS):
                 ok = query // RATIO < tl.where(number + u <= last, new, 0)
                 part = number + u
+                # The place that `part_numbers` gave it.
                 if UNIT == 1:
                     part = part * 2 + (part == first).to(tl.int32)
-                part = (part * GROUPS + head) * BLOCK_M + m
-                # Past the first-level cache, which may hold what stood there before another program wrote.
-                part_max = tl.load(partial_sum_ptr + part * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                part_sum = tl.load(partial_sum_ptr + part * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-                place = part[:, None] * BLOCK_D + d[None, :]
-                x = tl.load(partial_ptr + place, mask=ok[:, None], other=0.0, cache_modifier=".cg")
-                new_max = tl.maximum(row_max, part_max)
-                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                weight = tl.math.exp2(part_max - shift)
-                decay = tl.math.exp2(row_max - shift)
-                row_sum = row_sum * decay + part_sum * weight
-                acc = acc * decay[:, None] + x * weight[:, None]
-                row_max = new_max
+                at = (part * GROUPS + head) * BLOCK_M + m  # [MERGE_ROWS]
+                # .cg bypasses the L1 cache, which may hold values from before another program wrote.
+                part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+                off_part = at[:, None] * BLOCK_D + d[None, :]  # [MERGE_ROWS, BLOCK_D]
+                part_acc = tl.load(partial_ptr + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
+                row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
         out, lse = softmax_end(row_max, row_sum, acc)
         out_row = (first_token + query // RATIO).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
-        tl.store(
-            out_ptr + out_row[:, None] * D + d[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=ok_m[:, None] & (d < D)[None, :],
-        )
-        tl.store(lse_ptr + out_row, lse, mask=ok_m)
+        store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
 
 
 def paged_decode(
@@ -336,7 +229,7 @@ def paged_decode(
     tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, room.processors)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
-    # As many for each kv head.
+    # The same number of programs for each kv head.
     chunks = max(tile.programs * room.processors // groups, 1)
     blocks = triton.cdiv(queries, block_m)
     unit, parts = 1, 2 * chunks * groups
@@ -345,7 +238,7 @@ def paged_decode(
     if batch_invariant:
         unit, in_flight = INVARIANT_KEYS // tile.block_n, MERGE_ELEMENTS
         parts = rows * groups * blocks * (triton.cdiv(page_table.shape[1] * page, INVARIANT_KEYS) + 1)
-    # Programs of the next launch that wait beside these ones pay only where they do not crowd them.
+    # Dependent launch pays only with one program per SM: elsewhere the waiting programs take room from running ones.
     overlap = tile.programs == 1 and overlaps_launches(arch)
     factor, cap = score_factors(scale, softcap)
     partial, partial_sum, arrived = room.split_kv(parts, block_m, block_d)

@@ -1,9 +1,9 @@
-"""Decode of a single row: split-KV attention without a plan, since nothing has to be balanced.
+"""Decode of a single row: split-KV attention without a work list, since one row needs no balancing.
 
-A (kv head, part) pair is a program: every kv head is cut into as many even parts as the GPU holds, or fewer if there are
-fewer tiles of keys. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed order
-("Flash-Decoding", Dao et al., 2023). A row whose keys are read in some microseconds has no time for the prefix sums by
-which `decode.py` balances rows of different lengths. In 16 bits only: fp32 wants shorter sums than its parts are.
+A program is a (kv head, part) pair: the keys of a kv head are cut into as many even parts as fill the GPU, or as there are
+tiles of keys, if these are fewer. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed
+order ("Flash-Decoding", Dao et al., 2023). The keys of one row are read in a few microseconds; the prefix sums with which
+`decode.py` balances rows would take a good part of that. In 16 bits only: fp32 needs shorter sums than these parts give.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import split_kv_tile
-from hf_fastattn.kernels.attention.tile import score_factors, softmax_end, softmax_step, tile_scores
+from hf_fastattn.kernels.attention.tile import (
+    empty_state,
+    score_factors,
+    softmax_end,
+    softmax_step,
+    store_output,
+    tile_scores,
+)
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 
@@ -54,36 +61,37 @@ def decode_row_kernel(
         q = tl.load(
             q_ptr + ((head * RATIO + m) * stride_qh)[:, None] + d[None, :], mask=ok_m[:, None] & ok_d[None, :], other=0.0
         )
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         start = (first_tile + tiles * part // parts) * BLOCK_N
         stop = tl.minimum((first_tile + tiles * (part + 1) // parts) * BLOCK_N, length)
         for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-            key_n = key + n
+            key_n = key + n  # [BLOCK_N]
             ok_n = (key_n < length) & (key_n >= lowest)
             page = tl.load(page_table_ptr + key_n // PAGE, mask=ok_n, other=0)
             # One offset for K and V, whose strides agree.
             slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
-            offset = slot[:, None] + (head * stride_head + d)[None, :]
+            off_kv = slot[:, None] + (head * stride_head + d)[None, :]  # [BLOCK_N, BLOCK_D]
             ok = ok_n[:, None] & ok_d[None, :]
-            k = tl.load(k_ptr + offset, mask=ok, other=0.0)
-            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, "tf32")
+            k = tl.load(k_ptr + off_kv, mask=ok, other=0.0)
+            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, "tf32")  # [BLOCK_M, BLOCK_N]
             scores = tl.where(ok_n[None, :], scores, float("-inf"))
-            v = tl.load(v_ptr + offset, mask=ok, other=0.0)
+            v = tl.load(v_ptr + off_kv, mask=ok, other=0.0)
             row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, "tf32")
-        # Not before: the weights that the next launch reads ahead would delay the keys.
+        # Only after the loop: the next launch prefetches weights, which would compete with the keys for bandwidth.
         if OVERLAP:
             gdc_launch_dependents()
         if parts == 1:
-            _store(out_ptr, lse_ptr, head * RATIO + m, ok_m, row_max, row_sum, acc, D, BLOCK_D)
+            out_row = head * RATIO + m
+            out, lse = softmax_end(row_max, row_sum, acc)
+            store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
         else:
-            place = (head * splits + part) * BLOCK_R + m
+            at = (head * splits + part) * BLOCK_R + m  # [BLOCK_M], of which the first BLOCK_R are stored
             ok_r = m < BLOCK_R
-            tl.store(partial_ptr + place[:, None] * BLOCK_D + d[None, :], acc, mask=ok_r[:, None])
-            # Maximum and sum apart: their logarithm in one number would round the weight of the part.
-            tl.store(partial_sum_ptr + place * 2, row_max, mask=ok_r)
-            tl.store(partial_sum_ptr + place * 2 + 1, row_sum, mask=ok_r)
+            tl.store(partial_ptr + at[:, None] * BLOCK_D + d[None, :], acc, mask=ok_r[:, None])
+            # Maximum and sum are kept apart: their logarithm in one number would round the weight of the part.
+            tl.store(partial_sum_ptr + at * 2, row_max, mask=ok_r)
+            tl.store(partial_sum_ptr + at * 2 + 1, row_sum, mask=ok_r)
+            # Every thread has stored its share of the part before one of them counts it.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
             if arrived == parts - 1:
@@ -92,46 +100,38 @@ def decode_row_kernel(
                 total_max, total_sum, total = _merged(
                     partial_ptr, partial_sum_ptr, head * splits, parts, BLOCK_R, BLOCK_D, MERGE_PARTS
                 )
-                _store(out_ptr, lse_ptr, head * RATIO + r, r < RATIO, total_max, total_sum, total, D, BLOCK_D)
-
-
-@triton.jit
-def _store(out_ptr, lse_ptr, row, ok, row_max, row_sum, acc, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    out, lse = softmax_end(row_max, row_sum, acc)
-    tl.store(out_ptr + row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    tl.store(lse_ptr + row, lse, mask=ok)
+                out_row = head * RATIO + r
+                ok_out = r < RATIO
+                out, lse = softmax_end(total_max, total_sum, total)
+                store_output(out_ptr, lse_ptr, out_row, ok_out, out, lse, D)
 
 
 @triton.jit
 def _merged(
     partial_ptr, partial_sum_ptr, first, parts, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_PARTS: tl.constexpr
 ):
-    """The state of parts `first` to `first + parts - 1`, MERGE_PARTS of them at a time."""
+    """The state of parts `first` to `first + parts - 1`, MERGE_PARTS of them at a time.
+
+    Not `merge_step`, which takes parts one by one: here the parts of a load are reduced at once, so the rounding differs.
+    """
     p = tl.arange(0, MERGE_PARTS)
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
-    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
     for number in range(0, parts, MERGE_PARTS):
-        place = (first + number + p)[:, None] * BLOCK_R + r[None, :]
+        at = (first + number + p)[:, None] * BLOCK_R + r[None, :]  # [MERGE_PARTS, BLOCK_R]
         ok = (number + p < parts)[:, None] & (r < BLOCK_R)[None, :]
-        # Past the first-level cache, which may hold what stood there before another program wrote.
-        part_max = tl.load(partial_sum_ptr + place * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-        part_sum = tl.load(partial_sum_ptr + place * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-        x = tl.load(
-            partial_ptr + place[:, :, None] * BLOCK_D + d[None, None, :],
-            mask=ok[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        # .cg bypasses the L1 cache, which may hold values from before another program wrote.
+        part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
+        part_ptr = partial_ptr + at[:, :, None] * BLOCK_D + d[None, None, :]  # [MERGE_PARTS, BLOCK_R, BLOCK_D]
+        part_acc = tl.load(part_ptr, mask=ok[:, :, None], other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, tl.max(part_max, 0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         weight = tl.math.exp2(part_max - shift[None, :])
         decay = tl.math.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(part_sum * weight, 0)
-        acc = acc * decay[:, None] + tl.sum(x * weight[:, :, None], 0)
+        acc = acc * decay[:, None] + tl.sum(part_acc * weight[:, :, None], 0)
         row_max = new_max
     return row_max, row_sum, acc
 

@@ -1,11 +1,12 @@
 """Paged prefill and append on Hopper, in Gluon: TMA, asynchronous matrix products, specialised warps.
 
-A program is a warp that loads (queries, and K/V pages through the page table) and two warpgroups of 64 packed query rows
-each. The products with K of a tile and with V of the tile before run back to back, the softmax of one under the product
-of the other, and the warpgroups take turns on the tensor cores ("FlashAttention-3", Shah et al., 2024). Rows are
-(token, query head of the group) packed by a three-dimensional TMA box, where R is a power of two; a tile of K or V is
-filled by one box a page. Programs are persistent and drain a work list that was made on the device, so a captured graph
-follows lengths that changed. Tiles of a row are walked from its end, so that the masked ones come first.
+A program is a producer warp, which loads queries and, through the page table, K/V pages, and two consumer warpgroups of 64
+packed query rows each. A warpgroup issues the product with K of a tile together with the product with V of the tile before.
+The warpgroups take turns on the tensor cores, so that the softmax of one overlaps the products of the other
+("FlashAttention-3", Shah et al., 2024). Rows are (token, query head of the kv head), packed by a three-dimensional TMA box
+if R is a power of two; a tile of K or V is filled by one box a page. Programs are persistent and take their tiles from a
+work list made on the device, so a captured graph follows lengths that changed. The tiles of a row are taken from its end,
+so that the masked ones come first.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, LOG2E, check_pages, on_device_of
 
 BLOCK_M = 128
-# head dim -> keys a tile, K/V buffers: what fills the shared memory.
+# head dim -> (keys a tile, number of K/V buffers), chosen to fill the shared memory
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -85,7 +86,10 @@ def _load_pages(
 
 @gluon.jit
 def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
-    """One warp: K of a tile, then V of the tile before it; both of a tile share a buffer index and its `empty` barrier."""
+    """The producer warp: loads K of a tile, then V of the tile before.
+
+    K and V of one tile have the same buffer index, and share its `empty` barrier.
+    """
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
@@ -141,9 +145,9 @@ def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
 
 @gluon.jit
 def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
-    """Zero the rows of a V tile from `valid` on: the rest of a page may hold anything, and 0 * NaN is NaN.
+    """Zero the rows of a V tile `[BLOCK_N, D]` from `valid` on: the rest of a page may hold NaN, and 0 * NaN is NaN.
 
-    Both warpgroups do it, with the same values.
+    Both warpgroups do it, with the same values, so they need not wait for each other.
     """
     ROWS: gl.constexpr = 32
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -151,7 +155,7 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
         if c * ROWS + ROWS > valid:
             part = v.slice(c * ROWS, ROWS, 0)
             row = c * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-            x = part.load(LAYOUT)
+            x = part.load(LAYOUT)  # [ROWS, D]
             zero = gl.full([ROWS, D], 0.0, v.dtype, LAYOUT)
             part.store(gl.where(gl.expand_dims(row < valid, 1), x, zero))
     fence_async_shared()
@@ -159,13 +163,17 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _softmax(scores, row_max, scale, last_key, first_key, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr):
-    """Weights, the decay of what was before, and the new maximum (in base 2, scaled) of scores `[64, BLOCK_N]`."""
+    """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
+
+    Returns:
+        Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
+    """
     if MASK:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
     new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
     if MASK:
-        # A row that has seen no key yet would give -inf - -inf.
+        # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
     else:
         shift = new_max
@@ -178,7 +186,10 @@ def _step(
     acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key,
     WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile, under them the product of the weights of the tile before with its V."""
+    """Scores of one tile, and meanwhile the product of weights and V of the tile before.
+
+    `acc: [64, D]`; `packed: [64, BLOCK_N / 2]` are the weights of the tile before; `row_sum: [64, 4]` are partial sums.
+    """
     q_full, q_empty, k_full, v_full, kv_empty = bars
     BLOCK_N: gl.constexpr = CFG[1]
     D: gl.constexpr = CFG[2]
@@ -190,9 +201,11 @@ def _step(
     mbarrier.wait(k_full.index(k_stage), (done // BUFFERS) & 1)
     turn_wait(WARPGROUP)
     scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    # [64, D] times [D, BLOCK_N]
     scores = warpgroup_mma(q_s, k_s.index(k_stage).permute((1, 0)), scores, use_acc=False, is_async=True)
     weights = unpack_pairs(packed, q_s.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
     mbarrier.wait(v_full.index(v_stage), ((done - 1) // BUFFERS) & 1)
+    # [64, BLOCK_N] times [BLOCK_N, D]
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
     scores = warpgroup_mma_wait(1, deps=(scores,))
@@ -202,7 +215,7 @@ def _step(
     row_sum = row_sum * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + sums
     acc, weights, new = warpgroup_mma_wait(0, deps=(acc, weights, new))
     mbarrier.arrive(kv_empty.index(v_stage), count=1)
-    # After the wait, so that the weights keep their registers.
+    # Only after the wait: until then the product reads the old weights from their registers.
     packed = pack_pairs(new, q_s.dtype)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
     return acc, packed, row_max, row_sum
@@ -210,7 +223,7 @@ def _step(
 
 @gluon.jit
 def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, CFG: gl.constexpr):
-    """A warpgroup: 64 packed query rows of each tile."""
+    """A consumer warpgroup: 64 packed query rows of each tile."""
     q_all, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
     work, page_table, cu_seqlens, seq_lens = pointers
@@ -236,16 +249,16 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
             work, cu_seqlens, seq_lens, t, BLOCK_M, BLOCK_N, PACKED
         )
         mine = first_query + WARPGROUP * 64
-        query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+        query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         last_key = gl.minimum(query // PACKED + (length - new), length - 1)
-        # Tiles below the first key that some query of the tile does not see, and below the end, need no mask.
+        # Tiles of keys that every query sees, and that end before the row does, need no mask.
         unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
         masked = gl.maximum(count - unmasked, 1)
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         mbarrier.wait(q_full.index(WARPGROUP), q_phase)
         q_phase ^= 1
-        # ---- the last tile of the row has no tile before it
+        # ---- the first step, on the last tile of keys: there is no product with V yet
         stage = done % BUFFERS
         phase = (done // BUFFERS) & 1
         mbarrier.wait(k_full.index(stage), phase)
@@ -272,7 +285,7 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
                 WARPGROUP, CFG, False,
             )  # fmt: skip
         done += count
-        # ---- the product that is left, and the end of the softmax
+        # ---- the product with V of the last step, and the end of the softmax
         stage = (done - 1) % BUFFERS
         operand = unpack_pairs(packed, dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), ((done - 1) // BUFFERS) & 1)
@@ -282,21 +295,21 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
         total = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
         inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
-        # ---- through the queries' own shared memory to stores of 16 bytes
+        # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
         q_s.store(out.to(dtype))
         rows = q_s.load(STORE)
         fence_async_shared()
         mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
         r = mine + gl.arange(0, 64, gl.SliceLayout(1, STORE))
         c = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        place = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D
+        off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D  # [64]
         inside = gl.expand_dims(r // PACKED < new, 1)
-        gl.store(out_ptr + gl.expand_dims(place, 1) + gl.expand_dims(c, 0), rows, mask=inside)
+        gl.store(out_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
         lse = (row_max + gl.log2(total)) * LN2
         at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
         gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
     if WARPGROUP == 0:
-        # The last turn that was passed has to be taken.
+        # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
         turn_wait(0)
 
 
@@ -307,7 +320,7 @@ def hopper_prefill_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and the three roles."""
+    """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp."""
     CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -345,7 +358,7 @@ def heads_first(pages: Tensor) -> bool | None:
 
 
 def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: float | None) -> str | None:
-    """Why this kernel cannot take a call; None if it can. The device and the version of Triton are the caller's concern."""
+    """Why this kernel cannot take a call; None if it can. The caller checks the device and the version of Triton."""
     page, dim = k_pages.shape[1], q.shape[-1]
     if q.dtype not in DTYPES or dim not in TILES:
         return f"dtype {q.dtype}, head dim {dim}"

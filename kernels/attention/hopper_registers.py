@@ -1,4 +1,4 @@
-"""What the Hopper kernels need below Gluon: named barriers, packed registers, order in reductions, a scheduling fence."""
+"""What the Hopper kernels need beyond Gluon, in PTX: named barriers, packed registers, ordered reductions, a fence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def turn_wait(WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def turn_pass(WARPGROUP: gl.constexpr):
-    """Give the turn to the warpgroup named."""
+    """Give the turn to warpgroup WARPGROUP."""
     if WARPGROUP == 0:
         gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     else:
@@ -28,7 +28,7 @@ def turn_pass(WARPGROUP: gl.constexpr):
 def pack_pairs(x, DTYPE: gl.constexpr):
     """fp32 `[M, N]` to int32 `[M, N / 2]` of rounded 16-bit pairs.
 
-    A loop has to carry these: a 16-bit tensor is split into halves and put together again in every iteration.
+    Loops carry weights in this form: a 16-bit tensor would be split into halves and joined again in every iteration.
     """
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
     if DTYPE == gl.bfloat16:
@@ -53,17 +53,17 @@ def unpack_pairs(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def copy_registers(packed):
-    """`packed` in registers that the assembler may choose anew, at a move each at most.
+    """A copy of `packed`, for which the assembler may choose other registers, at the cost of a move each.
 
-    Between two loops that carry the same operand: where it kept one place for both, half of the operand was moved in
-    every iteration of each.
+    For use between two loops that carry the same operand: with the same registers in both, half of the operand was moved
+    in every iteration.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [packed], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _halves(x):
-    """`[M, N, K]` as its first and last half along N: other names for the same registers."""
+    """`[M, N, K]` as its first and last half along N; no data moves."""
     return gl.split(x.reshape([x.shape[0], 2, x.shape[1] // 2, x.shape[2]]).permute((0, 2, 3, 1)))
 
 
@@ -111,7 +111,7 @@ def _max_in_order(x):
 
 @gluon.jit
 def partial_row_sums(x):
-    """fp32 `[M, N]` to `[M, 4]`: the sums of the four threads that share a row, which are added once, at the end."""
+    """fp32 `[M, N]` to `[M, 4]`: a sum for each of the four threads that share a row. They are added once, at the end."""
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]))
     return _add_in_order(even + odd).reshape([x.shape[0], 4])
 
@@ -125,10 +125,11 @@ def row_maxima(x, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def schedule_fence(row_sums):
-    """`row_sums` through a loop that is never entered, which ends the basic block.
+    """`row_sums`, unchanged, after a loop that is never entered, which ends the basic block.
 
-    The assembler would otherwise move the exponentials behind the next wait for the matrix unit, and nothing would
-    overlap. Sums of weights are at most the keys of a tile, so 1e30 is never passed; an empty loop would be removed.
+    Otherwise the assembler would move the exponentials behind the next wait for the matrix unit, and nothing would overlap.
+    The loop's condition is never true: sums of weights are at most the number of keys of a tile, far below 1e30. A loop
+    without a condition would be removed.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .f32 t; max.f32 t, $2, $3; setp.gt.f32 p, t, 0f7149F2CA; "

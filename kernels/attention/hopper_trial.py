@@ -22,7 +22,7 @@ SECONDS = 300.0
 WRONG, FAILED, NO_DEVICE = 3, 4, 5
 _OUTCOMES = {0: "right", WRONG: "wrong results", FAILED: "an error"}
 SOURCES = ("hopper_prefill.py", "hopper_registers.py", "gluon_spelling.py", "work_list.py", "hopper_trial.py")
-# New tokens and tokens before them: a row of several tiles, one of few tokens, one that ends inside a page.
+# New and past tokens of the rows: one of several tiles, one of few tokens, one that ends inside a page.
 COUNTS, PASTS = (300, 3, 129), (0, 260, 70)
 PAGE, GROUPS, RATIO = 16, 2, 4
 DIMS = (64, 128, 256)
@@ -47,7 +47,7 @@ def _read(kept: Path) -> str | None:
     try:
         return kept.read_text().strip() or None
     except OSError:
-        # Nothing was kept, or nothing can be.
+        # No outcome was kept, or the folder cannot be read: the trial runs.
         return None
 
 
@@ -58,7 +58,7 @@ def _keep(kept: Path, outcome: str) -> None:
             file.write(outcome)
         os.replace(file.name, kept)
     except OSError:
-        # A home that cannot be written: the next process tries again.
+        # The folder cannot be written: the next process runs the trial again.
         return
 
 
@@ -67,7 +67,7 @@ def _command(device: torch.device) -> list[str]:
 
 
 def _run(command: list[str], seconds: float, kept: Path) -> str:
-    """The outcome of the trial, kept if it is one of the kernel rather than of the machine's state."""
+    """The outcome of the trial, kept on disk unless the trial could not start (memory, access to the GPU)."""
     package = str(Path(__file__).absolute().parents[3])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
@@ -89,7 +89,7 @@ def _run(command: list[str], seconds: float, kept: Path) -> str:
 
 
 def _batch(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, pages of keys and of values, and a page table in no order; what no token fills is NaN."""
+    """Queries, pages of keys and of values, and a shuffled page table; slots without a token are NaN."""
     torch.manual_seed(dim)
     columns = max(-(-(count + past) // PAGE) for count, past in zip(COUNTS, PASTS, strict=True))
     table = torch.randperm(len(COUNTS) * columns, device=device).view(len(COUNTS), columns)
@@ -122,7 +122,7 @@ def _is_right(dim: int, device: torch.device) -> bool:
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     batch = (table.int(), begins, lengths)
     out, _ = hopper_prefill(q, k_pages, v_pages, *batch, scale=dim**-0.5, processors=processors)
-    # Weights and outputs are rounded to bf16; outputs are averages of normal values.
+    # The limit is a few bf16 roundings of weights and outputs, which are averages of normal values.
     return bool(((out.float() - _expected(q, k_pages, v_pages, table)).abs() < 0.03).all())
 
 
@@ -132,14 +132,14 @@ def main(index: int) -> int:
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError):
-        # PyTorch asserts that it was built for CUDA.
+        # A PyTorch built without CUDA raises AssertionError.
         return NO_DEVICE
     try:
         return 0 if all(_is_right(dim, device) for dim in DIMS) else WRONG
     except torch.cuda.OutOfMemoryError:
         return NO_DEVICE
     except Exception:
-        # Whatever a compiler raises: the version cannot be used.
+        # A compiler may raise anything; whatever it is, this version cannot be used.
         return FAILED
 
 

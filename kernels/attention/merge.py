@@ -21,24 +21,28 @@ def merge_states_kernel(
     out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows, stride_a, stride_b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R states of `[rows, D]`."""
+    """BLOCK_R states of `[rows, D]`.
+
+    Not `tile.merge_step`: outputs are already normalised, so that the weights come from LSEs, and in base e.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_D)
     ok = row < rows
     inside = ok[:, None] & (column < D)[None, :]
-    lse_a = tl.load(lse_a_ptr + row, mask=ok, other=0.0)
+    lse_a = tl.load(lse_a_ptr + row, mask=ok, other=0.0)  # [BLOCK_R]
     lse_b = tl.load(lse_b_ptr + row, mask=ok, other=0.0)
     top = tl.maximum(lse_a, lse_b)
+    # Without this, two empty states would give -inf - -inf = NaN.
     top = tl.where(top == float("-inf"), 0.0, top)
     weight_a = tl.exp(lse_a - top)
     weight_b = tl.exp(lse_b - top)
     total = weight_a + weight_b
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    wide = row.to(tl.int64)[:, None]
-    out_a = tl.load(out_a_ptr + wide * stride_a + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    out_b = tl.load(out_b_ptr + wide * stride_b + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    row_64 = row.to(tl.int64)[:, None]  # [BLOCK_R, 1]
+    out_a = tl.load(out_a_ptr + row_64 * stride_a + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    out_b = tl.load(out_b_ptr + row_64 * stride_b + column[None, :], mask=inside, other=0.0).to(tl.float32)
     out = out_a * (weight_a * inverse)[:, None] + out_b * (weight_b * inverse)[:, None]
-    tl.store(out_ptr + wide * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row_64 * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row, tl.where(total > 0, top + tl.log(total), float("-inf")), mask=ok)
 
 

@@ -10,9 +10,9 @@ from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.workspace import Workspace
 
-# Up to this many packed query rows (new tokens * R) a row and kv head, it takes a split of the keys to fill the GPU.
+# Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
 MAX_SPLIT_QUERIES = 64
-# Query rows of all heads a multiprocessor: with fewer of them prefill leaves processors idle, and a split pays too.
+# Query rows of all heads for each SM: with fewer of them prefill leaves SMs idle, and splitting the keys pays too.
 MIN_PREFILL_QUERIES = 64
 
 
@@ -46,8 +46,8 @@ def paged_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
         hopper: take the Gluon kernel where it can; see `backends.choose_backend`.
-        batch_invariant: for decode, and for all else, a row's output and LSE are bitwise the same whatever the other rows,
-            the width of the page table and the places of the pages.
+        batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
+            and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.

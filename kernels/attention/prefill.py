@@ -1,9 +1,9 @@
 """Paged prefill and append: causal attention of ragged rows of new tokens, one program a tile of queries.
 
 The R query heads of a key/value head are packed with the tokens into the rows of a tile (BLOCK_M = tokens * R rows), so
-K and V are read once a group ("FlashAttention-2", Dao, 2023; packed GQA as in FlashInfer, Ye et al., 2025). Rows of any
-lengths share one launch: each program finds its row from `cu_seqlens_q`; the longest tiles of a row come first. Only
-tiles on the causal or window edge pay for a mask.
+K and V are read once a kv head ("FlashAttention-2", Dao, 2023; packed GQA as in FlashInfer, Ye et al., 2025). Rows of any
+lengths share one launch: each program finds its row from `cu_seqlens_q`. Of each row the last queries, which see most keys,
+come first. Only tiles on the causal or window edge are masked.
 """
 
 from __future__ import annotations
@@ -14,49 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.attention.configs import prefill_tile
-from hf_fastattn.kernels.attention.tile import score_factors, softmax_end, softmax_step, tile_scores
+from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors, softmax_end, store_output
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
-
-
-@triton.jit
-def prefill_tiles(
-    q, row_max, row_sum, acc, lo, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window, scale, softcap,
-    stride_page, stride_slot,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys `lo` to `hi - 1`, multiples of BLOCK_N; EDGE: some are hidden or do not exist."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    for key in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        key_n = key + n
-        if EDGE:
-            ok_n = (key_n < length) & (key_n >= lowest)
-            page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
-        else:
-            page = tl.load(table + key_n // PAGE)
-        slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
-        offset = slot[:, None] + (head_offset + d)[None, :]
-        if EDGE:
-            ok = ok_n[:, None] & (d < D)[None, :]
-            k = tl.load(k_ptr + offset, mask=ok, other=0.0)
-        elif D == BLOCK_D:
-            k = tl.load(k_ptr + offset)
-        else:
-            k = tl.load(k_ptr + offset, mask=(d < D)[None, :], other=0.0)
-        scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
-        if EDGE:
-            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
-            if HAS_WINDOW:
-                seen = seen & (key_n[None, :] > last_key[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-            v = tl.load(v_ptr + offset, mask=ok, other=0.0)
-        elif D == BLOCK_D:
-            v = tl.load(v_ptr + offset)
-        else:
-            v = tl.load(v_ptr + offset, mask=(d < D)[None, :], other=0.0)
-        row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
-    return row_max, row_sum, acc
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
@@ -69,11 +28,11 @@ def prefill_kernel(
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M packed queries of one row and kv head; programs past the last tile do nothing."""
-    # ---- which row: tiles of queries before row b are upto[b] - blocks[b]
+    # ---- which row: upto[b] is the number of tiles of queries of rows 0 to b
     row = tl.arange(0, BLOCK_B)
     valid = row < rows
     news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
-    blocks = tl.where(valid, (news * RATIO + BLOCK_M - 1) // BLOCK_M, 0)
+    blocks = tl.where(valid, (news * RATIO + BLOCK_M - 1) // BLOCK_M, 0)  # [BLOCK_B]
     upto = tl.cumsum(blocks, 0)
     block = tl.program_id(0) // GROUPS
     head = tl.program_id(0) % GROUPS
@@ -85,15 +44,14 @@ def prefill_kernel(
         length = tl.load(seq_lens_ptr + b)
         block = (new * RATIO + BLOCK_M - 1) // BLOCK_M - 1 - (block - tl.max(tl.where(before, upto, 0), 0))
 
-        query = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        query = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         token = query // RATIO
         ok_m = token < new
         d = tl.arange(0, BLOCK_D)
-        inside = ok_m[:, None] & (d < D)[None, :]
-        place = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
-        q = tl.load(q_ptr + place[:, None] + d[None, :], mask=inside, other=0.0)
+        off_q = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
+        q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
 
-        # ---- which keys: every query of the tile sees [some_from, all_upto), none sees more than [none_below, none_from)
+        # ---- which keys: every query of the tile sees [all_from, all_upto), none sees a key outside [none_below, none_from)
         past = length - new
         first_query = past + block * BLOCK_M // RATIO
         last_query = past + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // RATIO, new - 1)
@@ -108,33 +66,29 @@ def prefill_kernel(
             all_from = tl.minimum(all_from, all_upto)
         lowest = tl.maximum(first_query - window + 1, 0) if HAS_WINDOW else 0
 
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        last_key = past + token
+        row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
+        last_key = past + token  # [BLOCK_M]
         table = page_table_ptr + b.to(tl.int64) * stride_table
         head_offset = head * stride_head
         if HAS_WINDOW:
-            row_max, row_sum, acc = prefill_tiles(
+            row_max, row_sum, acc = attend_tiles(
                 q, row_max, row_sum, acc, none_below, all_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
                 window, scale, softcap, stride_page, stride_slot,
                 D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
-        row_max, row_sum, acc = prefill_tiles(
+        row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, all_from, all_upto, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
-        row_max, row_sum, acc = prefill_tiles(
+        row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, all_upto, none_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         out, lse = softmax_end(row_max, row_sum, acc)
-
         out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
-        tl.store(out_ptr + out_row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(lse_ptr + out_row, lse, mask=ok_m)
+        store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
 
 
 def paged_prefill(
@@ -184,7 +138,7 @@ def paged_prefill(
     ratio, block_d = heads // groups, power_of_2(dim)
     tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, None if batch_invariant else tokens * ratio)
     factor, cap = score_factors(scale, softcap)
-    # No row needs more than one tile that is not full.
+    # An upper bound that needs no lengths: no row has more than one tile that is not full.
     tiles = min(triton.cdiv(tokens * ratio, tile.block_m) + rows - 1, tokens * ratio)
     with on_device_of(q):
         prefill_kernel[(tiles * groups,)](

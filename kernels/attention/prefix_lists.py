@@ -1,4 +1,4 @@
-"""What the programs of `shared_prefix.py` work out from the lengths and groups on the device, and where their states go."""
+"""What the programs of `shared_prefix.py` compute from lengths and prefix groups on the device, and where states go."""
 
 from __future__ import annotations
 
@@ -9,12 +9,55 @@ from hf_fastattn.kernels.attention.shares import program_of
 
 
 @triton.jit
-def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, groups, STEPS: tl.constexpr):
-    """Tokens that each row shares, by binary search for its group; 0 past the last group."""
+def prefix_list(
+    group_starts_ptr, prefix_lens_ptr, prefix_groups,
+    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The list of prefixes: prefix groups, in each the kv heads, in each the query blocks, in each the tiles of keys.
+
+    Returns:
+        Which of BLOCK_P prefix groups there are; how many tiles of one kv head those up to and with each have; and the
+        number of triples (prefix group, kv head, query block) with keys, at least 1.
+    """
+    group = tl.arange(0, BLOCK_P)
+    is_group = group < prefix_groups
+    shared = tl.load(prefix_lens_ptr + group, mask=is_group, other=0)  # [BLOCK_P]
+    sharers = tl.load(group_starts_ptr + group + 1, mask=is_group, other=0)
+    sharers -= tl.load(group_starts_ptr + group, mask=is_group, other=0)
+    blocks = (sharers + TILE_ROWS - 1) // TILE_ROWS
+    upto = tl.cumsum((shared + BLOCK_N - 1) // BLOCK_N * blocks, 0)
+    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
+    return is_group, upto, triples
+
+
+@triton.jit
+def prefix_entry(
+    position, upto, is_group, group_starts_ptr, prefix_lens_ptr,
+    GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The triple that the tile `position` of the list of prefixes belongs to.
+
+    Returns:
+        The first row of its prefix group, and the row past the last; the first row of its query block; its kv head; tokens
+        of the prefix, and tiles of them; and the tile's number among these.
+    """
+    g, tile = entry_at(position, upto, is_group, GROUPS)
+    first_row = tl.load(group_starts_ptr + g)
+    past_row = tl.load(group_starts_ptr + g + 1)
+    length = tl.load(prefix_lens_ptr + g)
+    count = (length + BLOCK_N - 1) // BLOCK_N
+    blocks = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
+    tile_row = first_row + tile // count % blocks * TILE_ROWS
+    return first_row, past_row, tile_row, tile // count // blocks, length, count, tile % count
+
+
+@triton.jit
+def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
+    """Tokens that each row shares, by binary search for its prefix group; 0 past the last one."""
     group = tl.zeros_like(row)
     for i in tl.static_range(STEPS):
         middle = group + (1 << (STEPS - 1 - i))
-        known = valid & (middle < groups)
+        known = valid & (middle < prefix_groups)
         start = tl.load(group_starts_ptr + middle, mask=known, other=0)
         group = tl.where(known & (start <= row), middle, group)
     stop = tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
@@ -23,10 +66,10 @@ def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, groups, STEPS:
 
 @triton.jit
 def suffix_list(
-    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, groups, STEPS: tl.constexpr, BLOCK_N: tl.constexpr
+    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Where each row's suffix begins, and how many tiles the suffixes up to and with that row have: each at least one."""
-    starts = prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, groups, STEPS)
+    """`[BLOCK_B]`: where each row's suffix begins, and the running count of tiles of suffixes, each of at least one."""
+    starts = prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS)
     lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
     tiles = tl.maximum((lengths - starts + BLOCK_N - 1) // BLOCK_N, 1)
     return starts, tl.cumsum(tl.where(valid, tiles, 0), 0)
@@ -34,7 +77,10 @@ def suffix_list(
 
 @triton.jit
 def equal_range(number, programs, total):
-    """`[position, end)` of `total` units for program `number` of `programs`; the first `extra` ones take one unit more."""
+    """`[position, end)` of `total` units for program `number` of `programs`, then `share` and `extra`.
+
+    The first `extra` programs take `share + 1` units, the others `share`; programs past the last unit get an empty range.
+    """
     used = tl.maximum(tl.minimum(total, programs), 1)
     share = total // used
     extra = total % used
@@ -46,17 +92,20 @@ def equal_range(number, programs, total):
 
 @triton.jit
 def entry_at(position, upto, valid, GROUPS: tl.constexpr):
-    """Which entry of a list (group, or row) the tile `position` belongs to, and its number among the tiles of that entry."""
+    """The entry of a list (prefix group, or row) that holds the tile `position`, and the tile's number in that entry.
+
+    `upto` is the running count of the tiles of one kv head.
+    """
     before = (upto <= position // GROUPS) & valid
     return tl.sum(before.to(tl.int32), 0), position - tl.max(tl.where(before, upto, 0), 0) * GROUPS
 
 
 @triton.jit
 def part_rows(number, position, unit, count, take, share, extra, base, whole, inner, BLOCK: tl.constexpr):
-    """Where a state goes among the partial states, where the first part of its triple is, and how many parts there are.
+    """Rows `[BLOCK]` of a state among the partial states, rows of the first part of its item, and how many parts it has.
 
-    A split triple is the last one of its first program and the first one of all others: two blocks a program suffice.
-    One that has not been split goes to `whole`.
+    A split item is the last item of its first program and the first item of all others, so two blocks a program are enough.
+    The state of an unsplit item goes to `whole`.
     """
     first = program_of(position - unit, share, extra)
     last = program_of(position - unit + count - 1, share, extra)
@@ -68,7 +117,7 @@ def part_rows(number, position, unit, count, take, share, extra, base, whole, in
 
 @triton.jit
 def store_state(partial_ptr, partial_sum_ptr, at, ok, row_max, row_sum, acc):
-    """A state `[M, BLOCK_D]` to the rows `at`; maximum and sum apart: their logarithm would round the weight of the part."""
+    """A state to the rows `at: [M]`; maximum and sum are kept apart: their logarithm would round the weight of the part."""
     d = tl.arange(0, acc.shape[1])
     tl.store(partial_ptr + at[:, None] * acc.shape[1] + d[None, :], acc, mask=ok[:, None])
     tl.store(partial_sum_ptr + at * 2, row_max, mask=ok)

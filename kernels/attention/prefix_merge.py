@@ -1,7 +1,7 @@
 """The second launch of `shared_prefix.py`: a row's prefix and suffix, each in one or more parts, merged by LSE.
 
-The parts of a split prefix lie BLOCK_M rows apart, those of a split suffix BLOCK_S, in the order of the programs that made
-them, and are merged in that order: results are bitwise repeatable.
+The parts of a split prefix lie BLOCK_M rows apart, those of a split suffix BLOCK_S rows, in the order of the programs that
+computed them. They are merged in that order, so results are bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.tile import softmax_end
+from hf_fastattn.kernels.attention.tile import empty_state, merge_step, softmax_end, store_output
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
 
-# Int32 numbers a (row, kv head): row of the first state of the prefix, number of states, the same of the suffix, and
-# whether there is a prefix. Padded for alignment.
+# Int32 numbers for each (row, kv head): row of the prefix's first state, number of its states, the same two of the suffix,
+# and whether there is a prefix. Padded for alignment.
 PLACE = tl.constexpr(8)
 # Fp32 elements of partial states that a program has in flight.
 MERGE_ELEMENTS = 4096
@@ -36,41 +36,28 @@ def merge_prefixes_kernel(
     place = places_ptr + pair * PLACE
     suffix = tl.load(place + 2)
     suffix_parts = tl.load(place + 3)
-    # Where there is no prefix nobody has written where it lies.
+    # Without a prefix its two numbers were not written.
     has_prefix = tl.load(place + 4) > 0
     prefix = tl.load(place, mask=has_prefix, other=0)
     prefix_parts = tl.load(place + 1, mask=has_prefix, other=0)
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
-    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
     for number in range(0, prefix_parts + suffix_parts, MERGE_PARTS):
-        # Unrolled, and without a reduction over threads: the loads of all these parts are in flight together.
+        # Unrolled, and without a reduction over threads: the loads of MERGE_PARTS parts are in flight together.
         for u in tl.static_range(MERGE_PARTS):
             i = number + u
             j = i - prefix_parts
-            # The first program's second block, and from then on every program's first.
+            # A split item starts in the second block of its first program, and goes on in the first block of the others.
             start = tl.where(j < 0, prefix + tl.maximum(2 * i - 1, 0) * BLOCK_M, suffix + tl.maximum(2 * j - 1, 0) * BLOCK_S)
             ok = r < tl.where(j < suffix_parts, RATIO, 0)
-            at = start + r
+            at = start + r  # [BLOCK_R]
             part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"))
             part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0)
-            x = tl.load(partial_ptr + at[:, None] * BLOCK_D + d[None, :], mask=ok[:, None], other=0.0)
-            new_max = tl.maximum(row_max, part_max)
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            weight = tl.math.exp2(part_max - shift)
-            decay = tl.math.exp2(row_max - shift)
-            row_sum = row_sum * decay + part_sum * weight
-            acc = acc * decay[:, None] + x * weight[:, None]
-            row_max = new_max
+            part_acc = tl.load(partial_ptr + at[:, None] * BLOCK_D + d[None, :], mask=ok[:, None], other=0.0)
+            row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
     out, lse = softmax_end(row_max, row_sum, acc)
-    out_row = pair.to(tl.int64) * RATIO + r
-    ok = r < RATIO
-    tl.store(
-        out_ptr + out_row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :]
-    )
-    tl.store(lse_ptr + out_row, lse, mask=ok)
+    store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + r, r < RATIO, out, lse, D)
 
 
 def merge_prefixes(

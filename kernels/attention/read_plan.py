@@ -1,4 +1,4 @@
-"""`ReadPlan`: what a batch has to read from the pages of one group, worked out once for all layers.
+"""`ReadPlan`: what a batch has to read from the pages of one page group, computed once for all layers.
 
 The page tables live on the host, so the plan costs no device work: it names strided views where a sequence's pages are
 adjacent, token gathers where they are not, and shared prefixes as one block for all the rows that hold them.
@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-# A shared prefix pays for its extra merge from about this many avoided key reads.
+# Fewest avoided key reads for which a shared prefix pays for its extra merge.
 MIN_SHARED_TOKENS = 128
 
 
@@ -40,7 +40,7 @@ class SharedPrefix:
 
 @dataclass
 class ReadPlan:
-    """The reads of one forward over the pages of one group.
+    """The reads of one forward over the pages of one page group.
 
     Args:
         pages: page table, a list of pages a row.

@@ -2,8 +2,8 @@
 
 For row b with L tokens in its pages and S new queries at positions `L - S .. L - 1`, query i sees the keys j <= i, and
 with a window W only those with j > i - W. Grouped-query attention (Ainslie et al., 2023) never repeats a key: the R
-query heads of a group are folded into the query length (decode) or read one expanded key head (prefill). A prefix that
-rows share is one block whose queries are those of all its rows (Ye et al., 2024, "Cascade Inference").
+query heads of a kv head are folded into the query length (decode) or read one expanded key head (prefill). A shared prefix
+is one block of keys for the queries of all its rows (Ye et al., 2024, "Cascade Inference").
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_fastattn.kernels.attention.read_plan import ReadPlan, Run
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
 
-# Bounds the score bias of a long append to a few megabytes.
+# Queries of a long append at a time, so that their score bias takes a few megabytes at most.
 QUERY_BLOCK = 512
 
 
@@ -78,7 +78,7 @@ def _decode(
 def _decode_rows(
     grouped: Tensor, keys: Tensor, values: Tensor, plan: ReadPlan, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Each row over the tokens that it reads alone; `grouped` is `[B, G, R, D]`."""
+    """Each row over its own keys, without the shared prefix; `grouped` is `[B, G, R, D]`."""
     if plan.strided is not None:
         first, step, length = plan.strided
         shape = (grouped.shape[0], keys.shape[1], length, keys.shape[2])

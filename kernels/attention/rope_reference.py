@@ -1,7 +1,7 @@
-"""[qk-norm] + RoPE + append: what stands between the projections and attention, as one operation.
+"""[qk-norm] + RoPE + append to the pages: the steps between the projections and attention, as one operation.
 
 RoPE (Su et al., 2021) in the rotate-half form on the first `cos.shape[-1]` dimensions:
-`x * cos + rotate_half(x) * sin`, from the model's own cos and sin, so that every RoPE scaling of Transformers holds.
+`x * cos + rotate_half(x) * sin`, from the model's own cos and sin, so every RoPE scaling of Transformers is supported.
 The products are rounded in the dtype of x, as Transformers rounds them.
 """
 
@@ -54,7 +54,7 @@ def rope_append(
         slot_mapping: `[T]` int64, `page * P + offset` of each token.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.
-        unit_offset: its weights are stored less one; see `rms_norm` for how that form is rounded.
+        unit_offset: the norm multiplies by `1 + weight`; see `rms_norm` for the rounding.
 
     Returns:
         `[T, H, D]` rotated queries.
@@ -63,7 +63,7 @@ def rope_append(
         q = rms_norm(q, q_norm, eps, unit_offset)
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps, unit_offset)
-    # Under autocast cos and sin are wider than the heads.
+    # Under autocast cos and sin are fp32 and heads 16-bit: the rotated heads are rounded back.
     k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k.dtype))
     v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
     return rotate(q, cos, sin).to(q.dtype)

@@ -1,11 +1,11 @@
 """Paged decode of rows that share prefixes: each prefix is read once for all of its rows, in two launches.
 
-Rows fall into groups of neighbours whose first tokens lie in the same pages. The queries of a group's rows and of the R
+A prefix group is a run of neighbouring rows whose first tokens lie in the same pages. The queries of its rows and of the R
 heads of a key/value head are the rows of one matrix product over the prefix (Ye et al., 2024, "Cascade Inference";
-Juravsky et al., 2024, "Hydragen"); every row then reads its own suffix as in `decode.py`. Two lists of tiles of keys, that
-of all (group, kv head, query block) and that of all (row, kv head), are cut into equal ranges by the programs themselves
-from what is on the device ("Stream-K", Osama et al., 2023), so a captured graph follows lengths and groups that changed.
-The second launch, `prefix_merge.py`, merges the parts of a row's prefix and suffix.
+Juravsky et al., 2024, "Hydragen"); every row then reads its own suffix as in `decode.py`. There are two work lists of tiles
+of keys: the prefixes, by (prefix group, kv head, query block), and the suffixes, by (row, kv head). Each program computes
+its range of both from tensors on the device ("Stream-K", Osama et al., 2023), so a captured graph follows lengths and
+groups that changed. The second launch, `prefix_merge.py`, merges the parts of a row's prefix and suffix.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import shared_prefix_tile
-from hf_fastattn.kernels.attention.prefill import prefill_tiles
-from hf_fastattn.kernels.attention.prefix_lists import entry_at, equal_range, part_rows, store_state, suffix_list
+from hf_fastattn.kernels.attention.prefix_lists import (
+    entry_at,
+    equal_range,
+    part_rows,
+    prefix_entry,
+    prefix_list,
+    store_state,
+    suffix_list,
+)
 from hf_fastattn.kernels.attention.prefix_merge import PLACE, merge_prefixes
-from hf_fastattn.kernels.attention.tile import score_factors
+from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import (
     ASSEMBLER_OPTIONS,
@@ -32,21 +39,21 @@ from hf_fastattn.kernels.launch import (
     power_of_2,
 )
 
-# Rows times kv heads for each multiprocessor up to which latency counts: a program has a multiprocessor to itself.
+# Up to this many (row, kv head) pairs per SM latency counts: one program per SM.
 FEW_ROWS = 1
-# The same from which on a prefix has so many rows that products take the time.
+# Above this many pairs per SM long prefixes are bound by matrix products, not by reading keys.
 MANY_ROWS = 8
-# Programs work on prefixes or on suffixes, so that both begin but once; or all on prefixes, then all on suffixes, so that
-# all end at one time; or the device chooses by how many times more prefixes there are to read.
+# BESIDE: some programs take prefixes, the others suffixes (fewest prologues). IN_TURN: all take prefixes, then all suffixes
+# (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
 BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LONGER_PREFIXES = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "stride_table"])
+@triton.jit(do_not_specialize=["rows", "prefix_groups", "stride_table"])
 def shared_prefix_kernel(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
-    rows, groups, scale, softcap,
+    rows, prefix_groups, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
@@ -55,44 +62,63 @@ def shared_prefix_kernel(
 ):  # fmt: skip
     """One persistent program: a share of the tiles of prefixes, and one of the tiles of suffixes.
 
-    The tiles of a prefix take BLOCK_M // RATIO rows.
+    A tile of a prefix holds the queries of BLOCK_M // RATIO rows.
     """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    TILE_ROWS: tl.constexpr = BLOCK_M // RATIO
-    m = tl.arange(0, BLOCK_M)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    # The partial states: two blocks a program of prefixes, and of suffixes; then whole prefixes, and whole suffixes.
+    # The partial states: two blocks a program of prefixes, two a program of suffixes, then unsplit prefixes and suffixes.
     suffix_base = 2 * programs * BLOCK_M
     whole_base = suffix_base + 2 * programs * BLOCK_S
 
-    # ---- the list of prefixes: groups, in each the kv heads, in each the query blocks, in each the tiles of keys
-    group = tl.arange(0, BLOCK_P)
-    is_group = group < groups
-    shared = tl.load(prefix_lens_ptr + group, mask=is_group, other=0)
-    sharers = tl.load(group_starts_ptr + group + 1, mask=is_group, other=0)
-    sharers -= tl.load(group_starts_ptr + group, mask=is_group, other=0)
-    blocks = (sharers + TILE_ROWS - 1) // TILE_ROWS
-    prefix_upto = tl.cumsum((shared + BLOCK_N - 1) // BLOCK_N * blocks, 0)
+    is_group, prefix_upto, triples = prefix_list(
+        group_starts_ptr, prefix_lens_ptr, prefix_groups, GROUPS, BLOCK_P, BLOCK_N, BLOCK_M // RATIO
+    )  # fmt: skip
     prefix_total = tl.max(prefix_upto, 0) * GROUPS
-
     row = tl.arange(0, BLOCK_B)
     is_row = row < rows
-    # As many programs for each query block, if that leaves few idle: those of a head then read the same keys in step.
-    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
+    suffix_total = 0
+    if ORDER != IN_TURN:
+        _, suffix_upto = suffix_list(
+            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N
+        )  # fmt: skip
+        suffix_total = tl.max(suffix_upto, 0) * GROUPS
+    prefix_programs, suffix_first = divide_programs(programs, triples, prefix_total, suffix_total, rows * GROUPS, ORDER)
+    attend_prefixes(
+        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+        partial_ptr, partial_sum_ptr, places_ptr,
+        pid, prefix_programs, prefix_total, prefix_upto, is_group, row, whole_base, scale, softcap,
+        stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    # Computed a second time: kept over the prefixes, it would take registers that their loop needs.
+    starts, suffix_upto = suffix_list(
+        seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N
+    )  # fmt: skip
+    attend_suffixes(
+        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
+        pid - suffix_first, programs - suffix_first, starts, suffix_upto, row, is_row, rows,
+        suffix_base, whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def divide_programs(programs, triples, prefix_total, suffix_total, pairs, ORDER: tl.constexpr):
+    """How many programs work on prefixes, and the first one that works on suffixes.
+
+    `triples` is the number of (prefix group, kv head, query block), `pairs` that of (row, kv head).
+    """
+    # The same number of programs for each triple, if at most 1/16 of them idle: the query blocks of a kv head then read the
+    # same keys at the same time.
     alike = programs // triples * triples
     prefix_programs = tl.where(alike * 16 >= programs * 15, alike, programs)
-    # The first program that works on suffixes.
     suffix_first = 0
     if ORDER != IN_TURN:
-        _, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
-        suffix_total = tl.max(suffix_upto, 0) * GROUPS
-        # A suffix costs about one tile more than it has, for there is no work ahead of its first one.
-        suffix_cost = suffix_total + rows * GROUPS
+        # A suffix costs about one tile more than it has: its first tile is loaded with no work to hide the latency.
+        suffix_cost = suffix_total + pairs
         divided = (prefix_total.to(tl.int64) * programs // (prefix_total + suffix_cost)).to(tl.int32)
         in_turn = False
         if ORDER == BY_LENGTH:
@@ -101,100 +127,120 @@ def shared_prefix_kernel(
         if not in_turn:
             prefix_programs = tl.where(prefix_total > 0, tl.minimum(tl.maximum(divided, 1), programs - 1), 0)
             suffix_first = prefix_programs
+    return prefix_programs, suffix_first
 
-    position, end, share, extra = equal_range(pid, prefix_programs, prefix_total)
+
+@triton.jit
+def attend_prefixes(
+    q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+    partial_ptr, partial_sum_ptr, places_ptr,
+    number, programs, total, upto, is_group, row, whole_base, scale, softcap,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of prefixes, the range of program `number` of `programs`: states of the queries of all rows that share them.
+
+    `upto: [BLOCK_P]` says where each prefix group ends in the list.
+    """
+    TILE_ROWS: tl.constexpr = BLOCK_M // RATIO
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    position, end, share, extra = equal_range(number, programs, total)
     while position < end:
-        g, place = entry_at(position, prefix_upto, is_group, GROUPS)
-        first_row = tl.load(group_starts_ptr + g)
-        past_row = tl.load(group_starts_ptr + g + 1)
-        length = tl.load(prefix_lens_ptr + g)
-        count = (length + BLOCK_N - 1) // BLOCK_N
-        unit = place % count
+        first_row, past_row, tile_row, head, length, count, unit = prefix_entry(
+            position, upto, is_group, group_starts_ptr, prefix_lens_ptr, GROUPS, BLOCK_N, TILE_ROWS
+        )  # fmt: skip
         take = tl.minimum(count - unit, end - position)
-        block_count = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
-        head = place // count // block_count
-        token = first_row + place // count % block_count * TILE_ROWS + m // RATIO
-        # An inactive row may hold no pages: those of the first active one are read.
-        active = tl.load(seq_lens_ptr + row, mask=(row >= first_row) & (row < past_row), other=0) > 0
+        token = tile_row + m // RATIO  # [BLOCK_M], a token a row
+        # A row without keys may hold no pages: the table of the group's first row with keys is read.
+        active = tl.load(seq_lens_ptr + row, mask=(row >= first_row) & (row < past_row), other=0) > 0  # [BLOCK_B]
         reader = tl.min(tl.where(active, row, BLOCK_B), 0)
         if reader < BLOCK_B:
             ok_m = (m < TILE_ROWS * RATIO) & (token < past_row)
-            where = token.to(tl.int64) * stride_qt + (head * RATIO + m % RATIO) * stride_qh
-            q = tl.load(q_ptr + where[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
-            row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            off_q = token.to(tl.int64) * stride_qt + (head * RATIO + m % RATIO) * stride_qh
+            q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
+            row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
             last_key = tl.full([BLOCK_M], 0, tl.int32) + length
             table = page_table_ptr + reader.to(tl.int64) * stride_table
             lo = unit * BLOCK_N
             hi = tl.minimum(lo + take * BLOCK_N, length)
-            # Where products may take the time, only a last tile that is not full pays for a mask.
-            edge = lo if ORDER == BESIDE else hi // BLOCK_N * BLOCK_N
-            if ORDER != BESIDE:
-                row_max, row_sum, acc = prefill_tiles(
+            # Only a last tile that is not full needs a mask. With SKIP_MASKS the full tiles get a loop of their own, without
+            # masks: that pays where matrix products may take the time.
+            edge = hi // BLOCK_N * BLOCK_N if SKIP_MASKS else lo
+            if SKIP_MASKS:
+                row_max, row_sum, acc = attend_tiles(
                     q, row_max, row_sum, acc, lo, edge, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
                     0, scale, softcap, stride_page, stride_slot,
                     D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, False, HAS_SOFTCAP, PRECISION,
                 )  # fmt: skip
-            row_max, row_sum, acc = prefill_tiles(
+            row_max, row_sum, acc = attend_tiles(
                 q, row_max, row_sum, acc, edge, hi, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
                 0, scale, softcap, stride_page, stride_slot,
                 D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
             pair = token * GROUPS + head
             at, begin, parts = part_rows(
-                pid, position, unit, count, take, share, extra, 0, whole_base + pair * RATIO + m % RATIO, m, BLOCK_M
+                number, position, unit, count, take, share, extra, 0, whole_base + pair * RATIO + m % RATIO, m, BLOCK_M
             )
             store_state(partial_ptr, partial_sum_ptr, at, ok_m, row_max, row_sum, acc)
             if unit == 0:
-                to = places_ptr + pair * PLACE
-                tl.store(to, begin, mask=ok_m & (m % RATIO == 0))
-                tl.store(to + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
+                place_ptr = places_ptr + pair * PLACE
+                tl.store(place_ptr, begin, mask=ok_m & (m % RATIO == 0))
+                tl.store(place_ptr + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
         position += take
 
-    # Worked out once more: registers are few while prefixes are read.
-    starts, suffix_upto = suffix_list(seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, groups, STEPS, BLOCK_N)
-    suffix_total = tl.max(suffix_upto, 0) * GROUPS
-    suffix_number = pid - suffix_first
-    position, end, share, extra = equal_range(suffix_number, programs - suffix_first, suffix_total)
+
+@triton.jit
+def attend_suffixes(
+    q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
+    number, programs, starts, upto, row, is_row, rows, suffix_base, whole_base, scale, softcap,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles of suffixes, the range of program `number` of `programs`: states of each row's queries over its own keys.
+
+    `starts: [BLOCK_B]` says where each row's suffix begins, `upto: [BLOCK_B]` where it ends in the list.
+    """
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    position, end, share, extra = equal_range(number, programs, tl.max(upto, 0) * GROUPS)
     while position < end:
-        b, place = entry_at(position, suffix_upto, is_row, GROUPS)
+        b, tile = entry_at(position, upto, is_row, GROUPS)
         length = tl.load(seq_lens_ptr + b)
         start = tl.sum(tl.where(row == b, starts, 0), 0)
         count = tl.maximum((length - start + BLOCK_N - 1) // BLOCK_N, 1)
-        head = place // count
-        unit = place % count
+        head = tile // count
+        unit = tile % count
         take = tl.minimum(count - unit, end - position)
-        ok_s = s < RATIO
-        where = b.to(tl.int64) * stride_qt + (head * RATIO + s) * stride_qh
-        q = tl.load(q_ptr + where[:, None] + d[None, :], mask=ok_s[:, None] & (d < D)[None, :], other=0.0)
-        row_max = tl.full([BLOCK_S], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_S], tl.float32)
-        acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+        ok_s = s < RATIO  # [BLOCK_S]
+        off_q = b.to(tl.int64) * stride_qt + (head * RATIO + s) * stride_qh  # [BLOCK_S]
+        q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_s[:, None] & (d < D)[None, :], other=0.0)
+        row_max, row_sum, acc = empty_state(BLOCK_S, BLOCK_D)
         last_key = tl.full([BLOCK_S], 0, tl.int32) + length
         table = page_table_ptr + b.to(tl.int64) * stride_table
         lo = start + unit * BLOCK_N
-        row_max, row_sum, acc = prefill_tiles(
+        row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, lo, tl.minimum(lo + take * BLOCK_N, length), k_ptr, v_ptr, table, head * stride_head,
             last_key, 0, length, 0, scale, softcap, stride_page, stride_slot,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
         pair = b * GROUPS + head
         whole = whole_base + (rows * GROUPS + pair) * RATIO + s
-        at, begin, parts = part_rows(
-            suffix_number, position, unit, count, take, share, extra, suffix_base, whole, s, BLOCK_S
-        )
+        at, begin, parts = part_rows(number, position, unit, count, take, share, extra, suffix_base, whole, s, BLOCK_S)
         store_state(partial_ptr, partial_sum_ptr, at, ok_s, row_max, row_sum, acc)
         if unit == 0:
-            to = places_ptr + pair * PLACE
-            tl.store(to + 2 + tl.zeros_like(s), begin, mask=s == 0)
-            tl.store(to + 3, parts)
-            tl.store(to + 4, ((start > 0) & (length > 0)).to(tl.int32))
+            place_ptr = places_ptr + pair * PLACE
+            tl.store(place_ptr + 2 + tl.zeros_like(s), begin, mask=s == 0)
+            tl.store(place_ptr + 3, parts)
+            tl.store(place_ptr + 4, ((start > 0) & (length > 0)).to(tl.int32))
         position += take
 
 
 def order_of_work(pairs: int, queries: int, processors: int) -> tl.constexpr:
-    """BESIDE, IN_TURN or BY_LENGTH for so many (row, kv head) pairs, and packed query rows a (group, kv head) pair."""
+    """BESIDE, IN_TURN or BY_LENGTH for `pairs` (row, kv head) pairs, and `queries` packed query rows a prefix group."""
     if queries > 16 and pairs <= MANY_ROWS * processors:
         return BY_LENGTH
     return BESIDE if pairs <= FEW_ROWS * processors else IN_TURN

@@ -67,7 +67,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         Output `[..., D]` in the dtype of `out_a` and LSE `[...]`; two empty states give output 0, LSE -inf.
     """
     top = torch.maximum(lse_a, lse_b)
-    # An empty pair would give -inf - -inf = nan.
+    # Without this, two empty states would give -inf - -inf = NaN.
     top = torch.where(top == -math.inf, torch.zeros_like(top), top)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
     total = weight_a + weight_b

@@ -1,7 +1,8 @@
-"""The inner step that every attention kernel shares: scores of a tile, and the online softmax over tiles.
+"""What the attention kernels share: scores of a tile, the online softmax over tiles, and the merging of its states.
 
 The running state of the online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022, "FlashAttention") is kept in
-base 2, since exp2 is what the hardware computes: `row_max` is of `score * log2(e)`, `row_sum` of its `exp2`.
+base 2, since exp2 is what the hardware computes: `row_max` is the maximum of `score * log2(e)`, `row_sum` the sum of
+`exp2(score * log2(e) - row_max)`, and `acc` the sum of the values with these weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hf_fastattn.kernels.launch import LOG2E
 
 @triton.jit
 def _halves(x):
-    """`[M, D]` as two `[M, D / 2]`."""
+    """`[M, D]` as two `[M, D / 2]`: the first and the last columns."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -34,7 +35,7 @@ def _four_products(q, k):
 
 @triton.jit
 def _fp32_products(q, k):
-    """`q k^T` in fp32. One long chain of additions would err more than PyTorch's tree, so short ones are added up."""
+    """`q k^T` in fp32, as a tree of short chains of additions: one long chain would err more than PyTorch's sum."""
     if q.shape[1] >= 128:
         q0, q1 = _halves(q)
         k0, k1 = _halves(k)
@@ -54,11 +55,11 @@ def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
     else:
         scores = tl.dot(q, tl.trans(k))
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)) holds at both ends, but near 0 its error is that of the 1.
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)) does not overflow, but near 0 its absolute error is that of rounding 1.
         scores = scores * scale
         capped = 1.0 - 2.0 / (1.0 + tl.math.exp2(scores))
         if PRECISION == "ieee":
-            # Fitted to (tanh(x) / x - 1) / x^2 for |x| < 0.6, to less than fp32 rounds.
+            # Polynomial fit of (tanh(x) / x - 1) / x^2 for |x| < 0.6, with an error below fp32 rounding.
             x = scores * 0.34657359027997264
             x2 = x * x
             fitted = 0.13331915 + x2 * (-0.053783294 + x2 * (0.020794617 + x2 * -0.005893945))
@@ -81,13 +82,22 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 @triton.jit
+def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The state before any key: `row_max: [ROWS]`, `row_sum: [ROWS]` and `acc: [ROWS, BLOCK_D]`."""
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    return row_max, row_sum, acc
+
+
+@triton.jit
 def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """The state after one more tile of scores `[BLOCK_M, BLOCK_N]`, -inf where hidden, and values `[BLOCK_N, D]`."""
     factor = 1.0 if HAS_SOFTCAP else scale
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-    # A row that has seen no key yet would give -inf - -inf.
+    # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    # One fused multiply-add: large scores are not rounded before the maximum is taken off.
+    # One fused multiply-add: large scores are not rounded before the maximum is subtracted.
     weights = tl.math.exp2(scores * factor - shift[:, None])
     decay = tl.math.exp2(row_max - shift)
     row_sum = row_sum * decay + tl.sum(weights, 1)
@@ -96,8 +106,75 @@ def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.conste
 
 
 @triton.jit
+def attend_tiles(
+    q, row_max, row_sum, acc, lo, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window, scale, softcap,
+    stride_page, stride_slot,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of `q: [BLOCK_M, BLOCK_D]` after the keys of one row in the tiles from `lo` on that begin below `hi`.
+
+    `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
+    `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    for key in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        key_n = key + n  # [BLOCK_N]
+        if EDGE:
+            ok_n = (key_n < length) & (key_n >= lowest)
+            page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
+        else:
+            page = tl.load(table + key_n // PAGE)
+        # One offset for K and V, whose strides agree.
+        slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
+        off_kv = slot[:, None] + (head_offset + d)[None, :]  # [BLOCK_N, BLOCK_D]
+        if EDGE:
+            ok = ok_n[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + off_kv, mask=ok, other=0.0)
+        elif D == BLOCK_D:
+            k = tl.load(k_ptr + off_kv)
+        else:
+            k = tl.load(k_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
+        scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if EDGE:
+            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
+            if HAS_WINDOW:
+                seen = seen & (key_n[None, :] > last_key[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            v = tl.load(v_ptr + off_kv, mask=ok, other=0.0)
+        elif D == BLOCK_D:
+            v = tl.load(v_ptr + off_kv)
+        else:
+            v = tl.load(v_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
+        row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
+    return row_max, row_sum, acc
+
+
+@triton.jit
 def softmax_end(row_max, row_sum, acc):
-    """Output `[BLOCK_M, D]` and LSE, natural logarithm; 0 and -inf for a row without a visible key."""
+    """Output `[BLOCK_M, D]` and LSE `[BLOCK_M]`, natural logarithm; 0 and -inf for a query without a visible key."""
     seen = row_sum > 0
     out = acc * tl.where(seen, 1.0 / row_sum, 0.0)[:, None]
     return out, tl.where(seen, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+
+
+@triton.jit
+def store_output(out_ptr, lse_ptr, row, ok, out, lse, D: tl.constexpr):
+    """`out: [M, BLOCK_D]` and `lse: [M]` to the rows `row: [M]` of `out_ptr: [rows, D]` and `lse_ptr: [rows]`."""
+    d = tl.arange(0, out.shape[1])
+    tl.store(out_ptr + row[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + row, lse, mask=ok)
+
+
+@triton.jit
+def merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc):
+    """The state after one more partial state, of other keys; both are `[M]`, `[M]` and `[M, BLOCK_D]`."""
+    new_max = tl.maximum(row_max, part_max)
+    # Without this, two empty states would give -inf - -inf = NaN.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = tl.math.exp2(part_max - shift)
+    decay = tl.math.exp2(row_max - shift)
+    row_sum = row_sum * decay + part_sum * weight
+    acc = acc * decay[:, None] + part_acc * weight[:, None]
+    return new_max, row_sum, acc

@@ -1,4 +1,4 @@
-"""The work list of a persistent kernel, made on the device: which (row, packed query, head slot) each tile is."""
+"""The work list of a persistent kernel, made on the device: the (row, first packed query, head slot) of each tile."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def work_list_kernel(
     row = tl.arange(0, BLOCK_B)
     valid = row < rows
     news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
-    tiles = tl.where(valid, (news * PACKED + BLOCK_M - 1) // BLOCK_M * SLOTS, 0)
+    tiles = tl.where(valid, (news * PACKED + BLOCK_M - 1) // BLOCK_M * SLOTS, 0)  # [BLOCK_B]
     upto = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T], as all from `b` on
     before = (upto[None, :] <= tile[:, None]) & valid[None, :]  # [BLOCK_T, BLOCK_B]
     b = tl.sum(before.to(tl.int32), 1)
     base = tl.max(tl.where(before, upto[None, :], 0), 1)
@@ -45,7 +45,7 @@ def work_list(cu_seqlens_q: Tensor, tokens: int, slots: int, packed: int, block_
     Args:
         cu_seqlens_q: `[B + 1]` int32, where each row's queries begin.
         tokens: new tokens of all rows (T).
-        slots: query heads, or groups of `packed` of them, that are tiles of their own.
+        slots: head slots, each of `packed` query heads: query heads that are not packed together have tiles of their own.
         packed: query heads packed with each token into the rows of a tile.
         block_m: packed queries a tile.
 
@@ -53,7 +53,7 @@ def work_list(cu_seqlens_q: Tensor, tokens: int, slots: int, packed: int, block_
         `[tiles, 4]` int32 of (row, first packed query, slot, unused), and `[1]` int32, how many of them there are.
     """
     rows = cu_seqlens_q.shape[0] - 1
-    # No row needs more than one tile that is not full.
+    # An upper bound that needs no lengths: no row has more than one tile that is not full.
     most = (triton.cdiv(tokens * packed, block_m) + rows) * slots
     work = torch.empty(most, 4, dtype=torch.int32, device=cu_seqlens_q.device)
     count = torch.empty(1, dtype=torch.int32, device=cu_seqlens_q.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_fastattn.kernels.launch import power_of_2
 
-# Where there is no GPU: the interpreter runs programs one after the other.
+# Without a GPU, where the interpreter runs programs one after the other: a small number that still splits items.
 INTERPRETED_PROCESSORS = 3
 
 
@@ -33,7 +33,7 @@ class Workspace:
     def split_kv(self, parts: int, block_m: int, block_d: int) -> tuple[Tensor, Tensor, Tensor]:
         """Room for `parts` states `[block_m, block_d]`, for the maximum and sum of their rows, and a counter for each.
 
-        It grows by powers of two; what it has outgrown is kept, since a captured graph may write to it.
+        Buffers grow by powers of two; the smaller ones are kept alive, since a captured graph may still write to them.
         """
         parts = power_of_2(parts)
         if self._counters.shape[0] < parts:
@@ -42,7 +42,7 @@ class Workspace:
         key = (block_m, block_d)
         if key not in self._partial or self._partial[key][0].shape[0] < parts * block_m:
             self._outgrown.extend(self._partial.pop(key, ()))
-            # A tensor made inside inference mode could not be written outside of it later.
+            # Tensors made in inference mode could not be written outside of it later.
             with torch.inference_mode(False):
                 partial = torch.empty(parts * block_m, block_d, dtype=torch.float32, device=self.device)
                 sums = torch.empty(parts * block_m, 2, dtype=torch.float32, device=self.device)

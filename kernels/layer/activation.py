@@ -1,7 +1,7 @@
 """`silu(gate) * up`, the middle of a gated MLP (SwiGLU: Shazeer, 2020), in one launch.
 
 `silu(g) = g / (1 + exp(-g))`, in fp32 with one rounding at the end. Gate and up may be two tensors or two halves of one.
-The plain PyTorch version is `step_reference.silu_and_mul`; `matvec.gate_up_silu` does it behind the products.
+The plain PyTorch version is `step_reference.silu_and_mul`; `matvec.gate_up_silu` fuses it with the products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def silu_and_mul_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], as all below
     ok = column < width
     gate = tl.load(gate_ptr + row * stride_g + column, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_u + column, mask=ok, other=0.0).to(tl.float32)

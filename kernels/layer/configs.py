@@ -1,8 +1,8 @@
 """Tiles of the matrix-vector and skinny products, as data, and where cuBLAS is as quick.
 
-All of it comes from an H200, 16-bit weights of Llama-3-8B's shapes, read from memory (not from the cache). The rules
-generalise what was best there: one token wants whole vector loads of long rows, more tokens want as many programs as fit
-on the GPU at once and no more. `MEASURED` holds what the rules would not choose. Nothing is tuned at run time.
+All were measured on an H200, with 16-bit weights of Llama-3-8B's shapes, read from memory (not from the L2 cache). The rules
+generalise the best of them: one token needs full vector loads of long rows; more tokens need exactly as many programs as
+the GPU runs at once. `MEASURED` holds the exceptions to the rules. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class ProductTile:
         block_n: weight rows a program (of each of gate and up).
         block_k: columns a step.
         warps: warps a program.
-        stages: of the pipeline of weight tiles.
-        split: programs that share a tile of weight rows, each with a part of the columns; 1 for one token.
-        vector: neighbouring columns that a thread adds up at once; 1 for more tokens than one.
+        stages: pipeline stages of the loads of weight tiles.
+        split: split-K, the programs that share a tile of weight rows, each with a part of the columns; 1 for one token.
+        vector: neighbouring columns that a thread adds up at once; 1 for several tokens.
     """
 
     block_n: int
@@ -32,7 +32,7 @@ class ProductTile:
     vector: int = 1
 
 
-# Token counts up to the bucket share an entry.
+# Token counts are rounded up to a bucket, and share its entry.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MOST_TOKENS = BUCKETS[-1]
 
@@ -43,25 +43,25 @@ MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     (HOPPER, 64, 4096, 6144): ProductTile(64, 64, 4, 6, split=2),
 }
 
-# (most tokens, gated) -> tiles without their split, with the programs of each that a multiprocessor of Hopper holds
+# (largest bucket, gated) -> (tile without its split, programs of it that an SM of Hopper holds), in order of preference
 SKINNY: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (16, False): ((ProductTile(64, 128, 4, 4), 2), (ProductTile(32, 256, 4, 3), 3)),
     (32, False): ((ProductTile(64, 128, 4, 4), 2),),
     (64, False): ((ProductTile(64, 128, 4, 4), 1), (ProductTile(64, 64, 4, 6), 2)),
-    # A shorter pipeline leaves room for the programs of the launch behind.
+    # A shorter pipeline leaves shared memory to the programs of the next launch.
     (32, True): ((ProductTile(64, 128, 4, 2), 2),),
     (64, True): ((ProductTile(64, 64, 4, 3), 2),),
 }
-# Multiprocessors of the GPUs that count.
+# Multiprocessors (SMs) of an H100 or H200.
 PROCESSORS = 132
 MOST_SPLITS = 8
-# Parts of fewer steps would be all start and end.
+# Fewest steps of a split-K part: shorter ones would be mostly prologue and epilogue.
 FEWEST_STEPS = 4
-# Rows of weights from which one token leaves every multiprocessor enough programs of four rows.
+# From this many weight rows on, programs of four rows each are enough to fill every SM (one token).
 MANY_ROWS = 6144
-# Columns from which a row takes so many steps that programs of fewer warps are quicker.
+# Above this many columns a row takes many steps, and programs of fewer warps are quicker.
 LONG_ROWS = 8192
-# More tokens than this leave cuBLAS as quick in some shapes, and are not measured on other GPUs or in fp32.
+# Above this many tokens cuBLAS is as quick for some shapes; other GPUs and fp32 were not measured there.
 FEW_TOKENS = 16
 
 
@@ -81,15 +81,15 @@ def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weigh
         return True
     if tokens > MOST_TOKENS or itemsize != 2 or arch != HOPPER:
         return False
-    # Of single weights only those with far more columns than rows: cuBLAS splits their sums less well.
+    # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse.
     return weights > 1 or k >= 2 * rows
 
 
 @functools.cache
 def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated: bool) -> ProductTile:
-    """The tile for `tokens` rows of x against `rows` weight rows of `k` columns, gate and up counted both."""
+    """The tile for `tokens` rows of x times `rows` weight rows of `k` columns; gate and up count as `2 * I` rows."""
     bucket = bucket_of(tokens)
-    # Later architectures are closer to Hopper than to the estimate.
+    # Later architectures are closer to Hopper than to the estimate for Ampere.
     found = MEASURED.get((min(arch, HOPPER), bucket, k, rows)) if itemsize == 2 else None
     if found is not None:
         return found
@@ -101,7 +101,7 @@ def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
-    # Neighbours added up at once leave registers for two rows of two weights.
+    # Adding up neighbouring columns at once leaves registers for two rows of both weights.
     at_once = gated and itemsize == 2
     block_k = next((block for block in (4096, 2048, 1024)[not gated or at_once :] if _wastes_little(k, block)), 512)
     vector = 1
@@ -117,7 +117,7 @@ def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
 
 
 def _wastes_little(k: int, block: int) -> bool:
-    """Whether at most an eighth of the lanes idle over a row of `k` columns."""
+    """Whether at most an eighth of the columns of all steps of a row are padding."""
     return 8 * k >= 7 * block * -(-k // block)
 
 
@@ -128,7 +128,7 @@ def _skinny_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
         tiles = -(-rows // (tile.block_n * (2 if gated else 1)))
         slots = programs * PROCESSORS
         split = max(min(slots // tiles, k // (FEWEST_STEPS * tile.block_k), MOST_SPLITS), 1)
-        # The share of the GPU that works until the last program ends, if all take equally long.
+        # Occupancy over all waves, if all programs take equally long.
         fill = tiles * split / (-(-tiles * split // slots) * slots)
         if fill > best_fill:
             best, best_fill = ProductTile(tile.block_n, tile.block_k, tile.warps, tile.stages, split), fill
@@ -136,7 +136,7 @@ def _skinny_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
 
 
 def _ampere_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
-    """An estimate whose shared memory fits desktop GPUs too."""
+    """An estimate, not measured, whose shared memory fits desktop GPUs too."""
     block_n = (64 if rows >= 64 * PROCESSORS else 32) // (2 if gated else 1)
     block_k = 128 if bucket <= FEW_TOKENS else 64
     programs = rows // (block_n * (2 if gated else 1))

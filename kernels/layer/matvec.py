@@ -1,11 +1,11 @@
 """Products of few tokens with several weights in one launch, at the speed at which the weights can be read.
 
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
-weights stay where they are: a program finds by its number which of them it works on. One token is multiplied here,
-without the matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`.
-Everything is summed in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own
-(`norm.py`): its weight, read again by every program beside x, costs more than that where the first-level cache is small,
-as after attention kernels with much shared memory. The plain PyTorch versions are in `reference.py`.
+weights are not copied together: a program finds its weight from its program id. One token is multiplied here, without the
+matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`. Everything is summed
+in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own (`norm.py`): fused here,
+every program would read the norm's weight beside x, which costs more than a launch where the L1 cache is small, as after
+attention kernels with much shared memory. The plain PyTorch versions are in `reference.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_WEIGHTS = 3
 
 @triton.jit
 def _weights(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Weights are read once a step: they need not stay in the cache."""
+    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
     if K % BLOCK_K == 0:
         return tl.load(pointers + k, eviction_policy="evict_first")
     column = k + tl.arange(0, BLOCK_K)
@@ -69,36 +69,36 @@ def matvec_kernel(
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past the last row it is read again, which costs no mask.
-    offset = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # Instead of a mask: past the last row, the last row is read again.
+    off_w = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
     if OVERLAP and not SETTLED:
         gdc_wait()
-    w = _weights(w_ptr + offset, 0, K, BLOCK_K)
+    w = _weights(w_ptr + off_w, 0, K, BLOCK_K)
     if GATED:
-        u = _weights(w1_ptr + offset, 0, K, BLOCK_K)
+        u = _weights(w1_ptr + off_w, 0, K, BLOCK_K)
     if OVERLAP and SETTLED:
         gdc_wait()
-    # What is added at the end is loaded here, where nobody waits for it.
+    # Bias and residual are loaded early, so that their latency is hidden by the loop.
     ok = n < rows
     added = tl.zeros([BLOCK_N], tl.float32)
     if b_ptr is not None:
         added += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    x = _x_tile(x_ptr, 0, K, BLOCK_K)
-    acc = _products(w, x, VECTOR)
+    x = _x_tile(x_ptr, 0, K, BLOCK_K)  # [BLOCK_K]
+    acc = _products(w, x, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     if GATED:
         acc_u = _products(u, x, VECTOR)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        w = _weights(w_ptr + offset, k, K, BLOCK_K)
+        w = _weights(w_ptr + off_w, k, K, BLOCK_K)
         if GATED:
-            u = _weights(w1_ptr + offset, k, K, BLOCK_K)
+            u = _weights(w1_ptr + off_w, k, K, BLOCK_K)
         x = _x_tile(x_ptr, k, K, BLOCK_K)
         acc += _products(w, x, VECTOR)
         if GATED:
             acc_u += _products(u, x, VECTOR)
-    y = tl.sum(acc, 1)
+    y = tl.sum(acc, 1)  # [BLOCK_N]
     if GATED:
         y = silu_gate(y, tl.sum(acc_u, 1))
     tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
@@ -132,7 +132,7 @@ def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
     gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
 ) -> Tensor:  # fmt: skip
-    """Everything side by side in `[T, rows of all weights]`, or `[T, rows of one]` if gated."""
+    """All products side by side in `[T, rows of all weights]`, or `[T, rows of one weight]` if gated."""
     _check(x, weights, biases, residual)
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
@@ -178,8 +178,8 @@ def matvec(
         biases: `[N_i]` for each weight, or none at all.
         residual: `[T, N]`, added to the product of a single weight.
         sums: room for split products, for one stream; made by the call if needed and not given.
-        weights_settled: no launch that may still be running writes a weight, so that their first tiles are read ahead of
-            its end. Launches overlap, so the one before the last counts too.
+        weights_settled: no launch that may still be running writes a weight, so the first tiles of weights are read before
+            the launch ahead has ended. Launches overlap, so the one before the last counts too.
         tile: launch configuration, for measuring; by default that of `matvec_configs.product_tile`.
 
     Returns:

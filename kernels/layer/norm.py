@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 
 MAX_HIDDEN = 16_384
-# One vector load of 16-bit elements a thread, as far as there are threads.
+# So many that each thread makes one vector load of 16-bit elements, up to 16 warps.
 ELEMENTS_PER_WARP = 256
 
 
@@ -26,11 +26,11 @@ def rms_norm_kernel(
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, UNIT_OFFSET: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row of `[T, HIDDEN]`; `residual_ptr` and `sum_ptr` are None in a norm without residual."""
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)  # [BLOCK], as all below
     ok = column < HIDDEN
     row = tl.program_id(0).to(tl.int64)
-    # The weights that the next launch reads ahead would delay a single row, for which it waits. Products of more rows
-    # gain more by reading ahead.
+    # The next launch prefetches its weights once it may start. With a single row that competes with the loads of this norm,
+    # for which the next launch waits; with more rows its products gain more from the prefetch.
     if OVERLAP:
         if tl.num_programs(0) > 1:
             gdc_launch_dependents()
@@ -98,7 +98,7 @@ def add_rms_norm(
         weight: `[hidden]`.
         eps: added to the mean square.
         unit_offset: multiply by `1 + weight`.
-        weights_settled: no launch that may still be running writes `weight`, so that it is read ahead of their end.
+        weights_settled: no launch that may still be running writes `weight`, so it is read before these have ended.
 
     Returns:
         The normalised rows and the sums, both `[T, hidden]` in the dtype of x, contiguous.

@@ -1,4 +1,4 @@
-"""What stands around attention in a decoder layer, in plain PyTorch: norms, activation, linear products.
+"""The parts of a decoder layer around attention, in plain PyTorch: norms, activation, linear products.
 
 Every step is rounded in the dtype of its input, as Transformers rounds it; fp64 inputs give the oracle of the tests. The
 kernels in `norm.py`, `activation.py` and `matvec.py` compute the same in fp32 and round once.
@@ -47,8 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     """RMSNorm over the last dimension (Zhang and Sennrich, 2019), as Transformers rounds it.
 
     With `n = x * rsqrt(mean(x^2) + eps)`, all of it in fp32 (fp64 for fp64 input), the result is
-    `weight * round(n)`: n is rounded to the dtype of x first, the product is one in that dtype. With `unit_offset`
-    it is `round(n * (1 + weight))`: the weight is widened, the product is one in fp32, rounded to the dtype of x once.
+    `weight * round(n)`: n is rounded to the dtype of x first, and multiplied in that dtype. With `unit_offset` it is
+    `round(n * (1 + weight))`: the weight is widened, multiplied in fp32, and rounded to the dtype of x once.
     """
     wide = x.float() if x.dtype != torch.float64 else x
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -1,9 +1,9 @@
 """Products of 2 to 64 tokens with several weights in one launch, on the matrix unit.
 
-The weights are the large operand, `[BLOCK_N, BLOCK_K]` a step through the pipeline; the tokens are padded to 16 or more
-columns of the small one. Where the tiles of weight rows are too few to keep the memory busy, programs share a tile: each
-sums its part of K, and the last one to arrive adds the parts in fixed order, so results are bitwise repeatable
-("Split-K"). Called by `matvec.py`, whose plain PyTorch versions hold here too.
+The weights are the large operand, `[BLOCK_N, BLOCK_K]` a step of the pipeline; the tokens are the small one, padded to 16
+or more. Where there are too few tiles of weight rows to keep the memory busy, programs share a tile (split-K): each sums
+its part of K, and the last one to arrive adds the parts in fixed order, so results are bitwise repeatable. Called by
+`matvec.py`; the plain PyTorch versions are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_fastattn.kernels.layer.tiles import find_tile, pick
 
 @triton.jit
 def _weights(pointers, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Weights are read once a step: they need not stay in the cache."""
+    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
     if EVEN:
         return tl.load(pointers + k, eviction_policy="evict_first")
     column = k + tl.arange(0, BLOCK_K)
@@ -33,7 +33,7 @@ def _weights(pointers, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x `[BLOCK_T, BLOCK_K]` from column k on, transposed."""
+    """x from column k on, transposed: `[BLOCK_K, BLOCK_T]`."""
     if EVEN:
         return tl.trans(tl.load(pointers + k, mask=ok[:, None], other=0.0))
     column = k + tl.arange(0, BLOCK_K)
@@ -42,10 +42,11 @@ def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _add_product(acc, lost, w, x, PRECISION: tl.constexpr):
-    """`acc + w x`; `lost` is what fp32 sums were rounded by so far.
+    """`acc + w x`, all `[BLOCK_N, BLOCK_T]`; `lost` is the rounding error of the fp32 sums so far.
 
-    On the CUDA cores one chain of additions as long as K would err more than PyTorch's sums, so that only a tile's is one,
-    and tiles are added with compensation (Kahan, 1965). A plain sum of tiles the compiler would turn back into a chain.
+    On the CUDA cores one chain of additions as long as K would err more than PyTorch's sum. So only the products of a tile
+    are one chain, and tiles are added with compensation (Kahan, 1965): the compiler would turn a plain sum of tiles back
+    into one chain.
     """
     if PRECISION == "ieee":
         part = tl.dot(w, x, input_precision="ieee") - lost
@@ -90,18 +91,18 @@ def skinny_kernel(
     EVEN: tl.constexpr = K % BLOCK_K == 0
     begin = part * PART
     end = tl.minimum(begin + PART, K)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     t = tl.arange(0, BLOCK_T)
     ok_t = t < tokens
-    # Past the last row it is read again, which costs no mask.
+    # Instead of a mask: past the last row, the last row is read again.
     inner = tl.arange(0, BLOCK_K)[None, :]
-    offset = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + inner
-    x_place = x_ptr + t[:, None] * stride_x + inner
+    off_w = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + inner  # [BLOCK_N, BLOCK_K]
+    x_tile_ptr = x_ptr + t[:, None] * stride_x + inner  # [BLOCK_T, BLOCK_K]
     if OVERLAP and not SETTLED:
         gdc_wait()
-    w_first = _weights(w_ptr + offset, begin, end, EVEN, BLOCK_K)
+    w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
-        u_first = _weights(w1_ptr + offset, begin, end, EVEN, BLOCK_K)
+        u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -109,14 +110,14 @@ def skinny_kernel(
     lost = acc
     lost_u = acc
     for k in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=STAGES):
-        w = _weights(w_ptr + offset, k, end, EVEN, BLOCK_K)
-        x = _tokens(x_place, ok_t, k, end, EVEN, BLOCK_K)
+        w = _weights(w_ptr + off_w, k, end, EVEN, BLOCK_K)
+        x = _tokens(x_tile_ptr, ok_t, k, end, EVEN, BLOCK_K)  # [BLOCK_K, BLOCK_T]
         acc, lost = _add_product(acc, lost, w, x, PRECISION)
         if GATED:
-            u = _weights(w1_ptr + offset, k, end, EVEN, BLOCK_K)
+            u = _weights(w1_ptr + off_w, k, end, EVEN, BLOCK_K)
             acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
-    # The tile loaded first is multiplied last: before the loop, its pipeline would start only after this product.
-    x = _tokens(x_place, ok_t, begin, end, EVEN, BLOCK_K)
+    # The tile loaded first is multiplied last: with this product before the loop, the loop's pipeline would start late.
+    x = _tokens(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K)
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
@@ -125,11 +126,12 @@ def skinny_kernel(
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_T
         SUMS: tl.constexpr = 2 if GATED else 1
-        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]
+        cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]  # [BLOCK_N, BLOCK_T]
         parts = partial_ptr + number.to(tl.int64) * (SPLIT * SUMS * SIZE)
         tl.store(parts + part * (SUMS * SIZE) + cell, acc)
         if GATED:
             tl.store(parts + part * (SUMS * SIZE) + SIZE + cell, acc_u)
+        # Every thread has stored its share of the part before one of them counts it.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT - 1:
@@ -137,7 +139,7 @@ def skinny_kernel(
             total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
             total_u = total
             for other in tl.static_range(SPLIT):
-                # Past the first-level cache, which may hold what stood there before another program wrote.
+                # .cg bypasses the L1 cache, which may hold values from before another program wrote.
                 total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
                 if GATED:
                     total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
@@ -177,7 +179,7 @@ def skinny_product(
     # Not `triton.cdiv`, which costs the host a microsecond a call.
     tiles = sum(-(-count // tile.block_n) for count in counts[:used])
     steps = -(-k // tile.block_k)
-    # Rounded so that no part is empty.
+    # Steps a part, and then parts: rounded so that no part is empty.
     part = -(-steps // min(tile.split, steps)) if tiles <= MOST_TILES else steps
     split = -(-steps // part)
     block_t = max(power_of_2(tokens), 16)

@@ -1,11 +1,11 @@
-"""`SplitSums`: the device memory that a product needs whose columns are split among programs."""
+"""`SplitSums`: the device memory that a split-K product needs beside its inputs and outputs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# The most tiles of weight rows that a split launch may have: more fill the GPU without a split.
+# The most tiles of weight rows that a split-K launch may have: more of them fill the GPU without a split.
 MOST_TILES = 1024
 
 
@@ -21,7 +21,7 @@ class SplitSums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # A tensor made inside inference mode could not be written outside of it later.
+        # Tensors made in inference mode could not be written outside of it later.
         with torch.inference_mode(False):
             self.arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
         self._partial: dict[int, Tensor] = {}

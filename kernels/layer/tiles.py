@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def find_tile(tile, n0, n1, n2, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
-    """Which weight a tile of the launch belongs to, its rows, their first column of output, and the tile among theirs."""
+    """The weight that a tile of the launch belongs to, its rows, its first output column, and the tile's number in it."""
     which = 0
     rows = n0
     column = 0
@@ -31,7 +31,7 @@ def find_tile(tile, n0, n1, n2, BLOCK_N: tl.constexpr, WEIGHTS: tl.constexpr):
 
 @triton.jit
 def pick(which, p0_ptr, p1_ptr, p2_ptr, WEIGHTS: tl.constexpr):
-    """The pointer of that weight."""
+    """The pointer of weight number `which`."""
     chosen = p0_ptr
     if WEIGHTS > 1:
         if which == 1:

@@ -1,8 +1,8 @@
 """The end of a decode step on the device: the tokens that were chosen become the inputs of the next step.
 
-One launch takes over what a host loop would do between two steps: padding for rows that have finished, the test for end
-tokens, positions, lengths, and the slot (`page * P + offset`) where the next key goes, by page table. So a captured step
-feeds itself. The plain PyTorch version is `advance_reference.advance`.
+One launch does what a host loop would do between two steps: padding tokens for finished rows, the test for end tokens,
+positions, lengths, and for each page table the slot (`page * P + offset`) where the next key goes. So a captured step can
+be replayed without the host. The plain PyTorch version is `advance_reference.advance`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def advance_kernel(
     WINDOWS: tl.constexpr, PAGE: tl.constexpr, ENDS: tl.constexpr, ENDED: tl.constexpr, ABSENT: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """All rows in one program."""
+    """All rows in one program; every block is `[BLOCK]`."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -31,8 +31,8 @@ def advance_kernel(
     finished = tl.load(finished_ptr + row, mask=ok, other=1)
     token = tl.load(chosen_ptr + row, mask=ok, other=0)
     token = tl.where(finished != 0, tl.load(pad_ptr), token)
-    for place in tl.static_range(ENDS):
-        finished = tl.where((finished == 0) & (token == tl.load(ends_ptr + place)), 1, finished)
+    for number in tl.static_range(ENDS):
+        finished = tl.where((finished == 0) & (token == tl.load(ends_ptr + number)), 1, finished)
     step = tl.load(step_ptr) + 1
     finished = tl.where((finished == 0) & (step >= tl.load(limits_ptr + row, mask=ok, other=0)), 1, finished)
     tl.store(tokens_ptr + row, token, mask=ok)
@@ -42,21 +42,21 @@ def advance_kernel(
     gone = (finished == ABSENT) | ((finished != 0) & (tl.load(drop_ptr) != 0))
     length = tl.load(seq_lens_ptr + row, mask=ok, other=0)
     tl.store(seq_lens_ptr + row, tl.where(gone, 0, length + 1), mask=ok)
-    for place in tl.static_range(WINDOWS):
+    for window in tl.static_range(WINDOWS):
         reads = ok & (gone == 0)
-        table = tables_ptr + place * stride_table + row.to(tl.int64) * columns
+        table = tables_ptr + window * stride_table + row.to(tl.int64) * columns
         page = tl.load(table + length // PAGE, mask=reads, other=0)
-        tl.store(slots_ptr + place * stride_slots + row, tl.where(gone, -1, page * PAGE + length % PAGE), mask=ok)
+        tl.store(slots_ptr + window * stride_slots + row, tl.where(gone, -1, page * PAGE + length % PAGE), mask=ok)
     if seen_ptr is not None:
         known = ok & (token >= 0) & (token < vocabulary)
         tl.store(seen_ptr + row.to(tl.int64) * vocabulary + token, tl.full([BLOCK], 1, tl.uint8), mask=known)
-    # Read by every thread of the program above.
+    # Every thread has read the step above: only now may it be overwritten.
     tl.debug_barrier()
     tl.store(step_ptr, step)
 
 
 def advance(state: LoopTensors, page_size: int) -> None:
-    """Take the tokens that were chosen as the next inputs; see `LoopTensors`.
+    """Make the chosen tokens the next inputs; see `LoopTensors`.
 
     Args:
         state: changed in place.

@@ -8,7 +8,7 @@ from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, FINISHED_BIT, Loop
 
 
 def advance(state: LoopTensors, page_size: int) -> None:
-    """The same, on any device."""
+    """Make the chosen tokens the next inputs, as `advance.advance` does, on any device."""
     token = torch.where(state.finished != 0, state.pad, state.chosen)
     is_end = (token[:, None] == state.ends[None]).any(1)
     state.step.add_(1)
@@ -20,9 +20,9 @@ def advance(state: LoopTensors, page_size: int) -> None:
     gone = (state.finished == ABSENT) | ((state.finished != 0) & (state.drop != 0))
     length, rows = state.seq_lens.clone(), torch.arange(len(token), device=token.device)
     state.seq_lens.copy_(torch.where(gone, 0, length + 1))
-    for place, table in enumerate(state.tables):
+    for window, table in enumerate(state.tables):
         page = table[rows, torch.where(gone, 0, length // page_size).long()]
-        state.slots[place, : len(token)].copy_(torch.where(gone, -1, page * page_size + length % page_size))
+        state.slots[window, : len(token)].copy_(torch.where(gone, -1, page * page_size + length % page_size))
     if state.seen is not None:
         known = (token >= 0) & (token < state.seen.shape[1])
         state.seen[rows[known], token[known]] = 1

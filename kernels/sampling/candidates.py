@@ -1,8 +1,9 @@
 """The few scores that top-k and top-p choose among, gathered before they are looked at.
 
-The scan of the logits left the largest of every group of GROUP tokens. If `rank` groups reach a score, so do `rank`
-tokens: the rank-th largest of these maxima bounds the rank-th largest logit from below, and only groups that reach it
-hold anything of interest. Whether enough was gathered is checked after; a flat row fails and is searched as a whole.
+The first launch left the largest logit of every vocabulary group (GROUP neighbouring tokens). If `rank` groups reach a
+score, so do at least `rank` tokens: the rank-th largest of these maxima is a lower bound of the rank-th largest logit, and
+only groups that reach it can hold one of the first `rank` tokens. Whether enough was gathered is checked afterwards; a flat
+distribution fails the check, and its whole row is searched.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ def gather_candidates(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, MOST_RANK: tl.constexpr, SLOTS: tl.constexpr, TILE_G: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Scores and tokens above a bound to `score_ptr` and `token_ptr`, `[SLOTS]`; how many there are, also past SLOTS.
+    """Write scores and tokens above a bound to `score_ptr` and `token_ptr`, both `[SLOTS]`.
 
     `filters_mass`: top-k or top-p is on. If neither, the bound is `floor`, the scaled score of min-p.
+
+    Returns:
+        How many reach the bound; this may be more than SLOTS, of which only SLOTS are written.
     """
     group = tl.arange(0, BLOCK_G)
     ok = group < groups
-    maxima = tl.load(maxima_ptr + group, mask=ok, other=float("-inf"))
+    maxima = tl.load(maxima_ptr + group, mask=ok, other=float("-inf"))  # [BLOCK_G]
     bound = floor
     if filters_mass:
         rank = tl.where((top_k > 0) & (top_k <= groups), top_k, tl.maximum(tl.minimum(groups // 2, MOST_RANK), 1))
@@ -41,13 +45,13 @@ def gather_candidates(
     tl.debug_barrier()
     count = tl.sum(tl.zeros([TILE_G], tl.int32), 0)
     for begin in range(0, hot_groups, TILE_G):
-        place = begin + tl.arange(0, TILE_G)
-        ok_group = place < hot_groups
-        first = tl.load(hot_ptr + place, mask=ok_group, other=0) * GROUP
+        number = begin + tl.arange(0, TILE_G)  # [TILE_G]
+        ok_group = number < hot_groups
+        first = tl.load(hot_ptr + number, mask=ok_group, other=0) * GROUP
         token = first[:, None] + tl.arange(0, GROUP)[None, :]  # [TILE_G, GROUP]
         ok_token = ok_group[:, None] & (token < vocab)
         x = load_scores(row_ptr, token, ok_token)
-        chosen = (ok_token & (x * inverse >= bound)).to(tl.int32)
+        chosen = (ok_token & (x * inverse >= bound)).to(tl.int32)  # [TILE_G, GROUP], as `slot`
         counts = tl.sum(chosen, 1)
         slot = count + (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(chosen, 1) - 1
         kept = (chosen != 0) & (slot < SLOTS)
@@ -63,11 +67,14 @@ def draw_candidate(
     score_ptr, token_ptr, count, inverse, peak, total, top_k, top_p, floor, seed, row, step,
     SLOTS: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """A token, the least scaled score kept, and whether the candidates were enough to tell.
+    """Draw a token from the candidates.
 
-    `peak`: the largest logit; `total`: the mass of the row, of which top-p is a part where there is no top-k.
+    `peak` is the largest logit, `total` the mass of the row, of which top-p keeps a share if top-k is off.
+
+    Returns:
+        The token, the least scaled score kept, and whether the candidates hold all tokens that are kept.
     """
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, SLOTS)  # [SLOTS], as all below
     ok = slot < count
     x = tl.load(score_ptr + slot, mask=ok, other=float("-inf"))
     token = tl.load(token_ptr + slot, mask=ok, other=0)

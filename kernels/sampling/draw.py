@@ -1,11 +1,11 @@
 """A token drawn for every row, in two launches of fixed shape: for decode steps in a CUDA graph.
 
-The first launch splits every row into chunks. Where no filter is on it leaves the token of a chunk whose logit /
-temperature + Gumbel noise is greatest; for filters it leaves the largest logit of every group of tokens, and the mass of
-the chunk. The second, a program a row, takes the best of the chunks, or gathers the candidates
-(`candidates.py`), finds the least score that top-k, top-p and min-p keep (`sampling_threshold.py`) and draws
-among those. Whatever differs from call to call is read from device memory. A draw depends on the scores, the
-parameters, seed, row number and step, and on nothing else in the batch. The plain PyTorch version is in
+The first launch splits every row into chunks. Without a filter it leaves for each chunk the token with the greatest
+logit / temperature + Gumbel noise; with filters it leaves the largest logit of every vocabulary group (GROUP neighbouring
+tokens), and the mass of the chunk. The second launch, one program a row, takes the best of the chunks, or gathers the
+candidates (`candidates.py`), finds the least score that top-k, top-p and min-p keep (`threshold.py`) and
+draws among the scores that reach it. Parameters that differ from call to call are read from device memory. A draw depends
+on the scores, the parameters, seed, row number and step, not on the rest of the batch. The plain PyTorch version is in
 `reference.py`.
 """
 
@@ -34,24 +34,24 @@ from hf_fastattn.kernels.sampling.scores import (
 )
 from hf_fastattn.kernels.sampling.threshold import masses, row_threshold
 
-# Tokens of which the largest logit is kept.
+# Tokens of a vocabulary group, of which the largest logit is kept.
 GROUP = 128
-# Where top-k does not say how many groups to look into; candidates that are kept; groups gathered at a time.
+# Most groups to look into without top-k; most candidates; groups gathered at a time.
 MOST_RANK, SLOTS, TILE_G = 512, 4096, 32
-# Tokens a pass over a whole row takes at a time; a quarter where vectors cannot be loaded, which takes more registers.
+# Tokens of one step over a whole row; a quarter of them if rows are not aligned for vector loads, to save registers.
 TILE = 16_384
-# Low bits of the fp32 of a logit that are always the same.
+# Low bits of a logit, widened to fp32, that are always zero.
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 @triton.jit
 def _write_group_maxima(row_ptr, out_ptr, vocab, begin, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """The largest logit of every group of a chunk; returns that of the chunk."""
+    """Write the largest logit of every group of a chunk; returns the largest of the chunk."""
     peak = tl.full([], float("-inf"), tl.float32)
     ROWS: tl.constexpr = CHUNK // GROUP // 4
     for quarter in tl.static_range(4):
-        group = begin // GROUP + quarter * ROWS + tl.arange(0, ROWS)
-        token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        group = begin // GROUP + quarter * ROWS + tl.arange(0, ROWS)  # [ROWS]
+        token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [ROWS, GROUP]
         maxima = tl.max(load_scores(row_ptr, token, token < vocab), 1)
         tl.store(out_ptr + group, maxima, mask=group * GROUP < vocab)
         peak = tl.maximum(peak, tl.max(maxima, 0))
@@ -63,7 +63,7 @@ def scan_logits_kernel(
     logits_ptr, maxima_ptr, mass_ptr, best_ptr, winner_ptr, params_ptr, seed_ptr, rows_ptr, step_ptr,
     vocab, groups, stride_b, CHUNK: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row of `[B, vocab]`. `mass_ptr: [B, chunks, 2]` gets the peak and the mass above it."""
+    """One chunk of one row of `[B, vocab]`. `mass_ptr: [B, chunks, 2]` gets the peak and the mass relative to it."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -76,7 +76,7 @@ def scan_logits_kernel(
     if filtered:
         peak = _write_group_maxima(row_ptr, maxima_ptr + b * groups, vocab, begin, GROUP, CHUNK)
         if (top_k == 0) & (top_p < 1.0):
-            token = begin + tl.arange(0, CHUNK)
+            token = begin + tl.arange(0, CHUNK)  # [CHUNK]
             x = load_scores(row_ptr, token, token < vocab)
             peak = tl.maximum(peak, -LARGEST)
             mass = masses(x, x * inverse, float("-inf"), peak, inverse * LOG2E)
@@ -95,8 +95,8 @@ def scan_logits_kernel(
 
 @triton.jit
 def _row_mass(mass_ptr, cell, chunks, peak, scale, BLOCK_C: tl.constexpr):
-    """The mass of a row above its own peak."""
-    chunk = tl.arange(0, BLOCK_C)
+    """The mass of a row relative to its peak, from the masses of its chunks."""
+    chunk = tl.arange(0, BLOCK_C)  # [BLOCK_C], as all below
     ok = chunk < chunks
     peaks = tl.load(mass_ptr + (cell + chunk) * 2, mask=ok, other=-LARGEST)
     mass = tl.load(mass_ptr + (cell + chunk) * 2 + 1, mask=ok, other=0.0)
@@ -110,7 +110,7 @@ def draw_kernel(
     CHUNK: tl.constexpr, GROUP: tl.constexpr, MOST_RANK: tl.constexpr, SLOTS: tl.constexpr, TILE_G: tl.constexpr,
     TILE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row: from the best of the chunks if nothing is filtered, else from the candidates, or the whole row."""
+    """One row: without filters from the best of its chunks, else from the candidates, or from the whole row if need be."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -122,7 +122,7 @@ def draw_kernel(
         seed, row, step = tl.load(seed_ptr), tl.load(rows_ptr + b), tl.load(step_ptr).to(tl.int64)
         row_ptr = logits_ptr + b * stride_b
         group = tl.arange(0, BLOCK_G)
-        maxima = tl.load(maxima_ptr + b * groups + group, mask=group < groups, other=float("-inf"))
+        maxima = tl.load(maxima_ptr + b * groups + group, mask=group < groups, other=float("-inf"))  # [BLOCK_G]
         peak = tl.max(maxima, 0)
         floor = least
         if min_p > 0.0:
@@ -170,16 +170,16 @@ def sample_tokens(
 ) -> None:
     """A token of every row, drawn as Transformers' warpers leave the scores: temperature, top-k, top-p, min-p.
 
-    Tokens that tie with the last one kept are kept too. NaN counts as -inf; a row without a finite logit gives a token
-    of its greatest score all the same.
+    Tokens that tie with the last one kept are kept too. NaN counts as -inf. A row without a finite logit still gives a token
+    of its greatest score.
 
     Args:
         logits: `[B, V]` bf16, fp16 or fp32, any stride between rows; penalties applied (`process_logits`).
         out_tokens: `[B]` int64, written; any stride.
         params: `[PARAMS]` fp32, of `SamplingParams`.
         seed: `[1]` int64.
-        rows: `[B]` int32, the number of each row, which its random numbers depend on.
-        step: `[1]` int32 or int64, likewise.
+        rows: `[B]` int32, the number of each row, on which its random numbers depend.
+        step: `[1]` int32 or int64, on which they depend too.
         thresholds: `[B]` fp32, gets the least logit / temperature kept (-inf if all is).
 
     Raises:

@@ -20,7 +20,7 @@ from hf_fastattn.kernels.sampling.scores import CHUNK, check_choice, load_scores
 @triton.jit
 def best_of_chunks(best_ptr, winner_ptr, cell, chunks, BLOCK_C: tl.constexpr):
     """The token of greatest score among the best of the chunks from `cell` on."""
-    chunk = tl.arange(0, BLOCK_C)
+    chunk = tl.arange(0, BLOCK_C)  # [BLOCK_C], as all below
     ok = chunk < chunks
     best = tl.load(best_ptr + cell + chunk, mask=ok, other=float("-inf"))
     _, token = best_token(best, tl.load(winner_ptr + cell + chunk, mask=ok, other=0x7FFFFFFF))
@@ -37,7 +37,7 @@ def greedy_chunk_kernel(
         gdc_wait()
     b = tl.program_id(1).to(tl.int64)
     cell = b * tl.num_programs(0) + tl.program_id(0)
-    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    token = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     top, winner = best_token(load_scores(logits_ptr + b * stride_b, token, token < vocab), token)
     tl.store(best_ptr + cell, top)
     tl.store(winner_ptr + cell, winner)

@@ -44,7 +44,7 @@ class SamplingParams:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         for name in ("top_k", "min_new_tokens"):
-            # fp32 holds integers up to here.
+            # The device tensor is fp32, which is exact for integers up to 2^24.
             if not 0 <= getattr(self, name) <= 1 << 24:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to {1 << 24}")
 

@@ -1,7 +1,7 @@
 """Repetition penalty and suppressed end-of-sequence tokens on the logits of a decode step, in one launch.
 
-A token seen before has its score s divided by the penalty if s >= 0, multiplied if below (Keskar et al., CTRL, 2019), in
-fp32; the division is a product with the reciprocal, which may differ from PyTorch's in the last bit. Before the step
+The score s of a token seen before is divided by the penalty if s >= 0, else multiplied by it (Keskar et al., CTRL, 2019), in
+fp32. The division is a product with the reciprocal, which may differ from PyTorch's in the last bit. Before step
 `min_new_tokens` the end-of-sequence tokens are -inf. The plain PyTorch version is `sampling_reference.process_logits`.
 """
 
@@ -24,12 +24,12 @@ def process_logits_kernel(
     logits_ptr, seen_ptr, out_ptr, eos_ptr, params_ptr, step_ptr, vocab, eos_count, stride_b, stride_s, stride_o,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tokens of one row; `seen_ptr` or `eos_ptr` is None where that is off."""
+    """BLOCK tokens of one row; without a penalty `seen_ptr` is None, without suppressed tokens `eos_ptr`."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     b = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], as all below
     ok = token < vocab
     x = tl.load(logits_ptr + b * stride_b + token, mask=ok).to(tl.float32)
     if seen_ptr is not None:
@@ -54,7 +54,7 @@ def suppress_eos_kernel(
     row_ptr = logits_ptr + tl.program_id(0).to(tl.int64) * stride_b
     if tl.load(step_ptr).to(tl.float32) < tl.load(params_ptr + 5):
         for begin in range(0, eos_count, BLOCK):
-            number = begin + tl.arange(0, BLOCK)
+            number = begin + tl.arange(0, BLOCK)  # [BLOCK]
             token = tl.load(eos_ptr + number, mask=number < eos_count, other=-1)
             minus = tl.full([BLOCK], float("-inf"), tl.float32).to(logits_ptr.dtype.element_ty)
             tl.store(row_ptr + token, minus, mask=(token >= 0) & (token < vocab))

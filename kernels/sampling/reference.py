@@ -1,4 +1,4 @@
-"""Token choice in plain PyTorch: what Transformers' processors and warpers leave, written out.
+"""Token choice in plain PyTorch: what Transformers' processors and warpers compute, written out.
 
 `scores` are logits times `1 / temperature`, fp32 unless the logits are fp64. Divisions by a parameter are products with its
 reciprocal, which may differ from PyTorch in the last bit.
@@ -32,9 +32,9 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Which tokens temperature, top-k, top-p and min-p leave, `[B, V]` bool.
+    """Which tokens are kept by temperature, top-k, top-p and min-p, `[B, V]` bool.
 
-    Top-p and min-p in fp64. Tokens that tie are kept or dropped together; else all is as in Transformers.
+    Top-p and min-p are computed in fp64. Unlike in Transformers, tokens that tie are kept or dropped together.
     """
     scores = scaled(logits, params.temperature)
     vocab = scores.shape[-1]
@@ -45,7 +45,7 @@ def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         left = ordered.double().masked_fill(ordered < scores.masked_fill(~kept, math.inf).amin(-1, keepdim=True), -math.inf)
         mass = left.softmax(-1)
-        # Of a run of equal scores the first one knows the mass of all that are likelier.
+        # The first of a run of equal scores: its cumulative mass is that of all strictly likelier tokens.
         likelier = mass.cumsum(-1) - mass
         first = torch.searchsorted(-ordered, -ordered)
         ok = (likelier.gather(-1, first) < params.top_p) | (ordered == ordered[:, :1])
@@ -56,7 +56,7 @@ def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """What a token is drawn from, `[B, V]` fp64."""
+    """The probabilities that a token is drawn with, `[B, V]` fp64."""
     scores = scaled(logits, params.temperature).double()
     return scores.masked_fill(~kept_tokens(logits, params), -math.inf).softmax(-1)
 

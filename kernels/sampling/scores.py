@@ -9,25 +9,25 @@ from torch import Tensor
 
 from hf_fastattn.kernels import launch
 
-# Of fp32.
+# The largest finite fp32 number.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(launch.LOG2E)
-# Tokens a program. Which random number belongs to which token depends on it too.
+# Tokens a program. It also fixes which random number belongs to which token: another value gives other draws.
 CHUNK = 4096
-# A tensor, the shape and the dtypes that it may have.
+# A tensor, the shape it must have, and the dtypes it may have.
 Expected = tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]
 
 
 @triton.jit
 def load_scores(row_ptr, token, ok):
-    """fp32 logits without NaN and +inf; NaN, and what is masked, is -inf."""
+    """fp32 logits of `token`, in its shape: NaN and masked tokens as -inf, +inf as LARGEST."""
     x = tl.load(row_ptr + token, mask=ok, other=float("-inf")).to(tl.float32)
     return tl.where(x == x, tl.minimum(x, LARGEST), float("-inf"))
 
 
 @triton.jit
 def inverse_temperature(params_ptr):
-    """Finite and above 0, whatever the temperature."""
+    """1 / temperature, with the temperature clamped so that the result is finite and above 0."""
     return tl.div_rn(1.0, tl.minimum(tl.maximum(tl.load(params_ptr), 1e-30), 1e30))
 
 
@@ -42,7 +42,7 @@ def filter_params(params_ptr, vocab):
 
 
 def check_choice(logits: Tensor, out_tokens: Tensor, inputs: dict[str, Expected]) -> None:
-    """Raise a `ValueError` unless a token of each row can be chosen: `[B, V]` logits, `[B]` int64 tokens, and inputs."""
+    """Raise a `ValueError` unless logits are `[B, V]`, tokens `[B]` int64, and each of `inputs` is as it must be."""
     if logits.ndim != 2 or logits.dtype not in launch.DTYPES or logits.stride(-1) != 1 or not 0 < logits.shape[1] < 1 << 24:
         raise ValueError(
             f"logits {tuple(logits.shape)} with strides {logits.stride()}, {logits.dtype}, must be [B, V], contiguous in "

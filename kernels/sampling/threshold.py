@@ -1,9 +1,9 @@
 """The least score that top-k, top-p and min-p keep, found without sorting.
 
-The bits of a float, read as an integer and flipped below zero, are ordered as the floats are. So the k-th largest score is
-the largest key that k scores reach, and top-p's last score the largest key whose scores hold a mass of p: both are found
-by bisection. Keys are of the logits, 16 bits where logits have 16; kept is what is not below in the *scaled* score,
-where different logits may have become equal.
+The bits of a float, read as an integer with all but the sign flipped if negative, are ordered as the floats are: a key. The
+k-th largest score has the largest key that at least k scores reach; top-p's last score has the largest key such that the
+scores that reach it hold a mass of p. Both are found by bisection. Keys are made from logits, with 16 bits for 16-bit
+logits; what is kept is decided by the *scaled* score, in which different logits may be equal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_fastattn.kernels.sampling.scores import LARGEST, LOG2E, load_scores
 
 @triton.jit
 def order_key(x, SHIFT: tl.constexpr):
-    """fp32 to int32, in the same order; `SHIFT` drops low bits that carry nothing."""
+    """fp32 to int32, in the same order; the SHIFT low bits of the floats, which are all zero, are dropped."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
@@ -31,15 +31,15 @@ def key_score(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _middle(low, high):
-    # low + (high - low) // 2 without overflow.
+    # (low + high) // 2 without overflow.
     return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
 def search_block(keys, weights, low, high, need):
-    """The largest key from `low` on, below `high`, such that the weights (fp32) of the keys from it on sum to `need`.
+    """The largest key in `[low, high)` such that the weights (fp32) of all `keys` from it on sum to at least `need`.
 
-    `low` is taken to satisfy that, and `high` not to.
+    It is assumed that `low` satisfies this and `high` does not.
     """
     middle = _middle(low, high)
     while middle != low:
@@ -58,7 +58,7 @@ def masses(x, z, least, peak, scale):
 
 @triton.jit
 def _by_four(x, TILE: tl.constexpr):
-    """Sums of four neighbours, which one thread holds: an accumulator takes a quarter of the registers."""
+    """`[TILE]` to `[TILE // 4]`: sums of four neighbours, which one thread holds, to save registers of accumulators."""
     return tl.sum(tl.reshape(x, [TILE // 4, 4]), 1)
 
 
@@ -67,11 +67,11 @@ def _row_sums(
     row_ptr, vocab, inverse, least, peak, scale, key1, key2, key3,
     BY_MASS: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Mass, or number, of the scores whose scaled score is at least `least` and whose key is at least each of three."""
+    """Mass (with `least` as lowest scaled score), or else number, of the scores with keys from `key1`, `key2`, `key3` on."""
     sum1 = tl.zeros([TILE // 4], tl.float32)
     sum2, sum3 = sum1, sum1
     for begin in range(0, vocab, TILE):
-        token = begin + tl.arange(0, TILE)
+        token = begin + tl.arange(0, TILE)  # [TILE]
         ok = token < vocab
         x = load_scores(row_ptr, token, ok)
         weight = ok.to(tl.float32)
@@ -89,7 +89,7 @@ def search_row(
     row_ptr, vocab, inverse, least, peak, scale, low, high, need,
     BY_MASS: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`search_block` over a whole row of logits, which is read once for every two bits of the key."""
+    """`search_block` over a whole row of logits: each pass over the row decides two bits of the key."""
     middle = _middle(low, high)
     while middle != low:
         key1, key3 = _middle(low, middle), _middle(middle, high)
@@ -121,7 +121,7 @@ def row_threshold(
             row_ptr, vocab, inverse, least, finite, scale, lowest, lowest, lowest, True, SHIFT, TILE
         )  # fmt: skip
         need = top_p * mass
-        # All scores below this one together hold less than half of what top-p drops.
+        # A lower bound to start from: all scores below it together hold less than half of the mass that top-p drops.
         tail = finite + tl.log((1.0 - top_p) / (2.0 * vocab)) / inverse
         low = tl.minimum(tl.maximum(low, order_key(tail, SHIFT)), high - 1)
         low = search_row(row_ptr, vocab, inverse, least, finite, scale, low, high, need, True, SHIFT, TILE)
