@@ -97,7 +97,7 @@ class CacheState(Cache):
     # Tables may hold more than `lengths` tells.
     _loose: bool
     # What layers read and write instead of the forward under way.
-    _reading: Batch | None
+    _using: Batch | None
     _reserved_ahead: bool
     # Columns that dense layers are known to hold tokens in.
     _known_stored: Tensor | None
@@ -143,7 +143,7 @@ class CacheState(Cache):
         """The state without a forward under way."""
         return {
             "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
-            "_replaced": {}, "_created_rows": False, "_loose": False, "_reading": None,
+            "_replaced": {}, "_created_rows": False, "_loose": False, "_using": None,
         }  # fmt: skip
 
     def _fit_tables(self, keep_states: bool = False) -> None:

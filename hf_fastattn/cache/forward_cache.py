@@ -60,7 +60,7 @@ class ForwardCache(DenseCache):
         try:
             self.__dict__.update(
                 _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
-                _new_stored=new, _query_length=query_length, _snapshots=[], _reading=None,
+                _new_stored=new, _query_length=query_length, _snapshots=[], _using=None,
             )  # fmt: skip
             self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
             if self._created_rows:
@@ -93,13 +93,13 @@ class ForwardCache(DenseCache):
         self._reserved_ahead = True
 
     @contextmanager
-    def reading(self, batch: Batch) -> Iterator[None]:
+    def using(self, batch: Batch) -> Iterator[None]:
         """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
-        before, self._reading = self._reading, batch
+        before, self._using = self._using, batch
         try:
             yield
         finally:
-            self._reading = before
+            self._using = before
 
     @in_turn
     def commit(self, release: bool = True, **more: Any) -> None:
@@ -138,8 +138,8 @@ class ForwardCache(DenseCache):
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
-        if self._reading is not None:
-            return self._reading
+        if self._using is not None:
+            return self._using
         return self._batch if self._open and not self._dense else None
 
     @in_turn

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_fastattn")
 
 # Most graphs kept, of decode steps and of forwards of several tokens a row; the least recently used is evicted.
-MAX_GRAPHS, MAX_APPENDS = 8, 16
+MAX_GRAPHS, MAX_EXTENDS = 8, 16
 # Shapes seen once that are remembered; a shape is captured when it is seen again.
 MAX_SHAPES = 256
 # Failed captures after which no more are tried, until the model changes.
@@ -62,7 +62,7 @@ class Entry:
 
         def run() -> Tensor:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.
-            with cache.reading(self.batch), torch.inference_mode(False), torch.no_grad():
+            with cache.using(self.batch), torch.inference_mode(False), torch.no_grad():
                 arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
                 outputs = forward(decoder, cache, **arguments)
             self.batch.forget_rope()
@@ -78,9 +78,9 @@ class Entry:
 class ForwardGraphs(GraphStore[Key, Entry]):
     """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
 
-    A shape is a decode step of so many rows, or room for so many tokens of so many rows: prompts, drafts to verify, chat
-    turns. Their tokens stand in the same static inputs the first time, when layers are still launched one by one, so
-    that the products have the same sizes, and give the same bits, whether captured or not. Forwards of many tokens keep
+    A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
+    chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
+    products have the same sizes, and give the same bits, captured or not. Forwards of many tokens keep
     the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
@@ -247,7 +247,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return None
         decode = key[0].bucket is None
-        self.keep(key, entry, MAX_GRAPHS if decode else MAX_APPENDS, lambda other: (other[0].bucket is None) == decode)
+        self.keep(key, entry, MAX_GRAPHS if decode else MAX_EXTENDS, lambda other: (other[0].bucket is None) == decode)
         if key[0].bucket is None:
             counters.graphs_captured += 1
         else:

@@ -151,7 +151,7 @@ class DecodeLoop:
             groups, decoder = cache.groups, self._model.base_model
             assert workspace is not None
             batch = state.batch(key, groups.backend, groups.batch_invariant, workspace)
-            with cache.reading(batch):
+            with cache.using(batch):
                 arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, cache, **arguments).last_hidden_state
             batch.forget_rope()

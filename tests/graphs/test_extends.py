@@ -197,7 +197,7 @@ def test_a_changed_weight_is_captured_anew(device: str) -> None:
 
 
 def test_the_least_recently_used_goes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 2)
+    monkeypatch.setattr(forward_graphs, "MAX_EXTENDS", 2)
     stock, model = both("llama", device)
     for length in (9, 20, 40, 60, 60, 40, 20, 9, 40, 60, 60):
         batch = single(length)

@@ -28,7 +28,7 @@ def without_a_gpu() -> Iterator[None]:
 
 def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_graphs, "MAX_GRAPHS", 3)
-    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 0)
+    monkeypatch.setattr(forward_graphs, "MAX_EXTENDS", 0)
     stock, model = pair_with_graphs("llama")
     for rows in (1, 2, 3, 4, 2, 1):
         batch = padded_batch(rows)

@@ -81,7 +81,7 @@ def test_nothing_is_collected_inside_a_capture(monkeypatch: pytest.MonkeyPatch) 
 
 def test_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     # Soon there are as many as there may be.
-    monkeypatch.setattr(forward_graphs, "MAX_APPENDS", 2)
+    monkeypatch.setattr(forward_graphs, "MAX_EXTENDS", 2)
     model = patch_with_graphs(tiny("llama", num_hidden_layers=2).to("cuda"))
     choose = random.Random(0)
     allocated = []
@@ -91,7 +91,7 @@ def test_memory_stays_flat(monkeypatch: pytest.MonkeyPatch) -> None:
         model.generate(
             **on_gpu(padded_batch(rows, longest, seed=call)), max_new_tokens=new, do_sample=beams == 1, num_beams=beams
         )
-        assert len(graphs(model)) <= forward_graphs.MAX_GRAPHS + forward_graphs.MAX_APPENDS
+        assert len(graphs(model)) <= forward_graphs.MAX_GRAPHS + forward_graphs.MAX_EXTENDS
         assert hf_fastattn.report(model).pages_in_use == 0
         if call % 50 == 49:
             gc.collect()
