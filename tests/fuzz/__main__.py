@@ -40,7 +40,7 @@ def run_all(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], int]:
     """How many programs differed, the paths of each by its seed, and how many ran."""
     # Not before the package was chosen.
     from tests.fuzz.draw import draw, is_plain
-    from tests.fuzz.run import is_rounding, run_program
+    from tests.fuzz.run import is_excused, run_program
     from tests.fuzz.shrink import as_line, shrink
 
     end, failed = time.monotonic() + 60 * arguments.minutes, 0
@@ -52,7 +52,7 @@ def run_all(arguments: argparse.Namespace) -> tuple[int, dict[str, Any], int]:
         program = one or draw(seed)
         result = run_program(program, check_reasons=arguments.package is None)
         paths[str(seed)] = {"plain": is_plain(program), "problem": result.problem, "paths": result.paths}
-        if result.problem is not None and not is_rounding(program):
+        if result.problem is not None and not is_excused(program):
             failed += 1
             smaller = program if arguments.no_shrink or one else shrink(program)
             print(f"seed {seed}, step {result.step}: {result.problem}\n  {as_line(smaller)}", flush=True)

@@ -91,6 +91,12 @@ def _graphs(program: dict[str, Any]) -> Any:
         yield
 
 
-def is_rounding(program: dict[str, Any]) -> bool:
-    """Whether a program that fails in fp32 passes in fp64: two tokens were nearly tied."""
+def is_excused(program: dict[str, Any]) -> bool:
+    """Whether a program that differs shows no fault of ours: stock's own NaN, or two tokens that were nearly tied."""
+    edits = {step.get("kind") for step in program["steps"] if step["do"] == "edit"}
+    eager = program["over"].get("attn_implementation") == "eager" or "eager" in edits
+    if eager and (program["dtype"] == "float64" or "float64" in edits):
+        # The softmax of a fully masked row is taken in fp32, where the least fp64 number is -inf.
+        return True
+    # Nearly tied tokens are not tied in fp64.
     return program["dtype"] == "float32" and run_program({**program, "dtype": "float64"}).problem is None
