@@ -87,8 +87,8 @@ def test_the_classes_of_a_family_exist(model_type: str) -> None:
     folder = BORROWED_MODULES.get(model_type, model_type_to_module_name(model_type))
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     names = [family.decoder, family.attention, family.qk_norm]
-    if family.layer is not None:
-        names += [family.layer.layer, family.layer.norm, family.layer.mlp]
+    if family.layers is not None:
+        names += [family.layers.layers, family.layers.norm, family.layers.mlp]
     assert [name for name in names if name and not hasattr(module, name)] == []
 
 
