@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
 import hf_fastattn
 from hf_fastattn.patches import registry
@@ -25,7 +22,6 @@ from tests.tools.models import (
     COMMON,
     FAMILIES,
     OLD,
-    SINCE,
     assert_fast,
     padded_batch,
     pair,
@@ -72,24 +68,6 @@ def test_a_wrong_word_in_a_family_file(family: str, entry: dict[str, Any], monke
     hf_fastattn.unpatch(model)
     monkeypatch.setitem(registry.FAMILIES, known.model_type, replace(known, **entry))
     assert not torch.equal(generate(hf_fastattn.patch(model)), generate(stock))
-
-
-# Families whose configurations have no file of models, and whose they have.
-BORROWED_MODULES = {"exaone": "llama"}
-
-
-@pytest.mark.parametrize("model_type", registry.FAMILIES)
-def test_the_classes_of_a_family_exist(model_type: str) -> None:
-    if model_type not in CONFIG_MAPPING:
-        assert Version(transformers.__version__) < Version(SINCE[model_type])
-        pytest.skip("newer than this Transformers")
-    family = registry.FAMILIES[model_type]
-    folder = BORROWED_MODULES.get(model_type, model_type_to_module_name(model_type))
-    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    names = [family.decoder, family.attention, family.qk_norm]
-    if family.layers is not None:
-        names += [family.layers.layers, family.layers.norm, family.layers.mlp]
-    assert [name for name in names if name and not hasattr(module, name)] == []
 
 
 LOOPED = (
