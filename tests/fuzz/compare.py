@@ -11,8 +11,8 @@ from torch import Tensor
 import hf_fastattn
 from tests.fuzz.side import CACHE, Outcome, Side
 
-# In fp64 what Transformers computes in fp32 all the same, such as recurrent states.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
+# In fp64 what Transformers computes in fp32 all the same, such as recurrent states and what is computed from them.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 5e-5}
 # Which of stock's errors a clearer one of ours may stand for, where stock fails somewhere inside.
 CLEARER = ("ValueError", "TypeError")
 # Errors of stock that come from deep inside, where ours may fail in other words.
@@ -83,9 +83,11 @@ def _same_tensor(stock: Tensor, ours: Any, name: str, mask: Tensor | None) -> st
 
 
 def _shown(tensor: Tensor, mask: Tensor | None) -> Any:
-    """Where a tensor `[B, S, ..]` or `[B, H, S, K]` is of real tokens; steps of one token are."""
+    """Where a tensor `[B, S, ..]` or `[B, H, S, K]` is of real tokens; steps of one token behind a prompt are."""
     columns = 2 if tensor.ndim == 4 else 1
-    if mask is None or tensor.ndim < 3 or not 1 < tensor.shape[columns] <= mask.shape[1]:
+    if mask is None or tensor.ndim < 3 or tensor.shape[columns] > mask.shape[1]:
+        return None
+    if tensor.shape[columns] == 1 < mask.shape[1]:
         return None
     copies = tensor.shape[0] // mask.shape[0]
     real = mask.repeat_interleave(copies, 0)[:, -tensor.shape[columns] :].bool()

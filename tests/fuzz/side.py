@@ -217,7 +217,12 @@ class Side:
             return
         hf_fastattn.unpatch(self.model)
         if not step["unpatched"]:
-            hf_fastattn.patch(self.model, **self.options)
+            try:
+                hf_fastattn.patch(self.model, **self.options)
+            except ValueError as refused:
+                # A model whose attention was wrapped meanwhile is refused, and goes on unpatched.
+                if "undo that before patch()" not in str(refused):
+                    raise
 
     def train(self, step: dict[str, Any], outcome: Outcome) -> None:
         self.model.train(step["on"])
