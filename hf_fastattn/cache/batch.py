@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Groups of rows on a device; see `kernels.shared_prefix.paged_decode_shared`.
+    """Groups of rows on a device; see `kernels.attention.shared_prefix.paged_decode_shared`.
 
     Attributes:
         group_starts: `[groups + 1]` int32.
@@ -137,7 +137,7 @@ class Batch:
         window: int | None,
         **norms: Any,
     ) -> Tensor:
-        """[qk-norm] + RoPE + append of the new tokens `[T, heads, D]`; see `kernels.rope.rope_append`.
+        """[qk-norm] + RoPE + append of the new tokens `[T, heads, D]`; see `rope_reference.rope_append`.
 
         Args:
             cos: from `rope()`; `sin` likewise.

@@ -26,7 +26,7 @@ def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_our_forward(function: Any) -> bool:
-    """Whether it is the forward of a patched class, bound to a module; see `patches.module_state`."""
+    """Whether it is the forward of a patched class, bound to a module; see `patches.modules.module_state`."""
     return getattr(getattr(function, "__func__", None), "is_patched_forward", False)
 
 

@@ -3,7 +3,7 @@
 RoPE (Su et al., 2021) in the rotate-half form on the first `cos.shape[-1]` dimensions. A program takes a few tokens and
 a few heads: rows `[BLOCK_T * BLOCK_H, D]`, read as the two halves that rotate into each other and the rest, which is not
 rotated. Queries go to a new tensor, keys and values to the slots of their tokens. All arithmetic is fp32 with one rounding
-at the end. The plain PyTorch version is `rope.rope_append`.
+at the end. The plain PyTorch version is `rope_reference.rope_append`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def rope_append(
     Args:
         q: `[T, H, D]` queries, before norm and RoPE; bf16, fp16 or fp32, any strides but 1 in the last dimension.
         k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
-        cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `rope.signed_sin`.
+        cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
         k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides.
         slot_mapping: `[T]` int32 or int64, `page * P + offset` of each token; a negative slot is not written.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.

@@ -1,7 +1,7 @@
 """`silu(gate) * up`, the middle of a gated MLP (SwiGLU: Shazeer, 2020), in one launch.
 
 `silu(g) = g / (1 + exp(-g))`, in fp32 with one rounding at the end. Gate and up may be two tensors or two halves of one.
-The plain PyTorch version is `step_reference.silu_and_mul`; `matvec.gate_up_silu` fuses it with the products.
+The plain PyTorch version is `reference.silu_and_mul`; `matvec.gate_up_silu` fuses it with the products.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def matvec(
         sums: room for split products, for one stream; made by the call if needed and not given.
         weights_settled: no launch that may still be running writes a weight, so the first tiles of weights are read before
             the launch ahead has ended. Launches overlap, so the one before the last counts too.
-        tile: launch configuration, for measuring; by default that of `matvec_configs.product_tile`.
+        tile: launch configuration, for measuring; by default that of `configs.product_tile`.
 
     Returns:
         `[T, N_i]` of each weight, views of one tensor `[T, N_0 + N_1 + N_2]`.

@@ -2,7 +2,7 @@
 
 RMSNorm (Zhang and Sennrich, 2019): `s = x + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`. The sum is rounded to
 the dtype of x before it is squared, as Transformers does; all else is fp32 with one rounding at the end. A program takes
-one row. The plain PyTorch version is `step_reference.add_rms_norm`.
+one row. The plain PyTorch version is `reference.add_rms_norm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The token of greatest logit of every row, in two launches of fixed shape.
 
 Rows are split into chunks, a program each; a second launch takes the best of them. The plain PyTorch version is
-`sampling_reference.greedy_tokens`.
+`reference.greedy_tokens`.
 """
 
 from __future__ import annotations

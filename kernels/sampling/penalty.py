@@ -2,7 +2,7 @@
 
 The score s of a token seen before is divided by the penalty if s >= 0, else multiplied by it (Keskar et al., CTRL, 2019), in
 fp32. The division is a product with the reciprocal, which may differ from PyTorch's in the last bit. Before step
-`min_new_tokens` the end-of-sequence tokens are -inf. The plain PyTorch version is `sampling_reference.process_logits`.
+`min_new_tokens` the end-of-sequence tokens are -inf. The plain PyTorch version is `reference.process_logits`.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
 def fused_reason(decoder: Any) -> str | None:
     """Why the layers of a patched decoder run as Transformers wrote them; None if they are fused.
 
-    A fused layer still calls those of its modules that are not plain: see `fused_plain`.
+    A fused layer still calls those of its modules that are not plain: see `modules.plain_modules`.
 
     Raises:
         ValueError: the backend that was asked for cannot run where the model is.

@@ -90,7 +90,7 @@ class ReadBack(Batch):
 
 
 def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
-    """`[B, columns]` pages by which `kernels.shared_prefix` reads: a prefix by those of its first row that has keys."""
+    """`[B, columns]` pages by which `kernels.attention.shared_prefix` reads: a prefix by those of its first row that has keys."""
     table = table.clone()
     starts = shared.group_starts.tolist()
     for first, past, tokens in zip(starts, starts[1:], shared.prefix_lens.tolist(), strict=False):
@@ -134,7 +134,7 @@ def reexecuted_loop() -> Iterator[None]:
 def choose_in_torch(
     logits: Tensor, out_tokens: Tensor, params: Any = None, seed: Any = None, rows: Any = None, step: Any = None
 ) -> None:
-    """`kernels.sampling.choose_tokens`: other draws, but of the same distribution, and of seed, row and step alone."""
+    """`kernels.sampling.draw.choose_tokens`: other draws, but of the same distribution, and of seed, row and step alone."""
     if params is None:
         out_tokens.copy_(sampling_reference.greedy_tokens(logits))
         return
@@ -145,7 +145,7 @@ def choose_in_torch(
 
 
 def process_in_torch(logits: Tensor, params: Tensor, seen: Any = None, eos: Any = None, step: Any = None) -> Tensor:
-    """`kernels.sampling_penalty.process_logits`."""
+    """`kernels.sampling.penalty.process_logits`."""
     ends = [] if eos is None else [end for end in eos.tolist() if end >= 0]
     return sampling_reference.process_logits(
         logits, SamplingParams(*_values(params)), seen, ends, 0 if step is None else int(step)
