@@ -90,7 +90,7 @@ class ReadBack(Batch):
 
 
 def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
-    """`[B, columns]` pages by which `kernels.attention.shared_prefix` reads: a prefix by those of its first row that has keys."""
+    """`[B, columns]` pages as shared_prefix.py reads them: a prefix by those of its first row with keys."""
     table = table.clone()
     starts = shared.group_starts.tolist()
     for first, past, tokens in zip(starts, starts[1:], shared.prefix_lens.tolist(), strict=False):
