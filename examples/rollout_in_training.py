@@ -23,15 +23,14 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 inputs = tokenizer("She walked down to the river, and", return_tensors="pt").to(device)
 prompt, comma = inputs.input_ids.shape[1], tokenizer(",").input_ids[-1]
 
-rewards, fallbacks, bytes_kept = [], [], []
+rewards, fallbacks, kept = [], [], []
 for _ in range(3):
     samples = model.generate(**inputs, do_sample=True, num_return_sequences=8, min_new_tokens=16, max_new_tokens=16)
     report = hf_fastattn.report(model)
     # A copy: the counters go on counting the forwards that follow, here that of the loss.
     fallbacks.append(dict(report.last_call.fallbacks))
     # In train mode nothing is kept between calls: the memory is there for the backward pass.
-    bytes_kept.append(report.page_bytes_allocated)
-
+    kept.append(report.page_bytes_allocated)
     reward = (samples[:, prompt:] == comma).float().mean(dim=1)
     rewards.append(reward.mean().item())
     logits = model(samples).logits[:, prompt - 1 : -1]
@@ -42,4 +41,4 @@ for _ in range(3):
     optimizer.step()
 
 print(f"share of commas in the samples, step by step: {[round(reward, 3) for reward in rewards]}")
-print(f"the rollouts' fallbacks: {fallbacks}, bytes kept after them: {bytes_kept}")
+print(f"the rollouts' fallbacks: {fallbacks}, bytes kept after them: {kept}")
