@@ -11,15 +11,15 @@ import transformers
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels/README.md", *ROOT.glob("docs/**/*.md")])
 # A path is named from one of these; Transformers' own files are looked up in what is installed.
-PLACES = (ROOT, ROOT / "hf_fastattn", ROOT / "kernels", ROOT / "tests", Path(transformers.__file__).parent)
-SOURCES = ("hf_fastattn", "kernels", "patches", "eval", "tests", "examples")
+FOLDERS = ("hf_fastattn", "kernels", "patches", "eval", "tests")
+PLACES = (ROOT, *(ROOT / folder for folder in FOLDERS), Path(transformers.__file__).parent)
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|toml))`")
 LINK = re.compile(r"\]\((?!http)([^)#]+)")
 TEST = re.compile(r"`(test_\w+)`")
 
 
 def files() -> dict[str, Path]:
-    return {path.name: path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
+    return {path.name: path for folder in (*FOLDERS, "examples") for path in (ROOT / folder).rglob("*.py")}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
