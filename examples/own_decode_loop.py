@@ -36,13 +36,14 @@ def step(ids: Tensor, counts: Tensor, seq_lens: Tensor) -> Tensor:
     positions = torch.arange(len(ids), device=device) - ends[row] + seq_lens[row]
     slots = page_table[row, positions // PAGE] * PAGE + positions % PAGE
     batch = (page_table.int(), torch.nn.functional.pad(ends, (1, 0)).int(), seq_lens.int())
+    longest = int(counts.max())  # not given, every layer would wait for the device to ask
     x = decoder.embed_tokens(ids)
     cos, sin = (table[0] for table in decoder.rotary_emb(x, positions[None]))
     for layer, (k_pages, v_pages) in zip(decoder.layers, pages, strict=True):
         attention, h = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (p(h).unflatten(-1, (-1, shape[-1])) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         q = ops.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots)
-        out, _ = ops.paged_attention(q, k_pages, v_pages, *batch, attention.scaling)
+        out, _ = ops.paged_attention(q, k_pages, v_pages, *batch, attention.scaling, max_query_len=longest)
         x = x + attention.o_proj(out.flatten(1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(decoder.norm(x[ends - 1])).argmax(-1)
