@@ -16,7 +16,8 @@ import hf_fastattn
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "patches", "eval")
-SOURCES = ("pyproject.toml", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE", "hf_fastattn", *FOLDERS)
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "examples")
+SOURCES = ("pyproject.toml", "MANIFEST.in", "constraints.txt", "LICENSE", *DOCUMENTS, "hf_fastattn", *FOLDERS)
 # Below eval/: training data and records of past runs.
 LEFT_OUT = {"work", "results"}
 

@@ -1,0 +1,90 @@
+"""Every file of examples/ runs on what is shipped, and does what it says."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_fastattn
+from hf_fastattn import interface
+from hf_fastattn.eval.choices import SHIPPED
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LONGEST = 65
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """What the file left in its variables."""
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with torch.random.fork_rng():
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def stock_tokens(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`ids` and `count` greedy tokens of the shipped checkpoint, without any of our code."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(ids.device)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+
+
+def test_one_line_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("one_line_patch.py", monkeypatch)
+    call = left["report"].last_call
+    assert torch.equal(left["fast"], left["stock"]) and left["fast"].shape[1] > left["inputs"].input_ids.shape[1]
+    assert call.forwards > 0 and not call.fallbacks
+    assert not left["after"].patched and "_fastattn" not in vars(left["model"])
+
+
+def test_n_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("n_samples.py", monkeypatch)
+    call, prompt = left["call"], left["prompt"]
+    assert call.prompt_tokens == prompt and not call.fallbacks
+    # All pages of the prompt have seven more owners, and all samples but the last copy the partial one.
+    assert call.pages_shared >= (left["samples"] - 1) * (prompt // 16) > 0 and call.pages_copied > 0
+    assert left["tokens"].shape[0] == left["samples"] and len(set(map(tuple, left["tokens"].tolist()))) > 1
+
+
+def test_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("chat.py", monkeypatch)
+    tokenizer, history = AutoTokenizer.from_pretrained(SHIPPED), left["history"]
+    messages = [len(tokenizer(message, add_special_tokens=not at).input_ids) for at, message in enumerate(left["messages"])]
+    # From the second turn on the last token of the turn before is computed too, which was chosen and not fed.
+    assert left["computed"] == [messages[0], messages[1] + 1, messages[2] + 1]
+    assert torch.equal(stock_tokens(history[:, :-16], 16), history)
+
+
+def test_attn_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    interface.counters.reset()
+    left = run("attn_implementation.py", monkeypatch)
+    assert sum(interface.counters.kernels.values()) == 3 * 24 and not interface.counters.fallbacks
+    assert torch.equal(left["fast"], left["stock"])
+
+
+def test_own_decode_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("own_decode_loop.py", monkeypatch)
+    for prompt, new in zip(left["prompts"], torch.stack(left["tokens"], 1).tolist(), strict=True):
+        ids = torch.tensor([prompt], device=left["device"])
+        assert stock_tokens(ids, left["STEPS"])[0].tolist() == prompt + new
+
+
+def test_rollout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("rollout_in_training.py", monkeypatch)
+    assert left["fallbacks"] == [{}, {}, {}] and left["kept"] == [0, 0, 0]
+    model, prompt, before = left["model"], left["inputs"].input_ids, AutoModelForCausalLM.from_pretrained(SHIPPED)
+    assert not torch.equal(model.lm_head.weight.cpu(), before.lm_head.weight.float())
+    # Nothing is computed with the weights of before.
+    ours = model.generate(prompt, max_new_tokens=16, do_sample=False)
+    assert hf_fastattn.report(model).last_call.forwards == 16
+    hf_fastattn.unpatch(model)
+    assert torch.equal(model.generate(prompt, max_new_tokens=16, do_sample=False), ours)
+
+
+def test_every_example_is_tested_and_short() -> None:
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert files and not [path.name for path in files if f"test_{path.stem}" not in globals()]
+    assert not [path.name for path in files if len(path.read_text().splitlines()) > LONGEST]
