@@ -15,7 +15,6 @@ import torch
 import hf_fastattn
 
 PACKAGE = Path(hf_fastattn.__file__).resolve().parent
-_COMPUTES = ("", "kernels", "patches")
 
 
 def environment(device: str | torch.device) -> dict[str, str]:
@@ -42,12 +41,21 @@ def command(module: str, arguments: list[str]) -> str:
     return " ".join(["python", "-m", module, *words])
 
 
+def sources() -> dict[str, Path]:
+    """The files of the code that computes, by their names below the package; links count as what they lead to."""
+    found = {}
+    for folder in ("", "kernels", "patches"):
+        base = (PACKAGE / folder).resolve()
+        for path in base.rglob("*.py"):
+            found[(Path(folder) / path.relative_to(base)).as_posix()] = path
+    return {name: path for name, path in sorted(found.items()) if not name.startswith("eval/")}
+
+
 def source_hash() -> str:
     """A short hash of the code that computes, so that a result is never taken for one of other code."""
     digest = hashlib.sha256()
-    for folder in _COMPUTES:
-        for path in sorted((PACKAGE / folder).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name, path in sources().items():
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

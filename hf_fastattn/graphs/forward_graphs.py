@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import MOST_TOKENS, ForwardShape, StaticInputs, columns_for, why_not_static
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("hf_fastattn")
 
