@@ -90,7 +90,7 @@ def test_wheel_has_every_source_and_data_file(tree: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     suffixes = {".py", ".md", ".txt", ".json", ".jsonl", ".jinja", ".model", ".safetensors"}
     expected = {"hf_fastattn/py.typed", "hf_fastattn/eval/checkpoint/weights/planted.json"}
-    expected |= {f"hf_fastattn/{path.name}" for path in (tree / "hf_fastattn").glob("*.py")}
+    expected |= {path.relative_to(tree).as_posix() for path in (tree / "hf_fastattn").rglob("*.py")}
     for folder in FOLDERS:
         files = (path.relative_to(tree) for path in (tree / folder).rglob("*") if path.suffix in suffixes)
         expected |= {f"hf_fastattn/{path.as_posix()}" for path in files if not LEFT_OUT & set(path.parts)}
