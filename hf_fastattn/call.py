@@ -29,7 +29,7 @@ class Call:
     encoded_from: dict[str, Any] = field(default_factory=dict)
     # Forwards compute the prompt.
     prefilling: bool = False
-    # A fast loop is under way: its static tensors are taken.
+    # The device's loop is under way, and its static tensors are in use.
     looping: bool = False
     token: Callable[[], Token | None] = lambda: None
 

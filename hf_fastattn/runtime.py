@@ -154,7 +154,7 @@ class Runtime:
 
     @property
     def looping(self) -> bool:
-        """Whether a fast loop of any call is under way."""
+        """Whether the device's loop of any call is under way."""
         return any(call.looping and call.token() is not None for call in self._calls)
 
     @looping.setter

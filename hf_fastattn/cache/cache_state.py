@@ -85,7 +85,7 @@ class CacheState(Cache):
     _holder: Holder
     # Columns in the cache, padding included.
     _columns: int
-    # Of the first columns; all that came after them hold tokens.
+    # `[B, n]` bool, which of the first n columns hold tokens; all later ones do. None if all columns do.
     _stored: Tensor | None
     _batch: Batch | None
     _snapshots: list[tuple[RecurrentLayer, dict[str, Any]]]

@@ -1,4 +1,4 @@
-"""`ForwardCache`: one forward at a time over the pages of a cache, undone if it fails; and a loop that appends by itself."""
+"""`ForwardCache`: begin, commit or roll back one forward over pages; reserve and release pages for the decode loop."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class ForwardCache(DenseCache):
 
     @in_turn
     def reserve_more(self, tokens: int) -> None:
-        """Give every row, but those let go, pages for `tokens` more.
+        """Give every row that was not released pages for `tokens` more.
 
         Raises:
             CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
@@ -156,7 +156,7 @@ class ForwardCache(DenseCache):
             raise CacheFullError(self.groups.describe_full(targets)) from full
 
     def grow_by(self, tokens: int) -> None:
-        """Every row, but those let go, has become `tokens` longer, or shorter, on the device."""
+        """Every row that was not released has become `tokens` longer, or shorter, on the device."""
         lengths = [length + tokens if length else 0 for length in self.lengths]
         self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
 

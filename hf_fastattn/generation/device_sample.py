@@ -1,4 +1,4 @@
-"""`device_sample`: `generate()`'s loop for models and calls that the fast loop can serve, with the same result."""
+"""`device_sample`: `generate()`'s loop for models and calls that `DecodeLoop` can serve, with the same result."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def device_sample(
     from hf_fastattn.loop.decode_loop import DecodeLoop
     from hf_fastattn.loop.request import loop_request
 
-    plan = loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
-    if isinstance(plan, str):
-        runtime.note(f"Transformers' own loop runs: {plan}")
+    request = loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+    if isinstance(request, str):
+        runtime.note(f"Transformers' own loop runs: {request}")
         return None
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None
     if outputs.get(CACHE) is cache:
         positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
     # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
-    captures = plan.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
+    captures = request.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
     if positions is None or not captures:
         runtime.keep_prefilled(outputs)
         return None
@@ -57,7 +57,7 @@ def device_sample(
     runtime.looping = True
     try:
         loop = DecodeLoop(
-            model, runtime.loop_graphs, runtime.counters, plan, cache, input_ids, positions,
+            model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, positions,
             vocabulary=logits.shape[-1], private=private, forward=fused_forward, logits_of=fused_logits,
             streamer=streamer, limits=runtime.row_limits,
         )  # fmt: skip

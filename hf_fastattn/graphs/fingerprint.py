@@ -1,4 +1,4 @@
-"""Whether a decoder's step can be captured, and what a captured one depends on beside its inputs."""
+"""`Fingerprint`: what a recorded forward depends on besides its inputs; and whether a decoder's can be recorded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 class Fingerprint(NamedTuple):
-    """What a captured step depends on beside its inputs, as values to compare.
+    """What a recorded forward depends on besides its inputs, as values to compare.
 
     Attributes:
         parts: where weights lie, modules, options, adapters; what the weights hold is not part of it: a replay reads them.
-        hooked: modules have hooks of somebody, which come and go: captured steps rest meanwhile.
+        hooked: the user has hooks on a module; graphs are kept, but not replayed while they are there.
     """
 
     parts: tuple[Any, ...]
@@ -28,9 +28,9 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
-    """The state of a decoder; while it is the same, so is what `why_not_capturable` says.
+    """The fingerprint of a decoder; while it is the same, so is what `why_not_capturable` says.
 
-    It is made before the first kernel of every call, so it has to be quick.
+    Taken before the first kernel of every call, so it has to be quick.
     """
     parts: list[Any] = [device, _options(decoder), *_tensors(vars(decoder))]
     hooked = has_global_hooks()
@@ -98,7 +98,7 @@ def _held(state: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _tensors(state: dict[str, Any]) -> list[Any]:
-    # Others, such as quantised ones, are refused; some have no address.
+    # `why_not_capturable` refuses tensor subclasses (quantised weights); some of them have no `data_ptr()`.
     return [
         (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
         for tensor in _held(state)

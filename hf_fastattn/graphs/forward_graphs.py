@@ -44,13 +44,13 @@ class Entry:
 
     inputs: StaticInputs
     batch: Batch
-    step: RecordedForward
+    recorded: RecordedForward
     groups: weakref.ref[PageGroups]
     storage_version: int = -1
     outputs: Any = None
 
     def fits(self, cache: PagedCache, columns: int) -> bool:
-        """Whether the step can be replayed for this cache: its pages lie where they lay, and the table has room."""
+        """Whether the graph fits this cache: the same page groups, page tensors not moved, a page table wide enough."""
         version = cache.groups.storage_version
         return self.groups() is cache.groups and self.storage_version == version and self.inputs.columns >= columns
 
@@ -77,8 +77,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
 
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
-    products have the same sizes, and give the same bits, captured or not. Forwards of many tokens keep
-    the GPU busy for longer than their launches take, and are not captured.
+    products have the same sizes, and give the same bits, captured or not. Forwards of more tokens than the last bucket
+    keep the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
@@ -91,9 +91,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
         super().__init__(enabled, known_reason)
         self._seen: OrderedDict[Key, None] = OrderedDict()
-        # The decoder whose fingerprint was compared and need not be again in this call.
+        # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
-        # Of the call under way: gives None once it has ended, however it did.
+        # Weak reference to the token of the call under way; gives None once the call has ended.
         self._call: Callable[[], Any] | None = None
         self._failures = 0
         self._resting = False
@@ -188,7 +188,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 counters.graphs_replayed += 1
             else:
                 counters.appends_replayed += 1
-            return entry.step.replay(entry.launcher(decoder, forward, cache)), entry.outputs
+            return entry.recorded.replay(entry.launcher(decoder, forward, cache)), entry.outputs
         if is_decode:
             return None
         entry = self._entry(key, worth_having, cache)
@@ -234,7 +234,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             def warmed_up() -> None:
                 entry.storage_version = groups.storage_version
 
-            entry.step.capture(entry.launcher(decoder, forward, cache), warmed_up)
+            entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up)
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
         except Exception as error:

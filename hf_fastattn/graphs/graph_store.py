@@ -32,7 +32,7 @@ class GraphStore(Generic[Key, Held]):
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
     """
 
-    # Tests run the same forwards without a GPU by another type.
+    # Tests replace it by a type that runs the forward again, on the CPU.
     forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
     def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
@@ -40,7 +40,7 @@ class GraphStore(Generic[Key, Held]):
         # The least recently used first.
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._pool: Any = None
-        # One for all: graphs of a model never run at the same time.
+        # One for all graphs of the store: no two of them run at the same time.
         self.workspace: Workspace | None = None
         self._fingerprint: Fingerprint | None = None
         self._reason: str | None = None

@@ -1,4 +1,4 @@
-"""`RecordedForward`: the decoder's forward over static inputs, recorded once as a CUDA graph and replayed."""
+"""`RecordedForward`: a forward, or a whole decode step, over static tensors, recorded as a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which steps are captured: one for all models, since cuBLAS keeps a workspace for every stream."""
+    """The stream on which forwards are captured: one for all models, since cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)
 
 
 class CapturePool:
-    """What the graphs of one model share: the stream they are captured on and the memory they compute in.
+    """Stream and memory pool of the graphs in one `GraphStore`.
 
-    One memory pool is enough for all: two graphs of a model never run at the same time, and what a replay computed is
-    copied out before the next one. PyTorch forgets a pool when the last graph in it is gone.
+    One memory pool is enough for all: no two graphs of a model run at the same time, and an output is read or copied before
+    the next replay. PyTorch frees a pool when the last graph in it is gone.
 
     Args:
         device: of the model.
@@ -33,14 +33,14 @@ class CapturePool:
         self.device = device
         self.stream = capture_stream(device)
         self._handle: Any = None
-        self._steps: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
+        self._forwards: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
 
-    def handle_for(self, step: RecordedForward) -> Any:
+    def handle_for(self, forward: RecordedForward) -> Any:
         """The memory pool that a forward is to be captured in."""
-        if not self._steps:
+        if not self._forwards:
             self._handle = torch.cuda.graph_pool_handle()
-        self._steps.add(step)
+        self._forwards.add(forward)
         return self._handle
 
     def enter(self) -> torch.cuda.Stream:
@@ -68,10 +68,10 @@ class RecordedForward:
     """A forward that reads and writes the same device memory every time.
 
     Args:
-        pool: shared by the forwards of a model.
+        pool: shared by the forwards of a `GraphStore`.
     """
 
-    # Where steps can be captured, and with which kernels.
+    # Devices and backends whose forwards can be recorded.
     devices: tuple[str, ...] = ("cuda",)
     backends: tuple[str, ...] = ("triton", "hopper")
 
@@ -82,7 +82,7 @@ class RecordedForward:
 
     @staticmethod
     def make_pool(device: torch.device) -> Any:
-        """What the steps of a model share."""
+        """The pool of a store's forwards."""
         return CapturePool(device)
 
     @staticmethod
@@ -116,7 +116,7 @@ class RecordedForward:
         """Run the recorded launches on the current stream; returns the output.
 
         Args:
-            run: what was captured; for steps that have no graph.
+            run: what was captured; unused here, called by a type that has no graphs.
             copy: return a copy, not what the next replay writes to.
         """
         assert self._graph is not None and self._output is not None

@@ -1,4 +1,4 @@
-"""`StaticInputs`: what a captured forward reads, in device tensors that stay where they are from one to the next."""
+"""`StaticInputs`: device tensors of fixed address that a recorded forward of `ForwardGraphs` reads."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class StaticInputs:
             self.tokens.copy_(tokens)
             self.position_ids.copy_(positions)
             return
-        # Padding tokens keep old values: some token of the vocabulary, whose states nobody reads.
+        # Padding positions keep the ids, or embeddings, of an earlier forward; their outputs are not read.
         self.tokens[0, : batch.tokens].copy_(tokens.flatten(0, 1))
         positions = positions.expand(*positions.shape[:-2], *tokens.shape[:2])
         self.position_ids[..., 0, : batch.tokens].copy_(positions.flatten(-2))

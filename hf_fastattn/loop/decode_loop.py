@@ -1,6 +1,6 @@
-"""The decode loop of a `generate()` call that asks for nothing in between: the device goes on by itself.
+"""`DecodeLoop`: decode steps replayed without host code in between; each prepares the inputs of the next one.
 
-A captured step takes the tokens that the step before has chosen, runs the model, chooses the next ones and prepares what
+A recorded step takes the tokens that the step before has chosen, runs the model, chooses the next ones and prepares what
 comes after. The host launches steps, gives rows pages ahead of time, and reads what was chosen a few steps late; what
 was computed past the end is dropped.
 """
@@ -92,8 +92,8 @@ class DecodeLoop:
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
-        self._shared = PrefixGroups() if cache.groups.batch_invariant else _shared_rows(cache)
-        self._key = self._key_for(self._used, self._shared)
+        self._prefixes = PrefixGroups() if cache.groups.batch_invariant else _prefix_groups(cache)
+        self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
 
     def run(self, logits: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class DecodeLoop:
         if used >= self._used:
             return
         kept = sorted(set(range(len(self._numbers))) - set(finished))
-        key, left = self._key_for(used, self._shared.keep(kept)), self._most - self._launched
+        key, left = self._key_for(used, self._prefixes.keep(kept)), self._most - self._launched
         if self._graphs.has(key, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
             self._compact(kept, used)
 
@@ -205,8 +205,8 @@ class DecodeLoop:
         self._numbers = [self._numbers[index] for index in kept]
         self._cache.keep_rows(kept)
         self._used = used
-        self._shared = self._shared.keep(kept)
-        self._key = self._key_for(used, self._shared)
+        self._prefixes = self._prefixes.keep(kept)
+        self._key = self._key_for(used, self._prefixes)
         self._write_groups()
         self._write_tables()
 
@@ -232,10 +232,10 @@ class DecodeLoop:
 
     def _write_groups(self) -> None:
         if self._key.sharers:
-            self._state.write_groups(self._key, self._shared)
+            self._state.write_groups(self._key, self._prefixes)
 
     def _release_behind(self) -> None:
-        """Pages behind a window, but for those that come into sight again if steps under way are dropped."""
+        """Release pages behind a window by the lengths on the host, which lag: steps not read back may still be dropped."""
         if self._launched % AHEAD == 0:
             self._cache.release_behind()
 
@@ -249,7 +249,7 @@ class DecodeLoop:
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
 
 
-def _shared_rows(cache: PagedCache) -> PrefixGroups:
+def _prefix_groups(cache: PagedCache) -> PrefixGroups:
     """Which rows of the prompt share pages of the layers that see all keys."""
     table = cache.tables.get(None)
     keys = None if table is None else cache.groups.group(None).storage.any_pages()

@@ -29,7 +29,7 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
 def bucket_of(rows: int) -> int:
-    """The rows of the captured step that takes `rows` rows."""
+    """The bucket that `rows` rows are padded to."""
     last = BUCKETS[-1]
     return next((bucket for bucket in BUCKETS if bucket >= rows), -(-rows // last) * last)
 
@@ -178,7 +178,7 @@ class DeviceState:
         self._staging.send(self._all.tables.view(-1), used)
 
     def write_groups(self, key: GraphKey, shared: PrefixGroups) -> None:
-        """The groups of rows that a step of this key, one with sharers, is for; places that are left get empty groups."""
+        """Write the prefix groups of a step with sharers; unused entries become empty groups."""
         starts, lengths = shared.layout()
         empty = key.groups - len(lengths)
         self._write(self._group_starts, starts + [starts[-1]] * empty)

@@ -1,4 +1,4 @@
-"""`GraphKey`: what tells one captured step of the fast loop from another."""
+"""`GraphKey`: which graph of `LoopGraphs` a decode step replays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GraphKey:
         do_sample: draw, or take the likeliest.
         penalised: there is a repetition penalty.
         suppressed: end tokens are not chosen at first.
-        sharers: rows of the largest group that shares a prompt, about; a power of two, 0 where all rows read theirs.
-        groups: of rows, that there is room for; a power of two.
+        sharers: rows of the largest prefix group, rounded up to a power of two; 0 where every row reads its own prefix.
+        groups: prefix groups that the tensors have entries for, a power of two.
     """
 
     rows: int

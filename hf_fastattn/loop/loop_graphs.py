@@ -1,4 +1,4 @@
-"""`LoopGraphs`: whole decode steps of one model, from token to token, captured once for each number of rows."""
+"""`LoopGraphs`: decode steps of one model, from token to token, as CUDA graphs, one for each `GraphKey`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_fastattn")
 
 # Most recorded steps kept; the least recently used is evicted.
-MAX_STEPS = 24
+MAX_GRAPHS = 24
 
 
 @dataclass
 class RecordedStep:
     """One captured step; it is captured again when pages have moved."""
 
-    step: RecordedForward
+    recorded: RecordedForward
     storage_version: int
 
 
@@ -55,7 +55,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self.state = self.readback = None
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
-        """Why steps of the model cannot be captured with this cache where it is; None if its modules may allow it."""
+        """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
         if not self._enabled:
             return "cuda_graphs=False"
         if not isinstance(cache, PagedCache):
@@ -119,7 +119,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
                 return run()
         self._entries.move_to_end(key)
         counters.graphs_replayed += 1
-        return held.step.replay(run, copy=False)
+        return held.recorded.replay(run, copy=False)
 
     def _capture(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
         assert self.state is not None
@@ -140,5 +140,5 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self._failed.add(key)
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return
-        self.keep(key, RecordedStep(step, groups.storage_version), MAX_STEPS)
+        self.keep(key, RecordedStep(step, groups.storage_version), MAX_GRAPHS)
         counters.graphs_captured += 1

@@ -62,7 +62,7 @@ def loop_request(
     streamer: Any,
     rows_are_private: bool,
 ) -> LoopRequest | str:
-    """The request of a call, or why the fast loop cannot do what it asks.
+    """The request of a call, or why `DecodeLoop` cannot serve it.
 
     Args:
         rows_are_private: nobody sees the cache after the call.
@@ -108,7 +108,7 @@ def loop_request(
             return f"a {kind.__name__} with its own filter_value or min_tokens_to_keep"
     penalty = found.get(processors.RepetitionPenaltyLogitsProcessor)
     ignored = getattr(penalty, "prompt_ignore_length", None)
-    # Padding lengths of embeddings count columns that the token ids do not have.
+    # With inputs_embeds the ignored prompt length counts columns that input_ids lacks.
     most_ignored = int(ignored.max()) if isinstance(ignored, Tensor) else ignored or 0
     if most_ignored > input_ids.shape[1]:
         return "a repetition penalty that ignores new tokens"

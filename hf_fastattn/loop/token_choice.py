@@ -1,4 +1,4 @@
-"""How a step of the fast loop chooses tokens from its logits: on the device, by parameters that lie there."""
+"""How a step of the decode loop chooses tokens from its logits: on the device, by parameters in device memory."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class Token:
-    """Exists while what it stands for is under way."""
+    """Exists while the work of its `Span` is under way."""
 
     __slots__ = ("__weakref__",)
 
@@ -21,7 +21,7 @@ class Span:
     Attributes:
         thread: its identifier.
         token: gone when it is over.
-        tired: threads that have waited for it in vain.
+        tired: threads that have waited in vain for this span to end.
     """
 
     thread: int

@@ -22,7 +22,7 @@ class TableMirror:
 
     def __init__(self) -> None:
         self._pages: NDArray[np.int32] = np.zeros((0, 0), np.int32)
-        # Of each row: leading entries that are up to date.
+        # For each row, how many leading entries of the array are up to date.
         self._valid: list[int] = []
         self._stale = False
         self.version = next(_versions)

@@ -21,11 +21,11 @@ POLL = 0.001
 
 
 class Turn(Spans):
-    """It is the turn of the thread that came first, until what it took the turn for is over."""
+    """The thread at the head of the queue has the turn for as long as its token exists."""
 
     def is_mine(self) -> bool:
         """Whether it is this thread's turn."""
-        # Of a list that other threads change: its first entry, if there is one.
+        # A slice, since other threads may empty the list meanwhile.
         for first in self._spans[:1]:
             return first.thread == threading.get_ident() and first.token() is not None
         return False

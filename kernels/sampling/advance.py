@@ -1,7 +1,7 @@
 """The end of a decode step on the device: the tokens that were chosen become the inputs of the next step.
 
 One launch does what a host loop would do between two steps: padding tokens for finished rows, the test for end tokens,
-positions, lengths, and for each page table the slot (`page * P + offset`) where the next key goes. So a captured step can
+positions, lengths, and for each page table the slot (`page * P + offset`) where the next key goes. So a recorded step can
 be replayed without the host. The plain PyTorch version is `advance_reference.advance`.
 """
 

@@ -11,11 +11,11 @@ from hf_fastattn.patches.modules.plain_modules import norm_eps, norm_weight
 
 
 def normalise(module: Any, family: Family, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What is left to do of the norm on `q [T, H, D]` and `k [T, G, D]`.
+    """The qk-norm of `q [T, H, D]` and `k [T, G, D]`: done here, or left to the kernel that rotates and appends.
 
     Returns:
-        q, k and the norm's arguments for `rope_append`: q and k as they are if it can do the norm, else normalised by
-        the modules, and no arguments.
+        q, k and arguments of `rope_append`: q and k unchanged with the norm's arguments if that kernel can do the norm,
+        else q and k normalised by the modules and no arguments.
     """
     if family.qk_norm is None:
         return q, k, {}

@@ -196,7 +196,7 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
 def _replayed(
     self: Any, state: ModuleState, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]
 ) -> Any | None:
-    """The output from a captured step; None if there is none, or another thread is at work with the static inputs."""
+    """The output by way of `ForwardGraphs`; None if layers are launched one by one, or another thread has the turn."""
     turn = state.runtime.turn
     if turn.is_mine():
         return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
@@ -271,7 +271,7 @@ def _why_not_tokens(arguments: dict[str, Any], columns: int) -> str | None:
 def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
-    # Inside generate() it was asked before the prompt.
+    # `why_not_ours` is asked once a call, before the prompt.
     changed = None if vars(decoder)[STATE].runtime.in_call and cache.get_seq_length() else why_not_ours(decoder)
     if changed is not None:
         return changed

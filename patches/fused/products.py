@@ -27,8 +27,8 @@ from hf_fastattn.patches.modules.plain_modules import is_silu, linear_parameters
 class Products:
     """The operations on the tokens of one forward.
 
-    Weights are taken from the modules at every call. They are read ahead of the launch before (`weights_settled`): what
-    writes weights comes before the forward, and the embedding and RoPE between.
+    Weights are taken from the modules at every call. A kernel may prefetch them before earlier launches have ended
+    (`weights_settled`), since nothing in a forward writes weights.
 
     Args:
         names: of the layers' classes.
@@ -41,7 +41,7 @@ class Products:
         self.leading = leading
         self.tokens = math.prod(leading)
         self.arch = arch_of(device)
-        # Their counters are zeroed once a forward, by a launch that a graph captures with the others.
+        # The counters of split-K sums are zeroed once a forward, by a launch that a graph records too.
         sums = SplitSums(device) if self.tokens > 1 else None
         self._launch: dict[str, Any] = {"sums": sums, "weights_settled": True}
 

@@ -69,7 +69,7 @@ def _why_watched(module: nn.Module) -> str | None:
 def _is_harmless(hook: Any) -> bool:
     if getattr(hook, "__name__", "") in HARMLESS_HOOKS or getattr(hook, "takes_packed_rows", False):
         return True
-    # FSDP's and weight norm's: they look at parameters.
+    # Hooks of torch itself (FSDP, weight norm) look at parameters, not at hidden states.
     return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 

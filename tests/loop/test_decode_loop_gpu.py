@@ -114,7 +114,7 @@ def test_draws_follow_stocks_distribution(options: dict[str, Any]) -> None:
 
 def test_memory_does_not_grow_with_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nine steps of three sizes come up, and three sizes with beams: few kernels to compile, and old graphs have to go.
-    monkeypatch.setattr(loop_graphs, "MAX_STEPS", 6)
+    monkeypatch.setattr(loop_graphs, "MAX_GRAPHS", 6)
     monkeypatch.setattr(forward_graphs, "MAX_GRAPHS", 2)
     monkeypatch.setattr(forward_graphs, "MAX_EXTENDS", 2)
     model = patch_with_graphs(tiny("llama", num_hidden_layers=2).to("cuda"))
