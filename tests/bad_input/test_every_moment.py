@@ -21,8 +21,8 @@ from tests.bad_input.interrupting import assert_books_agree, interrupted
 from tests.tools.models import VOCAB, assert_fast, tiny
 
 # How many moments of a call a test tries; 0 for all.
-MOMENTS = int(os.environ.get("FASTATTN_MOMENTS", "150"))
-SIGNALS = int(os.environ.get("FASTATTN_SIGNALS", "300"))
+MOMENTS = int(os.environ.get("FASTATTN_MOMENTS", "50"))
+SIGNALS = int(os.environ.get("FASTATTN_SIGNALS", "100"))
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "sliding_window": 8}
 IDS = torch.randint(1, VOCAB, (2, 17), generator=torch.Generator().manual_seed(3))
 MODES: dict[str, dict[str, Any]] = {

@@ -33,11 +33,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_one_line_for_both_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run.main([str(folder)]) == 0
+    assert run.main(["-n0", str(folder)]) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith("passed 2, skipped 1 (1: no such device), in ")
 
 
 def test_a_failure_in_either_run_fails_both(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "test_bad.py").write_text("import pytest\n\n@pytest.mark.interpreter\ndef test_bad(): assert False\n")
-    assert run.main([str(folder)]) == 1
+    assert run.main(["-n0", str(folder)]) == 1
     assert capfd.readouterr().out.splitlines()[-1].startswith("failed 1, passed 2, skipped 1")
