@@ -53,16 +53,10 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
     phases = [record["phases"] for record in records for _ in record["series"]["exact"]]
     rows = []
     for name in names:
-        loss = clusters.mean(series[name])
-        row: dict[str, Any] = {"series": name, "loss": loss.value, "loss_se": loss.se, "perplexity": _exp(loss.value)}
-        row["perplexity_se"] = row["perplexity"] * loss.se
-        difference = clusters.mean(_minus(series[name], stock))
-        row["difference"], row["difference_se"] = difference.value, difference.se
-        row["difference_interval"] = list(difference.interval())
-        row["rms_error"] = _rms(errors[name])
-        row["worst_error"] = _largest(errors[name])
-        row["rms_by_phase"] = _by_phase(errors[name], phases)
-        rows.append(row)
+        rows.append({"series": name, **_loss(clusters, series[name], stock)})
+        rows[-1]["rms_error"] = _rms(errors[name])
+        rows[-1]["worst_error"] = _largest(errors[name])
+        rows[-1]["rms_by_phase"] = _by_phase(errors[name], phases)
     checks = []
     for name in variants:
         counters = [record["counters"][name] for record in records]
@@ -77,6 +71,20 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
         "checks": [{**asdict(check), "alarms": check.alarms} for check in checks],
         "planted": sum(counter["planted"] for record in records for counter in record["counters"].values()),
         "verdict": verdict(checks),
+    }
+
+
+def _loss(clusters: Clusters, losses: Any, stock: Any) -> dict[str, Any]:
+    """Loss, perplexity and difference to stock's losses of one series, with standard errors."""
+    loss, difference = clusters.mean(losses), clusters.mean(_minus(losses, stock))
+    return {
+        "loss": loss.value,
+        "loss_se": loss.se,
+        "perplexity": _exp(loss.value),
+        "perplexity_se": _exp(loss.value) * loss.se,
+        "difference": difference.value,
+        "difference_se": difference.se,
+        "difference_interval": list(difference.interval()),
     }
 
 

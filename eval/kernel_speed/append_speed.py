@@ -22,7 +22,7 @@ def measure_append(tokens: int, norm: bool, device: torch.device, dtype: torch.d
         tokens: new tokens (T).
         norm: with the RMSNorm on queries and keys.
     """
-    moved = 2 * tokens * (HEADS + 2 * GROUPS) * DIM * torch.empty((), dtype=dtype).element_size()
+    moved = 2 * tokens * (HEADS + 2 * GROUPS) * DIM * dtype.itemsize
     sets = int(min(max(COLD_BYTES // moved + 1, 1), MAX_SETS))
 
     def normal(*shape: int) -> torch.Tensor:
@@ -51,11 +51,10 @@ def measure_append(tokens: int, norm: bool, device: torch.device, dtype: torch.d
     times = interleaved(timers, rounds)
     names = ("ours", "plain append", "copy")
     return {
-        "tokens": tokens,
-        "norm": norm,
+        "tokens": tokens, "norm": norm,
         "us": {name: 1e6 * median(found) for name, found in zip(names, times, strict=True)},
         "ratios": {name: median_ratio(times[0], found) for name, found in zip(names[1:], times[1:], strict=True)},
-    }
+    }  # fmt: skip
 
 
 def append_table(rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,8 @@ The warpgroups take turns on the tensor cores, so that the softmax of one overla
 ("FlashAttention-3", Shah et al., 2024). Rows are (token, query head of the kv head), packed by a three-dimensional TMA box
 if R is a power of two; a tile of K or V is filled by one box a page. Programs are persistent and take their tiles from a
 work list made on the device, so a captured graph follows lengths that changed. The tiles of a row are taken from its end,
-so that the masked ones come first.
+so that the masked ones come first. Producer, consumers and launcher agree on barriers and shared memory line by line, and
+so stand in one file.
 """
 
 from __future__ import annotations
