@@ -286,25 +286,6 @@ def test_rows_and_steps_differ(params):
 # ---- greedy
 
 
-def check_greedy(x: Tensor) -> None:
-    wide = torch.full((len(x), 2), -7, device=x.device)
-    draw_module.choose_tokens(x, wide[:, 0])
-    assert torch.equal(wide[:, 0], reference.greedy_tokens(x))
-    assert (wide[:, 1] == -7).all()
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("vocab", [1, 63, 4096, 9001])
-def test_greedy(vocab, dtype):
-    x = logits(5, vocab + 5, dtype, "cpu")[:, 3:-2]
-    x[1] = 2.0
-    x[2] = -math.inf
-    x[3] = math.nan
-    x[4, ::2] = math.nan
-    check_greedy(x)
-
-
 # ---- what does not fit
 
 
@@ -360,16 +341,6 @@ def test_sweep_kept(vocab, dtype, params):
     for rows in (1, 16, 64):
         check_kept(logits(rows, vocab, dtype, "cuda", factor=1.0 + rows % 7), params)
     check_kept(adversarial(vocab, dtype, "cuda")[:-1], params)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_sweep_greedy(dtype):
-    for rows, vocab in ((1, 128_256), (16, 128_256), (64, 32_003), (512, 128_256), (3, 1), (5, 4097)):
-        x = logits(rows, vocab, dtype, "cuda").round()
-        x[-1] = math.nan
-        check_greedy(x)
-    check_greedy(adversarial(128_256, dtype, "cuda"))
 
 
 @pytest.mark.gpu
