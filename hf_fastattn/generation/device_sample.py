@@ -11,7 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import drops_cache, fused_forward, fused_logits
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -42,6 +42,9 @@ def device_sample(
     request = loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
     if isinstance(request, str):
         runtime.note(f"Transformers' own loop runs: {request}")
+        return None
+    if drops_cache(model.base_model):
+        # Its forwards count why they keep nothing.
         return None
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None

@@ -13,6 +13,8 @@ KNOWN = ("torch.nn.", "transformers.", "peft.")
 
 
 CAPTURE_HOOK = "output_capturing_hook"
+# Hooks that change no value: they record outputs if they are asked for, or mark the embeddings for gradients.
+HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -57,6 +59,6 @@ def has_global_hooks() -> bool:
 
 
 def has_foreign_hooks(state: dict[str, Any]) -> bool:
-    # Transformers leaves its own hooks on a model that was ever asked for hidden states; they do nothing unless it is.
+    # Transformers leaves its own hooks on a model that was ever asked for hidden states, or enabled for checkpointing.
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-    return any(getattr(hook, "__name__", "") != CAPTURE_HOOK for hook in hooks)
+    return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks)

@@ -12,15 +12,13 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, has_global_hooks, is_our_forward, submodules
+from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, submodules
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 # Libraries whose modules treat every token by itself, or are told which tokens belong together.
 KNOWN = ("torch.", "transformers.", "peft.", "accelerate.", "bitsandbytes.", "gptqmodel.", "auto_gptq.", "awq.", "hqq.",
          "optimum.", "compressed_tensors.", "torchao.", "liger_kernel.")  # fmt: skip
-# Hooks that look at nothing: they mark the embeddings for gradients, or record outputs if they are asked for.
-HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
 # Quantised layers whose scales or outliers come from the whole batch, padding included.
 SCALED_BY_BATCH = ("torch.ao.nn.quantized.dynamic.", "bitsandbytes.nn.modules.Linear8bitLt")
 

@@ -16,6 +16,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
 from tests.loop.test_decode_loop import assert_looped, both, run
 from tests.tools.models import assert_fast, noisy, padded_batch, pair_with_graphs, patch_with_graphs, tiny
 from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
@@ -216,3 +217,17 @@ def test_train_mode_keeps_nothing_and_unpatch_drops_it(device: str) -> None:
     hf_fastattn.unpatch(model)
     gc.collect()
     assert state() is None
+
+
+def test_checkpointing_in_train_mode(device: str) -> None:
+    """Its hook marks the embeddings for gradients, and changes nothing without them."""
+    stock, model = both("llama", device)
+    for side in (stock, model):
+        side.gradient_checkpointing_enable()
+        side.train()
+    assert model.get_input_embeddings()._forward_hooks
+    assert torch.equal(run(model, NEW), run(stock, NEW))
+    if CHECKPOINTING_NEEDS_GRADIENTS:
+        assert_looped(model)
+    else:
+        assert "gradient checkpointing runs the layers without the cache" in hf_fastattn.report(model).last_call.fallbacks
