@@ -114,6 +114,10 @@ class Side:
         options = dict(step["with"])
         batch, cache = self._inputs(step)
         outcome.mask = _shown(batch)
+        virtual = getattr(getattr(self.model, "active_peft_config", None), "num_virtual_tokens", None)
+        if outcome.mask is not None and virtual:
+            # Prefix and prompt tuning put columns before the prompt's.
+            outcome.mask = torch.nn.functional.pad(outcome.mask, (virtual, 0), value=1)
         if cache is not None:
             options[CACHE] = outcome.cache = cache
         options |= self._hung_in(step)
@@ -273,6 +277,8 @@ class Side:
             thread.start()
         for thread in both:
             thread.join()
+        # In which order two threads ran is nobody's to say.
+        self.seen.sort(key=str)
         outcome.result = results
 
     def edit_cache(self, step: dict[str, Any], outcome: Outcome) -> None:
