@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 import hf_fastattn
 from tests.fuzz.side import CACHE, Outcome, Side
 
-# In fp64 what Transformers computes in fp32 all the same, such as recurrent states and what is computed from them.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 5e-5}
+# In fp64 what Transformers computes in fp32 all the same, such as recurrent states.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 2e-5}
+# As much more for keys and values behind layers with such states.
+BEHIND_STATES = 2.5
 # Which of stock's errors a clearer one of ours may stand for, where stock fails somewhere inside.
 CLEARER = ("ValueError", "TypeError")
 # Errors of stock that come from deep inside, where ours may fail in other words.
@@ -77,9 +80,6 @@ def _same_tensor(stock: Tensor, ours: Any, name: str, mask: Tensor | None) -> st
     if not stock.is_floating_point():
         return None if torch.equal(stock, ours) else f"{name} differ: {ours.tolist()}, stock {stock.tolist()}"
     shown = _shown(stock, mask) if name.startswith(("hidden_states", "attentions", "logits")) else None
-    if shown is None and name.startswith("hidden_states") and mask is not None and not bool(mask.all()):
-        # Assisted decoding gives the states of the first columns again, behind the prompt's; those of padding are zero here.
-        shown = ours.any(-1)
     if shown is not None:
         stock, ours = stock[shown], ours[shown]
     return _far(stock, ours, name)
@@ -97,14 +97,14 @@ def _shown(tensor: Tensor, mask: Tensor | None) -> Any:
     return real[:, None].expand(tensor.shape[:3]) if columns == 2 else real
 
 
-def _far(stock: Tensor, ours: Tensor, name: str) -> str | None:
+def _far(stock: Tensor, ours: Tensor, name: str, factor: float = 1.0) -> str | None:
     finite = stock.isfinite()
     if not torch.equal(ours.isfinite(), finite):
         return f"{name}: {int((ours.isfinite() != finite).sum())} values are finite on one side alone"
     if not bool(finite.any()):
         return None
     error, size = (ours - stock)[finite].abs().max().item(), stock[finite].abs().max().item()
-    limit = TOLERANCE.get(stock.dtype, 1e-2) * max(size, 1.0)
+    limit = factor * TOLERANCE.get(stock.dtype, 1e-2) * max(size, 1.0)
     return None if error <= limit else f"{name} is off by {error:.2g} (values up to {size:.2g})"
 
 
@@ -124,6 +124,7 @@ def _caches_differ(stock: Any, ours: Any, mask: Tensor | None) -> str | None:
         return f"the cache has {ours.get_seq_length()} columns, stock {length}"
     if len(ours.layers) != len(stock.layers):
         return f"the cache has {len(ours.layers)} layers, stock {len(stock.layers)}"
+    factor = BEHIND_STATES if any(isinstance(layer, LinearAttentionLayer) for layer in stock.layers) else 1.0
     for index, (theirs, mine) in enumerate(zip(stock.layers, ours.layers, strict=True)):
         for name in ("keys", "values"):
             a, b = getattr(theirs, name, None), getattr(mine, name, None)
@@ -131,7 +132,7 @@ def _caches_differ(stock: Any, ours: Any, mask: Tensor | None) -> str | None:
                 continue
             if not isinstance(b, Tensor) or a.shape != b.shape:
                 return f"{name} of layer {index} are {None if b is None else tuple(b.shape)}, stock {tuple(a.shape)}"
-            problem = _far(*_visible(a, b, mask, length), f"{name} of layer {index} in the cache")
+            problem = _far(*_visible(a, b, mask, length), f"{name} of layer {index} in the cache", factor)
             if problem is not None:
                 return problem
     return None

@@ -128,8 +128,16 @@ class Side:
             options["generation_config"] = GenerationConfig(pad_token_id=0, **plain)
         self.cache = cache
         result = self.model.generate(**batch, **options, **self.how_to_call)
+        self._drop_repeated_states(step, result, outcome.mask)
         outcome.result = result
         self._remember(result, batch, outcome, cache)
+
+    @staticmethod
+    def _drop_repeated_states(step: dict[str, Any], result: Any, mask: Tensor | None) -> None:
+        """Behind the prompt's, assisted decoding gives the states of its first columns again, which padding has none of."""
+        padded = mask is not None and not bool(mask.all())
+        if "assistant" in step and padded and getattr(result, "hidden_states", None):
+            result["hidden_states"] = result.hidden_states[:1]
 
     def _inputs(self, step: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         chat = step.get("chat")
