@@ -57,8 +57,10 @@ def test_logits_in_16_bits(family: str, dtype: torch.dtype) -> None:
     assert hf_fastattn.report(model).last_call.forwards == 11
     error, allowed = (ours - want).abs(), 2 * (plain - want).abs()
     if "moe" in family or family in ("mixtral", "qwen3_next"):
-        # A near tie of the router sends a token to another expert in one run and not in the other.
-        assert error.mean() <= allowed.mean() and error.median() <= allowed.median()
+        # A near tie of the router sends a token to another expert in one run and not in the other: a few tokens, whose
+        # errors are as large as their logits, in one mean and not in the other.
+        for share in (0.5, 0.9):
+            assert error.flatten().quantile(share) <= allowed.flatten().quantile(share)
     else:
         assert error.max() <= allowed.max()
 
