@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import drops_cache, fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -57,11 +60,12 @@ def device_sample(
         return None
     logits = outputs.logits[:, -1]
     del outputs
+    forward, logits_of = _parts_of_a_step(model, request.max_new)
     runtime.looping = True
     try:
         loop = DecodeLoop(
             model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, positions,
-            vocabulary=logits.shape[-1], private=private, forward=fused_forward, logits_of=fused_logits,
+            vocabulary=logits.shape[-1], private=private, forward=forward, logits_of=logits_of,
             streamer=streamer, limits=runtime.row_limits,
         )  # fmt: skip
         tokens = loop.run(logits)
@@ -73,6 +77,22 @@ def device_sample(
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+def _parts_of_a_step(model: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
+    """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter."""
+    dtype = forward_dtype(model)
+    copies = model._fastattn.runtime.loop_graphs.copies_for(model, dtype, steps)
+
+    def forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
+        with autocast_as(decoder.device, dtype):
+            return fused_forward(decoder, cache, copies, **arguments)
+
+    def logits_of(lm_head: Any, hidden: Tensor) -> Tensor:
+        with autocast_as(hidden.device, dtype):
+            return fused_logits(lm_head, hidden, copies)
+
+    return forward, logits_of
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:

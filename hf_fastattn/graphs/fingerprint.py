@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_fastattn.autocast import region_dtype
 from hf_fastattn.graphs.module_checks import KNOWN, has_foreign_hooks, has_global_hooks, submodules, why_not_module
-from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
 
 SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
@@ -32,7 +32,7 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
 
     Taken before the first kernel of every call, so it has to be quick.
     """
-    parts: list[Any] = [device, _options(decoder), *_tensors(vars(decoder))]
+    parts: list[Any] = [device, region_dtype(device), _options(decoder), *_tensors(vars(decoder))]
     hooked = has_global_hooks()
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
@@ -53,10 +53,6 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     config: Any = decoder.config
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         return "a mixture of experts chooses what it computes"
-    # Steps are captured without gradients.
-    checkpointing = getattr(decoder, "gradient_checkpointing", False) and decoder.training
-    if checkpointing and not CHECKPOINTING_NEEDS_GRADIENTS:
-        return "gradient checkpointing is on"
     if has_global_hooks():
         return "hooks on all modules are registered"
     held = list(_held(vars(decoder)))

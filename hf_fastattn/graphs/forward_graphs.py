@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.autocast import autocast_as, region_dtype
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
@@ -59,7 +60,9 @@ class Entry:
 
         def run() -> Tensor:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.
-            with cache.using(self.batch), torch.inference_mode(False), torch.no_grad():
+            device = self.inputs.shape.device
+            region = autocast_as(device, region_dtype(device))
+            with cache.using(self.batch), torch.inference_mode(False), torch.no_grad(), region:
                 arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
                 outputs = forward(decoder, cache, **arguments)
             self.batch.forget_rope()

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from hf_fastattn.autocast import why_not_forward
+
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
 
@@ -39,7 +41,7 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if "_hf_hook" in state or has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"
-    if "forward" in state and not is_our_forward(state["forward"]):
+    if "forward" in state and not is_our_forward(state["forward"]) and why_not_forward(module) is not None:
         return f"the forward of a {kind.__name__} was replaced"
     if state.get("_compiled_call_impl") is not None:
         return f"a {kind.__name__} is compiled"

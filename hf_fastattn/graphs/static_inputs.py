@@ -223,8 +223,6 @@ def why_not_static(decoder: Any, arguments: dict[str, Any], kwargs: dict[str, An
         return f"position_ids of shape {tuple(positions.shape)} on {positions.device}"
     if torch.is_grad_enabled() and tokens.requires_grad:
         return "gradients are needed"
-    if torch.is_autocast_enabled(tokens.device.type):
-        return "autocast is on"
     return None
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import GraphStore
 from hf_fastattn.graphs.module_checks import why_not_module
 from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.readback import Readback
@@ -47,12 +49,13 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None
         self.readback: Readback | None = None
+        self.copies: WeightCopies | None = None
 
     def drop(self) -> None:
         """Forget all steps and their memory."""
         super().drop()
         self._failed.clear()
-        self.state = self.readback = None
+        self.state = self.readback = self.copies = None
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
@@ -63,10 +66,9 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         device = model.device
         if device.type not in self.forward_type.devices:
             return f"the model is on {device.type}"
-        if torch.is_autocast_enabled(device.type):
-            return "autocast is on"
-        if "forward" in vars(model):
-            return f"the forward of the {type(model).__name__} was replaced"
+        replaced = why_not_forward(model)
+        if replaced is not None:
+            return replaced
         return self.why_not_backend(cache.groups, device, model.dtype) or self._known_reason
 
     def why_not(self, model: Any, cache: PagedCache) -> str | None:
@@ -74,10 +76,28 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
-        if not self.compare(model, model.device) or self._groups is None or self._groups() is not cache.groups:
+        with autocast_as(model.device, forward_dtype(model)):
+            unchanged = self.compare(model, model.device)
+        if not unchanged or self._groups is None or self._groups() is not cache.groups:
             self.drop()
             self._groups = weakref.ref(cache.groups)
         return why_not_module(model) or self._reason
+
+    def copies_for(self, model: Any, dtype: torch.dtype | None, steps: int) -> WeightCopies | None:
+        """Copies of the weights as they are now, for a call of so many steps under autocast to `dtype`.
+
+        None without autocast, or where they do not pay or do not fit: steps then round the weights as they read them.
+        """
+        if dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if self.copies is None and steps >= WORTH_COPYING and copies_fit(model, dtype):
+            # Steps recorded before read the weights themselves.
+            self._entries.clear()
+            self.copies = WeightCopies(model, dtype)
+        if self.copies is not None:
+            self.wait()
+            self.copies.refresh()
+        return self.copies
 
     def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:
         """Static tensors for a call of `rows` rows of up to `columns` pages."""
@@ -86,8 +106,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
 
         size = (device, rows, columns, cache.tables, vocabulary)
         if self.state is None or not self.state.fits(*size):
-            before = self.state
+            before, copies = self.state, self.copies
             self.drop()
+            # The call under way has just made them.
+            self.copies = copies
             if before is not None:
                 # At least as large as before, so that calls of two sizes do not replace each other's tensors.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)

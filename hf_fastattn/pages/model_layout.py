@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from hf_fastattn.autocast import forward_dtype
+
 
 def layer_window(layer: Any) -> int | None:
     """The window of a Transformers cache layer; None if it sees all keys.
@@ -46,8 +48,7 @@ def key_shape(config: Any) -> tuple[int, int]:
 
 def keys_dtype(model: Any) -> torch.dtype:
     """The dtype of the keys that the model writes now."""
-    kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return forward_dtype(model) or model.dtype
 
 
 def cache_layout(config: Any, templates: list[Any] | None = None) -> tuple[Any, ...]:

@@ -59,11 +59,12 @@ def rope_append(
     Returns:
         `[T, H, D]` rotated queries.
     """
+    # Under autocast norms, cos and sin are fp32 and heads 16-bit: the rotated heads are rounded back.
+    narrow = q.dtype
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps, unit_offset)
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps, unit_offset)
-    # Under autocast cos and sin are fp32 and heads 16-bit: the rotated heads are rounded back.
-    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k.dtype))
+    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k_pages.dtype))
     v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
-    return rotate(q, cos, sin).to(q.dtype)
+    return rotate(q, cos, sin).to(narrow)

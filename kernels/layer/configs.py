@@ -8,7 +8,7 @@ the GPU runs at once. `MEASURED` holds the exceptions to the rules. Nothing is t
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,16 @@ def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weigh
 
 
 @functools.cache
-def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated: bool) -> ProductTile:
-    """The tile for `tokens` rows of x times `rows` weight rows of `k` columns; gate and up count as `2 * I` rows."""
+def product_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, gated: bool, rounds: bool = False) -> ProductTile:
+    """The tile for `tokens` rows of x times `rows` weight rows of `k` columns; gate and up count as `2 * I` rows.
+
+    Args:
+        itemsize: bytes of an element of x.
+        rounds: the weights are fp32 and x is not: a step takes as many bytes of them, and so half the columns.
+    """
+    if rounds and itemsize == 2:
+        tile = product_tile(arch, itemsize, tokens, k, rows, gated)
+        return replace(tile, block_k=tile.block_k // 2)
     bucket = bucket_of(tokens)
     # Later architectures are closer to Hopper than to the estimate for Ampere.
     found = MEASURED.get((min(arch, HOPPER), bucket, k, rows)) if itemsize == 2 else None

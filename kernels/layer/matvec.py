@@ -3,7 +3,8 @@
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
 weights are not copied together: a program finds its weight from its program id. One token is multiplied here, without the
 matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`. Everything is summed
-in fp32 and rounded once, after bias and residual are added. RMSNorm of x is a launch of its own (`norm.py`): fused here,
+in fp32 and rounded once, after bias and residual are added. Under autocast weights may be fp32, and are rounded to the
+dtype of x as they are read; the residual is fp32 then, and so is the result. RMSNorm of x is a launch of its own (`norm.py`): fused here,
 every program would read the norm's weight beside x, which costs more than a launch where the L1 cache is small, as after
 attention kernels with much shared memory. The plain PyTorch versions are in `reference.py`.
 """
@@ -47,9 +48,9 @@ def _x_tile(x_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _products(w, x, VECTOR: tl.constexpr):
-    """`w: [BLOCK_N, BLOCK_K]` times `x: [BLOCK_K]`, VECTOR neighbours added up: `[BLOCK_N, BLOCK_K / VECTOR]`."""
-    products = w.to(tl.float32) * x[None, :]
+def _products(w, x, dtype: tl.constexpr, VECTOR: tl.constexpr):
+    """`w: [BLOCK_N, BLOCK_K]` in dtype times `x: [BLOCK_K]`, VECTOR neighbours added up: `[BLOCK_N, BLOCK_K / VECTOR]`."""
+    products = w.to(dtype).to(tl.float32) * x[None, :]
     if VECTOR == 1:
         return products
     return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // VECTOR, VECTOR)), 2)
@@ -87,17 +88,17 @@ def matvec_kernel(
     if residual_ptr is not None:
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
     x = _x_tile(x_ptr, 0, K, BLOCK_K)  # [BLOCK_K]
-    acc = _products(w, x, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
+    acc = _products(w, x, x_ptr.dtype.element_ty, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     if GATED:
-        acc_u = _products(u, x, VECTOR)
+        acc_u = _products(u, x, x_ptr.dtype.element_ty, VECTOR)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         w = _weights(w_ptr + off_w, k, K, BLOCK_K)
         if GATED:
             u = _weights(w1_ptr + off_w, k, K, BLOCK_K)
         x = _x_tile(x_ptr, k, K, BLOCK_K)
-        acc += _products(w, x, VECTOR)
+        acc += _products(w, x, x_ptr.dtype.element_ty, VECTOR)
         if GATED:
-            acc_u += _products(u, x, VECTOR)
+            acc_u += _products(u, x, x_ptr.dtype.element_ty, VECTOR)
     y = tl.sum(acc, 1)  # [BLOCK_N]
     if GATED:
         y = silu_gate(y, tl.sum(acc_u, 1))
@@ -114,18 +115,23 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
         raise ValueError(f"{len(weights)} weights and {len(biases or ())} biases; expected 1 to 3, a bias for each or none")
     dtype, k = x.dtype, x.shape[1]
     for weight in weights:
-        if weight.ndim != 2 or weight.shape[1] != k or weight.dtype is not dtype or not weight.is_contiguous():
-            raise ValueError(f"weight {tuple(weight.shape)}, {weight.dtype}, is not [N, {k}], {dtype}, contiguous")
+        known = weight.dtype in (dtype, torch.float32) and weight.dtype is weights[0].dtype
+        if weight.ndim != 2 or weight.shape[1] != k or not known or not weight.is_contiguous():
+            raise ValueError(
+                f"weight {tuple(weight.shape)}, {weight.dtype}, is not [N, {k}], contiguous, {dtype} or fp32 as the others"
+            )
     for weight, bias in zip(weights, biases or (), strict=False):
         if bias.shape != weight.shape[:1] or not bias.is_contiguous():
             raise ValueError(f"bias {tuple(bias.shape)} must be [N] = {[weight.shape[0]]} and contiguous")
     if residual is not None and (
         len(weights) != 1
         or residual.shape != (x.shape[0], weights[0].shape[0])
-        or residual.dtype is not dtype
+        or residual.dtype not in (dtype, torch.float32)
         or residual.stride(1) != 1
     ):
-        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as the output of a single weight")
+        raise ValueError(
+            f"residual {tuple(residual.shape)}, {residual.dtype}, must be as the output of a single weight, {dtype} or fp32"
+        )
 
 
 def _product(
@@ -136,11 +142,12 @@ def _product(
     _check(x, weights, biases, residual)
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
-    y = torch.empty((tokens, counts[0] if gated else sum(counts)), dtype=x.dtype, device=x.device)
+    dtype = x.dtype if residual is None else residual.dtype
+    y = torch.empty((tokens, counts[0] if gated else sum(counts)), dtype=dtype, device=x.device)
     if not y.numel():
         return y
     arch = arch_of(x.device)
-    tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated)
+    tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, weights[0].dtype is not x.dtype)
     if tokens > 1:
         skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile)
         return y
@@ -174,16 +181,16 @@ def matvec(
 
     Args:
         x: `[T, K]` bf16, fp16 or fp32, T up to 64, any stride between rows.
-        weights: each `[N_i, K]`, contiguous, of the dtype of x.
+        weights: each `[N_i, K]`, contiguous, all of the dtype of x or all fp32: these are rounded to the dtype of x.
         biases: `[N_i]` for each weight, or none at all.
-        residual: `[T, N]`, added to the product of a single weight.
+        residual: `[T, N]` of the dtype of x or fp32, added to the product of a single weight.
         sums: room for split products, for one stream; made by the call if needed and not given.
         weights_settled: no launch that may still be running writes a weight, so the first tiles of weights are read before
             the launch ahead has ended. Launches overlap, so the one before the last counts too.
         tile: launch configuration, for measuring; by default that of `configs.product_tile`.
 
     Returns:
-        `[T, N_i]` of each weight, views of one tensor `[T, N_0 + N_1 + N_2]`.
+        `[T, N_i]` of each weight in the dtype of the residual, or else of x; views of one tensor `[T, N_0 + N_1 + N_2]`.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.

@@ -1,8 +1,9 @@
 """[residual +] RMSNorm in one launch.
 
 RMSNorm (Zhang and Sennrich, 2019): `s = x + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`. The sum is rounded to
-the dtype of x before it is squared, as Transformers does; all else is fp32 with one rounding at the end. A program takes
-one row. The plain PyTorch version is `reference.add_rms_norm`.
+the dtype of the residual before it is squared, as Transformers does; all else is fp32 with one rounding at the end. A
+program takes one row. Under autocast the residual is fp32, x what a product gave in 16 bits, and y again what the next
+product takes. The plain PyTorch version is `reference.add_rms_norm`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def rms_norm_kernel(
     x = tl.load(x_ptr + row * stride_x + column, mask=ok, other=0.0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * stride_r + column, mask=ok, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * HIDDEN + column, x, mask=ok)
     if OVERLAP:
         gdc_launch_dependents()
@@ -51,11 +52,17 @@ def rms_norm_kernel(
     scale = weight.to(tl.float32)
     if UNIT_OFFSET:
         scale += 1.0
-    tl.store(out_ptr + row * HIDDEN + column, (wide * inverse * scale).to(x.dtype), mask=ok)
+    tl.store(out_ptr + row * HIDDEN + column, (wide * inverse * scale).to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool, weights_settled: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    weights_settled: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     if x.ndim != 2 or x.dtype not in DTYPES or x.stride(-1) != 1 or not 0 < x.shape[-1] <= MAX_HIDDEN:
         raise ValueError(
@@ -65,10 +72,16 @@ def _launch(
     tokens, hidden = x.shape
     if weight.shape != (hidden,) or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} must be [hidden] = {[hidden]} and contiguous")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(-1) != 1):
-        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as x, {tuple(x.shape)}, {x.dtype}")
-    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(out)
+    stream = x if residual is None else residual
+    if stream.shape != x.shape or stream.dtype not in (x.dtype, torch.float32) or stream.stride(-1) != 1:
+        raise ValueError(
+            f"residual {tuple(stream.shape)}, {stream.dtype}, must be as x, {tuple(x.shape)}, {x.dtype}, or in fp32"
+        )
+    dtype = dtype or stream.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} must be among {DTYPES}")
+    out = torch.empty((tokens, hidden), dtype=dtype, device=x.device)
+    total = None if residual is None else torch.empty((tokens, hidden), dtype=stream.dtype, device=x.device)
     if not tokens:
         return out, total
     block = power_of_2(hidden)
@@ -82,30 +95,46 @@ def _launch(
     return out, total
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, weights_settled: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    weights_settled: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """RMSNorm of every row; see `add_rms_norm`."""
-    return _launch(x, None, weight, eps, unit_offset, weights_settled)[0]
+    return _launch(x, None, weight, eps, unit_offset, weights_settled, dtype)[0]
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, weights_settled: bool = False
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    weights_settled: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of `x + residual`, and that sum.
 
     Args:
         x: `[T, hidden]` bf16, fp16 or fp32, hidden up to 16384; any stride between rows.
-        residual: likewise.
+        residual: likewise, in the dtype of x or fp32.
         weight: `[hidden]`.
         eps: added to the mean square.
         unit_offset: multiply by `1 + weight`.
         weights_settled: no launch that may still be running writes `weight`, so it is read before these have ended.
+        dtype: of the normalised rows; by default that of the residual.
 
     Returns:
-        The normalised rows and the sums, both `[T, hidden]` in the dtype of x, contiguous.
+        The normalised rows and the sums, the latter in the dtype of the residual, both `[T, hidden]`, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled)
+    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled, dtype)
     assert total is not None
     return out, total

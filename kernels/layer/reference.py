@@ -1,7 +1,8 @@
 """The parts of a decoder layer around attention, in plain PyTorch: norms, activation, linear products.
 
-Every step is rounded in the dtype of its input, as Transformers rounds it; fp64 inputs give the oracle of the tests. The
-kernels in `norm.py`, `activation.py` and `matvec.py` compute the same in fp32 and round once.
+Every step is rounded in the dtype of its input, as Transformers rounds it; fp64 inputs give the oracle of the tests. Under
+autocast a product rounds its weights to the dtype of x, and what is added to an fp32 residual is widened. The kernels in
+`norm.py`, `activation.py` and `matvec.py` compute the same in fp32 and round once.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from torch.nn import functional
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of `x + residual`, and that sum, both `[T, hidden]`."""
+    """The norm of `x + residual`, rounded to `dtype` if given, and that sum, both `[T, hidden]`."""
     total = residual + x
-    return rms_norm(total, weight, eps, unit_offset), total
+    return rms_norm(total, weight, eps, unit_offset).to(dtype or total.dtype), total
 
 
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -34,7 +41,8 @@ def matvec(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`x W^T + b` for every weight `[N_i, K]`, with the residual added last, if there is one."""
-    outs = [functional.linear(x, weight, biases[i] if biases else None) for i, weight in enumerate(weights)]
+    added = [bias.to(x.dtype) for bias in biases] if biases else [None] * len(weights)
+    outs = [functional.linear(x, weight.to(x.dtype), bias) for weight, bias in zip(weights, added, strict=True)]
     return tuple(outs if residual is None else [residual + out for out in outs])
 
 

@@ -42,12 +42,13 @@ def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _add_product(acc, lost, w, x, PRECISION: tl.constexpr):
-    """`acc + w x`, all `[BLOCK_N, BLOCK_T]`; `lost` is the rounding error of the fp32 sums so far.
+    """`acc + w x`, w rounded to the dtype of x, sums `[BLOCK_N, BLOCK_T]`; `lost` is the rounding error of the sums so far.
 
     On the CUDA cores one chain of additions as long as K would err more than PyTorch's sum. So only the products of a tile
     are one chain, and tiles are added with compensation (Kahan, 1965): the compiler would turn a plain sum of tiles back
     into one chain.
     """
+    w = w.to(x.dtype)
     if PRECISION == "ieee":
         part = tl.dot(w, x, input_precision="ieee") - lost
         total = acc + part
@@ -161,7 +162,7 @@ def skinny_product(
 
     Args:
         x: `[T, K]`.
-        weights: up to three of `[N_i, K]`, or gate and up.
+        weights: up to three of `[N_i, K]`, or gate and up; fp32 ones are rounded to the dtype of x.
         biases: `[N_i]` each, or None.
         residual: `[T, N]` to add, or None.
         y: `[T, sum of N_i]`, or `[T, N_0]` if gated.

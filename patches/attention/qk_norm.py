@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_fastattn.autocast import region_dtype
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.plain_modules import norm_eps, norm_weight
 
@@ -20,7 +22,9 @@ def normalise(module: Any, family: Family, q: Tensor, k: Tensor) -> tuple[Tensor
     if family.qk_norm is None:
         return q, k, {}
     norms = (module.q_norm, module.k_norm)
-    weights = [norm_weight(norm, family.qk_norm, q) for norm in norms]
+    # Under autocast q is what a product gave in 16 bits and the norm is fp32, as is what it gives, until it is rounded.
+    dtypes = (q.dtype,) if region_dtype(q.device) is None else (q.dtype, torch.float32)
+    weights = [norm_weight(norm, family.qk_norm, q.device, dtypes) for norm in norms]
     if weights[0] is None or weights[1] is None:
         return norms[0](q), norms[1](k), {}
     eps = norm_eps(norms[0])

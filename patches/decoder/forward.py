@@ -16,7 +16,8 @@ from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import drops_cache, fused_forward
+from hf_fastattn.patches.fused.forward import fused_forward
+from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.unchanged import why_not_ours
@@ -100,7 +101,8 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
             # Nothing to warn of: whoever trains or scores texts asked for no pages.
             state.runtime.count_fallback(_why_not_paged_cache(cache, kwargs), logging.INFO)
         return call_original(self, cache, **arguments, **kwargs)
-    outputs = _paged_forward(self, arguments, cache, kwargs)
+    with cache_kept(self):
+        outputs = _paged_forward(self, arguments, cache, kwargs)
     if given is not cache and isinstance(outputs, ModelOutput):
         outputs[CACHE] = given
     return outputs

@@ -8,34 +8,41 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import has_global_hooks
+from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
+from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, linear_parameters
-from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
+from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of
+from hf_fastattn.transformers_version import CACHE
 
 # Arguments that the walk over the layers takes, and options that change nothing if they have these values.
 TAKEN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "return_dict", "use_cache"}
+NO_LAYERS = LayerNames("", "", "")
 OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
+def fused_forward(decoder: Any, cache: PagedCache, copies: WeightCopies | None = None, **arguments: Any) -> Any:
     """The decoder's forward over pages: fused if `fused_reason` has none against it, else the original.
 
     Args:
         decoder: patched.
         cache: with a paged batch under way.
+        copies: of weights that autocast would cast, if there are any.
         arguments: of the original forward, packed.
 
     Returns:
         What the original returns.
     """
     if fused_reason(decoder) is not None or _why_not_these(decoder, cache, arguments) is not None:
-        return call_original(decoder, cache, **arguments)
+        with cache_kept(decoder):
+            return call_original(decoder, cache, **arguments)
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.layers import walk
 
@@ -49,6 +56,7 @@ def fused_forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
         arguments.get("inputs_embeds"),
         arguments.get("position_ids"),
         arguments.get("attention_mask"),
+        copies,
     )
     outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
@@ -86,44 +94,29 @@ def fused_reason(decoder: Any) -> str | None:
     return None
 
 
-def drops_cache(decoder: Any) -> bool:
-    """Whether gradient checkpointing is on in train mode: Transformers' layers then run without the cache.
-
-    Since 5.24 they do so only while gradients are recorded.
-    """
-    if not decoder.training or (CHECKPOINTING_NEEDS_GRADIENTS and not torch.is_grad_enabled()):
-        return False
-    return any(getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers)
-
-
-def fused_logits(lm_head: nn.Module, hidden: Tensor) -> Tensor:
+def fused_logits(lm_head: nn.Module, hidden: Tensor, copies: WeightCopies | None = None) -> Tensor:
     """`lm_head(hidden)`, by our product where that is a plain linear layer and ours is quicker.
 
     Args:
         lm_head: the model's output layer.
         hidden: `[T, hidden]` after the last norm.
+        copies: of weights that autocast would cast, if there are any.
 
     Returns:
-        `[T, vocabulary]`.
+        `[T, vocabulary]`, under autocast in its dtype.
     """
     grads = torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in lm_head.parameters()))
-    if grads or has_global_hooks() or torch.is_autocast_enabled(hidden.device.type):
+    if grads or has_global_hooks():
         return lm_head(hidden)
+    region = region_dtype(hidden.device)
+    dtype = region or hidden.dtype
     # lm_head has no head dimension; the smallest supported one stands for it.
-    if hidden.dtype not in DTYPES or choose_backend("auto", hidden.device, hidden.dtype, MIN_HEAD_DIM)[0] == "reference":
+    if dtype not in DTYPES or choose_backend("auto", hidden.device, dtype, MIN_HEAD_DIM)[0] == "reference":
         return lm_head(hidden)
-    held = linear_parameters(lm_head, hidden)
-    if held is None:
-        return lm_head(hidden)
-    weight, bias = held
-    from hf_fastattn.kernels.launch import arch_of
-    from hf_fastattn.kernels.layer.configs import beats_cublas
-    from hf_fastattn.kernels.layer.matvec import matvec
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.products import Products
 
-    tokens, width = hidden.shape
-    if not beats_cublas(arch_of(hidden.device), hidden.element_size(), tokens, width, weight.shape[0], 1):
-        return lm_head(hidden)
-    return matvec(hidden, [weight], None if bias is None else [bias], weights_settled=True)[0]
+    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies).product(lm_head, hidden)
 
 
 def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> str | None:
@@ -138,8 +131,9 @@ def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -
     given = tokens if embeds is None else embeds
     if given is None or cache.paged_batch is None:
         return "no tokens, or no pages"
-    if torch.is_autocast_enabled(given.device.type):
-        return "autocast is on"
+    region = region_dtype(given.device)
+    if region not in (None, torch.bfloat16, torch.float16):
+        return f"autocast to {region}"
     if torch.is_grad_enabled() and given.requires_grad:
         return "gradients are needed"
     return None

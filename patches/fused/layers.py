@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import is_our_forward
+from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.products import Products
@@ -25,6 +26,7 @@ def walk(
     inputs_embeds: Tensor | None,
     position_ids: Tensor | None,
     attention_mask: Any,
+    copies: WeightCopies | None = None,
 ) -> Tensor:
     """Hidden states after the last norm.
 
@@ -34,6 +36,7 @@ def walk(
         input_ids: `[B, S]`, or else `inputs_embeds: [B, S, hidden]`.
         position_ids: `[1 or B, S]`; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
+        copies: of weights that autocast would cast, if there are any.
 
     Returns:
         `[B, S, hidden]`.
@@ -43,7 +46,7 @@ def walk(
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
     position_embeddings = decoder.rotary_emb(states, position_ids=position_ids)
-    products = Products(names, tuple(states.shape[:-1]), states.device)
+    products = Products(names, tuple(states.shape[:-1]), states.device, copies)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
     for layer in layers_of(decoder):

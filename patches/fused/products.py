@@ -3,6 +3,9 @@
 Between the layers stands the residual stream `x: [T, hidden]` and, where a module was called that nobody could add to x
 in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is always a launch of its own, which
 was measured to be quicker, even for one token, than a norm repeated by every program of the product behind it.
+
+Under autocast, products take and give 16 bits, and fp32 weights are rounded for them; x, norms and their weights stay as
+they are. What a product takes is rounded by the norm before it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from hf_fastattn.autocast import region_dtype
+from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
@@ -34,29 +40,39 @@ class Products:
         names: of the layers' classes.
         leading: shape that called modules see, without its last dimension; T elements.
         device: of the tokens.
+        copies: of weights that autocast would cast, if there are any.
     """
 
-    def __init__(self, names: LayerNames, leading: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, names: LayerNames, leading: tuple[int, ...], device: torch.device, copies: WeightCopies | None = None
+    ) -> None:
         self.names = names
         self.leading = leading
         self.tokens = math.prod(leading)
+        self._region, self._copies = region_dtype(device), copies
         self.arch = arch_of(device)
+        self._sums: SplitSums | None = None
+        self._device = device
+
+    @property
+    def _launch(self) -> dict[str, Any]:
         # The counters of split-K sums are zeroed once a forward, by a launch that a graph records too.
-        sums = SplitSums(device) if self.tokens > 1 else None
-        self._launch: dict[str, Any] = {"sums": sums, "weights_settled": True}
+        if self._sums is None and self.tokens > 1:
+            self._sums = SplitSums(self._device)
+        return {"sums": self._sums, "weights_settled": True}
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""
         out = module(x.view(*self.leading, -1))
         return (out[0] if isinstance(out, tuple) else out).reshape(self.tokens, -1)
 
-    def norm(self, module: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + delta`, and that sum."""
-        weight = norm_weight(module, self.names.norm, x) if x.shape[1] <= MAX_HIDDEN else None
-        if weight is None or (delta is not None and delta.dtype is not x.dtype):
+    def norm(self, module: Any, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of `x + delta`, in `dtype` where given and possible, and that sum."""
+        weight = norm_weight(module, self.names.norm, x.device, (x.dtype,)) if x.shape[1] <= MAX_HIDDEN else None
+        if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
             x = x if delta is None else x + delta
             return self.call(module, x), x
-        options: dict[str, Any] = {"unit_offset": self.names.unit_offset, "weights_settled": True}
+        options: dict[str, Any] = {"unit_offset": self.names.unit_offset, "weights_settled": True, "dtype": dtype}
         if delta is None:
             return rms_norm(x, weight, norm_eps(module), **options), x
         return add_rms_norm(delta, x, weight, norm_eps(module), **options)
@@ -66,16 +82,16 @@ class Products:
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
-        normed, x = self.norm(norm, x, delta)
+        normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
 
     def gated(
         self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
-        held, silu = self._parameters((gate, up), x), is_silu(act_fn)
-        normed, x = self.norm(norm, x, delta)
-        if held is not None and silu and held[1] is None and normed.dtype is x.dtype:
+        held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn), self._dtype_of(x)
+        normed, x = self.norm(norm, x, delta, None if held is None else dtype)
+        if held is not None and silu and held[1] is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held[0], **self._launch), x
         left, right = self._multiply((gate, up), held, normed)
         if silu and left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape:
@@ -84,18 +100,32 @@ class Products:
 
     def add_product(self, linear: Any, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The residual stream with the product of `states: [T, K]` in it, or as it was and the product beside it."""
-        held = self._parameters((linear,), states) if states.dtype is x.dtype else None
+        dtype = self._dtype_of(states)
+        held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
         if held is None:
-            return x, self.call(linear, states)
+            return x, self._apply(linear, states)
         return matvec(states, *held, residual=x, **self._launch)[0], None
+
+    def product(self, linear: Any, x: Tensor) -> Tensor:
+        """The product of `x: [T, K]` with the weight of a layer, `[T, N]`."""
+        held = self._parameters((linear,), x)
+        if held is None:
+            return self._apply(linear, x)
+        # The output layer has rows enough to keep every multiprocessor busy without split-K.
+        return matvec(x.to(self._dtype_of(x)), *held, weights_settled=True)[0]
+
+    def _dtype_of(self, x: Tensor) -> torch.dtype:
+        """The dtype of a product of x."""
+        return x.dtype if self._region is None else self._region
 
     def _parameters(self, linears: tuple[Any, ...], x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | None:
         """Weights and biases if the linear layers are plain, all with a bias or all without, and our product pays."""
         if self.tokens > MOST_TOKENS:
             return None
         weights, biases, rows = [], [], 0
+        dtype = self._dtype_of(x)
         for linear in linears:
-            held = linear_parameters(linear, x)
+            held = self._held(linear, x.device, dtype)
             if held is None:
                 return None
             weight, bias = held
@@ -103,15 +133,32 @@ class Products:
             rows += weight.shape[0]
             if bias is not None:
                 biases.append(bias)
-        if biases and len(biases) < len(weights):
+        if (biases and len(biases) < len(weights)) or any(weight.dtype is not weights[0].dtype for weight in weights):
             return None
-        pays = beats_cublas(self.arch, x.element_size(), self.tokens, x.shape[1], rows, len(weights))
+        # Of weights that autocast has to cast first, cuBLAS reads or writes every byte twice more.
+        pays = weights[0].dtype is not dtype or beats_cublas(
+            self.arch, dtype.itemsize, self.tokens, x.shape[1], rows, len(weights)
+        )
         return (weights, biases or None) if pays else None
+
+    def _held(self, linear: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """Weight, or its copy, and bias of a plain linear layer whose products are in `dtype`."""
+        held = linear_parameters(linear, device, (dtype,) if self._region is None else (dtype, torch.float32))
+        copy = None if held is None or self._copies is None else self._copies.get(held[0])
+        return held if held is None or copy is None else (copy, held[1])
+
+    def _apply(self, linear: Any, x: Tensor) -> Tensor:
+        """The layer's product, `[T, N]`: with the copy of its weight if there is one, else by calling it."""
+        dtype = self._dtype_of(x)
+        held = None if self._copies is None else self._held(linear, x.device, dtype)
+        if held is None or held[0].dtype is not dtype:
+            return self.call(linear, x)
+        return functional.linear(x.to(dtype), held[0], None if held[1] is None else held[1].to(dtype))
 
     def _multiply(
         self, linears: tuple[Any, ...], held: tuple[list[Tensor], list[Tensor] | None] | None, x: Tensor
     ) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
-        if held is None or held[0][0].dtype is not x.dtype:
-            return tuple(self.call(linear, x) for linear in linears)
+        if held is None or x.dtype is not self._dtype_of(x):
+            return tuple(self._apply(linear, x) for linear in linears)
         return matvec(x, *held, **self._launch)

@@ -18,6 +18,7 @@ from transformers.activations import SiLUActivation
 from hf_fastattn.graphs.module_checks import CAPTURE_HOOK
 
 LIBRARIES = ("transformers.", "torch.nn.")
+Dtypes = tuple[torch.dtype, ...]
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,34 +52,40 @@ def has_no_foreign_hooks(module: nn.Module) -> bool:
     return known and not module._forward_pre_hooks
 
 
-def is_plain_tensor(tensor: Any, like: Tensor) -> bool:
-    """Whether it is a dense contiguous tensor of the dtype and on the device of `like`, and no subclass."""
+def is_plain_tensor(tensor: Any, device: torch.device, dtypes: Dtypes) -> bool:
+    """Whether it is a dense contiguous tensor of one of the dtypes on the device, and no subclass."""
     return (
         (type(tensor) is nn.Parameter or type(tensor) is Tensor)
-        and tensor.dtype is like.dtype
-        and tensor.device == like.device
+        and tensor.dtype in dtypes
+        and tensor.device == device
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
     )
 
 
-def linear_parameters(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that calling is `x weight^T + bias` with plain tensors; None if it is anything else."""
+def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that calling is `x weight^T + bias` with plain tensors; None if it is anything else.
+
+    Args:
+        dtypes: that the product takes: under autocast those that it would cast.
+    """
     if type(module) is not nn.Linear or not is_plain(module, "Linear"):
         return None
     # Not by attribute, which costs the host half a microsecond each.
     held = module._parameters
     weight, bias = held.get("weight"), held.get("bias")
-    if not is_plain_tensor(weight, like) or "bias" not in held or (bias is not None and not is_plain_tensor(bias, like)):
+    if not is_plain_tensor(weight, device, dtypes) or "bias" not in held:
+        return None
+    if bias is not None and not is_plain_tensor(bias, device, dtypes):
         return None
     assert weight is not None
     return weight, bias
 
 
-def norm_weight(module: nn.Module, name: str, like: Tensor) -> Tensor | None:
-    """The weight of a norm that calling is the RMSNorm of class `name`, of tensors like `like`; None if it is not."""
+def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtypes) -> Tensor | None:
+    """The weight, of one of the dtypes, of a norm that calling is the RMSNorm of class `name`; None if it is not."""
     weight = module._parameters.get("weight")
-    return weight if is_plain_tensor(weight, like) and is_plain(module, name) else None
+    return weight if is_plain_tensor(weight, device, dtypes) and is_plain(module, name) else None
 
 
 def is_silu(module: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 import hf_fastattn
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
-from hf_fastattn.graphs.static_inputs import why_not_static
 from hf_fastattn.patches.modules.watched import takes_packed_rows
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
@@ -311,15 +310,6 @@ def test_early_exit_of_the_same_model() -> None:
     options = {"assistant_early_exit": 1, **single()}
     assert torch.equal(run(model, **options), run(stock, **options))
     assert replays(model)[1] > 0
-
-
-def test_autocast() -> None:
-    ids = single(1)["input_ids"]
-    arguments = {"input_ids": ids, "inputs_embeds": None, "position_ids": None}
-    decoder = tiny("llama").model
-    assert why_not_static(decoder, arguments, {}) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert why_not_static(decoder, arguments, {}) == "autocast is on"
 
 
 def test_masks_are_read_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

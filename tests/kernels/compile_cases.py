@@ -120,9 +120,9 @@ def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
     return hopper_prefill(q, *pages(8, dim, page, BF16), page_table, begins, lengths, scale=1.0, processors=132)
 
 
-def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1) -> object:
-    x = torch.zeros(tokens, hidden, dtype=dtype)
-    return add_rms_norm(x, x, x[0], 1e-5, weights_settled=True)
+def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
+    x, residual = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=stream or dtype)
+    return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype)
 
 
 def activation(tokens: int = 1, width: int = 14336) -> object:
@@ -132,21 +132,22 @@ def activation(tokens: int = 1, width: int = 14336) -> object:
 
 def product(
     tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *,
-    bias: bool = False, residual: bool = False, tile: ProductTile | None = None,
+    bias: bool = False, residual: bool = False, tile: ProductTile | None = None, weight_dtype: torch.dtype | None = None,
 ) -> object:  # fmt: skip
-    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
+    wide = weight_dtype or dtype
+    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=wide) for count in counts]
     return matvec(
         x,
         weights,
         [weight[:, 0].contiguous() for weight in weights] if bias else None,
-        residual=torch.zeros(tokens, counts[0], dtype=dtype) if residual else None,
+        residual=torch.zeros(tokens, counts[0], dtype=wide) if residual else None,
         weights_settled=True,
         tile=tile,
     )
 
 
-def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16) -> object:
-    x, weight = torch.zeros(tokens, k, dtype=dtype), torch.zeros(width, k, dtype=dtype)
+def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, weight_dtype: torch.dtype | None = None) -> object:
+    x, weight = torch.zeros(tokens, k, dtype=dtype), torch.zeros(width, k, dtype=weight_dtype or dtype)
     return gate_up_silu(x, weight, weight, weights_settled=True)
 
 
@@ -298,6 +299,22 @@ CASES = {
         lambda: gated(32, 4096, 14336), ("skinny_kernel",), programs=2, targets=("sm_90",)
     ),
     "product, 64 tokens, gate and up": Case(lambda: gated(64, 4096, 14336), ("skinny_kernel",), programs=1),
+    "product of autocast": Case(
+        lambda: product(1, 4096, (4096,), weight_dtype=FP32, residual=True), ("matvec_kernel",), programs=3
+    ),
+    "product of autocast, gate and up": Case(
+        lambda: gated(1, 4096, 14336, weight_dtype=FP32), ("matvec_kernel",), programs=3
+    ),
+    "product of autocast, 16 tokens": Case(
+        lambda: product(16, 4096, (4096,), weight_dtype=FP32, residual=True), ("skinny_kernel",), programs=1
+    ),
+    "product of autocast, 64 tokens": Case(
+        lambda: product(64, 4096, QKV, weight_dtype=FP32), ("skinny_kernel",), programs=1
+    ),
+    "product of autocast, 64 tokens, gate and up": Case(
+        lambda: gated(64, 4096, 14336, weight_dtype=FP32), ("skinny_kernel",), programs=1
+    ),
+    "add, norm of autocast": Case(lambda: add_norm(4096, tokens=16, stream=FP32), ("rms_norm_kernel",), programs=1),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),
     "sample, fp32, V = 262144": Case(lambda: chosen(FP32, vocab=262144), SAMPLED, programs=1),

@@ -101,11 +101,11 @@ def test_a_cpu_runs_the_original() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_fused_logits(tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_fastattn.kernels.layer import matvec
+    from hf_fastattn.patches.fused import products
 
     calls: list[int] = []
-    product = matvec.matvec
-    monkeypatch.setattr(matvec, "matvec", lambda *args, **kwargs: calls.append(1) or product(*args, **kwargs))
+    product = products.matvec
+    monkeypatch.setattr(products, "matvec", lambda *args, **kwargs: calls.append(1) or product(*args, **kwargs))
     torch.manual_seed(0)
     head, hidden = nn.Linear(64, 130, bias=bias), torch.randn(tokens, 64)
     with torch.no_grad():

@@ -32,34 +32,37 @@ def check(
     strided: bool = False,
     repeats: int = 1,
     device: str = "cpu",
+    weight_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> None:
     """One launch against PyTorch; more repeats must give the same bits.
 
     Args:
         counts: rows of each weight.
+        weight_dtype: of weights, biases and residual, if it is another than that of x.
         options: keywords of the operation.
     """
     x = rows(tokens, k, dtype, device, 1, strided)
-    weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
+    wide = weight_dtype or dtype
+    weights = [rows(count, k, wide, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
     extras: dict[str, Any] = {}
     if bias:
-        extras["biases"] = [rows(1, count, dtype, device, 12 + i)[0] for i, count in enumerate(counts)]
+        extras["biases"] = [rows(1, count, wide, device, 12 + i)[0] for i, count in enumerate(counts)]
     if residual:
-        extras["residual"] = rows(tokens, counts[0], dtype, device, 22, strided)
+        extras["residual"] = rows(tokens, counts[0], wide, device, 22, strided)
 
-    def run(module: Any, target: torch.dtype, **own: Any) -> Sequence[Tensor]:
-        x_, weights_, extras_ = _to((x, weights, extras), target)
+    def run(module: Any, target: torch.dtype | None, **own: Any) -> Sequence[Tensor]:
+        x_, weights_, extras_ = (x, weights, extras) if target is None else _to((x, weights, extras), target)
         if gated:
             return (module.gate_up_silu(x_, *weights_, **extras_, **own),)
         return module.matvec(x_, weights_, **extras_, **own)
 
-    got = run(matvec, dtype, **options)
-    again = [run(matvec, dtype, **options) for _ in range(repeats - 1)]
+    got = run(matvec, None, **options)
+    again = [run(matvec, None, **options) for _ in range(repeats - 1)]
     names = ("first", "second", "third")
-    plains, wants = run(reference, dtype), run(reference, torch.float64)
+    plains, wants = run(reference, None), run(reference, torch.float64)
     for i, (ours, plain, want) in enumerate(zip(got, plains, wants, strict=True)):
-        assert ours.dtype == dtype
+        assert ours.dtype == (wide if residual else dtype)
         assert_close(f"{names[i]} product", ours, plain, want)
         assert all(torch.equal(ours, other[i]) for other in again)
 
@@ -70,6 +73,28 @@ def _to(tree: Any, dtype: torch.dtype) -> Any:
     if isinstance(tree, dict):
         return {name: _to(value, dtype) for name, value in tree.items()}
     return [_to(value, dtype) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("kind", ["bias", "residual", "gated"])
+def test_weights_of_autocast(dtype, tokens, kind):
+    """fp32 weights are rounded to the dtype of x, and an fp32 residual stays one."""
+    counts = {"bias": (33, 64, 70), "residual": (70,), "gated": (48, 48)}[kind]
+    check(tokens, 1000, counts, dtype, weight_dtype=FP32, **{kind: True})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_wide_residual(tokens):
+    check(tokens, 96, (40,), BF16, residual=True, repeats=2, weight_dtype=FP32)
+    x, weight, residual = rows(tokens, 96, BF16, "cpu", 1), rows(40, 96, BF16, "cpu", 2), rows(tokens, 40, FP32, "cpu", 3)
+    (got,) = matvec.matvec(x, [weight], residual=residual)
+    (plain,) = reference.matvec(x, [weight], residual=residual)
+    (want,) = reference.matvec(x.double(), [weight.double()], residual=residual.double())
+    assert got.dtype == FP32
+    assert_close("product", got, plain, want)
 
 
 @pytest.mark.interpreter

@@ -53,6 +53,21 @@ def check(
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_an_fp32_residual(dtype):
+    """Under autocast: what a product gave is added to an fp32 residual, and the norm is rounded for the next product."""
+    x, residual, weight = rows(3, 100, dtype, "cpu", 1), rows(3, 100, FP32, "cpu", 2), rows(1, 100, FP32, "cpu", 3)[0]
+    got, total = norm.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype)
+    plain, plain_total = reference.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype)
+    want, _ = reference.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
+    assert got.dtype == dtype and total.dtype == FP32 and torch.equal(total, plain_total)
+    assert_close("norm of the sum", got, plain, want)
+    alone = norm.rms_norm(residual, weight, 1e-5, dtype=dtype)
+    want = reference.rms_norm(residual.double(), weight.double(), 1e-5, False)
+    assert_close("norm", alone, reference.rms_norm(residual, weight, 1e-5, False).to(dtype), want)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (2, 896), (3, 63), (8, 1), (16, 1000)])
