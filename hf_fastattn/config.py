@@ -17,13 +17,20 @@ class FastAttnConfig:
         page_size: tokens a page holds; a power of two from 1 to 1024.
         memory_limit: most bytes that the pages of one model may take, over all layers; `None` sets no limit.
         keep_memory: share (0 to 1) of the page storage kept allocated between `generate()` calls when no cache
-            holds a page. A model in train mode keeps nothing, so that a training step finds its memory free.
+            holds a page. A model in train mode keeps nothing, so that a training step finds its memory free, unless
+            `keep_in_training`.
         backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), `"hopper"` (these, and Gluon kernels for
             long prompts on H100 and H200), or `"auto"`, the last of them that can run.
         batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
             "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
             slower for few rows.
         cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
+        keep_in_training: a model in train mode keeps as much as in eval mode: the pages of a rollout, its recorded steps
+            and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs, and the next
+            rollout need not make them again.
+        autocast_copies: under autocast, decode steps of a model with fp32 weights read 16-bit copies of them, cast anew
+            before each call, which take half of the weights' bytes; `False`, or where they do not fit: the weights are
+            rounded as they are read, which takes no memory, and up to twice the time for few rows.
         sampling: how tokens are drawn where steps are replayed: `"fast"`, inside the step, by random numbers that depend on
             a seed from torch's generator, the row and the step alone; or `"transformers"`, by its own code, with its draws.
 
@@ -39,6 +46,8 @@ class FastAttnConfig:
     batch_invariant: bool = False
     cuda_graphs: bool = True
     sampling: str = "fast"
+    keep_in_training: bool = False
+    autocast_copies: bool = True
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -55,12 +64,11 @@ class FastAttnConfig:
             raise ValueError(f"keep_memory={self.keep_memory!r} must be a share between 0 and 1")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {BACKENDS}")
-        if not isinstance(self.batch_invariant, bool):
-            raise TypeError(f"batch_invariant must be True or False, got {self.batch_invariant!r}")
+        for name in ("batch_invariant", "cuda_graphs", "keep_in_training", "autocast_copies"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.batch_invariant and self.backend == "reference":
             raise ValueError("batch_invariant=True needs the Triton kernels; use backend='auto' or 'triton'")
-        if not isinstance(self.cuda_graphs, bool):
-            raise TypeError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.sampling not in SAMPLING_MODES:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
 

@@ -111,7 +111,8 @@ class Runtime:
             self.graphs.enter_call(self._calls[-1].token)
             return
         self.graphs.enter_call(None)
-        self.groups.shrink(0.0 if training else self.config.keep_memory)
+        kept = not training or self.config.keep_in_training
+        self.groups.shrink(self.config.keep_memory if kept else 0.0)
         if self.groups.storage_version != version:
             # Graphs read pages that are gone, and memory is wanted.
             self.graphs.drop()

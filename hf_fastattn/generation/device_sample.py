@@ -82,7 +82,8 @@ def device_sample(
 def _parts_of_a_step(model: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
     """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter."""
     dtype = forward_dtype(model)
-    copies = model._fastattn.runtime.loop_graphs.copies_for(model, dtype, steps)
+    runtime = model._fastattn.runtime
+    copies = runtime.loop_graphs.copies_for(model, dtype, steps) if runtime.config.autocast_copies else None
 
     def forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype):

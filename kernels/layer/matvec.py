@@ -4,9 +4,11 @@
 weights are not copied together: a program finds its weight from its program id. One token is multiplied here, without the
 matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`. Everything is summed
 in fp32 and rounded once, after bias and residual are added. Under autocast weights may be fp32, and are rounded to the
-dtype of x as they are read; the residual is fp32 then, and so is the result. RMSNorm of x is a launch of its own (`norm.py`): fused here,
-every program would read the norm's weight beside x, which costs more than a launch where the L1 cache is small, as after
-attention kernels with much shared memory. The plain PyTorch versions are in `reference.py`.
+dtype of x as they are read; the residual is fp32 then, and so is the result.
+
+RMSNorm of x is a launch of its own (`norm.py`): fused here, every program would read the norm's weight beside x, which
+costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. The plain PyTorch
+versions are in `reference.py`.
 """
 
 from __future__ import annotations

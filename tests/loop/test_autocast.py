@@ -186,9 +186,25 @@ def test_copies_are_read_where_they_pay(steps: int, monkeypatch: pytest.MonkeyPa
         assert model._fastattn.runtime.loop_graphs.copies is None
 
 
-def test_copies_that_do_not_fit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fastattn.loop.loop_graphs.copies_fit", lambda model, dtype: False)
-    model = patch_with_graphs(prepared(tiny("qwen3", **SMALL), device))
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_training_keeps(keep: bool, device: str) -> None:
+    """Graphs, copies and pages of a rollout, for the next one."""
+    if INTERPRETING:
+        pytest.skip("the layers' kernels make no difference")
+    model = patch_with_graphs(prepared(tiny("qwen3", **SMALL), device), keep_in_training=keep).train()
+    tokens = run(model, NEW, **padded_batch(2, 5))
+    report, graphs = hf_fastattn.report(model), model._fastattn.runtime.loop_graphs
+    assert bool(report.page_bytes_allocated) == keep == (graphs.copies is not None) == (len(graphs) > 0)
+    fused_step(model)
+    again = run(model, NEW, **padded_batch(2, 5))
+    assert assert_looped(model).graphs_captured == (not keep) and not torch.equal(again, tokens)
+
+
+@pytest.mark.parametrize("why", ["no room", "asked for"])
+def test_without_copies(why: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "no room":
+        monkeypatch.setattr("hf_fastattn.loop.loop_graphs.copies_fit", lambda model, dtype: False)
+    model = patch_with_graphs(prepared(tiny("qwen3", **SMALL), device), autocast_copies=why == "no room")
     batch = padded_batch(2, 5)
     tokens = run(model, NEW, **batch)
     assert_looped(model)
