@@ -182,6 +182,19 @@ def add_attention(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
 
 
+def add_warmup(made: argparse.ArgumentParser) -> None:
+    """Compile ahead, in several processes, what generate() needs for batches and prompts of these sizes, greedy and sampled.
+    Only the model's configuration is read; what is compiled stays in Triton's cache on this machine."""
+    made.add_argument("model", type=checkpoint, nargs="?", default=str(SHIPPED), help="hub id or path")
+    made.add_argument("--batch", type=positive, nargs="+", default=[1], help="rows, samples and beams counted (default: 1)")
+    made.add_argument("--prompt", type=positive, nargs="+", default=[512], help="tokens of a prompt (default: 512)")
+    made.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: the checkpoint's)"
+    )
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--workers", type=positive, help="processes at once (default: one a core, at most 8)")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
 
@@ -194,6 +207,7 @@ COMMANDS = {
     "demo": Command(
         "hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side", add_demo
     ),
+    "warmup": Command("hf_fastattn.eval.warmup", "compile ahead what generate() needs for a model", add_warmup),
     "eval perplexity": Command(
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
+    from hf_fastattn.warming import warm_up
 
 __all__ = [
     "CacheFullError",
@@ -32,6 +33,7 @@ __all__ = [
     "register",
     "report",
     "unpatch",
+    "warm_up",
 ]
 
 # PyTorch and Transformers take seconds to import, so what needs them is imported when it is first asked for.
@@ -46,6 +48,7 @@ _DEFINED_IN = {
     "register": "hf_fastattn.interface",
     "report": "hf_fastattn.report",
     "unpatch": "hf_fastattn.patching",
+    "warm_up": "hf_fastattn.warming",
 }
 
 

@@ -35,6 +35,9 @@ class WeightCopies:
             self._copies = [torch.empty_like(weight, dtype=dtype) for weight in self._weights]
         self._by_id = {id(weight): copy for weight, copy in zip(self._weights, self._copies, strict=True)}
 
+    def __len__(self) -> int:
+        return len(self._copies)
+
     def refresh(self) -> None:
         """Cast all weights, on the current stream."""
         with torch.inference_mode(False), torch.no_grad():

@@ -94,9 +94,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             # Steps recorded before read the weights themselves.
             self._entries.clear()
             self.copies = WeightCopies(model, dtype)
-        if self.copies is not None:
-            self.wait()
-            self.copies.refresh()
+        if not self.copies:
+            return None
+        self.wait()
+        self.copies.refresh()
         return self.copies
 
     def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:

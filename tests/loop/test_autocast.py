@@ -186,6 +186,14 @@ def test_copies_are_read_where_they_pay(steps: int, monkeypatch: pytest.MonkeyPa
         assert model._fastattn.runtime.loop_graphs.copies is None
 
 
+def test_16_bit_weights_need_no_copies(device: str) -> None:
+    if INTERPRETING:
+        pytest.skip("the layers' kernels make no difference")
+    model = patch_with_graphs(prepared(tiny("llama", **SMALL).bfloat16(), device))
+    run(model, NEW, **padded_batch(2, 5))
+    assert_looped(model)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_training_keeps(keep: bool, device: str) -> None:
     """Graphs, copies and pages of a rollout, for the next one."""
