@@ -20,6 +20,7 @@ from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import PARAMS
 from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
 
 # Smallest allocation: a larger batch or longer rows need new tensors, and graphs over the old ones are dropped.
@@ -82,6 +83,7 @@ class DeviceState:
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._staging = UploadRing(count * rows * self.columns, device)
             self._seen: Tensor | None = None
+            self.processors = ProcessorState(device, rows, vocabulary)
 
     def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
         """Whether a call of this size has room."""
@@ -191,6 +193,7 @@ class DeviceState:
         moved = [held.chosen, held.tokens, held.positions, held.finished, held.limits, held.seq_lens, self.numbers]
         for tensor in moved if self._seen is None else [*moved, self._seen]:
             tensor[:count] = tensor.index_select(0, index)
+        self.processors.keep(index)
         held.slots[:, :count] = held.slots.index_select(1, index)
         held.finished[count:used].fill_(ABSENT)
         held.seq_lens[count:used].zero_()

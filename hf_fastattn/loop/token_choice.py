@@ -8,6 +8,7 @@ from hf_fastattn.kernels.sampling.draw import choose_tokens
 from hf_fastattn.kernels.sampling.penalty import process_logits
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.step_processors import FIRST, LAST, MIDDLE
 
 
 def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
@@ -19,9 +20,12 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         logits: `[rows, V]`; may be changed.
     """
     tensors = state.tensors(key.rows, key.penalised)
+    logits = state.processors.apply(key.processors, FIRST, logits, tensors.step)
     if key.penalised or key.suppressed:
         ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
         logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
+    logits = state.processors.apply(key.processors, MIDDLE, logits, tensors.step)
+    logits = state.processors.apply(key.processors, LAST, logits, tensors.step)
     if not key.do_sample:
         choose_tokens(logits, tensors.chosen)
         return
