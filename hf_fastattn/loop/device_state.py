@@ -18,7 +18,7 @@ from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
-from hf_fastattn.kernels.sampling.params import PARAMS
+from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
@@ -76,6 +76,9 @@ class DeviceState:
             # The row's number in the call: random numbers depend on it, not on the row's index on the device.
             self.numbers = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
+            # Those of a draw from scores that filters have been applied to, and the least scores that these kept.
+            self.no_filters = SamplingParams().tensor(device)
+            self.thresholds = zeros(rows, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
             self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)

@@ -11,6 +11,8 @@ from transformers.generation import logits_process as hf
 from hf_fastattn.loop.step_processors import (
     BadWords,
     Bias,
+    Epsilon,
+    Eta,
     Finite,
     ForceFirst,
     ForceLast,
@@ -20,6 +22,7 @@ from hf_fastattn.loop.step_processors import (
     StepProcessor,
     Suppress,
     SuppressAt,
+    Typical,
 )
 from hf_fastattn.transformers_version import ENDS_MAY_BE_SUPPRESSED
 
@@ -52,8 +55,13 @@ ORDER: tuple[tuple[type, ...], ...] = (
         hf.SuppressTokensAtBeginLogitsProcessor,
     ),
     *((kind,) for kind in IN_KERNELS[3:]),
+    # They look at what those before have left, so Transformers' order is kept among them.
+    (hf.TypicalLogitsWarper,),
+    (hf.EpsilonLogitsWarper,),
+    (hf.EtaLogitsWarper,),
     (hf.LogitNormalization,),
 )
+WARPERS = (*IN_KERNELS[3:], hf.TypicalLogitsWarper, hf.EpsilonLogitsWarper, hf.EtaLogitsWarper)
 PLACES = {kind: place for place, kinds in enumerate(ORDER) for kind in kinds}
 
 
@@ -86,7 +94,7 @@ def step_processors(found: dict[type, Any], prompt: int, do_sample: bool) -> tup
             return read
         if read is not None:
             steps.append(read)
-    before = len(set(found) - set(IN_KERNELS[3:]) - {hf.LogitNormalization})
+    before = len(set(found) - set(WARPERS) - {hf.LogitNormalization})
     if RaiseEnds in map(type, steps) and not ENDS_MAY_BE_SUPPRESSED and before > 1:
         return "this Transformers makes NaN of end tokens that another processor suppressed"
     return tuple(steps)
@@ -139,6 +147,18 @@ def _no_repeats(given: Any, prompt: int) -> StepProcessor | str:
     return NoRepeats(size) if size <= LONGEST else f"no_repeat_ngram_size={size} is more than {LONGEST}"
 
 
+def _typical(given: Any, prompt: int) -> StepProcessor:
+    return Typical(float(given.mass))
+
+
+def _epsilon(given: Any, prompt: int) -> StepProcessor:
+    return Epsilon(float(given.epsilon))
+
+
+def _eta(given: Any, prompt: int) -> StepProcessor:
+    return Eta(float(given.epsilon))
+
+
 def _normalise(given: Any, prompt: int) -> StepProcessor:
     return Normalise()
 
@@ -153,5 +173,8 @@ READERS: dict[type, Callable[[Any, int], StepProcessor | str | None]] = {
     hf.ExponentialDecayLengthPenalty: _raise_ends,
     hf.SuppressTokensLogitsProcessor: _suppress,
     hf.SuppressTokensAtBeginLogitsProcessor: _suppress_at,
+    hf.TypicalLogitsWarper: _typical,
+    hf.EpsilonLogitsWarper: _epsilon,
+    hf.EtaLogitsWarper: _eta,
     hf.LogitNormalization: _normalise,
 }

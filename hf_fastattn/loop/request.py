@@ -14,7 +14,7 @@ from transformers.generation import stopping_criteria as criteria
 
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
-from hf_fastattn.loop.known_processors import IN_KERNELS, in_order, step_processors
+from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
 from hf_fastattn.loop.step_processors import StepProcessor
 
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
@@ -101,7 +101,7 @@ def loop_request(
     max_new = stops[criteria.MaxLengthCriteria].max_length - input_ids.shape[1]
     if max_new < 1:
         return "there is no room for a token"
-    for kind in IN_KERNELS[3:]:
+    for kind in WARPERS:
         warper = found.get(kind)
         if getattr(warper, "filter_value", -torch.inf) != -torch.inf or getattr(warper, "min_tokens_to_keep", 1) != 1:
             return f"a {kind.__name__} with its own filter_value or min_tokens_to_keep"

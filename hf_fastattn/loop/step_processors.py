@@ -265,10 +265,48 @@ class NoRepeats(StepProcessor):
 
 @dataclass(frozen=True)
 class Normalise(StepProcessor):
-    """Scores become logarithms of probabilities."""
-
-    place: ClassVar[int] = LAST
+    """Scores become logarithms of probabilities; only where the greatest one is taken, since draws are of these anyway."""
 
     @staticmethod
     def apply(scores: Tensor, now: Now, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
         return scores.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Typical(StepProcessor):
+    """Tokens nearest to the entropy that hold the mass `bound`."""
+
+    place: ClassVar[int] = LAST
+    bound: float
+
+    @staticmethod
+    def tensors(sizes: tuple[int, ...], vocabulary: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(1),)
+
+    def write(self, *tensors: Tensor) -> None:
+        _put(tensors[0], [self.bound])
+
+    @staticmethod
+    def apply(scores: Tensor, now: Now, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.sampling import typical
+
+        return typical.typical_scores(scores, tensors[0])
+
+
+@dataclass(frozen=True)
+class Epsilon(Typical):
+    """Tokens no less likely than `bound`."""
+
+    @staticmethod
+    def apply(scores: Tensor, now: Now, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        return processors.above_epsilon(scores, tensors[0])
+
+
+@dataclass(frozen=True)
+class Eta(Typical):
+    """Tokens no less likely than a bound that depends on the entropy, of which `bound` is the highest."""
+
+    @staticmethod
+    def apply(scores: Tensor, now: Now, sizes: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        return processors.above_eta(scores, tensors[0])

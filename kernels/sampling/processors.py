@@ -36,6 +36,29 @@ def decayed(scores: Tensor, ends: Tensor, start: Tensor, factor: Tensor, step: T
     return scores + torch.where(ends & scores.isfinite() & (late > 0), scores.abs() * growth, 0.0)
 
 
+def kept_scores(logits: Tensor, temperature: Tensor, thresholds: Tensor) -> Tensor:
+    """fp32 scores of fp32 `temperature [1]`, -inf where they are below the `thresholds [B]` that `sample_tokens` writes."""
+    scores = logits.float() * temperature.clamp(1e-30, 1e30).reciprocal()
+    return torch.where(scores >= thresholds[:, None], scores, -math.inf)
+
+
+def above_epsilon(scores: Tensor, epsilon: Tensor) -> Tensor:
+    """-inf for tokens less likely than `epsilon [1]`, but for the likeliest."""
+    return _above(scores, epsilon)
+
+
+def above_eta(scores: Tensor, epsilon: Tensor) -> Tensor:
+    """The same with a bound that falls as the entropy grows (Hewitt et al., 2022); `epsilon [1]` is the highest."""
+    logs = scores.log_softmax(-1)
+    entropy = -(logs.clamp(min=torch.finfo(logs.dtype).min) * logs.exp()).sum(-1, keepdim=True)
+    return _above(scores, torch.minimum(epsilon, epsilon.sqrt() * torch.exp(-entropy)))
+
+
+def _above(scores: Tensor, bound: Tensor) -> Tensor:
+    drops = (scores.softmax(-1) < bound) & (scores < scores.amax(-1, keepdim=True))
+    return scores.masked_fill(drops, -math.inf)
+
+
 def biased(
     scores: Tensor, singles: Tensor, prefixes: Tensor, lasts: Tensor, biases: Tensor, needs: Tensor,
     history: Tensor | None, length: Tensor,

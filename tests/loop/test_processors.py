@@ -12,10 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    EpsilonLogitsWarper,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TypicalLogitsWarper,
+)
 
 import hf_fastattn
-from hf_fastattn.loop import decode_loop
+from hf_fastattn.kernels.sampling import reference
+from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop import decode_loop, token_choice
 from hf_fastattn.transformers_version import ENDS_MAY_BE_SUPPRESSED
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
 from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, single
@@ -88,11 +96,11 @@ def test_words_of_several_tokens(device: str, name: str) -> None:
 
 def test_a_word_that_the_prompt_has_begun(device: str) -> None:
     stock, model = both("llama", device)
-    # As long as the word but for one token, as long as the word, and longer.
+    # Shorter than what the word begins with, as long, and as long as the word.
     for length in (2, 3, 4):
         ids = torch.full((1, length), 11)
         first = int(run(stock, 1, input_ids=ids, attention_mask=None)[0, -1])
-        kwargs = {"input_ids": ids, "attention_mask": None, "bad_words_ids": [[11, 11, first]]}
+        kwargs = {"input_ids": ids, "attention_mask": None, "bad_words_ids": [[11, 11, 11, first]]}
         want = run(stock, NEW, **kwargs)
         assert torch.equal(run(model, NEW, **kwargs), want)
         assert_looped(model)
@@ -122,6 +130,8 @@ def test_longer_rows_than_any_before(device: str, monkeypatch: pytest.MonkeyPatc
         kwargs = {**padded_batch(3, length), "no_repeat_ngram_size": 2}
         assert torch.equal(run(model, NEW, **kwargs), run(stock, NEW, **kwargs))
         assert_looped(model)
+    # A graph reads the tensor that it was captured with.
+    assert {key.history for key in model._fastattn.runtime.loop_graphs._entries} == {64, 128}
 
 
 def test_rows_that_end_leave_the_batch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +196,72 @@ def test_a_processor_given_by_hand(device: str) -> None:
     assert_looped(model)
 
 
+SAMPLED: list[dict[str, Any]] = [
+    {"typical_p": 0.7},
+    {"typical_p": 0.3, "top_k": 0},
+    {"typical_p": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"epsilon_cutoff": 0.02, "top_k": 0},
+    {"eta_cutoff": 0.05, "top_k": 0},
+    {"typical_p": 0.9, "epsilon_cutoff": 0.02, "eta_cutoff": 0.06, "renormalize_logits": True},
+    {"epsilon_cutoff": 0.9},
+    {"suppress_tokens": LIKELY, "top_p": 0.8},
+    {"suppress_tokens": LIKELY, "typical_p": 0.6, "remove_invalid_values": True},
+    {"no_repeat_ngram_size": 1, "bad_words_ids": some(1, 20), "sequence_bias": [[[7], 9.0]], "eta_cutoff": 0.05},
+    {"begin_suppress_tokens": LIKELY, "repetition_penalty": 1.3, "renormalize_logits": True},
+]
+
+
+def probabilities_of(model: Any, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens `[B, new]`, and the probabilities `[B, new, V]` that they were drawn with."""
+    choose, by_step = token_choice.choose_tokens, {}
+
+    def recorded(logits: torch.Tensor, out_tokens: torch.Tensor, **given: Any) -> None:
+        values = [int(value) if place in (1, 5) else value for place, value in enumerate(given["params"].tolist())]
+        # A step is run once before it is captured, and what a draw hands to other processors is not the last word.
+        by_step[int(given["step"])] = reference.probabilities(logits, SamplingParams(*values)).float().cpu()
+        choose(logits, out_tokens, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_choice, "choose_tokens", recorded)
+        new = run(model, **kwargs)[:, kwargs["input_ids"].shape[1] :]
+    rows = len(new)
+    return new, torch.stack([by_step[step][:rows] for step in range(new.shape[1])], 1)
+
+
+def scores_along(model: Any, path: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> torch.Tensor:
+    """What stock's scores `[B, new, V]` are where it draws the tokens `path [B, new]`."""
+    turn = iter(path.T)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", lambda *given, **named: next(turn)[:, None].to(model.device))
+        made = run(model, output_scores=True, return_dict_in_generate=True, **kwargs)
+    assert torch.equal(made.sequences[:, -path.shape[1] :].cpu(), path)
+    return torch.stack(made.scores, 1).cpu()
+
+
+@pytest.mark.parametrize("kwargs", SAMPLED, ids=lambda kwargs: "+".join(kwargs))
+def test_draws_are_of_stocks_scores(device: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        pytest.skip("a captured step cannot be looked into")
+    stock, model = both("llama", device, {"sampling": "fast"})
+    call = {**padded_batch(), "new": 8, "do_sample": True, "temperature": 4.0, **kwargs}
+    new, ours = probabilities_of(model, monkeypatch, **call)
+    assert_looped(model)
+    theirs = scores_along(stock, new, monkeypatch, **call).softmax(-1)
+    assert torch.equal(ours > 0, theirs > 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert ((ours > 0).sum(-1) < VOCAB).any()
+    assert (ours.gather(2, new[..., None]) > 0).all()
+
+
+def test_a_warper_given_by_hand_to_a_greedy_call(device: str) -> None:
+    """The likeliest token is not among the most typical ones."""
+    stock, model = both("llama", device)
+    kwargs = {"logits_processor": LogitsProcessorList([TypicalLogitsWarper(0.1)])}
+    want = run(stock, NEW, **kwargs)
+    assert torch.equal(run(model, NEW, **kwargs), want) and not torch.equal(want, run(stock, NEW))
+    assert_looped(model)
+
+
 class Mine(LogitsProcessor):
     """Halves the scores."""
 
@@ -206,6 +282,7 @@ class MineOfTheirs(SuppressTokensLogitsProcessor):
         ({"logits_processor": LogitsProcessorList([Mine()])}, "a Mine looks at the logits"),
         ({"logits_processor": LogitsProcessorList([MineOfTheirs(LIKELY)])}, "a MineOfTheirs looks at the logits"),
         ({"logits_processor": LogitsProcessorList(map(SuppressTokensLogitsProcessor, (LIKELY, [])))}, "given twice"),
+        ({"logits_processor": LogitsProcessorList([EpsilonLogitsWarper(0.1, min_tokens_to_keep=2)])}, "min_tokens_to_keep"),
         ({"bad_words_ids": [list(range(1, 60))]}, "more than 32"),
         ({"no_repeat_ngram_size": 40}, "more than 32"),
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
