@@ -126,8 +126,11 @@ def _finite(given: Any, prompt: int) -> StepProcessor:
     return Finite()
 
 
-def _raise_ends(given: Any, prompt: int) -> StepProcessor:
-    return RaiseEnds(_tokens(given.eos_token_id), int(given.regulation_start) - prompt, float(given.regulation_factor))
+def _raise_ends(given: Any, prompt: int) -> StepProcessor | str:
+    start = given.regulation_start
+    if start != int(start):
+        return f"an exponential decay that starts at {start}"
+    return RaiseEnds(_tokens(given.eos_token_id), int(start) - prompt, float(given.regulation_factor))
 
 
 def _bias(given: Any, prompt: int, kind: type[Bias] = Bias) -> StepProcessor | str:

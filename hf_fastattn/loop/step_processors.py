@@ -77,7 +77,7 @@ def _put(target: Tensor, values: Sequence[float] | Sequence[Sequence[int]]) -> N
 def _mark(target: Tensor, tokens: Sequence[int], value: float) -> None:
     """Write `value` at `tokens`; those outside of `target` are passed over."""
     there = [token for token in tokens if 0 <= token < len(target)]
-    index = torch.tensor(there, dtype=torch.int64).to(target.device, non_blocking=True)
+    index = torch.tensor(there, dtype=torch.int64, device="cpu").to(target.device, non_blocking=True)
     target.index_fill_(0, index, value)
 
 
@@ -207,7 +207,7 @@ class Bias(StepProcessor):
 
     def sizes(self) -> tuple[int, ...]:
         lengths = [len(sequence) for sequence in self.sequences if len(sequence) > 1]
-        return (power_of_2(len(lengths)), max(lengths) - 1) if lengths else (0, 0)
+        return (power_of_2(len(lengths)), power_of_2(max(lengths) - 1)) if lengths else (0, 0)
 
     @staticmethod
     def tensors(sizes: tuple[int, ...], vocabulary: int) -> tuple[Tensor, ...]:
@@ -220,9 +220,9 @@ class Bias(StepProcessor):
         singles, prefixes, lasts, biases, needs = tensors
         count, longest = self.sizes()
         alone = {tokens[0]: bias for tokens, bias in zip(self.sequences, self.biases, strict=True) if len(tokens) == 1}
-        index = torch.tensor(list(alone), dtype=torch.int64).to(singles.device, non_blocking=True)
-        values = torch.tensor(list(alone.values()), dtype=torch.float32).to(singles.device, non_blocking=True)
-        singles.zero_().index_copy_(0, index, values)
+        index = torch.tensor(list(alone), dtype=torch.int64, device="cpu").to(singles.device, non_blocking=True)
+        values = torch.tensor(list(alone.values()), dtype=torch.float32, device="cpu")
+        singles.zero_().index_copy_(0, index, values.to(singles.device, non_blocking=True))
         longer = [pair for pair in zip(self.sequences, self.biases, strict=True) if len(pair[0]) > 1]
         # What fills the tensors up matches rows, and adds nothing.
         longer += [((-1, 0), 0.0)] * (count - len(longer))

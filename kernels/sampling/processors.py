@@ -1,7 +1,8 @@
 """Transformers' rarer logits processors in plain PyTorch, written so that a step with them can be recorded as a CUDA graph.
 
 All shapes are fixed and nothing waits for the device: what differs from call to call is in tensors, a list of tokens in
-one over the vocabulary, and what happens at one step compares the step. `scores` are `[B, V]` fp32 and stay as they are.
+one over the vocabulary, and what happens at one step compares the step. Numbers are filled in (`masked_fill`), since
+`torch.where` may copy them from the host. `scores` are `[B, V]` fp32 and stay as they are.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ def decayed(scores: Tensor, ends: Tensor, start: Tensor, factor: Tensor, step: T
     """
     late = (step - start).clamp(min=0)
     growth = (torch.pow(factor, late) - 1).float()
-    return scores + torch.where(ends & scores.isfinite() & (late > 0), scores.abs() * growth, 0.0)
+    rises = ends & scores.isfinite() & (late > 0)
+    return scores + (scores.abs() * growth).masked_fill(~rises, 0.0)
 
 
 def kept_scores(logits: Tensor, temperature: Tensor, thresholds: Tensor) -> Tensor:
     """fp32 scores of fp32 `temperature [1]`, -inf where they are below the `thresholds [B]` that `sample_tokens` writes."""
     scores = logits.float() * temperature.clamp(1e-30, 1e30).reciprocal()
-    return torch.where(scores >= thresholds[:, None], scores, -math.inf)
+    return scores.masked_fill(~(scores >= thresholds[:, None]), -math.inf)
 
 
 def above_epsilon(scores: Tensor, epsilon: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def biased(
         wanted = prefixes[:, place]
         matches = matches & ((history.index_select(1, column) == wanted) | (wanted < 0))
     total = singles.expand_as(scores).clone()
-    return scores + total.index_add_(1, lasts, torch.where(matches, biases, 0.0))
+    return scores + total.index_add_(1, lasts, biases.expand_as(matches).masked_fill(~matches, 0.0))
 
 
 def without_repeats(scores: Tensor, size: int, history: Tensor, length: Tensor) -> Tensor:
@@ -100,6 +102,6 @@ def without_repeats(scores: Tensor, size: int, history: Tensor, length: Tensor) 
         column = (length + 1 - size + place).clamp(min=0)
         matches = matches & (history[:, place : place + windows] == history.index_select(1, column))
     # Windows that do not match write to a spare column, as do tokens that the head does not have.
-    tokens = torch.where(matches, history[:, size - 1 :].clamp(max=vocab), vocab).long()
+    tokens = history[:, size - 1 :].clamp(max=vocab).masked_fill(~matches, vocab).long()
     banned = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=scores.device).scatter_(1, tokens, True)
     return scores.masked_fill(banned[:, :vocab], -math.inf)
