@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_fastattn.loop.step_processors import Recorded
+from hf_fastattn.loop.step_processor import Recorded
 
 
 @dataclass(frozen=True)

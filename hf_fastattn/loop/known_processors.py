@@ -8,22 +8,20 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as hf
 
+from hf_fastattn.loop.step_processor import StepProcessor
 from hf_fastattn.loop.step_processors import (
-    BadWords,
-    Bias,
     Epsilon,
     Eta,
     Finite,
     ForceFirst,
     ForceLast,
-    NoRepeats,
     Normalise,
     RaiseEnds,
-    StepProcessor,
     Suppress,
     SuppressAt,
     Typical,
 )
+from hf_fastattn.loop.step_sequences import BadWords, Bias, NoRepeats
 from hf_fastattn.transformers_version import ENDS_MAY_BE_SUPPRESSED
 
 # Longest sequences that are compared with the ends of rows: each token is a launch or two.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import power_of_2
-from hf_fastattn.loop.step_processors import Now, Recorded, StepProcessor
+from hf_fastattn.loop.step_processor import Now, Recorded, StepProcessor
 
 # Fewest columns of the rows' tokens: longer rows need a new tensor, and steps that read the old one are captured again.
 MIN_COLUMNS = 1024

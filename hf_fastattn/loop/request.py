@@ -15,7 +15,7 @@ from transformers.generation import stopping_criteria as criteria
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
-from hf_fastattn.loop.step_processors import StepProcessor
+from hf_fastattn.loop.step_processor import StepProcessor
 
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
 

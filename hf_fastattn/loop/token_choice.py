@@ -9,7 +9,7 @@ from hf_fastattn.kernels.sampling.penalty import process_logits
 from hf_fastattn.kernels.sampling.processors import kept_scores
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
-from hf_fastattn.loop.step_processors import FIRST, LAST, MIDDLE
+from hf_fastattn.loop.step_processor import FIRST, LAST, MIDDLE
 
 
 def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import (
     EpsilonLogitsWarper,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TypicalLogitsWarper,
 )
@@ -23,10 +25,13 @@ from transformers import (
 import hf_fastattn
 from hf_fastattn.kernels.sampling import reference
 from hf_fastattn.kernels.sampling.params import SamplingParams
-from hf_fastattn.loop import decode_loop, token_choice
+from hf_fastattn.loop import decode_loop, known_processors, token_choice
+from hf_fastattn.loop.processor_state import ProcessorState
+from hf_fastattn.loop.step_processor import FIRST
+from hf_fastattn.loop.step_sequences import Bias
 from hf_fastattn.transformers_version import ENDS_MAY_BE_SUPPRESSED
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
-from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, single
+from tests.tools.models import OLD, VOCAB, padded_batch, pair_with_graphs, single, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
 NEW = 24
@@ -185,6 +190,48 @@ def test_mixtures(device: str) -> None:
         kwargs = mixture(seed, words)
         assert torch.equal(run(model, 12, **kwargs), run(stock, 12, **kwargs)), (seed, sorted(kwargs))
         assert_looped(model)
+
+
+@pytest.mark.skipif(OLD, reason="embeddings as prompts need their own preparation there")
+def test_embeddings_as_prompt(device: str) -> None:
+    """No token of the prompt is known."""
+    stock, model = both("llama", device)
+    embeds = stock.get_input_embeddings()(padded_batch()["input_ids"].to(device))
+    kwargs = {
+        "input_ids": None, "inputs_embeds": embeds, "no_repeat_ngram_size": 2, "begin_suppress_tokens": LIKELY,
+        "bad_words_ids": some(2, 20), "forced_eos_token_id": 5, "forced_bos_token_id": 9,
+    }  # fmt: skip
+    assert torch.equal(run(model, NEW, **kwargs), run(stock, NEW, **kwargs))
+    assert_looped(model)
+
+
+def test_the_order_is_transformers() -> None:
+    """Every known processor, as `generate()` makes them."""
+    config = GenerationConfig(
+        do_sample=True, sequence_bias=[[[3], 1.0]], repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[[4]],
+        min_length=9, min_new_tokens=3, forced_bos_token_id=5, forced_eos_token_id=6, remove_invalid_values=True,
+        exponential_decay_length_penalty=(3, 1.1), suppress_tokens=[7], begin_suppress_tokens=[8], temperature=0.7,
+        top_k=20, top_p=0.9, min_p=0.1, typical_p=0.8, epsilon_cutoff=0.1, eta_cutoff=0.1, renormalize_logits=True,
+        eos_token_id=9, pad_token_id=0, max_length=40,
+    )  # fmt: skip
+    stock = tiny("llama")
+    stock._prepare_special_tokens(config, device="cpu")
+    made = stock._get_logits_processor(config, input_ids_seq_length=1, device="cpu", model_kwargs={})
+    found = known_processors.in_order(made)
+    assert not isinstance(found, str) and list(found.values()) == list(made)
+    assert set(found) == set(known_processors.PLACES)
+    assert isinstance(known_processors.in_order(made[::-1]), str)
+
+
+def test_scores_are_fp32_from_the_first_processor_on() -> None:
+    """A bias that is lost in 16 bits decides."""
+    logits = torch.tensor([[1.0, 100.0, 100.0]], dtype=torch.bfloat16)
+    biases = Bias(((1,), (2,)), (0.01, 0.02), False)
+    state = ProcessorState(torch.device("cpu"), 1, 3)
+    state.begin([biases], torch.zeros(1, 1, dtype=torch.int64), 1)
+    scores = state.apply([(Bias, biases.sizes())], FIRST, logits, torch.zeros(1, dtype=torch.int32))
+    want = SequenceBiasLogitsProcessor([[[1], 0.01], [[2], 0.02]])(torch.zeros(1, 1, dtype=torch.int64), logits.float())
+    assert torch.equal(scores, want) and scores.argmax() == 2
 
 
 def test_a_processor_given_by_hand(device: str) -> None:
