@@ -23,6 +23,7 @@ class CallCounters:
         appends_replayed: forwards that were a replay of one of those.
         fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
+        not_looped: `generate()` calls whose loop was Transformers' own, by reason; a nested call counts too.
     """
 
     forwards: int = 0
@@ -37,3 +38,4 @@ class CallCounters:
     appends_replayed: int = 0
     fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
+    not_looped: Counter[str] = field(default_factory=Counter)

@@ -43,6 +43,8 @@ class Report:
             return "not patched"
         call = self.last_call
         falls = ", ".join(f"{reason} ({count})" for reason, count in call.fallbacks.items()) or "none"
+        others = "".join(f"; Transformers', since {reason} ({count})" for reason, count in call.not_looped.items())
+        loops = f"the device's ({call.fast_loops}){others}" if call.fast_loops else others.removeprefix("; ") or "none"
         layered = "".join(f"; layer by layer: {reason} ({count})" for reason, count in call.uncaptured.items())
         return "\n".join(
             (
@@ -53,7 +55,7 @@ class Report:
                 f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
                 f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
                 f"appends       {call.appends_captured} captured, {call.appends_replayed} replayed",
-                f"loop          {'the device' if call.fast_loops else 'Transformers'}'s",
+                f"loop          {loops}",
                 f"fallbacks     {falls}",
                 f"now           {self.pages_in_use} pages in use, {self.page_bytes_allocated / 2**20:.1f} MiB allocated",
             )

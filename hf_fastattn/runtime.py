@@ -287,6 +287,11 @@ class Runtime:
             self._logged.add(reason)
             logger.info("hf_fastattn: %s", reason)
 
+    def count_not_looped(self, reason: str) -> None:
+        """Count, and log once, why a call's loop is Transformers' own."""
+        self.counters.not_looped[reason] += 1
+        self.note(f"Transformers' own loop runs: {reason}")
+
     def count_fallback(self, reason: str, level: int = logging.WARNING) -> None:
         """Count, and log once, that Transformers' own path runs."""
         self.counters.fallbacks[reason] += 1

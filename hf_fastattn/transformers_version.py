@@ -24,6 +24,8 @@ CACHE: Final[str] = (
 )
 # The release that renamed it also keeps the cache where checkpointing is on but no gradients are recorded.
 CHECKPOINTING_NEEDS_GRADIENTS: Final = CACHE == NEW_NAME
+# Whether the exponential decay penalty passes over end tokens of score -inf; elsewhere it makes NaN of them.
+ENDS_MAY_BE_SUPPRESSED: Final = Version(transformers.__version__) >= Version("5.23")
 
 
 def is_tested() -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
-from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
@@ -35,30 +34,28 @@ def device_sample(
     runtime = model._fastattn.runtime
     cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
-    if runtime.looping or runtime.loop_graphs.why_not_here(model, cache) is not None:
-        return None
-    assert isinstance(cache, PagedCache)
-    # Not before: they import Triton.
-    from hf_fastattn.loop.decode_loop import DecodeLoop
-    from hf_fastattn.loop.request import loop_request
-
-    request = loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+    wishes = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+    request = _request(model, cache, wishes)
     if isinstance(request, str):
-        runtime.note(f"Transformers' own loop runs: {request}")
+        runtime.count_not_looped(request)
         return None
-    if drops_cache(model.base_model):
-        # Its forwards count why they keep nothing.
-        return None
+    assert cache is not None
+    # Not before: it imports Triton.
+    from hf_fastattn.loop.decode_loop import DecodeLoop
+
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None
     if outputs.get(CACHE) is cache:
         positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
-    # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
-    captures = request.max_new == 1 or runtime.loop_graphs.why_not(model, cache) is None
-    if positions is None or not captures:
-        runtime.keep_prefilled(outputs)
-        return None
     logits = outputs.logits[:, -1]
+    # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
+    reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache)
+    if not request.fits(logits.shape[-1]):
+        reason = "a logits processor names a token that the head does not have"
+    if positions is None or reason is not None:
+        runtime.keep_prefilled(outputs)
+        runtime.count_not_looped(reason or "a step over pages alone would not see what the mask shows")
+        return None
     del outputs
     forward, logits_of = _parts_of_a_step(model, request.max_new)
     runtime.looping = True
@@ -85,7 +82,7 @@ def _parts_of_a_step(model: Any, steps: int) -> tuple[Callable[..., Any], Callab
     runtime = model._fastattn.runtime
     copies = runtime.loop_graphs.copies_for(model, dtype, steps) if runtime.config.autocast_copies else None
 
-    def forward(decoder: Any, cache: PagedCache, **arguments: Any) -> Any:
+    def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype):
             return fused_forward(decoder, cache, copies, **arguments)
 
@@ -94,6 +91,22 @@ def _parts_of_a_step(model: Any, steps: int) -> tuple[Callable[..., Any], Callab
             return fused_logits(lm_head, hidden, copies)
 
     return forward, logits_of
+
+
+def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
+    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed."""
+    runtime = model._fastattn.runtime
+    if runtime.looping:
+        return "another call's loop is under way"
+    reason = runtime.loop_graphs.why_not_here(model, cache)
+    if reason is not None:
+        return reason
+    # Not before: it imports Triton.
+    from hf_fastattn.loop.request import loop_request
+
+    request = loop_request(model, *wishes)
+    # Its forwards count why they keep nothing.
+    return "forwards drop the cache" if not isinstance(request, str) and drops_cache(model.base_model) else request
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:

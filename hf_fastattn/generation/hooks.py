@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
@@ -34,6 +35,8 @@ class FastGenerationMixin(PlainCopies):
         runtime: Runtime = self._fastattn.runtime
         if runtime.current is None:
             return done
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            runtime.count_not_looped(f"the call asks for {generation_mode.value.replace('_', ' ')}")
         cache = model_kwargs.get(CACHE)
         if isinstance(supplied, PagedCache):
             if supplied.may_adopt:
@@ -143,7 +146,10 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if not synced_gpus and self._fastattn.runtime.current is not None:
+        runtime: Runtime = self._fastattn.runtime
+        if synced_gpus and runtime.current is not None:
+            runtime.count_not_looped("synced_gpus: several processes take their steps together")
+        elif runtime.current is not None:
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result

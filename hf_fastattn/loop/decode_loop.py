@@ -91,6 +91,8 @@ class DecodeLoop:
         self._state.begin(request, cache.lengths, positions, self._limits, self._drop)
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
+        self._history = self._state.processors.begin(request.processors, input_ids, self._most)
+        self._recorded = tuple((type(one), one.sizes()) for one in request.processors)
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
         self._prefixes = PrefixGroups() if cache.groups.batch_invariant else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
@@ -132,7 +134,7 @@ class DecodeLoop:
         request, worth = self._request, (shared or PrefixGroups()).worthwhile()
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
-            worth.sharers, worth.group_count,
+            worth.sharers, worth.group_count, self._recorded, self._history,
         )  # fmt: skip
 
     def _launch(self) -> None:
@@ -166,6 +168,8 @@ class DecodeLoop:
         # The first choice is for the prompt's rows alone; its padding rows are prepared too.
         tensors: LoopTensors = state.tensors(max(key.rows, self._used), key.penalised)
         advance(tensors, self._cache.groups.page_size)
+        if key.history:
+            state.processors.note(tensors.tokens, tensors.step)
         return tensors.packed
 
     # ---- the host's part --------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
-from hf_fastattn.kernels.sampling.params import PARAMS
+from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
 
 # Smallest allocation: a larger batch or longer rows need new tensors, and graphs over the old ones are dropped.
@@ -75,6 +76,9 @@ class DeviceState:
             # The row's number in the call: random numbers depend on it, not on the row's index on the device.
             self.numbers = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
+            # Those of a draw from scores that filters have been applied to, and the least scores that these kept.
+            self.no_filters = SamplingParams().tensor(device)
+            self.thresholds = zeros(rows, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
             self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)
@@ -82,6 +86,7 @@ class DeviceState:
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._staging = UploadRing(count * rows * self.columns, device)
             self._seen: Tensor | None = None
+            self.processors = ProcessorState(device, rows, vocabulary)
 
     def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
         """Whether a call of this size has room."""
@@ -191,6 +196,7 @@ class DeviceState:
         moved = [held.chosen, held.tokens, held.positions, held.finished, held.limits, held.seq_lens, self.numbers]
         for tensor in moved if self._seen is None else [*moved, self._seen]:
             tensor[:count] = tensor.index_select(0, index)
+        self.processors.keep(index)
         held.slots[:, :count] = held.slots.index_select(1, index)
         held.finished[count:used].fill_(ABSENT)
         held.seq_lens[count:used].zero_()

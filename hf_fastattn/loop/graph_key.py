@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_fastattn.loop.step_processor import Recorded
+
 
 @dataclass(frozen=True)
 class GraphKey:
@@ -16,6 +18,8 @@ class GraphKey:
         suppressed: end tokens are not chosen at first.
         sharers: rows of the largest prefix group, rounded up to a power of two; 0 where every row reads its own prefix.
         groups: prefix groups that the tensors have entries for, a power of two.
+        processors: logits processors that have no kernel, in their order; their parameters are in tensors.
+        history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
     """
 
     rows: int
@@ -24,3 +28,5 @@ class GraphKey:
     suppressed: bool
     sharers: int = 0
     groups: int = 0
+    processors: tuple[Recorded, ...] = ()
+    history: int = 0

@@ -61,6 +61,8 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
         if not self._enabled:
             return "cuda_graphs=False"
+        if cache is None:
+            return "the call has no cache"
         if not isinstance(cache, PagedCache):
             return f"the cache is a {type(cache).__name__}"
         device = model.device

@@ -14,17 +14,9 @@ from transformers.generation import stopping_criteria as criteria
 
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
+from hf_fastattn.loop.step_processor import StepProcessor
 
-# In the order in which Transformers applies them.
-PROCESSORS = (
-    processors.RepetitionPenaltyLogitsProcessor,
-    processors.MinLengthLogitsProcessor,
-    processors.MinNewTokensLengthLogitsProcessor,
-    processors.TemperatureLogitsWarper,
-    processors.TopKLogitsWarper,
-    processors.TopPLogitsWarper,
-    processors.MinPLogitsWarper,
-)
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
 
 
@@ -41,6 +33,7 @@ class LoopRequest:
         choice: temperature, filters, penalty, least number of new tokens.
         ignored: leading prompt tokens that the penalty does not count, a number or one a row.
         stop_strings: the criterion, if there are any.
+        processors: those that have no kernel, in their order.
     """
 
     do_sample: bool
@@ -51,6 +44,11 @@ class LoopRequest:
     choice: SamplingParams
     ignored: int | Tensor
     stop_strings: Any
+    processors: tuple[StepProcessor, ...] = ()
+
+    def fits(self, vocabulary: int) -> bool:
+        """Whether logits of this size have all tokens that processors name."""
+        return all(0 <= token < vocabulary for one in self.processors for token in one.named())
 
 
 def loop_request(
@@ -80,29 +78,30 @@ def loop_request(
         if config.return_dict_in_generate and getattr(config, wish):
             return f"{wish} is asked for"
     if not config.use_cache:
-        return "use_cache=False"
-    found = _in_order(logits_processor, PROCESSORS)
+        return "use_cache=False: steps compute all tokens again"
+    found = in_order(logits_processor)
     if isinstance(found, str):
         return found
     stops = {type(criterion): criterion for criterion in stopping_criteria}
     others = [kind.__name__ for kind in stops if kind not in CRITERIA]
     if others or len(stops) < len(stopping_criteria):
-        return f"stopping criteria {others or 'given twice'}"
+        asked = f"{', '.join(others)}: known are max_new_tokens, end tokens and stop strings" if others else "given twice"
+        return f"stopping criteria {asked}"
     if criteria.MaxLengthCriteria not in stops:
-        return "no length is set at which to stop"
+        return "no length is set at which to stop: give max_new_tokens"
     if config.do_sample and model._fastattn.runtime.config.sampling == "transformers":
-        return "sampling='transformers'"
+        return "sampling='transformers': patch with sampling='fast' for draws on the device"
     eos, strings = stops.get(criteria.EosTokenCriteria), stops.get(criteria.StopStringCriteria)
     ends = () if eos is None else tuple(torch.as_tensor(eos.eos_token_id, device="cpu").flatten().tolist())
     if strings is not None and (eos is None or (not rows_are_private and input_ids.shape[0] > 1)):
-        return "rows go on after a stop string, as they do without an end token or where the cache is returned"
+        return "rows go on after a stop string if the cache is returned or there is no end token: give eos_token_id"
     suppressed, min_new = _suppressed(found, input_ids.shape[1])
     if len(ends) > MOST_ENDS or len(suppressed) > MOST_ENDS or input_ids.shape[0] > MOST_ROWS:
         return f"{max(len(ends), len(suppressed))} end tokens, {input_ids.shape[0]} rows"
     max_new = stops[criteria.MaxLengthCriteria].max_length - input_ids.shape[1]
     if max_new < 1:
         return "there is no room for a token"
-    for kind in PROCESSORS[3:]:
+    for kind in WARPERS:
         warper = found.get(kind)
         if getattr(warper, "filter_value", -torch.inf) != -torch.inf or getattr(warper, "min_tokens_to_keep", 1) != 1:
             return f"a {kind.__name__} with its own filter_value or min_tokens_to_keep"
@@ -112,11 +111,14 @@ def loop_request(
     most_ignored = int(ignored.max()) if isinstance(ignored, Tensor) else ignored or 0
     if most_ignored > input_ids.shape[1]:
         return "a repetition penalty that ignores new tokens"
-    temperature, top_k, top_p, min_p = (found.get(kind) for kind in PROCESSORS[3:])
+    temperature, top_k, top_p, min_p = (found.get(kind) for kind in IN_KERNELS[3:])
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     if not 0 <= pad < model.config.get_text_config(decoder=True).vocab_size:
         # Steps launched ahead of the end embed the padding token, even for a single row.
-        return f"pad_token_id={pad} is no token of the model"
+        return f"pad_token_id={pad} is no token of the model: give one of its tokens"
+    steps = step_processors(found, input_ids.shape[1], bool(config.do_sample))
+    if isinstance(steps, str):
+        return steps
     return LoopRequest(
         do_sample=bool(config.do_sample),
         max_new=max_new,
@@ -133,19 +135,8 @@ def loop_request(
         ),
         ignored=0 if ignored is None else ignored,
         stop_strings=strings,
+        processors=steps,
     )
-
-
-def _in_order(given: Sequence[Any], known: tuple[type, ...]) -> dict[type, Any] | str:
-    """The processors by type if they are known ones, each at most once, in the known order; else why not."""
-    places = []
-    for processor in given:
-        if type(processor) not in known:
-            return f"a {type(processor).__name__} looks at the logits"
-        places.append(known.index(type(processor)))
-    if places != sorted(set(places)):
-        return "logits processors in another order than Transformers'"
-    return {type(processor): processor for processor in given}
 
 
 def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], int]:

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from hf_fastattn.kernels.sampling.draw import choose_tokens
 from hf_fastattn.kernels.sampling.penalty import process_logits
+from hf_fastattn.kernels.sampling.processors import kept_scores
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.step_processor import FIRST, LAST, MIDDLE
 
 
 def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
@@ -19,11 +21,21 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         logits: `[rows, V]`; may be changed.
     """
     tensors = state.tensors(key.rows, key.penalised)
+    logits = state.processors.apply(key.processors, FIRST, logits, tensors.step)
     if key.penalised or key.suppressed:
         ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
         logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
+    logits = state.processors.apply(key.processors, MIDDLE, logits, tensors.step)
+    draw = {"seed": state.seed, "rows": state.numbers[: key.rows], "step": tensors.step}
+    params = state.params
+    if any(kind.place == LAST for kind, _ in key.processors):
+        # What a draw would keep, and then the processors that come after temperature, top-k, top-p and min-p.
+        thresholds = state.thresholds[: key.rows]
+        choose_tokens(logits, tensors.chosen, params=params, thresholds=thresholds, **draw)
+        logits = kept_scores(logits, params[:1], thresholds)
+        logits = state.processors.apply(key.processors, LAST, logits, tensors.step)
+        params = state.no_filters
     if not key.do_sample:
         choose_tokens(logits, tensors.chosen)
         return
-    numbers = state.numbers[: key.rows]
-    choose_tokens(logits, tensors.chosen, params=state.params, seed=state.seed, rows=numbers, step=tensors.step)
+    choose_tokens(logits, tensors.chosen, params=params, **draw)

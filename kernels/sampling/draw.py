@@ -230,6 +230,7 @@ def choose_tokens(
     seed: Tensor | None = None,
     rows: Tensor | None = None,
     step: Tensor | None = None,
+    thresholds: Tensor | None = None,
 ) -> None:
     """`sample_tokens` with `params`, `greedy_tokens` without.
 
@@ -241,4 +242,4 @@ def choose_tokens(
     elif params is None or seed is None or rows is None or step is None:
         raise ValueError("params, seed, rows and step must be given together, or none of them for the greatest logit")
     else:
-        sample_tokens(logits, out_tokens, params, seed, rows, step)
+        sample_tokens(logits, out_tokens, params, seed, rows, step, thresholds=thresholds)

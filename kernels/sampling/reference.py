@@ -55,6 +55,17 @@ def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
     return kept
 
 
+def typical_scores(scores: Tensor, mass: Tensor) -> Tensor:
+    """fp32 scores, -inf for what typical sampling drops: what is not among the tokens nearest to the entropy of `mass`."""
+    logs = scores.log_softmax(-1)
+    likely = logs.exp()
+    entropy = -torch.where(likely > 0, logs * likely, 0.0).sum(-1, keepdim=True)
+    distances = (-logs - entropy).abs()
+    ordered, order = distances.sort(-1)
+    last = (likely.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    return scores.masked_fill(distances > ordered.gather(-1, last), -math.inf)
+
+
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The probabilities that a token is drawn with, `[B, V]` fp64."""
     scores = scaled(logits, params.temperature).double()

@@ -26,6 +26,7 @@ from hf_fastattn.kernels.sampling.greedy import greedy_tokens
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
+from hf_fastattn.kernels.sampling.typical import typical_scores
 from tests.tools.fake_driver import fake_driver
 from tests.tools.resources import Resources, resources
 from tests.tools.targets import TARGETS
@@ -163,6 +164,10 @@ def processed(dtype: torch.dtype = BF16, *, rows: int = 8, eos: int = 2, penalty
     x, one = torch.zeros(rows, 128256, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     seen = torch.zeros(rows, 128256, dtype=torch.uint8) if penalty else None
     return process_logits(x, SamplingParams().tensor("cpu"), seen=seen, eos=one.expand(eos).contiguous(), step=one)
+
+
+def typical(vocab: int = 151_936) -> object:
+    return typical_scores(torch.zeros(8, vocab), torch.zeros(1))
 
 
 def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: bool = False) -> object:
@@ -322,6 +327,8 @@ CASES = {
     "greedy, fp32": Case(lambda: chosen(FP32, greedy=True), GREEDY, programs=6),
     "repetition penalty": Case(processed, ("process_logits_kernel",), programs=6),
     "no end of sequence": Case(lambda: processed(penalty=False), ("suppress_eos_kernel",), programs=16),
+    "typical": Case(typical, ("typical_kernel",), programs=1),
+    "typical, V = 32003": Case(lambda: typical(32003), ("typical_kernel",), programs=1),
     "advance": Case(advanced, ("advance_kernel",), programs=1),
     "advance, one row": Case(lambda: advanced(1), ("advance_kernel",), programs=1),
     "advance, windows, tokens seen": Case(lambda: advanced(windows=2, seen=True), ("advance_kernel",), programs=1),

@@ -28,7 +28,7 @@ from tests.kernels.attention import (
 )
 from tests.kernels.cases import make_batch
 from tests.kernels.layer import test_activation, test_matvec, test_norm
-from tests.kernels.sampling import test_advance, test_greedy
+from tests.kernels.sampling import test_advance, test_greedy, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
 from tests.kernels.sampling import test_penalty as test_sampling_penalty
 from tests.kernels.sweep import Shape
@@ -102,6 +102,8 @@ def sampling() -> None:
     test_sampling.check_kept(test_sampling.adversarial(5003, FP32, "cuda")[:-1], test_sampling.FILTERS[7])
     test_greedy.check_greedy(test_sampling.logits(3, 9001, BF16, "cuda"))
     test_sampling_penalty.check(3, 9001, BF16, "cuda", 1.3, 5, 9)
+    for x in (test_typical.filtered(2, 9001, "cuda"), test_typical.scores(2, 9001, "cuda")):
+        test_typical.check(x, 0.9)
 
 
 def advance() -> None:

@@ -21,6 +21,7 @@ SAMPLING_KERNELS = {
     "best_of_chunks_kernel",
     "process_logits_kernel",
     "suppress_eos_kernel",
+    "typical_kernel",
 }
 MOST_OF_SAMPLING = 100
 # Of the shared prefixes: those of 5 shapes with few and with many rows, and of the long prompts.

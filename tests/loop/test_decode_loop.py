@@ -230,7 +230,7 @@ def test_memory_limit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
+        ({"no_repeat_ngram_size": 40}, "no_repeat_ngram_size"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"max_time": 100.0}, "MaxTime"),
     ],

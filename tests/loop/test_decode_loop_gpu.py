@@ -69,12 +69,20 @@ def strictly(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_the_host_never_waits_for_a_step(rows: int, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.2},
+        {"do_sample": True, "top_k": 9, "top_p": 0.9},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[3], [4, 5, 6]], "suppress_tokens": [7], "begin_suppress_tokens": [8]},
+        {"sequence_bias": [[[9], 2.0]], "forced_eos_token_id": 5, "remove_invalid_values": True, "renormalize_logits": True},
+        {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01},
+    ],
+)
+def test_the_host_never_waits_for_a_step(rows: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
     _, model = pair_with_graphs("qwen2_window")
     model.to("cuda")
-    options = {"do_sample": True, "top_k": 9, "top_p": 0.9} if sampled else {"repetition_penalty": 1.2}
     model._fastattn.runtime.row_limits = [40, *range(8, 4 * rows + 4, 4)]
     run(model, **padded_batch(rows), **options)
     strictly(monkeypatch, "_launch", "_take", "_release_finished", "_reserve", "_compact")
@@ -84,8 +92,13 @@ def test_the_host_never_waits_for_a_step(rows: int, sampled: bool, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 12}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5}]
-)
+    "options",
+    [
+        {}, {"top_k": 12}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5},
+        {"typical_p": 0.7}, {"top_k": 20, "typical_p": 0.5}, {"epsilon_cutoff": 0.01}, {"eta_cutoff": 0.02},
+        {"suppress_tokens": [*range(40)]},
+    ],
+)  # fmt: skip
 def test_draws_follow_stocks_distribution(options: dict[str, Any]) -> None:
     stock, model = (model.to("cuda") for model in pair_with_graphs("llama"))
     draws, rows, temperature = 4096, 256, 6.0

@@ -128,16 +128,22 @@ def reexecuted_loop() -> Iterator[None]:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.token_choice.choose_tokens", choose_in_torch)
             patch.setattr("hf_fastattn.loop.token_choice.process_logits", process_in_torch)
+            patch.setattr("hf_fastattn.kernels.sampling.typical.typical_scores", sampling_reference.typical_scores)
         yield
 
 
 def choose_in_torch(
-    logits: Tensor, out_tokens: Tensor, params: Any = None, seed: Any = None, rows: Any = None, step: Any = None
-) -> None:
+    logits: Tensor, out_tokens: Tensor, params: Any = None, seed: Any = None, rows: Any = None, step: Any = None,
+    thresholds: Any = None,
+) -> None:  # fmt: skip
     """`kernels.sampling.draw.choose_tokens`: other draws, but of the same distribution, and of seed, row and step alone."""
     if params is None:
         out_tokens.copy_(sampling_reference.greedy_tokens(logits))
         return
+    if thresholds is not None:
+        held = SamplingParams(*_values(params))
+        scores = sampling_reference.scaled(logits, held.temperature).float()
+        thresholds.copy_(scores.masked_fill(~sampling_reference.kept_tokens(logits, held), float("inf")).amin(-1))
     likely = sampling_reference.probabilities(logits, SamplingParams(*_values(params)))
     for row, number in enumerate(rows.tolist()):
         generator = torch.Generator().manual_seed(hash((int(seed), number, int(step))) % 2**62)
