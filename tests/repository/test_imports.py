@@ -17,7 +17,7 @@ HOUSE = (
     "call", "graphs", "loop", "runtime", "patches", "generation", "patching", "report", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
-    "kernels": ("launch", "layer", "attention", "sampling", "backends", "ops"),
+    "kernels": ("launch", "relaunch", "layer", "attention", "sampling", "backends", "ops"),
     "patches": ("family", "families", "registry", "modules", "attention", "fused", "decoder"),
 }
 
