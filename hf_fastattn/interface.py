@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_fastattn.dense.causal_layout import CausalLayout, layout_of, with_layout
-from hf_fastattn.dense.choice import ONE_LAUNCH, sdpa_is_enough, why_stock
+from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock, why_stock_is_enough
 from hf_fastattn.dense.dense_attention import dense_attention
 from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.kernels.backends import choose_backend
@@ -166,8 +166,7 @@ def attention_forward(
         why, backend = why_stock(query, key, value, mask, causal, kwargs), ""
         if why is None and mask is not None and layout is None:
             why = "a padding mask that is not plain left padding of these queries and keys"
-        if why is None and sdpa_is_enough(module, query, key, layout, kwargs):
-            why = ONE_LAUNCH
+        why = why or why_stock_is_enough(module, query, key, layout, kwargs)
         if why is None:
             backend, why = _backend(query, key)
         if why is None:
@@ -221,5 +220,5 @@ def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
 
 @functools.cache
 def _log(reason: str) -> None:
-    level = logging.INFO if reason == ONE_LAUNCH else logging.WARNING
+    level = logging.INFO if reason in (ONE_LAUNCH, SMALL_ON_CPU) else logging.WARNING
     logger.log(level, "attn_implementation='fastattn' runs Transformers' own attention: %s", reason)

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from hf_fastattn.dense.causal_layout import CausalLayout
 
+# Reasons that are none to worry about.
 ONE_LAUNCH = "PyTorch's attention does this in one launch"
+SMALL_ON_CPU = "so little on a CPU takes no more in Transformers' steps"
+# Scores of a call (rows * heads * queries * keys) up to which that holds: plain ones, and with softcap or sinks by the
+# bytes of an element, since PyTorch's products in 16 bits are slow on most CPUs and ours are in fp32.
+FEW_SCORES = {"plain": 2**19, 4: 2**21, 2: 2**14}
 # Head dims up to this are taken by PyTorch's fused kernels.
 MAX_FUSED_DIM = 256
 
@@ -52,20 +57,26 @@ def _why_not_scores(*factors: Any) -> str | None:
     return None if positive else "scaling or softcap is not a positive number"
 
 
-def sdpa_is_enough(module: Any, query: Tensor, key: Tensor, layout: CausalLayout | None, kwargs: dict[str, Any]) -> bool:
-    """Whether PyTorch's fused attention computes the call without copies or further launches, as quickly as ours would.
-
-    That is plain causal attention with nothing to hide. On a CPU also a decode step with padding: there a mask is cheap.
+def why_stock_is_enough(
+    module: Any, query: Tensor, key: Tensor, layout: CausalLayout | None, kwargs: dict[str, Any]
+) -> str | None:
+    """Why Transformers' attention costs no more than ours would; None if it does.
 
     Args:
-        layout: what the queries see, which has passed `why_stock`; None for plain causal attention of all keys.
+        layout: what the queries see, in a call that has passed `why_stock`; None for plain causal attention of all keys.
     """
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        return False
-    if query.shape[1] != key.shape[1] * getattr(module, "num_key_value_groups", 1):
-        return False
-    if query.is_cuda and (query.element_size() != 2 or query.shape[-1] > MAX_FUSED_DIM):
-        return False
-    if layout is None or layout.is_whole(query.shape[2]):
-        return True
-    return query.device.type == "cpu" and query.shape[2] == 1 and not layout.is_narrow
+    rows, heads, queries, dim = query.shape
+    is_cpu = query.device.type == "cpu"
+    is_plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    if is_plain and heads != key.shape[1] * getattr(module, "num_key_value_groups", 1):
+        # sdpa repeats keys as the module says.
+        return None
+    if is_plain and (layout is None or layout.is_whole(queries)):
+        fused = is_cpu or (query.element_size() == 2 and dim <= MAX_FUSED_DIM)
+        return ONE_LAUNCH if fused else None
+    if not is_cpu:
+        return None
+    kind = "plain" if is_plain else query.element_size()
+    few = rows * heads * queries * key.shape[2] <= FEW_SCORES.get(kind, 0)
+    step = queries == 1 and kind != 2 and not (layout is not None and layout.is_narrow)
+    return SMALL_ON_CPU if few or step else None

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fastattn import interface
+from hf_fastattn.dense import choice
 from hf_fastattn.dense.causal_layout import CausalLayout
-from hf_fastattn.dense.choice import ONE_LAUNCH, sdpa_is_enough
+from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock_is_enough
+from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.interface import attention_forward, counters
 from hf_fastattn.transformers_version import CACHE
 from tests.interface.tiny import NEW, build_pair, tokens
@@ -77,6 +79,7 @@ def test_a_step_launches_less_than_stocks(name: str, monkeypatch: pytest.MonkeyP
     launches: list[int] = []
     make = FakeDriver.launcher_cls
     monkeypatch.setattr(interface, "_backend", lambda *given: ("triton", None))
+    monkeypatch.setattr(interface, "why_stock_is_enough", lambda *given: None)
     monkeypatch.setattr(FakeDriver, "launcher_cls", lambda *given: (make(*given), lambda *args: launches.append(1))[1])
     with fake_driver(TARGETS["sm_90"]):
         stock, ours = operations_of_both(name, padded=True)
@@ -95,20 +98,24 @@ def test_a_plain_call_is_sdpas(name: str) -> None:
     assert not counters.kernels and counters.fallbacks == {ONE_LAUNCH: 3 * 8}
 
 
-def test_a_padded_prompt_is_ours_and_its_steps_are_sdpas_on_a_cpu() -> None:
-    stock, model = build_pair("llama")
-    assert torch.equal(tokens(model, padded_batch()), tokens(stock, padded_batch()))
-    assert counters.kernels == {"reference": 3} and counters.fallbacks == {ONE_LAUNCH: 3 * (NEW - 1)}
-
-
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
-def test_softcap_and_sinks_are_ours(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_small_padded_call_is_stocks_on_a_cpu(name: str) -> None:
     stock, model = build_pair(name)
     assert torch.equal(tokens(model, padded_batch()), tokens(stock, padded_batch()))
-    assert counters.kernels == {"reference": 3 * NEW} and not counters.fallbacks
+    assert not counters.kernels and counters.fallbacks == {SMALL_ON_CPU: 3 * NEW}
 
 
-def test_a_narrow_window_is_ours() -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_a_larger_prompt_is_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FEW_SCORES", {})
+    stock, model = build_pair(name)
+    assert torch.equal(tokens(model, padded_batch()), tokens(stock, padded_batch()))
+    # Steps take no more with a mask, in fp32.
+    assert counters.kernels == {"reference": 3} and counters.fallbacks == {SMALL_ON_CPU: 3 * (NEW - 1)}
+
+
+def test_a_narrow_window_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "FEW_SCORES", {})
     model = tiny("mistral_window")
     model.set_attn_implementation("fastattn")
     ids = {"input_ids": padded_batch(2, 40)["input_ids"].clamp(min=1)}
@@ -117,42 +124,79 @@ def test_a_narrow_window_is_ours() -> None:
     assert counters.kernels == {"reference": 3} and counters.fallbacks == {ONE_LAUNCH: 9}
 
 
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_one_query_repeats_no_keys(output_attentions: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, count, 16, generator=generator) for heads, count in ((8, 1), (2, 9), (2, 9)))
+    mask, sinks = torch.rand(2, 1, 1, 9, generator=generator) > 0.3, torch.randn(8, generator=generator)
+    bias = torch.randn(2, 8, 1, 9, generator=generator)
+    options = {"softcap": 2.0, "s_aux": sinks, "position_bias": bias, "scaling": 0.3, "output_attentions": output_attentions}
+    with Operations() as operations:
+        found = stock_attention(torch.nn.Module(), q, k, v, mask, **options)
+    want = stock_attention(torch.nn.Module(), q, *(t.repeat_interleave(4, 1) for t in (k, v)), mask, **options)
+    assert operations.counts["clone.default"] <= 1
+    torch.testing.assert_close(found, want)
+
+
 def tensors(cuda: bool = False, dtype: torch.dtype = torch.bfloat16, heads: int = 8, queries: int = 1, dim: int = 64) -> Any:
     shape = torch.Size((2, heads, queries, dim))
     device = torch.device("cuda" if cuda else "cpu")
     return SimpleNamespace(shape=shape, is_cuda=cuda, device=device, element_size=lambda: dtype.itemsize)
 
 
+PADDED, HIDDEN = {"padded": True}, {"window": 39}
+CAPPED = {"softcap": 50.0}
+
+
 @pytest.mark.parametrize(
-    ("enough", "query", "layout", "kwargs"),
+    ("why", "query", "layout", "kwargs"),
     [
-        (True, {}, {}, {}),
-        (False, {"dtype": torch.float32}, {}, {}),
-        (False, {"dim": 320}, {}, {}),
-        (False, {}, {"padded": True}, {}),
-        (False, {}, {"kv_length": 50}, {}),
-        (False, {}, {"window": 39}, {}),
-        (True, {}, {"window": 40}, {}),
-        (False, {"queries": 3}, {}, {}),
-        (True, {"queries": 40}, {}, {}),
-        (False, {}, {}, {"softcap": 50.0}),
-        (False, {}, {}, {"s_aux": 0}),
-        (False, {"heads": 4}, {}, {}),
+        (ONE_LAUNCH, {}, {}, {}),
+        (None, {"dtype": torch.float32}, {}, {}),
+        (None, {"dim": 320}, {}, {}),
+        (None, {}, PADDED, {}),
+        (None, {}, {"kv_length": 50}, {}),
+        (None, {}, HIDDEN, {}),
+        (ONE_LAUNCH, {}, {"window": 40}, {}),
+        (None, {"queries": 3}, {}, {}),
+        (ONE_LAUNCH, {"queries": 40}, {}, {}),
+        (None, {}, {}, CAPPED),
+        (None, {}, {}, {"s_aux": 0}),
+        (None, {"heads": 4}, {}, {}),
     ],
 )
-def test_the_rule_on_a_gpu(enough: bool, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any]) -> None:
+def test_the_rule_on_a_gpu(why: str | None, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    assert rule(True, query, layout, kwargs) == why
+
+
+@pytest.mark.parametrize(
+    ("why", "query", "layout", "kwargs"),
+    [
+        (ONE_LAUNCH, {"dtype": torch.float32, "queries": 40}, {}, {}),
+        # In all of these there are many scores.
+        (SMALL_ON_CPU, {}, PADDED, {}),
+        (None, {}, HIDDEN, {}),
+        (None, {"queries": 40}, PADDED, {}),
+        (SMALL_ON_CPU, {"dtype": torch.float32}, PADDED, CAPPED),
+        (None, {}, PADDED, CAPPED),
+        (None, {"queries": 40, "dtype": torch.float32}, {}, CAPPED),
+        (None, {"heads": 4}, {}, {}),
+    ],
+)
+def test_the_rule_on_a_cpu(
+    why: str | None, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = rule(False, query, layout, kwargs)
+    assert few in (ONE_LAUNCH, SMALL_ON_CPU) or "heads" in query
+    monkeypatch.setattr(choice, "FEW_SCORES", {})
+    assert rule(False, query, layout, kwargs) == why
+
+
+def rule(cuda: bool, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
     options = {"padded": False, "filled": 40, "kv_length": 40, "window": None, **layout}
     seen = CausalLayout(torch.zeros(2, dtype=torch.int32), **options)
-    key = tensors(cuda=True, heads=2)
-    assert sdpa_is_enough(SimpleNamespace(num_key_value_groups=4), tensors(True, **query), key, seen, kwargs) == enough
-
-
-def test_a_cpu_step_may_have_padding() -> None:
-    module, query, key = SimpleNamespace(num_key_value_groups=1), tensors(), tensors()
-    starts = torch.zeros(2, dtype=torch.int32)
-    assert sdpa_is_enough(module, query, key, CausalLayout(starts, True, 40, 40), {})
-    assert not sdpa_is_enough(module, query, key, CausalLayout(starts, True, 40, 40, 39), {})
-    assert not sdpa_is_enough(module, tensors(queries=2), key, CausalLayout(starts, True, 40, 40), {})
+    module, key = SimpleNamespace(num_key_value_groups=4), tensors(cuda, heads=2, queries=options["kv_length"])
+    return why_stock_is_enough(module, tensors(cuda, **query), key, seen, kwargs)
 
 
 def test_without_a_mask_nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
