@@ -188,7 +188,7 @@ def add_matrix(made: argparse.ArgumentParser) -> None:
     made.add_argument("--cell", nargs="+", metavar="PATTERN", help="only these, as '*/bf16/*' (family/state/call)")
     made.add_argument("--quick", action="store_true", help="a few cells, one pair each")
     made.add_argument("--pairs", type=positive, help="interleaved rounds, of which the medians count (default: 5)")
-    made.add_argument("--new", type=positive, help="tokens after the first that are timed (default: 32 on a GPU, else 8)")
+    made.add_argument("--new", type=positive, help="tokens after the first that are timed (default: 32 on a GPU, else 24)")
     made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
     made.add_argument("--output", type=Path, help="folder for matrix-DEVICE.md and .json")
 

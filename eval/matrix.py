@@ -26,7 +26,7 @@ from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 
 # (tokens after the first, pairs), by device; and of a quick run.
-STANDARD = {"cuda": (32, 5), "cpu": (8, 5)}
+STANDARD = {"cuda": (32, 5), "cpu": (24, 5)}
 QUICK = (4, 1)
 
 
