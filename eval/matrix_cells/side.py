@@ -54,9 +54,8 @@ class Side:
     def warm_up(self, new: int) -> None:
         """The first calls, in which kernels are compiled and graphs recorded; the peak of memory is taken here."""
         with watched(self.device) as self.peak:
-            self._seconds(0, 1 + new)
-        for tokens in (1 + new, 1, 1):
-            self._seconds(0, tokens)
+            for tokens in (1 + new, 1 + new, 1, 1):
+                self._seconds(0, tokens)
 
     def measure(self, seed: int, new: int) -> None:
         """Time a call of one token and one of `1 + new`."""
