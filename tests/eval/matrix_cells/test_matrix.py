@@ -79,12 +79,14 @@ def test_every_call(tmp_path: Path) -> None:
 def test_every_state_and_family(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
-    chosen = ["llama/fp*", "llama/bf16+*", "qwen3/bf16/padded", "mistral/bf16/padded", "qwen3_*/bf16/greedy", "gemma2/*"]
-    status, record, _ = run("--cell", *chosen, output=tmp_path)
+    chosen = {cell.state: cell.name for cell in CELLS if cell.family == "llama"} | {
+        cell.family: cell.name for cell in CELLS if cell.family != "llama"
+    }
+    status, record, _ = run("--cell", *chosen.values(), output=tmp_path)
     assert status == 0 and not record["skipped"]
     paths = {row["name"]: row["path"] for row in record["cells"]}
     assert {cell.state for cell in CELLS} == {row["state"] for row in record["cells"]}
-    assert all(path.startswith("kernels {'reference'") for name, path in paths.items() if name.startswith("gemma2"))
+    assert all(path.startswith("kernels {") for name, path in paths.items() if name.startswith("gemma2"))
     assert all("paged forwards" in path for name, path in paths.items() if not name.startswith("gemma2"))
 
 
