@@ -195,6 +195,17 @@ def add_warmup(made: argparse.ArgumentParser) -> None:
     made.add_argument("--workers", type=positive, help="processes at once (default: one a core, at most 8)")
 
 
+def add_matrix(made: argparse.ArgumentParser) -> None:
+    """Small cases of every kind of call, family and state, stock and ours in turn. Exits with 1 if ours is slower or larger
+    than stock anywhere, computes something else, or fails."""
+    made.add_argument("--cell", nargs="+", metavar="PATTERN", help="only these, as '*/bf16/*' (family/state/call)")
+    made.add_argument("--quick", action="store_true", help="a few cells, one pair each")
+    made.add_argument("--pairs", type=positive, help="interleaved rounds, of which the medians count (default: 5)")
+    made.add_argument("--new", type=positive, help="tokens after the first that are timed (default: 32 on a GPU, else 24)")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--output", type=Path, help="folder for matrix-DEVICE.md and .json")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
 
@@ -215,6 +226,11 @@ COMMANDS = {
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
     "bench generate": Command(
         "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate
+    ),
+    "bench matrix": Command(
+        "hf_fastattn.eval.matrix",
+        "time every kind of call, family and state on small models, and name what is slower",
+        add_matrix,
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention

@@ -1,5 +1,5 @@
 """The kernels alone, for a family that `patch` does not know: a tiny Gemma 2, or any model that calls Transformers'
-attention interface.
+attention interface. On a CPU so small a model runs Transformers' attention, which the counters say.
 
 python examples/attn_implementation.py [--model HUB_ID_OR_FOLDER]
 """

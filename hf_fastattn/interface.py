@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_fastattn.dense.causal_layout import CausalLayout, layout_of, with_layout
+from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock, why_stock_is_enough
 from hf_fastattn.dense.dense_attention import dense_attention
 from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.kernels.backends import choose_backend
@@ -39,7 +40,7 @@ class InterfaceCounters:
 
     Attributes:
         kernels: calls that ran our kernels, by backend.
-        fallbacks: calls that ran Transformers' attention instead, by reason.
+        fallbacks: calls that ran Transformers' attention instead, by reason; one is that ours would not be quicker.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -134,8 +135,8 @@ def _padding_mask(
             # generate() prepares the masks of a static cache, and the model hands them in again.
             return given
         # What the mask does not reach is hidden, as in `sdpa_mask`.
-        short = max(first + filled - given.shape[1], 0)
-        mask = torch.nn.functional.pad(given.expand(rows, -1), (0, short))[:, first : first + filled]
+        short, mask = first + filled - given.shape[1], given.expand(rows, -1)
+        mask = (torch.nn.functional.pad(mask, (0, short)) if short > 0 else mask)[:, first : first + filled]
         layout = CausalLayout.of_mask(mask, kv_length, window)
     return None if layout is None else with_layout(mask, layout)
 
@@ -161,18 +162,19 @@ def attention_forward(
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     layout = None
     if not torch.compiler.is_compiling():
-        layout = _layout(query, key, mask, causal, window)
-        backend, why = _backend(query, key)
-        why = _why_stock(query, key, value, mask, causal, kwargs) or why
-        if why is None and layout is None:
+        layout = None if mask is None else _layout(query, key, mask, causal, window)
+        why, backend = why_stock(query, key, value, mask, causal, kwargs), ""
+        if why is None and mask is not None and layout is None:
             why = "a padding mask that is not plain left padding of these queries and keys"
-        if why is None and layout is not None:
+        why = why or why_stock_is_enough(module, query, key, layout, kwargs)
+        if why is None:
+            backend, why = _backend(query, key)
+        if why is None:
             counters.kernels[backend] += 1
+            layout = layout or CausalLayout.unpadded(query.shape[0], key.shape[2], query.device)
             scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-            options = {"backend": backend, "scale": scale, "softcap": softcap, "sinks": sinks}
+            options = {"backend": backend, "scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
             return dense_attention(query, key, value, layout, **options), None
-        assert why is not None
         counters.fallbacks[why] += 1
         _log(why)
     if mask is not None and mask.ndim == 2:
@@ -180,12 +182,9 @@ def attention_forward(
     return stock_attention(module, query, key, value, mask, **kwargs)
 
 
-def _layout(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> CausalLayout | None:
-    """What the queries see, if it is causal or sliding behind left padding; else None."""
+def _layout(query: Tensor, key: Tensor, mask: Tensor, causal: bool, window: int | None) -> CausalLayout | None:
+    """What the queries see behind `mask`, if it is causal or sliding behind left padding; else None."""
     rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    if mask is None:
-        # Without a mask sdpa aligns S queries with the first S keys; for these two that is the same.
-        return CausalLayout.unpadded(rows, keys, query.device) if queries in (1, keys) else None
     layout = layout_of(mask) if mask.ndim == 2 else None
     if mask.ndim == 2 and layout is None and causal and mask.shape[1] <= keys:
         # A copy, as on another device where a model is split, has lost its layout.
@@ -207,31 +206,6 @@ def _dense_mask(mask: Tensor, query: Tensor, key: Tensor, causal: bool, window: 
     return seen
 
 
-def _why_stock(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
-) -> str | None:
-    """Why a call runs Transformers' attention; None if our kernels can take it."""
-    scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-    differentiable = (query, key, value, kwargs.get("s_aux"))
-    reasons = {
-        "a mask that is not plain causal or sliding": mask is not None and mask.ndim != 2,
-        "is_causal=False": not causal,
-        "gradients are needed": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable),
-        "dropout": bool(kwargs.get("dropout")),
-        "output_attentions": bool(kwargs.get("output_attentions")),
-        "position_bias": kwargs.get("position_bias") is not None,
-        "continuous batching": kwargs.get("cache") is not None,
-        "no mask, and other numbers of queries and keys": mask is None and query.shape[2] not in (1, key.shape[2]),
-        "head dims of keys and values differ": value.shape != key.shape or query.shape[-1] != key.shape[-1],
-        "query heads are no multiple of key heads": query.shape[1] % key.shape[1] != 0,
-        "dtypes of queries, keys and values differ": not query.dtype == key.dtype == value.dtype,
-        "scaling or softcap is not a positive number": not all(
-            x is None or (isinstance(x, int | float) and x > 0) for x in (scale, softcap)
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
 def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
     """The backend for these heads, and why it should not run after all."""
     backend, reason = choose_backend("auto", query.device, query.dtype, query.shape[-1])
@@ -246,4 +220,5 @@ def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
 
 @functools.cache
 def _log(reason: str) -> None:
-    logger.warning("attn_implementation='fastattn' runs Transformers' own attention: %s", reason)
+    level = logging.INFO if reason in (ONE_LAUNCH, SMALL_ON_CPU) else logging.WARNING
+    logger.log(level, "attn_implementation='fastattn' runs Transformers' own attention: %s", reason)

@@ -8,7 +8,7 @@ whatever L and the padding are. (The page size is compiled into the kernels: pag
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hf_fastattn.kernels.attention.read_plan import ReadPlan
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
+    from hf_fastattn.kernels.relaunch import Launch
 
 # Tokens a page in the tables for Triton; shorter rows take pages of one token.
 PAGE_SIZE = 16
@@ -34,6 +35,7 @@ class CausalLayout:
         filled: keys that hold tokens; what lies behind them in a static cache is never read.
         kv_length: keys that the tensor has room for (L).
         window: keys a query sees, itself included; None for all.
+        launches: those of the first layer of a kind, with their LSE, which further layers repeat; by what must agree.
     """
 
     starts: Tensor
@@ -44,6 +46,7 @@ class CausalLayout:
     _tensors: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     _plans: dict[tuple[int, int], ReadPlan] = field(default_factory=dict)
     _workspaces: dict[int, Workspace] = field(default_factory=dict)
+    launches: dict[tuple[Any, ...], tuple[Launch, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def unpadded(
@@ -57,9 +60,11 @@ class CausalLayout:
     def of_mask(cls, mask: Tensor, kv_length: int, window: int | None = None) -> CausalLayout | None:
         """The layout behind a padding mask `[B, filled]`, true for tokens; None unless all padding is on the left.
 
-        Costs one host sync on an accelerator.
+        Costs one host sync on an accelerator if there is no padding, as Transformers' own mask does, else two.
         """
         real, filled = mask.bool(), mask.shape[1]
+        if bool(real.all()):
+            return cls.unpadded(mask.shape[0], filled, mask.device, kv_length, window)
         starts = filled - real.sum(1, dtype=torch.int32)
         places = torch.arange(filled, device=mask.device)
         on_the_left = (real == (places >= starts[:, None])).all()
@@ -85,11 +90,10 @@ class CausalLayout:
         """
         return self._made("page_table", row_step, page_size)
 
-    def workspace(self, device: torch.device) -> Workspace:
+    def workspace(self, device: torch.device, stream: int) -> Workspace:
         """Room for partial states, one for each stream."""
         from hf_fastattn.kernels.attention.workspace import Workspace
 
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         if stream not in self._workspaces:
             self._workspaces[stream] = Workspace(device)
         return self._workspaces[stream]
@@ -114,9 +118,16 @@ class CausalLayout:
 
     def dense_mask(self, queries: int) -> Tensor | None:
         """`[B, 1, queries, L]` bool for `sdpa_attention_forward`; None where that needs no mask."""
-        narrow = self.window is not None and self.window < self.filled
-        whole = self.filled == self.kv_length and queries in (1, self.filled)
-        return None if whole and not narrow and not self.padded else self._made("dense_mask", queries, 0)
+        return None if self.is_whole(queries) else self._made("dense_mask", queries, 0)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the window hides keys."""
+        return self.window is not None and self.window < self.filled
+
+    def is_whole(self, queries: int) -> bool:
+        """Whether causality alone hides keys: one query sees all, or as many as keys each those up to its own."""
+        return not (self.padded or self.is_narrow) and self.filled == self.kv_length and queries in (1, self.filled)
 
     def _made(self, name: str, first: int, second: int) -> Tensor:
         key = (name, first, second)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_fastattn.dense.causal_layout import PAGE_SIZE, CausalLayout
 from hf_fastattn.kernels.attention import reference
+from hf_fastattn.kernels.launch import on_device_of
 
 
 def dense_attention(
@@ -35,25 +36,55 @@ def dense_attention(
     Returns:
         `[B, S, H, D]` in q's dtype; zero for queries that are padding.
     """
+    if backend == "triton" and q.shape[2] == 1:
+        return _decode(q, k, v, layout, scale, softcap, sinks)
     if _strides(k) != _strides(v) or not _is_token_storage(k):
         k, v = k.contiguous(), v.contiguous()
-    run = _triton if backend == "triton" else _reference
+    run = _append if backend == "triton" else _reference
     return run(q, k, v, layout, scale, softcap, sinks)
 
 
-def _triton(
+def _decode(
     q: Tensor, k: Tensor, v: Tensor, layout: CausalLayout, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
+    """One new token a row. The first layer of a forward plans and checks the launch, those like it repeat it."""
+    stream = _stream(q.device)
+    like = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), q.dtype, q.device, scale, softcap, stream)
+    known = layout.launches.get(like)
+    rows, heads, _, dim = q.shape
+    if known is not None:
+        launch, lse = known
+        out = torch.empty((rows, 1, heads, dim), dtype=q.dtype, device=q.device)
+        with on_device_of(q):
+            launch.again(q, k, v, out)
+        return out if sinks is None else _with_sinks(out[:, 0], lse, sinks)[:, None]
+    from hf_fastattn.kernels.attention.decode import decode_launch
+
+    in_place = q.stride(3) == 1 and _strides(k) == _strides(v) and _is_token_storage(k)
+    if not in_place:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    first, lse, made = decode_launch(
+        q[:, :, 0], *_paged(k, v), layout.page_table(_row_step(k), _page_size(k)), layout.seq_lens,
+        scale=scale, window=layout.window if layout.is_narrow else None, softcap=softcap,
+        workspace=layout.workspace(q.device, stream),
+    )  # fmt: skip
+    if in_place and made is not None:
+        layout.launches[like] = made, lse
+    return _with_sinks(first, lse, sinks)[:, None]
+
+
+def _append(
+    q: Tensor, k: Tensor, v: Tensor, layout: CausalLayout, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Several new tokens a row."""
     from hf_fastattn.kernels.attention.paged import paged_attention
 
     rows, heads, queries, dim = q.shape
-    # A view may not reach past its storage, which a row of fewer tokens than a page would.
-    page_size = PAGE_SIZE if k.shape[2] >= PAGE_SIZE else 1
     packed = q.transpose(1, 2).reshape(rows * queries, heads, dim).contiguous()
     out, lse = paged_attention(
-        packed, _pages(k, 1, page_size), _pages(v, 1, page_size), layout.page_table(_row_step(k), page_size),
-        None if queries == 1 else layout.cu_seqlens(queries), layout.seq_lens,
-        max_query_len=queries, scale=scale, window=layout.window, softcap=softcap, workspace=layout.workspace(q.device),
+        packed, *_paged(k, v), layout.page_table(_row_step(k), _page_size(k)), layout.cu_seqlens(queries), layout.seq_lens,
+        max_query_len=queries, scale=scale, window=layout.window if layout.is_narrow else None, softcap=softcap,
+        workspace=layout.workspace(q.device, _stream(q.device)),
     )  # fmt: skip
     return _with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
 
@@ -85,6 +116,11 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     return (out * share.unsqueeze(-1)).to(out.dtype)
 
 
+def _stream(device: torch.device) -> int:
+    """A number for the stream that launches on `device` go to."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _strides(k: Tensor) -> tuple[int, int, int]:
     """From a row, a head and a token to the next; a dimension of size 1 has a stride that says nothing."""
     rows, groups, tokens, dim = k.shape
@@ -101,6 +137,15 @@ def _row_step(k: Tensor) -> int:
 def _is_token_storage(k: Tensor) -> bool:
     row, _, token = _strides(k)
     return k.stride(3) == 1 and token > 0 and row % token == 0
+
+
+def _page_size(k: Tensor) -> int:
+    """Tokens a page: a view may not reach past its storage, which a row of fewer tokens than a page would."""
+    return PAGE_SIZE if k.shape[2] >= PAGE_SIZE else 1
+
+
+def _paged(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _pages(k, 1, _page_size(k)), _pages(v, 1, _page_size(v))
 
 
 def _pages(k: Tensor, count: int, size: int = 1) -> Tensor:

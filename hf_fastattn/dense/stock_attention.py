@@ -43,8 +43,15 @@ def _in_steps(
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As the eager attention of Gemma 2 and GPT-OSS: softmax in fp32, all else in the model's dtype."""
-    heads, queries, ratio = query.shape[1], query.shape[2], query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, ratio), repeat_kv(value, ratio)
+    rows, heads, queries, dim = query.shape
+    groups, ratio = key.shape[1], heads // key.shape[1]
+    # A single query: those of the R heads that share keys take the place of R queries, and no key is repeated.
+    packed = queries == 1 and ratio > 1
+    if packed:
+        query = query.reshape(rows, groups, ratio, dim)
+        mask, position_bias = _packed(mask, groups), _packed(position_bias, groups)
+    else:
+        key, value = repeat_kv(key, ratio), repeat_kv(value, ratio)
     scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -57,9 +64,18 @@ def _in_steps(
         hidden = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     if s_aux is not None:
-        sink = s_aux.view(1, heads, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        sink = (
+            s_aux.view((1, groups, ratio, 1) if packed else (1, heads, 1, 1)).expand(*scores.shape[:3], 1).to(scores.dtype)
+        )
         scores = torch.cat((scores, sink), dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     weights = torch.nn.functional.dropout(weights, p=dropout)
-    out = torch.matmul(weights, value).transpose(1, 2).contiguous()
-    return out, weights if output_attentions else None
+    out = torch.matmul(weights, value).reshape(rows, heads, queries, -1).transpose(1, 2).contiguous()
+    return out, weights.reshape(rows, heads, queries, -1) if output_attentions else None
+
+
+def _packed(scores: Tensor | None, groups: int) -> Tensor | None:
+    """`[B, H, 1, L]`, one for each head, as `[B, G, R, L]`; for all heads together as it is."""
+    if scores is None or scores.shape[1] == 1:
+        return scores
+    return scores.reshape(scores.shape[0], groups, -1, scores.shape[-1])

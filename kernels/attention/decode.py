@@ -33,6 +33,7 @@ from hf_fastattn.kernels.attention.tile import (
 )
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.relaunch import Launch
 
 # Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
 INVARIANT_KEYS = 1024
@@ -207,6 +208,30 @@ def paged_decode(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
+    room = workspace or Workspace(q.device)
+    out, lse, _ = decode_launch(
+        q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, cu_seqlens_q=cu_seqlens_q,
+        max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    return out, lse
+
+
+def decode_launch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    workspace: Workspace,
+    cu_seqlens_q: Tensor | None = None,
+    max_query_len: int = 1,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor, Launch | None]:
+    """`paged_decode`, and the launch, to be repeated on other queries, keys, values and output; None without tokens."""
     check_pages(q, k_pages, v_pages)
     tokens, heads, dim = q.shape
     rows, page, groups = seq_lens.shape[0], k_pages.shape[1], k_pages.shape[2]
@@ -214,23 +239,22 @@ def paged_decode(
         raise ValueError(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
-    room = workspace or Workspace(q.device)
     if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2:
         return decode_row(
-            q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=room
+            q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
         )
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:
-        return out, lse
+        return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     arch, queries = arch_of(q.device), max_query_len * ratio
     pairs = None if batch_invariant else rows * groups
-    tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, room.processors)
+    tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, workspace.processors)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
     # The same number of programs for each kv head.
-    chunks = max(tile.programs * room.processors // groups, 1)
+    chunks = max(tile.programs * workspace.processors // groups, 1)
     blocks = triton.cdiv(queries, block_m)
     unit, parts = 1, 2 * chunks * groups
     in_many = chunks >= MANY_PARTS * rows * blocks and block_d <= 128
@@ -241,12 +265,15 @@ def paged_decode(
     # Dependent launch pays only with one program per SM: elsewhere the waiting programs take room from running ones.
     overlap = tile.programs == 1 and overlaps_launches(arch)
     factor, cap = score_factors(scale, softcap)
-    partial, partial_sum, arrived = room.split_kv(parts, block_m, block_d)
-    with on_device_of(q):
-        split_kv_kernel[(groups, chunks)](
+    partial, partial_sum, arrived = workspace.split_kv(parts, block_m, block_d)
+    launch = Launch(
+        split_kv_kernel, (groups, chunks),
+        (
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+        ),
+        dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
             STAGES=tile.stages, ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
@@ -254,5 +281,8 @@ def paged_decode(
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
-    return out, lse
+        ),
+    )  # fmt: skip
+    with on_device_of(q):
+        launch.first()
+    return out, lse, launch

@@ -25,6 +25,7 @@ from hf_fastattn.kernels.attention.tile import (
 )
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.relaunch import Launch
 
 # More parts than this take longer to merge than they save.
 MOST_PARTS = 32
@@ -147,8 +148,8 @@ def decode_row(
     window: int | None,
     softcap: float | None,
     workspace: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """`decode.paged_decode` of one row with one new token, whose arguments it has checked."""
+) -> tuple[Tensor, Tensor, Launch]:
+    """`decode.decode_launch` of one row with one new token, whose arguments it has checked."""
     _, heads, dim = q.shape
     page, groups = k_pages.shape[1], k_pages.shape[2]
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
@@ -160,14 +161,20 @@ def decode_row(
     partial, partial_sum, arrived = workspace.split_kv(groups * splits, block_r, block_d)
     overlap = overlaps_launches(arch)
     factor, cap = score_factors(scale, softcap)
-    with on_device_of(q):
-        decode_row_kernel[(groups * splits,)](
+    launch = Launch(
+        decode_row_kernel, (groups * splits,),
+        (
             q, k_pages, v_pages, out, lse, page_table, seq_lens, partial, partial_sum, arrived,
             splits, window or 0, factor, cap, q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+        ),
+        dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page, BLOCK_M=max(block_r, 16), BLOCK_R=block_r,
             BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
-    return out, lse
+        ),
+    )  # fmt: skip
+    with on_device_of(q):
+        launch.first()
+    return out, lse, launch

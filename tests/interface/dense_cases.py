@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.dense.causal_layout import layout_of
+from hf_fastattn.dense.causal_layout import CausalLayout, layout_of
+from hf_fastattn.dense.dense_attention import dense_attention
 from hf_fastattn.interface import attention_mask
 
 
@@ -64,6 +65,31 @@ def oracle(case: Case, scale: float, window: int | None, softcap: float | None, 
                 weights = scores.softmax(0)[: at + 1 - lo]
                 out[b, i, h] = weights @ case.v[b, h // ratio, lo : at + 1].double()
     return out
+
+
+def check_repeated(name: str, device: str, dtype: torch.dtype = torch.float32, rows: int = 3) -> None:
+    """The second and the third layer of a forward compute what a first one would, with their own keys and values."""
+    options = dict(OPTIONS[name])
+    softcap, sinks = options.pop("softcap", None), options.pop("sinks", False)
+    case = make_case(**options)
+    layout = layout_of(case.mask)
+    assert layout is not None
+    scores = {"scale": 0.3, "softcap": softcap, "sinks": torch.randn(4).to(device) if sinks else None}
+
+    def outputs(shared: bool) -> list[Tensor]:
+        def seen() -> CausalLayout:
+            room = (layout.padded, layout.filled, layout.kv_length, layout.window)
+            return CausalLayout(layout.starts[:rows].to(device), *room)
+
+        one = seen()
+        layers = [[(t[:rows] * factor).to(device, dtype) for t in (case.q, case.k, case.v)] for factor in (1.0, 0.5, -0.7)]
+        found = [dense_attention(*layer, one if shared else seen(), backend="triton", **scores) for layer in layers]
+        assert not shared or len(one.launches) == 1
+        return found
+
+    for ours, want in zip(outputs(True), outputs(False), strict=True):
+        assert torch.equal(ours, want)
+    assert not torch.equal(*outputs(True)[:2])
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

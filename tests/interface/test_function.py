@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_fastattn.dense import dense_attention
 from hf_fastattn.dense.causal_layout import CausalLayout
 from hf_fastattn.interface import attention_forward, counters
-from tests.interface.dense_cases import OPTIONS, Case, make_case, oracle
+from tests.interface.dense_cases import OPTIONS, Case, check_repeated, make_case, oracle
 from tests.interface.tiny import assert_ours
 
 
@@ -38,6 +38,12 @@ def test_dense_keys_in_place(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_dense_keys_as_pages(name: str) -> None:
     check_case("triton", **OPTIONS[name])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["one query", "one query, window, sinks"])
+def test_layers_that_repeat_a_launch(name: str) -> None:
+    check_repeated(name, "cpu")
 
 
 def test_keys_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

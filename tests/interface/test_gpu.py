@@ -10,7 +10,7 @@ import torch
 from hf_fastattn.dense import dense_attention
 from hf_fastattn.dense.causal_layout import CausalLayout, layout_of
 from hf_fastattn.interface import counters
-from tests.interface.dense_cases import OPTIONS, make_case, oracle
+from tests.interface.dense_cases import OPTIONS, check_repeated, make_case, oracle
 from tests.interface.tiny import CALLS, MODELS, NEW, assert_ours, build_pair, tokens
 from tests.tools.models import padded_batch
 
@@ -60,6 +60,14 @@ def test_dense_keys_as_pages_on_a_gpu(name: str) -> None:
         sinks=None if logits is None else logits.cuda(),
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["one query", "one query, window, sinks"])
+def test_layers_that_repeat_a_launch_on_a_gpu(name: str, dtype: torch.dtype, rows: int) -> None:
+    check_repeated(name, "cuda", dtype, rows)
 
 
 @pytest.mark.gpu

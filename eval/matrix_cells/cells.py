@@ -1,0 +1,107 @@
+"""The cells of the matrix: a family in a state, called in one way. A cell is a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the matrix.
+
+    Attributes:
+        family: of `families.FAMILIES`.
+        state: the dtype of the weights, then words of `states.STATES`, joined by `+`.
+        call: of `calls.CALLS`.
+    """
+
+    family: str
+    state: str
+    call: str
+
+    @property
+    def name(self) -> str:
+        """As `--cell` matches it."""
+        return f"{self.family}/{self.state}/{self.call}"
+
+
+TRAINER = "fp32+accelerate+train+checkpointing+lora"
+CELLS = (
+    # Every call.
+    Cell("llama", "bf16", "greedy"),
+    Cell("llama", "bf16", "batch"),
+    Cell("llama", "bf16", "sampled"),
+    Cell("llama", "bf16", "samples"),
+    Cell("llama", "bf16", "repeated"),
+    Cell("llama", "bf16", "beams"),
+    Cell("llama", "bf16", "padded"),
+    Cell("llama", "bf16", "chat"),
+    Cell("llama", "bf16", "embeds"),
+    Cell("llama", "bf16", "streamer"),
+    Cell("llama", "bf16", "processor"),
+    Cell("llama", "bf16", "lookup"),
+    Cell("llama", "bf16", "no cache"),
+    # Every state.
+    Cell("llama", "fp16", "greedy"),
+    Cell("llama", "fp32", "greedy"),
+    Cell("llama", "fp32", "beams"),
+    Cell("llama", "fp32", "padded"),
+    Cell("llama", "fp32+autocast", "greedy"),
+    Cell("llama", "fp32+autocast", "samples"),
+    Cell("llama", "fp32+accelerate", "greedy"),
+    Cell("llama", "fp32+accelerate", "repeated"),
+    Cell("llama", "bf16+train", "repeated"),
+    Cell("llama", "bf16+train+checkpointing", "repeated"),
+    Cell("llama", "bf16+lora", "greedy"),
+    Cell("llama", "bf16+lora", "repeated"),
+    Cell("llama", TRAINER, "repeated"),
+    # Every family.
+    Cell("qwen2", "bf16", "greedy"),
+    Cell("qwen2", "bf16", "samples"),
+    Cell("qwen2", "fp32+autocast", "repeated"),
+    Cell("qwen2", TRAINER, "repeated"),
+    Cell("qwen3", "bf16", "greedy"),
+    Cell("qwen3", "bf16", "padded"),
+    Cell("qwen3", "bf16", "sampled"),
+    Cell("qwen3", "fp32+accelerate", "repeated"),
+    Cell("mistral", "bf16", "greedy"),
+    Cell("mistral", "bf16", "padded"),
+    Cell("mistral", "bf16", "samples"),
+    Cell("mistral", "bf16", "lookup"),
+    Cell("qwen3_moe", "bf16", "greedy"),
+    Cell("qwen3_moe", "bf16", "repeated"),
+    Cell("qwen3_next", "bf16", "greedy"),
+    Cell("qwen3_next", "bf16", "repeated"),
+    Cell("gemma2", "bf16", "greedy"),
+    Cell("gemma2", "bf16", "padded"),
+    Cell("gemma2", "bf16", "samples"),
+    Cell("gemma2", "fp32", "greedy"),
+)
+QUICK = (
+    "llama/fp32/greedy",
+    "llama/fp32+autocast/greedy",
+    "llama/bf16/samples",
+    "qwen3/bf16/padded",
+    "gemma2/fp32/greedy",
+)
+
+
+def choose(patterns: Sequence[str] | None, quick: bool) -> list[Cell]:
+    """The cells that a command line names.
+
+    Args:
+        patterns: of names, as the shell's; all cells if None.
+        quick: only those in QUICK.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    cells = [cell for cell in CELLS if not quick or cell.name in QUICK]
+    for pattern in patterns or ():
+        if not any(fnmatch(cell.name, pattern) for cell in cells):
+            raise ValueError(
+                f"argument --cell: {pattern!r} matches no cell; a name is like {cells[0].name!r}, '*/bf16/*' matches"
+            )
+    return [cell for cell in cells if patterns is None or any(fnmatch(cell.name, pattern) for pattern in patterns)]
