@@ -23,6 +23,8 @@ class CallCounters:
         appends_replayed: forwards that were a replay of one of those.
         fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
+        adapters_fused: LoRA layers computed by the launch of the product that they change, in forwards that were launched
+            or recorded; a replay repeats them uncounted.
     """
 
     forwards: int = 0
@@ -37,3 +39,4 @@ class CallCounters:
     appends_replayed: int = 0
     fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
+    adapters_fused: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,21 @@ from torch import Tensor, nn
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
+from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.modules.plain_modules import is_silu, linear_parameters, norm_eps, norm_weight
+from hf_fastattn.patches.modules.lora_modules import adapted_parameters
+from hf_fastattn.patches.modules.plain_modules import is_silu, norm_eps, norm_weight
+
+
+class Held(NamedTuple):
+    """What products with several linear layers take: all biases or none, adapters or None where no layer has one."""
+
+    weights: list[Tensor]
+    biases: list[Tensor] | None
+    adapters: list[Adapter | None] | None
 
 
 class Products:
@@ -34,6 +44,9 @@ class Products:
         names: of the layers' classes.
         leading: shape that called modules see, without its last dimension; T elements.
         device: of the tokens.
+
+    Attributes:
+        adapters_fused: LoRA layers that our products took in so far.
     """
 
     def __init__(self, names: LayerNames, leading: tuple[int, ...], device: torch.device) -> None:
@@ -44,6 +57,8 @@ class Products:
         # The counters of split-K sums are zeroed once a forward, by a launch that a graph records too.
         sums = SplitSums(device) if self.tokens > 1 else None
         self._launch: dict[str, Any] = {"sums": sums, "weights_settled": True}
+        self._lora_sums = LoraSums(device)
+        self.adapters_fused = 0
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""
@@ -75,8 +90,8 @@ class Products:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu = self._parameters((gate, up), x), is_silu(act_fn)
         normed, x = self.norm(norm, x, delta)
-        if held is not None and silu and held[1] is None and normed.dtype is x.dtype:
-            return gate_up_silu(normed, *held[0], **self._launch), x
+        if held is not None and silu and held.biases is None and normed.dtype is x.dtype:
+            return gate_up_silu(normed, *held.weights, **self._options(held)), x
         left, right = self._multiply((gate, up), held, normed)
         if silu and left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape:
             return silu_and_mul(left, right), x
@@ -87,31 +102,39 @@ class Products:
         held = self._parameters((linear,), states) if states.dtype is x.dtype else None
         if held is None:
             return x, self.call(linear, states)
-        return matvec(states, *held, residual=x, **self._launch)[0], None
+        return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
 
-    def _parameters(self, linears: tuple[Any, ...], x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | None:
-        """Weights and biases if the linear layers are plain, all with a bias or all without, and our product pays."""
+    def _parameters(self, linears: tuple[Any, ...], x: Tensor) -> Held | None:
+        """What linear layers hold, if all are plain or LoRA, all with a bias or all without, and our product pays."""
         if self.tokens > MOST_TOKENS:
             return None
-        weights, biases, rows = [], [], 0
+        weights, biases, adapters = [], [], []
         for linear in linears:
-            held = linear_parameters(linear, x)
+            held = adapted_parameters(linear, x)
             if held is None:
                 return None
-            weight, bias = held
+            weight, bias, adapter = held
             weights.append(weight)
-            rows += weight.shape[0]
+            adapters.append(adapter)
             if bias is not None:
                 biases.append(bias)
-        if biases and len(biases) < len(weights):
+        # One launch shrinks with all A, and has one dtype for them.
+        dtypes = {adapter.a.dtype for adapter in adapters if adapter is not None}
+        if (biases and len(biases) < len(weights)) or len(dtypes) > 1:
             return None
-        pays = beats_cublas(self.arch, x.element_size(), self.tokens, x.shape[1], rows, len(weights))
-        return (weights, biases or None) if pays else None
+        rows, adapted = sum(weight.shape[0] for weight in weights), bool(dtypes)
+        pays = beats_cublas(self.arch, x.element_size(), self.tokens, x.shape[1], rows, len(weights), adapted)
+        return Held(weights, biases or None, adapters if adapted else None) if pays else None
 
-    def _multiply(
-        self, linears: tuple[Any, ...], held: tuple[list[Tensor], list[Tensor] | None] | None, x: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
-        if held is None or held[0][0].dtype is not x.dtype:
+        if held is None or held.weights[0].dtype is not x.dtype:
             return tuple(self.call(linear, x) for linear in linears)
-        return matvec(x, *held, **self._launch)
+        return matvec(x, held.weights, held.biases, **self._options(held))
+
+    def _options(self, held: Held) -> dict[str, Any]:
+        """Keywords of a product of ours."""
+        if held.adapters is None:
+            return self._launch
+        self.adapters_fused += sum(adapter is not None for adapter in held.adapters)
+        return {**self._launch, "lora": held.adapters, "lora_sums": self._lora_sums}
