@@ -176,12 +176,14 @@ SWEEP: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] =
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(BF16, FP32), (BF16, BF16), (FP32, FP32)])
-@pytest.mark.parametrize("name", SWEEP)
+@pytest.mark.parametrize(
+    ("name", "dtype", "adapter_dtype"),
+    [*((name, BF16, FP32) for name in SWEEP), ("qkv", BF16, BF16), ("q and v", FP16, FP32), ("down", FP32, FP32)],
+)
 def test_sweep(name, dtype, adapter_dtype):
     k, counts, ranks, options = SWEEP[name]
     sums, counters = SplitSums(torch.device("cuda")), LoraSums(torch.device("cuda"))
-    for tokens in (1, 2, 8, 17, 64):
+    for tokens in (1, 2, 16, 64):
         check(
             tokens, k, counts, ranks, dtype, adapter_dtype,
             sums=sums, lora_sums=counters, repeats=5, device="cuda", **options,
