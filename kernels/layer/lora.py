@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import DTYPES, power_of_2
-from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE
+from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE, Operands
 
 MOST_RANK = 128
 # The matrix unit multiplies no fewer.
@@ -136,7 +136,8 @@ def operands(
     spare = next(adapter for adapter in adapters if adapter is not None)
     held = [adapter or spare for adapter in (*adapters, *[None] * (3 - count))]
     tensors = (*(one.a for one in held), *(one.b for one in held))
-    lora = (*tensors, *(float(one.scale) for one in held), room, (sums or LoraSums(x.device)).counters())
+    scales = (float(one.scale) for one in held)
+    lora = Operands(*tensors, *scales, room, (sums or LoraSums(x.device)).counters())
     row_blocks = 1 if block_t == 1 else -(-rank // MOST_ROWS)
     shrinkers = parts * row_blocks * count
     constants: dict[str, Any] = {

@@ -1,16 +1,37 @@
-"""What the programs of a product do for LoRA: the first ones of the launch shrink, the others expand (see `lora.py`).
-
-`lora` is the tuple of `lora.operands`: three A, three B, three scales, the partial sums of the shrinking programs, and the
-counters that tell when these are complete. What an adapter lacks stands for another's; its rank is 0.
-"""
+"""What the programs of a product do for LoRA: the first ones of the launch shrink, the others expand (see `lora.py`)."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from hf_fastattn.kernels.layer.tiles import pick
+
+
+class Operands(NamedTuple):
+    """The tensors of a launch with adapters, as its programs take them.
+
+    Attributes:
+        a0_ptr: A of the first adapter; one that is missing has another's, and the rank 0. Likewise B and the scales.
+        sums_ptr: of the shrinking programs, `[adapters, PARTS, RANK, BLOCK_T]` fp32.
+        counters_ptr: tell when the sums are complete.
+    """
+
+    a0_ptr: Any
+    a1_ptr: Any
+    a2_ptr: Any
+    b0_ptr: Any
+    b1_ptr: Any
+    b2_ptr: Any
+    scale0: float
+    scale1: float
+    scale2: float
+    sums_ptr: Any
+    counters_ptr: Any
+
 
 # So many counters of one event, so that programs that wait seldom read the same; and the int32 elements from one to the
 # next, each in a cache line of its own.
@@ -65,7 +86,9 @@ def shrink_token(
     end = tl.minimum(begin + PART, K)
     row = tl.arange(0, RANK)
     inner = tl.arange(0, BLOCK_K)
-    a_ptr = pick(which, lora[0], lora[1], lora[2], ADAPTERS) + row[:, None] * K + inner[None, :]  # [RANK, BLOCK_K]
+    a_ptr = (
+        pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row[:, None] * K + inner[None, :]
+    )  # [RANK, BLOCK_K]
     if OVERLAP and not SETTLED:
         gdc_wait()
     a = _a_tile(a_ptr, row < rank, begin, end, EVEN, BLOCK_K)
@@ -78,8 +101,8 @@ def shrink_token(
         sums += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
         a = _a_tile(a_ptr, (row < rank) & (k + BLOCK_K < end), k + BLOCK_K, end, EVEN, BLOCK_K)
     if rank > 0:
-        tl.store(lora[9] + number * RANK + row, sums)
-        _announce(lora[10])
+        tl.store(lora.sums_ptr + number * RANK + row, sums)
+        _announce(lora.counters_ptr)
 
 
 @triton.jit
@@ -87,7 +110,7 @@ def b_of_token(which, n, rows, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr
     """Rows n of an adapter's B, `[BLOCK_N, RANK]`."""
     rank = rank_of(which, RANKS, SAME)
     column = tl.arange(0, RANK)
-    b_ptr = pick(which, lora[3], lora[4], lora[5], ADAPTERS)
+    b_ptr = pick(which, lora.b0_ptr, lora.b1_ptr, lora.b2_ptr, ADAPTERS)
     ok = (n < rows)[:, None] & (column < rank)[None, :]
     return tl.load(b_ptr + n.to(tl.int64)[:, None] * rank + column[None, :], mask=ok, other=0.0)
 
@@ -105,8 +128,8 @@ def expand_token(
     cell = (which * PARTS + part)[:, None] * RANK + tl.arange(0, RANK)[None, :]  # [ROOM, RANK]
     ok = (part < PARTS)[:, None] & (rank_of(which, RANKS, SAME) > 0)
     # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-    h = tl.sum(tl.load(lora[9] + cell, mask=ok, other=0.0, cache_modifier=".cg"), 0)  # [RANK]
-    return tl.sum(b.to(tl.float32) * h[None, :], 1) * pick(which, lora[6], lora[7], lora[8], ADAPTERS)
+    h = tl.sum(tl.load(lora.sums_ptr + cell, mask=ok, other=0.0, cache_modifier=".cg"), 0)  # [RANK]
+    return tl.sum(b.to(tl.float32) * h[None, :], 1) * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
 
 
 @triton.jit
@@ -135,7 +158,7 @@ def shrink_tokens(
     row = number % (RANK // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     t = tl.arange(0, BLOCK_T)
     inner = tl.arange(0, BLOCK_K)[None, :]
-    a_ptr = pick(which, lora[0], lora[1], lora[2], ADAPTERS) + row[:, None] * K + inner  # [BLOCK_R, BLOCK_K]
+    a_ptr = pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row[:, None] * K + inner  # [BLOCK_R, BLOCK_K]
     x_tile_ptr = x_ptr + t[:, None] * stride_x + inner  # [BLOCK_T, BLOCK_K]
     ok_r = row < rank
     ok_t = t < tokens
@@ -153,9 +176,9 @@ def shrink_tokens(
         # Added, not chained: the sums of parts and of tiles stay short where the matrix unit is not used.
         sums += tl.dot(a, x, input_precision=PRECISION)
     if rank > 0:
-        sums_ptr = lora[9] + (which * PARTS + part) * (RANK * BLOCK_T)
+        sums_ptr = lora.sums_ptr + (which * PARTS + part) * (RANK * BLOCK_T)
         tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], sums)
-        _announce(lora[10])
+        _announce(lora.counters_ptr)
 
 
 @triton.jit
@@ -165,7 +188,7 @@ def b_of_tokens(
     """Rows n of an adapter's B, from column `first` on: `[BLOCK_N, COLUMNS]`."""
     rank = rank_of(which, RANKS, SAME)
     column = first + tl.arange(0, COLUMNS)
-    b_ptr = pick(which, lora[3], lora[4], lora[5], ADAPTERS)
+    b_ptr = pick(which, lora.b0_ptr, lora.b1_ptr, lora.b2_ptr, ADAPTERS)
     ok = (n < rows)[:, None] & (column < rank)[None, :]
     return tl.load(b_ptr + n.to(tl.int64)[:, None] * rank + column[None, :], mask=ok, other=0.0)
 
@@ -187,9 +210,9 @@ def expand_tokens(
             for part in tl.static_range(PARTS):
                 cell = ((which * PARTS + part) * RANK + first + row) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
                 # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-                h += tl.load(lora[9] + cell, cache_modifier=".cg")
+                h += tl.load(lora.sums_ptr + cell, cache_modifier=".cg")
             delta += tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
             if RANK > COLUMNS:
                 b = b_of_tokens(which, n, rows, first + COLUMNS, lora, ADAPTERS, RANKS, SAME, COLUMNS)
-        acc += delta * pick(which, lora[6], lora[7], lora[8], ADAPTERS)
+        acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc

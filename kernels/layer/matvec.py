@@ -107,7 +107,7 @@ def matvec_kernel(
     x = _x_tile(x_ptr, 0, K, BLOCK_K)  # [BLOCK_K]
     if lora is not None:
         # While the first tiles of weights are on their way.
-        wait_for_sums(lora[10], number, SHRINKING)
+        wait_for_sums(lora.counters_ptr, number, SHRINKING)
         delta = expand_token(which, b, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)  # [BLOCK_N]
         if GATED:
             delta_u = expand_token(1, b_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)

@@ -149,7 +149,7 @@ def skinny_kernel(
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
     if lora is not None:
         if part == 0:
-            wait_for_sums(lora[10], number, SHRINKING)
+            wait_for_sums(lora.counters_ptr, number, SHRINKING)
             acc = expand_tokens(
                 acc, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
             )  # fmt: skip
