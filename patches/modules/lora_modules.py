@@ -77,8 +77,11 @@ def _active_names(state: dict[str, Any]) -> list[str]:
 
 
 def _adapter(state: dict[str, Any], name: str, weight: Tensor, like: Tensor) -> Adapter | None:
-    modules = state["_modules"]
-    if name in state.get("lora_variant", ()) or state["use_dora"].get(name) or not state["cast_input_dtype_enabled"]:
+    modules, scale = state["_modules"], state["scaling"][name]
+    if name in state.get("lora_variant", ()) or state["use_dora"].get(name):
+        return None
+    # A tensor for a scale would be read by the host; without the cast of x PEFT may fail.
+    if type(scale) not in (int, float) or not state.get("cast_input_dtype_enabled", True):
         return None
     if not _passes(modules["lora_dropout"]._modules.get(name)):
         return None
@@ -89,7 +92,7 @@ def _adapter(state: dict[str, Any], name: str, weight: Tensor, like: Tensor) -> 
     rank = a.shape[0]
     if not 0 < rank <= MOST_RANK or a.shape[1] != weight.shape[1] or b.shape != (weight.shape[0], rank):
         return None
-    return Adapter(a, b, state["scaling"][name])
+    return Adapter(a, b, scale)
 
 
 def _passes(dropout: Any) -> bool:
