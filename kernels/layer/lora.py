@@ -123,39 +123,40 @@ def operands(
         sums: counters; made if None.
         tile: for measuring; by default `lora_tile`'s.
     """
-    k = x.shape[1]
     ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
     rank = power_of_2(max(*ranks, LEAST_RANK))
-    tile = tile or lora_tile(block_t, k, rank)
+    constants = _constants(x.shape[1], ranks, rank, block_t, tile or lora_tile(block_t, x.shape[1], rank))
+    spare = next(adapter for adapter in adapters if adapter is not None)
+    if block_t > 1:
+        wide = spare.a.dtype == torch.float32
+        exact = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
+    held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
+    room = torch.empty(len(ranks) * constants["PARTS"] * block_t * rank, dtype=torch.float32, device=x.device)
+    tensors = (*(one.a for one in held), *(one.b for one in held))
+    scales = (float(one.scale) for one in held)
+    lora = Operands._make((*tensors, *scales, room, (sums or LoraSums(x.device)).counters()))
+    return constants["SHRINKERS"], {"lora": lora, **constants}
+
+
+def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile) -> dict[str, Any]:
+    """What is known when the launch is compiled, for A of `ranks` rows, padded to `rank`, and k columns."""
     steps = -(-k // tile.block_k)
     # Steps a part, and then parts: rounded so that no part is empty.
     part = -(-steps // min(tile.parts, steps))
     parts = -(-steps // part)
-    count = len(adapters)
-    room = torch.empty(count * parts * block_t * rank, dtype=torch.float32, device=x.device)
-    spare = next(adapter for adapter in adapters if adapter is not None)
-    held = [adapter or spare for adapter in (*adapters, *[None] * (3 - count))]
-    tensors = (*(one.a for one in held), *(one.b for one in held))
-    scales = (float(one.scale) for one in held)
-    lora = Operands(*tensors, *scales, room, (sums or LoraSums(x.device)).counters())
     row_blocks = 1 if block_t == 1 else -(-rank // MOST_ROWS)
-    shrinkers = parts * row_blocks * count
-    constants: dict[str, Any] = {
-        "SHRINKERS": shrinkers,
-        "SHRINKING": parts * row_blocks * sum(one > 0 for one in ranks),
-        "RANKS": (*ranks, *[0] * (3 - count)),
+    constants = {
+        "RANKS": (*ranks, *[0] * (3 - len(ranks))),
         "SAME": len(set(ranks)) == 1,
         "RANK": rank,
         "PARTS": parts,
         "SHRINK_PART": part * tile.block_k,
         "SHRINK_K": tile.block_k,
+        "SHRINKING": parts * row_blocks * sum(one > 0 for one in ranks),
+        "SHRINKERS": parts * row_blocks * len(ranks),
     }
     if block_t == 1:
-        constants["ROOM"] = power_of_2(parts)
-    else:
-        constants["SHRINK_ROWS"] = rank // row_blocks
-        constants["COLUMNS"] = min(rank, MOST_COLUMNS if block_t <= 32 else MOST_COLUMNS // 2)
-        wide = spare.a.dtype == torch.float32
-        exact = "ieee" if x.dtype == torch.float32 else "tf32x3"
-        constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
-    return shrinkers, {"lora": lora, **constants}
+        return constants | {"ROOM": power_of_2(parts)}
+    columns = min(rank, MOST_COLUMNS if block_t <= 32 else MOST_COLUMNS // 2)
+    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns}
