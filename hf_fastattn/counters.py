@@ -24,6 +24,8 @@ class CallCounters:
         fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
         not_looped: `generate()` calls whose loop was Transformers' own, by reason; a nested call counts too.
+        adapters_fused: LoRA layers computed by the launch of the product that they change, in forwards that were launched
+            or recorded; a replay repeats them uncounted.
     """
 
     forwards: int = 0
@@ -39,3 +41,4 @@ class CallCounters:
     fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
     not_looped: Counter[str] = field(default_factory=Counter)
+    adapters_fused: int = 0

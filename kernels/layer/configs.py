@@ -71,18 +71,19 @@ def bucket_of(tokens: int) -> int:
 
 
 @functools.cache
-def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weights: int) -> bool:
+def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weights: int, adapted: bool = False) -> bool:
     """Whether one launch for all weights is quicker than a call of cuBLAS for each.
 
     Args:
         rows: of all `weights` together.
+        adapted: a weight has a LoRA adapter, which costs a launch of ours little, but calls several launches each.
     """
     if tokens <= FEW_TOKENS:
         return True
     if tokens > MOST_TOKENS or itemsize != 2 or arch != HOPPER:
         return False
     # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse.
-    return weights > 1 or k >= 2 * rows
+    return adapted or weights > 1 or k >= 2 * rows
 
 
 @functools.cache

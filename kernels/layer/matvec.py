@@ -3,8 +3,8 @@
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
 weights are not copied together: a program finds its weight from its program id. One token is multiplied here, without the
 matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`. Everything is summed
-in fp32 and rounded once, after bias and residual are added. Under autocast weights may be fp32, and are rounded to the
-dtype of x as they are read; the residual is fp32 then, and so is the result.
+in fp32 and rounded once, after bias, residual and LoRA (see `lora.py`) are added. Under autocast weights may be fp32, and
+are rounded to the dtype of x as they are read; the residual is fp32 then, and so is the result.
 
 RMSNorm of x is a launch of its own (`norm.py`): fused here, every program would read the norm's weight beside x, which
 costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. The plain PyTorch
@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile
+from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, check_adapters, operands
+from hf_fastattn.kernels.layer.lora_programs import b_of_token, expand_token, shrink_token, wait_for_sums
 from hf_fastattn.kernels.layer.skinny import skinny_product
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
@@ -63,11 +65,23 @@ def matvec_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINKING: tl.constexpr = 0, SHRINKERS: tl.constexpr = 0,
+    ROOM: tl.constexpr = 0,
 ):  # fmt: skip
-    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`; with adapters, what `lora.py` says."""
     if OVERLAP:
         gdc_launch_dependents()
-    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, BLOCK_N, WEIGHTS)
+    ADAPTERS: tl.constexpr = 2 if GATED else WEIGHTS
+    number = tl.program_id(0)
+    if lora is not None:
+        if number < SHRINKERS:
+            shrink_token(
+                number, x_ptr, lora, K, ADAPTERS, RANKS, SAME, RANK, PARTS, SHRINK_PART, SHRINK_K, SETTLED, OVERLAP
+            )  # fmt: skip
+            return
+        number -= SHRINKERS
+    which, rows, column, tile = find_tile(number, n0, n1, n2, BLOCK_N, WEIGHTS)
     w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
     b_ptr = b0_ptr
     if b0_ptr is not None:
@@ -80,6 +94,10 @@ def matvec_kernel(
     w = _weights(w_ptr + off_w, 0, K, BLOCK_K)
     if GATED:
         u = _weights(w1_ptr + off_w, 0, K, BLOCK_K)
+    if lora is not None:
+        b = b_of_token(which, n, rows, lora, ADAPTERS, RANKS, SAME, RANK)
+        if GATED:
+            b_u = b_of_token(1, n, rows, lora, ADAPTERS, RANKS, SAME, RANK)
     if OVERLAP and SETTLED:
         gdc_wait()
     # Bias and residual are loaded early, so that their latency is hidden by the loop.
@@ -90,6 +108,12 @@ def matvec_kernel(
     if residual_ptr is not None:
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
     x = _x_tile(x_ptr, 0, K, BLOCK_K)  # [BLOCK_K]
+    if lora is not None:
+        # While the first tiles of weights are on their way.
+        wait_for_sums(lora.counters_ptr, number, SHRINKING)
+        delta = expand_token(which, b, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)  # [BLOCK_N]
+        if GATED:
+            delta_u = expand_token(1, b_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
     acc = _products(w, x, x_ptr.dtype.element_ty, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     if GATED:
         acc_u = _products(u, x, x_ptr.dtype.element_ty, VECTOR)
@@ -102,8 +126,13 @@ def matvec_kernel(
         if GATED:
             acc_u += _products(u, x, x_ptr.dtype.element_ty, VECTOR)
     y = tl.sum(acc, 1)  # [BLOCK_N]
+    if lora is not None:
+        y += delta
     if GATED:
-        y = silu_gate(y, tl.sum(acc_u, 1))
+        y_u = tl.sum(acc_u, 1)
+        if lora is not None:
+            y_u += delta_u
+        y = silu_gate(y, y_u)
     tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
 
 
@@ -139,9 +168,12 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
     gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
+    lora: Sequence[Adapter | None] | None, lora_sums: LoraSums | None, lora_tile: LoraTile | None,
 ) -> Tensor:  # fmt: skip
     """All products side by side in `[T, rows of all weights]`, or `[T, rows of one weight]` if gated."""
     _check(x, weights, biases, residual)
+    if lora is not None:
+        check_adapters(x, weights, lora)
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
     dtype = x.dtype if residual is None else residual.dtype
@@ -150,8 +182,10 @@ def _product(
         return y
     arch = arch_of(x.device)
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, weights[0].dtype is not x.dtype)
+    block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
+    shrinkers, adapted = (0, {}) if lora is None else operands(x, lora, block_t, lora_sums, lora_tile)
     if tokens > 1:
-        skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile)
+        skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile, shrinkers, adapted)
         return y
     counts += [0] * (MOST_WEIGHTS - len(counts))
     used = 1 if gated else len(weights)
@@ -161,10 +195,10 @@ def _product(
     # Not `triton.cdiv`, which costs the host a microsecond a call.
     programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
-        matvec_kernel[(programs,)](
+        matvec_kernel[(shrinkers + programs,)](
             x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated, VECTOR=tile.vector,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
-            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
 
@@ -178,8 +212,11 @@ def matvec(
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     tile: ProductTile | None = None,
+    lora: Sequence[Adapter | None] | None = None,
+    lora_sums: LoraSums | None = None,
+    lora_tile: LoraTile | None = None,
 ) -> tuple[Tensor, ...]:
-    """`x W^T + b` for up to three weights in one launch.
+    """`x W^T + b`, and what an adapter adds, for up to three weights in one launch.
 
     Args:
         x: `[T, K]` bf16, fp16 or fp32, T up to 64, any stride between rows.
@@ -190,6 +227,9 @@ def matvec(
         weights_settled: no launch that may still be running writes a weight, so the first tiles of weights are read before
             the launch ahead has ended. Launches overlap, so the one before the last counts too.
         tile: launch configuration, for measuring; by default that of `configs.product_tile`.
+        lora: an adapter for each weight, or None for those without; None if there are none at all.
+        lora_sums: counters for the launches of one forward; made by the call if needed and not given.
+        lora_tile: as `tile`; by default `lora.lora_tile`'s.
 
     Returns:
         `[T, N_i]` of each weight in the dtype of the residual, or else of x; views of one tensor `[T, N_0 + N_1 + N_2]`.
@@ -197,7 +237,7 @@ def matvec(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    y = _product(x, weights, biases, residual, False, sums, weights_settled, tile)
+    y = _product(x, weights, biases, residual, False, sums, weights_settled, tile, lora, lora_sums, lora_tile)
     return y.split([weight.shape[0] for weight in weights], -1)
 
 
@@ -209,8 +249,11 @@ def gate_up_silu(
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     tile: ProductTile | None = None,
+    lora: Sequence[Adapter | None] | None = None,
+    lora_sums: LoraSums | None = None,
+    lora_tile: LoraTile | None = None,
 ) -> Tensor:
     """`silu(x Wg^T) * (x Wu^T)`, `[T, I]`, in one launch; arguments as of `matvec`, both weights `[I, K]`."""
     if w_gate.shape != w_up.shape:
         raise ValueError(f"w_gate {tuple(w_gate.shape)} and w_up {tuple(w_up.shape)} must be of one shape")
-    return _product(x, (w_gate, w_up), None, None, True, sums, weights_settled, tile)
+    return _product(x, (w_gate, w_up), None, None, True, sums, weights_settled, tile, lora, lora_sums, lora_tile)

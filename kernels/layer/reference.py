@@ -63,3 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     if unit_offset:
         return (wide * (1.0 + weight.to(wide.dtype))).to(x.dtype)
     return weight * wide.to(x.dtype)
+
+
+def low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """LoRA's `y + scale (x A^T) B^T` as PEFT rounds it: x in the dtype of A, the sum in the wider dtype, then that of y."""
+    return (y + functional.linear(functional.linear(x.to(a.dtype), a), b) * scale).to(y.dtype)

@@ -9,6 +9,7 @@ its part of K, and the last one to arrive adds the parts in fixed order, so resu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -18,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens, wait_for_sums
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 
@@ -78,12 +80,30 @@ def skinny_kernel(
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
+    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0, SHRINKING: tl.constexpr = 0,
+    SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
+    EXPAND_PRECISION: tl.constexpr = None,
 ):  # fmt: skip
-    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns."""
+    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
+
+    With adapters the grid has one dimension: the shrinking programs, all tiles of the first part, of the second, ...
+    """
     if OVERLAP:
         gdc_launch_dependents()
+    ADAPTERS: tl.constexpr = 2 if GATED else WEIGHTS
     number = tl.program_id(0)
     part = tl.program_id(1)
+    if lora is not None:
+        if number < SHRINKERS:
+            shrink_tokens(
+                number, x_ptr, tokens, stride_x, lora, K, ADAPTERS, RANKS, SAME, RANK, SHRINK_ROWS, PARTS, SHRINK_PART,
+                SHRINK_K, BLOCK_T, SHRINK_PRECISION, SETTLED, OVERLAP,
+            )  # fmt: skip
+            return
+        tiles = (tl.num_programs(0) - SHRINKERS) // SPLIT
+        part = (number - SHRINKERS) // tiles
+        number = (number - SHRINKERS) % tiles
     which, rows, column, tile = find_tile(number, n0, n1, n2, BLOCK_N, WEIGHTS)
     w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
     b_ptr = b0_ptr
@@ -104,6 +124,12 @@ def skinny_kernel(
     w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
+    if lora is not None:
+        # One of the parts of a split product adds what the adapter does; only that one reads B.
+        adapted_rows = tl.where(part == 0, rows, 0)
+        b = b_of_tokens(which, n, adapted_rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
+        if GATED:
+            b_u = b_of_tokens(1, n, adapted_rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -122,6 +148,16 @@ def skinny_kernel(
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
+    if lora is not None:
+        if part == 0:
+            wait_for_sums(lora.counters_ptr, number, SHRINKING)
+            acc = expand_tokens(
+                acc, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+            )  # fmt: skip
+            if GATED:
+                acc_u = expand_tokens(
+                    acc_u, 1, b_u, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                )  # fmt: skip
     if SPLIT == 1:
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
@@ -157,6 +193,8 @@ def skinny_product(
     sums: SplitSums | None,
     weights_settled: bool,
     tile: ProductTile,
+    shrinkers: int,
+    adapted: dict[str, Any],
 ) -> None:
     """Fill y with the products side by side; arguments are as `matvec` has checked them.
 
@@ -170,6 +208,7 @@ def skinny_product(
         sums: room for partial sums if the tile splits K; made if None.
         weights_settled: see `matvec`.
         tile: launch configuration.
+        shrinkers: programs that `adapted`, the keywords of `lora.operands`, asks for; 0 without adapters.
     """
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
@@ -191,11 +230,11 @@ def skinny_product(
         arrived = room.arrived
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
-        skinny_kernel[(tiles, split)](
+        skinny_kernel[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=dot_precision(x.dtype),
             SETTLED=weights_settled, OVERLAP=overlap,
-            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -53,6 +53,7 @@ def walk(
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products)
     out, _ = products.norm(decoder.norm, x, delta)
+    vars(decoder)[STATE].runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,21 @@ from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
+from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.modules.plain_modules import is_silu, linear_parameters, norm_eps, norm_weight
+from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
+from hf_fastattn.patches.modules.plain_modules import is_silu, norm_eps, norm_weight
+
+
+class Held(NamedTuple):
+    """What products with several linear layers take: all biases or none, adapters or None where no layer has one."""
+
+    weights: list[Tensor]
+    biases: list[Tensor] | None
+    adapters: list[Adapter | None] | None
 
 
 class Products:
@@ -41,6 +51,9 @@ class Products:
         leading: shape that called modules see, without its last dimension; T elements.
         device: of the tokens.
         copies: of weights that autocast would cast, if there are any.
+
+    Attributes:
+        adapters_fused: LoRA layers that our products took in so far.
     """
 
     def __init__(
@@ -52,7 +65,9 @@ class Products:
         self._region, self._copies = region_dtype(device), copies
         self.arch = arch_of(device)
         self._sums: SplitSums | None = None
+        self._lora_sums = LoraSums(device)
         self._device = device
+        self.adapters_fused = 0
 
     @property
     def _launch(self) -> dict[str, Any]:
@@ -91,8 +106,8 @@ class Products:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn), self._dtype_of(x)
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
-        if held is not None and silu and held[1] is None and normed.dtype is dtype:
-            return gate_up_silu(normed, *held[0], **self._launch), x
+        if held is not None and silu and held.biases is None and normed.dtype is dtype:
+            return gate_up_silu(normed, *held.weights, **self._options(held)), x
         left, right = self._multiply((gate, up), held, normed)
         if silu and left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape:
             return silu_and_mul(left, right), x
@@ -104,61 +119,70 @@ class Products:
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
         if held is None:
             return x, self._apply(linear, states)
-        return matvec(states, *held, residual=x, **self._launch)[0], None
+        return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
         """The product of `x: [T, K]` with the weight of a layer, `[T, N]`."""
         held = self._parameters((linear,), x)
-        if held is None:
+        if held is None or held.adapters is not None:
             return self._apply(linear, x)
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
-        return matvec(x.to(self._dtype_of(x)), *held, weights_settled=True)[0]
+        return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
 
     def _dtype_of(self, x: Tensor) -> torch.dtype:
         """The dtype of a product of x."""
         return x.dtype if self._region is None else self._region
 
-    def _parameters(self, linears: tuple[Any, ...], x: Tensor) -> tuple[list[Tensor], list[Tensor] | None] | None:
-        """Weights and biases if the linear layers are plain, all with a bias or all without, and our product pays."""
+    def _parameters(self, linears: tuple[Any, ...], x: Tensor) -> Held | None:
+        """What linear layers hold, if all are plain or LoRA, all with a bias or all without, and our product pays."""
         if self.tokens > MOST_TOKENS:
             return None
-        weights, biases, rows = [], [], 0
+        weights, biases, adapters = [], [], []
         dtype = self._dtype_of(x)
         for linear in linears:
-            held = self._held(linear, x.device, dtype)
+            held = self._adapted(linear, x.device, dtype)
             if held is None:
                 return None
-            weight, bias = held
+            weight, bias, adapter = held
             weights.append(weight)
-            rows += weight.shape[0]
+            adapters.append(adapter)
             if bias is not None:
                 biases.append(bias)
-        if (biases and len(biases) < len(weights)) or any(weight.dtype is not weights[0].dtype for weight in weights):
+        # One launch multiplies weights of one dtype, and shrinks with A of one dtype.
+        dtypes = {adapter.a.dtype for adapter in adapters if adapter is not None}
+        mixed = len(dtypes) > 1 or any(weight.dtype is not weights[0].dtype for weight in weights)
+        if mixed or (biases and len(biases) < len(weights)):
             return None
+        rows, adapted = sum(weight.shape[0] for weight in weights), bool(dtypes)
         # Of weights that autocast has to cast first, cuBLAS reads or writes every byte twice more.
         pays = weights[0].dtype is not dtype or beats_cublas(
-            self.arch, dtype.itemsize, self.tokens, x.shape[1], rows, len(weights)
+            self.arch, dtype.itemsize, self.tokens, x.shape[1], rows, len(weights), adapted
         )
-        return (weights, biases or None) if pays else None
+        return Held(weights, biases or None, adapters if adapted else None) if pays else None
 
-    def _held(self, linear: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """Weight, or its copy, and bias of a plain linear layer whose products are in `dtype`."""
-        held = linear_parameters(linear, device, (dtype,) if self._region is None else (dtype, torch.float32))
+    def _adapted(self, linear: Any, device: torch.device, dtype: torch.dtype) -> Adapted | None:
+        """Weight, or its copy, bias and adapter of a linear layer whose products are in `dtype`."""
+        held = adapted_parameters(linear, device, (dtype,) if self._region is None else (dtype, torch.float32))
         copy = None if held is None or self._copies is None else self._copies.get(held[0])
-        return held if held is None or copy is None else (copy, held[1])
+        return held if held is None or copy is None else (copy, *held[1:])
 
     def _apply(self, linear: Any, x: Tensor) -> Tensor:
         """The layer's product, `[T, N]`: with the copy of its weight if there is one, else by calling it."""
         dtype = self._dtype_of(x)
-        held = None if self._copies is None else self._held(linear, x.device, dtype)
-        if held is None or held[0].dtype is not dtype:
+        held = None if self._copies is None else self._adapted(linear, x.device, dtype)
+        if held is None or held[0].dtype is not dtype or held[2] is not None:
             return self.call(linear, x)
         return functional.linear(x.to(dtype), held[0], None if held[1] is None else held[1].to(dtype))
 
-    def _multiply(
-        self, linears: tuple[Any, ...], held: tuple[list[Tensor], list[Tensor] | None] | None, x: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
         if held is None or x.dtype is not self._dtype_of(x):
             return tuple(self._apply(linear, x) for linear in linears)
-        return matvec(x, *held, **self._launch)
+        return matvec(x, held.weights, held.biases, **self._options(held))
+
+    def _options(self, held: Held) -> dict[str, Any]:
+        """Keywords of a product of ours."""
+        if held.adapters is None:
+            return self._launch
+        self.adapters_fused += sum(adapter is not None for adapter in held.adapters)
+        return {**self._launch, "lora": held.adapters, "lora_sums": self._lora_sums}

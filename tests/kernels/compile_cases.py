@@ -18,6 +18,7 @@ from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.lora import Adapter
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
 from hf_fastattn.kernels.sampling.advance import advance
@@ -152,6 +153,21 @@ def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, weight_
     return gate_up_silu(x, weight, weight, weights_settled=True)
 
 
+def adapted(
+    tokens: int, k: int, counts: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype = BF16,
+    held: torch.dtype = FP32, *, gated: bool = False, tile: ProductTile | None = None,
+) -> object:  # fmt: skip
+    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
+    lora = [
+        Adapter(torch.zeros(rank, k, dtype=held), torch.zeros(count, rank, dtype=held), 2.0) if rank else None
+        for count, rank in zip(counts, ranks, strict=True)
+    ]
+    if gated:
+        return gate_up_silu(x, weights[0], weights[1], weights_settled=True, lora=lora)
+    residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
+    return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora)
+
+
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
     x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     if greedy:
@@ -212,6 +228,8 @@ GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)
+# The same in Llama-3.2-1B, and its gate and up.
+SMALL_QKV, MLP = (2048, 512, 512), (8192, 8192)
 SPLIT = ProductTile(64, 128, warps=4, stages=4, split=4)
 
 CASES = {
@@ -320,6 +338,33 @@ CASES = {
         lambda: gated(64, 4096, 14336, weight_dtype=FP32), ("skinny_kernel",), programs=1
     ),
     "add, norm of autocast": Case(lambda: add_norm(4096, tokens=16, stream=FP32), ("rms_norm_kernel",), programs=1),
+    "lora": Case(lambda: adapted(1, 2048, SMALL_QKV, (16, 16, 16)), ("matvec_kernel",), programs=3),
+    "lora, down": Case(lambda: adapted(1, 8192, (2048,), (16,)), ("matvec_kernel",), programs=3),
+    "lora, gate and up": Case(lambda: adapted(1, 2048, MLP, (16, 16), gated=True), ("matvec_kernel",), programs=3),
+    "lora, r = 128": Case(lambda: adapted(1, 2048, SMALL_QKV, (128, 0, 128)), ("matvec_kernel",), programs=2),
+    "lora, 8 tokens": Case(lambda: adapted(8, 2048, SMALL_QKV, (16, 16, 16)), ("skinny_kernel",), programs=2),
+    "lora, 8 tokens, q and v, fp16": Case(
+        lambda: adapted(8, 2048, SMALL_QKV, (16, 0, 8), FP16, FP16), ("skinny_kernel",), programs=2
+    ),
+    "lora, 8 tokens, down": Case(lambda: adapted(8, 8192, (2048,), (16,)), ("skinny_kernel",), programs=1),
+    "lora, 8 tokens, gate and up": Case(lambda: adapted(8, 2048, MLP, (16, 16), gated=True), ("skinny_kernel",), programs=1),
+    "lora, 8 tokens, split": Case(
+        lambda: adapted(8, 14336, (4096,), (64,), BF16, BF16, tile=SPLIT), ("skinny_kernel",), programs=1
+    ),
+    # On sm_80 what lies around the loops spills.
+    "lora, 8 tokens, fp32": Case(
+        lambda: adapted(8, 2048, SMALL_QKV, (16, 16, 16), FP32),
+        ("skinny_kernel",),
+        programs=2,
+        exact=True,
+        targets=("sm_90", "sm_100"),
+    ),
+    "lora, 8 tokens, r = 128": Case(lambda: adapted(8, 2048, SMALL_QKV, (128, 128, 128)), ("skinny_kernel",), programs=1),
+    "lora, 64 tokens": Case(lambda: adapted(64, 2048, SMALL_QKV, (16, 16, 16)), ("skinny_kernel",), programs=1),
+    "lora, 64 tokens, r = 128": Case(lambda: adapted(64, 2048, SMALL_QKV, (128, 128, 128)), ("skinny_kernel",), programs=1),
+    "lora, 64 tokens, gate and up, r = 64": Case(
+        lambda: adapted(64, 2048, MLP, (64, 64), gated=True), ("skinny_kernel",), programs=1
+    ),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),
     "sample, fp32, V = 262144": Case(lambda: chosen(FP32, vocab=262144), SAMPLED, programs=1),

@@ -27,7 +27,7 @@ from tests.kernels.attention import (
     test_work_list,
 )
 from tests.kernels.cases import make_batch
-from tests.kernels.layer import test_activation, test_matvec, test_norm
+from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm
 from tests.kernels.sampling import test_advance, test_greedy, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
 from tests.kernels.sampling import test_penalty as test_sampling_penalty
@@ -85,6 +85,8 @@ def products() -> None:
     for tokens in (1, 2, 17, 64):
         test_matvec.check(tokens, 1000, (1001, 63, 1), bias=True, sums=sums, device="cuda")
         test_matvec.check(tokens, 896, (250, 250), FP16, gated=True, sums=sums, device="cuda")
+        test_lora.check(tokens, 1000, (1001, 63, 1), (16, 0, 100), bias=True, sums=sums, device="cuda")
+        test_lora.check(tokens, 896, (250, 250), (8, 8), gated=True, sums=sums, device="cuda")
         test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")
 
 

@@ -10,9 +10,9 @@ from tests.kernels.test_compile import jit_functions
 from tests.tools.fake_driver import fake_driver
 from tests.tools.targets import TARGETS
 
-# Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, and of the splits.
+# Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, of the splits, and of 9 shapes with LoRA.
 STEP_KERNELS = {"rms_norm_kernel", "silu_and_mul_kernel", "matvec_kernel", "skinny_kernel"}
-MOST_OF_STEP = 90
+MOST_OF_STEP = 130
 # Of token choice: those of three dtypes, vocabularies divisible by 16 or not, and three sizes of the table of maxima.
 SAMPLING_KERNELS = {
     "scan_logits_kernel",
@@ -48,6 +48,7 @@ LAUNCHES = {
     "add and norm, tokens": [lambda n=n: compile_cases.add_norm(896, tokens=n) for n in (1, 3, 16)],
     "activation, tokens": [lambda n=n: compile_cases.activation(n, 4864) for n in (1, 3, 16)],
     "product, rows": [lambda n=n: compile_cases.product(1, 896, (n, 8)) for n in (1, 3, 16)],
+    "lora, tokens": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8)) for n in (2, 3, 16)],
     "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 16)],
     "advance, rows": [lambda n=n: compile_cases.advanced(n) for n in (33, 48, 64)],
     "advance, columns": [lambda n=n: compile_cases.advanced(columns=n) for n in (1024, 2048, 8192)],

@@ -94,10 +94,13 @@ def test_adapters(device: str) -> None:
 
     stock, model = adapted(), patch_with_graphs(adapted())
 
-    def check(captured: int) -> torch.Tensor:
+    def check(captured: int, fused: bool = True) -> torch.Tensor:
         want = run(stock, NEW)
         assert torch.equal(run(model, NEW), want)
-        assert assert_looped(model).graphs_captured == captured
+        call = assert_looped(model)
+        assert call.graphs_captured == captured
+        # On the CPU the reference backend calls the layers.
+        assert bool(call.adapters_fused) == (bool(captured) and fused and device == "cuda")
         return want
 
     first = check(1)
@@ -106,8 +109,18 @@ def test_adapters(device: str) -> None:
         candidate.set_adapter("second")
     second = check(1)
     with stock.disable_adapter(), model.disable_adapter():
-        plain = check(1)
-    assert len({tuple(tokens.flatten().tolist()) for tokens in (first, second, plain)}) == 3
+        plain = check(1, fused=False)
+    check(1)
+    for candidate in (stock, model):
+        for module in candidate.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["second"] *= 0.25
+    scaled = check(1)
+    for candidate in (stock, model):
+        candidate.delete_adapter("second")
+        candidate.set_adapter("first")
+    assert torch.equal(check(1), first)
+    assert len({tuple(tokens.flatten().tolist()) for tokens in (first, second, plain, scaled)}) == 4
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp", "model.layers.2.self_attn.q_proj", "model.norm", "lm_head", ""])

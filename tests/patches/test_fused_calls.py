@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook
 import hf_fastattn
 from hf_fastattn.patches.fused.forward import fused_reason
 from hf_fastattn.transformers_version import CACHE, CHECKPOINTING_NEEDS_GRADIENTS
-from tests.patches.snapshots import lora
 from tests.tools.fused_layers import LAYER_COUNT, SMALL, assert_logits, build, count_launches, expected, steps
 from tests.tools.models import tiny
 
@@ -129,16 +128,6 @@ def test_one_token_beside_called_modules(launched: Counter[str]) -> None:
     outs = steps(model, ids, None, [1], hf_fastattn.PagedCache(model.config))
     assert dict(launched) == {"matvec": 4, "gate_up_silu": 2, "rms_norm": 3, "add_rms_norm": 2}
     assert_logits("hooked", stock, outs[0], ids, None, [1])
-
-
-@pytest.mark.interpreter
-def test_lora(launched: Counter[str]) -> None:
-    stock, model = lora(build("qwen2")), lora(hf_fastattn.patch(build("qwen2")))
-    ids = torch.tensor([[5, 6, 7]])
-    base = model.get_base_model()
-    outs = steps(base, ids, None, [2, 3], hf_fastattn.PagedCache(base.config))
-    assert launched == {"matvec": 4, "gate_up_silu": 4, "rms_norm": 6, "add_rms_norm": 4}
-    assert_logits("lora", stock.get_base_model(), torch.cat(outs, 1), ids, None, [2, 3])
 
 
 @pytest.mark.interpreter

@@ -19,6 +19,7 @@ from tests.tools.models import COMMON, padded_batch, tiny
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Llama-3-8B, but for the depth and the vocabulary.
 WIDE: dict[str, Any] = {
     "hidden_size": 4096,
@@ -64,6 +65,53 @@ def test_replayed_tokens_equal_stock(rows: int, launched: Counter[str]) -> None:
         assert call.graphs_replayed > 0 and not call.uncaptured
         # Prompt, first step, warm-up and capture: replays launch nothing from Python.
         assert launched["gate_up_silu"] < 24 * LAYER_COUNT
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_replayed_tokens_of_lora(rows: int) -> None:
+    peft = pytest.importorskip("peft")
+
+    def lora() -> Any:
+        torch.manual_seed(4)
+        model = tiny("llama", num_hidden_layers=LAYER_COUNT)
+        config = peft.LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval().to("cuda")
+
+    stock, model = lora(), hf_fastattn.patch(lora(), cuda_graphs=True)
+    batch = {key: value[:rows].to("cuda") for key, value in padded_batch().items()}
+    options = {"max_new_tokens": 48, "do_sample": False}
+    want = stock.generate(**batch, **options)
+    for _ in range(2):
+        assert torch.equal(model.generate(**batch, **options), want)
+        call = hf_fastattn.report(model).last_call
+        assert call.graphs_replayed > 0 and not call.uncaptured and not call.fallbacks
+        assert call.adapters_fused % (7 * LAYER_COUNT) == 0 and bool(call.adapters_fused) >= bool(call.graphs_captured)
+        for each in (stock, model):
+            for module in each.modules():
+                if isinstance(getattr(module, "scaling", None), dict):
+                    module.scaling["default"] *= 0.5
+        want = stock.generate(**batch, **options)
+
+
+@pytest.mark.parametrize("held", [torch.float32, BF16])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_logits_of_lora_in_bf16(wide: tuple[Any, Any, Any], rows: int, held: torch.dtype) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=16, target_modules=PROJECTIONS, init_lora_weights=False)
+    stock = peft.get_peft_model(copy.deepcopy(wide[1]), config).eval()
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(held) * 0.2
+    exact, model = copy.deepcopy(stock).float(), copy.deepcopy(stock)
+    hf_fastattn.patch(model, cuda_graphs=False)
+    base = model.get_base_model()
+    ids = torch.randint(0, WIDE["vocab_size"], (rows, 9), device="cuda", generator=torch.Generator("cuda").manual_seed(rows))
+    cache = hf_fastattn.PagedCache(base.config)
+    with torch.no_grad():
+        parts = [base(ids[:, i : i + 1], **{CACHE: cache}, use_cache=True).logits for i in range(9)]
+        _assert_within(torch.cat(parts, 1).double(), stock(ids).logits.double(), exact(ids).logits.double())
+    assert base._fastattn.runtime.counters.adapters_fused == 9 * 7 * 2
 
 
 @pytest.fixture(scope="module")

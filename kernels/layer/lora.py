@@ -1,0 +1,162 @@
+"""LoRA (Hu et al., 2021) in the launch of the product that it changes: `y = x W^T + s (x A^T) B^T`.
+
+The first programs of the launch shrink: each multiplies a part of the columns of x with those of one `A: [r, K]`, stores
+its sums, and is counted. The others multiply with W as ever, wait until all are counted, add up the parts in fixed order,
+and expand with their rows of `B: [N, r]` before they store: so results are bitwise repeatable, and LoRA costs no launch.
+A GPU starts the programs of a launch in the order of their numbers, so whoever is waited for runs already.
+
+Sums are fp32 throughout, rounded once with the product. The plain PyTorch version, rounded as PEFT rounds, is
+`reference.low_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels.launch import DTYPES, power_of_2
+from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE, Operands
+
+MOST_RANK = 128
+# The matrix unit multiplies no fewer.
+LEAST_RANK = 16
+# Launches whose counters are zeroed at once.
+LAUNCHES = 64
+MOST_PARTS = 16
+# Columns that are worth a program of their own.
+PART_COLUMNS = 256
+# Rows of A a program, at most, where the matrix unit multiplies: wgmma, from 64 rows on, would take more registers.
+MOST_ROWS = 32
+# Columns of B that the matrix unit multiplies at once, at most: registers hold them beside the sums.
+MOST_COLUMNS = 32
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`scale (x A^T) B^T`, to add to the product with a weight `[N, K]`.
+
+    Attributes:
+        a: `[r, K]`, fp32, fp16 or bf16, contiguous, r up to 128.
+        b: `[N, r]`, likewise.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraTile:
+    """Launch configuration of the shrinking programs.
+
+    Attributes:
+        block_k: columns a step.
+        parts: programs that share the columns of an A, at most.
+    """
+
+    block_k: int
+    parts: int
+
+
+class LoraSums:
+    """Counters of launches with adapters, each launch's own: no launch has to reset them for the next.
+
+    A forward makes one of these, and a captured graph records its making: counters are zeroed by every replay.
+
+    Args:
+        device: where the kernels run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: list[Tensor] = []
+
+    def counters(self) -> Tensor:
+        """The zeroed counters of the next launch."""
+        if not self._free:
+            size = COPIES.value * LINE.value
+            self._free = list(torch.zeros(LAUNCHES, size, dtype=torch.int32, device=self.device).unbind())
+        return self._free.pop()
+
+
+def check_adapters(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None]) -> None:
+    """Raise a `ValueError` unless there is an adapter, or None, for each weight, and at least one that fits."""
+    held = [adapter for adapter in adapters if adapter is not None]
+    if len(adapters) != len(weights) or not held:
+        raise ValueError(f"{len(adapters)} adapters, {len(held)} of them not None, for {len(weights)} weights")
+    dtype = held[0].a.dtype
+    for weight, adapter in zip(weights, adapters, strict=True):
+        if adapter is None:
+            continue
+        (rank, k), n = adapter.a.shape, weight.shape[0]
+        if k != x.shape[1] or adapter.b.shape != (n, rank) or not 0 < rank <= MOST_RANK:
+            raise ValueError(
+                f"A {tuple(adapter.a.shape)} and B {tuple(adapter.b.shape)} must be [r, {x.shape[1]}] and [{n}, r] "
+                f"with r from 1 to {MOST_RANK}"
+            )
+        if dtype not in DTYPES or not adapter.a.dtype == adapter.b.dtype == dtype:
+            raise ValueError(f"A and B are {adapter.a.dtype} and {adapter.b.dtype}; all must be one among {DTYPES}")
+        if not adapter.a.is_contiguous() or not adapter.b.is_contiguous():
+            raise ValueError("A and B must be contiguous")
+
+
+def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
+    """The tile for `block_t` tokens, padded, and A of `rank` rows, padded."""
+    # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
+    block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32
+    return LoraTile(block_k, max(min(k // PART_COLUMNS, MOST_PARTS), 1))
+
+
+def operands(
+    x: Tensor, adapters: Sequence[Adapter | None], block_t: int, sums: LoraSums | None, tile: LoraTile | None
+) -> tuple[int, dict[str, Any]]:
+    """The shrinking programs of a launch, and its keywords for LoRA.
+
+    Args:
+        x: `[T, K]`.
+        adapters: as `check_adapters` has checked them.
+        block_t: T, padded.
+        sums: counters; made if None.
+        tile: for measuring; by default `lora_tile`'s.
+    """
+    ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
+    rank = power_of_2(max(*ranks, LEAST_RANK))
+    constants = _constants(x.shape[1], ranks, rank, block_t, tile or lora_tile(block_t, x.shape[1], rank))
+    spare = next(adapter for adapter in adapters if adapter is not None)
+    if block_t > 1:
+        wide = spare.a.dtype == torch.float32
+        exact = "ieee" if x.dtype == torch.float32 else "tf32x3"
+        constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
+    held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
+    room = torch.empty(len(ranks) * constants["PARTS"] * block_t * rank, dtype=torch.float32, device=x.device)
+    tensors = (*(one.a for one in held), *(one.b for one in held))
+    scales = (float(one.scale) for one in held)
+    lora = Operands._make((*tensors, *scales, room, (sums or LoraSums(x.device)).counters()))
+    return constants["SHRINKERS"], {"lora": lora, **constants}
+
+
+def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile) -> dict[str, Any]:
+    """What is known when the launch is compiled, for A of `ranks` rows, padded to `rank`, and k columns."""
+    steps = -(-k // tile.block_k)
+    # Steps a part, and then parts: rounded so that no part is empty.
+    part = -(-steps // min(tile.parts, steps))
+    parts = -(-steps // part)
+    row_blocks = 1 if block_t == 1 else -(-rank // MOST_ROWS)
+    constants = {
+        "RANKS": (*ranks, *[0] * (3 - len(ranks))),
+        "SAME": len(set(ranks)) == 1,
+        "RANK": rank,
+        "PARTS": parts,
+        "SHRINK_PART": part * tile.block_k,
+        "SHRINK_K": tile.block_k,
+        "SHRINKING": parts * row_blocks * sum(one > 0 for one in ranks),
+        "SHRINKERS": parts * row_blocks * len(ranks),
+    }
+    if block_t == 1:
+        return constants | {"ROOM": power_of_2(parts)}
+    columns = min(rank, MOST_COLUMNS if block_t <= 32 else MOST_COLUMNS // 2)
+    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns}

@@ -1,0 +1,218 @@
+"""LoRA inside the launch of a product, against PEFT's steps in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels.layer import matvec, reference
+from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, lora_tile
+from hf_fastattn.kernels.layer.split_sums import SplitSums
+from tests.kernels.cases import assert_close
+from tests.kernels.layer.test_norm import rows
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Of x and weights, and of A and B; the first is what PEFT makes of a 16-bit model.
+DTYPES = [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32), (FP32, BF16)]
+
+
+def check(
+    tokens: int,
+    k: int,
+    counts: Sequence[int],
+    ranks: Sequence[int],
+    dtype: torch.dtype = BF16,
+    adapter_dtype: torch.dtype = FP32,
+    *,
+    bias: bool = False,
+    residual: bool = False,
+    gated: bool = False,
+    strided: bool = False,
+    repeats: int = 1,
+    device: str = "cpu",
+    **options: Any,
+) -> None:
+    """One launch against PyTorch; more repeats must give the same bits.
+
+    Args:
+        counts: rows of each weight.
+        ranks: of each adapter, 0 for none.
+        options: keywords of the operation.
+    """
+    x = rows(tokens, k, dtype, device, 1, strided)
+    weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
+    biases = [rows(1, count, dtype, device, 12 + i)[0] for i, count in enumerate(counts)] if bias else None
+    added = rows(tokens, counts[0], dtype, device, 22, strided) if residual else None
+    adapters = [
+        Adapter(
+            rows(rank, k, adapter_dtype, device, 32 + i) * k**-0.5, rows(count, rank, adapter_dtype, device, 42 + i), 0.5 + i
+        )
+        if rank
+        else None
+        for i, (rank, count) in enumerate(zip(ranks, counts, strict=True))
+    ]
+
+    def ours() -> Sequence[Tensor]:
+        if gated:
+            return (matvec.gate_up_silu(x, *weights, lora=adapters, **options),)
+        return matvec.matvec(x, weights, biases, residual=added, lora=adapters, **options)
+
+    def theirs(wide: torch.dtype | None) -> Sequence[Tensor]:
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor if wide is None else tensor.to(wide)
+
+        outs = reference.matvec(cast(x), [cast(w) for w in weights], biases and [cast(b) for b in biases])
+        outs = tuple(
+            out if one is None else reference.low_rank(cast(x), out, cast(one.a), cast(one.b), one.scale)
+            for out, one in zip(outs, adapters, strict=True)
+        )
+        if gated:
+            return (reference.silu_and_mul(*outs),)
+        return outs if added is None else [out + cast(added) for out in outs]
+
+    got = ours()
+    again = [ours() for _ in range(repeats - 1)]
+    for i, (out, plain, want) in enumerate(zip(got, theirs(None), theirs(torch.float64), strict=True)):
+        assert out.dtype == dtype
+        assert_close(f"product {i}", out, plain, want)
+        assert all(torch.equal(out, other[i]) for other in again)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 64])
+def test_dtypes(dtype, adapter_dtype, tokens):
+    check(tokens, 264, (24, 9, 8), (16, 4, 40), dtype, adapter_dtype, bias=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("counts", "ranks"), [((33,), (8,)), ((24, 8, 8), (4, 0, 4)), ((5, 63), (0, 3))])
+def test_shapes(tokens, counts, ranks):
+    check(tokens, 96, counts, ranks, residual=len(counts) == 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[:2])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("ranks", [(16, 16), (4, 9), (0, 8)])
+def test_gate_up_silu(dtype, adapter_dtype, tokens, ranks):
+    check(tokens, 136, (33, 33), ranks, dtype, adapter_dtype, gated=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("rank", [1, 100])
+def test_ranks(tokens, rank):
+    check(tokens, 512, (40, 9), (rank, 8))
+    check(tokens, 520, (40,), (rank,), strided=True, residual=True, weights_settled=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("k", "split"), [(512, 2), (500, 3)])
+def test_beside_split_products(gated, k, split):
+    sums, counters = SplitSums(torch.device("cpu")), LoraSums(torch.device("cpu"))
+    counts = (70, 70) if gated else (70, 9, 40)
+    options = {"sums": sums, "lora_sums": counters, "tile": ProductTile(32, 64, 4, 2, split)}
+    check(5, k, counts, (16,) * len(counts), gated=gated, repeats=2, bias=not gated, **options)
+    assert not sums.arrived.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_parts(tokens, parts):
+    check(tokens, 500, (40, 9), (16, 5), lora_tile=LoraTile(32, parts))
+
+
+@pytest.mark.interpreter
+def test_counters_of_many_launches():
+    """More launches than are zeroed at once; each has counters of its own."""
+    sums = LoraSums(torch.device("cpu"))
+    seen = [sums.counters() for _ in range(130)]
+    assert len({tensor.data_ptr() for tensor in seen}) == 130 and not any(tensor.any() for tensor in seen)
+
+
+@pytest.mark.interpreter
+def test_what_does_not_fit_is_refused():
+    x, w = torch.zeros(2, 32), torch.zeros(8, 32)
+    a, b = torch.zeros(4, 32), torch.zeros(8, 4)
+    for wrong, message in (
+        ([], "adapters"),
+        ([None], "not None"),
+        ([Adapter(a[:, :16], b, 1.0)], "must be"),
+        ([Adapter(a, b.T, 1.0)], "must be"),
+        ([Adapter(torch.zeros(200, 32), torch.zeros(8, 200), 1.0)], "to 128"),
+        ([Adapter(a, b.half(), 1.0)], "float16"),
+        ([Adapter(a, torch.zeros(4, 8).T, 1.0)], "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matvec.matvec(x, [w], lora=wrong)
+
+
+def test_every_part_is_worth_a_program():
+    for block_t in (1, 16, 64):
+        for k in (8, 896, 2048, 14336):
+            for rank in (16, 32, 64, 128):
+                tile = lora_tile(block_t, k, rank)
+                assert not tile.block_k & (tile.block_k - 1) and tile.block_k >= 16 and 1 <= tile.parts <= 16
+
+
+# Shapes of Llama-3.2-1B and Qwen2.5-0.5B; then odd ones.
+SWEEP: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "qkv": (2048, (2048, 512, 512), (16, 16, 16), {"weights_settled": True}),
+    "q and v": (896, (896, 128, 128), (8, 0, 8), {"bias": True}),
+    "down": (8192, (2048,), (16,), {"residual": True, "weights_settled": True}),
+    "gate, up": (2048, (8192, 8192), (16, 16), {"gated": True, "weights_settled": True}),
+    "ragged": (1000, (1001, 63, 1), (4, 100, 17), {"bias": True}),
+    "rank 128": (896, (4864, 4864), (128, 128), {"gated": True}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "dtype", "adapter_dtype"),
+    [*((name, BF16, FP32) for name in SWEEP), ("qkv", BF16, BF16), ("q and v", FP16, FP32), ("down", FP32, FP32)],
+)
+def test_sweep(name, dtype, adapter_dtype):
+    k, counts, ranks, options = SWEEP[name]
+    sums, counters = SplitSums(torch.device("cuda")), LoraSums(torch.device("cuda"))
+    for tokens in (1, 2, 16, 64):
+        check(
+            tokens, k, counts, ranks, dtype, adapter_dtype,
+            sums=sums, lora_sums=counters, repeats=5, device="cuda", **options,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_replayed_with_overlap(tokens):
+    """A chain of launches in a captured graph: counters are zero in every replay, weights those of the moment."""
+    k, rank = 2048, 16
+    x, w = rows(tokens, k, BF16, "cuda", 1), rows(k, k, BF16, "cuda", 2) * k**-0.5
+    adapter = Adapter(rows(rank, k, FP32, "cuda", 3) * k**-0.5, rows(k, rank, FP32, "cuda", 4) * rank**-0.5, 1.0)
+
+    def chain(x: Tensor) -> Tensor:
+        counters, sums = LoraSums(x.device), SplitSums(x.device)
+        for _ in range(100):
+            (x,) = matvec.matvec(x, [w], weights_settled=True, lora=[adapter], lora_sums=counters, sums=sums)
+            x = x * 0.5
+        return x
+
+    want = chain(x).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(x)
+    for _ in range(10):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
+    adapter.a.neg_()
+    graph.replay()
+    assert torch.equal(got, chain(x)) and not torch.equal(got, want)
