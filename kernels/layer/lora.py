@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import DTYPES, power_of_2
-from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE, Operands
+from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE, SUMS, Operands
 
 MOST_RANK = 128
 # The matrix unit multiplies no fewer.
 LEAST_RANK = 16
 # Launches whose counters are zeroed at once.
 LAUNCHES = 64
-MOST_PARTS = 16
-# Columns that are worth a program of their own.
-PART_COLUMNS = 256
+# Columns that are worth a program of their own, and the most such programs of an A. The products of several tokens nearly
+# fill a Hopper GPU: eight programs more fit into the same wave as the 256 of gate and up or of down, 16 would not.
+PART_COLUMNS, MOST_PARTS = 256, 16
+PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS = 512, 8
 # Rows of A a program, at most, where the matrix unit multiplies: wgmma, from 64 rows on, would take more registers.
 MOST_ROWS = 32
 # Columns of B that the matrix unit multiplies at once, at most: registers hold them beside the sums.
@@ -108,7 +109,8 @@ def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
     """The tile for `block_t` tokens, padded, and A of `rank` rows, padded."""
     # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
     block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32
-    return LoraTile(block_k, max(min(k // PART_COLUMNS, MOST_PARTS), 1))
+    columns, most = (PART_COLUMNS, MOST_PARTS) if block_t == 1 else (PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS)
+    return LoraTile(block_k, max(min(k // columns, most), 1))
 
 
 def operands(
@@ -132,7 +134,8 @@ def operands(
         exact = "ieee" if x.dtype == torch.float32 else "tf32x3"
         constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
     held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
-    room = torch.empty(len(ranks) * constants["PARTS"] * block_t * rank, dtype=torch.float32, device=x.device)
+    copies = SUMS.value if block_t == 1 else 1
+    room = torch.empty(copies * len(ranks) * constants["PARTS"] * block_t * rank, dtype=torch.float32, device=x.device)
     tensors = (*(one.a for one in held), *(one.b for one in held))
     scales = (float(one.scale) for one in held)
     lora = Operands._make((*tensors, *scales, room, (sums or LoraSums(x.device)).counters()))

@@ -111,9 +111,9 @@ def matvec_kernel(
     if lora is not None:
         # While the first tiles of weights are on their way.
         wait_for_sums(lora.counters_ptr, number, SHRINKING)
-        delta = expand_token(which, b, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)  # [BLOCK_N]
+        delta = expand_token(which, number, b, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)  # [BLOCK_N]
         if GATED:
-            delta_u = expand_token(1, b_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
+            delta_u = expand_token(1, number, b_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
     acc = _products(w, x, x_ptr.dtype.element_ty, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     if GATED:
         acc_u = _products(u, x, x_ptr.dtype.element_ty, VECTOR)
