@@ -66,7 +66,7 @@ class ForwardCache(DenseCache):
             if self._created_rows:
                 for table in self.tables.values():
                     table.add_rows(batch_size)
-            self._reserve_pages(targets)
+            self._reserve_pages(targets, self._columns + query_length)
             self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
             return self._batch
         except CacheFullError as full:
@@ -76,18 +76,26 @@ class ForwardCache(DenseCache):
             self.rollback()
             raise
 
-    def _reserve_pages(self, targets: list[int]) -> None:
+    def _reserve_pages(self, targets: list[int], columns: int) -> None:
+        ahead = self.ahead_of(columns)
         for window, table in self.tables.items():
-            group, room = self.groups.group(window), max([self.room, *targets])
-            table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
+            group = self.groups.group(window)
+            if self._created_rows:
+                group.ensure(table.pages_to(self.lengths, targets, ahead))
+            table.reserve(self.lengths, targets, ahead, self.counters, group.copy_pages)
 
     @in_turn
-    def reserve_ahead(self) -> None:
-        """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
+    def reserve_ahead(self, forks: bool = False) -> None:
+        """Make the pages that rows are expected to reach, once, and tensors behind them, so that none move for long.
+
+        Args:
+            forks: rows may go on as forks of others at any time, which copy the page that they write to.
+        """
         for window, table in self.tables.items():
             group = self.groups.group(window)
             if not self._reserved_ahead:
-                group.pool.ensure(table.pages_to_come(self.lengths, self.room))
+                copies = len(self.lengths) if forks and self.counters.pages_shared else 0
+                group.pool.ensure(table.pages_to(self.lengths, self.lengths, self.ahead_of(self._columns)) + copies)
             if group.storage.capacity < group.pool.capacity:
                 group.grow_storage()
         self._reserved_ahead = True
@@ -135,6 +143,16 @@ class ForwardCache(DenseCache):
             group = self.groups.group(window)
             group.pool.shrink(group.storage.capacity)
 
+    def save_memory(self) -> bool:
+        """Memory ran out: make no page before it is needed from now on; whether that leaves more of it than before."""
+        ahead = 0 if self._is_frugal else self.ahead_of(self._columns)
+        self._is_frugal = True
+        idle = [group for group in self.groups if not group.pool.in_use and group.storage.nbytes]
+        for group in idle:
+            group.pool.shrink(0)
+            group.storage.clear()
+        return bool(ahead or idle)
+
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
@@ -151,7 +169,7 @@ class ForwardCache(DenseCache):
         """
         targets = [length + tokens if length else 0 for length in self.lengths]
         try:
-            self._reserve_pages(targets)
+            self._reserve_pages(targets, self._columns + tokens)
         except CacheFullError as full:
             raise CacheFullError(self.groups.describe_full(targets)) from full
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
+from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_prompt, why_stock_cache
@@ -35,7 +36,9 @@ class FastGenerationMixin(PlainCopies):
         if runtime.current is None:
             return done
         cache = model_kwargs.get(CACHE)
+        most = runtime.current.most_columns = max_cache_length + 1
         if isinstance(supplied, PagedCache):
+            supplied.first = columns_at_once(model_kwargs, most)
             if supplied.may_adopt:
                 supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
             runtime.current.why_dense = why_not_prompt(model_kwargs)
@@ -47,7 +50,7 @@ class FastGenerationMixin(PlainCopies):
             if reason:
                 runtime.count_fallback(reason)
             return done
-        paged = runtime.new_cache(self, max_cache_length + 1, supplied)
+        paged = runtime.new_cache(self, most, columns_at_once(model_kwargs, most), supplied)
         if generation_config.is_assistant and supplied is None:
             paged.activate_past_recording()
         model_kwargs[CACHE] = paged
@@ -143,7 +146,12 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if not synced_gpus and self._fastattn.runtime.current is not None:
+        cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
+        call = runtime.current
+        ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
+        if isinstance(cache, PagedCache) and call is not None and not ends:
+            cache.first = max(cache.first, call.most_columns)
+        if not synced_gpus and call is not None:
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result

@@ -127,7 +127,7 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
     try:
         if cut is not None and why_watched(self) is None:
             return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
-        return _cached_forward(self, dict(arguments), cache, kwargs)
+        return _cached_forward(self, arguments, cache, kwargs)
     except NarrowerKeysError as narrower:
         # The model was cast since; Transformers' layers take on the wider dtype.
         cache.hold_dense()
@@ -139,8 +139,20 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
 @torch.compiler.disable
 def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
     if cache.groups.turn.is_mine():
-        return _forward_in_turn(self, arguments, cache, kwargs)
-    return (cache.take_turn(), _forward_in_turn(self, arguments, cache, kwargs))[1]
+        return _forward_within_memory(self, arguments, cache, kwargs)
+    return (cache.take_turn(), _forward_within_memory(self, arguments, cache, kwargs))[1]
+
+
+def _forward_within_memory(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    """The forward; again, without a page ahead of need, where memory runs out and pages took more than they had to."""
+    try:
+        return _forward_in_turn(self, dict(arguments), cache, kwargs)
+    except torch.OutOfMemoryError:
+        if not cache.save_memory():
+            raise
+    # Not while the error is handled, whose frames hold tensors.
+    return _forward_in_turn(self, arguments, cache, kwargs)
+
 
 
 def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
