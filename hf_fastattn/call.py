@@ -24,8 +24,6 @@ class Call:
     prefilled: Any = None
     # For how many of its last columns the forward under way computes logits; generate() reads them, padding or not.
     logits_read: int = 1
-    # Columns that its rows have in the end, if none ends before.
-    most_columns: int = 0
     # Why all its forwards attend as Transformers does, although their cache has pages.
     why_dense: str | None = None
     encoded_from: dict[str, Any] = field(default_factory=dict)

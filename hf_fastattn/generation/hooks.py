@@ -36,9 +36,11 @@ class FastGenerationMixin(PlainCopies):
         if runtime.current is None:
             return done
         cache = model_kwargs.get(CACHE)
-        most = runtime.current.most_columns = max_cache_length + 1
+        first = columns_at_once(generation_config, model_kwargs, max_cache_length + 1)
+        # An assistant's cache serves many calls of a few tokens.
+        room = 0 if generation_config.is_assistant else max_cache_length + 1
         if isinstance(supplied, PagedCache):
-            supplied.first = columns_at_once(model_kwargs, most)
+            supplied.room, supplied.first = room, first
             if supplied.may_adopt:
                 supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
             runtime.current.why_dense = why_not_prompt(model_kwargs)
@@ -50,7 +52,7 @@ class FastGenerationMixin(PlainCopies):
             if reason:
                 runtime.count_fallback(reason)
             return done
-        paged = runtime.new_cache(self, most, columns_at_once(model_kwargs, most), supplied)
+        paged = runtime.new_cache(self, room, first, supplied)
         if generation_config.is_assistant and supplied is None:
             paged.activate_past_recording()
         model_kwargs[CACHE] = paged
@@ -147,11 +149,10 @@ class FastGenerationMixin(PlainCopies):
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
         cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
-        call = runtime.current
         ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
-        if isinstance(cache, PagedCache) and call is not None and not ends:
-            cache.first = max(cache.first, call.most_columns)
-        if not synced_gpus and call is not None:
+        if isinstance(cache, PagedCache) and runtime.current is not None and not ends:
+            cache.first = max(cache.first, cache.room)
+        if not synced_gpus and runtime.current is not None:
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result

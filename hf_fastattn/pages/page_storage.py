@@ -131,6 +131,11 @@ class PageStorage:
         return next(iter(self._pages.values()))[0] if self._pages else None
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys, or None if no layer has written yet."""
+        return next((keys.dtype for keys, _ in self._pages.values()), None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(pages.nbytes for pair in self._pages.values() for pages in pair)
