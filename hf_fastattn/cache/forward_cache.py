@@ -81,7 +81,8 @@ class ForwardCache(DenseCache):
         for window, table in self.tables.items():
             group = self.groups.group(window)
             if self._created_rows:
-                group.ensure(table.pages_to(self.lengths, targets, ahead))
+                # A row of which a first piece of the prompt has padding only gets its tokens later.
+                group.ensure(table.pages_to(self.lengths, [max(target, 1) for target in targets], ahead))
             table.reserve(self.lengths, targets, ahead, self.counters, group.copy_pages)
 
     @in_turn

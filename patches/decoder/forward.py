@@ -126,7 +126,8 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
     cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
     try:
         if cut is not None and why_watched(self) is None:
-            return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
+            tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+            return run_pieces(cut, tokens.shape[1], cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
         return _cached_forward(self, arguments, cache, kwargs)
     except NarrowerKeysError as narrower:
         # The model was cast since; Transformers' layers take on the wider dtype.
@@ -152,7 +153,6 @@ def _forward_within_memory(self: Any, arguments: dict[str, Any], cache: PagedCac
             raise
     # Not while the error is handled, whose frames hold tensors.
     return _forward_in_turn(self, arguments, cache, kwargs)
-
 
 
 def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:

@@ -15,9 +15,11 @@ from hf_fastattn.loop import decode_loop
 from hf_fastattn.pages import reach
 from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.pages.reach import tokens_ahead
+from hf_fastattn.patches.decoder import chunked_prefill
 from hf_fastattn.transformers_version import CACHE
 from tests.pages.test_page_storage import Live
-from tests.tools.models import VOCAB, assert_fast, padded_batch, pair_with_graphs, real_tokens, single
+from tests.tools.models import VOCAB, assert_fast, padded_batch, pair_with_graphs, real_tokens, single, tiny
+from tests.tools.peak_bytes import PeakBytes
 from tests.tools.reexecuted import reexecuted_loop
 
 SIZE, NEW = 4, 40
@@ -90,9 +92,7 @@ def test_shared_prompts_capture_once(loop: str, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("family", ["llama", "qwen2_window"])
-def test_rows_that_may_end_grow_in_small_steps(
-    family: str, loop: str, live: Live, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_may_end_grow_in_small_steps(family: str, loop: str, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns_at_once, "FIRST", 8)
     for module in (reach, decode_loop):
         monkeypatch.setattr(module, "AHEAD", 8)
@@ -190,3 +190,29 @@ def test_where_memory_is_short_pages_are_made_as_they_are_needed(
     monkeypatch.setattr(PageStorage, "_grown", staticmethod(out_of_memory))
     assert torch.equal(run(model, new, **given), want)
     assert_fast(model)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+
+
+def peak(model: Any, rows: int, columns: int, new: int, **kwargs: Any) -> tuple[int, torch.Tensor]:
+    """Most bytes of tensors that exist at any time of the call, and its tokens."""
+    ids = torch.randint(1, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(1))
+    with PeakBytes() as counted:
+        tokens = run(model, new, input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs)
+    return counted.most, tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs"), [((16, 64, 8), {}), ((1, 300, 6), ENDS), ((4, 64, 24), {"num_beams": 2})], ids=str
+)
+def test_no_larger_than_stock(shape: tuple[int, int, int], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_prefill, "CPU_TOKENS", 250)
+    # So that the first steps of a call are as few as the others here.
+    monkeypatch.setattr(columns_at_once, "FIRST", 8)
+    # The tensors of recorded steps have a size of their own.
+    stock, model = tiny("llama", **WIDE), hf_fastattn.patch(tiny("llama", **WIDE), cuda_graphs=False)
+    (theirs, want), (ours, got) = peak(stock, *shape, **kwargs), peak(model, *shape, **kwargs)
+    assert torch.equal(got, want)
+    assert assert_fast(model).forwards > shape[2]
+    assert ours <= theirs
