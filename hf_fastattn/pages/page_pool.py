@@ -54,7 +54,7 @@ class PagePool:
         """How many owners hold `page`; 0 if it is free."""
         return self._owners[page]
 
-    def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int]:
+    def allocate(self, count: int, after: int | None = None, room: int | None = None) -> list[int]:
         """Take `count` free pages, each with one owner. The pool grows only if there are not as many.
 
         Args:
@@ -74,7 +74,7 @@ class PagePool:
         if count == 0:
             return []
         self.ensure(count)
-        start = self._run(count, after, room)
+        start = self._run(count, after, room or 0)
         return self._take(self._scattered(count) if start is None else list(range(start, start + count)))
 
     def _take(self, pages: list[int]) -> list[int]:

@@ -16,6 +16,8 @@ import torch
 from transformers import DynamicCache
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
+from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.interrupting import assert_books_agree, interrupted
 from tests.tools.models import VOCAB, assert_fast, tiny
@@ -29,7 +31,15 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 2},
     "drafts": {"do_sample": False, "prompt_lookup_num_tokens": 2},
+    # Rows that may end, so that pages are made in mid-call.
+    "growth": {"do_sample": False, "eos_token_id": VOCAB - 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def pages_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_at_once, "FIRST", 2)
+    monkeypatch.setattr(reach, "AHEAD", 1)
 
 
 def generate(model: Any, mode: str, **more: Any) -> torch.Tensor:

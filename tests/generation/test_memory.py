@@ -78,6 +78,13 @@ def test_an_ordinary_call_makes_its_pages_once(loop: str, ends: dict[str, Any], 
     assert call.graphs_captured == 1
 
 
+def test_512_steps_capture_once(live: Live) -> None:
+    _, model = pair_with_graphs("llama", {"page_size": SIZE}, num_hidden_layers=2)
+    run(model, 512, **single(9), eos_token_id=VOCAB - 1, min_new_tokens=512)
+    call = assert_fast(model)
+    assert (call.graphs_captured, call.forwards, live.made) == (1, 512, 4)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("kwargs", [{"num_return_sequences": 4, "do_sample": True, "temperature": 2.0}, {"num_beams": 4}])
 def test_shared_prompts_capture_once(loop: str, kwargs: dict[str, Any]) -> None:
