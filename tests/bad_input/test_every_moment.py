@@ -17,10 +17,12 @@ from transformers import DynamicCache
 
 import hf_fastattn
 from hf_fastattn.generation import columns_at_once
+from hf_fastattn.loop import decode_loop
 from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.interrupting import assert_books_agree, interrupted
 from tests.tools.models import VOCAB, assert_fast, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 # How many moments of a call a test tries; 0 for all.
 MOMENTS = int(os.environ.get("FASTATTN_MOMENTS", "50"))
@@ -62,6 +64,17 @@ def moments(run: Callable[[], Any], event: str) -> Iterator[int]:
 @pytest.mark.parametrize("event", ["opcode", "line"])
 @pytest.mark.parametrize("mode", MODES)
 def test_generate(mode: str, event: str) -> None:
+    assert_right_after_ctrl_c(mode, event)
+
+
+def test_growth_in_the_devices_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_loop, "AHEAD", 2)
+    with reexecuted_loop():
+        assert_right_after_ctrl_c("growth", "opcode")
+
+
+def assert_right_after_ctrl_c(mode: str, event: str) -> None:
+    """Wherever it comes, books agree and the next call gives stock's tokens."""
     stock, model = tiny("qwen2_window", **SMALL), patched()
     expected = generate(stock, mode)
     assert torch.equal(generate(model, mode), expected)
