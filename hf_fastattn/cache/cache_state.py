@@ -101,6 +101,7 @@ class CacheState(Cache):
     _loose: bool
     # What layers read and write instead of the forward under way.
     _using: Batch | None
+    # The rows have got pages ahead since the prompt, or since there are more of them.
     _reserved_ahead: bool
     # Memory was short: no page is made before it is needed.
     _is_frugal: bool

@@ -77,29 +77,25 @@ class ForwardCache(DenseCache):
             raise
 
     def _reserve_pages(self, targets: list[int], columns: int) -> None:
-        ahead = self.ahead_of(columns)
-        for window, table in self.tables.items():
-            group = self.groups.group(window)
-            if self._created_rows:
-                # A row of which a first piece of the prompt has padding only gets its tokens later.
-                group.ensure(table.pages_to(self.lengths, [max(target, 1) for target in targets], ahead))
-            table.reserve(self.lengths, targets, ahead, self.counters, group.copy_pages)
-
-    @in_turn
-    def reserve_ahead(self, forks: bool = False) -> None:
-        """Make the pages that rows are expected to reach, once, and tensors behind them, so that none move for long.
-
-        Args:
-            forks: rows may go on as forks of others at any time, which copy the page that they write to.
-        """
+        ahead, is_prompt = self.ahead_of(columns), not self._columns
+        # A row of which a first piece of the prompt has padding only gets its tokens later.
+        sure = [max(target, 1) for target in targets] if is_prompt else targets
+        # Rows that go on as forks of others copy the page that they write to.
+        copies = len(targets) if self.counters.pages_shared and not is_prompt else 0
         for window, table in self.tables.items():
             group = self.groups.group(window)
             if not self._reserved_ahead:
-                copies = len(self.lengths) if forks and self.counters.pages_shared else 0
-                group.pool.ensure(table.pages_to(self.lengths, self.lengths, self.ahead_of(self._columns)) + copies)
+                group.ensure(table.pages_to(self.lengths, sure, ahead) + copies)
+            table.reserve(self.lengths, targets, ahead, self.counters, group.copy_pages)
+        self._reserved_ahead = not is_prompt
+
+    @in_turn
+    def grow_tensors(self) -> None:
+        """Give every page its place in the tensors, before a graph is captured or replayed over them."""
+        for window in self.tables:
+            group = self.groups.group(window)
             if group.storage.capacity < group.pool.capacity:
                 group.grow_storage()
-        self._reserved_ahead = True
 
     @contextmanager
     def using(self, batch: Batch) -> Iterator[None]:
@@ -202,6 +198,7 @@ class ForwardCache(DenseCache):
         stored = self._stored
         new = {window: table.selected(rows, self.counters) for window, table in self.tables.items()}
         changes: dict[str, Any] = {"lengths": [self.lengths[row] for row in rows], "_snapshots": []}
+        changes["_reserved_ahead"] = self._reserved_ahead and len(rows) <= len(self.lengths)
         changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
         if stored is not None:
             changes["_stored"] = stored[list(rows)]

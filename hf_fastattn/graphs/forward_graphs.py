@@ -145,7 +145,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if is_decode and reason is not None:
             self.count_reason(reason, counters)
         elif is_decode:
-            cache.reserve_ahead(forks=True)
+            cache.grow_tensors()
         elif self._resting or self._failures >= MAX_FAILURES:
             return None
         if reason is not None:

@@ -224,7 +224,7 @@ class DecodeLoop:
                     raise
                 wanted //= 2
         self._reserved = appended + wanted
-        self._cache.reserve_ahead()
+        self._cache.grow_tensors()
         self._write_tables()
 
     def _write_tables(self) -> None:
