@@ -66,7 +66,7 @@ class ForwardCache(DenseCache):
             if self._created_rows:
                 for table in self.tables.values():
                     table.add_rows(batch_size)
-            self._reserve_pages(targets, self._columns + query_length)
+            self._reserve_pages(targets, self.ahead_of(self._columns + query_length))
             self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
             return self._batch
         except CacheFullError as full:
@@ -76,8 +76,8 @@ class ForwardCache(DenseCache):
             self.rollback()
             raise
 
-    def _reserve_pages(self, targets: list[int], columns: int) -> None:
-        ahead, is_prompt = self.ahead_of(columns), not self._columns
+    def _reserve_pages(self, targets: list[int], ahead: int) -> None:
+        is_prompt = not self._columns
         # A row of which a first piece of the prompt has padding only gets its tokens later.
         sure = [max(target, 1) for target in targets] if is_prompt else targets
         # Rows that go on as forks of others copy the page that they write to.
@@ -166,7 +166,8 @@ class ForwardCache(DenseCache):
         """
         targets = [length + tokens if length else 0 for length in self.lengths]
         try:
-            self._reserve_pages(targets, self._columns + tokens)
+            # These tokens are ahead themselves, but for one.
+            self._reserve_pages(targets, max(self.ahead_of(self._columns + 1) - tokens + 1, 0))
         except CacheFullError as full:
             raise CacheFullError(self.groups.describe_full(targets)) from full
 

@@ -105,8 +105,8 @@ def test_rows_that_may_end_grow_in_small_steps(family: str, loop: str, live: Liv
         monkeypatch.setattr(module, "AHEAD", 8)
     batch = single(21)
     groups, call = assert_equal(family, 100, **batch, **LOOPS[loop], **ENDS)
-    # Twelve steps of eight tokens, not as many as pages, and never far ahead.
-    assert 2 < call.graphs_captured <= 13
+    # A step each eight tokens or some fewer, since the host lags, but not as many as pages; and never far ahead.
+    assert 2 < call.graphs_captured <= 15
     assert groups.group(None).pool.capacity <= pages_for([121])
     # One layer's keys and values twice at most.
     pair = max(sum(pages.nbytes for pages in held) for group in groups for held in group.storage._pages.values())
@@ -124,7 +124,7 @@ def test_rows_that_end_soon_hold_little(loop: str, monkeypatch: pytest.MonkeyPat
     ours, want = run(model, 5000, **ends), run(stock, 5000, **ends)
     assert torch.equal(ours, want) and want.shape[1] < 60
     tokens = want.shape[1]
-    assert model._fastattn.runtime.groups.group(None).pool.capacity <= pages_for([tokens + 3 * 8])
+    assert model._fastattn.runtime.groups.group(None).pool.capacity <= pages_for([tokens + 8 + 4])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_window", "mistral_window"])
