@@ -236,18 +236,20 @@ class Runtime:
             self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups
 
-    def new_cache(self, model: Any, room: int, lender: DynamicCache | None = None) -> PagedCache:
+    def new_cache(self, model: Any, room: int, first: int, lender: DynamicCache | None = None) -> PagedCache:
         """A cache for the call under way.
 
         Args:
             model: whose keys it will hold.
-            room: tokens that a row is expected to reach.
+            room: columns that the rows will have at most.
+            first: columns that pages are made for before the prompt is computed.
             lender: a user's cache that it stands in for until the end of the call.
         """
         call = self.current
         assert call is not None
         config = model.config.get_text_config(decoder=True)
         cache = PagedCache(config, groups=self.groups_for(model), counters=self.counters, room=room)
+        cache.first = first
         if lender is not None:
             call.lent.append(LentCache(lender, cache))
             call.lent[-1].lend()
@@ -271,7 +273,7 @@ class Runtime:
         if reason is not None:
             self.count_fallback(reason)
             return cache
-        return self.new_cache(decoder, call.caches[0].room, cache)
+        return self.new_cache(decoder, call.caches[0].room, call.caches[0].first, cache)
 
     def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
         """Count a forward of the base decoder."""

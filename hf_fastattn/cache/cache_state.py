@@ -24,6 +24,7 @@ from hf_fastattn.pages.own_pages import own_pages
 from hf_fastattn.pages.page_group import Holder
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_table import PageTable
+from hf_fastattn.pages.reach import tokens_ahead
 from hf_fastattn.pages.spans import Token
 
 # Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
@@ -58,7 +59,8 @@ class CacheState(Cache):
         known_mask: the mask of the last forward, so that the next one compares only what is new.
         padding: of the forward under way, for models whose layers keep the padded layout.
         counters: where pages are counted.
-        room: tokens that a row is expected to reach.
+        room: columns that the rows are expected to have in the end; see `tokens_ahead`.
+        first: columns that pages are made for at once.
         record_past: nothing is released behind a window until the next `crop()`.
         dense: Transformers' layers, if they and not pages hold the keys and values.
         lent: a user's layers, which get their keys back after a call.
@@ -72,6 +74,7 @@ class CacheState(Cache):
     padding: Padding | None
     counters: CallCounters
     room: int
+    first: int
     record_past: bool
     dense: DenseLayers | None
     lent: DenseLayers | None
@@ -98,7 +101,10 @@ class CacheState(Cache):
     _loose: bool
     # What layers read and write instead of the forward under way.
     _using: Batch | None
+    # The rows have got pages ahead since the prompt, or since there are more of them.
     _reserved_ahead: bool
+    # Memory was short: no page is made before it is needed.
+    _is_frugal: bool
     # Columns that dense layers are known to hold tokens in.
     _known_stored: Tensor | None
     # Where `record_past` began: of the columns before it, only those inside a window are still held.
@@ -135,7 +141,7 @@ class CacheState(Cache):
         return {
             "lengths": [], "_columns": 0, "_stored": None, "known_mask": KnownMask(), "_query_length": 0, "_dense": False,
             "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
-            **self._closed(),
+            "_is_frugal": False, **self._closed(),
         }  # fmt: skip
 
     @staticmethod
@@ -185,6 +191,10 @@ class CacheState(Cache):
             lengths=lengths, _columns=columns, _stored=stored, _past_from=least_held + min(windows, default=1) - 1,
             dense=None, _known_stored=None,
         )  # fmt: skip
+
+    def ahead_of(self, columns: int) -> int:
+        """Tokens beyond `columns` that rows get pages for where pages have to be made."""
+        return 0 if self._is_frugal else tokens_ahead(columns, self.room, self.first, not self._columns)
 
     @property
     def paged_layers(self) -> list[PagedLayer]:

@@ -72,7 +72,7 @@ def write_pages(cache: CacheState, layers: DenseLayers, stored: Tensor | None) -
     held = {window: layers.columns_held(window) for window in cache.tables}
     kept = {window: _tokens_in(counts, stored, columns - held[window]) for window in cache.tables}
     try:
-        _reserve(cache, counts, kept)
+        _reserve(cache, counts, kept, cache.ahead_of(columns))
         slots: dict[tuple[Any, torch.device], Tensor] = {}
         for index, layer in layers.layers.items():
             key = (window_of(layer), layer.keys.device)
@@ -97,7 +97,7 @@ def write_pages(cache: CacheState, layers: DenseLayers, stored: Tensor | None) -
         raise
 
 
-def _reserve(cache: CacheState, counts: list[int], kept: dict[int | None, list[int]]) -> None:
+def _reserve(cache: CacheState, counts: list[int], kept: dict[int | None, list[int]], ahead: int) -> None:
     size = cache.groups.page_size
     for window, table in cache.tables.items():
         behind = [(count - held) // size for count, held in zip(counts, kept[window], strict=True)]
@@ -105,7 +105,7 @@ def _reserve(cache: CacheState, counts: list[int], kept: dict[int | None, list[i
         table.start_behind(behind)
         first = [pages * size for pages in behind]
         group = cache.groups.group(window)
-        table.reserve(first, counts, max([cache.room, *counts]), cache.counters, group.copy_pages)
+        table.reserve(first, counts, ahead, cache.counters, group.copy_pages)
 
 
 def _tokens_in(counts: list[int], stored: Tensor | None, first: int) -> list[int]:

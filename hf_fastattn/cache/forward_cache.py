@@ -66,7 +66,7 @@ class ForwardCache(DenseCache):
             if self._created_rows:
                 for table in self.tables.values():
                     table.add_rows(batch_size)
-            self._reserve_pages(targets)
+            self._reserve_pages(targets, self.ahead_of(self._columns + query_length))
             self._batch = forward_batch(self.groups, self.tables, lengths, counts, targets)
             return self._batch
         except CacheFullError as full:
@@ -76,21 +76,26 @@ class ForwardCache(DenseCache):
             self.rollback()
             raise
 
-    def _reserve_pages(self, targets: list[int]) -> None:
-        for window, table in self.tables.items():
-            group, room = self.groups.group(window), max([self.room, *targets])
-            table.reserve(self.lengths, targets, room, self.counters, group.copy_pages)
-
-    @in_turn
-    def reserve_ahead(self) -> None:
-        """Make room, once, for the tokens that the rows are expected to reach, so that pages need not move meanwhile."""
+    def _reserve_pages(self, targets: list[int], ahead: int) -> None:
+        is_prompt = not self._columns
+        # A row of which a first piece of the prompt has padding only gets its tokens later.
+        sure = [max(target, 1) for target in targets] if is_prompt else targets
+        # Rows that go on as forks of others copy the page that they write to.
+        copies = len(targets) if self.counters.pages_shared and not is_prompt else 0
         for window, table in self.tables.items():
             group = self.groups.group(window)
             if not self._reserved_ahead:
-                group.pool.ensure(table.pages_to_come(self.lengths, self.room))
+                group.ensure(table.pages_to(self.lengths, sure, ahead) + copies)
+            table.reserve(self.lengths, targets, ahead, self.counters, group.copy_pages)
+        self._reserved_ahead = not is_prompt
+
+    @in_turn
+    def grow_tensors(self) -> None:
+        """Give every page its place in the tensors, before a graph is captured or replayed over them."""
+        for window in self.tables:
+            group = self.groups.group(window)
             if group.storage.capacity < group.pool.capacity:
                 group.grow_storage()
-        self._reserved_ahead = True
 
     @contextmanager
     def using(self, batch: Batch) -> Iterator[None]:
@@ -135,6 +140,16 @@ class ForwardCache(DenseCache):
             group = self.groups.group(window)
             group.pool.shrink(group.storage.capacity)
 
+    def save_memory(self) -> bool:
+        """Memory ran out: make no page before it is needed from now on; whether that leaves more of it than before."""
+        ahead = 0 if self._is_frugal else self.ahead_of(self._columns)
+        self._is_frugal = True
+        idle = [group for group in self.groups if not group.pool.in_use and group.storage.nbytes]
+        for group in idle:
+            group.pool.shrink(0)
+            group.storage.clear()
+        return bool(ahead or idle)
+
     @property
     def paged_batch(self) -> Batch | None:
         """The batch of the forward under way, if its layers are to read pages."""
@@ -151,7 +166,8 @@ class ForwardCache(DenseCache):
         """
         targets = [length + tokens if length else 0 for length in self.lengths]
         try:
-            self._reserve_pages(targets)
+            # These tokens are ahead themselves, but for one.
+            self._reserve_pages(targets, max(self.ahead_of(self._columns + 1) - tokens + 1, 0))
         except CacheFullError as full:
             raise CacheFullError(self.groups.describe_full(targets)) from full
 
@@ -183,6 +199,7 @@ class ForwardCache(DenseCache):
         stored = self._stored
         new = {window: table.selected(rows, self.counters) for window, table in self.tables.items()}
         changes: dict[str, Any] = {"lengths": [self.lengths[row] for row in rows], "_snapshots": []}
+        changes["_reserved_ahead"] = self._reserved_ahead and len(rows) <= len(self.lengths)
         changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
         if stored is not None:
             changes["_stored"] = stored[list(rows)]

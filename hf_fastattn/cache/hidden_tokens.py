@@ -45,7 +45,7 @@ def hide_tokens(cache: DenseCache, visible: Tensor) -> None:
     group.pool.unsettled = True
     table.fork_into(rewritten, starts)
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-    rewritten.reserve(starts, lengths, max([cache.room, *lengths]), cache.counters, group.copy_pages)
+    rewritten.reserve(starts, lengths, cache.ahead_of(visible.shape[1]), cache.counters, group.copy_pages)
     targets = _slots(rewritten.rows, starts, lengths, size)
     for layer in cache.paged_layers:
         held = group.storage.pages(layer.index)

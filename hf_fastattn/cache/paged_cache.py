@@ -39,7 +39,7 @@ class PagedCache(ForwardCache):
             options, and the pages, of the patched model that it is first given to.
         groups: pages to use, of a patched model; new ones by default.
         counters: where pages are counted.
-        room: tokens that a row is expected to reach, to choose pages it can grow into.
+        room: columns that the rows are expected to have in the end, so that their pages need not move.
 
     Raises:
         ValueError: no layer of the model can be paged.
@@ -60,7 +60,7 @@ class PagedCache(ForwardCache):
         self._options = fastattn_config
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
         self.counters = counters or CallCounters()
-        self.room = room
+        self.room, self.first = room, 0
         self.record_past = False
         # A user's own layers, which get their K/V back after a call, including tokens that pages leave out (`hidden`).
         self.lent = None

@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
+from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_prompt, why_stock_cache
@@ -38,7 +39,11 @@ class FastGenerationMixin(PlainCopies):
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             runtime.count_not_looped(f"the call asks for {generation_mode.value.replace('_', ' ')}")
         cache = model_kwargs.get(CACHE)
+        first = columns_at_once(generation_config, model_kwargs, max_cache_length + 1)
+        # An assistant's cache serves many calls of a few tokens.
+        room = 0 if generation_config.is_assistant else max_cache_length + 1
         if isinstance(supplied, PagedCache):
+            supplied.room, supplied.first = room, first
             if supplied.may_adopt:
                 supplied.adopt(runtime.groups_for(self), self.config)  # type: ignore[attr-defined]
             runtime.current.why_dense = why_not_prompt(model_kwargs)
@@ -50,7 +55,7 @@ class FastGenerationMixin(PlainCopies):
             if reason:
                 runtime.count_fallback(reason)
             return done
-        paged = runtime.new_cache(self, max_cache_length + 1, supplied)
+        paged = runtime.new_cache(self, room, first, supplied)
         if generation_config.is_assistant and supplied is None:
             paged.activate_past_recording()
         model_kwargs[CACHE] = paged
@@ -146,7 +151,10 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        runtime: Runtime = self._fastattn.runtime
+        cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
+        ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
+        if isinstance(cache, PagedCache) and runtime.current is not None and not ends:
+            cache.first = max(cache.first, cache.room)
         if synced_gpus and runtime.current is not None:
             runtime.count_not_looped("synced_gpus: several processes take their steps together")
         elif runtime.current is not None:

@@ -139,16 +139,16 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
         if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
             return None
-        pages = next(iter(cache.groups)).storage.any_pages()
-        # The model's own dtype would be looked for among all its parameters, at every step.
-        dtype = decoder.dtype if pages is None else pages.dtype
+        # The model's own dtype would be looked for among all its parameters, at every step. No tensor of the pages is held
+        # here: they may be about to grow.
+        dtype = next(iter(cache.groups)).storage.dtype or decoder.dtype
         if self.why_not_backend(cache.groups, tokens.device, dtype) is not None:
             return None
         reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
         if is_decode and reason is not None:
             self.count_reason(reason, counters)
         elif is_decode:
-            cache.reserve_ahead()
+            cache.grow_tensors()
         elif self._resting or self._failures >= MAX_FAILURES:
             return None
         if reason is not None:

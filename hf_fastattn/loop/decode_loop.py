@@ -25,9 +25,8 @@ from hf_fastattn.loop.readback import DEPTH, StepTokens
 from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.loop.token_choice import choose
 from hf_fastattn.pages.page_pool import CacheFullError
+from hf_fastattn.pages.reach import AHEAD
 
-# Tokens a row that pages are reserved for at a time.
-AHEAD = 64
 # Capture a graph for a smaller batch only if at least this many steps can still follow.
 WORTH_CAPTURING = 128
 
@@ -145,7 +144,6 @@ class DecodeLoop:
         packed = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
         self._launched += 1
         self._readback.send(packed, self._numbers)
-        self._release_behind()
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -216,6 +214,8 @@ class DecodeLoop:
 
     def _reserve(self) -> None:
         """Pages for the steps to come, AHEAD of them if the memory limit allows."""
+        # By the lengths on the host, which lag: steps not read back may still be dropped.
+        self._cache.release_behind()
         appended = max(self._launched - 1, 0)
         wanted = min(AHEAD, self._most - 1 - appended)
         while wanted:
@@ -228,7 +228,7 @@ class DecodeLoop:
                     raise
                 wanted //= 2
         self._reserved = appended + wanted
-        self._cache.reserve_ahead()
+        self._cache.grow_tensors()
         self._write_tables()
 
     def _write_tables(self) -> None:
@@ -237,11 +237,6 @@ class DecodeLoop:
     def _write_groups(self) -> None:
         if self._key.sharers:
             self._state.write_groups(self._key, self._prefixes)
-
-    def _release_behind(self) -> None:
-        """Release pages behind a window by the lengths on the host, which lag: steps not read back may still be dropped."""
-        if self._launched % AHEAD == 0:
-            self._cache.release_behind()
 
     def _close(self) -> None:
         """The cache is as it is after the steps that were read, whatever else is under way."""

@@ -6,6 +6,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.pages.page_table import PageTable
@@ -23,8 +25,26 @@ class PageGroup:
         """Copy pages `(source, target)` in every layer of the group."""
         self.storage.copy(moves, self.pool.capacity)
 
+    def ensure(self, free: int) -> None:
+        """Have at least `free` free pages, if the limit allows; where no page is held, none is copied for that."""
+        if free > self.pool.free and not self.pool.in_use:
+            self.storage.clear()
+        self.pool.ensure(free)
+
     def grow_storage(self) -> None:
-        """Give every page of the pool its place in the tensors of all layers."""
+        """Give every page of the pool its place in the tensors of all layers; where memory is short, those that are held.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for those either; what the tensors held they hold.
+        """
+        try:
+            self.storage.grow(self.pool.capacity)
+        except torch.OutOfMemoryError:
+            before = self.pool.capacity
+            self.pool.shrink(self.storage.capacity)
+            if self.pool.capacity == before:
+                raise
+        # Not while the error is handled, whose frames hold tensors.
         self.storage.grow(self.pool.capacity)
 
 

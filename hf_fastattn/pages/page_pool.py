@@ -45,18 +45,22 @@ class PagePool:
         """Pages held by at least one owner."""
         return self._in_use
 
+    @property
+    def free(self) -> int:
+        """Pages held by nobody."""
+        return self.capacity - self._in_use
+
     def owners(self, page: int) -> int:
         """How many owners hold `page`; 0 if it is free."""
         return self._owners[page]
 
     def allocate(self, count: int, after: int | None = None, room: int | None = None) -> list[int]:
-        """Take `count` free pages, each with one owner.
+        """Take `count` free pages, each with one owner. The pool grows only if there are not as many.
 
         Args:
             count: pages to take.
             after: the page that the run should follow, if its neighbours are free.
-            room: length of the free run to look for when starting anew, so that the sequence can go on growing in
-                place; at least `count`.
+            room: length of the free run to look for when starting anew, so that the sequence can go on growing in place.
 
         Returns:
             Page numbers, ascending and adjacent whenever such a run is free.
@@ -69,7 +73,8 @@ class PagePool:
             raise ValueError(f"count={count} must not be negative")
         if count == 0:
             return []
-        start = self._run(count, after, max(count, room or 0))
+        self.ensure(count)
+        start = self._run(count, after, room or 0)
         return self._take(self._scattered(count) if start is None else list(range(start, start + count)))
 
     def _take(self, pages: list[int]) -> list[int]:
@@ -79,38 +84,42 @@ class PagePool:
         self._in_use += len(pages)
         return pages
 
-    def allocate_rows(self, counts: list[int], step: int) -> list[list[int]]:
-        """`counts[b]` pages for each of several sequences, `step` pages apart where there is such a run.
+    def allocate_rows(self, counts: list[int], spans: list[int]) -> list[list[int]]:
+        """`counts[b]` pages for each of several sequences, the next one `spans[b]` pages on where there is such a run.
 
         Raises:
             CacheFullError: the pool may not grow far enough; nothing was taken.
         """
-        start = self._run(step * len(counts), None, 0)
-        if start is None:
-            return self._rows_apart(counts)
+        self.ensure(sum(counts))
+        start = self._held.find(bytes(sum(spans)))
+        if start < 0:
+            return self._rows_apart(counts, spans)
         runs = []
-        for row, count in enumerate(counts):
-            first = start + row * step
-            runs.append(self._take(list(range(first, first + count))))
+        for count, span in zip(counts, spans, strict=True):
+            runs.append(self._take(list(range(start, start + count))))
+            start += span
         return runs
 
-    def _rows_apart(self, counts: list[int]) -> list[list[int]]:
+    def _rows_apart(self, counts: list[int], spans: list[int]) -> list[list[int]]:
         runs: list[list[int]] = []
         try:
-            for count in counts:
-                runs.append(self.allocate(count))
+            for count, span in zip(counts, spans, strict=True):
+                runs.append(self.allocate(count, room=span))
         except CacheFullError as full:
             for run in runs:
                 self.release(run)
-            free = self.capacity - self._in_use
             raise CacheFullError(
-                f"{sum(counts)} pages were asked for and {free} of at most {self.max_pages} are free"
+                f"{sum(counts)} pages were asked for and {self.free} of at most {self.max_pages} are free"
             ) from full
         return runs
 
     def ensure(self, free: int) -> None:
-        """Grow, within the limit, until at least `free` pages are free."""
-        self._grow_to(self._in_use + free)
+        """Grow, within the limit, until at least `free` pages are free; by no page more."""
+        wanted = self._in_use + free
+        extra = (wanted if self.max_pages is None else min(wanted, self.max_pages)) - self.capacity
+        if extra > 0:
+            # In one statement, so that an exception leaves either the old size or the new one.
+            self.__dict__.update(_held=self._held + bytes(extra), _owners=self._owners + [0] * extra)
 
     def fork(self, pages: Iterable[int]) -> None:
         """Add an owner to each of `pages`, which must be held."""
@@ -149,18 +158,12 @@ class PagePool:
     def _run(self, count: int, after: int | None, room: int) -> int | None:
         if after is not None:
             start = after + 1
-            self._grow_to(start + count)
             if start + count <= self.capacity and not any(self._held[start : start + count]):
                 return start
-        for length in sorted({room, count}, reverse=True):
-            if not length:
-                continue
+        for length in (max(count, room), count):
             start = self._held.find(bytes(length))
             if start >= 0:
                 return start
-            tail = self._held.rfind(1) + 1
-            if self._grow_to(tail + length):
-                return tail
         return None
 
     def _scattered(self, count: int) -> list[int]:
@@ -168,19 +171,3 @@ class PagePool:
         if len(free) < count:
             raise CacheFullError(f"{count} pages were asked for and {len(free)} of at most {self.max_pages} are free")
         return free[:count]
-
-    def _grow_to(self, capacity: int) -> bool:
-        """Grow to at least `capacity` pages, by half at least, so that growth is rare; False beyond the limit."""
-        if capacity <= self.capacity:
-            return True
-        if self.max_pages is not None and capacity > self.max_pages:
-            # The last pages below the limit are still worth having for a shorter run.
-            self._extend(self.max_pages)
-            return False
-        target = max(capacity, self.capacity * 3 // 2)
-        self._extend(target if self.max_pages is None else min(target, self.max_pages))
-        return True
-
-    def _extend(self, capacity: int) -> None:
-        extra = capacity - self.capacity
-        self.__dict__.update(_held=self._held + bytes(extra), _owners=self._owners + [0] * extra)

@@ -79,9 +79,9 @@ class PageStorage:
 
     def grow(self, capacity: int) -> None:
         """Grow every layer that has been written to `capacity` pages."""
-        for layer_idx, (held, _) in list(self._pages.items()):
-            if held.shape[0] < capacity:
-                self.layer(layer_idx, held, capacity)
+        # Layer by layer: the tensors of one are freed before those of the next are made, so nobody may hold them here.
+        for layer_idx in list(self._pages):
+            self.layer(layer_idx, self._pages[layer_idx][0], capacity)
         # An exception may have come between the allocation and this note of it.
         self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
 
@@ -101,8 +101,8 @@ class PageStorage:
             return
         host = torch.tensor(moves, device="cpu").T.contiguous()
         places: dict[torch.device, Tensor] = {}
-        for layer_idx, (held, _) in list(self._pages.items()):
-            pair = self.layer(layer_idx, held, capacity)
+        for layer_idx in list(self._pages):
+            pair = self.layer(layer_idx, self._pages[layer_idx][0], capacity)
             device = pair[0].device
             if device not in places:
                 # From pageable memory this returns once the data is staged, without waiting for the device.
@@ -131,6 +131,11 @@ class PageStorage:
         return next(iter(self._pages.values()))[0] if self._pages else None
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys, or None if no layer has written yet."""
+        return next((keys.dtype for keys, _ in self._pages.values()), None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(pages.nbytes for pair in self._pages.values() for pages in pair)
@@ -145,12 +150,12 @@ class PageStorage:
         """Make every layer's tensors `capacity` pages long, if they are longer; what they hold is lost."""
         if not capacity:
             self.clear()
-        for layer_idx, (held, _) in list(self._pages.items()):
+        for layer_idx in list(self._pages):
+            held = self._pages[layer_idx][0]
             if held.shape[0] > capacity:
+                shape, like = (capacity, *held.shape[1:]), torch.empty(0, dtype=held.dtype, device=held.device)
                 # Dropped first: the smaller ones fit into its memory.
-                like, shape = held[:0], (capacity, *held.shape[1:])
                 del held, self._pages[layer_idx]
-                like = torch.empty(0, dtype=like.dtype, device=like.device)
                 self._pages[layer_idx] = (self._grown(None, shape, like), self._grown(None, shape, like))
                 self.version += 1
         self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.reach import BEHIND
 from hf_fastattn.pages.table_mirror import TableMirror
-
-# Most tokens of free pages that are left behind a growing row, so that its pages stay adjacent.
-MAX_ROOM_TOKENS = 2048
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -97,7 +95,7 @@ class PageTable:
         self,
         lengths: Sequence[int],
         targets: Sequence[int],
-        room: int,
+        ahead: int,
         counters: CallCounters,
         copy_pages: Callable[[list[tuple[int, int]]], None],
     ) -> None:
@@ -106,7 +104,8 @@ class PageTable:
         Args:
             lengths: tokens that each row holds.
             targets: tokens that each row will hold.
-            room: tokens that a row may reach; the pages are chosen so that it can grow in place.
+            ahead: tokens beyond them that the pool gets pages for if it has to grow; rows are laid so that they can go on
+                in place.
             counters: where pages are counted.
             copy_pages: copies the contents of pages `(source, target)`: partial pages that were shared.
 
@@ -118,7 +117,7 @@ class PageTable:
             self._slack -= growth
             return
         self._slack = 0
-        self._reserve(lengths, targets, room, counters, copy_pages)
+        self._reserve(lengths, targets, ahead, counters, copy_pages)
         if all(target > length for length, target in zip(lengths, targets, strict=True)):
             size = self.page_size
             self._slack = min(len(pages) * size - target for pages, target in zip(self.rows, targets, strict=True))
@@ -128,11 +127,13 @@ class PageTable:
         self,
         lengths: Sequence[int],
         targets: Sequence[int],
-        room: int,
+        ahead: int,
         counters: CallCounters,
         copy_pages: Callable[[list[tuple[int, int]]], None],
     ) -> None:
         size = self.page_size
+        if self.pages_to(lengths, targets, 0) > self.pool.free:
+            self.pool.ensure(self.pages_to(lengths, targets, ahead))
         fresh: list[int] = []
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
             pages = self.rows[row]
@@ -150,7 +151,7 @@ class PageTable:
                 continue
             self._mirror.changed(row, len(pages))
             pages.extend(self._take(need, pages[-1], counters))
-        runs = self._fresh_runs(fresh, lengths, targets, room, counters)
+        runs = self._fresh_runs(fresh, lengths, targets, ahead, counters)
         partial = [(row, run) for row, run in runs if lengths[row] % size]
         # Copy first: release() below may free the source page.
         copy_pages([(self.rows[row][lengths[row] // size], run[0]) for row, run in partial])
@@ -166,17 +167,16 @@ class PageTable:
         rows: list[int],
         lengths: Sequence[int],
         targets: Sequence[int],
-        room: int,
+        ahead: int,
         counters: CallCounters,
     ) -> list[tuple[int, list[int]]]:
-        """New pages from the column of its next token on, for each of `rows`, at equal distances if possible."""
+        """New pages from the column of its next token on, for each of `rows`, with what is ahead left free behind them."""
         if not rows:
             return []
         size = self.page_size
         counts = [-(-targets[row] // size) - lengths[row] // size for row in rows]
-        reach = max(-(-min(room, targets[row] + MAX_ROOM_TOKENS) // size) - lengths[row] // size for row in rows)
-        step = max([*counts, reach])
-        runs = self.pool.allocate_rows(counts, step)
+        ends = [self._missing(row, lengths[row], targets[row], ahead) for row in rows]
+        runs = self.pool.allocate_rows(counts, [max(pair) for pair in zip(counts, ends, strict=True)])
         counters.pages_allocated += sum(counts)
         return list(zip(rows, runs, strict=True))
 
@@ -185,16 +185,26 @@ class PageTable:
         counters.pages_allocated += count
         return pages
 
-    def pages_to_come(self, lengths: Sequence[int], room: int) -> int:
-        """Pages that the rows need more to reach `room` tokens, or `MAX_ROOM_TOKENS` more if that is less."""
-        size = self.page_size
-        most = None if self.window is None else -(-self.window // size) + 1
-        total = 0
-        for length in lengths:
-            # One more, for the page that is copied when it is shared.
-            pages = -(-min(room, length + MAX_ROOM_TOKENS) // size) - length // size + 1
-            total += max(pages if most is None else min(pages, most), 1)
-        return total
+    def pages_to(self, lengths: Sequence[int], targets: Sequence[int], ahead: int) -> int:
+        """Free pages that rows of `lengths[b]` tokens need to hold `targets[b]`, and `ahead` more."""
+        pairs = zip(lengths, targets, strict=True)
+        return sum(self._missing(row, *pair, ahead) for row, pair in enumerate(pairs))
+
+    def _missing(self, row: int, length: int, target: int, ahead: int) -> int:
+        """Pages that a row has to get for `target` tokens and, if it has any, `ahead` more."""
+        if not target:
+            return 0
+        size, pages = self.page_size, self.rows[row]
+        column, reach = length // size, target + ahead
+        # A shared page is exchanged for a copy when it is written.
+        is_shared = reach > length and column < len(pages) and self.pool.owners(pages[column]) > 1
+        owned = column if is_shared else len(pages)
+        now, missing = -(-target // size) - owned, -(-reach // size) - owned
+        if self.window is not None and missing > now:
+            # What falls behind the window meanwhile makes place for what comes.
+            spare = -(-(self.window + BEHIND) // size) + 1 - sum(page >= 0 for page in pages)
+            missing = min(missing, spare) if spare > 0 else missing
+        return max(missing, now, 0)
 
     @_noted
     def selected(self, indices: Sequence[int], counters: CallCounters) -> PageTable:

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 
-# Tokens of all rows in one piece: enough to keep a large GPU busy.
-PIECE_TOKENS = 32_768
+# Tokens of all rows in one piece at most, and those that run whole. Both keep a large GPU busy. Pages for the whole call are
+# there before the prompt, so its activations have to take less than those of Transformers, which computes it at once.
+PIECE_TOKENS, WHOLE_TOKENS = 8192, 4096
+# Both on a CPU, where pages take no memory before they are written, and pieces after the first need a mask.
+CPU_TOKENS = 32_768
 BY_COLUMN = ("input_ids", "inputs_embeds", "position_ids")
 
 
@@ -28,7 +31,8 @@ def pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any])
     """
     tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
     rows, columns = tokens.shape[:2]
-    if rows * columns <= PIECE_TOKENS or columns == 1 or torch.is_grad_enabled():
+    most, whole = (CPU_TOKENS, CPU_TOKENS) if tokens.device.type == "cpu" else (PIECE_TOKENS, WHOLE_TOKENS)
+    if rows * columns <= whole or columns == 1 or torch.is_grad_enabled():
         return None
     if any(value is not None for name, value in arguments.items() if name not in (*BY_COLUMN, "attention_mask")):
         return None
@@ -43,20 +47,28 @@ def pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any])
     mask = arguments["attention_mask"]
     if mask is not None and not _is_padded_on_the_left(mask, past + columns):
         return None
-    return _cut(arguments, past, columns, max(PIECE_TOKENS // rows, 1))
+    return _cut(arguments, past, columns, max(most // rows, 1))
 
 
-def run_pieces(cut: Iterator[dict[str, Any]], cache: PagedCache, forward: Callable[[dict[str, Any]], Any]) -> Any:
-    """Run `forward` on every piece; the output of the last one, with the hidden states of all.
+def run_pieces(
+    cut: Iterator[dict[str, Any]], columns: int, cache: PagedCache, forward: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """Run `forward` on every piece; the output of the last one, with the hidden states of all `columns`.
 
     Raises:
         Exception: what a piece raised; the cache is as before the first one.
     """
-    past, hidden, outputs = cache.get_seq_length(), [], None
+    past, hidden, outputs = cache.get_seq_length(), None, None
     try:
         for piece in cut:
-            outputs = forward(piece)
-            hidden.append(outputs.last_hidden_state)
+            outputs, first = forward(piece), cache.get_seq_length() - past
+            states = outputs.last_hidden_state
+            if hidden is None:
+                # Made once: the pieces and what they are joined to would be there at the same time.
+                hidden = states.new_empty(states.shape[0], columns, *states.shape[2:])
+            hidden[:, first - states.shape[1] : first] = states
+            del states
+            outputs.last_hidden_state = hidden
     except BaseException:
         done = cache.get_seq_length() - past
         if not past:
@@ -65,13 +77,12 @@ def run_pieces(cut: Iterator[dict[str, Any]], cache: PagedCache, forward: Callab
             cache.crop(-done)
         raise
     assert outputs is not None
-    outputs.last_hidden_state = torch.cat(hidden, 1)
     return outputs
 
 
 def _cut(arguments: dict[str, Any], past: int, columns: int, step: int) -> Iterator[dict[str, Any]]:
     # Pieces of equal length but for rounding: a short one at the end would waste a pass over the weights.
-    count = -(-columns // step)
+    count = max(-(-columns // step), 2)
     ends = [columns * place // count for place in range(count + 1)]
     for first, last in zip(ends, ends[1:], strict=False):
         piece = dict(arguments)

@@ -128,8 +128,9 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
     cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
     try:
         if cut is not None and why_watched(self) is None:
-            return run_pieces(cut, cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
-        return _cached_forward(self, dict(arguments), cache, kwargs)
+            tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+            return run_pieces(cut, tokens.shape[1], cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
+        return _cached_forward(self, arguments, cache, kwargs)
     except NarrowerKeysError as narrower:
         # The model was cast since; Transformers' layers take on the wider dtype.
         cache.hold_dense()
@@ -141,8 +142,19 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
 @torch.compiler.disable
 def _cached_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
     if cache.groups.turn.is_mine():
-        return _forward_in_turn(self, arguments, cache, kwargs)
-    return (cache.take_turn(), _forward_in_turn(self, arguments, cache, kwargs))[1]
+        return _forward_within_memory(self, arguments, cache, kwargs)
+    return (cache.take_turn(), _forward_within_memory(self, arguments, cache, kwargs))[1]
+
+
+def _forward_within_memory(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
+    """The forward; again, without a page ahead of need, where memory runs out and pages took more than they had to."""
+    try:
+        return _forward_in_turn(self, dict(arguments), cache, kwargs)
+    except torch.OutOfMemoryError:
+        if not cache.save_memory():
+            raise
+    # Not while the error is handled, whose frames hold tensors.
+    return _forward_in_turn(self, arguments, cache, kwargs)
 
 
 def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:

@@ -109,6 +109,8 @@ class Products:
         if held is not None and silu and held.biases is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held.weights, **self._options(held)), x
         left, right = self._multiply((gate, up), held, normed)
+        # The activations of a long prompt are the largest here.
+        del normed
         if silu and left.dtype is right.dtype and left.dtype in DTYPES and left.shape == right.shape:
             return silu_and_mul(left, right), x
         return self.call(act_fn, left) * right, x

@@ -16,9 +16,13 @@ import torch
 from transformers import DynamicCache
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
+from hf_fastattn.loop import decode_loop
+from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.bad_input.interrupting import assert_books_agree, interrupted
 from tests.tools.models import VOCAB, assert_fast, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 # How many moments of a call a test tries; 0 for all.
 MOMENTS = int(os.environ.get("FASTATTN_MOMENTS", "50"))
@@ -29,7 +33,15 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 2},
     "drafts": {"do_sample": False, "prompt_lookup_num_tokens": 2},
+    # Rows that may end, so that pages are made in mid-call.
+    "growth": {"do_sample": False, "eos_token_id": VOCAB - 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def pages_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_at_once, "FIRST", 2)
+    monkeypatch.setattr(reach, "AHEAD", 1)
 
 
 def generate(model: Any, mode: str, **more: Any) -> torch.Tensor:
@@ -52,6 +64,17 @@ def moments(run: Callable[[], Any], event: str) -> Iterator[int]:
 @pytest.mark.parametrize("event", ["opcode", "line"])
 @pytest.mark.parametrize("mode", MODES)
 def test_generate(mode: str, event: str) -> None:
+    assert_right_after_ctrl_c(mode, event)
+
+
+def test_growth_in_the_devices_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_loop, "AHEAD", 2)
+    with reexecuted_loop():
+        assert_right_after_ctrl_c("growth", "opcode")
+
+
+def assert_right_after_ctrl_c(mode: str, event: str) -> None:
+    """Wherever it comes, books agree and the next call gives stock's tokens."""
     stock, model = tiny("qwen2_window", **SMALL), patched()
     expected = generate(stock, mode)
     assert torch.equal(generate(model, mode), expected)

@@ -15,6 +15,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
+from hf_fastattn.pages import reach
 from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.runtime import BUSY
 from hf_fastattn.transformers_version import CACHE
@@ -153,8 +155,15 @@ def _change_meanwhile(stock: Any, model: Any, change: str) -> None:
     assert (cache.groups is shared) == (change != "forward")
 
 
-def test_out_of_memory_leaves_pages_and_tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in small steps"])
+def test_out_of_memory_leaves_pages_and_tables_as_they_were(in_steps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = pair("qwen2_window", {"page_size": 4})
+    options: dict[str, Any] = {"num_return_sequences": 5}
+    if in_steps:
+        # Rows that may end have few pages at first, and more are made in mid-call.
+        options["eos_token_id"] = VOCAB - 1
+        monkeypatch.setattr(columns_at_once, "FIRST", 2)
+        monkeypatch.setattr(reach, "AHEAD", 2)
     grown, copied, at = PageStorage._grown, PageStorage.copy, [0]
 
     def out_of_memory(*_: Any) -> None:
@@ -171,22 +180,22 @@ def test_out_of_memory_leaves_pages_and_tables_as_they_were(monkeypatch: pytest.
             out_of_memory()
         copied(self, moves, capacity)
 
-    expected = sample(stock, num_return_sequences=5)
-    for count in range(40):
+    expected = sample(stock, **options)
+    for count in range(80):
         at[0] = count
         with monkeypatch.context() as patch:
             patch.setattr(PageStorage, "_grown", staticmethod(grow))
             patch.setattr(PageStorage, "copy", copying)
             try:
-                sample(model, num_return_sequences=5)
+                sample(model, **options)
             except torch.OutOfMemoryError:
                 failed = True
             else:
                 failed = False
         assert_books_agree(model)
-        assert torch.equal(sample(model, num_return_sequences=5), expected)
+        assert torch.equal(sample(model, **options), expected)
         if not failed:
             break
         model._fastattn.runtime.groups.shrink(0.0)
-    assert 2 < count < 39
+    assert (15 if in_steps else 2) < count < 79
     assert_healthy(stock, model)

@@ -18,7 +18,7 @@ FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3", "qwen3_moe")
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_prefill, "PIECE_TOKENS", 24)
+    monkeypatch.setattr(chunked_prefill, "CPU_TOKENS", 24)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,8 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.pages import reach
 from hf_fastattn.patches.modules.watched import takes_packed_rows
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
@@ -98,9 +100,11 @@ def test_a_single_step_captures_nothing() -> None:
 
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_pages_that_move_in_mid_generation(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fastattn.pages.page_table.MAX_ROOM_TOKENS", 8)
+    monkeypatch.setattr(columns_at_once, "FIRST", 8)
+    monkeypatch.setattr(reach, "AHEAD", 8)
     stock, model = pair_with_graphs("qwen2_window", {"page_size": page_size})
-    for kwargs in ({}, {"num_beams": 4}):
+    # Without an end token there would be pages for all steps from the start.
+    for kwargs in ({"eos_token_id": VOCAB - 1}, {"num_beams": 4}):
         assert torch.equal(run(model, 90, **kwargs), run(stock, 90, **kwargs))
         captured, replayed = replays(model)
         assert captured > 1 and replayed == 88

@@ -13,7 +13,9 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
+from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -131,10 +133,12 @@ def test_processors_scores_and_returned_cache() -> None:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_pages_that_move_in_mid_generation(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_fastattn.pages.page_table.MAX_ROOM_TOKENS", 8)
+    monkeypatch.setattr(columns_at_once, "FIRST", 8)
+    monkeypatch.setattr(reach, "AHEAD", 8)
     stock, model = tiny("qwen2_window").to("cuda"), tiny("qwen2_window").to("cuda")
     patch_with_graphs(model, page_size=page_size)
-    for kwargs in ({}, {"num_beams": 4}):
+    # Without an end token there would be pages for all steps from the start.
+    for kwargs in ({"eos_token_id": VOCAB - 1}, {"num_beams": 4}):
         assert torch.equal(run(model, 120, **kwargs), run(stock, 120, **kwargs))
         captured, replayed = replays(model)
         assert replayed == 118 and (captured > 1 or page_size > 1)

@@ -12,7 +12,7 @@ import torch
 import hf_fastattn
 from hf_fastattn.graphs import forward_graphs
 from tests.graphs.test_forward_graphs_gpu import cuda_pair, graphs, on_gpu, replays, run
-from tests.tools.models import assert_fast, padded_batch, patch_with_graphs, tiny
+from tests.tools.models import VOCAB, assert_fast, padded_batch, patch_with_graphs, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -115,3 +115,32 @@ def test_unpatch_frees_them() -> None:
     hf_fastattn.unpatch(model)
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + 2**16
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("shape", [(64, 512, 96), (8, 2048, 64), (1, 8192, 64)], ids=str)
+def test_no_larger_than_stock(shape: tuple[int, int, int], ends: bool) -> None:
+    """The peak of a first call, at sizes where keys and activations outweigh what has a size of its own."""
+    rows, columns, new = shape
+    size = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    model = tiny("qwen3", num_hidden_layers=8, head_dim=128, max_position_embeddings=16384, **size).to(
+        "cuda", torch.bfloat16
+    )
+    ids = torch.randint(1, VOCAB, (rows, columns), device="cuda")
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    options |= {"eos_token_id": VOCAB - 1} if ends else {}
+
+    def peak() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return torch.cuda.max_memory_allocated()
+
+    stock = peak()
+    patch_with_graphs(model)
+    # Tables, graphs and workspaces.
+    assert peak() <= stock + 2**24
+    call = assert_fast(model)
+    needed = rows * (columns + new + 16) * 8 * 2 * 8 * 128 * 2
+    assert call.graphs_captured == 1 and hf_fastattn.report(model).page_bytes_allocated <= needed

@@ -14,7 +14,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fastattn
+from hf_fastattn.generation import columns_at_once
 from hf_fastattn.loop import decode_loop
+from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -193,10 +195,13 @@ def test_stop_strings(device: str, rows: int) -> None:
 def test_pages_that_move_in_mid_generation(
     device: str, family: str, page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_fastattn.pages.page_table.MAX_ROOM_TOKENS", 8)
+    monkeypatch.setattr(columns_at_once, "FIRST", 8)
+    monkeypatch.setattr(reach, "AHEAD", 8)
     monkeypatch.setattr(decode_loop, "AHEAD", 8)
     stock, model = both(family, device, {"page_size": page_size})
-    assert torch.equal(run(model, 90), run(stock, 90))
+    # Without an end token there would be pages for all steps from the start.
+    ends = {"eos_token_id": VOCAB - 1}
+    assert torch.equal(run(model, 90, **ends), run(stock, 90, **ends))
     assert assert_looped(model).graphs_captured > 1
 
 

@@ -39,8 +39,8 @@ class RandomTables(RuleBasedStateMachine):
         self.rows.append([[] for _ in range(rows)])
 
     @precondition(lambda self: self.tables)
-    @rule(data=st.data(), room=st.integers(0, 40))
-    def append(self, data, room):
+    @rule(data=st.data(), ahead=st.integers(0, 40))
+    def append(self, data, ahead):
         which = data.draw(st.integers(0, len(self.tables) - 1))
         table, rows = self.tables[which], self.rows[which]
         lengths = [len(row) for row in rows]
@@ -52,7 +52,7 @@ class RandomTables(RuleBasedStateMachine):
                 self.memory[target] = list(self.memory[source])
 
         try:
-            table.reserve(lengths, targets, room, self.counters, copy_pages)
+            table.reserve(lengths, targets, ahead, self.counters, copy_pages)
         except CacheFullError:
             table.trim(lengths)
             return
@@ -226,10 +226,12 @@ TestRandomTables = RandomTables.TestCase
 
 def test_runs_are_adjacent_and_grow_in_place():
     pool = PagePool()
-    first, second = pool.allocate_rows([2, 3], 8)
+    pool.ensure(12)
+    first, second = pool.allocate_rows([2, 3], [8, 4])
     assert (first, second) == ([0, 1], [8, 9, 10])
     assert pool.allocate(2, after=1) == [2, 3]
     assert pool.allocate(1, after=7) != [8]
+    assert pool.capacity == 12
 
 
 @pytest.mark.parametrize(("window", "shared"), [(None, [(0, 2, 2)]), (6, [])])
@@ -252,7 +254,7 @@ def test_full_pool_says_what_fits_and_takes_nothing():
     with pytest.raises(CacheFullError, match="2 pages were asked for and 1 of at most 4 are free"):
         pool.allocate(2)
     with pytest.raises(CacheFullError, match="2 pages were asked for and 1 of at most 4"):
-        pool.allocate_rows([1, 1], 1)
+        pool.allocate_rows([1, 1], [1, 1])
     assert pool.in_use == 3
 
 

@@ -1,0 +1,110 @@
+"""Tensors behind pages: when they grow or shrink, one layer at a time is there twice."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fastattn.pages.page_group import PageGroup
+from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.page_storage import PageStorage
+
+LAYERS, PAGE = 5, 2 * 4 * 2 * 8 * 4
+
+
+class Live:
+    """Bytes of page tensors that exist, and the most of them at any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._tensors: list[weakref.ref[torch.Tensor]] = []
+        self.most = self.made = 0
+        grown = PageStorage._grown
+
+        def noted(*args: Any) -> torch.Tensor:
+            pages = grown(*args)
+            self._tensors.append(weakref.ref(pages))
+            self.most, self.made = max(self.most, self.bytes), self.made + 1
+            return pages
+
+        monkeypatch.setattr(PageStorage, "_grown", staticmethod(noted))
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that somebody holds."""
+        return sum(pages.nbytes for held in self._tensors if (pages := held()) is not None)
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Live:
+    return Live(monkeypatch)
+
+
+def filled(capacity: int = 6) -> PageStorage:
+    storage, states = PageStorage(4), torch.zeros(2, 8)
+    for layer in range(LAYERS):
+        for pages in storage.layer(layer, states, capacity):
+            pages.copy_(torch.arange(capacity, dtype=torch.float32)[:, None, None, None] + 100 * layer)
+    return storage
+
+
+CHANGES: dict[str, Callable[[PageStorage], None]] = {
+    "grow": lambda storage: storage.grow(8),
+    "copy": lambda storage: storage.copy([(1, 7)], 8),
+    "write": lambda storage: [storage.layer(layer, torch.zeros(2, 8), 8) for layer in range(LAYERS)] and None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_growth_holds_one_layer_twice(change: str, live: Live) -> None:
+    storage = filled()
+    assert live.bytes == live.most == LAYERS * 6 * PAGE
+    CHANGES[change](storage)
+    assert live.bytes == storage.nbytes == LAYERS * 8 * PAGE
+    assert live.most == (LAYERS * 8 + 6) * PAGE
+    for layer in range(LAYERS):
+        for pages in storage.pages(layer):
+            assert pages[:6, 0, 0, 0].tolist() == [100 * layer + page for page in range(6)]
+
+
+def test_shrinking_holds_nothing_twice(live: Live) -> None:
+    storage = filled()
+    storage.shrink(5)
+    assert live.bytes == storage.nbytes == LAYERS * 5 * PAGE and live.most == LAYERS * 6 * PAGE
+
+
+def test_pages_of_which_none_is_held_are_dropped_before_more_are_made(live: Live) -> None:
+    group = PageGroup(None, PagePool(6), filled())
+    group.ensure(8)
+    assert group.pool.capacity == 8 and live.bytes == 0
+    group.pool.allocate(1)
+    group.grow_storage()
+    group.storage.layer(0, torch.zeros(2, 8), 8)
+    group.ensure(9)
+    assert group.pool.capacity == 10 and group.storage.capacity == 8
+
+
+def test_where_memory_is_short_there_are_tensors_for_held_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = PageGroup(None, PagePool(6), filled())
+    group.pool.allocate(6)
+    group.pool.ensure(100)
+    group.pool.allocate(2)
+    grown = PageStorage._grown
+
+    def out_of_memory(old: Any, shape: Any, like: Any) -> torch.Tensor:
+        if shape[0] > most:
+            raise torch.OutOfMemoryError("simulated")
+        return grown(old, shape, like)
+
+    monkeypatch.setattr(PageStorage, "_grown", staticmethod(out_of_memory))
+    most = 7
+    with pytest.raises(torch.OutOfMemoryError):
+        group.grow_storage()
+    assert group.storage.capacity == 6 and group.pool.in_use == 8
+    most = 8
+    group.grow_storage()
+    assert group.storage.capacity == group.pool.capacity == 8
+    assert group.storage.pages(4)[1][:6, 0, 0, 0].tolist() == [400, 401, 402, 403, 404, 405]
