@@ -16,7 +16,7 @@ from hf_fastattn.eval.matrix_cells.calls import CALLS
 from hf_fastattn.eval.matrix_cells.cells import Cell
 from hf_fastattn.eval.matrix_cells.families import BY_INTERFACE, INTERFACE, SIZES, build
 from hf_fastattn.eval.matrix_cells.peaks import Peak, watched
-from hf_fastattn.eval.matrix_cells.states import around, dtype_of, in_fp32, put
+from hf_fastattn.eval.matrix_cells.states import around, dtype_of, lifted, put
 from hf_fastattn.interface import counters
 
 
@@ -47,8 +47,8 @@ class Side:
             return self._logits(seed)
 
     def exact_logits(self, seed: int) -> Tensor:
-        """The same of the model in fp32, and nothing around it."""
-        with in_fp32(self.model):
+        """The same of the model in a wider dtype, and nothing around it."""
+        with lifted(self.model, self.cell.state):
             return self._logits(seed)
 
     def warm_up(self, new: int) -> None:

@@ -78,13 +78,14 @@ def around(state: str, device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def in_fp32(model: Any) -> Iterator[None]:
-    """All parameters in fp32 inside the block and no wrapper around the forward; then the same tensors as before."""
+def lifted(model: Any, state: str) -> Iterator[None]:
+    """All parameters wider inside the block, fp64 for states in fp32, and no wrapper around the forward; then as before."""
+    wide = torch.float64 if is_exact(state) else torch.float32
     held = [(parameter, parameter.data) for parameter in model.parameters()]
     wrapped = vars(model).pop("forward", None)
     try:
         for parameter, data in held:
-            parameter.data = data.float()
+            parameter.data = data.to(wide)
         yield
     finally:
         for parameter, data in held:

@@ -99,7 +99,7 @@ def test_logits_of_lora_in_bf16(wide: tuple[Any, Any, Any], rows: int, held: tor
     peft = pytest.importorskip("peft")
     torch.manual_seed(4)
     config = peft.LoraConfig(r=16, target_modules=PROJECTIONS, init_lora_weights=False)
-    stock = peft.get_peft_model(copy.deepcopy(wide[1]), config).eval()
+    stock = peft.get_peft_model(copy.deepcopy(wide[1]), config).eval().to("cuda")
     for name, parameter in stock.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(held) * 0.2

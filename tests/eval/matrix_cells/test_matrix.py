@@ -141,13 +141,14 @@ def test_what_is_red() -> None:
     assert measure.red(row_of(more=1e8), 1.03) == [] and measure.red({**row_of(more=2e8), "agrees": False}, 1.03) != []
 
 
-def test_fp32_for_a_while() -> None:
+@pytest.mark.parametrize(("state", "wide"), [("bf16", torch.float32), ("fp32", torch.float64)])
+def test_wider_for_a_while(state: str, wide: torch.dtype) -> None:
     pytest.importorskip("accelerate")
-    model = states.put(families.build("llama", torch.device("cpu"), torch.bfloat16), "bf16+accelerate")
+    model = states.put(families.build("llama", torch.device("cpu"), states.dtype_of(state)), f"{state}+accelerate")
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     wrapped = model.forward
-    with states.in_fp32(model):
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32} and model.forward is not wrapped
+    with states.lifted(model, state):
+        assert {parameter.dtype for parameter in model.parameters()} == {wide} and model.forward is not wrapped
     assert {
         name: parameter.data_ptr() for name, parameter in model.named_parameters()
     } == before and model.forward is wrapped
