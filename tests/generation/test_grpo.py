@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_fastattn
 from hf_fastattn.eval.choices import SHIPPED
+from tests.tools.accelerator import own_accelerator
 
 pytest.importorskip("trl")
 
@@ -67,8 +68,9 @@ def _note_calls(trainer: Any, calls: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_losses_and_rewards_are_stocks(lora: bool, tmp_path: Path) -> None:
-    want, stock, _ = train(tmp_path / "stock", False, lora)
-    got, model, calls = train(tmp_path / "ours", True, lora)
+    with own_accelerator():
+        want, stock, _ = train(tmp_path / "stock", False, lora)
+        got, model, calls = train(tmp_path / "ours", True, lora)
     assert len(want) == len(got) == STEPS + 1
     for theirs, ours in zip(want[:-1], got[:-1], strict=True):
         for name in ("loss", "reward", "reward_std", "completions/mean_length", "entropy", "grad_norm"):

@@ -22,6 +22,7 @@ from hf_fastattn.autocast import forward_dtype, why_not_forward
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.transformers_version import CACHE
 from tests.loop.test_decode_loop import assert_looped, run
+from tests.tools.accelerator import own_accelerator
 from tests.tools.models import padded_batch, patch_with_graphs, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
@@ -35,6 +36,12 @@ DEVICES = [
     pytest.param("interpreter", marks=pytest.mark.interpreter),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+
+
+@pytest.fixture(autouse=True)
+def accelerate_anew() -> Iterator[None]:
+    with own_accelerator():
+        yield
 
 
 @pytest.fixture(params=DEVICES)
