@@ -17,7 +17,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 # Tokens of all rows in one piece at most, and those that run whole. Pages for the whole call are there before the prompt, so
 # its activations have to take less than those of Transformers, which computes it at once. A piece of half of what runs
 # whole keeps a large GPU busy for longer than its launches take, even those of a model of half a billion parameters.
-PIECE_TOKENS, WHOLE_TOKENS = 8192, 16_384
+PIECE_TOKENS, WHOLE_TOKENS = 8192, 12_288
 # Both on a CPU, where pages take no memory before they are written, and pieces after the first need a mask.
 CPU_TOKENS = 32_768
 BY_COLUMN = ("input_ids", "inputs_embeds", "position_ids")
