@@ -74,7 +74,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV)
 	@grep -vE '^($(PINNED_BY_GPU))==' constraints.txt > $(VENV)/constraints.txt
 	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt torch setuptools
-	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev,trl]'
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[trl]' || \
+	  echo "TRL does not install here: the test that trains with it is skipped"
 	@touch $@
 
 $(VENV517)/.installed: pyproject.toml constraints-517.txt
