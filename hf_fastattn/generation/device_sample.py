@@ -12,7 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
 
@@ -57,7 +57,7 @@ def device_sample(
         runtime.count_not_looped(reason or "a step over pages alone would not see what the mask shows")
         return None
     del outputs
-    forward, logits_of = _parts_of_a_step(model, request.max_new)
+    forward, logits_of = _parts_of_a_step(model, cache, request.max_new)
     runtime.looping = True
     try:
         loop = DecodeLoop(
@@ -76,11 +76,15 @@ def device_sample(
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
 
 
-def _parts_of_a_step(model: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
+def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
     """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter."""
     dtype = forward_dtype(model)
-    runtime = model._fastattn.runtime
-    copies = runtime.loop_graphs.copies_for(model, dtype, steps) if runtime.config.autocast_copies else None
+    runtime, groups = model._fastattn.runtime, cache.groups
+    copies = None
+    # Layers that are called cast their weights themselves.
+    if dtype is not None and runtime.config.autocast_copies and fused_reason(model.base_model) is None:
+        to_come = len(cache.lengths) * -(-steps // groups.page_size) * groups.page_bytes
+        copies = runtime.loop_graphs.copies_for(model, dtype, steps, to_come)
 
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype):

@@ -63,11 +63,11 @@ def _weights(model: Any) -> list[Tensor]:
     return list(found.values())
 
 
-def copies_fit(model: Any, dtype: torch.dtype) -> bool:
-    """Whether the device has room for the copies."""
+def copies_fit(model: Any, dtype: torch.dtype, to_come: int) -> bool:
+    """Whether the device has room for the copies, and `to_come` bytes beside them."""
     device = model.device
     if device.type != "cuda":
         return True
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return WeightCopies.bytes_needed(model, dtype) + SPARE * total <= free + unused
+    return WeightCopies.bytes_needed(model, dtype) + to_come + SPARE * total <= free + unused

@@ -85,14 +85,16 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self._groups = weakref.ref(cache.groups)
         return why_not_module(model) or self._reason
 
-    def copies_for(self, model: Any, dtype: torch.dtype | None, steps: int) -> WeightCopies | None:
+    def copies_for(self, model: Any, dtype: torch.dtype | None, steps: int, to_come: int) -> WeightCopies | None:
         """Copies of the weights as they are now, for a call of so many steps under autocast to `dtype`.
+
+        `to_come` is the memory, in bytes, that the call may take yet for its pages.
 
         None without autocast, or where they do not pay or do not fit: steps then round the weights as they read them.
         """
         if dtype not in (torch.bfloat16, torch.float16):
             return None
-        if self.copies is None and steps >= WORTH_COPYING and copies_fit(model, dtype):
+        if self.copies is None and steps >= WORTH_COPYING and copies_fit(model, dtype, to_come):
             # Steps recorded before read the weights themselves.
             self._entries.clear()
             self.copies = WeightCopies(model, dtype)

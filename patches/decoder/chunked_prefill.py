@@ -15,8 +15,8 @@ from torch import Tensor
 from hf_fastattn.cache.paged_cache import PagedCache
 
 # Tokens of all rows in one piece at most, and those that run whole. Pages for the whole call are there before the prompt, so
-# its activations have to take less than those of Transformers, which computes it at once. A piece of half of what runs
-# whole keeps a large GPU busy for longer than its launches take, even those of a model of half a billion parameters.
+# its activations have to take less than those of Transformers, which computes it at once. A piece should keep a large GPU
+# busy for longer than its launches take; sizes are by arithmetic, for half a billion parameters, and not measured.
 PIECE_TOKENS, WHOLE_TOKENS = 8192, 12_288
 # Both on a CPU, where pages take no memory before they are written, and pieces after the first need a mask.
 CPU_TOKENS = 32_768
