@@ -19,6 +19,7 @@ from torch import Tensor
 
 import hf_fastattn
 from hf_fastattn.autocast import forward_dtype, why_not_forward
+from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.weight_copies import WeightCopies, copies_fit
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.patches.fused.forward import fused_reason
@@ -273,3 +274,12 @@ def test_copies_leave_room_for_the_pages_to_come(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     assert copies_fit(model, dtype, 100) and not copies_fit(model, dtype, 101)
+
+
+def test_a_region_is_part_of_what_graphs_depend_on() -> None:
+    """Also where the pages are of the same dtype within it and without it, as those of 16-bit weights."""
+    decoder, device = tiny("llama").bfloat16().model, torch.device("cpu")
+    plain = fingerprint_of(decoder, device)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fingerprint_of(decoder, device).parts != plain.parts
+    assert fingerprint_of(decoder, device) == plain
