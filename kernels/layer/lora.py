@@ -1,8 +1,8 @@
 """LoRA (Hu et al., 2021) in the launch of the product that it changes: `y = x W^T + s (x A^T) B^T`.
 
-The first programs of the launch shrink: each multiplies a part of the columns of x with those of one `A: [r, K]`, stores
-its sums, and is counted. The others multiply with W as ever, wait until all are counted, add up the parts in fixed order,
-and expand with their rows of `B: [N, r]` before they store: so results are bitwise repeatable, and LoRA costs no launch.
+The first programs of the launch shrink: each multiplies a part of the columns of x with those of one `A: [r, K]`, and
+stores its sums. The others multiply with W as ever, read the parts until all are there, add them up in fixed order, and
+expand with their rows of `B: [N, r]` before they store: so results are bitwise repeatable, and LoRA costs no launch.
 A GPU starts the programs of a launch in the order of their numbers, so whoever is waited for runs already.
 
 Sums are fp32 throughout, rounded once with the product. The plain PyTorch version, rounded as PEFT rounds, is
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import DTYPES, power_of_2
-from hf_fastattn.kernels.layer.lora_programs import COPIES, LINE, SUMS, Operands
+from hf_fastattn.kernels.layer.lora_programs import MISSING, SUMS, Operands
 
 MOST_RANK = 128
 # The matrix unit multiplies no fewer.
 LEAST_RANK = 16
-# Launches whose counters are zeroed at once.
-LAUNCHES = 64
+# Sums that are set to MISSING at once: those of a whole step of a small model, 2 MB.
+AT_ONCE = 2**19
 # Columns that are worth a program of their own, and the most such programs of an A. The products of several tokens nearly
 # fill a Hopper GPU: eight programs more fit into the same wave as the 256 of gate and up or of down, 16 would not.
 PART_COLUMNS, MOST_PARTS = 256, 16
@@ -64,24 +64,23 @@ class LoraTile:
 
 
 class LoraSums:
-    """Counters of launches with adapters, each launch's own: no launch has to reset them for the next.
+    """Room for the sums of launches with adapters, each launch's own: no launch has to reset it for the next.
 
-    A forward makes one of these, and a captured graph records its making: counters are zeroed by every replay.
+    A forward makes one of these, and a captured graph records its making: sums are MISSING again at every replay.
 
     Args:
         device: where the kernels run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._free: list[Tensor] = []
+        self._free = torch.empty(0, dtype=torch.int32, device=device)
 
-    def counters(self) -> Tensor:
-        """The zeroed counters of the next launch."""
-        if not self._free:
-            size = COPIES.value * LINE.value
-            self._free = list(torch.zeros(LAUNCHES, size, dtype=torch.int32, device=self.device).unbind())
-        return self._free.pop()
+    def take(self, count: int) -> Tensor:
+        """`[count]` sums of the next launch, MISSING all."""
+        if self._free.numel() < count:
+            self._free = torch.full((max(count, AT_ONCE),), MISSING.value, dtype=torch.int32, device=self._free.device)
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
 
 
 def check_adapters(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None]) -> None:
@@ -122,7 +121,7 @@ def operands(
         x: `[T, K]`.
         adapters: as `check_adapters` has checked them.
         block_t: T, padded.
-        sums: counters; made if None.
+        sums: where the sums go; made if None.
         tile: for measuring; by default `lora_tile`'s.
     """
     ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
@@ -135,10 +134,10 @@ def operands(
         constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
     held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
     copies = SUMS.value if block_t == 1 else 1
-    room = torch.empty(copies * len(ranks) * constants["PARTS"] * block_t * rank, dtype=torch.float32, device=x.device)
+    room = (sums or LoraSums(x.device)).take(copies * len(ranks) * constants["PARTS"] * block_t * rank)
     tensors = (*(one.a for one in held), *(one.b for one in held))
     scales = (float(one.scale) for one in held)
-    lora = Operands._make((*tensors, *scales, room, (sums or LoraSums(x.device)).counters()))
+    lora = Operands._make((*tensors, *scales, room))
     return constants["SHRINKERS"], {"lora": lora, **constants}
 
 
@@ -156,7 +155,6 @@ def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile
         "PARTS": parts,
         "SHRINK_PART": part * tile.block_k,
         "SHRINK_K": tile.block_k,
-        "SHRINKING": parts * row_blocks * sum(one > 0 for one in ranks),
         "SHRINKERS": parts * row_blocks * len(ranks),
     }
     if block_t == 1:

@@ -16,8 +16,8 @@ class Operands(NamedTuple):
 
     Attributes:
         a0_ptr: A of the first adapter; one that is missing has another's, and the rank 0. Likewise B and the scales.
-        sums_ptr: of the shrinking programs, `[adapters, PARTS, RANK, BLOCK_T]` fp32; SUMS copies for one token.
-        counters_ptr: tell when the sums are complete.
+        sums_ptr: of the shrinking programs, `[adapters, PARTS, RANK, BLOCK_T]` fp32 as int32, each MISSING until it is
+            there; SUMS copies for one token.
     """
 
     a0_ptr: Any
@@ -30,13 +30,11 @@ class Operands(NamedTuple):
     scale1: float
     scale2: float
     sums_ptr: Any
-    counters_ptr: Any
 
 
-# So many counters of one event, so that programs that wait seldom read the same; and the int32 elements from one to the
-# next, each in a cache line of its own.
-COPIES = tl.constexpr(8)
-LINE = tl.constexpr(32)
+# The bits of a sum that is not there yet: a NaN that no arithmetic makes, whose NaNs are 0x7fffffff. So a sum is its own
+# flag, and whoever reads it needs no second trip to the L2 cache for one.
+MISSING = tl.constexpr(-0x3F2153)
 # So many copies of the sums of one token: thousands of programs read a few hundred bytes of them, and the L2 cache serves
 # one request a line at a time. (Measured on an H200 with one copy: 75 us more for gate and up of 8,192 rows.)
 SUMS = tl.constexpr(32)
@@ -60,18 +58,10 @@ def _a_tile(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _announce(arrived_ptr):
-    """Count this program. Every thread has stored its share of the sums before one of them counts it."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived_ptr + tl.arange(0, COPIES) * LINE, 1, sem="acq_rel", scope="gpu")
-
-
-@triton.jit
-def wait_for_sums(arrived_ptr, program, SHRINKING: tl.constexpr):
-    """Wait for the shrinking programs. They have the first numbers of the launch, so they run already, or ran."""
-    mine = arrived_ptr + program % COPIES * LINE
-    while tl.atomic_add(mine, 0, sem="acquire", scope="gpu") < SHRINKING:
-        pass
+def _bits(sums):
+    """What is stored of sums; never MISSING, whatever NaN a device makes."""
+    bits = sums.to(tl.int32, bitcast=True)
+    return tl.where(bits == MISSING, 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -105,8 +95,7 @@ def shrink_token(
         a = _a_tile(a_ptr, (row < rank) & (k + BLOCK_K < end), k + BLOCK_K, end, EVEN, BLOCK_K)
     if rank > 0:
         copies = tl.arange(0, SUMS)[:, None] * (ADAPTERS * PARTS * RANK)  # [SUMS, 1]
-        tl.store(lora.sums_ptr + copies + number * RANK + row[None, :], tl.broadcast_to(sums[None, :], (SUMS, RANK)))
-        _announce(lora.counters_ptr)
+        tl.store(lora.sums_ptr + copies + number * RANK + row[None, :], tl.broadcast_to(_bits(sums)[None, :], (SUMS, RANK)))
 
 
 @triton.jit
@@ -120,20 +109,42 @@ def b_of_token(which, n, rows, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr
 
 
 @triton.jit
+def _sums_of_token(
+    which, program, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
+    PARTS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Where an adapter's sums are, `[ROOM, RANK]`, and which of them there will be. The program says which copy."""
+    part = tl.arange(0, ROOM)
+    copy = program % SUMS * (ADAPTERS * PARTS * RANK)
+    cell = copy + (which * PARTS + part)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+    return cell, (part < PARTS)[:, None] & (rank_of(which, RANKS, SAME) > 0)
+
+
+@triton.jit
+def early_sums(
+    which, program, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
+    PARTS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """The bits of an adapter's sums as they are now, some perhaps MISSING: `[ROOM, RANK]`."""
+    cell, ok = _sums_of_token(which, program, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
+    return tl.load(lora.sums_ptr + cell, mask=ok, other=0, volatile=True)
+
+
+@triton.jit
 def expand_token(
-    which, program, b, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
+    which, program, b, bits, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """`s B h` for rows `b: [BLOCK_N, RANK]`, `[BLOCK_N]`; 0 for a weight without an adapter.
 
-    The program's number says which copy of h it reads. ROOM is the power of two that holds the PARTS of h.
+    The parts of h are read again until those that were MISSING in `bits`, of `early_sums`, are there: the programs that
+    store them have the first numbers of the launch, so they run already, or ran. ROOM is the power of two that holds
+    the PARTS.
     """
-    part = tl.arange(0, ROOM)
-    copy = program % SUMS * (ADAPTERS * PARTS * RANK)
-    cell = copy + (which * PARTS + part)[:, None] * RANK + tl.arange(0, RANK)[None, :]  # [ROOM, RANK]
-    ok = (part < PARTS)[:, None] & (rank_of(which, RANKS, SAME) > 0)
-    # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-    h = tl.sum(tl.load(lora.sums_ptr + cell, mask=ok, other=0.0, cache_modifier=".cg"), 0)  # [RANK]
+    cell, ok = _sums_of_token(which, program, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
+    while tl.sum((bits == MISSING).to(tl.int32)) > 0:
+        bits = tl.load(lora.sums_ptr + cell, mask=ok, other=0, volatile=True)
+    h = tl.sum(bits.to(tl.float32, bitcast=True), 0)  # [RANK]
     return tl.sum(b.to(tl.float32) * h[None, :], 1) * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
 
 
@@ -182,8 +193,7 @@ def shrink_tokens(
         sums += tl.dot(a, x, input_precision=PRECISION)
     if rank > 0:
         sums_ptr = lora.sums_ptr + (which * PARTS + part) * (RANK * BLOCK_T)
-        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], sums)
-        _announce(lora.counters_ptr)
+        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], _bits(sums))
 
 
 @triton.jit
@@ -199,6 +209,23 @@ def b_of_tokens(
 
 
 @triton.jit
+def _sums_of_tokens(sums_ptr, first, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`[COLUMNS, BLOCK_T]` of h from row `first` on, read until all parts are there: their programs run already, or ran."""
+    cell = (first + tl.arange(0, COLUMNS))[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    h = tl.zeros([COLUMNS, BLOCK_T], tl.float32)
+    missing = 1
+    while missing > 0:
+        h = tl.zeros([COLUMNS, BLOCK_T], tl.float32)
+        lacks = tl.zeros([COLUMNS, BLOCK_T], tl.int32)
+        for part in tl.static_range(PARTS):
+            bits = tl.load(sums_ptr + part * (RANK * BLOCK_T) + cell, volatile=True)
+            lacks += (bits == MISSING).to(tl.int32)
+            h += bits.to(tl.float32, bitcast=True)
+        missing = tl.sum(lacks)
+    return h
+
+
+@triton.jit
 def expand_tokens(
     acc, which, b, n, rows, lora,
     ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
@@ -207,15 +234,11 @@ def expand_tokens(
     """`acc + s B h`, `[BLOCK_N, BLOCK_T]`; `b: [BLOCK_N, COLUMNS]` holds the first columns of B."""
     COLUMNS: tl.constexpr = b.shape[1]
     if rank_of(which, RANKS, SAME) > 0:
-        row = tl.arange(0, COLUMNS)[:, None]
+        sums_ptr = lora.sums_ptr + which * (PARTS * RANK * BLOCK_T)
         delta = tl.zeros(acc.shape, tl.float32)
         # Not unrolled: the loads of all columns at once would need all registers.
         for first in tl.range(0, RANK, COLUMNS, num_stages=1):
-            h = tl.zeros([COLUMNS, BLOCK_T], tl.float32)
-            for part in tl.static_range(PARTS):
-                cell = ((which * PARTS + part) * RANK + first + row) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-                # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-                h += tl.load(lora.sums_ptr + cell, cache_modifier=".cg")
+            h = _sums_of_tokens(sums_ptr, first, RANK, PARTS, COLUMNS, BLOCK_T)
             delta += tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
             if RANK > COLUMNS:
                 b = b_of_tokens(which, n, rows, first + COLUMNS, lora, ADAPTERS, RANKS, SAME, COLUMNS)

@@ -25,7 +25,7 @@ from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_l
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, check_adapters, operands
-from hf_fastattn.kernels.layer.lora_programs import b_of_token, expand_token, shrink_token, wait_for_sums
+from hf_fastattn.kernels.layer.lora_programs import b_of_token, early_sums, expand_token, shrink_token
 from hf_fastattn.kernels.layer.skinny import skinny_product
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
@@ -66,7 +66,7 @@ def matvec_kernel(
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
-    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINKING: tl.constexpr = 0, SHRINKERS: tl.constexpr = 0,
+    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINKERS: tl.constexpr = 0,
     ROOM: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`; with adapters, what `lora.py` says."""
@@ -109,11 +109,10 @@ def matvec_kernel(
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
     x = _x_tile(x_ptr, 0, K, BLOCK_K)  # [BLOCK_K]
     if lora is not None:
-        # While the first tiles of weights are on their way.
-        wait_for_sums(lora.counters_ptr, number, SHRINKING)
-        delta = expand_token(which, number, b, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)  # [BLOCK_N]
+        # All but the first programs find the sums there; they come while weights are multiplied.
+        sums = early_sums(which, number, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
         if GATED:
-            delta_u = expand_token(1, number, b_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
+            sums_u = early_sums(1, number, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
     acc = _products(w, x, x_ptr.dtype.element_ty, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     if GATED:
         acc_u = _products(u, x, x_ptr.dtype.element_ty, VECTOR)
@@ -127,11 +126,11 @@ def matvec_kernel(
             acc_u += _products(u, x, x_ptr.dtype.element_ty, VECTOR)
     y = tl.sum(acc, 1)  # [BLOCK_N]
     if lora is not None:
-        y += delta
+        y += expand_token(which, number, b, sums, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
     if GATED:
         y_u = tl.sum(acc_u, 1)
         if lora is not None:
-            y_u += delta_u
+            y_u += expand_token(1, number, b_u, sums_u, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, ROOM)
         y = silu_gate(y, y_u)
     tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
 
@@ -228,7 +227,7 @@ def matvec(
             the launch ahead has ended. Launches overlap, so the one before the last counts too.
         tile: launch configuration, for measuring; by default that of `configs.product_tile`.
         lora: an adapter for each weight, or None for those without; None if there are none at all.
-        lora_sums: counters for the launches of one forward; made by the call if needed and not given.
+        lora_sums: room for the sums of one forward's launches; made by the call if needed and not given.
         lora_tile: as `tile`; by default `lora.lora_tile`'s.
 
     Returns:

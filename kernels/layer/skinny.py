@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens, wait_for_sums
+from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 
@@ -81,7 +81,7 @@ def skinny_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
-    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0, SHRINKING: tl.constexpr = 0,
+    SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
     EXPAND_PRECISION: tl.constexpr = None,
 ):  # fmt: skip
@@ -125,11 +125,10 @@ def skinny_kernel(
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if lora is not None:
-        # One of the parts of a split product adds what the adapter does; only that one reads B.
-        adapted_rows = tl.where(part == 0, rows, 0)
-        b = b_of_tokens(which, n, adapted_rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
+        # Each part of a split product reads B, since any may be the last to arrive, which adds what the adapter does.
+        b = b_of_tokens(which, n, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
         if GATED:
-            b_u = b_of_tokens(1, n, adapted_rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
+            b_u = b_of_tokens(1, n, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -148,9 +147,8 @@ def skinny_kernel(
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
-    if lora is not None:
-        if part == 0:
-            wait_for_sums(lora.counters_ptr, number, SHRINKING)
+    if SPLIT == 1:
+        if lora is not None:
             acc = expand_tokens(
                 acc, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
             )  # fmt: skip
@@ -158,7 +156,6 @@ def skinny_kernel(
                 acc_u = expand_tokens(
                     acc_u, 1, b_u, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
                 )  # fmt: skip
-    if SPLIT == 1:
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_T
@@ -180,6 +177,14 @@ def skinny_kernel(
                 total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
                 if GATED:
                     total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
+            if lora is not None:
+                total = expand_tokens(
+                    total, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                )  # fmt: skip
+                if GATED:
+                    total_u = expand_tokens(
+                        total_u, 1, b_u, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                    )  # fmt: skip
             _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
 
 

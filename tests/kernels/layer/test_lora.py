@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from hf_fastattn.kernels.layer import matvec, reference
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, lora_tile
+from hf_fastattn.kernels.layer.lora import AT_ONCE, Adapter, LoraSums, LoraTile, lora_tile
+from hf_fastattn.kernels.layer.lora_programs import MISSING
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
@@ -132,11 +134,24 @@ def test_parts(tokens, parts):
 
 
 @pytest.mark.interpreter
-def test_counters_of_many_launches():
-    """More launches than are zeroed at once; each has counters of its own."""
+def test_sums_of_many_launches():
+    """More than are made at once; each launch has its own, and none is there."""
     sums = LoraSums(torch.device("cpu"))
-    seen = [sums.counters() for _ in range(130)]
-    assert len({tensor.data_ptr() for tensor in seen}) == 130 and not any(tensor.any() for tensor in seen)
+    seen = [sums.take(size) for size in (96, AT_ONCE // 3, AT_ONCE // 2, AT_ONCE, AT_ONCE + 16)]
+    ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel()) for tensor in seen)
+    assert all(first[1] <= second[0] for first, second in pairwise(ranges))
+    assert all((tensor == MISSING.value).all() for tensor in seen)
+
+
+@pytest.mark.interpreter
+def test_a_nan_of_the_weights_is_no_missing_sum():
+    """Nor is the very NaN that stands for one: whoever waits for sums would wait for ever."""
+    a, b, x = torch.ones(4, 32), torch.ones(8, 4), torch.ones(1, 32)
+    for bits in (MISSING.value, 0x7FFFFFFF):
+        a.view(torch.int32)[0, 0] = bits
+        for tokens in (1, 3):
+            (y,) = matvec.matvec(x.expand(tokens, -1), [torch.ones(8, 32)], lora=[Adapter(a, b, 1.0)])
+            assert y.isnan().all()
 
 
 @pytest.mark.interpreter
