@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import DTYPES, power_of_2
-from hf_fastattn.kernels.layer.lora_programs import MISSING, SUMS, Operands
+from hf_fastattn.kernels.layer.lora_programs import MISSING, SEGMENTS, SUMS, Operands
 
 MOST_RANK = 128
 # The matrix unit multiplies no fewer.
@@ -55,7 +55,7 @@ class LoraTile:
     """Launch configuration of the shrinking programs.
 
     Attributes:
-        block_k: columns a step.
+        block_k: columns a step; of each segment, for several tokens.
         parts: programs that share the columns of an A, at most.
     """
 
@@ -107,7 +107,7 @@ def check_adapters(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adap
 def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
     """The tile for `block_t` tokens, padded, and A of `rank` rows, padded."""
     # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
-    block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32
+    block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32 if block_t <= 32 else 16
     columns, most = (PART_COLUMNS, MOST_PARTS) if block_t == 1 else (PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS)
     return LoraTile(block_k, max(min(k // columns, most), 1))
 
@@ -143,7 +143,8 @@ def operands(
 
 def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile) -> dict[str, Any]:
     """What is known when the launch is compiled, for A of `ranks` rows, padded to `rank`, and k columns."""
-    steps = -(-k // tile.block_k)
+    step = tile.block_k if block_t == 1 else tile.block_k * SEGMENTS.value
+    steps = -(-k // step)
     # Steps a part, and then parts: rounded so that no part is empty.
     part = -(-steps // min(tile.parts, steps))
     parts = -(-steps // part)
@@ -153,7 +154,7 @@ def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile
         "SAME": len(set(ranks)) == 1,
         "RANK": rank,
         "PARTS": parts,
-        "SHRINK_PART": part * tile.block_k,
+        "SHRINK_PART": part * step,
         "SHRINK_K": tile.block_k,
         "SHRINKERS": parts * row_blocks * len(ranks),
     }

@@ -40,6 +40,10 @@ MISSING = tl.constexpr(-0x3F2153)
 SUMS = tl.constexpr(32)
 
 
+# Columns of a step are divided among so many warps, as many as the programs have: one chain of products would be long.
+SEGMENTS = tl.constexpr(4)
+
+
 @triton.jit
 def rank_of(which, RANKS: tl.constexpr, SAME: tl.constexpr):
     """The rank of an adapter; known to the compiler, for wide loads of B, where all have the same."""
@@ -149,12 +153,28 @@ def expand_token(
 
 
 @triton.jit
-def _token_tile(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x from column k on, transposed: `[BLOCK_K, BLOCK_T]`."""
+def _columns(pointers, ok, k, end, EVEN: tl.constexpr):
+    """`[SEGMENTS, rows, BLOCK_K]` elements from column k on; segments are neighbours."""
     if EVEN:
-        return tl.trans(tl.load(pointers + k, mask=ok[:, None], other=0.0))
-    column = k + tl.arange(0, BLOCK_K)
-    return tl.trans(tl.load(pointers + k, mask=ok[:, None] & (column < end)[None, :], other=0.0))
+        return tl.load(pointers + k, mask=ok[None, :, None], other=0.0)
+    BLOCK_K: tl.constexpr = pointers.shape[2]
+    column = k + tl.arange(0, SEGMENTS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    return tl.load(pointers + k, mask=ok[None, :, None] & (column < end), other=0.0)
+
+
+@triton.jit
+def _add_shrunk(sums, a, x, PRECISION: tl.constexpr):
+    """`sums + a x^T` of `a: [SEGMENTS, R, BLOCK_K]` and `x: [SEGMENTS, T, BLOCK_K]`, in the dtype of a, as PEFT casts x."""
+    x = tl.trans(x, 0, 2, 1)
+    if a.dtype == tl.float32 and x.dtype == tl.bfloat16:
+        # fp32 is the sum of three in bf16; their products with x are exact, and take no conversion of x.
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return sums + (tl.dot(low, x) + tl.dot(middle, x) + tl.dot(high, x))
+    # Added, not chained: the sums of parts and of tiles stay short where the matrix unit is not used.
+    return sums + tl.dot(a, x.to(a.dtype), input_precision=PRECISION)
 
 
 @triton.jit
@@ -164,36 +184,35 @@ def shrink_tokens(
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK_R, BLOCK_T]` sums of one A times `x: [tokens, K]`, over PART columns."""
+    """`[BLOCK_R, BLOCK_T]` sums of one A times `x: [tokens, K]`, over PART columns; each warp takes a segment of a step."""
     which = number // (PARTS * (RANK // BLOCK_R))
     part = number % (PARTS * (RANK // BLOCK_R)) // (RANK // BLOCK_R)
     rank = rank_of(which, RANKS, SAME)
-    EVEN: tl.constexpr = K % BLOCK_K == 0
+    STEP: tl.constexpr = SEGMENTS * BLOCK_K
+    EVEN: tl.constexpr = K // STEP * STEP == K
     begin = part * PART
     end = tl.minimum(begin + PART, K)
     row = number % (RANK // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     t = tl.arange(0, BLOCK_T)
-    inner = tl.arange(0, BLOCK_K)[None, :]
-    a_ptr = pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row[:, None] * K + inner  # [BLOCK_R, BLOCK_K]
-    x_tile_ptr = x_ptr + t[:, None] * stride_x + inner  # [BLOCK_T, BLOCK_K]
+    inner = tl.arange(0, SEGMENTS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    a_ptr = pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row[None, :, None] * K + inner
+    x_tile_ptr = x_ptr + t[None, :, None] * stride_x + inner  # [SEGMENTS, BLOCK_T, BLOCK_K]
     ok_r = row < rank
     ok_t = t < tokens
     if OVERLAP and not SETTLED:
         gdc_wait()
-    a_first = _a_tile(a_ptr, ok_r, begin, end, EVEN, BLOCK_K)
+    a = _columns(a_ptr, ok_r, begin, end, EVEN)  # [SEGMENTS, BLOCK_R, BLOCK_K]
     if OVERLAP and SETTLED:
         gdc_wait()
-    # PEFT casts x to the dtype of A.
-    x = _token_tile(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K).to(a_first.dtype)  # [BLOCK_K, BLOCK_T]
-    sums = tl.dot(a_first, x, input_precision=PRECISION)
-    for k in tl.range(begin + BLOCK_K, end, BLOCK_K, num_stages=3):
-        a = _a_tile(a_ptr, ok_r, k, end, EVEN, BLOCK_K)
-        x = _token_tile(x_tile_ptr, ok_t, k, end, EVEN, BLOCK_K).to(a.dtype)
-        # Added, not chained: the sums of parts and of tiles stay short where the matrix unit is not used.
-        sums += tl.dot(a, x, input_precision=PRECISION)
+    sums = tl.zeros([SEGMENTS, BLOCK_R, BLOCK_T], tl.float32)
+    for k in tl.range(begin, end, STEP):
+        x = _columns(x_tile_ptr, ok_t, k, end, EVEN)
+        ahead = _columns(a_ptr, ok_r & (k + STEP < end), k + STEP, end, EVEN)
+        sums = _add_shrunk(sums, a, x, PRECISION)
+        a = ahead
     if rank > 0:
         sums_ptr = lora.sums_ptr + (which * PARTS + part) * (RANK * BLOCK_T)
-        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], _bits(sums))
+        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], _bits(tl.sum(sums, 0)))
 
 
 @triton.jit
