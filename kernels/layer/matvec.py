@@ -180,7 +180,8 @@ def _product(
     if not y.numel():
         return y
     arch = arch_of(x.device)
-    tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, weights[0].dtype is not x.dtype)
+    rounds = weights[0].dtype is not x.dtype
+    tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
     shrinkers, adapted = (0, {}) if lora is None else operands(x, lora, block_t, lora_sums, lora_tile)
     if tokens > 1:
