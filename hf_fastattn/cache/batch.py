@@ -13,6 +13,7 @@ from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.backends import choose_backend
 
 if TYPE_CHECKING:
+    from hf_fastattn.kernels.attention.work_list import WorkLists
     from hf_fastattn.kernels.attention.workspace import Workspace
 
 
@@ -73,6 +74,7 @@ class Batch:
     shared: SharedPrefixes | None = None
     _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _work_lists: WorkLists = field(default_factory=dict)
 
     @staticmethod
     def from_host(host: HostBatch, options: BatchOptions) -> Batch:
@@ -119,9 +121,10 @@ class Batch:
             self._rope[cos.device] = held
         return held[1], held[2]
 
-    def forget_rope(self) -> None:
-        """Let go of the tables made by `rope()`."""
+    def forget_tables(self) -> None:
+        """Let go of what one layer made for the others: the tables of `rope()`, lists of attention's tiles."""
         self._rope.clear()
+        self._work_lists.clear()
 
     # ---- the operations ---------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class Batch:
             q, k_pages, v_pages, held.page_tables[window], held.cu_seqlens, held.seq_lens,
             max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
             workspace=self._workspace(q.device), hopper=self._backend_of(q) == "hopper",
-            batch_invariant=self.options.batch_invariant,
+            batch_invariant=self.options.batch_invariant, work_lists=self._work_lists,
         )  # fmt: skip
         return out
 

@@ -18,7 +18,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import GraphStore
 from hf_fastattn.graphs.recorded_forward import RecordedForward
-from hf_fastattn.graphs.static_inputs import MOST_TOKENS, ForwardShape, StaticInputs, columns_for, why_not_static
+from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
 
@@ -62,10 +62,13 @@ class Entry:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.
             device = self.inputs.shape.device
             region = autocast_as(device, region_dtype(device))
-            with cache.using(self.batch), torch.inference_mode(False), torch.no_grad(), region:
-                arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
-                outputs = forward(decoder, cache, **arguments)
-            self.batch.forget_rope()
+            try:
+                with cache.using(self.batch), torch.inference_mode(False), torch.no_grad(), region:
+                    arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
+                    outputs = forward(decoder, cache, **arguments)
+            finally:
+                # The next forward over these inputs has other positions and lengths, and a graph records that it makes both.
+                self.batch.forget_tables()
             self.outputs = type(outputs)
             others = set(outputs) - {"last_hidden_state", CACHE}
             if others:
@@ -80,7 +83,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
 
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
-    products have the same sizes, and give the same bits, captured or not. Forwards of more tokens than the last bucket
+    products have the same sizes, and give the same bits, captured or not. Forwards of more tokens than `most_tokens` says
     keep the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
@@ -137,7 +140,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if not self._enabled or tokens.device.type not in self.forward_type.devices or batch is None:
             return None
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
-        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > MOST_TOKENS):
+        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > most_tokens(decoder)):
             return None
         # The model's own dtype would be looked for among all its parameters, at every step. No tensor of the pages is held
         # here: they may be about to grow.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 # Views begin at multiples of this many int32: kernels are compiled for the alignment of their pointers.
 ALIGNMENT = 64
 MIN_COLUMNS = 64
-# (largest size, padding multiple) of each bucket of captured forwards of several tokens a row. Above the last one, the
-# GPU is busy for longer than the launches take, and nothing is captured.
-BUCKETS = ((16, 4), (64, 16), (256, 64), (1024, 128))
-MOST_TOKENS = BUCKETS[-1][0]
+# (largest size, padding multiple) of each bucket of captured forwards of several tokens a row.
+BUCKETS = ((16, 4), (64, 16), (256, 64), (2048, 128), (4096, 256), (8192, 512))
+# Of every model so many tokens are captured, of small ones more: until the GPU is busy for about as long as the launches of
+# a layer take, 300 us and more. An H200 multiplies so many 16-bit weights with tokens meanwhile.
+FEWEST_CAPTURED, MOST_CAPTURED = 1024, BUCKETS[-1][0]
+PRODUCTS_A_LAYER = 9 * 10**10
 # Arguments that static inputs hold, and those that do not change what is computed.
 STATIC = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "is_causal",
@@ -79,8 +83,21 @@ class ForwardShape:
         return (self.rows, 1) if self.bucket is None else (1, self.bucket)
 
 
+def most_tokens(decoder: Any) -> int:
+    """Tokens of the largest forward that is captured of this decoder."""
+    layers = getattr(decoder, "layers", None)
+    weights = [parameter for parameter in layers.parameters()] if isinstance(layers, nn.Module) else []
+    if not weights:
+        return FEWEST_CAPTURED
+    # In fp32 a GPU is busy for several times as long.
+    narrow = weights[0].element_size() == 2 or region_dtype(weights[0].device) is not None
+    products = PRODUCTS_A_LAYER // (1 if narrow else 8)
+    a_layer = sum(parameter.numel() for parameter in weights) // decoder.config.num_hidden_layers
+    return min(max(products // max(a_layer, 1), FEWEST_CAPTURED), MOST_CAPTURED)
+
+
 def bucket_of_tokens(tokens: int) -> int:
-    """The bucket of a captured forward of `tokens`, at most MOST_TOKENS: few buckets, little padding."""
+    """The bucket of a captured forward of `tokens`, at most MOST_CAPTURED: few buckets, little padding."""
     step = next(step for upto, step in BUCKETS if tokens <= upto)
     return -(-tokens // step) * step
 

@@ -154,7 +154,7 @@ class DecodeLoop:
             with cache.using(batch):
                 arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, cache, **arguments).last_hidden_state
-            batch.forget_rope()
+            batch.forget_tables()
             return self._finish_step(key, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
 
         return run

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.quick_launch import launch
 
 # Elements of a program's tile, and the most heads in it.
 TILE_ELEMENTS = 2048
@@ -162,16 +163,18 @@ def rope_append(
     # Independent of the number of tokens, so that a token is computed in the same way whatever the others.
     block_t = max(TILE_ELEMENTS // (block_d * block_h), 1)
     overlap = overlaps_launches(arch_of(q.device))
-    head_blocks = triton.cdiv(heads, block_h) + triton.cdiv(groups, block_h)
+    head_blocks = -(-heads // block_h) + -(-groups // block_h)
     with on_device_of(q):
-        rope_append_kernel[(triton.cdiv(tokens, block_t), head_blocks)](
+        arguments = (
             q, k, v, cos, sin, out, k_pages, v_pages, slot_mapping, q_norm, k_norm,
             tokens, eps,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos.stride(0), sin.stride(0),
-            k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0), *k_pages.stride()[:3],
+        )  # fmt: skip
+        options = dict(
             HEADS=heads, GROUPS=groups, HALF=rotary // 2, REST=dim - rotary, PAGE=k_pages.shape[1],
             BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_HALF=power_of_2(rotary // 2), BLOCK_REST=power_of_2(dim - rotary),
             BLOCK_D=block_d, UNIT_OFFSET=unit_offset, OVERLAP=overlap,
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
+        launch(rope_append_kernel, (-(-tokens // block_t), head_blocks), arguments, options)
     return out

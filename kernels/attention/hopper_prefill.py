@@ -12,6 +12,8 @@ so stand in one file.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -35,7 +37,7 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     turn_wait,
     unpack_pairs,
 )
-from hf_fastattn.kernels.attention.work_list import work_list
+from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, LOG2E, check_pages, on_device_of
 
 BLOCK_M = 128
@@ -373,6 +375,12 @@ def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: floa
     return None
 
 
+@functools.cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a box lies in shared memory; kept, since making it takes the host as long as a launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(box), DTYPES[dtype])
+
+
 def hopper_prefill(
     q: Tensor,
     k_pages: Tensor,
@@ -383,6 +391,7 @@ def hopper_prefill(
     *,
     scale: float,
     processors: int,
+    work_lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed rows of new tokens over paged keys and values; see `prefill.paged_prefill`.
 
@@ -394,6 +403,7 @@ def hopper_prefill(
         seq_lens: `[B]` int32, keys of each row after the append.
         scale: factor on the scores.
         processors: multiprocessors of the GPU.
+        work_lists: of earlier launches for the same `cu_seqlens_q`, as by other layers of a forward.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -414,11 +424,14 @@ def hopper_prefill(
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:
         return out, lse
-    work, tiles = work_list(cu_seqlens_q, tokens, heads // packed, packed, BLOCK_M)
+    lists, key = {} if work_lists is None else work_lists, (q.device, heads // packed, packed)
+    if key not in lists:
+        lists[key] = work_list(cu_seqlens_q, tokens, heads // packed, packed, BLOCK_M)
+    work, tiles = lists[key]
     rows = pages * page * (groups if order else 1)
     flat = [(x.transpose(1, 2) if order else x).view(rows, -1) for x in (k_pages, v_pages)]
     q_box, kv_box = [BLOCK_M // 2 // packed, packed, dim], [min(page, block_n), dim]
-    q_layout, kv_layout = (gl.NVMMASharedLayout.get_default_for(box, DTYPES[q.dtype]) for box in (q_box, kv_box))
+    q_layout, kv_layout = (_layout(tuple(box), q.dtype) for box in (q_box, kv_box))
     q_desc = TensorDescriptor(q, list(q.shape), list(q.stride()), q_box, q_layout)
     k_desc, v_desc = (TensorDescriptor.from_tensor(x, kv_box, kv_layout) for x in flat)
     with on_device_of(q):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.prefill import paged_prefill
+from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
@@ -31,6 +32,7 @@ def paged_attention(
     workspace: Workspace | None = None,
     hopper: bool = False,
     batch_invariant: bool = False,
+    work_lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values; see `paged_prefill` and `paged_decode`.
 
@@ -48,6 +50,7 @@ def paged_attention(
         hopper: take the Gluon kernel where it can; see `backends.choose_backend`.
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
+        work_lists: those of earlier calls with the same `cu_seqlens_q`, for the Gluon kernel.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -63,7 +66,8 @@ def paged_attention(
             from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill, why_not_hopper
 
             if why_not_hopper(q, k_pages, window, softcap) is None:
-                return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=workspace.processors)
+                processors = workspace.processors
+                return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=processors, work_lists=work_lists)
         return paged_prefill(q, k_pages, v_pages, *batch, **options)
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,

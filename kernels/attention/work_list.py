@@ -11,6 +11,9 @@ from hf_fastattn.kernels.launch import on_device_of, power_of_2
 
 TILES_PER_PROGRAM = 64
 
+# Work lists by device, head slots and heads a slot.
+WorkLists = dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]]
+
 
 @triton.jit(do_not_specialize=["rows"])
 def work_list_kernel(

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.quick_launch import launch
 
 BLOCK = 1024
 
@@ -65,8 +66,7 @@ def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
         return out
     overlap = overlaps_launches(arch_of(gate.device))
     with on_device_of(gate):
-        silu_and_mul_kernel[(tokens, -(-width // BLOCK))](
-            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=BLOCK, OVERLAP=overlap,
-            num_warps=4, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
+        options = dict(BLOCK=BLOCK, OVERLAP=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}))
+        arguments = (gate, up, out, width, gate.stride(0), up.stride(0))
+        launch(silu_and_mul_kernel, (tokens, -(-width // BLOCK)), arguments, options)
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.quick_launch import launch
 
 MAX_HIDDEN = 16_384
 # So many that each thread makes one vector load of 16-bit elements, up to 16 warps.
@@ -87,10 +88,13 @@ def _launch(
     block = power_of_2(hidden)
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
-        rms_norm_kernel[(tokens,)](
-            x, residual, weight, out, total, eps, x.stride(0), 0 if residual is None else residual.stride(0),
-            HIDDEN=hidden, BLOCK=block, UNIT_OFFSET=unit_offset, SETTLED=weights_settled, OVERLAP=overlap,
-            num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), **({"launch_pdl": True} if overlap else {}),
+        launch(
+            rms_norm_kernel, (tokens,),
+            (x, residual, weight, out, total, eps, x.stride(0), 0 if residual is None else residual.stride(0)),
+            dict(
+                HIDDEN=hidden, BLOCK=block, UNIT_OFFSET=unit_offset, SETTLED=weights_settled, OVERLAP=overlap,
+                num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), **({"launch_pdl": True} if overlap else {}),
+            ),
         )  # fmt: skip
     return out, total
 

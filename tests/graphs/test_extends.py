@@ -16,7 +16,7 @@ import torch
 import hf_fastattn
 from hf_fastattn.graphs import forward_graphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
-from hf_fastattn.graphs.static_inputs import MOST_TOKENS, StaticInputs, bucket_of_tokens
+from hf_fastattn.graphs.static_inputs import FEWEST_CAPTURED, MOST_CAPTURED, StaticInputs, bucket_of_tokens, most_tokens
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import (
     CORE,
@@ -60,9 +60,20 @@ def appends(model: Any) -> tuple[int, int]:
 
 
 def test_buckets() -> None:
-    buckets = [bucket_of_tokens(tokens) for tokens in range(1, MOST_TOKENS + 1)]
+    buckets = [bucket_of_tokens(tokens) for tokens in range(1, MOST_CAPTURED + 1)]
     assert all(bucket >= tokens for tokens, bucket in enumerate(buckets, 1)) and buckets == sorted(buckets)
-    assert len(set(buckets)) <= 16 and bucket_of_tokens(MOST_TOKENS) == MOST_TOKENS
+    assert all(bucket <= tokens + tokens // 8 for tokens, bucket in enumerate(buckets, 1) if tokens > 1024)
+    assert len(set(buckets)) <= 48 and bucket_of_tokens(MOST_CAPTURED) == MOST_CAPTURED
+
+
+def test_small_models_have_larger_forwards_captured() -> None:
+    def of(hidden: int, dtype: torch.dtype) -> int:
+        with torch.device("meta"):
+            model = tiny("llama", hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=2)
+        return most_tokens(model.to(dtype).model)
+
+    assert of(64, torch.bfloat16) == MOST_CAPTURED and of(4096, torch.bfloat16) == FEWEST_CAPTURED
+    assert FEWEST_CAPTURED < of(1024, torch.bfloat16) < MOST_CAPTURED and of(1024, torch.float32) == FEWEST_CAPTURED
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,12 +170,14 @@ def test_the_same_bits_before_and_after_a_capture(device: str) -> None:
     assert not logits[0].logits.isnan().any() and logits[0].logits.shape == (1, 37, VOCAB)
 
 
-def test_what_is_not_captured(device: str) -> None:
-    stock, model = both("llama", device, max_position_embeddings=4096)
-    long = single(MOST_TOKENS + 1)
+def test_what_is_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, model = both("llama", device)
+    monkeypatch.setattr(forward_graphs, "most_tokens", lambda decoder: 64)
+    long = single(65)
     for _ in range(3):
         assert torch.equal(run(model, 2, **long), run(stock, 2, **long))
         assert appends(model) == (0, 0)
+    monkeypatch.undo()
     hidden = {"output_hidden_states": True, "return_dict_in_generate": True}
     for _ in range(3):
         assert torch.equal(run(model, **single(), **hidden).sequences, run(stock, **single(), **hidden).sequences)
@@ -176,7 +189,7 @@ def test_what_is_not_captured(device: str) -> None:
 
 
 def test_steps_of_many_rows_are_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_graphs, "MOST_TOKENS", 2)
+    monkeypatch.setattr(forward_graphs, "most_tokens", lambda decoder: 2)
     stock, model = both("llama", device)
     batch = {**padded_batch(3), "num_beams": 2}
     for _ in range(3):
