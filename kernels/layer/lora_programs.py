@@ -33,6 +33,23 @@ class Operands(NamedTuple):
     counters_ptr: Any
 
 
+class MemberPointers(NamedTuple):
+    """Whose the rows of A are where adapters are stacked, as the shrinking programs take it.
+
+    Attributes:
+        scales0_ptr: of the rows of the first A, fp32; likewise the numbers of the adapters that they belong to, int32.
+        tokens_ptr: the number of each token's adapter, int32.
+    """
+
+    scales0_ptr: Any
+    scales1_ptr: Any
+    scales2_ptr: Any
+    owners0_ptr: Any
+    owners1_ptr: Any
+    owners2_ptr: Any
+    tokens_ptr: Any
+
+
 # So many counters of one event, so that programs that wait seldom read the same; and the int32 elements from one to the
 # next, each in a cache line of its own.
 COPIES = tl.constexpr(8)
@@ -75,8 +92,19 @@ def wait_for_sums(arrived_ptr, program, SHRINKING: tl.constexpr):
 
 
 @triton.jit
+def _factors(which, row, rank, t, tokens, members, ADAPTERS: tl.constexpr):
+    """`[BLOCK_R, BLOCK_T]`: the scale of each row of A for the tokens of its adapter, and 0 for all others."""
+    ok = row < rank
+    scales = tl.load(pick(which, members.scales0_ptr, members.scales1_ptr, members.scales2_ptr, ADAPTERS) + row, mask=ok)
+    owners = tl.load(pick(which, members.owners0_ptr, members.owners1_ptr, members.owners2_ptr, ADAPTERS) + row, mask=ok)
+    token = tl.load(members.tokens_ptr + t, mask=t < tokens, other=-1)
+    mine = (owners[:, None] == token[None, :]) & ok[:, None]
+    return tl.where(mine, scales[:, None], 0.0)
+
+
+@triton.jit
 def shrink_token(
-    number, x_ptr, lora,
+    number, x_ptr, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -103,6 +131,9 @@ def shrink_token(
         x = tl.load(x_ptr + k + inner, mask=k + inner < end, other=0.0).to(a.dtype)  # [BLOCK_K]
         sums += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
         a = _a_tile(a_ptr, (row < rank) & (k + BLOCK_K < end), k + BLOCK_K, end, EVEN, BLOCK_K)
+    if members is not None:
+        factors = _factors(which, row, rank, tl.arange(0, 1), 1, members, ADAPTERS)  # [RANK, 1]
+        sums *= tl.reshape(factors, (RANK,))
     if rank > 0:
         copies = tl.arange(0, SUMS)[:, None] * (ADAPTERS * PARTS * RANK)  # [SUMS, 1]
         tl.store(lora.sums_ptr + copies + number * RANK + row[None, :], tl.broadcast_to(sums[None, :], (SUMS, RANK)))
@@ -148,7 +179,7 @@ def _token_tile(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr)
 
 @triton.jit
 def shrink_tokens(
-    number, x_ptr, tokens, stride_x, lora,
+    number, x_ptr, tokens, stride_x, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -180,6 +211,8 @@ def shrink_tokens(
         x = _token_tile(x_tile_ptr, ok_t, k, end, EVEN, BLOCK_K).to(a.dtype)
         # Added, not chained: the sums of parts and of tiles stay short where the matrix unit is not used.
         sums += tl.dot(a, x, input_precision=PRECISION)
+    if members is not None:
+        sums *= _factors(which, row, rank, t, tokens, members, ADAPTERS)
     if rank > 0:
         sums_ptr = lora.sums_ptr + (which * PARTS + part) * (RANK * BLOCK_T)
         tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], sums)
