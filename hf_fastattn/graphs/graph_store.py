@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_fastattn")
 
+BY_ROW = "adapters are chosen by row (adapter_names)"
+
 Key = TypeVar("Key", bound=Hashable)
 Held = TypeVar("Held")
 
@@ -83,6 +85,11 @@ class GraphStore(Generic[Key, Held]):
         if now != before:
             self._fingerprint, self._reason = now, self._known_reason or why_not_capturable(decoder, device)
         return before is not None and now.parts == before.parts
+
+    @property
+    def adapter_names(self) -> tuple[str, ...] | None:
+        """The adapter of each row, when `compare` was last asked; None if PEFT chose none by row."""
+        return None if self._fingerprint is None else self._fingerprint.adapter_names
 
     def count_reason(self, reason: str, counters: CallCounters) -> None:
         """Count, and log once, why decode steps are launched one by one."""

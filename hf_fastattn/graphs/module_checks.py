@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,11 @@ from hf_fastattn.autocast import why_not_forward
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
 
-
 CAPTURE_HOOK = "output_capturing_hook"
 # Hooks that change no value: they record outputs if they are asked for, or mark the embeddings for gradients.
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
+# The hook by which PEFT tells its layers the adapter of each row, for the length of a call.
+NAMES_HOOK = ("peft.tuners.lora.model", "_adapter_names_pre_forward_hook")
 
 
 def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -63,4 +65,18 @@ def has_global_hooks() -> bool:
 def has_foreign_hooks(state: dict[str, Any]) -> bool:
     # Transformers leaves its own hooks on a model that was ever asked for hidden states, or enabled for checkpointing.
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-    return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks)
+    return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS and named_rows(hook) is None for hook in hooks)
+
+
+def named_rows(hook: Any) -> Sequence[str] | None:
+    """The adapter of each row, of PEFT's hook for them; None of any other hook."""
+    if type(hook) is not functools.partial or (hook.func.__module__, hook.func.__name__) != NAMES_HOOK:
+        return None
+    names: Sequence[str] | None = hook.keywords.get("adapter_names")
+    return names
+
+
+def names_by_row(module: nn.Module) -> Sequence[str] | None:
+    """The adapter of each row that PEFT's hook, the only one before the module's forward, asks for; None without it."""
+    hooks = module._forward_pre_hooks
+    return named_rows(next(iter(hooks.values()))) if len(hooks) == 1 else None

@@ -171,7 +171,7 @@ def operands(
     members = None
     if numbers is not None:
         of = [one.members for one in held if one.members is not None]
-        members = MemberPointers(*(one.scales for one in of), *(one.numbers for one in of), numbers)
+        members = MemberPointers._make((*(one.scales for one in of), *(one.numbers for one in of), numbers))
     return constants["SHRINKERS"], {"lora": lora, "members": members, **constants}
 
 

@@ -152,13 +152,17 @@ def check_stacked(
     """
     x = rows(tokens, k, dtype, device, 1)
     weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
+
+    def adapter(rank: int, count: int, scale: float, seed: int) -> Adapter:
+        return Adapter(rows(rank, k, held, device, seed) * k**-0.5, rows(count, rank, held, device, seed + 30), scale)
+
     members = [
         [
-            (number, Adapter(rows(r, k, held, device, 30 + 9 * i + number) * k**-0.5, rows(n, r, held, device, 60 + number), s))
-            for number, (r, s) in enumerate(zip(wanted, (2.0, -0.5, 1.5), strict=False))
-            if r
+            (number, adapter(rank, count, scale, 30 + 9 * i + number))
+            for number, (rank, scale) in enumerate(zip(wanted, (2.0, -0.5, 1.5), strict=False))
+            if rank
         ]
-        for i, (n, wanted) in enumerate(zip(counts, ranks, strict=True))
+        for i, (count, wanted) in enumerate(zip(counts, ranks, strict=True))
     ]
     mine = torch.tensor(numbers, dtype=torch.int32, device=device)
     lora = [stacked(held) if held else None for held in members]
@@ -181,7 +185,11 @@ def check_stacked(
 @pytest.mark.parametrize("held", [FP32, BF16])
 @pytest.mark.parametrize(
     ("counts", "ranks", "gated"),
-    [((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False), ((33, 33), ((4, 4, 30), (9, 0, 2)), True), ((40,), ((100, 28),), False)],
+    [
+        ((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False),
+        ((33, 33), ((4, 4, 30), (9, 0, 2)), True),
+        ((40,), ((100, 28),), False),
+    ],
 )
 def test_stacked(counts, ranks, gated, held):
     """Each token has its own adapter's addition, and those without one none."""
@@ -196,7 +204,10 @@ def test_a_stack_is_the_sum(tokens):
     """Adapters of one number are all added."""
     k, dtype = 264, FP32
     x, w = rows(tokens, k, dtype, "cpu", 1), rows(40, k, dtype, "cpu", 2) * k**-0.5
-    members = [(0, Adapter(rows(r, k, dtype, "cpu", r) * k**-0.5, rows(40, r, dtype, "cpu", 9 + r), s)) for r, s in ((4, 2.0), (16, 0.5))]
+    members = [
+        (0, Adapter(rows(r, k, dtype, "cpu", r) * k**-0.5, rows(40, r, dtype, "cpu", 9 + r), s))
+        for r, s in ((4, 2.0), (16, 0.5))
+    ]
     zeros = torch.zeros(tokens, dtype=torch.int32)
     (out,) = matvec.matvec(x, [w], lora=[stacked(members)], lora_numbers=zeros)
 
