@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
+from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import why_not_paged
@@ -60,7 +61,7 @@ def device_sample(
         reason = "a logits processor names a token that the head does not have"
     if positions is None or reason is not None:
         runtime.keep_prefilled(outputs)
-        runtime.count_not_looped(reason or "a step over pages alone would not see what the mask shows")
+        runtime.count_not_looped(reason or "a step needs more than its token, its position and what the pages hold")
         return None
     del outputs
     adapters = None if rows is None else RowAdapters.of(rows)
@@ -72,7 +73,8 @@ def device_sample(
             vocabulary=logits.shape[-1], private=private, forward=forward, logits_of=logits_of,
             streamer=streamer, limits=runtime.row_limits, adapters=adapters,
         )  # fmt: skip
-        tokens = loop.run(logits)
+        with settled_offset(model.device, lambda: loop.steps):
+            tokens = loop.run(logits)
     finally:
         runtime.looping = False
     sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
@@ -175,6 +177,10 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
     # Only the shape matters: any token will do.
     longer = torch.cat((input_ids, input_ids.new_zeros(input_ids.shape[0], 1)), 1)
     inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
+    tokens = inputs.get("input_ids")
+    if inputs.get("inputs_embeds") is not None or tokens is None or tokens.shape != (input_ids.shape[0], 1):
+        # PEFT may put its virtual tokens before every new one.
+        return None
     mask = inputs.get("attention_mask")
     visible = visible_columns(mask, cache, input_ids.shape[0], 1)
     if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:

@@ -47,8 +47,6 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"the forward of a {kind.__name__} was replaced"
     if state.get("_compiled_call_impl") is not None:
         return f"a {kind.__name__} is compiled"
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        return "dropout is active"
     types = state.get("rope_type")
     if types is None:
         return None
@@ -56,6 +54,11 @@ def why_not_module(module: nn.Module) -> str | None:
         if "dynamic" in rope_type or "longrope" in rope_type:
             return f"the frequencies of {rope_type!r} RoPE depend on the length"
     return None
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether the module is an active dropout. A graph may hold one: each replay goes on with CUDA's own generator."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def has_global_hooks() -> bool:

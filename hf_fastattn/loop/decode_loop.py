@@ -132,6 +132,11 @@ class DecodeLoop:
             self._close()
         return self._rows.tokens()
 
+    @property
+    def steps(self) -> int:
+        """Steps whose tokens were read, and so belong to the call."""
+        return self._rows.steps
+
     # ---- the device's part ------------------------------------------------------------------------------------
 
     def _key_for(self, rows: int, shared: PrefixGroups | None = None) -> GraphKey:
