@@ -14,6 +14,9 @@ from hf_fastattn.autocast import why_not_forward
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
 
+# PEFT's adapters whose forward copies from the host, and so waits, at every step; all of their module.
+COPIES_FROM_HOST = ("peft.tuners.trainable_tokens.layer", "peft.tuners.fourierft.layer")
+
 CAPTURE_HOOK = "output_capturing_hook"
 # Hooks that change no value: they record outputs if they are asked for, or mark the embeddings for gradients.
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
@@ -47,6 +50,8 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"the forward of a {kind.__name__} was replaced"
     if state.get("_compiled_call_impl") is not None:
         return f"a {kind.__name__} is compiled"
+    if kind.__module__ in COPIES_FROM_HOST and not (state.get("_disable_adapters") or state.get("merged_adapters")):
+        return f"a {kind.__name__} copies from the host at every step: merge_adapter() ends that"
     types = state.get("rope_type")
     if types is None:
         return None
