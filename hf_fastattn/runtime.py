@@ -61,8 +61,9 @@ class Runtime:
         self.groups = PageGroups(model_config, config, dtype, self.turn)
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
-        self.graphs = ForwardGraphs(config.cuda_graphs, reason)
-        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason)
+        stocks_draws = config.sampling == "transformers"
+        self.graphs = ForwardGraphs(config.cuda_graphs, reason, stocks_draws)
+        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason, stocks_draws)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None

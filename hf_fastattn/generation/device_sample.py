@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
+from hf_fastattn.graphs.drawn_offset import settled_offset
+from hf_fastattn.graphs.weight_copies import copies_fit
+from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
@@ -49,23 +53,28 @@ def device_sample(
         positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
     logits = outputs.logits[:, -1]
     # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
-    reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache)
+    reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache, by_row=True)
+    rows = runtime.loop_graphs.adapter_names if request.max_new > 1 else None
+    if rows is not None and reason is None:
+        reason = _why_not_by_row(model, rows, input_ids.shape[0])
     if not request.fits(logits.shape[-1]):
         reason = "a logits processor names a token that the head does not have"
     if positions is None or reason is not None:
         runtime.keep_prefilled(outputs)
-        runtime.count_not_looped(reason or "a step over pages alone would not see what the mask shows")
+        runtime.count_not_looped(reason or "a step needs more than its token, its position and what the pages hold")
         return None
     del outputs
-    forward, logits_of = _parts_of_a_step(model, cache, request.max_new)
+    adapters = None if rows is None else RowAdapters.of(rows)
+    forward, logits_of = _parts_of_a_step(model, cache, request.max_new, None if adapters is None else adapters.names)
     runtime.looping = True
     try:
         loop = DecodeLoop(
             model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, positions,
             vocabulary=logits.shape[-1], private=private, forward=forward, logits_of=logits_of,
-            streamer=streamer, limits=runtime.row_limits,
+            streamer=streamer, limits=runtime.row_limits, adapters=adapters,
         )  # fmt: skip
-        tokens = loop.run(logits)
+        with settled_offset(model.device, lambda: loop.steps):
+            tokens = loop.run(logits)
     finally:
         runtime.looping = False
     sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
@@ -76,25 +85,73 @@ def device_sample(
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
 
 
-def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
-    """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter."""
+def _why_not_by_row(model: Any, rows: tuple[str, ...], count: int) -> str | None:
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.row_adapters import why_not_by_row
+
+    if len(rows) != count:
+        return f"{len(rows)} adapter_names for {count} rows"
+    if forward_dtype(model) not in (None, torch.bfloat16, torch.float16):
+        return f"adapters are chosen by row, and autocast is to {forward_dtype(model)}"
+    return why_not_by_row(model.base_model, rows, model.lm_head)
+
+
+def _parts_of_a_step(
+    model: Any, cache: Any, steps: int, names: tuple[str, ...] | None
+) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
+    """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter.
+
+    `names` are those of adapters that rows choose from, if they do.
+    """
     dtype = forward_dtype(model)
-    runtime, groups = model._fastattn.runtime, cache.groups
-    copies = None
-    # Layers that are called cast their weights themselves.
-    if dtype is not None and runtime.config.autocast_copies and fused_reason(model.base_model) is None:
-        to_come = len(cache.lengths) * -(-steps // groups.page_size) * groups.page_bytes
-        copies = runtime.loop_graphs.copies_for(model, dtype, steps, to_come)
+    graphs, copies, stacks = model._fastattn.runtime.loop_graphs, None, None
+    # Layers that are called cast their weights, and add their adapters, themselves.
+    if fused_reason(model.base_model) is None:
+        to_come = len(cache.lengths) * -(-steps // cache.groups.page_size) * cache.groups.page_bytes
+        copies = _copies(model, dtype, steps, to_come, names)
+        stacks = _stacks(model, to_come, names)
+
+    def adapters(rows: int) -> Any:
+        if names is None and stacks is None:
+            return None
+        from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters
+
+        assert graphs.state is not None
+        return TokenAdapters(graphs.state.adapters[:rows], names, stacks)
 
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype):
-            return fused_forward(decoder, cache, copies, **arguments)
+            rows = arguments["position_ids"].shape[0]
+            return fused_forward(decoder, cache, copies, adapters(rows), **arguments)
 
     def logits_of(lm_head: Any, hidden: Tensor) -> Tensor:
         with autocast_as(hidden.device, dtype):
-            return fused_logits(lm_head, hidden, copies)
+            return fused_logits(lm_head, hidden, copies, adapters(hidden.shape[0]))
 
     return forward, logits_of
+
+
+def _copies(model: Any, dtype: Any, steps: int, to_come: int, names: tuple[str, ...] | None) -> Any:
+    """16-bit copies of the weights that the steps of a call under autocast read; None where there are none."""
+    runtime = model._fastattn.runtime
+    if dtype is None or not runtime.config.autocast_copies:
+        return None
+    from hf_fastattn.patches.fused.weights_read import weights_read
+
+    weights = functools.partial(weights_read, model, dtype, names)
+    return runtime.loop_graphs.copies_for(model.device, weights, dtype, steps, to_come)
+
+
+def _stacks(model: Any, to_come: int, names: tuple[str, ...] | None) -> Any:
+    """The adapters of layers that have several, stacked; None where no layer has."""
+    from hf_fastattn.patches.fused.adapter_stacks import AdapterStacks
+
+    def make() -> Any:
+        wanted = AdapterStacks.are_wanted(model, names)
+        fit = wanted and copies_fit(model.device, AdapterStacks.bytes_needed(model, names), to_come)
+        return AdapterStacks(model, names) if fit else None
+
+    return model._fastattn.runtime.loop_graphs.stacks_for(names, make)
 
 
 def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
@@ -120,6 +177,10 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
     # Only the shape matters: any token will do.
     longer = torch.cat((input_ids, input_ids.new_zeros(input_ids.shape[0], 1)), 1)
     inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
+    tokens = inputs.get("input_ids")
+    if inputs.get("inputs_embeds") is not None or tokens is None or tokens.shape != (input_ids.shape[0], 1):
+        # PEFT may put its virtual tokens before every new one.
+        return None
     mask = inputs.get("attention_mask")
     visible = visible_columns(mask, cache, input_ids.shape[0], 1)
     if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_fastattn.autocast import region_dtype
-from hf_fastattn.graphs.module_checks import KNOWN, has_foreign_hooks, has_global_hooks, submodules, why_not_module
+from hf_fastattn.graphs.module_checks import (
+    KNOWN,
+    has_foreign_hooks,
+    has_global_hooks,
+    names_by_row,
+    submodules,
+    why_not_module,
+)
 
 SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
+# Attributes of modules that are looked at elsewhere, or not frozen.
+APART = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class Fingerprint(NamedTuple):
@@ -21,10 +30,12 @@ class Fingerprint(NamedTuple):
     Attributes:
         parts: where weights lie, modules, options, adapters; what the weights hold is not part of it: a replay reads them.
         hooked: the user has hooks on a module; graphs are kept, but not replayed while they are there.
+        adapter_names: of each row, where PEFT was asked for several adapters; graphs for other calls are kept.
     """
 
     parts: tuple[Any, ...]
     hooked: bool
+    adapter_names: tuple[str, ...] | None = None
 
 
 def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
@@ -33,7 +44,7 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     Taken before the first kernel of every call, so it has to be quick.
     """
     parts: list[Any] = [device, region_dtype(device), _options(decoder), *_tensors(vars(decoder))]
-    hooked = has_global_hooks()
+    hooked, names = has_global_hooks(), None
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
@@ -43,9 +54,10 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
             parts += _tensors(state)
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
             hooked = hooked or has_foreign_hooks(state)
+            names = names_by_row(module) if names is None else names
         if not kind.__module__.startswith(KNOWN[:2]):
-            parts.append(_frozen({name: value for name, value in state.items() if name not in ("_parameters", "_modules")}))
-    return Fingerprint(tuple(parts), hooked)
+            parts.append(_frozen({name: value for name, value in state.items() if name not in APART}))
+    return Fingerprint(tuple(parts), hooked, None if names is None else tuple(names))
 
 
 def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:

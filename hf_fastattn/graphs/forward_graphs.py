@@ -16,7 +16,7 @@ from hf_fastattn.autocast import autocast_as, region_dtype
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.graph_store import GraphStore
+from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.pages.page_groups import PageGroups
@@ -91,11 +91,11 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     they may change weights in place.
 
     Args:
-        enabled: see `GraphStore`; `known_reason` likewise.
+        enabled: see `GraphStore`; `known_reason` and `stocks_draws` likewise.
     """
 
-    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        super().__init__(enabled, known_reason)
+    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
+        super().__init__(enabled, known_reason, stocks_draws)
         self._seen: OrderedDict[Key, None] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
@@ -208,7 +208,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 self.drop()
                 self._failures, self._resting = 0, False
             self._checked = weakref.ref(decoder) if self._in_call else None
-        return self._reason
+        return BY_ROW if self._reason is None and self.adapter_names is not None else self._reason
 
     def _is_due(self, key: Key) -> bool:
         if self._resting or self._failures >= MAX_FAILURES:

@@ -11,6 +11,7 @@ import torch
 
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.module_checks import draws, submodules
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.page_groups import PageGroups
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
 
 logger = logging.getLogger("hf_fastattn")
+
+BY_ROW = "adapters are chosen by row (adapter_names)"
 
 Key = TypeVar("Key", bound=Hashable)
 Held = TypeVar("Held")
@@ -30,13 +33,14 @@ class GraphStore(Generic[Key, Held]):
     Args:
         enabled: `FastAttnConfig.cuda_graphs`.
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
+        stocks_draws: random numbers are to be Transformers' own; recording a forward, and padding its rows, takes more.
     """
 
     # Tests replace it by a type that runs the forward again, on the CPU.
     forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
-    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        self._enabled, self._known_reason = enabled, known_reason
+    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
+        self._enabled, self._known_reason, self._stocks_draws = enabled, known_reason, stocks_draws
         # The least recently used first.
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._pool: Any = None
@@ -82,7 +86,14 @@ class GraphStore(Generic[Key, Held]):
         now, before = fingerprint_of(decoder, device), self._fingerprint
         if now != before:
             self._fingerprint, self._reason = now, self._known_reason or why_not_capturable(decoder, device)
+            if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
+                self._reason = "dropout draws as Transformers does: sampling='transformers'"
         return before is not None and now.parts == before.parts
+
+    @property
+    def adapter_names(self) -> tuple[str, ...] | None:
+        """The adapter of each row, when `compare` was last asked; None if PEFT chose none by row."""
+        return None if self._fingerprint is None else self._fingerprint.adapter_names
 
     def count_reason(self, reason: str, counters: CallCounters) -> None:
         """Count, and log once, why decode steps are launched one by one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,14 @@ from hf_fastattn.autocast import why_not_forward
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
 
+# PEFT's adapters whose forward copies from the host, and so waits, at every step; all of their module.
+COPIES_FROM_HOST = ("peft.tuners.trainable_tokens.layer", "peft.tuners.fourierft.layer")
 
 CAPTURE_HOOK = "output_capturing_hook"
 # Hooks that change no value: they record outputs if they are asked for, or mark the embeddings for gradients.
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
+# The hook by which PEFT tells its layers the adapter of each row, for the length of a call.
+NAMES_HOOK = ("peft.tuners.lora.model", "_adapter_names_pre_forward_hook")
 
 
 def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -45,8 +50,8 @@ def why_not_module(module: nn.Module) -> str | None:
         return f"the forward of a {kind.__name__} was replaced"
     if state.get("_compiled_call_impl") is not None:
         return f"a {kind.__name__} is compiled"
-    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        return "dropout is active"
+    if kind.__module__ in COPIES_FROM_HOST and not (state.get("_disable_adapters") or state.get("merged_adapters")):
+        return f"a {kind.__name__} copies from the host at every step: merge_adapter() ends that"
     types = state.get("rope_type")
     if types is None:
         return None
@@ -56,6 +61,11 @@ def why_not_module(module: nn.Module) -> str | None:
     return None
 
 
+def draws(module: nn.Module) -> bool:
+    """Whether the module is an active dropout. A graph may hold one: each replay goes on with CUDA's own generator."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
+
+
 def has_global_hooks() -> bool:
     return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
@@ -63,4 +73,18 @@ def has_global_hooks() -> bool:
 def has_foreign_hooks(state: dict[str, Any]) -> bool:
     # Transformers leaves its own hooks on a model that was ever asked for hidden states, or enabled for checkpointing.
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-    return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks)
+    return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS and named_rows(hook) is None for hook in hooks)
+
+
+def named_rows(hook: Any) -> Sequence[str] | None:
+    """The adapter of each row, of PEFT's hook for them; None of any other hook."""
+    if type(hook) is not functools.partial or (hook.func.__module__, hook.func.__name__) != NAMES_HOOK:
+        return None
+    names: Sequence[str] | None = hook.keywords.get("adapter_names")
+    return names
+
+
+def names_by_row(module: nn.Module) -> Sequence[str] | None:
+    """The adapter of each row that PEFT's hook, the only one before the module's forward, asks for; None without it."""
+    hooks = module._forward_pre_hooks
+    return named_rows(next(iter(hooks.values()))) if len(hooks) == 1 else None

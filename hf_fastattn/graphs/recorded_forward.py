@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.graphs.drawn_offset import unmoved_offset
+
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
@@ -104,7 +106,8 @@ class RecordedForward:
         pool.stream.wait_stream(current)
         try:
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
-                run()
+                with unmoved_offset(pool.device):
+                    run()
                 warmed_up()
                 with no_garbage_collection():
                     self._output = self._record(graph, run)

@@ -1,4 +1,4 @@
-"""`WeightCopies`: 16-bit copies of a model's fp32 weights, which decode steps under autocast read instead.
+"""`WeightCopies`: 16-bit copies of fp32 weights, which decode steps under autocast read instead.
 
 Autocast casts each weight whenever it is multiplied: it reads four bytes, writes two and reads them again. A call casts them
 once. The copies are cast anew before each call, so that no change of the weights between calls, however it was made, is
@@ -7,12 +7,10 @@ missed. They take half the memory of the weights, and go when graphs are dropped
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-from hf_fastattn.graphs.module_checks import submodules
+from torch import Tensor
 
 # Shorter calls do not pay for the cast of every weight.
 WORTH_COPYING = 8
@@ -21,16 +19,16 @@ SPARE = 0.05
 
 
 class WeightCopies:
-    """Copies of the weights of all linear layers that autocast would cast.
+    """Copies of weights that autocast would cast.
 
     Args:
-        model: with `base_model` and `lm_head`.
+        weights: each once, contiguous.
         dtype: of the copies.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._weights = _weights(model)
+        self._weights = list(weights)
         with torch.inference_mode(False):
             self._copies = [torch.empty_like(weight, dtype=dtype) for weight in self._weights]
         self._by_id = {id(weight): copy for weight, copy in zip(self._weights, self._copies, strict=True)}
@@ -48,26 +46,15 @@ class WeightCopies:
         return self._by_id.get(id(weight))
 
     @staticmethod
-    def bytes_needed(model: Any, dtype: torch.dtype) -> int:
+    def bytes_needed(weights: Sequence[Tensor], dtype: torch.dtype) -> int:
         """What the copies would take."""
-        return sum(weight.numel() for weight in _weights(model)) * dtype.itemsize
+        return sum(weight.numel() for weight in weights) * dtype.itemsize
 
 
-def _weights(model: Any) -> list[Tensor]:
-    """fp32 weights of linear layers, each once."""
-    found: dict[int, Tensor] = {}
-    for module in (*submodules(model.base_model), model.lm_head):
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if type(weight) is nn.Parameter and weight.dtype is torch.float32 and weight.is_contiguous():
-            found[id(weight)] = weight
-    return list(found.values())
-
-
-def copies_fit(model: Any, dtype: torch.dtype, to_come: int) -> bool:
-    """Whether the device has room for the copies, and `to_come` bytes beside them."""
-    device = model.device
+def copies_fit(device: torch.device, needed: int, to_come: int) -> bool:
+    """Whether the device has room for copies of `needed` bytes, and `to_come` bytes beside them."""
     if device.type != "cuda":
         return True
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return WeightCopies.bytes_needed(model, dtype) + to_come + SPARE * total <= free + unused
+    return needed + to_come + SPARE * total <= free + unused

@@ -23,6 +23,7 @@ from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.loop.readback import DEPTH, StepTokens
 from hf_fastattn.loop.request import LoopRequest
+from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.loop.token_choice import choose
 from hf_fastattn.pages.page_pool import CacheFullError
 from hf_fastattn.pages.reach import AHEAD
@@ -48,6 +49,7 @@ class DecodeLoop:
         logits_of: called with `lm_head` and `[T, hidden]`.
         streamer: gets the tokens of every step, `[B]` on the host.
         limits: new tokens a row, at most; those of the request by default.
+        adapters: of the rows, if they have different ones.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class DecodeLoop:
         logits_of: Callable[[Any, Tensor], Tensor],
         streamer: Any = None,
         limits: Sequence[int] | None = None,
+        adapters: RowAdapters | None = None,
     ) -> None:
         self._model, self._counters, self._request, self._cache = model, counters, request, cache
         self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
@@ -87,7 +90,9 @@ class DecodeLoop:
         assert self._graphs.readback is not None
         self._readback = self._graphs.readback
         self._drop = private and bool(request.ends or request.stop_strings or limits is not None)
-        self._state.begin(request, cache.lengths, positions, self._limits, self._drop)
+        self._adapters = None if adapters is None else adapters.names
+        numbers = () if adapters is None else adapters.numbers
+        self._state.begin(request, cache.lengths, positions, self._limits, self._drop, numbers)
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
         self._history = self._state.processors.begin(request.processors, input_ids, self._most)
@@ -127,13 +132,18 @@ class DecodeLoop:
             self._close()
         return self._rows.tokens()
 
+    @property
+    def steps(self) -> int:
+        """Steps whose tokens were read, and so belong to the call."""
+        return self._rows.steps
+
     # ---- the device's part ------------------------------------------------------------------------------------
 
     def _key_for(self, rows: int, shared: PrefixGroups | None = None) -> GraphKey:
         request, worth = self._request, (shared or PrefixGroups()).worthwhile()
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
-            worth.sharers, worth.group_count, self._recorded, self._history,
+            worth.sharers, worth.group_count, self._recorded, self._history, self._adapters,
         )  # fmt: skip
 
     def _launch(self) -> None:

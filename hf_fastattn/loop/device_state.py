@@ -75,6 +75,8 @@ class DeviceState:
             )
             # The row's number in the call: random numbers depend on it, not on the row's index on the device.
             self.numbers = zeros(rows)
+            # Of the row's adapter among those that rows choose from, -1 for none; 0 where none are chosen.
+            self.adapters = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
             # Those of a draw from scores that filters have been applied to, and the least scores that these kept.
             self.no_filters = SamplingParams().tensor(device)
@@ -137,8 +139,9 @@ class DeviceState:
     # ---- what the host writes ---------------------------------------------------------------------------------
 
     def begin(
-        self, request: LoopRequest, seq_lens: Sequence[int], positions: Tensor, limits: Sequence[int], drop: bool
-    ) -> None:
+        self, request: LoopRequest, seq_lens: Sequence[int], positions: Tensor, limits: Sequence[int], drop: bool,
+        adapters: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """A call starts, with nothing in flight.
 
         Args:
@@ -146,12 +149,14 @@ class DeviceState:
             positions: `[B, 1]` of the first new token.
             limits: new tokens a row.
             drop: rows that have finished leave the attention.
+            adapters: the numbers of the rows' adapters, if rows choose theirs.
         """
         held, rows, used = self._all, len(seq_lens), bucket_of(len(seq_lens))
         self._write(held.seq_lens, [*seq_lens, *[0] * (used - rows)])
         self._write(held.finished, [0] * rows + [ABSENT] * (used - rows))
         self._write(held.limits, [*limits, *[0] * (used - rows)])
         self._write(self.numbers, list(range(used)))
+        self._write(self.adapters, [*adapters, *[-1] * (used - rows)] if adapters else [0] * used)
         self._write(held.ends, [*request.ends, *[-1] * (MOST_ENDS - len(request.ends))])
         self._write(self.suppressed, [*request.suppressed, *[-1] * (MOST_ENDS - len(request.suppressed))])
         self._write(held.pad, [request.pad])
@@ -194,6 +199,7 @@ class DeviceState:
         held, count = self._all, len(kept)
         index = torch.tensor(kept).to(self.device, non_blocking=True)
         moved = [held.chosen, held.tokens, held.positions, held.finished, held.limits, held.seq_lens, self.numbers]
+        moved.append(self.adapters)
         for tensor in moved if self._seen is None else [*moved, self._seen]:
             tensor[:count] = tensor.index_select(0, index)
         self.processors.keep(index)

@@ -20,6 +20,7 @@ class GraphKey:
         groups: prefix groups that the tensors have entries for, a power of two.
         processors: logits processors that have no kernel, in their order; their parameters are in tensors.
         history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
+        adapters: those that rows choose from; None if none are chosen by row.
     """
 
     rows: int
@@ -30,3 +31,4 @@ class GraphKey:
     groups: int = 0
     processors: tuple[Recorded, ...] = ()
     history: int = 0
+    adapters: tuple[str, ...] | None = None

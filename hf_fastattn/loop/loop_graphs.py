@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.graph_store import GraphStore
+from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.module_checks import why_not_module
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
@@ -30,6 +30,16 @@ logger = logging.getLogger("hf_fastattn")
 
 # Most recorded steps kept; the least recently used is evicted.
 MAX_GRAPHS = 24
+# Sets of adapters that rows choose from whose stacks are kept.
+MAX_STACKS = 4
+
+Names = tuple[str, ...] | None
+
+
+class Refreshed(Protocol):
+    """Copies of weights that are written anew before each call."""
+
+    def refresh(self) -> None: ...
 
 
 @dataclass
@@ -43,19 +53,21 @@ class RecordedStep:
 class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
     """Recorded steps, and the static tensors that they share."""
 
-    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        super().__init__(enabled, known_reason)
+    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
+        super().__init__(enabled, known_reason, stocks_draws)
         self._groups: weakref.ref[PageGroups] | None = None
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None
         self.readback: Readback | None = None
         self.copies: WeightCopies | None = None
+        self._stacks: dict[Names, Refreshed | None] = {}
 
     def drop(self) -> None:
         """Forget all steps and their memory."""
         super().drop()
         self._failed.clear()
         self.state = self.readback = self.copies = None
+        self._stacks = {}
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
@@ -73,8 +85,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             return replaced
         return self.why_not_backend(cache.groups, device, model.dtype) or self._known_reason
 
-    def why_not(self, model: Any, cache: PagedCache) -> str | None:
+    def why_not(self, model: Any, cache: PagedCache, by_row: bool = False) -> str | None:
         """Why the modules of the model do not allow it; None if they do.
+
+        `by_row`: steps know which adapter each row has, if PEFT was asked for several.
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
@@ -83,26 +97,49 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         if not unchanged or self._groups is None or self._groups() is not cache.groups:
             self.drop()
             self._groups = weakref.ref(cache.groups)
-        return why_not_module(model) or self._reason
+        chosen = None if by_row or self.adapter_names is None else BY_ROW
+        return why_not_module(model) or self._reason or chosen
 
-    def copies_for(self, model: Any, dtype: torch.dtype | None, steps: int, to_come: int) -> WeightCopies | None:
+    def copies_for(
+        self,
+        device: torch.device,
+        weights: Callable[[], Sequence[Tensor]],
+        dtype: torch.dtype | None,
+        steps: int,
+        to_come: int,
+    ) -> WeightCopies | None:
         """Copies of the weights as they are now, for a call of so many steps under autocast to `dtype`.
 
-        `to_come` is the memory, in bytes, that the call may take yet for its pages.
+        `weights` gives those that steps read; `to_come` is the memory, in bytes, that the call may take yet for its pages.
 
         None without autocast, or where they do not pay or do not fit: steps then round the weights as they read them.
         """
         if dtype not in (torch.bfloat16, torch.float16):
             return None
-        if self.copies is None and steps >= WORTH_COPYING and copies_fit(model, dtype, to_come):
-            # Steps recorded before read the weights themselves.
-            self._entries.clear()
-            self.copies = WeightCopies(model, dtype)
+        if self.copies is None and steps >= WORTH_COPYING:
+            found = weights()
+            if copies_fit(device, WeightCopies.bytes_needed(found, dtype), to_come):
+                # Steps recorded before read the weights themselves.
+                self._entries.clear()
+                self.copies = WeightCopies(found, dtype)
         if not self.copies:
             return None
         self.wait()
         self.copies.refresh()
         return self.copies
+
+    def stacks_for(self, names: Names, make: Callable[[], Refreshed | None]) -> Any:
+        """What `make` gives for these adapters, made once for as long as the model is as it is, and refreshed."""
+        if names not in self._stacks:
+            if len(self._stacks) >= MAX_STACKS:
+                self._entries.clear()
+                self._stacks.clear()
+            self._stacks[names] = make()
+        held = self._stacks[names]
+        if held is not None:
+            self.wait()
+            held.refresh()
+        return held
 
     def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:
         """Static tensors for a call of `rows` rows of up to `columns` pages."""
@@ -111,10 +148,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
 
         size = (device, rows, columns, cache.tables, vocabulary)
         if self.state is None or not self.state.fits(*size):
-            before, copies = self.state, self.copies
+            before, copies, stacks = self.state, self.copies, self._stacks
             self.drop()
             # The call under way has just made them.
-            self.copies = copies
+            self.copies, self._stacks = copies, stacks
             if before is not None:
                 # At least as large as before, so that calls of two sizes do not replace each other's tensors.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)

@@ -5,6 +5,9 @@ stores its sums. The others multiply with W as ever, read the parts until all ar
 expand with their rows of `B: [N, r]` before they store: so results are bitwise repeatable, and LoRA costs no launch.
 A GPU starts the programs of a launch in the order of their numbers, so whoever is waited for runs already.
 
+Several adapters of one weight are stacked into one, of the sum of their ranks: the shrinking programs multiply each sum by
+the scale of the adapter that it belongs to, and set it to 0 for tokens that have another adapter.
+
 Sums are fp32 throughout, rounded once with the product. The plain PyTorch version, rounded as PEFT rounds, is
 `reference.low_rank`.
 """
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import DTYPES, power_of_2
-from hf_fastattn.kernels.layer.lora_programs import MISSING, SEGMENTS, SUMS, Operands
+from hf_fastattn.kernels.layer.lora_programs import MISSING, SEGMENTS, SUMS, MemberPointers, Operands
 
 MOST_RANK = 128
 # The matrix unit multiplies no fewer.
@@ -37,17 +40,32 @@ MOST_COLUMNS = 32
 
 
 @dataclass(frozen=True)
+class Members:
+    """Whose each row of a stacked A, and column of B, is.
+
+    Attributes:
+        scales: `[r]` fp32, those of the adapters that the rows belong to.
+        numbers: `[r]` int32, of these adapters. A token has what the adapter of its own number adds to it.
+    """
+
+    scales: Tensor
+    numbers: Tensor
+
+
+@dataclass(frozen=True)
 class Adapter:
     """`scale (x A^T) B^T`, to add to the product with a weight `[N, K]`.
 
     Attributes:
         a: `[r, K]`, fp32, fp16 or bf16, contiguous, r up to 128.
         b: `[N, r]`, likewise.
+        members: of several adapters, stacked; `scale` is 1 then.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    members: Members | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,17 @@ class LoraSums:
         return taken
 
 
-def check_adapters(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None]) -> None:
+def check_adapters(
+    x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adapter | None], numbers: Tensor | None = None
+) -> None:
     """Raise a `ValueError` unless there is an adapter, or None, for each weight, and at least one that fits."""
     held = [adapter for adapter in adapters if adapter is not None]
     if len(adapters) != len(weights) or not held:
         raise ValueError(f"{len(adapters)} adapters, {len(held)} of them not None, for {len(weights)} weights")
+    if len({numbers is None, *(adapter.members is None for adapter in held)}) > 1:
+        raise ValueError("the adapters of a launch must all be stacked, with numbers for the tokens, or none of them")
+    if numbers is not None and (numbers.shape != x.shape[:1] or numbers.dtype is not torch.int32):
+        raise ValueError(f"numbers {tuple(numbers.shape)}, {numbers.dtype}, must be [T] = {[x.shape[0]]} and int32")
     dtype = held[0].a.dtype
     for weight, adapter in zip(weights, adapters, strict=True):
         if adapter is None:
@@ -102,6 +126,9 @@ def check_adapters(x: Tensor, weights: Sequence[Tensor], adapters: Sequence[Adap
             raise ValueError(f"A and B are {adapter.a.dtype} and {adapter.b.dtype}; all must be one among {DTYPES}")
         if not adapter.a.is_contiguous() or not adapter.b.is_contiguous():
             raise ValueError("A and B must be contiguous")
+        of = adapter.members
+        if of is not None and not (of.scales.shape == of.numbers.shape == (rank,) and of.scales.dtype is torch.float32):
+            raise ValueError(f"{tuple(of.scales.shape)} scales, {of.scales.dtype}, for A of {rank} rows; must be fp32")
 
 
 def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
@@ -113,8 +140,9 @@ def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
 
 
 def operands(
-    x: Tensor, adapters: Sequence[Adapter | None], block_t: int, sums: LoraSums | None, tile: LoraTile | None
-) -> tuple[int, dict[str, Any]]:
+    x: Tensor, adapters: Sequence[Adapter | None], block_t: int, sums: LoraSums | None, tile: LoraTile | None,
+    numbers: Tensor | None = None,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """The shrinking programs of a launch, and its keywords for LoRA.
 
     Args:
@@ -123,6 +151,7 @@ def operands(
         block_t: T, padded.
         sums: where the sums go; made if None.
         tile: for measuring; by default `lora_tile`'s.
+        numbers: `[T]` int32, of the tokens' adapters, where these are stacked.
     """
     ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
     rank = power_of_2(max(*ranks, LEAST_RANK))
@@ -138,7 +167,11 @@ def operands(
     tensors = (*(one.a for one in held), *(one.b for one in held))
     scales = (float(one.scale) for one in held)
     lora = Operands._make((*tensors, *scales, room))
-    return constants["SHRINKERS"], {"lora": lora, **constants}
+    members = None
+    if numbers is not None:
+        of = [one.members for one in held if one.members is not None]
+        members = MemberPointers._make((*(one.scales for one in of), *(one.numbers for one in of), numbers))
+    return constants["SHRINKERS"], {"lora": lora, "members": members, **constants}
 
 
 def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile) -> dict[str, Any]:

@@ -32,6 +32,23 @@ class Operands(NamedTuple):
     sums_ptr: Any
 
 
+class MemberPointers(NamedTuple):
+    """Whose the rows of A are where adapters are stacked, as the shrinking programs take it.
+
+    Attributes:
+        scales0_ptr: of the rows of the first A, fp32; likewise the numbers of the adapters that they belong to, int32.
+        tokens_ptr: the number of each token's adapter, int32.
+    """
+
+    scales0_ptr: Any
+    scales1_ptr: Any
+    scales2_ptr: Any
+    owners0_ptr: Any
+    owners1_ptr: Any
+    owners2_ptr: Any
+    tokens_ptr: Any
+
+
 # The bits of a sum that is not there yet: a NaN that no arithmetic makes, whose NaNs are 0x7fffffff. So a sum is its own
 # flag, and whoever reads it needs no second trip to the L2 cache for one.
 MISSING = tl.constexpr(-0x3F2153)
@@ -69,8 +86,19 @@ def _bits(sums):
 
 
 @triton.jit
+def _own(sums, which, row, rank, t, tokens, members, ADAPTERS: tl.constexpr):
+    """`sums: [BLOCK_R, BLOCK_T]` times the scale of each row of A for the tokens of its adapter, and 0 for all others."""
+    ok = row < rank
+    scales = tl.load(pick(which, members.scales0_ptr, members.scales1_ptr, members.scales2_ptr, ADAPTERS) + row, mask=ok)
+    owners = tl.load(pick(which, members.owners0_ptr, members.owners1_ptr, members.owners2_ptr, ADAPTERS) + row, mask=ok)
+    token = tl.load(members.tokens_ptr + t, mask=t < tokens, other=-1)
+    mine = (owners[:, None] == token[None, :]) & ok[:, None]
+    return tl.where(mine, sums * scales[:, None], 0.0)
+
+
+@triton.jit
 def shrink_token(
-    number, x_ptr, lora,
+    number, x_ptr, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +125,8 @@ def shrink_token(
         x = tl.load(x_ptr + k + inner, mask=k + inner < end, other=0.0).to(a.dtype)  # [BLOCK_K]
         sums += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
         a = _a_tile(a_ptr, (row < rank) & (k + BLOCK_K < end), k + BLOCK_K, end, EVEN, BLOCK_K)
+    if members is not None:
+        sums = tl.reshape(_own(sums[:, None], which, row, rank, tl.arange(0, 1), 1, members, ADAPTERS), (RANK,))
     if rank > 0:
         copies = tl.arange(0, SUMS)[:, None] * (ADAPTERS * PARTS * RANK)  # [SUMS, 1]
         tl.store(lora.sums_ptr + copies + number * RANK + row[None, :], tl.broadcast_to(_bits(sums)[None, :], (SUMS, RANK)))
@@ -179,7 +209,7 @@ def _add_shrunk(sums, a, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def shrink_tokens(
-    number, x_ptr, tokens, stride_x, lora,
+    number, x_ptr, tokens, stride_x, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -212,7 +242,10 @@ def shrink_tokens(
         a = ahead
     if rank > 0:
         sums_ptr = lora.sums_ptr + (which * PARTS + part) * (RANK * BLOCK_T)
-        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], _bits(tl.sum(sums, 0)))
+        whole = tl.sum(sums, 0)
+        if members is not None:
+            whole = _own(whole, which, row, rank, t, tokens, members, ADAPTERS)
+        tl.store(sums_ptr + row[:, None] * BLOCK_T + t[None, :], _bits(whole))
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def matvec_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINKERS: tl.constexpr = 0,
-    ROOM: tl.constexpr = 0,
+    ROOM: tl.constexpr = 0, members=None,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`; with adapters, what `lora.py` says."""
     if OVERLAP:
@@ -77,7 +77,7 @@ def matvec_kernel(
     if lora is not None:
         if number < SHRINKERS:
             shrink_token(
-                number, x_ptr, lora, K, ADAPTERS, RANKS, SAME, RANK, PARTS, SHRINK_PART, SHRINK_K, SETTLED, OVERLAP
+                number, x_ptr, lora, members, K, ADAPTERS, RANKS, SAME, RANK, PARTS, SHRINK_PART, SHRINK_K, SETTLED, OVERLAP
             )  # fmt: skip
             return
         number -= SHRINKERS
@@ -168,11 +168,12 @@ def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
     gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
     lora: Sequence[Adapter | None] | None, lora_sums: LoraSums | None, lora_tile: LoraTile | None,
+    lora_numbers: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """All products side by side in `[T, rows of all weights]`, or `[T, rows of one weight]` if gated."""
     _check(x, weights, biases, residual)
     if lora is not None:
-        check_adapters(x, weights, lora)
+        check_adapters(x, weights, lora, lora_numbers)
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
     dtype = x.dtype if residual is None else residual.dtype
@@ -183,7 +184,7 @@ def _product(
     rounds = weights[0].dtype is not x.dtype
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
-    shrinkers, adapted = (0, {}) if lora is None else operands(x, lora, block_t, lora_sums, lora_tile)
+    shrinkers, adapted = (0, {}) if lora is None else operands(x, lora, block_t, lora_sums, lora_tile, lora_numbers)
     if tokens > 1:
         skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile, shrinkers, adapted)
         return y
@@ -215,6 +216,7 @@ def matvec(
     lora: Sequence[Adapter | None] | None = None,
     lora_sums: LoraSums | None = None,
     lora_tile: LoraTile | None = None,
+    lora_numbers: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`x W^T + b`, and what an adapter adds, for up to three weights in one launch.
 
@@ -230,6 +232,7 @@ def matvec(
         lora: an adapter for each weight, or None for those without; None if there are none at all.
         lora_sums: room for the sums of one forward's launches; made by the call if needed and not given.
         lora_tile: as `tile`; by default `lora.lora_tile`'s.
+        lora_numbers: `[T]` int32, which of the adapters stacked in `lora` each token has; None if they are not stacked.
 
     Returns:
         `[T, N_i]` of each weight in the dtype of the residual, or else of x; views of one tensor `[T, N_0 + N_1 + N_2]`.
@@ -237,7 +240,8 @@ def matvec(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    y = _product(x, weights, biases, residual, False, sums, weights_settled, tile, lora, lora_sums, lora_tile)
+    options = (sums, weights_settled, tile, lora, lora_sums, lora_tile, lora_numbers)
+    y = _product(x, weights, biases, residual, False, *options)
     return y.split([weight.shape[0] for weight in weights], -1)
 
 
@@ -252,8 +256,10 @@ def gate_up_silu(
     lora: Sequence[Adapter | None] | None = None,
     lora_sums: LoraSums | None = None,
     lora_tile: LoraTile | None = None,
+    lora_numbers: Tensor | None = None,
 ) -> Tensor:
     """`silu(x Wg^T) * (x Wu^T)`, `[T, I]`, in one launch; arguments as of `matvec`, both weights `[I, K]`."""
     if w_gate.shape != w_up.shape:
         raise ValueError(f"w_gate {tuple(w_gate.shape)} and w_up {tuple(w_up.shape)} must be of one shape")
-    return _product(x, (w_gate, w_up), None, None, True, sums, weights_settled, tile, lora, lora_sums, lora_tile)
+    options = (sums, weights_settled, tile, lora, lora_sums, lora_tile, lora_numbers)
+    return _product(x, (w_gate, w_up), None, None, True, *options)

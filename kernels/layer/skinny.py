@@ -83,7 +83,7 @@ def skinny_kernel(
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
-    EXPAND_PRECISION: tl.constexpr = None,
+    EXPAND_PRECISION: tl.constexpr = None, members=None,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
 
@@ -97,8 +97,8 @@ def skinny_kernel(
     if lora is not None:
         if number < SHRINKERS:
             shrink_tokens(
-                number, x_ptr, tokens, stride_x, lora, K, ADAPTERS, RANKS, SAME, RANK, SHRINK_ROWS, PARTS, SHRINK_PART,
-                SHRINK_K, BLOCK_T, SHRINK_PRECISION, SETTLED, OVERLAP,
+                number, x_ptr, tokens, stride_x, lora, members, K, ADAPTERS, RANKS, SAME, RANK, SHRINK_ROWS, PARTS,
+                SHRINK_PART, SHRINK_K, BLOCK_T, SHRINK_PRECISION, SETTLED, OVERLAP,
             )  # fmt: skip
             return
         tiles = (tl.num_programs(0) - SHRINKERS) // SPLIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -12,11 +13,13 @@ from transformers.utils import ModelOutput
 from hf_fastattn.cache.hidden_tokens import can_hide, hide_tokens, show_again
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.module_checks import names_by_row, submodules
+from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward
+from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -170,8 +173,10 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     if reason == HIDES_CACHED and visible is not None and can_hide(cache, rows):
         hide_tokens(cache, visible[:, :past])
         reason = why_not_paged(self, mask, cache, visible, kwargs)
+    adapters = None
     if reason is None and new is not None:
-        reason = _why_padded(self, kwargs)
+        adapters = _adapters_by_row(self, new, {**arguments, **kwargs})
+        reason = _why_padded(self, kwargs, adapters is not None)
     if reason is None:
         reason = _why_not_tokens(arguments, columns)
     if reason is not None and visible is not None and mask.shape[1] < past + columns:
@@ -195,7 +200,7 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
                 arguments = _padded_arguments(arguments, cache.padding, columns)
             elif reason is None and is_step:
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
-            forward = fused_forward if reason is None else call_original
+            forward = functools.partial(fused_forward, adapters=adapters) if reason is None else call_original
             outputs = forward(self, cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
@@ -265,12 +270,25 @@ def _why_not_paged_cache(cache: Any, kwargs: dict[str, Any]) -> str:
     return "use_cache=False" if kwargs.get("use_cache") is False else "a forward without a PagedCache"
 
 
-def _why_padded(decoder: Any, kwargs: dict[str, Any]) -> str | None:
+def _adapters_by_row(decoder: Any, visible: Tensor, arguments: dict[str, Any]) -> Any:
+    """The adapters of the tokens of a padded batch, if PEFT was asked for one a row, and fused layers can add them."""
+    rows = next((rows for rows in map(names_by_row, submodules(decoder)) if rows is not None), None)
+    if rows is None or why_not_fused(decoder, arguments) is not None:
+        return None
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.row_adapters import of_tokens, why_not_by_row
+
+    if len(rows) != len(visible) or why_not_by_row(decoder, rows) is not None:
+        return None
+    return of_tokens(RowAdapters.of(rows), visible, decoder.device)
+
+
+def _why_padded(decoder: Any, kwargs: dict[str, Any], by_row: bool) -> str | None:
     """Why the padding of a batch must stay; None if it may be taken out."""
     for name, value in kwargs.items():
         if isinstance(value, Tensor | list | tuple):
             return f"padding stays, since {name} may belong to rows or columns"
-    watched = why_watched(decoder)
+    watched = why_watched(decoder, by_row)
     return None if watched is None else f"padding stays: {watched}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,35 @@ from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of
 from hf_fastattn.transformers_version import CACHE
 
+if TYPE_CHECKING:
+    from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters
+
 # Arguments that the walk over the layers takes, and options that change nothing if they have these values.
 TAKEN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "return_dict", "use_cache"}
 NO_LAYERS = LayerNames("", "", "")
 OPTIONS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-def fused_forward(decoder: Any, cache: PagedCache, copies: WeightCopies | None = None, **arguments: Any) -> Any:
+def fused_forward(
+    decoder: Any,
+    cache: PagedCache,
+    copies: WeightCopies | None = None,
+    adapters: TokenAdapters | None = None,
+    **arguments: Any,
+) -> Any:
     """The decoder's forward over pages: fused if `fused_reason` has none against it, else the original.
 
     Args:
         decoder: patched.
         cache: with a paged batch under way.
         copies: of weights that autocast would cast, if there are any.
+        adapters: of the tokens, if they have more than the layers' single ones; only where `why_not_fused` has no reason.
         arguments: of the original forward, packed.
 
     Returns:
         What the original returns.
     """
-    if fused_reason(decoder) is not None or _why_not_these(decoder, cache, arguments) is not None:
+    if cache.paged_batch is None or why_not_fused(decoder, arguments) is not None:
         with cache_kept(decoder):
             return call_original(decoder, cache, **arguments)
     # Not before: it imports Triton.
@@ -57,6 +67,7 @@ def fused_forward(decoder: Any, cache: PagedCache, copies: WeightCopies | None =
         arguments.get("position_ids"),
         arguments.get("attention_mask"),
         copies,
+        adapters,
     )
     outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
@@ -94,13 +105,16 @@ def fused_reason(decoder: Any) -> str | None:
     return None
 
 
-def fused_logits(lm_head: nn.Module, hidden: Tensor, copies: WeightCopies | None = None) -> Tensor:
+def fused_logits(
+    lm_head: nn.Module, hidden: Tensor, copies: WeightCopies | None = None, adapters: TokenAdapters | None = None
+) -> Tensor:
     """`lm_head(hidden)`, by our product where that is a plain linear layer and ours is quicker.
 
     Args:
         lm_head: the model's output layer.
         hidden: `[T, hidden]` after the last norm.
         copies: of weights that autocast would cast, if there are any.
+        adapters: of the tokens, if they have more than the layer's single one.
 
     Returns:
         `[T, vocabulary]`, under autocast in its dtype.
@@ -116,11 +130,14 @@ def fused_logits(lm_head: nn.Module, hidden: Tensor, copies: WeightCopies | None
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies).product(lm_head, hidden)
+    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies, adapters).product(lm_head, hidden)
 
 
-def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> str | None:
-    """Why a forward with these arguments needs the original."""
+def why_not_fused(decoder: Any, arguments: dict[str, Any]) -> str | None:
+    """Why a paged forward of the decoder with these arguments needs the original."""
+    reason = fused_reason(decoder)
+    if reason is not None:
+        return reason
     for name, value in arguments.items():
         if name not in TAKEN and value is not None and value is not False and (name, value) != ("is_causal", True):
             return f"{name} is given"
@@ -129,8 +146,8 @@ def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -
         return "use_cache is off"
     embeds, tokens = arguments.get("inputs_embeds"), arguments.get("input_ids")
     given = tokens if embeds is None else embeds
-    if given is None or cache.paged_batch is None:
-        return "no tokens, or no pages"
+    if given is None:
+        return "no tokens"
     region = region_dtype(given.device)
     if region not in (None, torch.bfloat16, torch.float16):
         return f"autocast to {region}"

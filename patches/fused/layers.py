@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.module_checks import is_our_forward
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters
 from hf_fastattn.patches.fused.products import Products
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
+from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of
+from hf_fastattn.patches.modules.product_layers import is_plain_attention
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -27,6 +28,7 @@ def walk(
     position_ids: Tensor | None,
     attention_mask: Any,
     copies: WeightCopies | None = None,
+    adapters: TokenAdapters | None = None,
 ) -> Tensor:
     """Hidden states after the last norm.
 
@@ -37,6 +39,7 @@ def walk(
         position_ids: `[1 or B, S]`; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
         copies: of weights that autocast would cast, if there are any.
+        adapters: of the tokens, if they have more than the layers' single ones.
 
     Returns:
         `[B, S, hidden]`.
@@ -46,7 +49,7 @@ def walk(
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
     position_embeddings = decoder.rotary_emb(states, position_ids=position_ids)
-    products = Products(names, tuple(states.shape[:-1]), states.device, copies)
+    products = Products(names, tuple(states.shape[:-1]), states.device, copies, adapters)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
     for layer in layers_of(decoder):
@@ -69,7 +72,7 @@ def _attention(
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
     module, norm = modules["self_attn"], modules["input_layernorm"]
-    if not _is_plain_attention(module):
+    if not is_plain_attention(module):
         normed, x = products.norm(norm, x, delta)
 
         def attend(states: Tensor) -> Any:
@@ -86,18 +89,6 @@ def _attention(
     (q, k, v), x = products.project(norm, (inner["q_proj"], inner["k_proj"], inner["v_proj"]), x, delta)
     out = attend_projected(module, q, k, v, cache=cache, **positions)
     return products.add_product(inner["o_proj"], out, x)
-
-
-def _is_plain_attention(module: Any) -> bool:
-    """Whether calling the module runs our forward, and nothing before or after it."""
-    state = vars(module)
-    return (
-        STATE in state
-        and is_our_forward(module.forward)
-        and "_hf_hook" not in state
-        and state.get("_compiled_call_impl") is None
-        and has_no_foreign_hooks(module)
-    )
 
 
 def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:

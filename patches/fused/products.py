@@ -28,6 +28,7 @@ from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
 from hf_fastattn.patches.modules.plain_modules import is_silu, norm_eps, norm_weight
 
@@ -51,18 +52,25 @@ class Products:
         leading: shape that called modules see, without its last dimension; T elements.
         device: of the tokens.
         copies: of weights that autocast would cast, if there are any.
+        adapters: of the tokens, if they have more than the layers' single ones.
 
     Attributes:
         adapters_fused: LoRA layers that our products took in so far.
     """
 
     def __init__(
-        self, names: LayerNames, leading: tuple[int, ...], device: torch.device, copies: WeightCopies | None = None
+        self,
+        names: LayerNames,
+        leading: tuple[int, ...],
+        device: torch.device,
+        copies: WeightCopies | None = None,
+        adapters: TokenAdapters | None = None,
     ) -> None:
         self.names = names
         self.leading = leading
         self.tokens = math.prod(leading)
-        self._region, self._copies = region_dtype(device), copies
+        self._region, self._copies, self._tokens_adapters = region_dtype(device), copies, adapters
+        self._by_row = None if adapters is None else adapters.names
         self.arch = arch_of(device)
         self._sums: SplitSums | None = None
         self._lora_sums = LoraSums(device)
@@ -145,11 +153,13 @@ class Products:
             held = self._adapted(linear, x.device, dtype)
             if held is None:
                 return None
-            weight, bias, adapter = held
-            weights.append(weight)
+            adapter = self._adapter(linear, held)
+            if held.members and adapter is None:
+                return None
+            weights.append(held.weight)
             adapters.append(adapter)
-            if bias is not None:
-                biases.append(bias)
+            if held.bias is not None:
+                biases.append(held.bias)
         # One launch multiplies weights of one dtype, and shrinks with A of one dtype.
         dtypes = {adapter.a.dtype for adapter in adapters if adapter is not None}
         mixed = len(dtypes) > 1 or any(weight.dtype is not weights[0].dtype for weight in weights)
@@ -163,18 +173,31 @@ class Products:
         return Held(weights, biases or None, adapters if adapted else None) if pays else None
 
     def _adapted(self, linear: Any, device: torch.device, dtype: torch.dtype) -> Adapted | None:
-        """Weight, or its copy, bias and adapter of a linear layer whose products are in `dtype`."""
-        held = adapted_parameters(linear, device, (dtype,) if self._region is None else (dtype, torch.float32))
-        copy = None if held is None or self._copies is None else self._copies.get(held[0])
-        return held if held is None or copy is None else (copy, *held[1:])
+        """Weight, or its copy, bias and adapters of a linear layer whose products are in `dtype`."""
+        dtypes = (dtype,) if self._region is None else (dtype, torch.float32)
+        held = adapted_parameters(linear, device, dtypes, self._by_row)
+        copy = None if held is None or self._copies is None else self._copies.get(held.weight)
+        return held if held is None or copy is None else held._replace(weight=copy)
+
+    def _adapter(self, linear: Any, held: Adapted) -> Adapter | None:
+        """The adapters of a layer as one; None if it has none, or a kernel cannot take them."""
+        given = self._tokens_adapters
+        if given is not None and given.stacks is not None and held.members:
+            return given.stacks.get(linear)
+        return held.members[0][1] if len(held.members) == 1 and self._by_row is None else None
 
     def _apply(self, linear: Any, x: Tensor) -> Tensor:
         """The layer's product, `[T, N]`: with the copy of its weight if there is one, else by calling it."""
         dtype = self._dtype_of(x)
-        held = None if self._copies is None else self._adapted(linear, x.device, dtype)
-        if held is None or held[0].dtype is not dtype or held[2] is not None:
+        held = None if self._copies is None and self._by_row is None else self._adapted(linear, x.device, dtype)
+        if held is not None and self._by_row is not None and "base_layer" in linear._modules:
+            # PEFT's own would want the rows as they were given, and find them by waiting for the device.
+            assert self._tokens_adapters is not None
+            product = self._apply(linear._modules["base_layer"], x)
+            return add_by_row(product, x, held.members, self._tokens_adapters.numbers)
+        if held is None or self._copies is None or held.weight.dtype is not dtype or held.members:
             return self.call(linear, x)
-        return functional.linear(x.to(dtype), held[0], None if held[1] is None else held[1].to(dtype))
+        return functional.linear(x.to(dtype), held.weight, None if held.bias is None else held.bias.to(dtype))
 
     def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
@@ -187,4 +210,6 @@ class Products:
         if held.adapters is None:
             return self._launch
         self.adapters_fused += sum(adapter is not None for adapter in held.adapters)
-        return {**self._launch, "lora": held.adapters, "lora_sums": self._lora_sums}
+        stacked = any(adapter is not None and adapter.members is not None for adapter in held.adapters)
+        numbers = self._tokens_adapters.numbers if stacked and self._tokens_adapters is not None else None
+        return {**self._launch, "lora": held.adapters, "lora_sums": self._lora_sums, "lora_numbers": numbers}

@@ -1,19 +1,21 @@
 """Which of PEFT's LoRA layers compute `base(x) + scaling B(A(x))` with plain tensors, so that a kernel may do it.
 
-Everything else is called: DoRA and other variants, biases, dropout in train mode, several adapters at once, hooks, A and B
-that are no plain linear layers, and layers of a PEFT whose forward asks for more than is known here. Nothing is remembered:
-weights, scaling and the choice of the adapter are read anew each time, and a recorded step's are in its fingerprint.
+The sum may be over several adapters, or each row may have its own (`adapter_names=`, which PEFT gives to the layers by
+hooks). Everything else is called: DoRA and other variants, biases, dropout in train mode, other hooks, A and B that are no
+plain linear layers, and layers of a PEFT whose forward asks for more than is known here. Nothing is remembered: weights,
+scaling and the choice of adapters are read anew each time, and a recorded step's are in its fingerprint.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_fastattn.graphs.module_checks import names_by_row
 from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.kernels.layer.lora import MOST_RANK, Adapter
 from hf_fastattn.patches.modules.plain_modules import Dtypes, is_plain, linear_parameters
@@ -27,54 +29,81 @@ FORWARD_NAMES = frozenset((
     "get_base_layer", "forward", "to",
 ))  # fmt: skip
 
-# Weight, bias, adapter.
-Adapted = tuple[Tensor, Tensor | None, Adapter | None]
+# What it does for rows with their own adapters, which is in a method of its own.
+MIXED_NAMES = FORWARD_NAMES | {"append", "enumerate", "set", "get"}
+
+# Number and adapter: tokens of that number have it.
+NumberedAdapter = tuple[int, Adapter]
 
 
-def adapted_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -> Adapted | None:
+class Adapted(NamedTuple):
+    """What a linear layer with LoRA multiplies with.
+
+    Attributes:
+        members: the adapters to add, all of number 0, or each of the number of its name.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    members: list[NumberedAdapter]
+
+
+def adapted_parameters(
+    module: nn.Module, device: torch.device, dtypes: Dtypes, names: tuple[str, ...] | None = None
+) -> Adapted | None:
     """What a layer that calling is a linear product, with or without LoRA, multiplies with; None if it is anything else.
 
     Args:
         device: of its input.
         dtypes: of weights that the product takes: under autocast those that it would cast.
+        names: adapters that rows choose from, in a call that PEFT's hooks give each row its own.
     """
     held = linear_parameters(module, device, dtypes)
     if held is not None:
-        return *held, None
-    if not _is_lora(module):
+        return Adapted(*held, [])
+    if not _is_lora(module, names is not None):
         return None
     state = vars(module)
     held = linear_parameters(state["_modules"]["base_layer"], device, dtypes)
-    if held is None or (state["_disable_adapters"] and state["merged_adapters"]):
-        # A merged adapter that is disabled is taken out of the weights by the call.
+    disabled, merged = state["_disable_adapters"], bool(state["merged_adapters"])
+    if held is None or (merged and (disabled or names is not None)):
+        # A merged adapter that is disabled is taken out of the weights by the call; with one, rows cannot have their own.
         return None
-    names = [] if state["_disable_adapters"] or state["merged_adapters"] else _active_names(state)
-    if not names:
-        return *held, None
-    adapter = _adapter(state, names[0], held[0]) if len(names) == 1 else None
-    return None if adapter is None else (*held, adapter)
+    members = []
+    for number, name in [] if disabled or merged else _chosen(state, names):
+        adapter = _adapter(state, name, held[0])
+        if adapter is None:
+            return None
+        members.append((number, adapter))
+    return Adapted(*held, members)
 
 
-def _is_lora(module: nn.Module) -> bool:
+def _is_lora(module: nn.Module, by_row: bool) -> bool:
     kind: Any = type(module)
-    if kind.__module__ != MODULE or kind.__name__ != "Linear" or "forward" in vars(module):
+    if kind.__module__ != MODULE or kind.__name__ != "Linear" or "forward" in vars(module) or module._forward_hooks:
         return False
-    no_hooks = not module._forward_hooks and not module._forward_pre_hooks
-    return no_hooks and vars(module).get("_compiled_call_impl") is None and _is_known_forward(kind.forward)
+    if by_row and (names_by_row(module) is None or not _is_known(kind._mixed_batch_forward, "LoraLayer", MIXED_NAMES)):
+        return False
+    hooks = bool(module._forward_pre_hooks) and not by_row
+    compiled = vars(module).get("_compiled_call_impl") is not None
+    return not hooks and not compiled and _is_known(kind.forward, "Linear", FORWARD_NAMES)
 
 
 @functools.lru_cache(maxsize=16)
-def _is_known_forward(forward: Callable[..., Any]) -> bool:
-    own = (forward.__module__, forward.__qualname__) == (MODULE, "Linear.forward")
-    code = getattr(forward, "__code__", None)
-    return own and code is not None and FORWARD_NAMES.issuperset(code.co_names)
+def _is_known(method: Callable[..., Any], kind: str, names: frozenset[str]) -> bool:
+    """Whether a method is PEFT's, of that class, and refers to these names alone."""
+    code = getattr(method, "__code__", None)
+    own = method.__module__ == MODULE and method.__qualname__ == f"{kind}.{method.__name__}"
+    return own and code is not None and names.issuperset(code.co_names)
 
 
-def _active_names(state: dict[str, Any]) -> list[str]:
-    """The active adapters that the layer has."""
-    active = state["_active_adapter"]
+def _chosen(state: dict[str, Any], names: tuple[str, ...] | None) -> list[tuple[int, str]]:
+    """The adapters of the layer that it is to add, by number."""
     there = state["_modules"]["lora_A"]._modules
-    return [name for name in ([active] if isinstance(active, str) else active) if name in there]
+    if names is not None:
+        return [(number, name) for number, name in enumerate(names) if name in there]
+    active = state["_active_adapter"]
+    return [(0, name) for name in ([active] if isinstance(active, str) else active) if name in there]
 
 
 def _adapter(state: dict[str, Any], name: str, weight: Tensor) -> Adapter | None:

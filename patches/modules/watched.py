@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, submodules
+from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, names_by_row, submodules
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -29,9 +29,13 @@ def takes_packed_rows(hook: Hook) -> Hook:
     return hook
 
 
-def why_watched(root: nn.Module) -> str | None:
-    """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks."""
-    return _first_reason(root, (_why_watched,))
+def why_watched(root: nn.Module, by_row: bool = False) -> str | None:
+    """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks.
+
+    Args:
+        by_row: whoever asks takes care of the adapters that PEFT's hooks choose for each row.
+    """
+    return _first_reason(root, (_why_watched_but_by_row if by_row else _why_watched,))
 
 
 def why_rows_differ(root: nn.Module) -> str | None:
@@ -48,6 +52,11 @@ def _first_reason(root: nn.Module, questions: tuple[Callable[[nn.Module], str | 
             if reason is not None:
                 return reason
     return None
+
+
+def _why_watched_but_by_row(module: nn.Module) -> str | None:
+    known = not module._forward_hooks and names_by_row(module) is not None
+    return _why_class(cast(Any, type(module)), type(module).forward) if known else _why_watched(module)
 
 
 def _why_watched(module: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora import Adapter
+from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
 from hf_fastattn.kernels.sampling.advance import advance
@@ -155,17 +155,20 @@ def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, weight_
 
 def adapted(
     tokens: int, k: int, counts: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype = BF16,
-    held: torch.dtype = FP32, *, gated: bool = False, tile: ProductTile | None = None,
+    held: torch.dtype = FP32, *, gated: bool = False, tile: ProductTile | None = None, stacked: bool = False,
 ) -> object:  # fmt: skip
     x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
-    lora = [
-        Adapter(torch.zeros(rank, k, dtype=held), torch.zeros(count, rank, dtype=held), 2.0) if rank else None
-        for count, rank in zip(counts, ranks, strict=True)
-    ]
+
+    def adapter(rank: int, count: int) -> Adapter:
+        members = Members(torch.zeros(rank), torch.zeros(rank, dtype=torch.int32)) if stacked else None
+        return Adapter(torch.zeros(rank, k, dtype=held), torch.zeros(count, rank, dtype=held), 1.0, members)
+
+    lora = [adapter(rank, count) if rank else None for count, rank in zip(counts, ranks, strict=True)]
+    numbers = torch.zeros(tokens, dtype=torch.int32) if stacked else None
     if gated:
-        return gate_up_silu(x, weights[0], weights[1], weights_settled=True, lora=lora)
+        return gate_up_silu(x, weights[0], weights[1], weights_settled=True, lora=lora, lora_numbers=numbers)
     residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
-    return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora)
+    return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora, lora_numbers=numbers)
 
 
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
@@ -364,6 +367,16 @@ CASES = {
     "lora, 64 tokens, r = 128": Case(lambda: adapted(64, 2048, SMALL_QKV, (128, 128, 128)), ("skinny_kernel",), programs=1),
     "lora, 64 tokens, gate and up, r = 64": Case(
         lambda: adapted(64, 2048, MLP, (64, 64), gated=True), ("skinny_kernel",), programs=1
+    ),
+    "lora, stacked": Case(lambda: adapted(1, 2048, SMALL_QKV, (32, 0, 32), stacked=True), ("matvec_kernel",), programs=3),
+    "lora, stacked, 8 tokens": Case(
+        lambda: adapted(8, 2048, SMALL_QKV, (32, 48, 0), stacked=True), ("skinny_kernel",), programs=1
+    ),
+    "lora, stacked, 8 tokens, gate and up": Case(
+        lambda: adapted(8, 2048, MLP, (128, 128), gated=True, stacked=True), ("skinny_kernel",), programs=1
+    ),
+    "lora, stacked, 64 tokens, down": Case(
+        lambda: adapted(64, 8192, (2048,), (32,), BF16, BF16, stacked=True), ("skinny_kernel",), programs=1
     ),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),

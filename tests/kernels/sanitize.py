@@ -87,6 +87,8 @@ def products() -> None:
         test_matvec.check(tokens, 896, (250, 250), FP16, gated=True, sums=sums, device="cuda")
         test_lora.check(tokens, 1000, (1001, 63, 1), (16, 0, 100), bias=True, sums=sums, device="cuda")
         test_lora.check(tokens, 896, (250, 250), (8, 8), gated=True, sums=sums, device="cuda")
+        numbers = [number % 3 - 1 for number in range(tokens)]
+        test_lora.check_stacked(tokens, 1000, (1001, 63, 1), ((4, 9), (0, 0), (100, 0)), numbers, sums=sums, device="cuda")
         test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")
 
 

@@ -49,6 +49,7 @@ LAUNCHES = {
     "activation, tokens": [lambda n=n: compile_cases.activation(n, 4864) for n in (1, 3, 16)],
     "product, rows": [lambda n=n: compile_cases.product(1, 896, (n, 8)) for n in (1, 3, 16)],
     "lora, tokens": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8)) for n in (2, 3, 16)],
+    "lora, stacked": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8), stacked=True) for n in (2, 3, 16)],
     "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 16)],
     "advance, rows": [lambda n=n: compile_cases.advanced(n) for n in (33, 48, 64)],
     "advance, columns": [lambda n=n: compile_cases.advanced(columns=n) for n in (1024, 2048, 8192)],

@@ -23,9 +23,11 @@ from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.weight_copies import WeightCopies, copies_fit
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.patches.fused.forward import fused_reason
+from hf_fastattn.patches.fused.weights_read import weights_read
 from hf_fastattn.transformers_version import CACHE
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.tools.accelerator import own_accelerator
+from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.models import padded_batch, patch_with_graphs, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
@@ -243,6 +245,57 @@ def test_a_peft_model_that_was_prepared_runs_in_fp32(device: str) -> None:
     assert model.get_base_model()._fastattn.runtime.loop_graphs.copies is None
 
 
+def test_only_weights_that_are_read_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither LoRA's A and B, nor the weights of layers that are called."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("hf_fastattn.loop.loop_graphs.WORTH_COPYING", NEW)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    with reexecuted_loop(), fused_in_torch():
+        model = patch_with_graphs(peft.get_peft_model(tiny("qwen3", **SMALL), config).eval())
+        base = model.get_base_model()
+        base.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: out)
+        found = weights_read(base, torch.bfloat16)
+        names = {name for name, weight in base.named_parameters() if any(weight is one for one in found)}
+    expected = {
+        f"model.layers.{layer}.{name}.weight"
+        for layer in range(2)
+        for name in (
+            "self_attn.q_proj.base_layer", "self_attn.k_proj", "self_attn.v_proj.base_layer", "self_attn.o_proj",
+            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj.base_layer",
+        )
+    }  # fmt: skip
+    assert names == expected - {"model.layers.1.mlp.up_proj.weight"} | {"lm_head.weight"}
+
+
+def test_adapters_are_read_anew_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("hf_fastattn.loop.loop_graphs.WORTH_COPYING", NEW)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return patch_with_graphs(peft.get_peft_model(tiny("qwen3", **SMALL), config).eval())
+
+    def tokens(model: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(model, NEW, **padded_batch(2, 13))
+        assert assert_looped(model).adapters_fused
+        return out
+
+    def change(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.data.mul_(-0.9)
+
+    with reexecuted_loop(), fused_in_torch():
+        model, fresh = adapted(), adapted()
+        before = tokens(model)
+        assert model.get_base_model()._fastattn.runtime.loop_graphs.copies is not None
+        change(model)
+        change(fresh)
+        after = tokens(model)
+        assert torch.equal(after, tokens(fresh)) and not torch.equal(after, before)
+
+
 def test_other_wrappers_are_not_taken_for_it() -> None:
     model = tiny("llama")
     assert forward_dtype(model) is None and why_not_forward(model) is None
@@ -267,13 +320,13 @@ def test_graphs_of_another_dtype_are_not_replayed() -> None:
 
 def test_copies_leave_room_for_the_pages_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that would fit in Transformers must not fail for want of what the copies took."""
-    model, dtype = tiny("llama"), torch.bfloat16
-    needed = WeightCopies.bytes_needed(model, dtype)
-    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    needed = WeightCopies.bytes_needed([torch.zeros(30, 10)], torch.bfloat16)
+    assert needed == 600
+    device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + 100, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
-    assert copies_fit(model, dtype, 100) and not copies_fit(model, dtype, 101)
+    assert copies_fit(device, needed, 100) and not copies_fit(device, needed, 101)
 
 
 def test_a_region_is_part_of_what_graphs_depend_on() -> None:

@@ -41,9 +41,11 @@ class ReexecutedStep(RecordedForward):
         pass
 
     def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
-        run()
-        warmed_up()
-        self._output = run()
+        # Neither the first run nor recording moves the generator.
+        with torch.random.fork_rng(devices=[]):
+            run()
+            warmed_up()
+            self._output = run()
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         assert self._output is not None
@@ -104,8 +106,9 @@ class ReexecutedLoopStep(ReexecutedStep):
     """The same for whole steps, which change what they read: only replays count."""
 
     def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
-        run()
-        warmed_up()
+        with torch.random.fork_rng(devices=[]):
+            run()
+            warmed_up()
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_fastattn.kernels.layer import matvec, reference
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora import AT_ONCE, Adapter, LoraSums, LoraTile, lora_tile
+from hf_fastattn.kernels.layer.lora import AT_ONCE, Adapter, LoraSums, LoraTile, Members, lora_tile
 from hf_fastattn.kernels.layer.lora_programs import MISSING
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from tests.kernels.cases import assert_close
@@ -133,6 +133,95 @@ def test_parts(tokens, parts):
     check(tokens, 500, (40, 9), (16, 5), lora_tile=LoraTile(32, parts))
 
 
+def stacked(members: Sequence[tuple[int, Adapter]]) -> Adapter:
+    """Numbered adapters of one weight as one."""
+    ranks = torch.tensor([one.a.shape[0] for _, one in members])
+    device = members[0][1].a.device
+    scales = torch.tensor([one.scale for _, one in members]).repeat_interleave(ranks).to(device)
+    numbers = torch.tensor([number for number, _ in members], dtype=torch.int32).repeat_interleave(ranks).to(device)
+    a, b = torch.cat([one.a for _, one in members]), torch.cat([one.b for _, one in members], 1)
+    return Adapter(a, b, 1.0, Members(scales, numbers))
+
+
+def check_stacked(
+    tokens: int, k: int, counts: Sequence[int], ranks: Sequence[Sequence[int]], numbers: Sequence[int],
+    held: torch.dtype = FP32, dtype: torch.dtype = BF16, *, gated: bool = False, device: str = "cpu", **options: Any,
+) -> None:  # fmt: skip
+    """Adapters of `ranks` for each weight, and each token with that of its number (-1: none), or all of number 0.
+
+    Args:
+        ranks: of the adapters of each weight; the first has the number 0, and so on; 0 for one that is not there.
+    """
+    x = rows(tokens, k, dtype, device, 1)
+    weights = [rows(count, k, dtype, device, 2 + i) * k**-0.5 for i, count in enumerate(counts)]
+
+    def adapter(rank: int, count: int, scale: float, seed: int) -> Adapter:
+        return Adapter(rows(rank, k, held, device, seed) * k**-0.5, rows(count, rank, held, device, seed + 30), scale)
+
+    members = [
+        [
+            (number, adapter(rank, count, scale, 30 + 9 * i + number))
+            for number, (rank, scale) in enumerate(zip(wanted, (2.0, -0.5, 1.5), strict=False))
+            if rank
+        ]
+        for i, (count, wanted) in enumerate(zip(counts, ranks, strict=True))
+    ]
+    mine = torch.tensor(numbers, dtype=torch.int32, device=device)
+    lora = [stacked(held) if held else None for held in members]
+
+    def theirs(cast: Any) -> list[Tensor]:
+        outs = list(reference.matvec(cast(x), [cast(w) for w in weights]))
+        for i, held in enumerate(members):
+            for number, one in held:
+                added = reference.low_rank(cast(x), outs[i], cast(one.a), cast(one.b), one.scale)
+                outs[i] = torch.where((mine == number)[:, None], added, outs[i])
+        return [reference.silu_and_mul(*outs)] if gated else outs
+
+    options |= {"lora": lora, "lora_numbers": mine}
+    got = (matvec.gate_up_silu(x, *weights, **options),) if gated else matvec.matvec(x, weights, **options)
+    for out, plain, want in zip(got, theirs(lambda t: t), theirs(lambda t: t.double()), strict=True):
+        assert_close("stacked", out, plain, want)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("held", [FP32, BF16])
+@pytest.mark.parametrize(
+    ("counts", "ranks", "gated"),
+    [
+        ((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False),
+        ((33, 33), ((4, 4, 30), (9, 0, 2)), True),
+        ((40,), ((100, 28),), False),
+    ],
+)
+def test_stacked(counts, ranks, gated, held):
+    """Each token has its own adapter's addition, and those without one none."""
+    for numbers in ([0], [1], [-1], [0, 1, -1, 1, 2]):
+        check_stacked(len(numbers), 264, counts, ranks, numbers, held, gated=gated)
+    check_stacked(64, 520, counts, ranks, [-1, 0, 1, 2] * 16, held, gated=gated, weights_settled=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_stack_is_the_sum(tokens):
+    """Adapters of one number are all added."""
+    k, dtype = 264, FP32
+    x, w = rows(tokens, k, dtype, "cpu", 1), rows(40, k, dtype, "cpu", 2) * k**-0.5
+    members = [
+        (0, Adapter(rows(r, k, dtype, "cpu", r) * k**-0.5, rows(40, r, dtype, "cpu", 9 + r), s))
+        for r, s in ((4, 2.0), (16, 0.5))
+    ]
+    zeros = torch.zeros(tokens, dtype=torch.int32)
+    (out,) = matvec.matvec(x, [w], lora=[stacked(members)], lora_numbers=zeros)
+
+    def added(cast: Any) -> Tensor:
+        y = cast(x) @ cast(w).T
+        for _, one in members:
+            y = reference.low_rank(cast(x), y, cast(one.a), cast(one.b), one.scale)
+        return y
+
+    assert_close("sum", out, added(lambda t: t), added(lambda t: t.double()))
+
+
 @pytest.mark.interpreter
 def test_sums_of_many_launches():
     """More than are made at once; each launch has its own, and none is there."""
@@ -169,6 +258,16 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             matvec.matvec(x, [w], lora=wrong)
+    one, numbers = stacked([(0, Adapter(a, b, 1.0))]), torch.zeros(2, dtype=torch.int32)
+    for lora, given, message in (
+        ([one], None, "all be stacked"),
+        ([Adapter(a, b, 1.0)], numbers, "all be stacked"),
+        ([one], numbers[:1], "must be"),
+        ([one], numbers.long(), "int32"),
+        ([Adapter(a, b, 1.0, Members(torch.ones(3), numbers))], numbers, "scales"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matvec.matvec(x, [w], lora=lora, lora_numbers=given)
 
 
 def test_every_part_is_worth_a_program():
@@ -231,3 +330,12 @@ def test_replayed_with_overlap(tokens):
     adapter.a.neg_()
     graph.replay()
     assert torch.equal(got, chain(x)) and not torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [FP32, BF16])
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_stacked_on_a_gpu(tokens, held):
+    numbers = [number % 3 - 1 for number in range(tokens)]
+    check_stacked(tokens, 2048, (2048, 512, 512), ((16, 16), (16, 0), (8, 4)), numbers, held, device="cuda")
+    check_stacked(tokens, 2048, (8192, 8192), ((16, 16), (16, 16)), numbers, held, gated=True, device="cuda")

@@ -1,0 +1,66 @@
+"""Fused layers without Triton: the same walk over the layers, with PyTorch's versions of its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_fastattn.kernels.layer import reference
+from hf_fastattn.kernels.layer.lora import Adapter, check_adapters
+from hf_fastattn.patches.fused import forward, products
+
+
+@contextmanager
+def fused_in_torch() -> Iterator[None]:
+    """Layers are fused on the CPU too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "choose_backend", lambda *_: ("torch", None))
+        patch.setattr(products, "beats_cublas", lambda *_: True)
+        for name, operation in (
+            ("matvec", _matvec), ("gate_up_silu", _gate_up_silu), ("rms_norm", _rms_norm), ("add_rms_norm", _add_rms_norm),
+            ("silu_and_mul", reference.silu_and_mul),
+        ):  # fmt: skip
+            patch.setattr(products, name, operation)
+        yield
+
+
+def _matvec(
+    x: Tensor, weights: Sequence[Tensor], biases: Any = None, *, residual: Tensor | None = None,
+    lora: Sequence[Adapter | None] | None = None, lora_numbers: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outs = reference.matvec(x, weights, biases)
+    if lora is not None:
+        check_adapters(x, weights, lora, lora_numbers)
+        outs = tuple(_adapted(x, out, one, lora_numbers) for out, one in zip(outs, lora, strict=True))
+    return outs if residual is None else tuple(residual + out for out in outs)
+
+
+def _adapted(x: Tensor, y: Tensor, one: Adapter | None, numbers: Tensor | None) -> Tensor:
+    if one is None:
+        return y
+    shrunk = x.float() @ one.a.float().T
+    if one.members is not None:
+        assert numbers is not None
+        mine = numbers[:, None] == one.members.numbers[None]
+        shrunk = torch.where(mine, shrunk * one.members.scales, 0.0)
+    return (y + shrunk @ one.b.float().T * one.scale).to(y.dtype)
+
+
+def _gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor, **options: Any) -> Tensor:
+    return reference.silu_and_mul(*_matvec(x, (w_gate, w_up), **options))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: Any = None, **_: Any) -> Tensor:
+    return reference.rms_norm(x, weight, eps, unit_offset).to(dtype or x.dtype)
+
+
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return _rms_norm(total, weight, eps, unit_offset=unit_offset, dtype=dtype), total
