@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
+from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.uncompiled import uncompiled
 
 
 def device_sample(
@@ -77,7 +80,7 @@ def device_sample(
 
 
 def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
-    """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter."""
+    """The decoder's forward and that of `lm_head`, uncompiled, under the autocast that `model(...)` would enter."""
     dtype = forward_dtype(model)
     runtime, groups = model._fastattn.runtime, cache.groups
     copies = None
@@ -86,12 +89,14 @@ def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., 
         to_come = len(cache.lengths) * -(-steps // groups.page_size) * groups.page_bytes
         copies = runtime.loop_graphs.copies_for(model, dtype, steps, to_come)
 
+    compiled = has_compiled(model)
+
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
-        with autocast_as(decoder.device, dtype):
+        with autocast_as(decoder.device, dtype), uncompiled() if compiled else nullcontext():
             return fused_forward(decoder, cache, copies, **arguments)
 
     def logits_of(lm_head: Any, hidden: Tensor) -> Tensor:
-        with autocast_as(hidden.device, dtype):
+        with autocast_as(hidden.device, dtype), uncompiled() if compiled else nullcontext():
             return fused_logits(lm_head, hidden, copies)
 
     return forward, logits_of
@@ -105,6 +110,8 @@ def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
     reason = runtime.loop_graphs.why_not_here(model, cache)
     if reason is not None:
         return reason
+    if wishes[0].device != model.device:
+        return f"input_ids are on {wishes[0].device}, the model is on {model.device}: move them there"
     # Not before: it imports Triton.
     from hf_fastattn.loop.request import loop_request
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_fastattn.autocast import region_dtype
-from hf_fastattn.graphs.module_checks import KNOWN, has_foreign_hooks, has_global_hooks, submodules, why_not_module
+from hf_fastattn.graphs.module_checks import (
+    KNOWN,
+    has_foreign_hooks,
+    has_global_hooks,
+    submodules,
+    why_not_called,
+    why_not_module,
+)
 
 SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
@@ -37,7 +44,9 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
-        parts += kind, kind.forward, tuple(state), state.get("_compiled_call_impl") is None
+        parts += kind, kind.forward, tuple(state)
+        if "forward" in state or state.get("_compiled_call_impl") is not None:
+            parts.append(why_not_called(module, device))
         parts += [value for value in state.values() if type(value) in SCALARS]
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)
@@ -57,7 +66,7 @@ def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
         return "hooks on all modules are registered"
     held = list(_held(vars(decoder)))
     for module in submodules(decoder):
-        reason = why_not_module(module)
+        reason = why_not_module(module, device)
         if reason is not None:
             return reason
         state = vars(module)

@@ -15,7 +15,7 @@ from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import GraphStore
-from hf_fastattn.graphs.module_checks import why_not_module
+from hf_fastattn.graphs.module_checks import why_not_kind
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -83,7 +83,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         if not unchanged or self._groups is None or self._groups() is not cache.groups:
             self.drop()
             self._groups = weakref.ref(cache.groups)
-        return why_not_module(model) or self._reason
+        return why_not_kind(model) or self._reason
 
     def copies_for(self, model: Any, dtype: torch.dtype | None, steps: int, to_come: int) -> WeightCopies | None:
         """Copies of the weights as they are now, for a call of so many steps under autocast to `dtype`.

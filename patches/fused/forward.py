@@ -88,8 +88,9 @@ def fused_reason(decoder: Any) -> str | None:
     for option in OPTIONS:
         if getattr(decoder.config, option, False):
             return f"{option} is set"
+    device = decoder.device
     for layer in layers_of(decoder):
-        if not is_plain_layer(layer, names.layer):
+        if not is_plain_layer(layer, names.layer, device):
             return f"a {type(layer).__name__} was replaced or has hooks"
     return None
 

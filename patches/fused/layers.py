@@ -16,6 +16,7 @@ from hf_fastattn.patches.fused.products import Products
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.wrappers import runs_class_forward
 
 
 def walk(
@@ -69,7 +70,7 @@ def _attention(
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
     module, norm = modules["self_attn"], modules["input_layernorm"]
-    if not _is_plain_attention(module):
+    if not _is_plain_attention(module, x.device):
         normed, x = products.norm(norm, x, delta)
 
         def attend(states: Tensor) -> Any:
@@ -88,21 +89,15 @@ def _attention(
     return products.add_product(inner["o_proj"], out, x)
 
 
-def _is_plain_attention(module: Any) -> bool:
+def _is_plain_attention(module: Any, device: torch.device) -> bool:
     """Whether calling the module runs our forward, and nothing before or after it."""
-    state = vars(module)
-    return (
-        STATE in state
-        and is_our_forward(module.forward)
-        and "_hf_hook" not in state
-        and state.get("_compiled_call_impl") is None
-        and has_no_foreign_hooks(module)
-    )
+    ours = STATE in vars(module) and is_our_forward(type(module).forward)
+    return ours and runs_class_forward(module, device) and has_no_foreign_hooks(module)
 
 
 def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
-    if not is_plain(mlp, products.names.mlp):
+    if not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)
         return x, products.call(mlp, normed)
     inner = mlp._modules

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.kernels.layer.lora import MOST_RANK, Adapter
 from hf_fastattn.patches.modules.plain_modules import Dtypes, is_plain, linear_parameters
+from hf_fastattn.wrappers import runs_class_forward
 
 MODULE = "peft.tuners.lora.layer"
 # What the forward of a LoRA layer refers to, in PEFT 0.15 to 0.21.
@@ -41,7 +42,7 @@ def adapted_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) 
     held = linear_parameters(module, device, dtypes)
     if held is not None:
         return *held, None
-    if not _is_lora(module):
+    if not _is_lora(module, device):
         return None
     state = vars(module)
     held = linear_parameters(state["_modules"]["base_layer"], device, dtypes)
@@ -55,12 +56,11 @@ def adapted_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) 
     return None if adapter is None else (*held, adapter)
 
 
-def _is_lora(module: nn.Module) -> bool:
+def _is_lora(module: nn.Module, device: torch.device) -> bool:
     kind: Any = type(module)
-    if kind.__module__ != MODULE or kind.__name__ != "Linear" or "forward" in vars(module):
+    if kind.__module__ != MODULE or kind.__name__ != "Linear" or not runs_class_forward(module, device):
         return False
-    no_hooks = not module._forward_hooks and not module._forward_pre_hooks
-    return no_hooks and vars(module).get("_compiled_call_impl") is None and _is_known_forward(kind.forward)
+    return not module._forward_hooks and not module._forward_pre_hooks and _is_known_forward(kind.forward)
 
 
 @functools.lru_cache(maxsize=16)
@@ -84,7 +84,7 @@ def _adapter(state: dict[str, Any], name: str, weight: Tensor) -> Adapter | None
     # A tensor for a scale would be read by the host; without the cast of x PEFT may fail.
     if type(scale) not in (int, float) or not state.get("cast_input_dtype_enabled", True):
         return None
-    if not _passes(modules["lora_dropout"]._modules.get(name)):
+    if not _passes(modules["lora_dropout"]._modules.get(name), weight.device):
         return None
     a = _low_rank_weight(modules["lora_A"]._modules[name], weight.device)
     b = _low_rank_weight(modules["lora_B"]._modules.get(name), weight.device)
@@ -96,11 +96,12 @@ def _adapter(state: dict[str, Any], name: str, weight: Tensor) -> Adapter | None
     return Adapter(a, b, scale)
 
 
-def _passes(dropout: Any) -> bool:
+def _passes(dropout: Any, device: torch.device) -> bool:
     """Whether calling it returns its argument."""
     if type(dropout) is nn.Identity:
-        return is_plain(dropout, "Identity")
-    return type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0) and is_plain(dropout, "Dropout")
+        return is_plain(dropout, "Identity", device)
+    passes = type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
+    return passes and is_plain(dropout, "Dropout", device)
 
 
 def _low_rank_weight(module: Any, device: torch.device) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, submodules
+from hf_fastattn.wrappers import compiled_from, origin_of
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -79,10 +80,8 @@ def _only_moves(hook: Any) -> bool:
 
 def _is_known_forward(state: dict[str, Any]) -> bool:
     """Ours, accelerate's for mixed precision, Transformers' for shards; any of them compiled."""
-    forward = getattr(state["forward"], "_torchdynamo_orig_callable", state["forward"])
-    if is_our_forward(forward) or "_original_forward" in state:
-        return True
-    return str(getattr(forward, "__module__", "")).startswith(("transformers.", "torch."))
+    forward = compiled_from(state["forward"]) or state["forward"]
+    return is_our_forward(forward) or origin_of(forward).startswith(("transformers.", "torch.", "accelerate."))
 
 
 @functools.lru_cache(maxsize=256)
