@@ -15,6 +15,7 @@ import torch
 
 HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
+FRAMES = "torch._dynamo.external_utils"
 
 
 def runs_class_forward(module: Any, device: torch.device) -> bool:
@@ -51,7 +52,11 @@ def is_class_forward(module: Any, forward: Any) -> bool:
 
 def compiled_from(function: Any) -> Any:
     """What torch.compile, or torch.compiler.disable, made this function from; None if neither did."""
-    return vars(_function(function))["_torchdynamo_orig_callable"] if is_compiled(function) else None
+    if not is_compiled(function):
+        return None
+    original = vars(_function(function))["_torchdynamo_orig_callable"]
+    # Around a function of PyTorch's own it puts another frame.
+    return original.__wrapped__ if origin_of(original) == FRAMES and hasattr(original, "__wrapped__") else original
 
 
 def is_compiled(function: Any) -> bool:

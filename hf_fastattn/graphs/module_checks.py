@@ -76,7 +76,9 @@ def is_compiled_itself(module: nn.Module) -> bool:
     state = vars(module)
     if state.get("_compiled_call_impl") is not None or is_compiled_module(module):
         return True
-    return any(is_compiled(state[slot]) for slot in ("forward", "_old_forward") if slot in state)
+    # What was compiled before the patch is called where ours is not.
+    original = getattr(state.get("_fastattn"), "original", None)
+    return any(map(is_compiled, (state.get("forward"), state.get("_old_forward"), original)))
 
 
 def why_not_kind(module: nn.Module) -> str | None:

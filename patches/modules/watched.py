@@ -95,7 +95,8 @@ def _why_class(kind: Any, forward: Any) -> str | None:
 
 
 def _why_random(module: nn.Module) -> str | None:
-    if not vars(module)["training"]:
+    # What torch.compile put around a module has no mode of its own.
+    if not vars(module).get("training"):
         return None
     if isinstance(module, _DropoutNd) and module.p > 0:
         return "dropout is drawn for every row"
