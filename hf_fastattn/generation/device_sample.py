@@ -38,7 +38,7 @@ def device_sample(
     cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
     wishes = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
-    request = _request(model, cache, wishes)
+    request = _request(model, cache, model_kwargs.get("position_ids"), wishes)
     if isinstance(request, str):
         runtime.count_not_looped(request)
         return None
@@ -85,7 +85,7 @@ def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., 
     runtime, groups = model._fastattn.runtime, cache.groups
     copies = None
     # Layers that are called cast their weights themselves.
-    if dtype is not None and runtime.config.autocast_copies and fused_reason(model.base_model) is None:
+    if dtype is not None and runtime.config.autocast_copies and fused_reason(model._fastattn.decoder(model)) is None:
         to_come = len(cache.lengths) * -(-steps // groups.page_size) * groups.page_bytes
         copies = runtime.loop_graphs.copies_for(model, dtype, steps, to_come)
 
@@ -102,8 +102,20 @@ def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., 
     return forward, logits_of
 
 
-def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
-    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed."""
+def _axes_agree(positions: Any) -> bool:
+    """Whether the tokens after `positions [axes, B, S]`, of which a first of four is for masks, have one for all axes."""
+    if not isinstance(positions, Tensor) or positions.ndim < 3:
+        return True
+    last = positions[-3:, :, -1]
+    return bool((last == last[:1]).all())
+
+
+def _request(model: Any, cache: Any, positions: Any, wishes: tuple[Any, ...]) -> Any:
+    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed.
+
+    Args:
+        positions: of the prompt, if they were given.
+    """
     runtime = model._fastattn.runtime
     if runtime.looping:
         return "another call's loop is under way"
@@ -116,8 +128,12 @@ def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
     from hf_fastattn.loop.request import loop_request
 
     request = loop_request(model, *wishes)
+    if isinstance(request, str):
+        return request
+    if not _axes_agree(positions):
+        return "the prompt ends within an image, whose positions are not those of a text: let text follow it"
     # Its forwards count why they keep nothing.
-    return "forwards drop the cache" if not isinstance(request, str) and drops_cache(model.base_model) else request
+    return "forwards drop the cache" if drops_cache(model._fastattn.decoder(model)) else request
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
@@ -129,9 +145,11 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
     inputs = model.prepare_inputs_for_generation(longer, next_sequence_length=1, **more)
     mask = inputs.get("attention_mask")
     visible = visible_columns(mask, cache, input_ids.shape[0], 1)
-    if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:
+    if why_not_paged(model._fastattn.decoder(model), mask, cache, visible, {}) is not None:
         return None
     positions = inputs.get("position_ids")
     if positions is None:
         return torch.full((input_ids.shape[0], 1), cache.get_seq_length(), device=input_ids.device)
+    # Of several axes, which agree on text, the last one.
+    positions = positions[-1] if positions.ndim == 3 else positions
     return positions.expand(input_ids.shape[0], 1) if positions.ndim == 2 and positions.shape[1] == 1 else None

@@ -59,7 +59,7 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
 
 def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
     """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
-    config: Any = decoder.config
+    config: Any = decoder.config.get_text_config(decoder=True)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         return "a mixture of experts chooses what it computes"
     if has_global_hooks():
@@ -86,7 +86,7 @@ def _options(decoder: Any) -> tuple[Any, ...]:
         type(decoder),
         decoder.training,
         getattr(decoder, "gradient_checkpointing", False),
-        str(getattr(decoder.config, "rope_parameters", None)),
+        str(getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None)),
         torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,

@@ -24,7 +24,7 @@ class WeightCopies:
     """Copies of the weights of all linear layers that autocast would cast.
 
     Args:
-        model: with `base_model` and `lm_head`.
+        model: patched, with `lm_head`.
         dtype: of the copies.
     """
 
@@ -56,7 +56,7 @@ class WeightCopies:
 def _weights(model: Any) -> list[Tensor]:
     """fp32 weights of linear layers, each once."""
     found: dict[int, Tensor] = {}
-    for module in (*submodules(model.base_model), model.lm_head):
+    for module in (*submodules(model._fastattn.decoder(model)), model.lm_head):
         weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         if type(weight) is nn.Parameter and weight.dtype is torch.float32 and weight.is_contiguous():
             found[id(weight)] = weight

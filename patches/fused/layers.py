@@ -13,6 +13,7 @@ from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.products import Products
+from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
 from hf_fastattn.transformers_version import CACHE
@@ -35,7 +36,7 @@ def walk(
         decoder: whose layers are those that `names` describes.
         cache: with a paged batch under way.
         input_ids: `[B, S]`, or else `inputs_embeds: [B, S, hidden]`.
-        position_ids: `[1 or B, S]`; those that follow the cache by default.
+        position_ids: `[1 or B, S]`, or with axes in front; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
         copies: of weights that autocast would cast, if there are any.
 
@@ -46,7 +47,9 @@ def walk(
     if position_ids is None:
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
-    position_embeddings = decoder.rotary_emb(states, position_ids=position_ids)
+    state: ModuleState = vars(decoder)[STATE]
+    rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
+    position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
     products = Products(names, tuple(states.shape[:-1]), states.device, copies)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
@@ -54,8 +57,14 @@ def walk(
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products)
     out, _ = products.norm(decoder.norm, x, delta)
-    vars(decoder)[STATE].runtime.counters.adapters_fused += products.adapters_fused
+    state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
+
+
+def _on_three_axes(position_ids: Tensor) -> Tensor:
+    """Those that RoPE takes, `[3, B, S]`."""
+    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
+    return axes[1:] if len(axes) == 4 else axes.expand(3, -1, -1)
 
 
 def _attention(

@@ -267,7 +267,7 @@ def test_graphs_of_another_dtype_are_not_replayed() -> None:
 
 def test_copies_leave_room_for_the_pages_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that would fit in Transformers must not fail for want of what the copies took."""
-    model, dtype = tiny("llama"), torch.bfloat16
+    model, dtype = hf_fastattn.patch(tiny("llama")), torch.bfloat16
     needed = WeightCopies.bytes_needed(model, dtype)
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + 100, 0))
