@@ -19,7 +19,7 @@ from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of
+from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, written_module
 from hf_fastattn.transformers_version import CACHE
 
 # Arguments that the walk over the layers takes, and options that change nothing if they have these values.
@@ -117,7 +117,7 @@ def fused_logits(lm_head: nn.Module, hidden: Tensor, copies: WeightCopies | None
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies).product(lm_head, hidden)
+    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies).product(written_module(lm_head), hidden)
 
 
 def _why_not_these(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.products import Products
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
+from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of, written_module
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.wrappers import runs_class_forward
 
@@ -56,7 +56,7 @@ def walk(
     for layer in layers_of(decoder):
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products)
-    out, _ = products.norm(decoder.norm, x, delta)
+    out, _ = products.norm(written_module(decoder.norm), x, delta)
     state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
 

@@ -99,12 +99,13 @@ def is_silu(module: nn.Module, device: torch.device) -> bool:
 def layers_of(decoder: Any) -> Iterator[Any]:
     """The decoder's layers, as many as its configuration says, without what torch.compile put around them."""
     # A slice of them would be a new module.
-    return map(_uncompiled, islice(decoder.layers, decoder.config.num_hidden_layers))
+    return map(written_module, islice(decoder.layers, decoder.config.num_hidden_layers))
 
 
-def _uncompiled(layer: Any) -> Any:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return layer._modules["_orig_mod"] if is_compiled_module(layer) and not hooked else layer
+def written_module(module: Any) -> Any:
+    """The module that torch.compile made this one from; itself if it did not, or if it has hooks of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return module._modules["_orig_mod"] if is_compiled_module(module) and not hooked else module
 
 
 def norm_eps(norm: Any) -> float:

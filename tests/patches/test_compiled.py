@@ -21,8 +21,8 @@ from hf_fastattn.uncompiled import uncompiled
 from hf_fastattn.wrappers import compiled_from
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.patches.snapshots import snapshot
-from tests.tools.fused_layers import assert_logits, build, count_launches, expected, steps
-from tests.tools.models import assert_fast, padded_batch, patch_with_graphs, tiny
+from tests.tools.fused_layers import build, count_launches, expected
+from tests.tools.models import assert_fast, padded_batch, patch_with_graphs, single, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
 NEW = 8
@@ -230,7 +230,8 @@ def test_layers_are_fused(compiled: Callable[..., Any], monkeypatch: pytest.Monk
     launched: Counter[str] = count_launches(monkeypatch)
     stock, model, backend = build("llama"), build("llama"), Backend()
     model = hf_fastattn.patch(applied(compiled, model, backend))
-    ids = torch.tensor([[5, 6, 7]])
-    outs = steps(model, ids, None, [3], hf_fastattn.PagedCache(model.config))
-    assert dict(launched) == expected(3) and backend.asked == 0
-    assert_logits("compiled", stock, outs[0], ids, None, [3])
+    options = {**single(3), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**options), stock.generate(**options))
+    assert launched == Counter(expected(3)) + Counter({name: 2 * count for name, count in expected(1).items()})
+    assert_fast(model)
+    assert backend.asked == 0
