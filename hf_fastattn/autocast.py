@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch.amp.autocast_mode import autocast
 
+from hf_fastattn.wrappers import below_wrappers, is_called_as_ever, is_class_forward
+
 
 def region_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region that is on; None outside of one."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    # Offloaded weights are on no device that has regions.
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def forward_dtype(model: Any) -> torch.dtype | None:
@@ -30,11 +34,13 @@ def forward_dtype(model: Any) -> torch.dtype | None:
 
 def why_not_forward(model: Any) -> str | None:
     """Why `model.forward` may be more than that of its class and autocast; None if it is not."""
+    if not is_called_as_ever(model):
+        return f"a {type(model).__name__} is called by a function of its own"
     forward = vars(model).get("forward")
     # accelerate binds it to the instance when it takes its wrapper off.
-    if forward is None or _is_of_class(model, forward) or accelerate_region(model) is not None:
+    if forward is None or is_class_forward(model, below_wrappers(model, forward, model.device)):
         return None
-    return f"the forward of the {type(model).__name__} was replaced"
+    return None if accelerate_region(model) is not None else f"the forward of the {type(model).__name__} was replaced"
 
 
 def accelerate_region(model: Any) -> autocast | None:
@@ -42,13 +48,15 @@ def accelerate_region(model: Any) -> autocast | None:
     state = vars(model)
     if "forward" not in state or "_original_forward" not in state:
         return None
-    converts = getattr(_function(state["forward"]), "__wrapped__", None)
+    outer = below_wrappers(model, state["forward"], model.device)
+    converts = getattr(getattr(outer, "__func__", outer), "__wrapped__", None)
     if getattr(type(converts), "__module__", "") != "accelerate.utils.operations":
         return None
-    entered = getattr(converts, "model_forward", None)
-    region = _closure(entered).get("autocast_instance")
-    known = isinstance(region, autocast) and _is_of_class(model, _closure(entered).get("func"))
-    return region if known else None
+    entered = _closure(getattr(converts, "model_forward", None))
+    region, inner = entered.get("autocast_instance"), entered.get("func")
+    if inner is None or not isinstance(region, autocast):
+        return None
+    return region if is_class_forward(model, below_wrappers(model, inner, model.device)) else None
 
 
 def autocast_as(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -58,17 +66,5 @@ def autocast_as(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def _function(forward: Any) -> Any:
-    return getattr(forward, "__func__", forward)
-
-
 def _closure(function: Any) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
-
-
-def _is_of_class(model: Any, forward: Any) -> bool:
-    """Whether it is the forward of the model's class, with or without that one's decorators."""
-    function, own = _function(forward), type(model).forward
-    while own is not function and hasattr(own, "__wrapped__"):
-        own = own.__wrapped__
-    return function is not None and own is function

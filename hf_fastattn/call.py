@@ -26,6 +26,8 @@ class Call:
     logits_read: int = 1
     # Why all its forwards attend as Transformers does, although their cache has pages.
     why_dense: str | None = None
+    # Whether torch.compile made parts of the model, which run as they were written; None until somebody looked.
+    compiled: bool | None = None
     encoded_from: dict[str, Any] = field(default_factory=dict)
     # Forwards compute the prompt.
     prefilling: bool = False

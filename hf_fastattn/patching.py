@@ -20,7 +20,7 @@ from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.module_state import release_slots, replace_forward
-from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
@@ -112,7 +112,13 @@ def _take_back(model: Any, scope: PatchScope) -> None:
         if module is not model and STATE in vars(module):
             release_slots(module)
     scope.undo()
-    vars(model).pop(STATE, None)
+    held = vars(model).get(STATE)
+    for module in model.modules() if held is not None else ():
+        # The model itself, and shallow copies of patched modules, as accelerate's compile_regions() makes of them.
+        if getattr(vars(module).get(STATE), "runtime", None) is held.runtime:
+            release_slots(module)
+            module.__class__ = plain_class(type(module))
+            delattr(module, STATE)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.generation.hooks import FastGenerationMixin
+from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patching import find_model
@@ -42,10 +43,12 @@ class Report:
         if not self.patched or self.last_call is None:
             return "not patched"
         call = self.last_call
-        falls = ", ".join(f"{reason} ({count})" for reason, count in call.fallbacks.items()) or "none"
-        others = "".join(f"; Transformers', since {reason} ({count})" for reason, count in call.not_looped.items())
+        falls = ", ".join(f"{with_hint(reason)} ({count})" for reason, count in call.fallbacks.items()) or "none"
+        others = "".join(
+            f"; Transformers', since {with_hint(reason)} ({count})" for reason, count in call.not_looped.items()
+        )
         loops = f"the device's ({call.fast_loops}){others}" if call.fast_loops else others.removeprefix("; ") or "none"
-        layered = "".join(f"; layer by layer: {reason} ({count})" for reason, count in call.uncaptured.items())
+        layered = "".join(f"; layer by layer: {with_hint(reason)} ({count})" for reason, count in call.uncaptured.items())
         return "\n".join(
             (
                 f"family        {self.family}, {len(self.modules)} modules replaced",

@@ -17,6 +17,7 @@ from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
+from hf_fastattn.hints import with_hint
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
 from hf_fastattn.pages.page_groups import PageGroups
@@ -288,7 +289,7 @@ class Runtime:
         """Log once why a call is served in another way than it could be."""
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.info("hf_fastattn: %s", reason)
+            logger.info("hf_fastattn: %s", with_hint(reason))
 
     def count_not_looped(self, reason: str) -> None:
         """Count, and log once, why a call's loop is Transformers' own."""
@@ -300,4 +301,4 @@ class Runtime:
         self.counters.fallbacks[reason] += 1
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.log(level, "hf_fastattn does here as Transformers does: %s", reason)
+            logger.log(level, "hf_fastattn does here as Transformers does: %s", with_hint(reason))

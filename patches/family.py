@@ -47,14 +47,15 @@ class Family:
         attention: class name of its attention modules, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
         layers: class names in its decoder layers, if they are known to be Llama's but for the attention; else they are
             called, not fused.
-        causal_lm: class whose `forward` is the decoder and `lm_head` and nothing else, if there is one: the device's loop
-            runs these.
+        causal_lm: class whose `forward`, given text alone, is the decoder and `lm_head` and nothing else, if there is one:
+            the device's loop runs these.
         qk_norm: class name of the RMSNorm on each head of q and k (`q_norm`, `k_norm`) before RoPE, if there is one.
         unit_offset: that norm multiplies by `1 + weight`.
         projection_norm: `q_norm` and `k_norm` are over all heads at once; they are called.
         rotates: whether an attention module rotates q and k; None if all do.
         output_gate: `q_proj` yields a query and a gate a head; the output is multiplied by `sigmoid(gate)`.
         query_scale: `(config, position_ids [.., S]) -> [.., S]`, a factor on each query after RoPE, if there is one.
+        axes: positions are on three axes, which are the same for text; a fourth one in front of them is for masks.
         linear_attention: some layers keep a recurrent state, which padding must pass by: the padded layout is kept.
     """
 
@@ -69,4 +70,5 @@ class Family:
     rotates: Callable[[Any], bool] | None = None
     output_gate: bool = False
     query_scale: Callable[[Any, Tensor], Tensor] | None = None
+    axes: bool = False
     linear_attention: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.graphs.drawn_offset import settled_offset
+from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import why_not_paged
@@ -19,6 +21,7 @@ from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.uncompiled import uncompiled
 
 
 def device_sample(
@@ -39,7 +42,7 @@ def device_sample(
     cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
     wishes = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
-    request = _request(model, cache, wishes)
+    request = _request(model, cache, model_kwargs.get("position_ids"), wishes)
     if isinstance(request, str):
         runtime.count_not_looped(request)
         return None
@@ -93,20 +96,20 @@ def _why_not_by_row(model: Any, rows: tuple[str, ...], count: int) -> str | None
         return f"{len(rows)} adapter_names for {count} rows"
     if forward_dtype(model) not in (None, torch.bfloat16, torch.float16):
         return f"adapters are chosen by row, and autocast is to {forward_dtype(model)}"
-    return why_not_by_row(model.base_model, rows, model.lm_head)
+    return why_not_by_row(model._fastattn.decoder(model), rows, model.lm_head)
 
 
 def _parts_of_a_step(
     model: Any, cache: Any, steps: int, names: tuple[str, ...] | None
 ) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
-    """The decoder's forward and that of `lm_head`, under the autocast that `model(...)` would enter.
+    """The decoder's forward and that of `lm_head`, uncompiled, under the autocast that `model(...)` would enter.
 
     `names` are those of adapters that rows choose from, if they do.
     """
     dtype = forward_dtype(model)
     graphs, copies, stacks = model._fastattn.runtime.loop_graphs, None, None
     # Layers that are called cast their weights, and add their adapters, themselves.
-    if fused_reason(model.base_model) is None:
+    if fused_reason(model._fastattn.decoder(model)) is None:
         to_come = len(cache.lengths) * -(-steps // cache.groups.page_size) * cache.groups.page_bytes
         copies = _copies(model, dtype, steps, to_come, names)
         stacks = _stacks(model, to_come, names)
@@ -119,13 +122,15 @@ def _parts_of_a_step(
         assert graphs.state is not None
         return TokenAdapters(graphs.state.adapters[:rows], names, stacks)
 
+    compiled = has_compiled(model)
+
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
-        with autocast_as(decoder.device, dtype):
+        with autocast_as(decoder.device, dtype), uncompiled() if compiled else nullcontext():
             rows = arguments["position_ids"].shape[0]
             return fused_forward(decoder, cache, copies, adapters(rows), **arguments)
 
     def logits_of(lm_head: Any, hidden: Tensor) -> Tensor:
-        with autocast_as(hidden.device, dtype):
+        with autocast_as(hidden.device, dtype), uncompiled() if compiled else nullcontext():
             return fused_logits(lm_head, hidden, copies, adapters(hidden.shape[0]))
 
     return forward, logits_of
@@ -154,20 +159,38 @@ def _stacks(model: Any, to_come: int, names: tuple[str, ...] | None) -> Any:
     return model._fastattn.runtime.loop_graphs.stacks_for(names, make)
 
 
-def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
-    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed."""
+def _axes_agree(positions: Any) -> bool:
+    """Whether the tokens after `positions [axes, B, S]`, of which a first of four is for masks, have one for all axes."""
+    if not isinstance(positions, Tensor) or positions.ndim < 3:
+        return True
+    last = positions[-3:, :, -1]
+    return bool((last == last[:1]).all())
+
+
+def _request(model: Any, cache: Any, positions: Any, wishes: tuple[Any, ...]) -> Any:
+    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed.
+
+    Args:
+        positions: of the prompt, if they were given.
+    """
     runtime = model._fastattn.runtime
     if runtime.looping:
         return "another call's loop is under way"
     reason = runtime.loop_graphs.why_not_here(model, cache)
     if reason is not None:
         return reason
+    if wishes[0].device != model.device:
+        return f"input_ids are on {wishes[0].device}, the model is on {model.device}: move them there"
     # Not before: it imports Triton.
     from hf_fastattn.loop.request import loop_request
 
     request = loop_request(model, *wishes)
+    if isinstance(request, str):
+        return request
+    if not _axes_agree(positions):
+        return "the prompt ends within an image, whose positions are not those of a text: let text follow it"
     # Its forwards count why they keep nothing.
-    return "forwards drop the cache" if not isinstance(request, str) and drops_cache(model.base_model) else request
+    return "forwards drop the cache" if drops_cache(model._fastattn.decoder(model)) else request
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:
@@ -183,9 +206,11 @@ def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: 
         return None
     mask = inputs.get("attention_mask")
     visible = visible_columns(mask, cache, input_ids.shape[0], 1)
-    if why_not_paged(model.base_model, mask, cache, visible, {}) is not None:
+    if why_not_paged(model._fastattn.decoder(model), mask, cache, visible, {}) is not None:
         return None
     positions = inputs.get("position_ids")
     if positions is None:
         return torch.full((input_ids.shape[0], 1), cache.get_seq_length(), device=input_ids.device)
+    # Of several axes, which agree on text, the last one.
+    positions = positions[-1] if positions.ndim == 3 else positions
     return positions.expand(input_ids.shape[0], 1) if positions.ndim == 2 and positions.shape[1] == 1 else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -13,12 +14,14 @@ from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
-from hf_fastattn.generation.stock_cache import why_not_prompt, why_stock_cache
+from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
+from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
 from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.uncompiled import uncompiled
 
 
 class FastGenerationMixin(PlainCopies):
@@ -50,7 +53,7 @@ class FastGenerationMixin(PlainCopies):
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
         reason = why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is None:
-            reason = why_not_ours(self._fastattn.decoder(self))
+            reason = why_not_here(self) or why_not_ours(self._fastattn.decoder(self))
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)
@@ -107,6 +110,22 @@ class FastGenerationMixin(PlainCopies):
         return rows.expand(outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward, uncompiled if it is over pages."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with uncompiled() if self._runs_uncompiled(kwargs.get(CACHE)) else nullcontext():
+            return self._fast_forward(*args, **kwargs)
+
+    def _runs_uncompiled(self, cache: Any) -> bool:
+        call, model = self._fastattn.runtime.current, cast(nn.Module, self)
+        if call is None:
+            # Layers are not looked at in every forward of somebody's own loop.
+            return isinstance(cache, PagedCache) and is_compiled_itself(model)
+        if call.compiled is None:
+            call.compiled = bool(call.caches or isinstance(cache, PagedCache)) and has_compiled(model)
+        return call.compiled
+
+    def _fast_forward(self, *args: Any, **kwargs: Any) -> Any:
         """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
         runtime: Runtime = self._fastattn.runtime
         cache, input_ids, call = kwargs.get(CACHE), kwargs.get("input_ids"), runtime.current

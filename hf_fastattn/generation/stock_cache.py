@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -17,7 +17,11 @@ def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: A
     if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
         return reason
     if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
-        return f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+        asked = f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+        if type(cache) is not StaticCache or getattr(cache, "offloading", False):
+            return asked
+        if generation_config.return_dict_in_generate or generation_config.is_assistant:
+            return f"{asked}, and the cache is returned"
     return why_not_prompt(model_kwargs)
 
 
@@ -26,4 +30,11 @@ def why_not_prompt(model_kwargs: dict) -> str | None:
     mask = model_kwargs.get("attention_mask")
     if mask is not None and not bool(mask.any(1).all()):
         return "a row of the prompt has no visible token"
+    return None
+
+
+def why_not_here(model: Any) -> str | None:
+    """Why no pages will do for a model where its weights are."""
+    if model.device.type == "meta":
+        return "the weights are offloaded: a device_map with all of them on one device needs no offloading"
     return None

@@ -15,6 +15,7 @@ from hf_fastattn.graphs.module_checks import (
     has_global_hooks,
     names_by_row,
     submodules,
+    why_not_called,
     why_not_module,
 )
 
@@ -48,7 +49,9 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
-        parts += kind, kind.forward, tuple(state), state.get("_compiled_call_impl") is None
+        parts += kind, kind.forward, tuple(state)
+        if "forward" in state or state.get("_compiled_call_impl") is not None:
+            parts.append(why_not_called(module, device))
         parts += [value for value in state.values() if type(value) in SCALARS]
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)
@@ -60,16 +63,16 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     return Fingerprint(tuple(parts), hooked, None if names is None else tuple(names))
 
 
-def why_not_capturable(decoder: nn.Module, device: torch.device) -> str | None:
+def why_not_capturable(decoder: Any, device: torch.device) -> str | None:
     """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
-    config: Any = decoder.config
+    config: Any = decoder.config.get_text_config(decoder=True)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         return "a mixture of experts chooses what it computes"
     if has_global_hooks():
         return "hooks on all modules are registered"
     held = list(_held(vars(decoder)))
     for module in submodules(decoder):
-        reason = why_not_module(module)
+        reason = why_not_module(module, device)
         if reason is not None:
             return reason
         state = vars(module)
@@ -89,7 +92,7 @@ def _options(decoder: Any) -> tuple[Any, ...]:
         type(decoder),
         decoder.training,
         getattr(decoder, "gradient_checkpointing", False),
-        str(getattr(decoder.config, "rope_parameters", None)),
+        str(getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None)),
         torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,

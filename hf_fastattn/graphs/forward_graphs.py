@@ -21,6 +21,7 @@ from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.uncompiled import uncompiled
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -240,7 +241,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             def warmed_up() -> None:
                 entry.storage_version = groups.storage_version
 
-            entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up)
+            with uncompiled():
+                entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up)
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
         except Exception as error:

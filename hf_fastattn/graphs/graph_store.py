@@ -13,6 +13,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
 from hf_fastattn.graphs.module_checks import draws, submodules
 from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.page_groups import PageGroups
 
@@ -100,4 +101,4 @@ class GraphStore(Generic[Key, Held]):
         counters.uncaptured[reason] += 1
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.warning("hf_fastattn launches decode steps layer by layer: %s", reason)
+            logger.warning("hf_fastattn launches decode steps layer by layer: %s", with_hint(reason))

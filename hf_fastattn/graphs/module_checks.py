@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from hf_fastattn.autocast import why_not_forward
+from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
 KNOWN = ("torch.nn.", "transformers.", "peft.")
@@ -35,21 +37,62 @@ def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_our_forward(function: Any) -> bool:
-    """Whether it is the forward of a patched class, bound to a module; see `patches.modules.module_state`."""
-    return getattr(getattr(function, "__func__", None), "is_patched_forward", False)
+    """Whether it is the forward of a patched class, or one bound to a module; see `patches.modules.module_state`."""
+    function = getattr(function, "__func__", function)
+    # Not its name: `functools.wraps` gives that, and attributes, to a user's wrapper.
+    return function is not None and getattr(function, "patched_forward", None) is function
 
 
-def why_not_module(module: nn.Module) -> str | None:
-    """Why this module, apart from those in it, may do more than launch kernels; None if it doesn't."""
+def why_not_module(module: nn.Module, device: torch.device) -> str | None:
+    """Why calling this module, apart from those in it, may do more than launch kernels; None if it doesn't.
+
+    Args:
+        device: on which everything is that the module is given.
+    """
+    return why_not_called(module, device) or why_not_kind(module)
+
+
+def why_not_called(module: nn.Module, device: torch.device) -> str | None:
+    """Why a call of the module may run more than the forward of its class."""
+    if runs_class_forward(module, device) or is_compiled_module(module):
+        return None
     state, kind = vars(module), type(module)
-    if not kind.__module__.startswith(KNOWN):
+    if "_hf_hook" in state:
+        hook = type(state["_hf_hook"]).__name__
+        return f"a {hook} on a {kind.__name__} may change or move tensors: one device needs no hooks"
+    if "forward" not in state:
+        return f"a {kind.__name__} is called by a function of its own"
+    return f"the forward of a {kind.__name__} was replaced"
+
+
+def is_compiled_module(module: Any) -> bool:
+    """Whether torch.compile made this module around another one, which it calls."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == (COMPILER, "OptimizedModule")
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made anything that a call of the model runs."""
+    return "torch._dynamo" in sys.modules and any(map(is_compiled_itself, (model, *submodules(model))))
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Whether torch.compile made the module's forward, or what calls it; apart from the modules in it."""
+    state = vars(module)
+    if state.get("_compiled_call_impl") is not None or is_compiled_module(module):
+        return True
+    # What was compiled before the patch is called where ours is not.
+    original = getattr(state.get("_fastattn"), "original", None)
+    return any(map(is_compiled, (state.get("forward"), state.get("_old_forward"), original)))
+
+
+def why_not_kind(module: nn.Module) -> str | None:
+    """Why a module of this class and with these hooks may do more than launch kernels, whatever its forward is."""
+    state, kind = vars(module), type(module)
+    if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
-    if "_hf_hook" in state or has_foreign_hooks(state):
+    if has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"
-    if "forward" in state and not is_our_forward(state["forward"]) and why_not_forward(module) is not None:
-        return f"the forward of a {kind.__name__} was replaced"
-    if state.get("_compiled_call_impl") is not None:
-        return f"a {kind.__name__} is compiled"
     if kind.__module__ in COPIES_FROM_HOST and not (state.get("_disable_adapters") or state.get("merged_adapters")):
         return f"a {kind.__name__} copies from the host at every step: merge_adapter() ends that"
     types = state.get("rope_type")

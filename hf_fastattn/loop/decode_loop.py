@@ -71,6 +71,7 @@ class DecodeLoop:
         adapters: RowAdapters | None = None,
     ) -> None:
         self._model, self._counters, self._request, self._cache = model, counters, request, cache
+        self._decoder = model._fastattn.decoder(model)
         self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
         rows = input_ids.shape[0]
         self._limits = list(limits) if limits is not None else [request.max_new] * rows
@@ -158,7 +159,7 @@ class DecodeLoop:
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
         def run() -> Tensor:
             state, cache, workspace = self._state, self._cache, self._graphs.workspace
-            groups, decoder = cache.groups, self._model.base_model
+            groups, decoder = cache.groups, self._decoder
             assert workspace is not None
             batch = state.batch(key, groups.backend, groups.batch_invariant, workspace)
             with cache.using(batch):

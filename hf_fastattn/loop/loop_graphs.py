@@ -15,7 +15,7 @@ from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
-from hf_fastattn.graphs.module_checks import why_not_module
+from hf_fastattn.graphs.module_checks import why_not_kind
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -98,7 +98,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self.drop()
             self._groups = weakref.ref(cache.groups)
         chosen = None if by_row or self.adapter_names is None else BY_ROW
-        return why_not_module(model) or self._reason or chosen
+        return why_not_kind(model) or self._reason or chosen
 
     def copies_for(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
 from hf_fastattn.loop.step_processor import StepProcessor
+from hf_fastattn.wrappers import origin_of
 
+# Packages whose forwards compute what Transformers' own do; `functools.wraps` and PyTorch's decorators stand around some.
+EQUIVALENT = ("transformers.", "liger_kernel.", "torch.")
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
 
 
@@ -69,6 +72,9 @@ def loop_request(
     name = model._fastattn_base.__name__
     if name != model._fastattn.family.causal_lm or not model._fastattn_base.__module__.startswith("transformers."):
         return f"a {name} may do more than its decoder and lm_head"
+    for kind in _classes_around_decoder(model):
+        if not origin_of(kind.forward).startswith(EQUIVALENT):
+            return f"the forward of class {kind.__name__} was replaced: undo that, or do the same in a LogitsProcessor"
     for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
         if getattr(model._fastattn_base, method) is not getattr(GenerationMixin, method):
             return f"{name}.{method} is its own"
@@ -137,6 +143,15 @@ def loop_request(
         stop_strings=strings,
         processors=steps,
     )
+
+
+def _classes_around_decoder(model: Any) -> Iterator[Any]:
+    """Of the model and of what stands in it around its decoder."""
+    yield model._fastattn_base
+    module = model
+    for name in model._fastattn.decoder_name.split(".")[:-1]:
+        module = module._modules[name]
+        yield type(module)
 
 
 def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fastattn.patches.family import Family, like_llama
+from hf_fastattn.patches.family import Family, LayerNames, like_llama
 
 FAMILIES = (
     # Qwen2 and Qwen2.5 (Yang et al., 2024).
@@ -24,12 +24,18 @@ FAMILIES = (
         model_type="qwen2_vl_text",
         decoder="Qwen2VLTextModel",
         attention="Qwen2VLAttention",
+        layers=LayerNames("Qwen2VLDecoderLayer", "Qwen2VLRMSNorm", "Qwen2MLP"),
+        causal_lm="Qwen2VLForConditionalGeneration",
+        axes=True,
     ),
     # Qwen2.5-VL (Bai et al., 2025), its text decoder: the attention of Qwen2-VL.
     Family(
         model_type="qwen2_5_vl_text",
         decoder="Qwen2_5_VLTextModel",
         attention="Qwen2_5_VLAttention",
+        layers=LayerNames("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLRMSNorm", "Qwen2MLP"),
+        causal_lm="Qwen2_5_VLForConditionalGeneration",
+        axes=True,
     ),
     # Qwen2.5-Omni (Xu et al., 2025), the text decoder of its thinker: the attention of Qwen2.5-VL.
     Family(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fastattn.patches.family import Family, like_llama
+from hf_fastattn.patches.family import Family, LayerNames, like_llama
 
 FAMILIES = (
     # Qwen3 (Yang et al., 2025).
@@ -26,6 +26,9 @@ FAMILIES = (
         model_type="qwen3_vl_text",
         decoder="Qwen3VLTextModel",
         attention="Qwen3VLTextAttention",
+        layers=LayerNames("Qwen3VLTextDecoderLayer", "Qwen3VLTextRMSNorm", "Qwen3VLTextMLP"),
+        causal_lm="Qwen3VLForConditionalGeneration",
+        axes=True,
         qk_norm="Qwen3VLTextRMSNorm",
     ),
     # Qwen3-VL-MoE, its text decoder: the attention of Qwen3-VL, experts after it.

@@ -100,7 +100,7 @@ def add_by_row(y: Tensor, x: Tensor, members: Sequence[NumberedAdapter], numbers
 def _members(model: Any, names: tuple[str, ...] | None) -> list[tuple[nn.Module, list[NumberedAdapter]]]:
     """The LoRA layers whose products are ours, and their adapters."""
     found = []
-    for linear in product_layers(model.base_model, model.lm_head):
+    for linear in product_layers(model._fastattn.decoder(model), model.device, model.lm_head):
         held = adapted_parameters(linear, model.device, DTYPES, names)
         if held is not None and held.members:
             found.append((linear, held.members))

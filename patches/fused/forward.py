@@ -19,7 +19,7 @@ from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of
+from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, written_module
 from hf_fastattn.transformers_version import CACHE
 
 if TYPE_CHECKING:
@@ -99,8 +99,9 @@ def fused_reason(decoder: Any) -> str | None:
     for option in OPTIONS:
         if getattr(decoder.config, option, False):
             return f"{option} is set"
+    device = decoder.device
     for layer in layers_of(decoder):
-        if not is_plain_layer(layer, names.layer):
+        if not is_plain_layer(layer, names.layer, device):
             return f"a {type(layer).__name__} was replaced or has hooks"
     return None
 
@@ -130,7 +131,8 @@ def fused_logits(
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies, adapters).product(lm_head, hidden)
+    products = Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies, adapters)
+    return products.product(written_module(lm_head), hidden)
 
 
 def why_not_fused(decoder: Any, arguments: dict[str, Any]) -> str | None:

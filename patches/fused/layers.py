@@ -13,8 +13,9 @@ from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters
 from hf_fastattn.patches.fused.products import Products
+from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of
+from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
 from hf_fastattn.patches.modules.product_layers import is_plain_attention
 from hf_fastattn.transformers_version import CACHE
 
@@ -36,7 +37,7 @@ def walk(
         decoder: whose layers are those that `names` describes.
         cache: with a paged batch under way.
         input_ids: `[B, S]`, or else `inputs_embeds: [B, S, hidden]`.
-        position_ids: `[1 or B, S]`; those that follow the cache by default.
+        position_ids: `[1 or B, S]`, or with axes in front; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
         copies: of weights that autocast would cast, if there are any.
         adapters: of the tokens, if they have more than the layers' single ones.
@@ -48,16 +49,24 @@ def walk(
     if position_ids is None:
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
-    position_embeddings = decoder.rotary_emb(states, position_ids=position_ids)
+    state: ModuleState = vars(decoder)[STATE]
+    rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
+    position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
     products = Products(names, tuple(states.shape[:-1]), states.device, copies, adapters)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
     for layer in layers_of(decoder):
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products)
-    out, _ = products.norm(decoder.norm, x, delta)
-    vars(decoder)[STATE].runtime.counters.adapters_fused += products.adapters_fused
+    out, _ = products.norm(written_module(decoder.norm), x, delta)
+    state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
+
+
+def _on_three_axes(position_ids: Tensor) -> Tensor:
+    """Those that RoPE takes, `[3, B, S]`."""
+    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
+    return axes[1:] if len(axes) == 4 else axes.expand(3, -1, -1)
 
 
 def _attention(
@@ -72,7 +81,7 @@ def _attention(
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
     module, norm = modules["self_attn"], modules["input_layernorm"]
-    if not is_plain_attention(module):
+    if not is_plain_attention(module, x.device):
         normed, x = products.norm(norm, x, delta)
 
         def attend(states: Tensor) -> Any:
@@ -93,7 +102,7 @@ def _attention(
 
 def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
-    if not is_plain(mlp, products.names.mlp):
+    if not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)
         return x, products.call(mlp, normed)
     inner = mlp._modules

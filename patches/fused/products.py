@@ -112,7 +112,7 @@ class Products:
         self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
-        held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn), self._dtype_of(x)
+        held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
         if held is not None and silu and held.biases is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held.weights, **self._options(held)), x

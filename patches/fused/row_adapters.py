@@ -29,7 +29,7 @@ def why_not_by_row(decoder: Any, rows: Sequence[str], lm_head: nn.Module | None 
     if reason is not None:
         return f"adapters are chosen by row, and {reason}"
     names, ours = RowAdapters.of(rows).names, set()
-    for linear in product_layers(decoder, lm_head):
+    for linear in product_layers(decoder, decoder.device, lm_head):
         if names_by_row(linear) is not None:
             ours.add(id(linear))
             if adapted_parameters(linear, decoder.device, DTYPES, names) is None:

@@ -20,7 +20,7 @@ def weights_read(model: Any, dtype: torch.dtype, names: tuple[str, ...] | None =
         names: adapters that rows choose from, if they do.
     """
     found: dict[int, Tensor] = {}
-    for linear in product_layers(model.base_model, model.lm_head):
+    for linear in product_layers(model._fastattn.decoder(model), model.device, model.lm_head):
         held = adapted_parameters(linear, model.device, (dtype, torch.float32), names)
         if held is not None and held.weight.dtype is torch.float32:
             found[id(held.weight)] = held.weight

@@ -19,6 +19,7 @@ from hf_fastattn.graphs.module_checks import names_by_row
 from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.kernels.layer.lora import MOST_RANK, Adapter
 from hf_fastattn.patches.modules.plain_modules import Dtypes, is_plain, linear_parameters
+from hf_fastattn.wrappers import runs_class_forward
 
 MODULE = "peft.tuners.lora.layer"
 # What the forward of a LoRA layer refers to, in PEFT 0.15 to 0.21.
@@ -61,7 +62,7 @@ def adapted_parameters(
     held = linear_parameters(module, device, dtypes)
     if held is not None:
         return Adapted(*held, [])
-    if not _is_lora(module, names is not None):
+    if not _is_lora(module, names is not None, device):
         return None
     state = vars(module)
     held = linear_parameters(state["_modules"]["base_layer"], device, dtypes)
@@ -78,15 +79,14 @@ def adapted_parameters(
     return Adapted(*held, members)
 
 
-def _is_lora(module: nn.Module, by_row: bool) -> bool:
+def _is_lora(module: nn.Module, by_row: bool, device: torch.device) -> bool:
     kind: Any = type(module)
-    if kind.__module__ != MODULE or kind.__name__ != "Linear" or "forward" in vars(module) or module._forward_hooks:
+    if kind.__module__ != MODULE or kind.__name__ != "Linear" or not runs_class_forward(module, device):
         return False
     if by_row and (names_by_row(module) is None or not _is_known(kind._mixed_batch_forward, "LoraLayer", MIXED_NAMES)):
         return False
-    hooks = bool(module._forward_pre_hooks) and not by_row
-    compiled = vars(module).get("_compiled_call_impl") is not None
-    return not hooks and not compiled and _is_known(kind.forward, "Linear", FORWARD_NAMES)
+    hooks = module._forward_hooks or (module._forward_pre_hooks and not by_row)
+    return not hooks and _is_known(kind.forward, "Linear", FORWARD_NAMES)
 
 
 @functools.lru_cache(maxsize=16)
@@ -113,7 +113,7 @@ def _adapter(state: dict[str, Any], name: str, weight: Tensor) -> Adapter | None
     # A tensor for a scale would be read by the host; without the cast of x PEFT may fail.
     if type(scale) not in (int, float) or not state.get("cast_input_dtype_enabled", True):
         return None
-    if not _passes(modules["lora_dropout"]._modules.get(name)):
+    if not _passes(modules["lora_dropout"]._modules.get(name), weight.device):
         return None
     a = _low_rank_weight(modules["lora_A"]._modules[name], weight.device)
     b = _low_rank_weight(modules["lora_B"]._modules.get(name), weight.device)
@@ -125,11 +125,12 @@ def _adapter(state: dict[str, Any], name: str, weight: Tensor) -> Adapter | None
     return Adapter(a, b, scale)
 
 
-def _passes(dropout: Any) -> bool:
+def _passes(dropout: Any, device: torch.device) -> bool:
     """Whether calling it returns its argument."""
     if type(dropout) is nn.Identity:
-        return is_plain(dropout, "Identity")
-    return type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0) and is_plain(dropout, "Dropout")
+        return is_plain(dropout, "Identity", device)
+    passes = type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
+    return passes and is_plain(dropout, "Dropout", device)
 
 
 def _low_rank_weight(module: Any, device: torch.device) -> Tensor | None:

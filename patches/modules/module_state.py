@@ -22,8 +22,10 @@ from hf_fastattn.patches.modules.plain_copies import STATE, PlainCopies, plain_c
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE, spelled_as_here, supported_versions
+from hf_fastattn.wrappers import compiled_from, is_class_forward
 
-# Where a module keeps a forward of its own: `_old_forward` is what accelerate's hook calls.
+# Where a module keeps a forward of its own: `_old_forward` is what accelerate's hook calls, and puts into `forward` again
+# when it is removed.
 SLOTS = ("forward", "_old_forward")
 
 
@@ -34,7 +36,8 @@ class ModuleState:
     Attributes:
         runtime: shared by all modules of the model.
         family: of the model.
-        original: what accelerate's hook on the module called before the patch; None without a hook.
+        original: what accelerate's hook on the module called before the patch, or a forward that was compiled then; None if
+            the module had none of its own.
         class_forward: the forward of the module's class then.
     """
 
@@ -46,14 +49,14 @@ class ModuleState:
     def plain_slots(self, module: Any) -> dict[str, Any]:
         """What the slots that hold our forward would hold without the patch; None where there would be nothing."""
         ours = [slot for slot in SLOTS if is_our_forward(vars(module).get(slot))]
-        theirs = self.original or types.MethodType(plain_class(type(module)).forward, module)
-        return {slot: theirs if slot == "_old_forward" else None for slot in ours}
+        theirs = types.MethodType(plain_class(type(module)).forward, module)
+        return {slot: self.original or (theirs if slot == "_old_forward" else None) for slot in ours}
 
 
 def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, spelled as this Transformers does, and known as ours wherever it is found."""
     ours = spelled_as_here(forward)
-    ours.is_patched_forward = True  # type: ignore[attr-defined]
+    ours.patched_forward = ours  # type: ignore[attr-defined]
     return ours
 
 
@@ -76,6 +79,8 @@ def replace_forward(
 ) -> None:
     """Give the module that of `forwards` which takes its arguments, where accelerate's hooks keep working.
 
+    A forward that was compiled makes way; ours is not compiled.
+
     Raises:
         ValueError: the module's forward was replaced by someone else, or takes other arguments than any of ours.
     """
@@ -86,9 +91,10 @@ def replace_forward(
             f"{name} is patched already, but the model is not: it was taken from a patched model; unpatch that model "
             "first, or build this one anew"
         )
-    hooked = "_hf_hook" in state
-    if not hooked and "forward" in state:
-        raise ValueError(f"{name}.forward was replaced by {_describe(state['forward'])}; undo that before patch()")
+    slot = "_old_forward" if "_hf_hook" in state else "forward"
+    original = state.get(slot)
+    if original is not None and not is_class_forward(module, compiled_from(original) or original):
+        raise ValueError(f"{name}.forward was replaced by {_describe(original)}; undo that before patch()")
     if not kind.forward.__module__.startswith("transformers."):
         raise ValueError(f"{kind.__name__}.forward was replaced by {_describe(kind.forward)}; undo that before patch()")
     theirs = _parameters(kind.forward)
@@ -99,11 +105,10 @@ def replace_forward(
             f"{name} ({kind.__name__}.forward) takes {theirs}, expected {expected}: transformers "
             f"{transformers.__version__} is not supported; install {supported_versions()}"
         )
-    original = state["_old_forward"] if hooked else None
     scope.set(module, STATE, ModuleState(runtime, family, original, kind.forward))
     scope.set(module, "__class__", patched_class(kind, forward))
-    if hooked:
-        scope.set(module, "_old_forward", types.MethodType(type(module).forward, module))
+    if original is not None:
+        scope.set(module, slot, types.MethodType(type(module).forward, module))
 
 
 def release_slots(module: Any) -> None:

@@ -1,7 +1,7 @@
 """Which modules do what their class does and nothing else, so that a kernel may do it instead of a call.
 
-Anything else is called: modules with hooks (accelerate's too), with a forward of their own, compiled, of another class
-(LoRA, quantised, sharded), of a class whose forward was replaced, or with weights that are not plain dense tensors.
+Anything else is called: modules with hooks (but accelerate's that move nothing), with a forward of their own, of another
+class (LoRA, quantised, sharded), of a class whose forward was replaced, or with weights that are not plain dense tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from hf_fastattn.graphs.module_checks import CAPTURE_HOOK
+from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, is_compiled_module
+from hf_fastattn.wrappers import runs_class_forward
 
 LIBRARIES = ("transformers.", "torch.nn.")
 Dtypes = tuple[torch.dtype, ...]
@@ -28,21 +29,23 @@ def _is_library_class(kind: Any, forward: Callable[..., Any], name: str) -> bool
     return own and kind.__name__ == name and kind.__module__.startswith(LIBRARIES)
 
 
-def _has_forward_of(module: nn.Module, name: str) -> bool:
+def _has_forward_of(module: nn.Module, name: str, device: torch.device) -> bool:
     kind: Any = type(module)
-    state = vars(module)
-    compiled = state.get("_compiled_call_impl") is not None
-    return not compiled and "forward" not in state and _is_library_class(kind, kind.forward, name)
+    return runs_class_forward(module, device) and _is_library_class(kind, kind.forward, name)
 
 
-def is_plain(module: nn.Module, name: str) -> bool:
-    """Whether calling the module runs the forward of the library's class `name`, and nothing before or after it."""
-    return not module._forward_hooks and not module._forward_pre_hooks and _has_forward_of(module, name)
+def is_plain(module: nn.Module, name: str, device: torch.device) -> bool:
+    """Whether calling the module runs the forward of the library's class `name`, and nothing before or after it.
+
+    Args:
+        device: on which everything is that it is given.
+    """
+    return not module._forward_hooks and not module._forward_pre_hooks and _has_forward_of(module, name, device)
 
 
-def is_plain_layer(module: nn.Module, name: str) -> bool:
+def is_plain_layer(module: nn.Module, name: str, device: torch.device) -> bool:
     """`is_plain`, but for the hooks that Transformers left where hidden states were asked for once."""
-    return has_no_foreign_hooks(module) and _has_forward_of(module, name)
+    return has_no_foreign_hooks(module) and _has_forward_of(module, name, device)
 
 
 def has_no_foreign_hooks(module: nn.Module) -> bool:
@@ -69,7 +72,7 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
     Args:
         dtypes: that the product takes: under autocast those that it would cast.
     """
-    if type(module) is not nn.Linear or not is_plain(module, "Linear"):
+    if type(module) is not nn.Linear or not is_plain(module, "Linear", device):
         return None
     # Not by attribute, which costs the host half a microsecond each.
     held = module._parameters
@@ -85,17 +88,24 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
 def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtypes) -> Tensor | None:
     """The weight, of one of the dtypes, of a norm that calling is the RMSNorm of class `name`; None if it is not."""
     weight = module._parameters.get("weight")
-    return weight if is_plain_tensor(weight, device, dtypes) and is_plain(module, name) else None
+    return weight if is_plain_tensor(weight, device, dtypes) and is_plain(module, name, device) else None
 
 
-def is_silu(module: nn.Module) -> bool:
+def is_silu(module: nn.Module, device: torch.device) -> bool:
     """Whether calling the module is SiLU."""
-    return type(module) in (SiLUActivation, nn.SiLU) and is_plain(module, type(module).__name__)
+    return type(module) in (SiLUActivation, nn.SiLU) and is_plain(module, type(module).__name__, device)
 
 
 def layers_of(decoder: Any) -> Iterator[Any]:
-    """The decoder's layers, as many as its configuration says. A slice of them would be a new module."""
-    return islice(decoder.layers, decoder.config.num_hidden_layers)
+    """The decoder's layers, as many as its configuration says, without what torch.compile put around them."""
+    # A slice of them would be a new module.
+    return map(written_module, islice(decoder.layers, decoder.config.num_hidden_layers))
+
+
+def written_module(module: Any) -> Any:
+    """The module that torch.compile made this one from; itself if it did not, or if it has hooks of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return module._modules["_orig_mod"] if is_compiled_module(module) and not hooked else module
 
 
 def norm_eps(norm: Any) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, names_by_row, submodules
+from hf_fastattn.wrappers import compiled_from, origin_of
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -88,10 +89,8 @@ def _only_moves(hook: Any) -> bool:
 
 def _is_known_forward(state: dict[str, Any]) -> bool:
     """Ours, accelerate's for mixed precision, Transformers' for shards; any of them compiled."""
-    forward = getattr(state["forward"], "_torchdynamo_orig_callable", state["forward"])
-    if is_our_forward(forward) or "_original_forward" in state:
-        return True
-    return str(getattr(forward, "__module__", "")).startswith(("transformers.", "torch."))
+    forward = compiled_from(state["forward"]) or state["forward"]
+    return is_our_forward(forward) or origin_of(forward).startswith(("transformers.", "torch.", "accelerate."))
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,7 +104,8 @@ def _why_class(kind: Any, forward: Any) -> str | None:
 
 
 def _why_random(module: nn.Module) -> str | None:
-    if not vars(module)["training"]:
+    # What torch.compile put around a module has no mode of its own.
+    if not vars(module).get("training"):
         return None
     if isinstance(module, _DropoutNd) and module.p > 0:
         return "dropout is drawn for every row"

@@ -13,9 +13,9 @@ PACKAGE = Path(hf_fastattn.__file__).parent
 WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
-    "version", "transformers_version", "autocast", "config", "counters", "expansion", "kernels", "dense", "interface",
-    "pages", "cache", "call", "graphs", "loop", "runtime", "patches", "generation", "patching", "report", "warming",
-    "eval", "cli", "__main__",
+    "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
+    "kernels", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches", "generation",
+    "patching", "report", "warming", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": ("launch", "relaunch", "layer", "attention", "sampling", "backends", "ops"),

@@ -1,0 +1,132 @@
+"""What stands around a module's forward and changes no result: accelerate's hooks that move nothing, and torch.compile.
+
+accelerate puts a partial function in the place of `forward`; it calls the hook, `_old_forward`, and the hook again. A hook
+that sends tensors to the device where they are, as `dispatch_model` leaves on every module, does nothing. A compiled
+function computes what the one does that it was made from. By other signs than its own code no function is known: whoever
+wraps one with `functools.wraps` gives the wrapper its name, its module and its attributes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+HOOKS = "accelerate.hooks"
+COMPILER = "torch._dynamo.eval_frame"
+FRAMES = "torch._dynamo.external_utils"
+
+
+def runs_class_forward(module: Any, device: torch.device) -> bool:
+    """Whether calling the module, PyTorch's own hooks aside, runs the forward of its class and nothing that changes it.
+
+    Args:
+        device: on which everything is that the module is given.
+    """
+    forward = vars(module).get("forward")
+    own = forward is None or is_class_forward(module, below_wrappers(module, forward, device))
+    return own and is_called_as_ever(module)
+
+
+def is_called_as_ever(module: Any) -> bool:
+    """Whether calling the module comes to its forward, by way of `Module.compile()` or not."""
+    call = vars(module).get("_compiled_call_impl")
+    return call is None or _is_own(module, compiled_from(call), "_call_impl")
+
+
+def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
+    """A forward of the module without what changes nothing around it."""
+    while not is_class_forward(module, forward):
+        below = compiled_from(forward) or _below_hook(module, forward, device)
+        if below is None:
+            break
+        forward = below
+    return forward
+
+
+def is_class_forward(module: Any, forward: Any) -> bool:
+    """Whether it is the forward of the module's class, with or without that one's decorators."""
+    return _is_own(module, forward, "forward")
+
+
+def compiled_from(function: Any) -> Any:
+    """What torch.compile, or torch.compiler.disable, made this function from; None if neither did."""
+    if not is_compiled(function):
+        return None
+    original = vars(_function(function))["_torchdynamo_orig_callable"]
+    # Around a function of PyTorch's own it puts another frame.
+    return original.__wrapped__ if origin_of(original) == FRAMES and hasattr(original, "__wrapped__") else original
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile, or torch.compiler.disable, made this function."""
+    function = _function(function)
+    own = getattr(function, "__globals__", {}).get("__name__") == COMPILER
+    return own and "_torchdynamo_orig_callable" in vars(function)
+
+
+def moves_nothing(hook: Any, device: torch.device) -> bool:
+    """Whether a hook of accelerate leaves what is on the device as it is.
+
+    `skip_keys` and ties between weights say what a hook that moves would move; offloading takes the weights away after
+    every forward.
+    """
+    kind: Any = type(hook)
+    if not _is_accelerates(kind, getattr(kind, "pre_forward", None), getattr(kind, "post_forward", None)) or hook.no_grad:
+        return False
+    if not vars(hook).keys().isdisjoint(("pre_forward", "post_forward")):
+        return False
+    if kind.__name__ == "SequentialHook":
+        return all(moves_nothing(inner, device) for inner in hook.hooks)
+    if kind.__name__ == "AlignDevicesHook":
+        return not hook.offload and _is_device(hook.execution_device, device)
+    return kind.__name__ == "ModelHook"
+
+
+def origin_of(forward: Any) -> str:
+    """The module in which the code of a forward stands, whatever the function says of itself."""
+    function = _function(forward)
+    function = function.func if isinstance(function, functools.partial) else function
+    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+
+
+def _below_hook(module: Any, forward: Any, device: torch.device) -> Any:
+    """What accelerate's hook calls, if `forward` is its function and the hook moves nothing; else None."""
+    state = vars(module)
+    hook = state.get("_hf_hook")
+    if hook is None or type(forward) is not functools.partial or forward.args[:1] != (module,):
+        return None
+    return state.get("_old_forward") if origin_of(forward) == HOOKS and moves_nothing(hook, device) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _is_accelerates(kind: Any, before: Any, after: Any) -> bool:
+    return all(getattr(known, "__module__", "") == HOOKS for known in (kind, before, after))
+
+
+def _is_device(wanted: Any, device: torch.device) -> bool:
+    """Whether what is sent to `wanted` stays on the device."""
+    if wanted is None:
+        return True
+    try:
+        place = torch.device(wanted)
+    except RuntimeError:
+        # A number, without an accelerator, or a name such as "disk".
+        return False
+    if place.index is None and device.type == "cuda" == place.type:
+        return device.index == torch.cuda.current_device()
+    return place == device
+
+
+def _function(forward: Any) -> Any:
+    return getattr(forward, "__func__", forward)
+
+
+def _is_own(module: Any, method: Any, name: str) -> bool:
+    if getattr(method, "__self__", module) is not module:
+        return False
+    function, own = _function(method), getattr(type(module), name)
+    while own is not function and hasattr(own, "__wrapped__"):
+        own = own.__wrapped__
+    return function is not None and own is function
