@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
+
+if TYPE_CHECKING:
+    from hf_fastattn.loop.request import LoopRequest
 
 
 def device_sample(
@@ -34,15 +38,57 @@ def device_sample(
     runtime = model._fastattn.runtime
     cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
-    wishes = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
-    request = _request(model, cache, wishes)
-    if isinstance(request, str):
-        runtime.count_not_looped(request)
+
+    def ask() -> Any:
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.request import loop_request
+
+        return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+
+    request = requested(model, cache, ask)
+    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs)
+    if started is None:
         return None
-    assert cache is not None
-    # Not before: it imports Triton.
+    assert request is not None and cache is not None
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
+    runtime.looping = True
+    try:
+        loop = DecodeLoop(
+            model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, started.positions, private=private,
+            streamer=streamer, limits=runtime.row_limits, **started.parts,
+        )  # fmt: skip
+        tokens = loop.run(started.logits)
+    finally:
+        runtime.looping = False
+    sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a loop begins with.
+
+    Attributes:
+        logits: `[B, V]` after the prompt.
+        positions: `[B, 1]` of the first new token.
+        parts: further arguments of a `DecodeLoop`: the parts of a step, and the size of the logits.
+    """
+
+    logits: Tensor
+    positions: Tensor
+    parts: dict[str, Any]
+
+
+def start(
+    model: Any, input_ids: Tensor, request: LoopRequest, generation_config: Any, model_kwargs: dict[str, Any]
+) -> Start | None:
+    """Compute the prompt; None, and the reason is counted, if Transformers' own loop has to go on from there."""
+    runtime, cache = model._fastattn.runtime, model_kwargs[CACHE]
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None
     if outputs.get(CACHE) is cache:
@@ -56,24 +102,8 @@ def device_sample(
         runtime.keep_prefilled(outputs)
         runtime.count_not_looped(reason or "a step over pages alone would not see what the mask shows")
         return None
-    del outputs
     forward, logits_of = _parts_of_a_step(model, cache, request.max_new)
-    runtime.looping = True
-    try:
-        loop = DecodeLoop(
-            model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, positions,
-            vocabulary=logits.shape[-1], private=private, forward=forward, logits_of=logits_of,
-            streamer=streamer, limits=runtime.row_limits,
-        )  # fmt: skip
-        tokens = loop.run(logits)
-    finally:
-        runtime.looping = False
-    sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+    return Start(logits, positions, {"vocabulary": logits.shape[-1], "forward": forward, "logits_of": logits_of})
 
 
 def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., Any], Callable[[Any, Tensor], Tensor]]:
@@ -97,20 +127,22 @@ def _parts_of_a_step(model: Any, cache: Any, steps: int) -> tuple[Callable[..., 
     return forward, logits_of
 
 
-def _request(model: Any, cache: Any, wishes: tuple[Any, ...]) -> Any:
-    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed."""
-    runtime = model._fastattn.runtime
-    if runtime.looping:
-        return "another call's loop is under way"
-    reason = runtime.loop_graphs.why_not_here(model, cache)
-    if reason is not None:
-        return reason
-    # Not before: it imports Triton.
-    from hf_fastattn.loop.request import loop_request
+def requested(model: Any, cache: Any, ask: Callable[[], Any]) -> Any | None:
+    """What a call asks for, before the prompt is computed; None, and the reason is counted, if no loop can serve it.
 
-    request = loop_request(model, *wishes)
-    # Its forwards count why they keep nothing.
-    return "forwards drop the cache" if not isinstance(request, str) and drops_cache(model.base_model) else request
+    Args:
+        ask: the request, or why there is none.
+    """
+    runtime = model._fastattn.runtime
+    reason = "another call's loop is under way" if runtime.looping else runtime.loop_graphs.why_not_here(model, cache)
+    request = reason or ask()
+    if not isinstance(request, str) and drops_cache(model.base_model):
+        # Its forwards count why they keep nothing.
+        request = "forwards drop the cache"
+    if not isinstance(request, str):
+        return request
+    runtime.count_not_looped(request)
+    return None
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:

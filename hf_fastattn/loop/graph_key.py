@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hf_fastattn.loop.step_processor import Recorded
+
+if TYPE_CHECKING:
+    from hf_fastattn.loop.beam_state import BeamState
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class GraphKey:
         groups: prefix groups that the tensors have entries for, a power of two.
         processors: logits processors that have no kernel, in their order; their parameters are in tensors.
         history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
+        beams: the tensors of a beam search; None if tokens are chosen row by row.
     """
 
     rows: int
@@ -30,3 +35,8 @@ class GraphKey:
     groups: int = 0
     processors: tuple[Recorded, ...] = ()
     history: int = 0
+    beams: BeamState | None = None
+
+    def of_beams(self, beams: BeamState) -> GraphKey:
+        """The same for a step of a beam search."""
+        return replace(self, beams=beams)
