@@ -63,13 +63,17 @@ def beam_request(
     Args:
         rows_are_private: nobody sees the cache after the call.
     """
-    config, base = generation_config, model._fastattn_base
+    config = generation_config
+    reason = _why_not(config, model._fastattn_base, logits_processor, rows_are_private)
+    if reason is not None:
+        return reason
     request = loop_request(model, input_ids, logits_processor, stopping_criteria, config, None, rows_are_private)
     if isinstance(request, str):
         return request
-    reason = _why_not(config, base, input_ids, logits_processor, request, rows_are_private)
-    if reason is not None:
-        return reason
+    if request.stop_strings is not None:
+        return "beams that end with a stop string"
+    if config.max_length != input_ids.shape[1] + request.max_new or input_ids.shape[0] % config.num_beams:
+        return f"{config.num_beams} beams of {input_ids.shape[0]} rows, max_length={config.max_length}"
     powers = _powers(config.length_penalty, request.max_new)
     if powers is None:
         return f"length_penalty={config.length_penalty} is too large for {request.max_new} new tokens"
@@ -94,26 +98,20 @@ def without_ends(request: LoopRequest) -> LoopRequest:
     return replace(request, ends=())
 
 
-def _why_not(
-    config: Any, base: Any, input_ids: Tensor, logits_processor: Sequence[Any], request: LoopRequest, private: bool
-) -> str | None:
+def _why_not(config: Any, base: Any, logits_processor: Sequence[Any], private: bool) -> str | None:
     if config.do_sample:
         return "beams are drawn: do_sample=False lets the device search"
     if config.return_dict_in_generate or not private:
         return "beams whose cache is seen after the call: leave out return_dict_in_generate and past_key_values"
-    if request.stop_strings is not None:
-        return "beams that end with a stop string"
     own = [name for name in METHODS if getattr(base, name) is not getattr(GenerationMixin, name)]
     if own or hasattr(base, "_reorder_cache"):
         return f"{base.__name__}.{(own or ['_reorder_cache'])[0]} is its own"
     warpers = [type(one).__name__ for one in logits_processor if isinstance(one, WARPERS)]
     if warpers:
         return f"beams with a {warpers[0]}"
-    if config.max_length != input_ids.shape[1] + request.max_new or config.low_memory:
-        return f"beams with max_length={config.max_length}, low_memory={config.low_memory}"
-    if config.num_beams > MOST_BEAMS or input_ids.shape[0] % config.num_beams:
-        return f"{config.num_beams} beams, {input_ids.shape[0]} rows: there may be {MOST_BEAMS} beams"
-    return None
+    if config.low_memory:
+        return "low_memory=True"
+    return f"{config.num_beams} beams, more than {MOST_BEAMS}" if config.num_beams > MOST_BEAMS else None
 
 
 def _powers(exponent: float, most: int) -> tuple[float, ...] | None:

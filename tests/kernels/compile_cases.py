@@ -23,6 +23,7 @@ from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.draw import sample_tokens
+from hf_fastattn.kernels.sampling.fork import MOST_BEAMS, ForkTensors, fork
 from hf_fastattn.kernels.sampling.greedy import greedy_tokens
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
 from hf_fastattn.kernels.sampling.params import SamplingParams
@@ -209,6 +210,14 @@ def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: boo
     return advance(state, 16)
 
 
+def forked(beams: int = 4, *, windows: int = 1) -> object:
+    numbers = functools.partial(torch.zeros, dtype=torch.int32)
+    tables = numbers(windows, 64, 1024)
+    parents, places = torch.zeros(4 * beams, dtype=torch.int64), torch.zeros(56, 3, dtype=torch.int64)
+    held = (numbers(64), numbers(1), numbers(windows, 4 * beams, 2), places)
+    return fork(ForkTensors(parents, tables, tables.clone(), *held, list, beams, 16))
+
+
 def tiles(rows: int) -> object:
     return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
 
@@ -377,6 +386,10 @@ CASES = {
     "advance": Case(advanced, ("advance_kernel",), programs=1),
     "advance, one row": Case(lambda: advanced(1), ("advance_kernel",), programs=1),
     "advance, windows, tokens seen": Case(lambda: advanced(windows=2, seen=True), ("advance_kernel",), programs=1),
+    "fork": Case(forked, ("fork_tables_kernel", "copy_pages_kernel"), programs=4),
+    "fork, most beams, windows": Case(
+        lambda: forked(MOST_BEAMS, windows=2), ("fork_tables_kernel", "copy_pages_kernel"), programs=1
+    ),
     "advance, most rows": Case(
         lambda: advanced(MOST_ROWS, columns=16, windows=2, seen=True), ("advance_kernel",), programs=1
     ),
