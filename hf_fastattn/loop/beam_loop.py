@@ -20,12 +20,11 @@ from hf_fastattn.kernels.sampling.fork import fork
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
 from hf_fastattn.loop.beam_request import BeamRequest, without_ends
 from hf_fastattn.loop.beam_state import BeamShape, BeamState
-from hf_fastattn.loop.beam_step import search_step
+from hf_fastattn.loop.beam_step import candidates, search_step
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.loop.page_places import PagePlaces
-from hf_fastattn.loop.token_choice import processed
 
 
 class BeamLoop(DecodeLoop):
@@ -90,9 +89,8 @@ class BeamLoop(DecodeLoop):
         tensors: LoopTensors = state.tensors(max(key.rows, self._used), key.penalised)
         if key.history:
             state.processors.follow(beams.running_sequences.flatten(0, 1))
-        # As in Transformers, processors get logarithms of probabilities.
-        log_probs = processed(state, key, logits[:rows].float().log_softmax(-1))
-        tokens = search_step(self._model, beams, log_probs, tensors.step, self._search.length_penalty)
+        best = candidates(state, key, beams, logits[:rows])
+        tokens = search_step(beams, best, tensors.step, self._search.length_penalty)
         tensors.chosen[:rows].copy_(tokens)
         if tensors.seen is not None:
             tensors.seen[:rows].copy_(tensors.seen[:rows].index_select(0, beams.parents))

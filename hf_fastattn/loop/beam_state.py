@@ -63,7 +63,7 @@ class BeamState:
         sequences: finished ones, or what stands for them; with `scores` and `indices`, as above.
         is_finished: `[N, M]` bool, whether `sequences` are finished.
         may_improve: `[N, 1]` bool, whether running beams may still beat finished ones.
-        is_done: `[1]` bool: the search has ended; later steps change no result.
+        is_done: `[N * M]` bool, all alike: the search has ended; later steps change no result.
         packed: `[N * M]` int64 for the host: `is_done` at `FINISHED_BIT`.
         parents: `[N * M]` int64, the row that each row continues.
         prompt: `[1]` int64, tokens of the prompt.
@@ -95,7 +95,7 @@ class BeamState:
             self.indices = zeros(*size, shape.new, dtype=torch.int32)
             self.is_finished = zeros(*size, dtype=torch.bool)
             self.may_improve = zeros(shape.prompts, 1, dtype=torch.bool)
-            self.is_done = zeros(1, dtype=torch.bool)
+            self.is_done = zeros(shape.rows, dtype=torch.bool)
             self.packed, self.parents = zeros(shape.rows), zeros(shape.rows)
             self.prompt, self.last, self.ends = zeros(1), zeros(1), zeros(MOST_ENDS)
             self.divisors = zeros(shape.new + 2, dtype=torch.float32)
@@ -110,7 +110,7 @@ class BeamState:
         """A call starts, with nothing in flight; `input_ids [N * M, S]` are its prompts."""
         columns = input_ids.shape[1]
         self.running_sequences.fill_(request.fill)
-        self.running_sequences[:, :, :columns] = input_ids.view(*self.is_finished.shape, columns)
+        self.running_sequences[:, :, :columns] = input_ids.reshape(*self.is_finished.shape, columns)
         self.sequences.copy_(self.running_sequences)
         self.running_indices.fill_(-1)
         self.indices.fill_(-1)
