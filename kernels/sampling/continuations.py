@@ -70,12 +70,12 @@ def continuations(logits: Tensor, so_far: Tensor, kept: int) -> tuple[Tensor, Te
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
     rows, vocab = logits.shape if logits.ndim == 2 else (0, 0)
+    if not 0 < kept <= min(MOST_KEPT, vocab):
+        raise ValueError(f"kept={kept} must be from 1 to {MOST_KEPT}, and no more than the {vocab} tokens")
     chunks = triton.cdiv(vocab, CHUNK)
     tokens = torch.empty((rows, chunks * kept), dtype=torch.int64, device=logits.device)
     inputs: dict[str, Expected] = {"so_far": (so_far, (rows,), (torch.float32,))}
     check_choice(logits, tokens[:, 0], inputs)
-    if not 0 < kept <= min(MOST_KEPT, vocab):
-        raise ValueError(f"kept={kept} must be from 1 to {MOST_KEPT}, and no more than the {vocab} tokens")
     best = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     mass = torch.empty((rows, chunks, 2), dtype=torch.float32, device=logits.device)
     with on_device_of(logits):
