@@ -16,8 +16,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 import hf_fastattn
 from hf_fastattn.cache import prefix_groups
 from hf_fastattn.generation import columns_at_once
-from hf_fastattn.loop import decode_loop, device_state
+from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop import beam_loop, decode_loop, device_state
+from hf_fastattn.loop.beam_request import BeamRequest
+from hf_fastattn.loop.beam_state import BeamShape, BeamState
+from hf_fastattn.loop.beam_step import search_step
 from hf_fastattn.loop.readback import Readback, StepTokens
+from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
 from tests.loop.test_processors import Mine
@@ -100,10 +105,28 @@ def test_steps_past_the_end_change_nothing(device: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Readback, "receive", late)
     monkeypatch.setattr(decode_loop.DecodeLoop, "_launch", lambda self: (launched.append(1), launch(self)))
-    for early in (True, False):
-        launched.clear()
-        call = assert_same(stock, model, 40, eos_token_id=ENDS, early_stopping=early, num_return_sequences=2)
-        assert call.forwards == 40 or len(launched) > call.forwards - 1
+    call = assert_same(stock, model, 40, eos_token_id=ENDS, early_stopping=True, num_return_sequences=2)
+    assert len(launched) > call.forwards - 1
+
+
+def test_what_was_found_stays_after_the_end(device: str) -> None:
+    request = BeamRequest(
+        LoopRequest(False, 9, (3,), (), 0, SamplingParams(), 0, None), beams=3, kept=6, returned=3, fill=0,
+        powers=tuple(map(float, range(10))), length_penalty=1.0, early_stopping=False,
+    )  # fmt: skip
+    ids = torch.arange(6 * 4, device=device).view(6, 4)
+    state = BeamState(BeamShape.of(request, 6, 4), ids.device, 1, 2)
+    state.begin(request, ids)
+    step = torch.zeros(1, dtype=torch.int32, device=device)
+    scores, tokens = -torch.rand(6, 8, device=device), torch.full((6, 8), 3, device=device)
+    changed = []
+    for done in (True, False):
+        state.is_done.fill_(done)
+        before = state.sequences.clone(), state.scores.clone(), state.indices.clone(), state.is_finished.clone()
+        search_step(state, (scores, tokens), step, 1.0)
+        now = state.sequences, state.scores, state.indices, state.is_finished
+        changed.append([not torch.equal(*pair) for pair in zip(before, now, strict=True)])
+    assert changed == [[False] * 4, [True] * 4]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,6 @@ def test_embeddings_as_prompt(device: str) -> None:
 def test_pages_that_move_and_steps_recorded_amid_a_search(
     device: str, family: str, page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is run before it is recorded may not write over the tokens of a beam that goes on."""
     monkeypatch.setattr(columns_at_once, "FIRST", 4)
     monkeypatch.setattr(reach, "AHEAD", 6)
     monkeypatch.setattr(decode_loop, "AHEAD", 6)
@@ -156,6 +178,17 @@ def test_pages_that_move_and_steps_recorded_amid_a_search(
     # Without an end token there would be pages for all steps from the start.
     call = assert_same(stock, model, 50, eos_token_id=VOCAB - 1)
     assert call.graphs_captured > 1
+
+
+def test_a_run_before_it_is_recorded_copies_no_page(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would write over the tokens of a beam that may yet go on."""
+    live: list[torch.Tensor] = []
+    fork = beam_loop.fork
+    monkeypatch.setattr(beam_loop, "fork", lambda state: (live.append(state.live.clone()), fork(state)))
+    _, model = both("llama", device)
+    run(model, 6)
+    assert [int(value) for value in live][:2] == [1, 0]
+    assert device != "cpu" or [int(value) for value in live] == [1, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_window"])
