@@ -116,11 +116,11 @@ def test_what_was_found_stays_after_the_end(device: str) -> None:
     )  # fmt: skip
     ids = torch.arange(6 * 4, device=device).view(6, 4)
     state = BeamState(BeamShape.of(request, 6, 4), ids.device, 1, 2)
-    state.begin(request, ids)
     step = torch.zeros(1, dtype=torch.int32, device=device)
     scores, tokens = -torch.rand(6, 8, device=device), torch.full((6, 8), 3, device=device)
     changed = []
     for done in (True, False):
+        state.begin(request, ids)
         state.is_done.fill_(done)
         before = state.sequences.clone(), state.scores.clone(), state.indices.clone(), state.is_finished.clone()
         search_step(state, (scores, tokens), step, 1.0)
