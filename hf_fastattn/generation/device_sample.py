@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
+
+if TYPE_CHECKING:
+    from hf_fastattn.loop.request import LoopRequest
 
 
 def device_sample(
@@ -41,15 +45,58 @@ def device_sample(
     runtime = model._fastattn.runtime
     cache = model_kwargs.get(CACHE)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
-    wishes = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
-    request = _request(model, cache, model_kwargs.get("position_ids"), wishes)
-    if isinstance(request, str):
-        runtime.count_not_looped(request)
+
+    def ask() -> Any:
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.request import loop_request
+
+        return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+
+    request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask)
+    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs)
+    if started is None:
         return None
-    assert cache is not None
-    # Not before: it imports Triton.
+    assert request is not None and cache is not None
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
+    runtime.looping = True
+    try:
+        loop = DecodeLoop(
+            model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, started.positions, private=private,
+            streamer=streamer, limits=runtime.row_limits, **started.parts,
+        )  # fmt: skip
+        with settled_offset(model.device, lambda: loop.steps):
+            tokens = loop.run(started.logits)
+    finally:
+        runtime.looping = False
+    sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a loop begins with.
+
+    Attributes:
+        logits: `[B, V]` after the prompt.
+        positions: `[B, 1]` of the first new token.
+        parts: further arguments of a `DecodeLoop`: the parts of a step, and the size of the logits.
+    """
+
+    logits: Tensor
+    positions: Tensor
+    parts: dict[str, Any]
+
+
+def start(
+    model: Any, input_ids: Tensor, request: LoopRequest, generation_config: Any, model_kwargs: dict[str, Any]
+) -> Start | None:
+    """Compute the prompt; None, and the reason is counted, if Transformers' own loop has to go on from there."""
+    runtime, cache = model._fastattn.runtime, model_kwargs[CACHE]
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None
     if outputs.get(CACHE) is cache:
@@ -66,26 +113,10 @@ def device_sample(
         runtime.keep_prefilled(outputs)
         runtime.count_not_looped(reason or "a step needs more than its token, its position and what the pages hold")
         return None
-    del outputs
     adapters = None if rows is None else RowAdapters.of(rows)
     forward, logits_of = _parts_of_a_step(model, cache, request.max_new, None if adapters is None else adapters.names)
-    runtime.looping = True
-    try:
-        loop = DecodeLoop(
-            model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, positions,
-            vocabulary=logits.shape[-1], private=private, forward=forward, logits_of=logits_of,
-            streamer=streamer, limits=runtime.row_limits, adapters=adapters,
-        )  # fmt: skip
-        with settled_offset(model.device, lambda: loop.steps):
-            tokens = loop.run(logits)
-    finally:
-        runtime.looping = False
-    sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+    parts = {"vocabulary": logits.shape[-1], "forward": forward, "logits_of": logits_of, "adapters": adapters}
+    return Start(logits, positions, parts)
 
 
 def _why_not_by_row(model: Any, rows: tuple[str, ...], count: int) -> str | None:
@@ -167,30 +198,35 @@ def _axes_agree(positions: Any) -> bool:
     return bool((last == last[:1]).all())
 
 
-def _request(model: Any, cache: Any, positions: Any, wishes: tuple[Any, ...]) -> Any:
-    """The `LoopRequest` of a call, or why the device's loop cannot serve it, before the prompt is computed.
+def requested(model: Any, input_ids: Tensor, cache: Any, positions: Any, ask: Callable[[], Any]) -> Any | None:
+    """What a call asks for, before the prompt is computed; None, and the reason is counted, if no loop can serve it.
 
     Args:
         positions: of the prompt, if they were given.
+        ask: the request, or why there is none.
     """
+    runtime = model._fastattn.runtime
+    reason = _why_no_loop(model, input_ids, cache)
+    request = reason or ask()
+    if not isinstance(request, str) and not _axes_agree(positions):
+        request = "the prompt ends within an image, whose positions are not those of a text: let text follow it"
+    if not isinstance(request, str) and drops_cache(model._fastattn.decoder(model)):
+        # Its forwards count why they keep nothing.
+        request = "forwards drop the cache"
+    if not isinstance(request, str):
+        return request
+    runtime.count_not_looped(request)
+    return None
+
+
+def _why_no_loop(model: Any, input_ids: Tensor, cache: Any) -> str | None:
     runtime = model._fastattn.runtime
     if runtime.looping:
         return "another call's loop is under way"
-    reason = runtime.loop_graphs.why_not_here(model, cache)
-    if reason is not None:
-        return reason
-    if wishes[0].device != model.device:
-        return f"input_ids are on {wishes[0].device}, the model is on {model.device}: move them there"
-    # Not before: it imports Triton.
-    from hf_fastattn.loop.request import loop_request
-
-    request = loop_request(model, *wishes)
-    if isinstance(request, str):
-        return request
-    if not _axes_agree(positions):
-        return "the prompt ends within an image, whose positions are not those of a text: let text follow it"
-    # Its forwards count why they keep nothing.
-    return "forwards drop the cache" if drops_cache(model._fastattn.decoder(model)) else request
+    reason: str | None = runtime.loop_graphs.why_not_here(model, cache)
+    if reason is None and input_ids.device != model.device:
+        return f"input_ids are on {input_ids.device}, the model is on {model.device}: move them there"
+    return reason
 
 
 def _first_positions(model: Any, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]) -> Tensor | None:

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
+from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
@@ -22,6 +23,11 @@ from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
+
+# Calls that ask for the device's loop when it is their turn; of all others the report says so.
+LOOPED = (
+    GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
+)  # fmt: skip
 
 
 class FastGenerationMixin(PlainCopies):
@@ -39,7 +45,7 @@ class FastGenerationMixin(PlainCopies):
         runtime: Runtime = self._fastattn.runtime
         if runtime.current is None:
             return done
-        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if generation_mode not in LOOPED:
             runtime.count_not_looped(f"the call asks for {generation_mode.value.replace('_', ' ')}")
         cache = model_kwargs.get(CACHE)
         first = columns_at_once(generation_config, model_kwargs, max_cache_length + 1)
@@ -170,17 +176,40 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
-        ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
-        if isinstance(cache, PagedCache) and runtime.current is not None and not ends:
-            cache.first = max(cache.first, cache.room)
-        if synced_gpus and runtime.current is not None:
-            runtime.count_not_looped("synced_gpus: several processes take their steps together")
-        elif runtime.current is not None:
+        if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result
         return super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The same for beams."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
+            result = device_beams(self, *given, model_kwargs)
+            if result is not None:
+                return result
+        return super()._beam_search(*given, synced_gpus=synced_gpus, **model_kwargs)  # type: ignore[misc]
+
+    def _may_loop(self, stopping_criteria: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
+        """Whether to ask for the device's loop; rows that cannot end early get their pages at once, whichever loop runs."""
+        cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
+        if runtime.current is None:
+            return False
+        ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
+        if isinstance(cache, PagedCache) and not ends:
+            cache.first = max(cache.first, cache.room)
+        if synced_gpus:
+            runtime.count_not_looped("synced_gpus: several processes take their steps together")
+        return not synced_gpus
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,10 @@ from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
+from hf_fastattn.kernels.sampling.fork import ForkTensors
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
+from hf_fastattn.loop.beam_state import BeamShape, BeamState
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
@@ -27,6 +30,8 @@ from hf_fastattn.loop.request import LoopRequest
 MIN_ROWS, MIN_COLUMNS = 64, 1024
 # Graphs are captured for these numbers of rows, and for multiples of the last.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+# Shapes of beam searches whose tensors are kept, beside those that graphs refer to.
+MAX_BEAMS = 4
 
 
 def bucket_of(rows: int) -> int:
@@ -88,6 +93,8 @@ class DeviceState:
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._staging = UploadRing(count * rows * self.columns, device)
             self._seen: Tensor | None = None
+            self._own: Tensor | None = None
+            self._beams: OrderedDict[BeamShape, BeamState] = OrderedDict()
             self.processors = ProcessorState(device, rows, vocabulary)
 
     def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
@@ -112,6 +119,23 @@ class DeviceState:
             with torch.inference_mode(False):
                 self._seen = torch.zeros(self.rows, self.vocabulary, dtype=torch.uint8, device=self.device)
         return self._seen[:rows]
+
+    def beams(self, shape: BeamShape, page_tensors: int) -> BeamState:
+        """The tensors of a beam search of this shape, the same as long as it is among the latest ones."""
+        if shape not in self._beams:
+            self._beams[shape] = BeamState(shape, self.device, len(self.windows), page_tensors)
+            if len(self._beams) > MAX_BEAMS:
+                self._beams.popitem(last=False)
+        self._beams.move_to_end(shape)
+        return self._beams[shape]
+
+    def fork_tensors(self, state: BeamState, pages: Callable[[], Any], page_size: int) -> ForkTensors:
+        """What lets the rows of a beam search go on as others."""
+        held = self._all
+        return ForkTensors(
+            state.parents, held.tables, self.own_tables, held.seq_lens, state.live,
+            state.moves, state.places, pages, state.shape.beams, page_size,
+        )  # fmt: skip
 
     def arguments(self, rows: int) -> dict[str, Any]:
         """The arguments of the decoder's forward."""
@@ -177,15 +201,23 @@ class DeviceState:
         counted = (columns[None] >= leading).expand(input_ids.shape).to(torch.uint8)
         seen[: input_ids.shape[0]].scatter_reduce_(1, input_ids.to(self.device), counted, "amax")
 
-    def write_tables(self, tables: Sequence[NDArray[np.int32]]) -> None:
-        """Upload `[B, columns]` page tables by window."""
+    @property
+    def own_tables(self) -> Tensor:
+        """`[W, rows, columns]` int32: where rows go on as others, the pages that each has for itself."""
+        if self._own is None:
+            with torch.inference_mode(False):
+                self._own = torch.zeros_like(self._all.tables)
+        return self._own
+
+    def write_tables(self, tables: Sequence[NDArray[np.int32]], own: bool = False) -> None:
+        """Upload `[B, columns]` page tables by window, those that steps read or those of `own_tables`."""
         host, used = self._staging.next(), 0
         for place, pages in enumerate(tables):
             rows, columns = pages.shape[0], min(pages.shape[1], self.columns)
             place_in_host = host[place * self.rows * self.columns :][: rows * self.columns]
             place_in_host.reshape(rows, self.columns)[:, :columns] = pages[:, :columns]
             used = (place * self.rows + rows) * self.columns
-        self._staging.send(self._all.tables.view(-1), used)
+        self._staging.send((self.own_tables if own else self._all.tables).view(-1), used)
 
     def write_groups(self, key: GraphKey, shared: PrefixGroups) -> None:
         """Write the prefix groups of a step with sharers; unused entries become empty groups."""
@@ -217,12 +249,15 @@ class DeviceState:
             held.seq_lens.index_fill_(0, index, 0)
             held.slots.index_fill_(1, index, -1)
 
-    def snapshot(self) -> Callable[[], None]:
-        """A function that puts back what a step changes."""
+    def snapshot(self, beams: BeamState | None = None) -> Callable[[], None]:
+        """A function that puts back what a step changes, of a search over `beams` if there is one; that holds pages back."""
         held = self._all
         changing = [held.chosen, held.tokens, held.positions, held.finished, held.seq_lens, held.slots, held.step]
         changing += [] if self._seen is None else [self._seen]
+        changing += [] if beams is None else [held.tables, *beams.changing()]
         before = [tensor.clone() for tensor in changing]
+        if beams is not None:
+            beams.live.zero_()
 
         def restore() -> None:
             for tensor, value in zip(changing, before, strict=True):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hf_fastattn.loop.step_processor import Recorded
+
+if TYPE_CHECKING:
+    from hf_fastattn.loop.beam_state import BeamState
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class GraphKey:
         processors: logits processors that have no kernel, in their order; their parameters are in tensors.
         history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
         adapters: those that rows choose from; None if none are chosen by row.
+        beams: the tensors of a beam search; None if tokens are chosen row by row.
     """
 
     rows: int
@@ -32,3 +37,8 @@ class GraphKey:
     processors: tuple[Recorded, ...] = ()
     history: int = 0
     adapters: tuple[str, ...] | None = None
+    beams: BeamState | None = None
+
+    def of_beams(self, beams: BeamState) -> GraphKey:
+        """The same for a step of a beam search."""
+        return replace(self, beams=beams)

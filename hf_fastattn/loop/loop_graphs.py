@@ -189,7 +189,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         assert self.state is not None
         self._entries.pop(key, None)
         step = self.new_forward(self.state.device)
-        restore = self.state.snapshot()
+        restore = self.state.snapshot(key.beams)
 
         def recorded() -> Tensor:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.

@@ -75,6 +75,12 @@ class ProcessorState:
         column = (self._prompt + step - 1).expand(tokens.shape)
         self._history[: len(tokens)].scatter_(1, column, tokens.int())
 
+    def follow(self, rows: Tensor) -> None:
+        """The rows hold other tokens now, `[B, columns]`, of which those that count are among the first."""
+        assert self._history is not None
+        columns = min(rows.shape[1], self._history.shape[1])
+        self._history[: len(rows), :columns].copy_(rows[:, :columns])
+
     def keep(self, index: Tensor) -> None:
         """Row b becomes row `index[b]`."""
         if self._history is not None:

@@ -21,11 +21,7 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         logits: `[rows, V]`; may be changed.
     """
     tensors = state.tensors(key.rows, key.penalised)
-    logits = state.processors.apply(key.processors, FIRST, logits, tensors.step)
-    if key.penalised or key.suppressed:
-        ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
-        logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
-    logits = state.processors.apply(key.processors, MIDDLE, logits, tensors.step)
+    logits = processed(state, key, logits)
     draw = {"seed": state.seed, "rows": state.numbers[: key.rows], "step": tensors.step}
     params = state.params
     if any(kind.place == LAST for kind, _ in key.processors):
@@ -39,3 +35,13 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         choose_tokens(logits, tensors.chosen)
         return
     choose_tokens(logits, tensors.chosen, params=params, **draw)
+
+
+def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:
+    """`logits [rows, V]`, which may be changed, after all processors but those that come last."""
+    tensors = state.tensors(len(logits), key.penalised)
+    logits = state.processors.apply(key.processors, FIRST, logits, tensors.step)
+    if key.penalised or key.suppressed:
+        ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
+        logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
+    return state.processors.apply(key.processors, MIDDLE, logits, tensors.step)

@@ -22,7 +22,9 @@ from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
 from hf_fastattn.kernels.sampling.advance import advance
+from hf_fastattn.kernels.sampling.continuations import continuations
 from hf_fastattn.kernels.sampling.draw import sample_tokens
+from hf_fastattn.kernels.sampling.fork import MOST_BEAMS, ForkTensors, fork
 from hf_fastattn.kernels.sampling.greedy import greedy_tokens
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
 from hf_fastattn.kernels.sampling.params import SamplingParams
@@ -212,6 +214,18 @@ def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: boo
     return advance(state, 16)
 
 
+def forked(beams: int = 4, *, windows: int = 1) -> object:
+    numbers = functools.partial(torch.zeros, dtype=torch.int32)
+    tables = numbers(windows, 64, 1024)
+    parents, places = torch.zeros(4 * beams, dtype=torch.int64), torch.zeros(56, 3, dtype=torch.int64)
+    held = (numbers(64), numbers(1), numbers(windows, 4 * beams, 2), places)
+    return fork(ForkTensors(parents, tables, tables.clone(), *held, list, beams, 16))
+
+
+def continued(vocab: int, dtype: torch.dtype) -> object:
+    return continuations(torch.zeros(16, vocab, dtype=dtype), torch.zeros(16), 8)
+
+
 def tiles(rows: int) -> object:
     return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
 
@@ -227,6 +241,7 @@ HOPPER: dict[str, Any] = {
 }
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
+CONTINUED = ("best_of_chunk_kernel", "score_kernel")
 GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
 # Rows of q, k and v in Llama-3-8B.
@@ -390,6 +405,12 @@ CASES = {
     "advance": Case(advanced, ("advance_kernel",), programs=1),
     "advance, one row": Case(lambda: advanced(1), ("advance_kernel",), programs=1),
     "advance, windows, tokens seen": Case(lambda: advanced(windows=2, seen=True), ("advance_kernel",), programs=1),
+    "continuations": Case(lambda: continued(152064, BF16), CONTINUED, programs=1),
+    "continuations, fp32, V = 32003": Case(lambda: continued(32003, FP32), CONTINUED, programs=1),
+    "fork": Case(forked, ("fork_tables_kernel", "copy_pages_kernel"), programs=4),
+    "fork, most beams, windows": Case(
+        lambda: forked(MOST_BEAMS, windows=2), ("fork_tables_kernel", "copy_pages_kernel"), programs=1
+    ),
     "advance, most rows": Case(
         lambda: advanced(MOST_ROWS, columns=16, windows=2, seen=True), ("advance_kernel",), programs=1
     ),

@@ -27,6 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True, "top_k": 5},
     {"repetition_penalty": 1.1},
     {"num_beams": 2},
+    {"num_beams": 2, "do_sample": True},
 ]
 # Ten thousand are run before a release: some minutes.
 CALLS = int(os.environ.get("HF_FASTATTN_CALLS", "300"))
@@ -126,7 +127,8 @@ def test_draws_follow_stocks_distribution(options: dict[str, Any]) -> None:
 
 
 def test_memory_does_not_grow_with_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nine steps of three sizes come up, and three sizes with beams: few kernels to compile, and old graphs have to go.
+    # Twelve steps of three sizes come up, and three sizes of drawn beams, whose loop is Transformers': few kernels to
+    # compile, and old graphs have to go.
     monkeypatch.setattr(loop_graphs, "MAX_GRAPHS", 6)
     monkeypatch.setattr(forward_graphs, "MAX_GRAPHS", 2)
     monkeypatch.setattr(forward_graphs, "MAX_EXTENDS", 2)

@@ -335,7 +335,7 @@ class MineOfTheirs(SuppressTokensLogitsProcessor):
         ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is asked for"),
         ({"max_time": 100.0}, "MaxTime"),
-        ({"num_beams": 2}, "the call asks for beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beams are drawn"),
         ({"prompt_lookup_num_tokens": 2, **single()}, "the call asks for assisted generation"),
     ],
 )

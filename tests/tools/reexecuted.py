@@ -18,7 +18,7 @@ from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
-from hf_fastattn.kernels.sampling import advance_reference
+from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.device_state import DeviceState
@@ -129,6 +129,9 @@ def reexecuted_loop() -> Iterator[None]:
         patch.setattr(DeviceState, "batch", batch)
         if not knobs.runtime.interpret:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.loop.beam_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.loop.beam_loop.fork", fork_reference.fork)
+            patch.setattr("hf_fastattn.loop.beam_step.continuations", continuations_reference.continuations)
             patch.setattr("hf_fastattn.loop.token_choice.choose_tokens", choose_in_torch)
             patch.setattr("hf_fastattn.loop.token_choice.process_logits", process_in_torch)
             patch.setattr("hf_fastattn.kernels.sampling.typical.typical_scores", sampling_reference.typical_scores)
