@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import is_our_forward
-from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
-from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.fused.products import Products
+from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
 from hf_fastattn.transformers_version import CACHE
 
+if TYPE_CHECKING:
+    # It imports Triton.
+    from hf_fastattn.patches.fused.products import Products
+
+AnyProducts: TypeAlias = "Products | PlainProducts"
+
 
 def walk(
     decoder: Any,
-    names: LayerNames,
+    make_products: Callable[[tuple[int, ...], torch.device], AnyProducts],
     cache: PagedCache,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     position_ids: Tensor | None,
     attention_mask: Any,
-    copies: WeightCopies | None = None,
 ) -> Tensor:
     """Hidden states after the last norm.
 
     Args:
-        decoder: whose layers are those that `names` describes.
+        decoder: whose layers are those that its family describes.
+        make_products: operations on tokens of a leading shape, on a device.
         cache: with a paged batch under way.
         input_ids: `[B, S]`, or else `inputs_embeds: [B, S, hidden]`.
         position_ids: `[1 or B, S]`; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
-        copies: of weights that autocast would cast, if there are any.
 
     Returns:
         `[B, S, hidden]`.
@@ -46,7 +50,7 @@ def walk(
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
     position_embeddings = decoder.rotary_emb(states, position_ids=position_ids)
-    products = Products(names, tuple(states.shape[:-1]), states.device, copies)
+    products = make_products(tuple(states.shape[:-1]), states.device)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
     for layer in layers_of(decoder):
@@ -61,7 +65,7 @@ def _attention(
     layer: Any,
     x: Tensor,
     delta: Tensor | None,
-    products: Products,
+    products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
@@ -100,7 +104,7 @@ def _is_plain_attention(module: Any) -> bool:
     )
 
 
-def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:
+def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
     if not is_plain(mlp, products.names.mlp):
         normed, x = products.norm(norm, x, delta)
