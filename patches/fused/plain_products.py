@@ -76,6 +76,7 @@ class PlainProducts:
         if type(module) is not nn.Linear or not is_plain(module, "Linear"):
             return self.call(module, x)
         held = module._parameters
-        if "bias" not in held or held.get("weight") is None:
+        weight = held.get("weight")
+        if weight is None or "bias" not in held:
             return self.call(module, x)
-        return functional.linear(x, held["weight"], held["bias"])
+        return functional.linear(x, weight, held["bias"])
