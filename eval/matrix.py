@@ -75,6 +75,8 @@ def _measure(cells: Sequence[Cell], device: torch.device, new: int, pairs: int) 
             found["cells"].append(row)
             said = f"first {row['ratios']['first']:.2f}, a token {row['ratios']['token']:.2f}"
             said += f"  RED: {'; '.join(row['red'])}" if row["red"] else ""
+            said += f"  allowed: {row['allowed']}" if row["allowed"] else ""
+            said += f"  ({row['path']})"
         print(f"{time.perf_counter() - start:6.1f} s  {cell.name}: {said}", flush=True)
     return found
 

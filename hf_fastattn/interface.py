@@ -213,7 +213,7 @@ def _backend(query: Tensor, key: Tensor) -> tuple[str, str | None]:
         return backend, reason
     # Keys and values are read where they lie, with strides that TMA cannot follow.
     backend = "reference" if backend == "reference" else "triton"
-    if backend == "triton" and key.shape[1] * max(key.stride(1), key[0].numel() // key.shape[1]) >= MAX_ROW_ELEMENTS:
+    if backend == "triton" and key.shape[1] * max(key.stride(1), key.shape[2] * key.shape[3]) >= MAX_ROW_ELEMENTS:
         return backend, "the keys of a row have 2^31 elements or more"
     return backend, None
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_fastattn.patching import patch
 
@@ -28,6 +30,8 @@ NEW_TOKENS = 4
 # A model of one layer with its vocabulary, and a CUDA context, take a few gigabytes a process.
 MOST_WORKERS = 8
 SECONDS = 900.0
+# What configurations of towers call the number of their layers.
+DEPTHS = ("depth", "num_hidden_layers", "encoder_layers")
 
 
 class Size(NamedTuple):
@@ -75,8 +79,8 @@ def warm_up(
         raise ValueError(f"model is a {type(model).__name__} that is not patched; call hf_fastattn.patch(model) first")
     if model.device.type != "cuda":
         return 0.0
-    options = asdict(model._fastattn.runtime.config)
-    return warm_up_config(model.config, model.dtype, model.device, options, _sizes(rows, prompts, do_sample), workers)
+    options, sizes = asdict(model._fastattn.runtime.config), _sizes(rows, prompts, do_sample)
+    return warm_up_config(model.config, model.dtype, model.device, options, sizes, workers, type(model).__name__)
 
 
 def warm_up_config(
@@ -86,24 +90,31 @@ def warm_up_config(
     options: dict[str, Any],
     sizes: Sequence[Size],
     workers: int | None = None,
+    architecture: str | None = None,
 ) -> float:
     """`warm_up` for a model that need not be there: only its configuration is read.
 
     Args:
-        config: of the model; of composite ones the text model's counts.
+        config: of the model; of composite ones the text model alone is built, if Transformers has a class for it.
         dtype: of its weights.
         device: where workers run.
         options: of `patch`.
         sizes: of calls.
         workers: processes at once.
+        architecture: class of the model; by default what the configuration names.
+
+    Raises:
+        ValueError: the text model cannot be built alone, and no class of the whole is known.
+        RuntimeError: a worker failed.
     """
     count = min(workers or os.cpu_count() or 1, len(sizes), MOST_WORKERS)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        shallow(config).save_pretrained(folder)
+        small, built = buildable(config, architecture)
+        small.save_pretrained(folder)
         tasks = [
-            {"folder": folder, "dtype": str(dtype).removeprefix("torch."), "device": str(device), "options": options,
-             "sizes": sizes[number::count]}
+            {"folder": folder, "architecture": built, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
+             "options": options, "sizes": sizes[number::count]}
             for number in range(count)
         ]  # fmt: skip
         _run(tasks)
@@ -118,6 +129,40 @@ def shallow(config: Any) -> Any:
     if types is not None:
         text.layer_types = types[: text.num_hidden_layers]
     return text
+
+
+def buildable(config: Any, architecture: str | None = None) -> tuple[Any, str | None]:
+    """The configuration of as small a model as shows every kind of decoder layer, and its class.
+
+    Args:
+        config: of the model.
+        architecture: its class.
+
+    Returns:
+        The text model's, and None, where `AutoModelForCausalLM` knows it; else the whole model's, with a tower that is as
+        short as can be, since prompts of text alone do not run it.
+    """
+    text = shallow(config)
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return text, None
+    name = architecture or next(iter(getattr(config, "architectures", None) or ()), None)
+    if name is None or not hasattr(transformers, name):
+        raise ValueError(
+            f"a {type(text).__name__} cannot be built alone, and architecture={name!r} is no class of Transformers"
+        )
+    whole, decoder = copy.deepcopy(config), config.get_text_config(decoder=True)
+    for part in whole.sub_configs:
+        if getattr(config, part, None) is decoder:
+            setattr(whole, part, text)
+        else:
+            _shorten(getattr(whole, part, None))
+    return whole, name
+
+
+def _shorten(tower: Any) -> None:
+    for depth in DEPTHS:
+        if isinstance(getattr(tower, depth, None), int):
+            setattr(tower, depth, 1)
 
 
 def _sizes(rows: Iterable[int], prompts: Sequence[int], do_sample: Sequence[bool]) -> list[Size]:
@@ -152,13 +197,17 @@ def worker(task: dict[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(task["folder"])
+    name, dtype = task.get("architecture"), getattr(torch, task["dtype"])
     with torch.device(task["device"]):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, task["dtype"])).eval()
+        if name is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        else:
+            model = getattr(transformers, name)._from_config(config, dtype=dtype).eval()
     patch(model, **task["options"])
     for size in (Size(*given) for given in task["sizes"]):
         ids = torch.full((size.rows, size.prompt), 1, device=task["device"])
         # Rows that differ, or the prompt would be computed once.
-        ids[:, 0] = torch.arange(size.rows) % config.vocab_size
+        ids[:, 0] = torch.arange(size.rows) % config.get_text_config(decoder=True).vocab_size
         # A prompt's graph is recorded when its size comes up for the second time.
         for _ in range(2):
             model.generate(

@@ -6,6 +6,7 @@ the binder looks at (types, alignment, divisibility) is the same for these launc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,17 @@ class Launch:
         # The interpreter compiles nothing.
         known = self._compiled is not None and triton.__version__.startswith(TESTED)
         if known and _aligned(self.arguments[:replaced]):
-            names = [parameter.name for parameter in self.kernel.params[len(self.arguments) :]]
+            names = _constants(self.kernel, len(self.arguments))
             self._rest = self.arguments[replaced:] + tuple(self.options[name] for name in names)
             self._call = self._compiled[(*self.grid, 1, 1)[:3]]
         # The first tensors need not live as long as this.
         self.arguments = (None,) * replaced + self.arguments[replaced:]
+
+
+@functools.cache
+def _constants(kernel: Any, arguments: int) -> tuple[str, ...]:
+    """Names of the parameters behind the first so many."""
+    return tuple(parameter.name for parameter in kernel.params[arguments:])
 
 
 def _aligned(tensors: tuple[Any, ...]) -> bool:

@@ -18,7 +18,9 @@ SAMPLED = {"do_sample": True, "top_k": TOP_K, "top_p": TOP_P}
 # Tokens of a chat's second message.
 MESSAGE = 16
 # Calls whose tokens are those of the greatest scores.
-GREEDY = ("greedy", "batch", "beams", "padded", "chat", "embeds", "streamer", "processor", "lookup", "no cache")
+GREEDY = (
+    "greedy", "batch", "penalty", "beams", "padded", "chat", "embeds", "streamer", "processor", "lookup", "no cache",
+)  # fmt: skip
 
 Call = Callable[[Any, Size, int, dict[str, Any]], Any]
 
@@ -88,7 +90,10 @@ def _lookup(model: Any, size: Size, seed: int, common: dict[str, Any]) -> Any:
 CALLS: dict[str, Call] = {
     "greedy": _plain(1),
     "batch": _plain("batch"),
+    "penalty": _plain("batch", repetition_penalty=1.2, no_repeat_ngram_size=3),
     "sampled": _plain("batch", **SAMPLED),
+    "min-p": _plain("batch", do_sample=True, temperature=0.8, min_p=0.05),
+    "typical": _plain("batch", do_sample=True, typical_p=0.9),
     "samples": _samples,
     "repeated": _repeated,
     "beams": _plain(1, num_beams=4),

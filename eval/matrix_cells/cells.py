@@ -32,7 +32,10 @@ CELLS = (
     # Every call.
     Cell("llama", "bf16", "greedy"),
     Cell("llama", "bf16", "batch"),
+    Cell("llama", "bf16", "penalty"),
     Cell("llama", "bf16", "sampled"),
+    Cell("llama", "bf16", "min-p"),
+    Cell("llama", "bf16", "typical"),
     Cell("llama", "bf16", "samples"),
     Cell("llama", "bf16", "repeated"),
     Cell("llama", "bf16", "beams"),
@@ -45,17 +48,23 @@ CELLS = (
     Cell("llama", "bf16", "no cache"),
     # Every state.
     Cell("llama", "fp16", "greedy"),
+    Cell("llama", "fp16", "padded"),
     Cell("llama", "fp32", "greedy"),
     Cell("llama", "fp32", "beams"),
     Cell("llama", "fp32", "padded"),
+    Cell("llama", "fp32", "sampled"),
+    Cell("llama", "fp32", "chat"),
     Cell("llama", "fp32+autocast", "greedy"),
     Cell("llama", "fp32+autocast", "samples"),
+    Cell("llama", "fp32+autocast", "padded"),
     Cell("llama", "fp32+accelerate", "greedy"),
     Cell("llama", "fp32+accelerate", "repeated"),
     Cell("llama", "bf16+train", "repeated"),
     Cell("llama", "bf16+train+checkpointing", "repeated"),
     Cell("llama", "bf16+lora", "greedy"),
     Cell("llama", "bf16+lora", "repeated"),
+    Cell("llama", "bf16+lora", "beams"),
+    Cell("llama", "bf16+lora", "padded"),
     Cell("llama", TRAINER, "repeated"),
     # Every family.
     Cell("qwen2", "bf16", "greedy"),
@@ -77,8 +86,18 @@ CELLS = (
     Cell("gemma2", "bf16", "greedy"),
     Cell("gemma2", "bf16", "padded"),
     Cell("gemma2", "bf16", "samples"),
+    Cell("gemma2", "bf16", "chat"),
+    Cell("gemma2", "bf16", "beams"),
+    Cell("gemma2", "fp16", "greedy"),
     Cell("gemma2", "fp32", "greedy"),
+    Cell("gemma2", "fp32+autocast", "greedy"),
+    Cell("phi3", "bf16", "greedy"),
+    Cell("phi3", "bf16", "padded"),
+    Cell("phi3", "bf16", "embeds"),
+    Cell("gpt_oss", "bf16", "greedy"),
 )
+# Cells that may be slower than others, by device: the most that their time may be of stock's, and why.
+ALLOWED: dict[str, dict[str, tuple[float, str]]] = {"cuda": {}, "cpu": {}}
 QUICK = (
     "llama/fp32/greedy",
     "llama/fp32+autocast/greedy",
@@ -86,6 +105,12 @@ QUICK = (
     "qwen3/bf16/padded",
     "gemma2/fp32/greedy",
 )
+
+
+def allowed(name: str, device: str) -> tuple[float, str] | None:
+    """The limit of a cell that may be slower than others, and the reason."""
+    found = [entry for pattern, entry in ALLOWED[device].items() if fnmatch(name, pattern)]
+    return found[0] if found else None
 
 
 def choose(patterns: Sequence[str] | None, quick: bool) -> list[Cell]:

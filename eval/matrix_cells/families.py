@@ -76,9 +76,11 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
     ),
     "gemma2": (("window",), {"query_pre_attn_scalar": 64}),
+    "phi3": ((), {"pad_token_id": None}),
+    "gpt_oss": (("window", "experts"), {"num_local_experts": 4}),
 }
 # Families that are not patched: the attention implementation of ours is compared with their own.
-BY_INTERFACE = ("gemma2",)
+BY_INTERFACE = ("gemma2", "phi3", "gpt_oss")
 
 
 def build(family: str, device: torch.device, dtype: torch.dtype) -> Any:

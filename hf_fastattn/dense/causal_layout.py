@@ -7,6 +7,7 @@ whatever L and the padding are. (The page size is compiled into the kernels: pag
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,9 @@ class CausalLayout:
         return self._made("page_table", row_step, page_size)
 
     def workspace(self, device: torch.device, stream: int) -> Workspace:
-        """Room for partial states, one for each stream."""
+        """Room for partial states, one for each stream; kept from one forward to the next, but for what is captured."""
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return _kept_workspace(device, stream)
         from hf_fastattn.kernels.attention.workspace import Workspace
 
         if stream not in self._workspaces:
@@ -136,6 +139,8 @@ class CausalLayout:
         return self._tensors[key]
 
     def _make_seq_lens(self, _: int, __: int) -> Tensor:
+        if not self.padded:
+            return torch.full_like(self.starts, self.filled)
         return self.filled - self.starts
 
     def _make_cu_seqlens(self, queries: int, _: int) -> Tensor:
@@ -143,9 +148,11 @@ class CausalLayout:
         return torch.arange(rows + 1, dtype=torch.int32, device=device) * queries
 
     def _make_page_table(self, row_step: int, page_size: int) -> Tensor:
-        device = self.starts.device
-        first = torch.arange(len(self.starts), dtype=torch.int32, device=device) * row_step + self.starts
-        return first[:, None] + torch.arange(0, self.filled, page_size, dtype=torch.int32, device=device)
+        rows, place = len(self.starts), {"dtype": torch.int32, "device": self.starts.device}
+        pages = torch.arange(0, self.filled, page_size, **place)[None]
+        if rows > 1 and row_step:
+            pages = torch.arange(0, rows * row_step, row_step, **place)[:, None] + pages
+        return pages + self.starts[:, None] if self.padded or len(pages) < rows else pages
 
     def _make_real_queries(self, queries: int, _: int) -> Tensor:
         return torch.arange(self.filled - queries, self.filled, device=self.starts.device) >= self.starts[:, None]
@@ -158,6 +165,13 @@ class CausalLayout:
         if self.window is not None:
             seen = seen & (key > query - self.window)
         return (seen & (key >= self.starts[:, None, None]))[:, None]
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_workspace(device: torch.device, stream: int) -> Workspace:
+    from hf_fastattn.kernels.attention.workspace import Workspace
+
+    return Workspace(device)
 
 
 def layout_of(mask: Tensor) -> CausalLayout | None:

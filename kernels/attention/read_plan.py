@@ -12,30 +12,10 @@ from functools import cached_property
 
 import torch
 
-# Fewest avoided key reads for which a shared prefix pays for its extra merge.
-MIN_SHARED_TOKENS = 128
+from hf_fastattn.kernels.attention.decode_reads import DecodeReads, Run, SharedPrefix
 
-
-@dataclass(frozen=True)
-class Run:
-    """Tokens `start .. start + length - 1` of one row, by their slots `page * P + offset`.
-
-    `first_slot` is set where the slots are adjacent; else `pages` are the pages from that of token `start` on.
-    """
-
-    start: int
-    length: int
-    first_slot: int | None
-    pages: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Rows `first_row .. last_row - 1`, whose first `run.length` tokens lie in the same pages."""
-
-    first_row: int
-    last_row: int
-    run: Run
+# Fewest elements of keys whose reading a shared prefix has to avoid, to pay for its extra pass and merge.
+MIN_SHARED_ELEMENTS = 2**15
 
 
 @dataclass
@@ -58,6 +38,7 @@ class ReadPlan:
     window: int | None = None
     prefixes: Sequence[tuple[int, int, int]] = ()
     _indices: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
+    _decodes: dict[int, DecodeReads] = field(default_factory=dict)
 
     @cached_property
     def cu_seqlens_q(self) -> list[int]:
@@ -73,36 +54,35 @@ class ReadPlan:
         return all(length == 1 for length in self.query_lens)
 
     @cached_property
-    def shared(self) -> list[SharedPrefix]:
-        """Prefixes that are worth a pass of their own; only for decode without a window."""
-        if not self.is_decode or self.window is not None:
+    def rows(self) -> list[Run]:
+        """The tokens that each row reads: all, or those in its window."""
+        return [self._run(row, self._first_visible(row), length) for row, length in enumerate(self.seq_lens)]
+
+    def decode(self, width: int) -> DecodeReads:
+        """The reads of a decode step.
+
+        Args:
+            width: elements of a token's keys.
+        """
+        if width not in self._decodes:
+            shared = self._shared(width)
+            rows = list(self.rows)
+            for prefix in shared:
+                for row in range(prefix.first_row, prefix.last_row):
+                    rows[row] = self._run(row, prefix.run.length, self.seq_lens[row])
+            self._decodes[width] = DecodeReads(shared, rows, self.page_size)
+        return self._decodes[width]
+
+    def _shared(self, width: int) -> list[SharedPrefix]:
+        """Prefixes that are worth a pass of their own; only without a window."""
+        if self.window is not None:
             return []
         found = []
         for first_row, last_row, columns in self.prefixes:
             tokens = columns * self.page_size
-            if tokens * (last_row - first_row - 1) >= MIN_SHARED_TOKENS:
+            if tokens * (last_row - first_row - 1) * width >= MIN_SHARED_ELEMENTS:
                 found.append(SharedPrefix(first_row, last_row, self._run(first_row, 0, tokens)))
         return found
-
-    @cached_property
-    def rows(self) -> list[Run]:
-        """The tokens that each row reads for itself: its window, less a shared prefix."""
-        start = [self._first_visible(row) for row in range(len(self.seq_lens))]
-        for prefix in self.shared:
-            for row in range(prefix.first_row, prefix.last_row):
-                start[row] = prefix.run.length
-        return [self._run(row, first, self.seq_lens[row]) for row, first in enumerate(start)]
-
-    @cached_property
-    def strided(self) -> tuple[int, int, int] | None:
-        """`(first slot, slots from row to row, length)` if all rows are equally long runs at equal distances."""
-        rows = self.rows
-        if any(run.first_slot is None or run.length != rows[0].length for run in rows) or not rows[0].length:
-            return None
-        starts = [run.first_slot or 0 for run in rows]
-        step = starts[1] - starts[0] if len(starts) > 1 else 0
-        regular = step >= 0 and all(b - a == step for a, b in zip(starts, starts[1:], strict=False))
-        return (starts[0], step, rows[0].length) if regular else None
 
     def slots_of(self, run: Run, device: torch.device) -> torch.Tensor:
         """The slots of a scattered run as an int64 tensor on `device`."""
@@ -143,5 +123,5 @@ class ReadPlan:
         if stop <= start:
             return Run(start, 0, 0)
         if held == list(range(held[0], held[0] + len(held))):
-            return Run(start, stop - start, held[0] * size + start - first * size)
+            return Run(start, stop - start, held[0] * size + start - first * size, held)
         return Run(start, stop - start, None, held)

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.read_plan import ReadPlan, Run
+from hf_fastattn.kernels.attention.decode_reads import DecodeReads, Run
+from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
 
 # Queries of a long append at a time, so that their score bias takes a few megabytes at most.
@@ -57,8 +58,9 @@ def _decode(
     rows, heads, dim = q.shape
     groups = keys.shape[1]
     grouped = q.view(rows, groups, heads // groups, dim)
-    out, lse = _decode_rows(grouped, keys, values, plan, scale, softcap)
-    for prefix in plan.shared:
+    reads = plan.decode(groups * dim)
+    out, lse = _decode_rows(grouped, keys, values, plan, reads, scale, softcap)
+    for prefix in reads.shared:
         lo, hi = prefix.first_row, prefix.last_row
         k = _read(keys, prefix.run, plan)
         v = _read(values, prefix.run, plan)
@@ -76,16 +78,25 @@ def _decode(
 
 
 def _decode_rows(
-    grouped: Tensor, keys: Tensor, values: Tensor, plan: ReadPlan, scale: float, softcap: float | None
+    grouped: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: ReadPlan,
+    reads: DecodeReads,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Each row over its own keys, without the shared prefix; `grouped` is `[B, G, R, D]`."""
-    if plan.strided is not None:
-        first, step, length = plan.strided
+    if reads.strided is not None:
+        first, step, length = reads.strided
         shape = (grouped.shape[0], keys.shape[1], length, keys.shape[2])
-        k, v = (_strided(pages, shape, first, step) for pages in (keys, values))
+        k, v = (_strided(tokens, shape, first, step) for tokens in (keys, values))
+        return attention_state(grouped, k, v, scale=scale, softcap=softcap)
+    if reads.skipped is not None:
+        k, v = (_gathered(tokens, reads) for tokens in (keys, values))
         return attention_state(grouped, k, v, scale=scale, softcap=softcap)
     states = []
-    for row, run in enumerate(plan.rows):
+    for row, run in enumerate(reads.rows):
         query = grouped[row : row + 1]
         if run.length == 0:
             states.append((torch.zeros_like(query), query.new_full(query.shape[:-1], -math.inf).float()))
@@ -145,3 +156,11 @@ def _strided(tokens: Tensor, shape: tuple[int, int, int, int], first: int, step:
     per_token, per_head, per_dim = tokens.stride()
     strides = (step * per_token, per_head, per_token, per_dim)
     return tokens.as_strided(shape, strides, tokens.storage_offset() + first * per_token)
+
+
+def _gathered(tokens: Tensor, reads: DecodeReads) -> Tensor:
+    """Equally long rows whose pages lie anywhere as `[B, G, L, D]`: whole pages copied, slots without a token left out."""
+    assert reads.skipped is not None
+    paged = tokens.view(-1, reads.page_size, *tokens.shape[1:])
+    rows = paged.index_select(0, reads.pages(tokens.device)).view(len(reads.rows), -1, *tokens.shape[1:])
+    return rows[:, reads.skipped : reads.skipped + reads.rows[0].length].transpose(1, 2)

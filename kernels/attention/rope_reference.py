@@ -12,6 +12,9 @@ from torch import Tensor
 
 from hf_fastattn.kernels.layer.reference import rms_norm
 
+# Tokens of a forward up to which queries and keys are rotated together.
+FEW_TOKENS = 64
+
 
 def signed_sin(sin: Tensor) -> Tensor:
     """`sin` with its first half negated, so that `rotate_half(x) * sin = roll(x, D/2) * signed_sin(sin)`."""
@@ -65,6 +68,12 @@ def rope_append(
         q = rms_norm(q, q_norm, eps, unit_offset)
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps, unit_offset)
-    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, rotate(k, cos, sin).to(k_pages.dtype))
+    if len(q) <= FEW_TOKENS:
+        # A step is waiting for launches: one rotation costs less than two, with a copy before it.
+        heads, both = q.shape[1], rotate(torch.cat((q, k), 1), cos, sin)
+        q, k = both[:, :heads], both[:, heads:]
+    else:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, k.to(k_pages.dtype))
     v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
-    return rotate(q, cos, sin).to(narrow)
+    return q.to(narrow)

@@ -66,11 +66,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Returns:
         Output `[..., D]` in the dtype of `out_a` and LSE `[...]`; two empty states give output 0, LSE -inf.
     """
-    top = torch.maximum(lse_a, lse_b)
-    # Without this, two empty states would give -inf - -inf = NaN.
-    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
-    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
-    total = weight_a + weight_b
-    safe = torch.where(total == 0, torch.ones_like(total), total)
-    out = out_a * (weight_a / safe).unsqueeze(-1) + out_b * (weight_b / safe).unsqueeze(-1)
-    return out.to(out_a.dtype), top + torch.log(total)
+    # Two empty states give -inf - -inf, whose NaN must not reach the output.
+    share = torch.sigmoid(torch.nan_to_num(lse_b - lse_a, nan=0.0, posinf=math.inf, neginf=-math.inf)).unsqueeze(-1)
+    wide = share.dtype
+    return torch.lerp(out_a.to(wide), out_b.to(wide), share).to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +17,10 @@ from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.layers import AnyProducts, walk
+from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
-from hf_fastattn.patches.modules.module_state import ModuleState, call_original
+from hf_fastattn.patches.modules.module_state import call_original
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain_layer, layers_of, written_module
 from hf_fastattn.transformers_version import CACHE
@@ -50,24 +53,17 @@ def fused_forward(
     Returns:
         What the original returns.
     """
-    if cache.paged_batch is None or why_not_fused(decoder, arguments) is not None:
+    if cache.paged_batch is None or (_why_not_walked(decoder) or _why_not_these(decoder, arguments)) is not None:
         with cache_kept(decoder):
             return call_original(decoder, cache, **arguments)
-    # Not before: it imports Triton.
-    from hf_fastattn.patches.fused.layers import walk
-
-    state: ModuleState = vars(decoder)[STATE]
-    assert state.family.layers is not None
     hidden = walk(
         decoder,
-        state.family.layers,
+        _maker(decoder, copies, adapters),
         cache,
         arguments.get("input_ids"),
         arguments.get("inputs_embeds"),
         arguments.get("position_ids"),
         arguments.get("attention_mask"),
-        copies,
-        adapters,
     )
     outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
@@ -75,23 +71,48 @@ def fused_forward(
 
 
 def fused_reason(decoder: Any) -> str | None:
-    """Why the layers of a patched decoder run as Transformers wrote them; None if they are fused.
+    """Why our kernels do not run the layers of a patched decoder; None if they are fused.
 
     A fused layer still calls those of its modules that are not plain: see `modules.plain_modules`.
 
     Raises:
         ValueError: the backend that was asked for cannot run where the model is.
     """
-    state: ModuleState = vars(decoder)[STATE]
-    names = state.family.layers
-    if names is None:
-        return f"the layers of {state.family.model_type} are not known to be Llama's"
-    options = state.runtime.config
+    backend, why = _backend(decoder)
+    unknown = _why_not_known(decoder)
+    return unknown or (why if backend == "reference" else _why_not_walked(decoder))
+
+
+def _backend(decoder: Any) -> tuple[str, str]:
     # Norms and products need the kernels only; so does attention, and it is one choice for both.
+    options = vars(decoder)[STATE].runtime.config
     heads = (decoder.device, decoder.dtype, key_shape(decoder.config)[1])
-    backend, why = choose_backend(options.backend, *heads, options.batch_invariant)
-    if backend == "reference":
-        return why
+    return choose_backend(options.backend, *heads, options.batch_invariant)
+
+
+def _maker(
+    decoder: Any, copies: WeightCopies | None, adapters: TokenAdapters | None
+) -> Callable[[tuple[int, ...], torch.device], AnyProducts]:
+    """What makes the operations of a forward: of our kernels, or of PyTorch's where these do not run."""
+    names = vars(decoder)[STATE].family.layers
+    if _backend(decoder)[0] == "reference":
+        return lambda leading, device: PlainProducts(names, leading)
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.products import Products
+
+    return lambda leading, device: Products(names, leading, device, copies, adapters)
+
+
+def _why_not_known(decoder: Any) -> str | None:
+    family = vars(decoder)[STATE].family
+    return None if family.layers is not None else f"the layers of {family.model_type} are not known to be Llama's"
+
+
+def _why_not_walked(decoder: Any) -> str | None:
+    """Why the layers of a patched decoder run as Transformers wrote them; None if we walk through them."""
+    names, unknown = vars(decoder)[STATE].family.layers, _why_not_known(decoder)
+    if names is None or unknown is not None:
+        return unknown
     if has_global_hooks():
         return "hooks on all modules are registered"
     if drops_cache(decoder):
@@ -137,9 +158,10 @@ def fused_logits(
 
 def why_not_fused(decoder: Any, arguments: dict[str, Any]) -> str | None:
     """Why a paged forward of the decoder with these arguments needs the original."""
-    reason = fused_reason(decoder)
-    if reason is not None:
-        return reason
+    return fused_reason(decoder) or _why_not_these(decoder, arguments)
+
+
+def _why_not_these(decoder: Any, arguments: dict[str, Any]) -> str | None:
     for name, value in arguments.items():
         if name not in TAKEN and value is not None and value is not False and (name, value) != ("is_causal", True):
             return f"{name} is given"

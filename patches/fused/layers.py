@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
-from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters
-from hf_fastattn.patches.fused.products import Products
+from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
 from hf_fastattn.patches.modules.product_layers import is_plain_attention
 from hf_fastattn.transformers_version import CACHE
 
+if TYPE_CHECKING:
+    # It imports Triton.
+    from hf_fastattn.patches.fused.products import Products
+
+AnyProducts: TypeAlias = "Products | PlainProducts"
+
 
 def walk(
     decoder: Any,
-    names: LayerNames,
+    make_products: Callable[[tuple[int, ...], torch.device], AnyProducts],
     cache: PagedCache,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     position_ids: Tensor | None,
     attention_mask: Any,
-    copies: WeightCopies | None = None,
-    adapters: TokenAdapters | None = None,
 ) -> Tensor:
     """Hidden states after the last norm.
 
     Args:
-        decoder: whose layers are those that `names` describes.
+        decoder: whose layers are those that its family describes.
+        make_products: operations on tokens of a leading shape, on a device.
         cache: with a paged batch under way.
         input_ids: `[B, S]`, or else `inputs_embeds: [B, S, hidden]`.
         position_ids: `[1 or B, S]`, or with axes in front; those that follow the cache by default.
         attention_mask: for attention modules that have to be called.
-        copies: of weights that autocast would cast, if there are any.
-        adapters: of the tokens, if they have more than the layers' single ones.
 
     Returns:
         `[B, S, hidden]`.
@@ -52,7 +53,7 @@ def walk(
     state: ModuleState = vars(decoder)[STATE]
     rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
     position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
-    products = Products(names, tuple(states.shape[:-1]), states.device, copies, adapters)
+    products = make_products(tuple(states.shape[:-1]), states.device)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
     for layer in layers_of(decoder):
@@ -73,7 +74,7 @@ def _attention(
     layer: Any,
     x: Tensor,
     delta: Tensor | None,
-    products: Products,
+    products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
@@ -100,7 +101,7 @@ def _attention(
     return products.add_product(inner["o_proj"], out, x)
 
 
-def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:
+def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
     if not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)

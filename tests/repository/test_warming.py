@@ -7,13 +7,15 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import hf_fastattn
 from hf_fastattn import warming
-from hf_fastattn.warming import Size, shallow, warm_up_config
+from hf_fastattn.warming import Size, buildable, shallow, warm_up_config
+from tests.tools.composites import composite
 from tests.tools.models import tiny
 
 
@@ -48,6 +50,33 @@ def test_workers_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [Size(2, 9, False), Size(1, 5, True)]
     options = asdict(model._fastattn.runtime.config)
     assert warm_up_config(model.config, torch.float32, torch.device("cpu"), options, sizes, 1) > 0
+
+
+COMPOSITES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni", "qwen3_omni_moe")
+
+
+@pytest.mark.parametrize("name", [*COMPOSITES, "llava", "qwen3_5"])
+def test_models_with_a_tower(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker builds the text model alone where it can, else the whole with a short tower, and runs it on pages."""
+    model = composite(name) if name == "llava" else tiny(name)
+    small, architecture = buildable(model.config, type(hf_fastattn.patch(model)).__name__)
+    assert (architecture is not None) == (name in COMPOSITES)
+    assert small.get_text_config(decoder=True).num_hidden_layers < model.config.get_text_config().num_hidden_layers
+    made: list[Any] = []
+    monkeypatch.setattr(warming, "patch", lambda model, **options: made.append(hf_fastattn.patch(model, **options)))
+    small.save_pretrained(tmp_path)
+    task = {"folder": str(tmp_path), "architecture": architecture, "dtype": "float32", "device": "cpu", "options": {}}
+    warming.worker({**task, "sizes": [(2, 9, False)]})
+    call = hf_fastattn.report(made[0]).last_call
+    assert call is not None and call.forwards == warming.NEW_TOKENS and not call.fallbacks
+    towers = [part for part in ("vision_config", "audio_config") if architecture and hasattr(small, part)]
+    for tower in (getattr(small, part) for part in towers):
+        assert {getattr(tower, depth, 1) for depth in warming.DEPTHS} == {1}
+
+
+def test_a_model_whose_class_is_not_known() -> None:
+    with pytest.raises(ValueError, match="cannot be built alone, and architecture='NoSuch' is no class"):
+        buildable(tiny("qwen2_vl").config, "NoSuch")
 
 
 def test_a_worker_that_fails_says_why() -> None:

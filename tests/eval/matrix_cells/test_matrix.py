@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from hf_fastattn import cli, patching
 from hf_fastattn.eval import matrix
 from hf_fastattn.eval.matrix_cells import calls, families, measure, side, states
 from hf_fastattn.eval.matrix_cells.calls import CALLS
-from hf_fastattn.eval.matrix_cells.cells import CELLS, QUICK, TRAINER, Cell, choose
-from hf_fastattn.eval.matrix_cells.families import FAMILIES, FIXED, Size
+from hf_fastattn.eval.matrix_cells.cells import ALLOWED, CELLS, QUICK, TRAINER, Cell, choose
+from hf_fastattn.eval.matrix_cells.families import BY_INTERFACE, FAMILIES, FIXED, Size
 from hf_fastattn.eval.matrix_cells.peaks import idle_in_pools, watched
 from tests.tools.models import COMMON, EXPERTS
 
+DRAWING = ("sampled", "min-p", "typical", "samples", "repeated")
+SIZE = families.SIZES["cpu"]
 TINY = Size(
     {
         **{name: value for name, value in COMMON.items() if name not in FIXED and name != "initializer_range"},
@@ -54,7 +58,19 @@ def test_the_table_of_cells() -> None:
     assert {cell.family for cell in CELLS} == set(FAMILIES) and {cell.call for cell in CELLS} == set(CALLS)
     words = {word for cell in CELLS for word in cell.state.split("+")}
     assert words == {*states.DTYPES, *states.STATES}
-    assert calls.GREEDY == tuple(name for name in CALLS if name not in ("sampled", "samples", "repeated"))
+    assert calls.GREEDY == tuple(name for name in CALLS if name not in DRAWING)
+    assert all(limit > 1 and reason for entries in ALLOWED.values() for limit, reason in entries.values())
+    assert all(any(fnmatch(name, pattern) for name in names) for entries in ALLOWED.values() for pattern in entries)
+    assert set(BY_INTERFACE) < set(FAMILIES) and ALLOWED.keys() == measure.SLOWER.keys()
+
+
+def test_the_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.SIZES, "cpu", SIZE)
+    start = time.process_time()
+    assert cli.main(["bench", "matrix", "--device", "cpu", "--quick", "--output", str(tmp_path)]) == 0
+    assert time.process_time() - start < 20
+    record = json.loads((tmp_path / "matrix-cpu.json").read_text())
+    assert {row["name"] for row in record["cells"]} == set(QUICK) and all(row["path"] for row in record["cells"])
 
 
 def test_chosen_cells() -> None:
@@ -73,7 +89,7 @@ def test_every_call(tmp_path: Path) -> None:
         assert row["agrees"] and not row["red"] and row["ours"]["peak"] is None, row
         assert ("fell back" in row["path"]) == (row["call"] == "no cache") and len(row["ours"]["timings"]) == 1
         assert f"| {row['name']} |" in text
-    assert "0 of 13 cells are red" in text and not record["failed"]
+    assert f"0 of {len(CALLS)} cells are red" in text and not record["failed"]
 
 
 def test_every_state_and_family(tmp_path: Path) -> None:
@@ -86,8 +102,8 @@ def test_every_state_and_family(tmp_path: Path) -> None:
     assert status == 0 and not record["skipped"]
     paths = {row["name"]: row["path"] for row in record["cells"]}
     assert {cell.state for cell in CELLS} == {row["state"] for row in record["cells"]}
-    assert all(path.startswith("kernels {") for name, path in paths.items() if name.startswith("gemma2"))
-    assert all("paged forwards" in path for name, path in paths.items() if not name.startswith("gemma2"))
+    assert all(path.startswith("kernels {") == (name.split("/")[0] in BY_INTERFACE) for name, path in paths.items())
+    assert all("paged forwards" in path or name.split("/")[0] in BY_INTERFACE for name, path in paths.items())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("planted"), ImportError("no such package")])
@@ -139,6 +155,15 @@ def test_what_is_red() -> None:
     assert measure.red(row_of(1.2, 1.2, best=1.0), 1.03) == []
     assert measure.red(row_of(more=2e8), 1.03) == ["200 MB more than stock"]
     assert measure.red(row_of(more=1e8), 1.03) == [] and measure.red({**row_of(more=2e8), "agrees": False}, 1.03) != []
+
+
+def test_a_named_cell_may_be_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measure.SLOWER, "cpu", 0.0)
+    for limit, status in ((float("inf"), 0), (0.0, 1)):
+        monkeypatch.setitem(ALLOWED, "cpu", {"llama/fp32/*": (limit, "a good reason")})
+        found, record, text = run("--cell", "llama/fp32/greedy", output=tmp_path)
+        assert found == status and bool(record["cells"][0]["red"]) == bool(status)
+        assert ("llama/fp32/greedy is allowed to be slower: a good reason." in text) == (not status)
 
 
 @pytest.mark.parametrize(("state", "wide"), [("bf16", torch.float32), ("fp32", torch.float64)])

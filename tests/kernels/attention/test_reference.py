@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_fastattn.kernels import ops
+from hf_fastattn.kernels.attention import read_plan
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.reference import paged_attention
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
@@ -38,7 +39,9 @@ def test_ragged_prefill_and_append(dtype, scattered, window, softcap):
 def test_decode(dtype, ratio, pasts, scattered):
     counts = [1] * len(pasts)
     plan = check(make_batch(counts, pasts, page=16, ratio=ratio, dtype=dtype, scattered=scattered))
-    assert (plan.strided is not None) == (len(set(pasts)) == 1 and (not scattered or pasts[0] < 16))
+    reads = plan.decode(32)
+    assert (reads.strided is not None) == (len(set(pasts)) == 1 and (not scattered or pasts[0] < 16))
+    assert (reads.skipped is not None) == (len(set(pasts)) == 1)
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 100])
@@ -49,13 +52,24 @@ def test_decode_window(window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_shared_prefix(dtype, scattered):
+def test_shared_prefix(dtype, scattered, monkeypatch):
     counts, pasts, shared = [1] * 5, [129, 130, 128, 128, 140], 32
     batch = make_batch(counts, pasts, dtype=dtype, scattered=scattered, shared=shared)
+    width = batch.k_pages[0, 0].numel()
+    monkeypatch.setattr(read_plan, "MIN_SHARED_ELEMENTS", 0)
     plan = check(batch, prefixes=[(0, 5, shared)])
-    assert len(plan.shared) == 1
+    assert len(plan.decode(width).shared) == 1
     plan = check(batch, prefixes=[(0, 2, shared), (2, 5, shared)])
-    assert len(plan.shared) == 2
+    assert len(plan.decode(width).shared) == 2
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_short_prefix_is_read_by_each_row(scattered):
+    batch = make_batch([1] * 5, [64] * 5, page=16, scattered=scattered, shared=4)
+    width = batch.k_pages[0, 0].numel()
+    plan = check(batch, prefixes=[(0, 5, 4)])
+    assert not plan.decode(width).shared and plan.decode(width).skipped == 0
+    assert len(plan.decode(read_plan.MIN_SHARED_ELEMENTS // 256).shared) == 1
 
 
 def test_extreme_logits():

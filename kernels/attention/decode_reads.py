@@ -1,0 +1,72 @@
+"""`DecodeReads`: what a step of one new token a row reads, computed once for all layers of a page group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens `start .. start + length - 1` of one row, by their slots `page * P + offset`.
+
+    `pages` are those from that of token `start` on; `first_slot` is set where the slots are adjacent.
+    """
+
+    start: int
+    length: int
+    first_slot: int | None
+    pages: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Rows `first_row .. last_row - 1`, whose first `run.length` tokens lie in the same pages."""
+
+    first_row: int
+    last_row: int
+    run: Run
+
+
+@dataclass
+class DecodeReads:
+    """The keys of all rows: shared prefixes, and what each row reads for itself.
+
+    Attributes:
+        shared: prefixes that are read once for all their rows.
+        rows: the other tokens of each row.
+        page_size: tokens a page.
+    """
+
+    shared: list[SharedPrefix]
+    rows: list[Run]
+    page_size: int
+    _pages: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def strided(self) -> tuple[int, int, int] | None:
+        """`(first slot, slots from row to row, length)` if all rows are equally long runs at equal distances."""
+        rows = self.rows
+        if any(run.first_slot is None or run.length != rows[0].length for run in rows) or not rows[0].length:
+            return None
+        starts = [run.first_slot or 0 for run in rows]
+        step = starts[1] - starts[0] if len(starts) > 1 else 0
+        regular = step >= 0 and all(b - a == step for a, b in zip(starts, starts[1:], strict=False))
+        return (starts[0], step, rows[0].length) if regular else None
+
+    @cached_property
+    def skipped(self) -> int | None:
+        """Slots before the first token in the first page, if all rows are equally long and begin there; else None."""
+        first = self.rows[0]
+        same = first.length > 0 and all((run.start, run.length) == (first.start, first.length) for run in self.rows)
+        return first.start % self.page_size if same else None
+
+    def pages(self, device: torch.device) -> torch.Tensor:
+        """`[B * columns]` int64 pages of rows of equal lengths, row after row."""
+        if device not in self._pages:
+            numbers = [page for run in self.rows for page in run.pages]
+            self._pages[device] = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+        return self._pages[device]
