@@ -148,7 +148,8 @@ class CausalLayout:
         return torch.arange(rows + 1, dtype=torch.int32, device=device) * queries
 
     def _make_page_table(self, row_step: int, page_size: int) -> Tensor:
-        rows, place = len(self.starts), {"dtype": torch.int32, "device": self.starts.device}
+        rows = len(self.starts)
+        place: dict[str, Any] = {"dtype": torch.int32, "device": self.starts.device}
         pages = torch.arange(0, self.filled, page_size, **place)[None]
         if rows > 1 and row_step:
             pages = torch.arange(0, rows * row_step, row_step, **place)[:, None] + pages

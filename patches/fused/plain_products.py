@@ -65,7 +65,7 @@ class PlainProducts:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         normed, x = self.norm(norm, x, delta)
         left = self._linear(gate, normed)
-        left = functional.silu(left) if is_silu(act_fn) else self.call(act_fn, left)
+        left = functional.silu(left) if is_silu(act_fn, x.device) else self.call(act_fn, left)
         return left * self._linear(up, normed), x
 
     def add_product(self, linear: Any, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
