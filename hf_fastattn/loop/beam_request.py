@@ -103,7 +103,8 @@ def _why_not(config: Any, base: Any, logits_processor: Sequence[Any], private: b
         return "beams are drawn: do_sample=False lets the device search"
     if config.return_dict_in_generate or not private:
         return "beams whose cache is seen after the call: leave out return_dict_in_generate and past_key_values"
-    own = [name for name in METHODS if getattr(base, name).__module__ != GenerationMixin.__module__]
+    theirs = GenerationMixin.__module__
+    own = [name for name in METHODS if getattr(getattr(base, name, None), "__module__", None) != theirs]
     if own or hasattr(base, "_reorder_cache"):
         return f"{base.__name__}.{(own or ['_reorder_cache'])[0]} is its own"
     warpers = [type(one).__name__ for one in logits_processor if isinstance(one, WARPERS)]

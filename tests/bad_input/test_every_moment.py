@@ -36,6 +36,11 @@ MODES: dict[str, dict[str, Any]] = {
     # Rows that may end, so that pages are made in mid-call.
     "growth": {"do_sample": False, "eos_token_id": VOCAB - 1},
 }
+# Those that run in the device's loop too.
+LOOPED: dict[str, dict[str, Any]] = {
+    "growth": MODES["growth"],
+    "beams that may end": {"do_sample": False, "num_beams": 2, "eos_token_id": VOCAB - 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +51,7 @@ def pages_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generate(model: Any, mode: str, **more: Any) -> torch.Tensor:
     ids = IDS[:1] if mode == "drafts" else IDS
-    return model.generate(ids, max_new_tokens=5, **MODES[mode], **more)
+    return model.generate(ids, max_new_tokens=5, **{**MODES, **LOOPED}[mode], **more)
 
 
 def patched() -> Any:
@@ -67,14 +72,17 @@ def test_generate(mode: str, event: str) -> None:
     assert_right_after_ctrl_c(mode, event)
 
 
-def test_growth_in_the_devices_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", LOOPED)
+def test_the_devices_loop(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_loop, "AHEAD", 2)
     with reexecuted_loop():
-        assert_right_after_ctrl_c("growth", "opcode")
+        model = assert_right_after_ctrl_c(mode, "opcode")
+        generate(model, mode)
+    assert hf_fastattn.report(model).last_call.fast_loops == 1
 
 
-def assert_right_after_ctrl_c(mode: str, event: str) -> None:
-    """Wherever it comes, books agree and the next call gives stock's tokens."""
+def assert_right_after_ctrl_c(mode: str, event: str) -> Any:
+    """Wherever it comes, books agree and the next call gives stock's tokens; returns the model."""
     stock, model = tiny("qwen2_window", **SMALL), patched()
     expected = generate(stock, mode)
     assert torch.equal(generate(model, mode), expected)
@@ -91,6 +99,7 @@ def assert_right_after_ctrl_c(mode: str, event: str) -> None:
         assert_books_agree(model)
         assert torch.equal(generate(model, mode), expected), (moment, interrupter.where)
         assert_fast(model)
+    return model
 
 
 CHANGES: dict[str, Callable[[Any, Any], Any]] = {

@@ -301,24 +301,3 @@ def test_a_length_penalty_without_a_float(device: str) -> None:
     kwargs = {"length_penalty": 900.0, "max_new_tokens": 2}
     want = run(stock, **kwargs)
     assert torch.equal(run(model, **kwargs), want)
-
-
-@pytest.mark.gpu
-def test_a_length_divides_as_pytorch_does() -> None:
-    values = -50 * torch.rand(100_000, device="cuda")
-    for number in (3.0, 7**0.6, 129**2.0, 11**-1.0):
-        reciprocal = (torch.ones(1) / torch.tensor([number], dtype=torch.float64).float()).cuda()
-        assert torch.equal(values / number, values * reciprocal)
-
-
-@pytest.mark.gpu
-def test_the_host_never_waits_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.loop.test_decode_loop_gpu import strictly
-
-    stock, model = both("qwen2_window", "cuda")
-    options = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "eos_token_id": VOCAB - 1}
-    want = run(stock, **options)
-    run(model, **options)
-    strictly(monkeypatch, "_launch", "_take", "_reserve")
-    assert torch.equal(run(model, **options), want)
-    assert assert_looped(model).graphs_captured == 0
