@@ -65,7 +65,8 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
 
 def why_not_capturable(decoder: Any, device: torch.device) -> str | None:
     """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
-    config: Any = decoder.config.get_text_config(decoder=True)
+    config: Any = decoder.config
+    config = config.get_text_config(decoder=True)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
         return "a mixture of experts chooses what it computes"
     if has_global_hooks():

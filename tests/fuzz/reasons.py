@@ -83,7 +83,11 @@ PLAIN = (
         ({"do": "forward", "columns": 1, "prompt": {**call(pad="left")["prompt"], "token_types": True}},),
         family="qwen3_vl",
     ),
-    Reason(r"cache_implementation='\w+', use_cache=(True|None)", (call(cache_implementation="static"),)),
+    Reason(r"cache_implementation='\w+', use_cache=(True|None)"),
+    Reason(
+        r"cache_implementation='static', use_cache=(True|None), and the cache is returned",
+        (call(cache_implementation="static", **FULL_DICT),),
+    ),
     Reason(r"cache_implementation=None, use_cache=False", (call(use_cache=False),)),
 )  # fmt: skip
 HOOK = {"do": "hook", "kind": "record", "at": "layer", "layer": 1, "after": 0}

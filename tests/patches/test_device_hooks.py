@@ -46,8 +46,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def dispatched(model: Any) -> None:
-    """As `from_pretrained` dispatches a model that it has hooks for: all of it on its device."""
-    dispatch_model(model, {"": model.device}, force_hooks=True, skip_keys=CACHE)
+    """As `from_pretrained(device_map={"": 0})` dispatches a model that needs hooks: all of it on its device."""
+    place = model.device.type if model.device.index is None else model.device.index
+    dispatch_model(model, {"": place}, force_hooks=True, skip_keys=CACHE)
 
 
 def dispatched_in_parts(model: Any) -> None:
