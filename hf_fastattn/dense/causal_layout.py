@@ -148,11 +148,10 @@ class CausalLayout:
         return torch.arange(rows + 1, dtype=torch.int32, device=device) * queries
 
     def _make_page_table(self, row_step: int, page_size: int) -> Tensor:
-        rows = len(self.starts)
-        place: dict[str, Any] = {"dtype": torch.int32, "device": self.starts.device}
-        pages = torch.arange(0, self.filled, page_size, **place)[None]
+        rows, device = len(self.starts), self.starts.device
+        pages = torch.arange(0, self.filled, page_size, dtype=torch.int32, device=device)[None]
         if rows > 1 and row_step:
-            pages = torch.arange(0, rows * row_step, row_step, **place)[:, None] + pages
+            pages = torch.arange(0, rows * row_step, row_step, dtype=torch.int32, device=device)[:, None] + pages
         return pages + self.starts[:, None] if self.padded or len(pages) < rows else pages
 
     def _make_real_queries(self, queries: int, _: int) -> Tensor:
