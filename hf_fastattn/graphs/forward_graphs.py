@@ -91,8 +91,10 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         enabled: see `GraphStore`; `known_reason` likewise.
     """
 
-    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        super().__init__(enabled, known_reason)
+    def __init__(
+        self, enabled: bool, known_reason: str | None = None, why_not_experts: Callable[[Any], str | None] | None = None
+    ) -> None:
+        super().__init__(enabled, known_reason, why_not_experts)
         self._seen: OrderedDict[Key, None] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None

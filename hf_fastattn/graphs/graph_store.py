@@ -30,13 +30,16 @@ class GraphStore(Generic[Key, Held]):
     Args:
         enabled: `FastAttnConfig.cuda_graphs`.
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
+        why_not_experts: see `why_not_capturable`.
     """
 
     # Tests replace it by a type that runs the forward again, on the CPU.
     forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
-    def __init__(self, enabled: bool, known_reason: str | None = None) -> None:
-        self._enabled, self._known_reason = enabled, known_reason
+    def __init__(
+        self, enabled: bool, known_reason: str | None = None, why_not_experts: Callable[[Any], str | None] | None = None
+    ) -> None:
+        self._enabled, self._known_reason, self._why_not_experts = enabled, known_reason, why_not_experts
         # The least recently used first.
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._pool: Any = None
@@ -81,7 +84,8 @@ class GraphStore(Generic[Key, Held]):
         """Whether all that graphs depend on, beside their inputs, is as it was; `_reason` says why none can be recorded."""
         now, before = fingerprint_of(decoder, device), self._fingerprint
         if now != before:
-            self._fingerprint, self._reason = now, self._known_reason or why_not_capturable(decoder, device)
+            reason = self._known_reason or why_not_capturable(decoder, device, self._why_not_experts)
+            self._fingerprint, self._reason = now, reason
         return before is not None and now.parts == before.parts
 
     def count_reason(self, reason: str, counters: CallCounters) -> None:

@@ -56,7 +56,7 @@ def gate_up_silu(x: Tensor, routing: Routing, gate_up_proj: Tensor, *, tile: Pro
             return y
         assert routing.distinct is not None
         several_gate_up_kernel[(tiles, routing.distinct.shape[0])](
-            x, gate_up_proj, routing.chosen, routing.distinct, routing.count, y, tokens, x.stride(0),
+            x, gate_up_proj, routing.chosen, routing.distinct, routing.distinct_count, y, tokens, x.stride(0),
             K=top_k, BLOCK_T=BLOCK_T, PAIRS_K=power_of_2(top_k), PRECISION=dot_precision(x.dtype), **options,
         )  # fmt: skip
     return y
@@ -115,8 +115,8 @@ def down_sum(
             room = sums or SplitSums(states.device)
             partial, arrived = room.partial(tiles * split * tile.block_n * BLOCK_T), room.arrived
         several_down_kernel[(tiles, split)](
-            states, down_proj, routing.chosen, routing.weights, routing.distinct, routing.count, residual, shared, gate, y,
-            partial, arrived, tokens, 0 if residual is None else residual.stride(0),
+            states, down_proj, routing.chosen, routing.weights, routing.distinct, routing.distinct_count,
+            residual, shared, gate, y, partial, arrived, tokens, 0 if residual is None else residual.stride(0),
             0 if shared is None else shared.stride(0), SPLIT=split, BLOCK_T=BLOCK_T, PAIRS_K=power_of_2(top_k),
             PRECISION=dot_precision(states.dtype), **options,
         )  # fmt: skip

@@ -160,9 +160,7 @@ def sort_pairs(routing: Routing) -> Tensor:
     return order
 
 
-def _grouped(
-    x: Tensor, weight: Tensor, routing: Routing, order: Tensor, gated: bool, tile: GroupedTile | None
-) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, routing: Routing, order: Tensor, gated: bool, tile: GroupedTile | None) -> Tensor:
     assert routing.counts is not None
     experts, rows, width = weight.shape
     rows = rows // 2 if gated else rows

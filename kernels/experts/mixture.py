@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hf_fastattn.kernels.experts import few, grouped
@@ -23,8 +25,8 @@ def mixture(
     """The weighted sum over the experts of each token, `[T, H]`; arguments as of `few.gate_up_silu` and `few.down_sum`."""
     if routing.counts is None:
         states = few.gate_up_silu(x, routing, gate_up_proj)
-        options = {"residual": residual, "shared": shared, "sums": sums, "weights_settled": weights_settled}
-        return few.down_sum(states, routing, down_proj, **options)
+        options: dict[str, Any] = {"residual": residual, "shared": shared}
+        return few.down_sum(states, routing, down_proj, sums=sums, weights_settled=weights_settled, **options)
     order = grouped.sort_pairs(routing)
     states = grouped.gate_up_silu(x, routing, order, gate_up_proj)
     return grouped.down_sum(states, routing, order, down_proj, residual=residual, shared=shared)

@@ -9,6 +9,9 @@ layer rounds them, so ties are as common as in Transformers; of experts with equ
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +28,7 @@ from hf_fastattn.kernels.layer.split_sums import SplitSums
 MOST_EXPERTS = 1024
 # Elements of x that a program multiplies at once, over all tokens.
 ELEMENTS = 4096
+MOST_COLUMNS = 2048
 # Scores that a program of the second launch compares at once.
 SCORES = 1024
 # Above so many scores of all tokens a program of the first launch would not keep them in the registers of four warps.
@@ -173,45 +177,56 @@ def route(
         weights_settled: no launch that may still be running writes a weight; see `layer.matvec`.
 
     Returns:
-        With `distinct` and `count` for few tokens, `counts` and `ranks` for more.
+        With `distinct` and `distinct_count` for few tokens, `counts` and `ranks` for more.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
     _check(x, weight, top_k, scoring, gate_weight)
-    tokens, (experts, hidden) = x.shape[0], weight.shape
-    new = {"device": x.device}
-    chosen = torch.empty((tokens, top_k), dtype=torch.int32, **new)
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, **new)
     overlap = overlaps_launches(arch_of(x.device))
     options = {
-        "E": experts, "K": top_k, "SIGMOID": scoring == "sigmoid", "NORMALISE": normalise, "ROUNDS": rounds_weights,
-        "BLOCK_E": power_of_2(experts), "BLOCK_K": power_of_2(top_k), "OVERLAP": overlap,
+        "E": weight.shape[0], "K": top_k, "SIGMOID": scoring == "sigmoid", "NORMALISE": normalise, "ROUNDS": rounds_weights,
+        "BLOCK_E": power_of_2(weight.shape[0]), "BLOCK_K": power_of_2(top_k), "OVERLAP": overlap,
         **({"launch_pdl": True} if overlap else {}),
     }  # fmt: skip
-    if tokens > FEW_TOKENS:
-        counts = torch.zeros(experts, dtype=torch.int32, **new)
-        ranks = torch.empty((tokens, top_k), dtype=torch.int32, **new)
-        logits = functional.linear(x, weight)
-        gate = None if gate_weight is None else functional.linear(x, gate_weight)[:, 0].float()
-        block_t = max(SCORES // power_of_2(experts), 1)
-        with on_device_of(x):
-            choice_kernel[(-(-tokens // block_t),)](
-                logits, chosen, weights, counts, ranks, tokens, BLOCK_T=block_t, num_warps=4, **options
-            )  # fmt: skip
-        return Routing(chosen, weights, counts=counts, ranks=ranks, gate=gate)
-    gate = None if gate_weight is None else torch.empty(tokens, dtype=torch.float32, **new)
-    several = tokens > 1
-    distinct = torch.empty(min(tokens * top_k, experts), dtype=torch.int32, **new) if several else None
-    count = torch.empty(1, dtype=torch.int32, **new) if several else None
+    with on_device_of(x):
+        if x.shape[0] > FEW_TOKENS:
+            return _route_many(x, weight, top_k, gate_weight, options)
+        return _route_few(x, weight, top_k, gate_weight, sums, weights_settled, options)
+
+
+def _route_few(
+    x: Tensor, weight: Tensor, top_k: int, gate_weight: Tensor | None, sums: SplitSums | None, settled: bool,
+    options: dict[str, Any],
+) -> Routing:  # fmt: skip
+    tokens, experts = x.shape[0], weight.shape[0]
+    numbers = functools.partial(torch.empty, dtype=torch.int32, device=x.device)
+    values = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    chosen, weights = numbers((tokens, top_k)), values((tokens, top_k))
+    gate = None if gate_weight is None else values(tokens)
+    distinct, count = (numbers(min(tokens * top_k, experts)), numbers(1)) if tokens > 1 else (None, None)
     if tokens:
-        logits = torch.empty((tokens, experts), dtype=torch.float32, **new)
         block_t = power_of_2(tokens)
-        with on_device_of(x):
-            router_kernel[(experts + (gate is not None),)](
-                x, weight, gate_weight, logits, chosen, weights, distinct, count, gate,
-                (sums or SplitSums(x.device)).arrived, tokens, x.stride(0), H=hidden, BLOCK_T=block_t,
-                BLOCK_H=min(ELEMENTS // block_t, power_of_2(hidden), 2048), STAGES=3, SETTLED=weights_settled,
-                num_warps=8 if block_t * experts > MANY_SCORES else 4, **options,
-            )  # fmt: skip
+        router_kernel[(experts + (gate is not None),)](
+            x, weight, gate_weight, values((tokens, experts)), chosen, weights, distinct, count, gate,
+            (sums or SplitSums(x.device)).arrived, tokens, x.stride(0), H=x.shape[1], BLOCK_T=block_t,
+            BLOCK_H=min(ELEMENTS // block_t, power_of_2(x.shape[1]), MOST_COLUMNS), STAGES=3, SETTLED=settled,
+            num_warps=8 if block_t * experts > MANY_SCORES else 4, **options,
+        )  # fmt: skip
     return Routing(chosen, weights, distinct, count, gate=gate)
+
+
+def _route_many(
+    x: Tensor, weight: Tensor, top_k: int, gate_weight: Tensor | None, options: dict[str, Any]
+) -> Routing:  # fmt: skip
+    tokens, experts = x.shape[0], weight.shape[0]
+    numbers = functools.partial(torch.empty, (tokens, top_k), dtype=torch.int32, device=x.device)
+    chosen, ranks = numbers(), numbers()
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=x.device)
+    counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
+    gate = None if gate_weight is None else functional.linear(x, gate_weight)[:, 0].float()
+    block_t = max(SCORES // power_of_2(experts), 1)
+    choice_kernel[(-(-tokens // block_t),)](
+        functional.linear(x, weight), chosen, weights, counts, ranks, tokens, BLOCK_T=block_t, num_warps=4, **options
+    )  # fmt: skip
+    return Routing(chosen, weights, counts=counts, ranks=ranks, gate=gate)

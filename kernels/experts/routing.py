@@ -15,7 +15,7 @@ class Routing(NamedTuple):
         weights: `[T, K]` fp32, what the outputs of these experts are multiplied by.
         distinct: `[up to T * K]` int32, every expert that a token of several chose, each once; None for one token, and
             where `counts` serves more tokens.
-        count: `[1]` int32, how many of `distinct` there are.
+        distinct_count: `[1]` int32, how many of `distinct` there are.
         counts: `[E]` int32, pairs of a token and an expert, by expert; None for few tokens.
         ranks: `[T, K]` int32, a number for each pair of one expert, from 0 on without a gap.
         gate: `[T]` fp32, the logit that gates a shared expert, if there is one.
@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     chosen: Tensor
     weights: Tensor
     distinct: Tensor | None = None
-    count: Tensor | None = None
+    distinct_count: Tensor | None = None
     counts: Tensor | None = None
     ranks: Tensor | None = None
     gate: Tensor | None = None

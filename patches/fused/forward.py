@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -58,7 +58,8 @@ def fused_forward(decoder: Any, cache: PagedCache, copies: WeightCopies | None =
         arguments.get("attention_mask"),
         copies,
     )
-    outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+    kind = BaseModelOutputWithPast if state.family.layers.mixture is None else MoeModelOutputWithPast
+    outputs = kind(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
     return outputs.to_tuple() if (decoder.config.return_dict if wanted is None else wanted) is False else outputs
 

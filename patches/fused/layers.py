@@ -12,6 +12,8 @@ from hf_fastattn.graphs.module_checks import is_our_forward
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.experts import held_experts
+from hf_fastattn.patches.fused.mixture import add_mixture
 from hf_fastattn.patches.fused.products import Products
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_plain, layers_of
@@ -102,6 +104,9 @@ def _is_plain_attention(module: Any) -> bool:
 
 def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: Products) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
+    held = None if products.narrowed else held_experts(mlp, products.names, x.device, x.dtype)
+    if held is not None:
+        return add_mixture(mlp, held, norm, x, delta, products)
     if not is_plain(mlp, products.names.mlp):
         normed, x = products.norm(norm, x, delta)
         return x, products.call(mlp, normed)

@@ -158,8 +158,6 @@ def test_sweep(name: str, dtype: torch.dtype) -> None:
             # The reference gathers the weights of every pair.
             continue
         layer = make_layer(tokens, hidden, inner, experts, dtype, device="cuda", shared=shared)
-        routing = router.route(
-            layer.x, layer.weight, top_k, sums=sums, weights_settled=True, gate_weight=layer.gate_weight
-        )
+        routing = router.route(layer.x, layer.weight, top_k, sums=sums, weights_settled=True, gate_weight=layer.gate_weight)
         check(layer, routing, repeats=3, sums=sums, weights_settled=True)
     assert not sums.arrived.any()

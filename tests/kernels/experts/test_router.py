@@ -63,8 +63,8 @@ def test_experts_are_listed_once(tokens: int) -> None:
     sums = SplitSums(torch.device("cpu"))
     layer = make_layer(tokens, 32, 16, 12)
     got = router.route(layer.x, layer.weight, 3, sums=sums)
-    assert got.distinct is not None and got.count is not None
-    assert got.distinct[: int(got.count)].tolist() == sorted(set(got.chosen.flatten().tolist()))
+    assert got.distinct is not None and got.distinct_count is not None
+    assert got.distinct[: int(got.distinct_count)].tolist() == sorted(set(got.chosen.flatten().tolist()))
     assert not sums.arrived.any()
 
 
