@@ -50,8 +50,7 @@ def route(
 
 def gate_up_silu(x: Tensor, routing: Routing, gate_up_proj: Tensor) -> Tensor:
     """`silu(gate) * up` of every pair of a token and one of its experts, `[T, K, I]`."""
-    picked = gate_up_proj[routing.chosen.long()]  # [T, K, 2 I, H]
-    gate, up = torch.einsum("tknh,th->tkn", picked, x).chunk(2, -1)
+    gate, up = _products(x[:, None].expand(-1, routing.chosen.shape[1], -1), routing, gate_up_proj).chunk(2, -1)
     return functional.silu(gate) * up
 
 
@@ -70,10 +69,18 @@ def down_sum(
         residual: `[T, H]` to add.
         shared: `[T, H]`, what a shared expert made of the tokens, to add times `sigmoid(gate)`.
     """
-    picked = down_proj[routing.chosen.long()]  # [T, K, H, I]
-    products = torch.einsum("tkhi,tki->tkh", picked, states)
+    products = _products(states, routing, down_proj)
     out = (products * routing.weights[..., None]).sum(1).to(states.dtype)
     if shared is not None:
         assert routing.gate is not None
         out = out + routing.gate.sigmoid().to(states.dtype)[:, None] * shared
     return out if residual is None else residual + out
+
+
+def _products(x: Tensor, routing: Routing, weight: Tensor) -> Tensor:
+    """`x: [T, K, columns]` of every pair times its expert's weight, `[T, K, rows]`."""
+    out = torch.empty((*x.shape[:2], weight.shape[1]), dtype=x.dtype, device=x.device)
+    for expert in routing.chosen.unique().tolist():
+        pairs = routing.chosen == expert
+        out[pairs] = functional.linear(x[pairs], weight[expert])
+    return out
