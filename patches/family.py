@@ -55,10 +55,11 @@ def like_llama(prefix: str) -> LayerNames:
     return LayerNames(f"{prefix}DecoderLayer", f"{prefix}RMSNorm", f"{prefix}MLP")
 
 
-def with_experts(prefix: str, rounds_weights: bool) -> LayerNames:
-    """The same, with a mixture of experts in some or all layers."""
+def with_experts(prefix: str, rounds_weights: bool, dense: bool = True) -> LayerNames:
+    """The same, with a mixture of experts in some layers, or in all if there are no `dense` ones."""
     names = MixtureNames(f"{prefix}SparseMoeBlock", f"{prefix}TopKRouter", f"{prefix}Experts", rounds_weights)
-    return replace(like_llama(prefix), mixture=names)
+    layers = like_llama(prefix)
+    return replace(layers, mlp=layers.mlp if dense else "", mixture=names)
 
 
 @dataclass(frozen=True)

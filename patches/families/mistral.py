@@ -48,7 +48,7 @@ FAMILIES = (
         model_type="mixtral",
         decoder="MixtralModel",
         attention="MixtralAttention",
-        layers=with_experts("Mixtral", rounds_weights=False),
+        layers=with_experts("Mixtral", rounds_weights=False, dense=False),
         causal_lm="MixtralForCausalLM",
     ),
 )
