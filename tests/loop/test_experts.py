@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 import hf_fastattn
@@ -122,6 +123,27 @@ def test_what_is_not_transformers_own_is_not_captured(
     assert torch.equal(run(model, NEW), run(stock, NEW))
     call = hf_fastattn.report(model).last_call
     assert call.graphs_replayed == 0 and call.not_looped and not call.fast_loops
+
+
+@pytest.mark.parametrize(
+    ("targets", "captured"),
+    [
+        ({"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": []}, False),
+        ({"target_modules": ["q_proj"]}, True),
+    ],
+)
+def test_adapters(targets: dict[str, Any], captured: bool, device: str) -> None:
+    """On the experts they are PEFT's to compute; elsewhere they change nothing of this."""
+
+    def make() -> Any:
+        torch.manual_seed(3)
+        return get_peft_model(tiny("qwen3_moe"), LoraConfig(r=4, init_lora_weights=False, **targets)).eval().to(device)
+
+    stock, model = make(), patch_with_graphs(make())
+    assert torch.equal(run(model, NEW), run(stock, NEW))
+    call = hf_fastattn.report(model).last_call
+    assert call.graphs_replayed == (NEW - 1 if captured else 0) and not call.fallbacks
+    assert captured or "mixture" in str(call.uncaptured)
 
 
 def test_router_logits_are_transformers_own(device: str) -> None:
