@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 import hf_fastattn
 from hf_fastattn.patches.fused.experts import held_experts, why_not_captured
 from hf_fastattn.patches.fused.forward import fused_reason
+from tests.kernels.experts.shapes import with_wide_tiles
 from tests.tools.fused_layers import assert_logits, steps
 from tests.tools.models import VOCAB, assert_fast, padded_batch, tiny
 
@@ -33,6 +34,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, **over: Any) -> Any:
     family, special = MIXTURES[name]
     return tiny(family, **{**SMALL, **special, **over})
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_wide_tiles(monkeypatch)
 
 
 @pytest.fixture

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 
+from hf_fastattn.kernels.experts import few, reference, router
 from hf_fastattn.kernels.experts import mixture as ours
-from hf_fastattn.kernels.experts import reference, router
 from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.layer.configs import ProductTile
 from tests.kernels.cases import assert_close
 
 
@@ -34,6 +38,22 @@ class Layer:
     def to(self, dtype: torch.dtype) -> Layer:
         """The same in another dtype."""
         return replace(self, **{name: value.to(dtype) for name, value in vars(self).items() if value is not None})
+
+
+def with_wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a program costs as much as what it computes: one token's products in fewer of them."""
+    if not knobs.runtime.interpret:
+        return
+
+    def wide(tile_of: Callable[..., ProductTile]) -> Callable[..., ProductTile]:
+        def tile(arch: int, itemsize: int, tokens: int, k: int, rows: int) -> ProductTile:
+            found = tile_of(arch, itemsize, tokens, k, rows)
+            return replace(found, block_n=32) if tokens == 1 else found
+
+        return tile
+
+    for name in ("gate_up_tile", "down_tile"):
+        monkeypatch.setattr(few, name, wide(getattr(few, name)))
 
 
 def make_layer(

@@ -39,6 +39,7 @@ def test_options(tokens: int, options: dict[str, Any]) -> None:
     want = routed(layer, 4, **options)
     got = router.route(layer.x, layer.weight, 4, gate_weight=layer.gate_weight, **options, **settled)
     assert torch.equal(got.chosen, want.chosen) and torch.equal(got.weights, want.weights)
+    assert torch.equal(got.weights, got.weights.to(layer.x.dtype).float()) == options.get("rounds_weights", False)
     plain = reference.route(layer.x, layer.weight, 4, gate_weight=layer.gate_weight)
     torch.testing.assert_close(got.gate, plain.gate, rtol=1e-2, atol=1e-2)
 
