@@ -124,7 +124,9 @@ def rope_append(
     else:
         launch = rope_reference.rope_append
     norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "unit_offset": unit_offset}
-    return launch(q, k, v, cos, rope_reference.signed_sin(sin), k_pages, v_pages, slot_mapping, **norms)
+    rotated = launch(q, k, v, cos, rope_reference.signed_sin(sin), k_pages, v_pages, slot_mapping, **norms)
+    # The reference gives a part of what it rotated with the keys.
+    return rotated.contiguous()
 
 
 @rope_append.register_fake
