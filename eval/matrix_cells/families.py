@@ -81,6 +81,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 # Families that are not patched: the attention implementation of ours is compared with their own.
 BY_INTERFACE = ("gemma2", "phi3", "gpt_oss")
+# Before 5.24 Transformers' sdpa leaves the softcap out.
+STOCKS_ATTENTION = {"gemma2": "eager"}
 
 
 def build(family: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -92,6 +94,8 @@ def build(family: str, device: torch.device, dtype: torch.dtype) -> Any:
         entries["sliding_window"] = size.window
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **entries), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **entries), dtype=dtype, attn_implementation=STOCKS_ATTENTION.get(family)
+        )
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
     return model.eval()
