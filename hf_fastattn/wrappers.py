@@ -1,4 +1,4 @@
-"""What stands around a module's forward and changes no result: accelerate's hooks that move nothing, and torch.compile.
+"""What stands around a module's forward and changes no result: accelerate's hooks that move nothing, torch.compile, TRL.
 
 accelerate puts a partial function in the place of `forward`; it calls the hook, `_old_forward`, and the hook again. A hook
 that sends tensors to the device where they are, as `dispatch_model` leaves on every module, does nothing. A compiled
@@ -16,6 +16,7 @@ import torch
 HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
 FRAMES = "torch._dynamo.external_utils"
+TRL_UTILS = "trl.trainer.utils"
 
 
 def runs_class_forward(module: Any, device: torch.device) -> bool:
@@ -38,7 +39,7 @@ def is_called_as_ever(module: Any) -> bool:
 def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
     """A forward of the module without what changes nothing around it."""
     while not is_class_forward(module, forward):
-        below = compiled_from(forward) or _below_hook(module, forward, device)
+        below = compiled_from(forward) or _below_hook(module, forward, device) or below_trl(forward)
         if below is None:
             break
         forward = below
@@ -48,6 +49,19 @@ def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
 def is_class_forward(module: Any, forward: Any) -> bool:
     """Whether it is the forward of the module's class, with or without that one's decorators."""
     return _is_own(module, forward, "forward")
+
+
+def below_trl(forward: Any) -> Any:
+    """What the forward with a head for losses, which TRL's trainers put on a model, calls in generation; else None.
+
+    It computes losses without logits if `fused_lm_head=True` is given, and calls the forward that was there if not.
+    """
+    function = _function(forward)
+    code = getattr(function, "__code__", None)
+    if code is None or origin_of(function) != TRL_UTILS or code.co_name != "_fused_forward":
+        return None
+    held = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    return held["original_forward"].cell_contents if "original_forward" in held else None
 
 
 def compiled_from(function: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from hf_fastattn.graphs.module_checks import (
     why_not_module,
 )
 
+UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
 # Attributes of modules that are looked at elsewhere, or not frozen.
@@ -71,6 +73,9 @@ def why_not_capturable(
     Args:
         why_not_experts: says it of a decoder with a mixture of experts; without it none can be recorded.
     """
+    if device.type == "cuda" and os.environ.get(UNCACHED):
+        # Nothing can be allocated during a capture then, and PyTorch ends the process when one fails.
+        return f"{UNCACHED} is set"
     config: Any = decoder.config
     config = config.get_text_config(decoder=True)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):

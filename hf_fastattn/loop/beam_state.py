@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from hf_fastattn.loop.beam_request import BeamRequest
 MIN_COLUMNS, MIN_NEW = 256, 64
 # As in Transformers: the score of what is not to be chosen.
 NEVER = -1.0e9
+# Whose reciprocal is another one if it is rounded to fp32 first.
+NOT_IN_FP32 = 3**0.6
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,11 @@ class BeamState:
         self._write(self.divisors, self._divisors(request.powers).tolist())
 
     def _divisors(self, powers: tuple[float, ...]) -> Tensor:
-        held = torch.tensor(powers, dtype=torch.float64, device="cpu").float()
+        held = torch.tensor(powers, dtype=torch.float64, device="cpu")
+        if self.device.type != "cuda":
+            return held.float()
         # PyTorch divides by a number of the host so on a GPU: it multiplies by the reciprocal.
-        return torch.ones_like(held) / held if self.device.type == "cuda" else held
+        return (1.0 / held).float() if divides_in_fp64(self.device) else 1.0 / held.float()
 
     def _write(self, target: Tensor, values: list[float]) -> None:
         host = torch.tensor(values, dtype=target.dtype, device="cpu")
@@ -149,6 +154,13 @@ class BeamState:
         indices = self.indices[:, : request.returned, : request.loop.max_new].flatten(0, 1)
         longest = int((indices + 1).bool().sum(1).max())
         return sequences[:, : prompt + longest].clone()
+
+
+@functools.cache
+def divides_in_fp64(device: torch.device) -> bool:
+    """Whether PyTorch rounds the reciprocal of a number of the host to fp32 there, and not the number before it."""
+    number = torch.tensor(NOT_IN_FP32, dtype=torch.float64, device="cpu")
+    return bool((torch.ones(1, device=device) / NOT_IN_FP32).cpu() == (1.0 / number).float())
 
 
 class Length:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, names_by_row, submodules
-from hf_fastattn.wrappers import compiled_from, origin_of
+from hf_fastattn.wrappers import below_trl, compiled_from, origin_of
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -88,8 +88,8 @@ def _only_moves(hook: Any) -> bool:
 
 
 def _is_known_forward(state: dict[str, Any]) -> bool:
-    """Ours, accelerate's for mixed precision, Transformers' for shards; any of them compiled."""
-    forward = compiled_from(state["forward"]) or state["forward"]
+    """Ours, accelerate's for mixed precision, Transformers' for shards; any of them compiled, or under TRL's."""
+    forward = compiled_from(state["forward"]) or below_trl(state["forward"]) or state["forward"]
     return is_our_forward(forward) or origin_of(forward).startswith(("transformers.", "torch.", "accelerate."))
 
 

@@ -11,7 +11,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.graphs import forward_graphs
-from hf_fastattn.graphs.fingerprint import fingerprint_of
+from hf_fastattn.graphs.fingerprint import UNCACHED, fingerprint_of, why_not_capturable
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import no_garbage_collection
 from hf_fastattn.transformers_version import CACHE
@@ -192,6 +192,15 @@ def test_what_shows_in_the_state_of_a_decoder() -> None:
         assert after.parts != before.parts
         before = after
     handle = linear.register_forward_hook(lambda *given: None)
-    assert fingerprint_of(model, device) == (before.parts, True)
+    assert fingerprint_of(model, device) == before._replace(hooked=True)
     handle.remove()
     assert fingerprint_of(model, device) == before
+
+
+def test_nothing_is_recorded_where_pytorch_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture would fail there, and the failure would end the process."""
+    decoder, device = tiny("llama").model, torch.device("cuda", 0)
+    monkeypatch.setenv(UNCACHED, "1")
+    assert why_not_capturable(decoder, device) == f"{UNCACHED} is set"
+    monkeypatch.delenv(UNCACHED)
+    assert UNCACHED not in str(why_not_capturable(decoder, device))

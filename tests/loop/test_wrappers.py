@@ -47,6 +47,23 @@ def test_peft(patched_first: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_head_for_losses_of_trl(prepared: bool, patched_first: bool, device: str) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = tiny("llama").to(device)
+    if patched_first:
+        patch_with_graphs(model)
+    utils.add_fused_lm_head(model)
+    with own_accelerator():
+        model = Accelerator(cpu=device == "cpu").prepare(model) if prepared else model
+    patch_with_graphs(model)
+    assert torch.equal(run(model, NEW), run(tiny("llama").to(device), NEW))
+    assert_looped(model)
+    ids = torch.tensor([[5, 6, 7, 8]], device=device)
+    assert model(ids, labels=ids, fused_lm_head=True).log_probs.shape[-1] == 3
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
 def test_prepared_without_mixed_precision(patched_first: bool, device: str) -> None:
     model = tiny("llama").to(device)
     if patched_first:

@@ -106,12 +106,12 @@ def test_red_shows_no_ratio(checkpoint: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_fallback_shows_no_ratio(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock_cache = {"do_sample": False, "cache_implementation": "static"}
+    stock_cache = {"do_sample": False, "use_cache": False}
     monkeypatch.setattr(Case, "arguments", lambda self, rows=None: stock_cache)
     status, record, text = bench("--model", checkpoint, *SMALL, output=tmp_path)
     (row,) = record["cases"]
     assert status == 1 and row["agrees"] and row["ratios"] == {}
-    assert "static" in row["problems"][0] and "0 paged forwards for 5 tokens" in row["problems"][1]
+    assert "use_cache=False" in row["problems"][0] and "0 paged forwards for 5 tokens" in row["problems"][1]
     assert "**RED**: fell back" in text
 
 

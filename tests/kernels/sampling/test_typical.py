@@ -84,8 +84,8 @@ def test_rows_without_a_finite_score() -> None:
 @pytest.mark.parametrize("mass", MASSES)
 @pytest.mark.parametrize("vocab", [1000, 32_000, 151_936])
 def test_kept_on_gpu(vocab: int, mass: float) -> None:
-    check(filtered(64, vocab, "cuda"), mass, ties=2)
-    check(scores(9, vocab, "cuda", factor=0.5), mass, ties=2)
+    check(filtered(64, vocab, "cuda"), mass, ties=4)
+    check(scores(9, vocab, "cuda", factor=0.5), mass, ties=4)
 
 
 def test_arguments() -> None:
