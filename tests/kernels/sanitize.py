@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+if __name__ == "__main__":
+    # Before torch is imported, and in no process that only collects tests: nothing can be captured under it.
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 
