@@ -5,8 +5,6 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,32 +23,17 @@ from hf_fastattn.loop.readback import Readback, StepTokens
 from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
+from tests.loop.test_decode_loop import ENDS, both, device
+from tests.loop.test_decode_loop import run as generated
 from tests.loop.test_processors import Mine
 from tests.tools.models import CORE, OLD, VOCAB, assert_fast, letters, padded_batch, pair_with_graphs, real_tokens, single
-from tests.tools.reexecuted import reexecuted_loop
 
 NEW = 24
-# Enough of them that beams end at different steps.
-ENDS = list(range(3, 128, 9))
-
-
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+__all__ = ["device"]
 
 
 def run(model: Any, new: int = NEW, **kwargs: Any) -> Any:
-    torch.manual_seed(0)
-    given = {**padded_batch(), "max_new_tokens": new, "do_sample": False, "num_beams": 3, "pad_token_id": 0, **kwargs}
-    given = {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    result = model.generate(**given)
-    return result.cpu() if isinstance(result, torch.Tensor) else result
-
-
-def both(family: str, device: str, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    stock, model = pair_with_graphs(family, options)
-    return stock.to(device), model.to(device)
+    return generated(model, new, **{"num_beams": 3, **kwargs})
 
 
 def assert_looped(model: Any) -> Any:
