@@ -61,6 +61,15 @@ def gradients_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def devices_as_before() -> Iterator[None]:
+    """A test that leaves PyTorch's function modes off, or one of its own on, would move the models of others."""
+    yield
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
+    assert torch.empty(1).device.type == "cpu"
+
+
+@pytest.fixture(autouse=True)
 def nan_in_what_kernels_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and workspaces of the launchers start as NaN: an element that a kernel leaves unwritten shows."""
 

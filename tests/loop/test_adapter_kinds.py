@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import hf_fastattn
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.tools.fused_in_torch import fused_in_torch
-from tests.tools.models import padded_batch, patch_with_graphs, tiny
+from tests.tools.models import OLD, assert_fast, padded_batch, patch_with_graphs, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
 peft = pytest.importorskip("peft")
@@ -80,8 +80,12 @@ def test_steps_are_recorded(kind: str, device: str) -> None:
     batch = padded_batch(2, 13)
     want = run(stock, NEW, **batch)
     assert torch.equal(run(model, NEW, **batch), want)
-    call = assert_looped(model)
-    assert call.graphs_captured == 1 and not call.not_looped
+    if kind == "prefix" and OLD:
+        # The PEFT of today gives a forward of the older Transformers more than the step's token.
+        assert_fast(model, held=0)
+    else:
+        call = assert_looped(model)
+        assert call.graphs_captured == 1 and not call.not_looped
     assert not torch.equal(want, run(tiny("llama", num_hidden_layers=2).to(device), NEW, **batch))
 
 
