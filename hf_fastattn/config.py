@@ -17,16 +17,16 @@ class FastAttnConfig:
         page_size: tokens a page holds; a power of two from 1 to 1024.
         memory_limit: most bytes that the pages of one model may take, over all layers; `None` sets no limit.
         keep_memory: share (0 to 1) of the page storage kept allocated between `generate()` calls when no cache
-            holds a page. A model in train mode keeps nothing, so that a training step finds its memory free, unless
-            `keep_in_training`.
+            holds a page; in train mode see `keep_in_training`.
         backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), `"hopper"` (these, and Gluon kernels for
             long prompts on H100 and H200), or `"auto"`, the last of them that can run.
         batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
             "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
             slower for few rows.
         cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
-        keep_in_training: a model in train mode keeps as much as in eval mode: the pages of a rollout, its recorded steps
-            and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs, and the next
+        keep_in_training: a model in train mode keeps what takes at most 64 MiB in all, and nothing of more, so that a
+            training step finds its memory free; with this option as much as in eval mode: the pages of a rollout, its
+            recorded steps and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs, and the next
             rollout need not make them again.
         autocast_copies: under autocast, decode steps of a model with fp32 weights read 16-bit copies of them, cast anew
             before each call, which take half of the weights' bytes; `False`, or where they do not fit: the weights are

@@ -29,6 +29,8 @@ logger = logging.getLogger("hf_fastattn")
 
 # Seconds that a call waits for one in another thread before Transformers' own path serves it.
 PATIENCE = 0.05
+# Bytes that a model in train mode keeps in any case: making tensors and graphs anew would cost each rollout milliseconds.
+KEPT_IN_TRAINING = 64 * 2**20
 BUSY = "the model is busy in another thread"
 
 
@@ -120,12 +122,17 @@ class Runtime:
             self.graphs.enter_call(self._calls[-1].token)
             return
         self.graphs.enter_call(None)
-        kept = not training or self.config.keep_in_training
+        kept = not training or self.config.keep_in_training or self._is_small()
         self.groups.shrink(self.config.keep_memory if kept else 0.0)
         if self.groups.storage_version != version:
             # Graphs read pages that are gone, and memory is wanted.
             self.graphs.drop()
             self.loop_graphs.drop()
+
+    def _is_small(self) -> bool:
+        """Whether pages and graphs take so little that giving them back would cost the next call more than it is worth."""
+        held = self.groups.nbytes + self.graphs.nbytes + self.loop_graphs.nbytes
+        return held <= KEPT_IN_TRAINING
 
     def _drop_ended_calls(self) -> None:
         """Clean up after calls that an exception left no time to."""

@@ -67,6 +67,11 @@ class GraphStore(Generic[Key, Held]):
         self._entries.clear()
         self._pool = self.workspace = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all graphs compute in."""
+        return 0 if self._pool is None else self._pool.nbytes
+
     def keep(self, key: Key, held: Held, most: int, alike: Callable[[Key], bool] = lambda key: True) -> None:
         """Hold a recorded forward; of more than `most` with keys `alike`, the least recently used one is evicted."""
         self._entries[key] = held

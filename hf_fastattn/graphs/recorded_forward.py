@@ -29,10 +29,14 @@ class CapturePool:
 
     Args:
         device: of the model.
+
+    Attributes:
+        nbytes: what the allocator took from the device while forwards were captured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.nbytes = 0
         self.stream = capture_stream(device)
         self._handle: Any = None
         self._forwards: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
@@ -104,6 +108,7 @@ class RecordedForward:
         # Uploads to the static tensors are queued on the current stream.
         current = pool.enter()
         pool.stream.wait_stream(current)
+        reserved = torch.cuda.memory_reserved(pool.device)
         try:
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 with unmoved_offset(pool.device):
@@ -113,6 +118,7 @@ class RecordedForward:
                     self._output = self._record(graph, run)
         finally:
             current.wait_stream(pool.stream)
+            pool.nbytes += max(torch.cuda.memory_reserved(pool.device) - reserved, 0)
         self._graph = graph
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:

@@ -36,6 +36,11 @@ class WeightCopies:
     def __len__(self) -> int:
         return len(self._copies)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(copy.nbytes for copy in self._copies)
+
     def refresh(self) -> None:
         """Cast all weights, on the current stream."""
         with torch.inference_mode(False), torch.no_grad():

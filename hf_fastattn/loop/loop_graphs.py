@@ -106,6 +106,12 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         chosen = None if by_row or self.adapter_names is None else BY_ROW
         return why_not_kind(model) or self._reason or chosen
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of graphs, of what their steps read and write, and of copies of weights."""
+        state = 0 if self.state is None else sum(x.nbytes for x in vars(self.state).values() if isinstance(x, Tensor))
+        return super().nbytes + state + (0 if self.copies is None else self.copies.nbytes)
+
     def copies_for(
         self,
         device: torch.device,

@@ -203,10 +203,13 @@ def test_16_bit_weights_need_no_copies(device: str) -> None:
     assert_looped(model)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_what_training_keeps(keep: bool, device: str) -> None:
-    """Graphs, copies and pages of a rollout, for the next one."""
-    model = patch_with_graphs(prepared(tiny("qwen3", **SMALL), device), keep_in_training=keep).train()
+@pytest.mark.parametrize("why", ["asked for", "small", None])
+def test_what_training_keeps(why: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, copies and pages of a rollout, for the next one, where they were asked for or are small."""
+    keep = why is not None
+    if why != "small":
+        monkeypatch.setattr("hf_fastattn.runtime.KEPT_IN_TRAINING", 0)
+    model = patch_with_graphs(prepared(tiny("qwen3", **SMALL), device), keep_in_training=why == "asked for").train()
     tokens = run(model, NEW, **padded_batch(2, 5))
     report, graphs = hf_fastattn.report(model), model._fastattn.runtime.loop_graphs
     assert bool(report.page_bytes_allocated) == keep == (len(graphs) > 0)

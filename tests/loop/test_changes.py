@@ -206,7 +206,8 @@ def test_two_models_at_once(device: str) -> None:
             assert_looped(model)
 
 
-def test_train_mode_keeps_nothing_and_unpatch_drops_it(device: str) -> None:
+def test_train_mode_keeps_nothing_and_unpatch_drops_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fastattn.runtime.KEPT_IN_TRAINING", 0)
     _, model = both("llama", device)
     graphs = model._fastattn.runtime.loop_graphs
     model.train()

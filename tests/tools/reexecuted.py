@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ class ReexecutedStep(RecordedForward):
 
     @staticmethod
     def make_pool(device: torch.device) -> Any:
-        return object()
+        return SimpleNamespace(nbytes=0)
 
     @staticmethod
     def enter(room: Any) -> None:
