@@ -26,8 +26,8 @@ class FastAttnConfig:
         cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
         keep_in_training: a model in train mode keeps what takes at most 64 MiB in all, and nothing of more, so that a
             training step finds its memory free; with this option as much as in eval mode: the pages of a rollout, its
-            recorded steps and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs, and the next
-            rollout need not make them again.
+            recorded steps and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs,
+            and the next rollout need not make them again.
         autocast_copies: under autocast, decode steps of a model with fp32 weights read 16-bit copies of them, cast anew
             before each call, which take half of the weights' bytes; `False`, or where they do not fit: the weights are
             rounded as they are read, which takes no memory, and up to twice the time for few rows.
