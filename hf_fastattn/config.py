@@ -24,7 +24,7 @@ class FastAttnConfig:
             "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
             slower for few rows.
         cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
-        keep_in_training: a model in train mode keeps what takes at most 64 MiB in all, and nothing of more, so that a
+        keep_in_training: a model in train mode keeps what takes at most 128 MiB in all, and nothing of more, so that a
             training step finds its memory free; with this option as much as in eval mode: the pages of a rollout, its
             recorded steps and, under autocast, 16-bit copies of fp32 weights stay allocated while the training step runs,
             and the next rollout need not make them again.

@@ -30,7 +30,7 @@ logger = logging.getLogger("hf_fastattn")
 # Seconds that a call waits for one in another thread before Transformers' own path serves it.
 PATIENCE = 0.05
 # Bytes that a model in train mode keeps in any case: making tensors and graphs anew would cost each rollout milliseconds.
-KEPT_IN_TRAINING = 64 * 2**20
+KEPT_IN_TRAINING = 128 * 2**20
 BUSY = "the model is busy in another thread"
 
 
@@ -122,16 +122,23 @@ class Runtime:
             self.graphs.enter_call(self._calls[-1].token)
             return
         self.graphs.enter_call(None)
-        kept = not training or self.config.keep_in_training or self._is_small()
+        keeps_all = not training or self.config.keep_in_training
+        kept = keeps_all or self._keep_small()
+        self.graphs.prompts_rest &= not keeps_all
         self.groups.shrink(self.config.keep_memory if kept else 0.0)
         if self.groups.storage_version != version:
             # Graphs read pages that are gone, and memory is wanted.
             self.graphs.drop()
             self.loop_graphs.drop()
 
-    def _is_small(self) -> bool:
-        """Whether pages and graphs take so little that giving them back would cost the next call more than it is worth."""
-        held = self.groups.nbytes + self.graphs.nbytes + self.loop_graphs.nbytes
+    def _keep_small(self) -> bool:
+        """Whether pages and graphs are small; graphs of prompts are dropped if the others are without them."""
+        held = self.groups.nbytes + self.loop_graphs.nbytes
+        if held + self.graphs.nbytes <= KEPT_IN_TRAINING:
+            return True
+        self.graphs.drop()
+        # Recorded in every rollout anew, they would cost more than they save.
+        self.graphs.prompts_rest = True
         return held <= KEPT_IN_TRAINING
 
     def _drop_ended_calls(self) -> None:

@@ -110,6 +110,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._call: Callable[[], Any] | None = None
         self._failures = 0
         self._resting = False
+        # Prompts are not recorded, and do not read static inputs: memory goes back after each call.
+        self.prompts_rest = False
 
     def enter_call(self, call: Callable[[], Any] | None) -> None:
         """A `generate()` begins, or ends and the one around it, if any, goes on.
@@ -159,7 +161,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self.count_reason(reason, counters)
         elif is_decode:
             cache.grow_tensors()
-        elif self._resting or self._failures >= MAX_FAILURES:
+        elif self._resting or self.prompts_rest or self._failures >= MAX_FAILURES:
             return None
         if reason is not None:
             return None

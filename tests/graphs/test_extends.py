@@ -247,3 +247,18 @@ def test_a_fault_changes_tokens(device: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(StaticInputs, "_write_tokens", shifted)
     batch = padded_batch(2, 37)
     assert not torch.equal(run(model, 20, **batch), run(stock, 20, **batch))
+
+
+def test_prompts_of_rollouts_that_leave_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where graphs go back after each call in train mode, prompts are recorded once at most; in eval mode again."""
+    limit = "hf_fastattn.runtime.KEPT_IN_TRAINING"
+    stock, model = both("llama", device)
+    batch, seen = padded_batch(), []
+    for training, small in zip([True] * 5 + [False] * 2, [True] * 2 + [False] * 2 + [True] * 3, strict=True):
+        monkeypatch.setattr(limit, 2**30 if small else 0)
+        for each in (stock, model):
+            each.train(training)
+        with torch.no_grad():
+            assert torch.equal(run(model, **batch), run(stock, **batch))
+        seen.append(appends(model))
+    assert seen == [(0, 0), (1, 1), (0, 1), (0, 0), (0, 0), (0, 0), (1, 1)]
