@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from hf_fastattn.eval.choices import DTYPES, FAULTS, KINDS, SHAPES, SHIPPED, WINDOWS_16, WINDOWS_32
+from hf_fastattn.eval.choices import DTYPES, FAULTS, KINDS, ROLLOUTS, SHAPES, SHIPPED, WINDOWS_16, WINDOWS_32
 
 PROMPT = 'def read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
 
@@ -206,6 +206,25 @@ def add_matrix(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for matrix-DEVICE.md and .json")
 
 
+def add_rollouts(made: argparse.ArgumentParser) -> None:
+    """The calls that TRL's GRPOTrainer makes, stock and ours in turn, the weights changed before each. Exits with 1 if ours
+    falls back, is slower or fails."""
+    made.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b", help="random weights of a known shape")
+    made.add_argument(
+        "--state", nargs="+", default=ROLLOUTS, help="dtype and words, as in the matrix (default: %(default)s)"
+    )
+    made.add_argument("--prompts", type=positive, default=8, help="distinct prompts a call (default: %(default)s)")
+    made.add_argument("--samples", type=positive, default=8, help="rows of each prompt (default: %(default)s)")
+    made.add_argument("--length", type=positive, default=512, help="tokens of a prompt (default: %(default)s)")
+    made.add_argument(
+        "--new", type=positive, default=64, help="tokens after the first that are timed (default: %(default)s)"
+    )
+    made.add_argument("--stock-new", type=positive, default=12, help="the same of stock (default: %(default)s)")
+    made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--output", type=Path, help="folder for rollouts.md and .json")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
 
@@ -231,6 +250,9 @@ COMMANDS = {
         "hf_fastattn.eval.matrix",
         "time every kind of call, family and state on small models, and name what is slower",
         add_matrix,
+    ),
+    "bench rollouts": Command(
+        "hf_fastattn.eval.rollouts", "time generate() as trainers call it, GRPO's rollouts", add_rollouts
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention

@@ -22,6 +22,15 @@ KINDS = {
     "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
 }
 
+# What GRPO's rollouts run on: TRL's default with and without checkpointing, 16-bit weights, LoRA on both.
+ROLLOUTS = (
+    "fp32+accelerate+train",
+    "fp32+accelerate+train+checkpointing",
+    "bf16+train+checkpointing",
+    "bf16+train+lora",
+    "fp32+accelerate+train+lora",
+)
+
 # The configuration that the name stands for, as published; weights are random.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -35,6 +44,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,
     },

@@ -15,6 +15,9 @@ from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.page_storage import PageStorage
 
 torch.set_num_threads(1)
+# `torch.device` as a context looks up once what makes tensors: not while a test has replaced `torch.empty`.
+with torch.device("cpu"):
+    torch.empty(0)
 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,7 +65,7 @@ def gradients_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def devices_as_before() -> Iterator[None]:
-    """A test that leaves PyTorch's function modes off, or one of its own on, would move the models of others."""
+    """A test that leaves contexts of devices without effect, or one of its own on, would move the models of others."""
     yield
     with torch.device("meta"):
         assert torch.empty(1).device.type == "meta"
