@@ -41,6 +41,23 @@ def test_manual_loop(family: str) -> None:
     assert hf_fastattn.report(model).last_call.fallbacks == {}
 
 
+@pytest.mark.parametrize("given", [(True, False), (False, True)])
+@pytest.mark.parametrize("family", CORE)
+def test_positions_given_to_some_forwards(family: str, given: tuple[bool, bool]) -> None:
+    """Positions that a caller counts and those that the cache counts begin at the same number."""
+    stock, model = pair(family)
+    ids = torch.randint(1, VOCAB, (2, 26), generator=torch.Generator().manual_seed(8))
+    found = []
+    for side, cache in ((stock, DynamicCache(config=stock.config)), (model, hf_fastattn.PagedCache(model.config))):
+        with torch.no_grad():
+            for (begin, end), own in zip(((0, 20), (20, 26)), given, strict=True):
+                positions = {"position_ids": torch.arange(begin, end)[None]} if own else {}
+                out = side(ids[:, begin:end], **positions, **{CACHE: cache})
+        found.append(out.logits)
+    assert_close(found[1], found[0], "logits")
+    assert hf_fastattn.report(model).last_call.fallbacks == {}
+
+
 @pytest.mark.parametrize("family", CORE)
 def test_cache_operations_of_a_manual_loop(family: str) -> None:
     """Crop, reorder, repeat and select between forwards, as stock's cache does."""
