@@ -27,6 +27,21 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def hash_callees(*functions: Any) -> None:
+    """Make the hashes of what kernels call, before their own.
+
+    Triton 3.6 leaves the constants of a callee out of its caller's hash if it has not hashed the callee before: a kernel
+    would have two places on disk, by what ran first in a process, and be compiled for each (mended in Triton 3.9).
+    """
+    for function in functions:
+        names = function.fn.__code__.co_names
+        called = [function.fn.__globals__.get(name) for name in names]
+        callees = [callee for callee in called if hasattr(callee, "cache_key") and hasattr(callee, "fn")]
+        hash_callees(*callees)
+        for callee in callees:
+            _ = callee.cache_key
+
+
 def overlaps_launches(arch: int) -> bool:
     """Whether dependent launch works (from Hopper on): a kernel starts before the launch ahead ends, and waits inside."""
     return arch >= 90

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, hash_callees, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.sampling.candidates import draw_candidate, gather_candidates
 from hf_fastattn.kernels.sampling.greedy import best_of_chunks, greedy_tokens
 from hf_fastattn.kernels.sampling.noise import best_token, draw_chunk
@@ -156,6 +156,10 @@ def draw_kernel(
     tl.store(out_ptr + b * stride_out, winner.to(tl.int64))
     if threshold_ptr is not None:
         tl.store(threshold_ptr + b, least)
+
+
+# They share functions with the kernels of greedy choice.
+hash_callees(scan_logits_kernel, draw_kernel)
 
 
 def sample_tokens(

@@ -76,7 +76,7 @@ def test_own_decode_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rollout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     left = run("rollout_in_training.py", monkeypatch)
-    assert left["fallbacks"] == [{}, {}, {}] and left["kept"] == [0, 0, 0]
+    assert left["fallbacks"] == [{}, {}, {}] and all(0 < kept <= 2**27 for kept in left["kept"])
     model, prompt, before = left["model"], left["inputs"].input_ids, AutoModelForCausalLM.from_pretrained(SHIPPED)
     assert not torch.equal(model.lm_head.weight.cpu(), before.lm_head.weight.float())
     # Nothing is computed with the weights of before.
