@@ -20,6 +20,9 @@ MOST_SPLITS = 16
 # Up to so many columns a row of down is one step for one token.
 SHORT_ROW = 1024
 
+# From so many pairs an expert on, on average, the Gluon kernels of `hopper_grouped.py` are quicker.
+HOPPER_PAIRS = 64
+
 
 @dataclass(frozen=True)
 class GroupedTile:

@@ -97,12 +97,13 @@ def _maker(
 ) -> Callable[[tuple[int, ...], torch.device], AnyProducts]:
     """What makes the operations of a forward: of our kernels, or of PyTorch's where these do not run."""
     names = vars(decoder)[STATE].family.layers
-    if _backend(decoder)[0] == "reference":
+    backend = _backend(decoder)[0]
+    if backend == "reference":
         return lambda leading, device: PlainProducts(names, leading)
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return lambda leading, device: Products(names, leading, device, copies, adapters)
+    return lambda leading, device: Products(names, leading, device, copies, adapters, backend == "hopper")
 
 
 def _why_not_known(decoder: Any) -> str | None:
