@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -94,6 +96,20 @@ def test_split(split: int) -> None:
         got = few.down_sum(states, routing, layer.down_proj, tile=ProductTile(32, 32, 4, 2, split), sums=sums)
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
         assert not sums.arrived.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("inner", "top_k", "shared"), [(72, 3, True), (64, 4, False)])
+def test_rows_of_one_token_asked_for_at_once(inner: int, top_k: int, shared: bool) -> None:
+    layer = make_layer(1, 70, inner, 5, shared=shared)
+    routing = routed(layer, top_k)
+    layer.down_proj[[e for e in range(5) if e not in routing.chosen]] = torch.nan
+    states = few.gate_up_silu(layer.x, routing, layer.gate_up_proj)
+    options: dict[str, Any] = {"residual": layer.residual, "shared": layer.shared, "weights_settled": True}
+    got, want = (
+        few.down_sum(states, routing, layer.down_proj, tile=ProductTile(32, 128, 4, stages), **options) for stages in (1, 2)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.interpreter
