@@ -19,11 +19,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.attention.gluon_spelling import load_box
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
 from hf_fastattn.kernels.experts.grouped import combine
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.sorted_rows import WorkList
+from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
 

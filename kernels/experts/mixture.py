@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
-from hf_fastattn.kernels.backends import GLUON_TESTED
 from hf_fastattn.kernels.experts import few, grouped
 from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS
 from hf_fastattn.kernels.experts.routing import Routing
@@ -29,7 +27,7 @@ def mixture(
     """The weighted sum over the experts of each token, `[T, H]`; arguments as of `few.gate_up_silu` and `few.down_sum`.
 
     Args:
-        hopper: take the Gluon kernels where they are quicker; see `backends.choose_backend`.
+        hopper: take the Gluon kernels where they are quicker; see `backends.gluon_experts`.
     """
     options: dict[str, Any] = {"residual": residual, "shared": shared}
     if routing.counts is None:
@@ -50,8 +48,8 @@ def mixture(
 
 
 def _pays_on_hopper(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether pairs are enough, and these versions and shapes ones that the Gluon kernels take."""
-    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0] or not triton.__version__.startswith(GLUON_TESTED):
+    """Whether pairs are enough, and shapes ones that the Gluon kernels take."""
+    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0]:
         return False
     from hf_fastattn.kernels.experts.hopper_grouped import why_not_hopper
 

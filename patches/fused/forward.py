@@ -13,7 +13,7 @@ from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import has_global_hooks
 from hf_fastattn.graphs.weight_copies import WeightCopies
-from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.backends import choose_backend, gluon_experts
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
@@ -103,7 +103,7 @@ def _maker(
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return lambda leading, device: Products(names, leading, device, copies, adapters, backend == "hopper")
+    return lambda leading, device: Products(names, leading, device, copies, adapters, gluon_experts(backend))
 
 
 def _why_not_known(decoder: Any) -> str | None:

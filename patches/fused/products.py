@@ -53,7 +53,7 @@ class Products:
         device: of the tokens.
         copies: of weights that autocast would cast, if there are any.
         adapters: of the tokens, if they have more than the layers' single ones.
-        hopper: the backend is Hopper's, with Gluon kernels.
+        hopper: experts may take Gluon kernels.
 
     Attributes:
         adapters_fused: LoRA layers that our products took in so far.
