@@ -17,8 +17,8 @@ FEW_TOKENS = 16
 # Tiles of weight rows times splits are at most so many programs: as many as a Hopper GPU runs at once.
 PROGRAMS = 264
 MOST_SPLITS = 16
-# Up to so many columns a row of down is one step for one token.
-SHORT_ROW = 1024
+# Up to so many columns a row of down is one step for one token, and up to so many of all its experts are asked for at once.
+SHORT_ROW, AT_ONCE = 1024, 8192
 
 # From so many pairs an expert on, on average, the Gluon kernels of `hopper_grouped.py` are quicker.
 HOPPER_PAIRS = 64
@@ -70,22 +70,27 @@ def gate_up_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int) -> Pr
         return ProductTile(2, wide, 8 if wide >= 2048 else 4, 2, vector=8 if itemsize == 2 else 1)
     if itemsize == 4:
         return ProductTile(16, 32, 4, 2)
+    stages = 3 if arch >= HOPPER else 2
     # Rows enough that two tokens keep every processor busy.
-    return ProductTile(32 if tokens <= 2 and rows < 4096 else 64, 128, 4, 3 if arch >= HOPPER else 2)
+    return ProductTile(32, 128, 4, stages + 1) if tokens == 2 and rows < 4096 else ProductTile(64, 128, 4, stages)
 
 
 @functools.cache
-def down_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int) -> ProductTile:
+def down_tile(arch: int, itemsize: int, tokens: int, k: int, rows: int, top_k: int) -> ProductTile:
     """The tile of down for few tokens; arguments as of `gate_up_tile`, k is I and rows are H."""
     if tokens == 1:
         if itemsize == 2 and arch >= HOPPER and k <= SHORT_ROW:
-            return ProductTile(4, power_of_2(k), 8, 4)
+            wide = power_of_2(k)
+            at_once = wide * power_of_2(top_k) <= AT_ONCE
+            return ProductTile(2, wide, 4, 1) if at_once else ProductTile(4, wide, 8, 4)
         return ProductTile(4, min(512 if itemsize == 2 else 256, _columns(k)), 4, 6)
     # The number of an expert is read a step ahead of its weights: half of the stages hold no weights.
     if itemsize == 4:
         tile = ProductTile(32, 32, 4, 4)
+    elif arch >= HOPPER:
+        tile = ProductTile(64, 128, 4, 8) if tokens <= 8 and k <= 2 * SHORT_ROW else ProductTile(128, 128, 8, 6)
     else:
-        tile = ProductTile(128, 128, 8, 6) if arch >= HOPPER else ProductTile(64, 128, 4, 4)
+        tile = ProductTile(64, 128, 4, 4)
     tiles = -(-rows // tile.block_n)
     return replace(tile, split=max(1, min(MOST_SPLITS, PROGRAMS // tiles)))
 

@@ -98,7 +98,7 @@ def down_sum(
     if not tokens:
         return y
     arch = arch_of(states.device)
-    tile = tile or down_tile(arch, states.element_size(), tokens, inner, hidden)
+    tile = tile or down_tile(arch, states.element_size(), tokens, inner, hidden, top_k)
     options = {**_options(tile, hidden, inner, arch), "K": top_k}
     tiles = -(-hidden // tile.block_n)
     gate = None if shared is None else routing.gate

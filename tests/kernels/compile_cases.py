@@ -16,10 +16,8 @@ from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.experts import few, router
+from hf_fastattn.kernels.experts import router
 from hf_fastattn.kernels.experts.mixture import mixture
-from hf_fastattn.kernels.experts.routing import Routing
-from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
@@ -195,13 +193,6 @@ def experts_of(
     return mixture(x, routing, *weights, hopper=hopper, **options)
 
 
-def down_of_one(hidden: int, inner: int, top_k: int, dtype: torch.dtype = BF16) -> object:
-    routing = Routing(torch.zeros(1, top_k, dtype=torch.int32), torch.zeros(1, top_k))
-    states, down = torch.zeros(1, top_k, inner, dtype=dtype), torch.zeros(top_k, hidden, inner, dtype=dtype)
-    tile = ProductTile(4, power_of_2(inner), 8, 1)
-    return few.down_sum(states, routing, down, residual=down[0, :, :1].T.contiguous(), tile=tile)
-
-
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
     x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     if greedy:
@@ -274,6 +265,7 @@ CONTINUED = ("best_of_chunk_kernel", "score_kernel")
 GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
 ONE = ("router_kernel", "one_gate_up_kernel", "one_down_kernel")
+ONE_SHORT = ("router_kernel", "one_gate_up_kernel", "one_down_at_once_kernel")
 SEVERAL = ("router_kernel", "several_gate_up_kernel", "several_down_kernel")
 MANY = ("choice_kernel", "sort_pairs_kernel", "grouped_kernel", "combine_kernel")
 HOPPER_MANY = {**HOPPER, "kernels": ("choice_kernel", "sort_rows_kernel", "hopper_grouped_kernel", "combine_kernel")}
@@ -431,11 +423,11 @@ CASES = {
     "router, 16 tokens": Case(lambda: routed(16, 2048, 128, 8), ("router_kernel",), programs=2),
     "router, 512 experts": Case(lambda: routed(16, 2048, 512, 10, shared=True), ("router_kernel",), programs=1),
     "router, many tokens": Case(lambda: routed(64, 2048, 128, 8), ("choice_kernel",), programs=2),
-    "experts": Case(lambda: experts_of(1, 2048, 768, 128, 8), ONE, programs=2),
-    "experts, down at once": Case(lambda: down_of_one(2048, 768, 8), ("one_down_at_once_kernel",), programs=2),
-    "experts, down at once, K = 10, I = 500": Case(
-        lambda: down_of_one(2040, 500, 10, FP16), ("one_down_at_once_kernel",), programs=2
+    "experts": Case(lambda: experts_of(1, 2048, 768, 128, 8), ONE_SHORT, programs=2, targets=("sm_90", "sm_100")),
+    "experts, K = 10, I = 500": Case(
+        lambda: experts_of(1, 2040, 500, 12, 10, FP16, shared=True), ONE_SHORT, programs=2, targets=("sm_90", "sm_100")
     ),
+    "experts, K = 16": Case(lambda: experts_of(1, 2048, 768, 128, 16), ONE, programs=2),
     "experts, I = 14336": Case(lambda: experts_of(1, 4096, 14336, 8, 2), ONE, programs=2),
     "experts, one token, fp32": Case(lambda: experts_of(1, 2048, 768, 128, 8, FP32), ONE, programs=2),
     "experts, 4 tokens": Case(lambda: experts_of(4, 2048, 768, 128, 8), SEVERAL, programs=1),

@@ -154,9 +154,11 @@ def test_tiles_of_few_tokens() -> None:
     """Columns are cut without waste where they can be."""
     for k in (768, 1408, 2048, 4096, 14336):
         assert k % gate_up_tile(HOPPER, 2, 1, k, 768).block_k == 0 or k == 1408
-        assert down_tile(HOPPER, 2, 1, k, 2048).block_k <= 1024
-    assert all(down_tile(HOPPER, 2, tokens, 768, 2048).split > 1 for tokens in range(2, FEW_TOKENS + 1))
-    assert down_tile(HOPPER, 2, 8, 14336, 1 << 20).split == 1
+        assert down_tile(HOPPER, 2, 1, k, 2048, 8).block_k <= 1024
+    assert all(down_tile(HOPPER, 2, tokens, 768, 2048, 8).split > 1 for tokens in range(2, FEW_TOKENS + 1))
+    assert down_tile(HOPPER, 2, 8, 14336, 1 << 20, 2).split == 1
+    # More experts than registers hold rows of.
+    assert [down_tile(HOPPER, 2, 1, 768, 2048, top_k).stages for top_k in (8, 9)] == [1, 4]
 
 
 SWEEP = {
