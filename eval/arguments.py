@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from hf_fastattn.eval.choices import DTYPES, FAULTS, KINDS, ROLLOUTS, SHAPES, SHIPPED, WINDOWS_16, WINDOWS_32
+from hf_fastattn.eval.choices import (
+    DTYPES,
+    FAULTS,
+    KINDS,
+    MIXTURES,
+    ROLLOUTS,
+    ROUTINGS,
+    SHAPES,
+    SHIPPED,
+    WINDOWS_16,
+    WINDOWS_32,
+)  # fmt: skip
 
 PROMPT = 'def read_lines(path):\n    """Return the lines of a file as a list of strings."""\n'
 
@@ -182,6 +193,16 @@ def add_attention(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
 
 
+def add_experts(made: argparse.ArgumentParser) -> None:
+    """The kernels of a mixture of experts against PyTorch's grouped product, and the speeds of memory and of a matrix
+    product. Exits with 1 if a result is wrong. Without a GPU the reference runs a small shape."""
+    made.add_argument("--model", nargs="+", choices=MIXTURES, default=list(MIXTURES), help="sizes of these (default: all)")
+    made.add_argument("--tokens", type=positive, nargs="+", default=[1, 4, 16, 64, 256, 1024, 4096], help="tokens at once")
+    made.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="who goes where")
+    made.add_argument("--rounds", type=positive, default=11, help="interleaved rounds, of which the medians count")
+    made.add_argument("--output", type=Path, help="folder for experts.md and .json")
+
+
 def add_warmup(made: argparse.ArgumentParser) -> None:
     """Compile ahead, in several processes, what generate() needs for batches and prompts of these sizes, greedy and sampled.
     Only the model's configuration is read; what is compiled stays in Triton's cache on this machine."""
@@ -256,6 +277,9 @@ COMMANDS = {
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention
+    ),
+    "bench experts": Command(
+        "hf_fastattn.eval.experts", "time the kernels of experts against PyTorch's and ceilings", add_experts
     ),
 }
 

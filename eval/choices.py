@@ -118,6 +118,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Those with experts, and where the benchmark of these sends its tokens: anywhere, by Zipf's law, all to the same experts.
+MIXTURES = tuple(name for name, shape in SHAPES.items() if "num_experts_per_tok" in shape)
+ROUTINGS = ("uniform", "zipf", "one")
+
 # Windows of a run that plants faults. In 16 bits the scale fault is little more than rounding: the limits must be known
 # well to tell them apart.
 WINDOWS_32, WINDOWS_16 = 8, 48

@@ -56,6 +56,15 @@ def _choose(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return "reference", reason
 
 
+def gluon_experts(backend: str) -> bool:
+    """Whether the Gluon kernels of experts run with a backend that was chosen; the trial does not run these."""
+    if backend != "hopper":
+        return False
+    import triton
+
+    return triton.__version__.startswith(GLUON_TESTED)
+
+
 def _try_hopper(device: torch.device, head_dim: int) -> tuple[bool, str]:
     """Whether the Gluon kernels run on `device`, and why."""
     import triton

@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.attention.gluon_spelling import load_box
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
@@ -38,6 +37,7 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     unpack_pairs,
 )
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
+from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, LOG2E, check_pages, on_device_of
 
 BLOCK_M = 128

@@ -21,7 +21,7 @@ from torch import Tensor
 SECONDS = 300.0
 WRONG, FAILED, NO_DEVICE = 3, 4, 5
 _OUTCOMES = {0: "right", WRONG: "wrong results", FAILED: "an error"}
-SOURCES = ("hopper_prefill.py", "hopper_registers.py", "gluon_spelling.py", "work_list.py", "hopper_trial.py")
+SOURCES = ("hopper_prefill.py", "hopper_registers.py", "../gluon_spelling.py", "work_list.py", "hopper_trial.py")
 # New and past tokens of the rows: one of several tiles, one of few tokens, one that ends inside a page.
 COUNTS, PASTS = (300, 3, 129), (0, 260, 70)
 PAGE, GROUPS, RATIO = 16, 2, 4
@@ -38,7 +38,7 @@ def why_not_trusted(version: str, device: torch.device, seconds: float | None = 
 def _kept_outcome(version: str, gpu: str) -> Path:
     digest = hashlib.sha256(f"{version}\0{gpu}\0{torch.__version__}".encode())
     for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update((Path(__file__).parent / name).read_bytes())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "hf_fastattn" / f"hopper-trial-{digest.hexdigest()[:20]}.txt"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
 from hf_fastattn.kernels.experts.configs import FEW_TOKENS, down_tile, gate_up_tile
-from hf_fastattn.kernels.experts.one_token import one_down_kernel, one_gate_up_kernel
+from hf_fastattn.kernels.experts.one_token import one_down_at_once_kernel, one_down_kernel, one_gate_up_kernel
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.several_tokens import several_down_kernel, several_gate_up_kernel
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
@@ -98,13 +98,17 @@ def down_sum(
     if not tokens:
         return y
     arch = arch_of(states.device)
-    tile = tile or down_tile(arch, states.element_size(), tokens, inner, hidden)
+    tile = tile or down_tile(arch, states.element_size(), tokens, inner, hidden, top_k)
     options = {**_options(tile, hidden, inner, arch), "K": top_k}
     tiles = -(-hidden // tile.block_n)
     gate = None if shared is None else routing.gate
     with on_device_of(states):
         if tokens == 1:
-            one_down_kernel[(tiles,)](
+            kernel = one_down_kernel
+            if tile.stages == 1 and tile.block_k >= inner:
+                kernel, options["SLOTS"] = one_down_at_once_kernel, power_of_2(top_k)
+                del options["STAGES"]
+            kernel[(tiles,)](
                 states, down_proj, routing.chosen, routing.weights, residual, shared, gate, y,
                 SETTLED=weights_settled, **options,
             )  # fmt: skip

@@ -220,11 +220,15 @@ def down_sum(
     """
     tokens, top_k = routing.chosen.shape
     check_down(states.view(tokens, top_k, -1), routing, down_proj, residual, shared)
-    products = _grouped(states, down_proj, routing, order, False, tile)
-    hidden = products.shape[1]
-    y = torch.empty((tokens, hidden), dtype=states.dtype, device=states.device)
-    overlap = overlaps_launches(arch_of(states.device))
-    with on_device_of(states):
+    return combine(_grouped(states, down_proj, routing, order, False, tile), routing, residual, shared)
+
+
+def combine(products: Tensor, routing: Routing, residual: Tensor | None, shared: Tensor | None) -> Tensor:
+    """The sum over the experts of each token, `[T, H]`, of weighted `products: [T * K, H]`, and what is added to it."""
+    (tokens, top_k), hidden = routing.chosen.shape, products.shape[1]
+    y = torch.empty((tokens, hidden), dtype=products.dtype, device=products.device)
+    overlap = overlaps_launches(arch_of(products.device))
+    with on_device_of(products):
         combine_kernel[(tokens, -(-hidden // BLOCK_OUT))](
             products, residual, shared, None if shared is None else routing.gate, y,
             0 if residual is None else residual.stride(0), 0 if shared is None else shared.stride(0),

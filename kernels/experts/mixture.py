@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_fastattn.kernels.experts import few, grouped
+from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 
@@ -21,12 +22,35 @@ def mixture(
     shared: Tensor | None = None,
     sums: SplitSums | None = None,
     weights_settled: bool = False,
+    hopper: bool = False,
 ) -> Tensor:
-    """The weighted sum over the experts of each token, `[T, H]`; arguments as of `few.gate_up_silu` and `few.down_sum`."""
+    """The weighted sum over the experts of each token, `[T, H]`; arguments as of `few.gate_up_silu` and `few.down_sum`.
+
+    Args:
+        hopper: take the Gluon kernels where they are quicker; see `backends.gluon_experts`.
+    """
+    options: dict[str, Any] = {"residual": residual, "shared": shared}
     if routing.counts is None:
         states = few.gate_up_silu(x, routing, gate_up_proj)
-        options: dict[str, Any] = {"residual": residual, "shared": shared}
         return few.down_sum(states, routing, down_proj, sums=sums, weights_settled=weights_settled, **options)
+    if hopper and _pays_on_hopper(x, routing, gate_up_proj, down_proj):
+        from hf_fastattn.kernels.experts import hopper_grouped
+        from hf_fastattn.kernels.experts.sorted_rows import sort_rows
+
+        rows, work = sort_rows(x, routing, hopper_grouped.BLOCK_M)
+        states = hopper_grouped.gate_up_silu(rows, work, routing, gate_up_proj)
+        # As large as what the experts give.
+        del rows
+        return hopper_grouped.down_sum(states, work, routing, down_proj, **options)
     order = grouped.sort_pairs(routing)
     states = grouped.gate_up_silu(x, routing, order, gate_up_proj)
-    return grouped.down_sum(states, routing, order, down_proj, residual=residual, shared=shared)
+    return grouped.down_sum(states, routing, order, down_proj, **options)
+
+
+def _pays_on_hopper(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
+    """Whether pairs are enough, and shapes ones that the Gluon kernels take."""
+    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0]:
+        return False
+    from hf_fastattn.kernels.experts.hopper_grouped import why_not_hopper
+
+    return why_not_hopper(x, gate_up_proj, down_proj) is None

@@ -105,3 +105,38 @@ def one_down_kernel(
         acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1) + added
     tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def one_down_at_once_kernel(
+    states_ptr, w_ptr, chosen_ptr, weights_ptr, residual_ptr, shared_ptr, gate_ptr, y_ptr,
+    H: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs, for short rows: those of all K experts are asked for at once, before the states are there."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.arange(0, SLOTS)
+    column = tl.arange(0, BLOCK_K)
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    ok_k = slot < K
+    # The launch ahead started this one when the choice was final. .cg bypasses the L1 cache, which may hold older values.
+    expert = tl.load(chosen_ptr + slot, mask=ok_k, other=0, cache_modifier=".cg").to(tl.int64)  # [SLOTS]
+    off_w = expert[None, :, None] * (H * INNER) + tl.minimum(n, H - 1)[:, None, None] * INNER + column[None, None, :]
+    inside = ok_k[:, None] & (column < INNER)[None, :]  # [SLOTS, BLOCK_K]
+    w = tl.load(w_ptr + off_w, mask=inside[None, :, :], other=0.0, eviction_policy="evict_first")
+    if OVERLAP and SETTLED:
+        gdc_wait()
+    weight = tl.load(weights_ptr + slot, mask=ok_k, other=0.0)
+    x = tl.load(states_ptr + slot[:, None] * INNER + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x *= weight[:, None]
+    y = tl.sum(tl.sum(w.to(tl.float32) * x[None, :, :], 2), 1)  # [BLOCK_N]
+    ok = n < H
+    if shared_ptr is not None:
+        shared = tl.load(shared_ptr + n, mask=ok, other=0.0).to(tl.float32)
+        y += shared / (1.0 + tl.exp(-tl.load(gate_ptr)))
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=ok)

@@ -13,7 +13,7 @@ from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import has_global_hooks
 from hf_fastattn.graphs.weight_copies import WeightCopies
-from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.backends import choose_backend, gluon_experts
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
@@ -97,12 +97,13 @@ def _maker(
 ) -> Callable[[tuple[int, ...], torch.device], AnyProducts]:
     """What makes the operations of a forward: of our kernels, or of PyTorch's where these do not run."""
     names = vars(decoder)[STATE].family.layers
-    if _backend(decoder)[0] == "reference":
+    backend = _backend(decoder)[0]
+    if backend == "reference":
         return lambda leading, device: PlainProducts(names, leading)
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return lambda leading, device: Products(names, leading, device, copies, adapters)
+    return lambda leading, device: Products(names, leading, device, copies, adapters, gluon_experts(backend))
 
 
 def _why_not_known(decoder: Any) -> str | None:

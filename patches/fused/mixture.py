@@ -41,7 +41,8 @@ def add_mixture(
         **options,
     )
     shared = None if held.shared is None else _shared_expert(held.shared, normed, products)
-    return mixture(normed, routing, held.gate_up, held.down, residual=x, shared=shared, **options), None
+    options |= {"residual": x, "shared": shared, "hopper": products.hopper}
+    return mixture(normed, routing, held.gate_up, held.down, **options), None
 
 
 def _shared_expert(mlp: Any, x: Tensor, products: Products) -> Tensor:

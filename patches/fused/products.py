@@ -53,6 +53,7 @@ class Products:
         device: of the tokens.
         copies: of weights that autocast would cast, if there are any.
         adapters: of the tokens, if they have more than the layers' single ones.
+        hopper: experts may take Gluon kernels.
 
     Attributes:
         adapters_fused: LoRA layers that our products took in so far.
@@ -65,9 +66,11 @@ class Products:
         device: torch.device,
         copies: WeightCopies | None = None,
         adapters: TokenAdapters | None = None,
+        hopper: bool = False,
     ) -> None:
         self.names = names
         self.leading = leading
+        self.hopper = hopper
         self.tokens = math.prod(leading)
         self._region, self._copies, self._tokens_adapters = region_dtype(device), copies, adapters
         self._by_row = None if adapters is None else adapters.names

@@ -182,13 +182,15 @@ def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtyp
 
 
 def experts_of(
-    tokens: int, hidden: int, inner: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False
+    tokens: int, hidden: int, inner: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False,
+    hopper: bool = False,
 ) -> object:  # fmt: skip
     # Of as many experts as there have to be: their weights are real memory.
     x, few = torch.zeros(tokens, hidden, dtype=dtype), min(experts, max(top_k, 4))
     routing = routed(tokens, hidden, few, top_k, dtype, shared=shared)
     weights = torch.zeros(few, 2 * inner, hidden, dtype=dtype), torch.zeros(few, hidden, inner, dtype=dtype)
-    return mixture(x, routing, *weights, residual=x, shared=x if shared else None, weights_settled=True)
+    options: dict[str, Any] = {"residual": x, "shared": x if shared else None, "weights_settled": True}
+    return mixture(x, routing, *weights, hopper=hopper, **options)
 
 
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
@@ -263,8 +265,10 @@ CONTINUED = ("best_of_chunk_kernel", "score_kernel")
 GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
 ONE = ("router_kernel", "one_gate_up_kernel", "one_down_kernel")
+ONE_SHORT = ("router_kernel", "one_gate_up_kernel", "one_down_at_once_kernel")
 SEVERAL = ("router_kernel", "several_gate_up_kernel", "several_down_kernel")
 MANY = ("choice_kernel", "sort_pairs_kernel", "grouped_kernel", "combine_kernel")
+HOPPER_MANY = {**HOPPER, "kernels": ("choice_kernel", "sort_rows_kernel", "hopper_grouped_kernel", "combine_kernel")}
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)
@@ -419,7 +423,11 @@ CASES = {
     "router, 16 tokens": Case(lambda: routed(16, 2048, 128, 8), ("router_kernel",), programs=2),
     "router, 512 experts": Case(lambda: routed(16, 2048, 512, 10, shared=True), ("router_kernel",), programs=1),
     "router, many tokens": Case(lambda: routed(64, 2048, 128, 8), ("choice_kernel",), programs=2),
-    "experts": Case(lambda: experts_of(1, 2048, 768, 128, 8), ONE, programs=2),
+    "experts": Case(lambda: experts_of(1, 2048, 768, 128, 8), ONE_SHORT, programs=2, targets=("sm_90", "sm_100")),
+    "experts, K = 10, I = 500": Case(
+        lambda: experts_of(1, 2040, 500, 12, 10, FP16, shared=True), ONE_SHORT, programs=2, targets=("sm_90", "sm_100")
+    ),
+    "experts, K = 16": Case(lambda: experts_of(1, 2048, 768, 128, 16), ONE, programs=2),
     "experts, I = 14336": Case(lambda: experts_of(1, 4096, 14336, 8, 2), ONE, programs=2),
     "experts, one token, fp32": Case(lambda: experts_of(1, 2048, 768, 128, 8, FP32), ONE, programs=2),
     "experts, 4 tokens": Case(lambda: experts_of(4, 2048, 768, 128, 8), SEVERAL, programs=1),
@@ -433,6 +441,10 @@ CASES = {
     "experts, 64 tokens, fp32": Case(lambda: experts_of(64, 512, 768, 8, 8, FP32), MANY, programs=1, exact=True),
     "experts, 100 tokens, shared, I = 1000": Case(
         lambda: experts_of(100, 2040, 1000, 8, 4, FP16, shared=True), MANY, programs=1
+    ),
+    "experts, 512 tokens, Hopper": Case(lambda: experts_of(512, 2048, 768, 8, 8, hopper=True), **HOPPER_MANY),
+    "experts, 512 tokens, Hopper, shared, I = 1000": Case(
+        lambda: experts_of(512, 2040, 1000, 8, 4, FP16, shared=True, hopper=True), **HOPPER_MANY
     ),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),

@@ -21,7 +21,7 @@ from hf_fastattn.eval.arguments import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
-GIVEN["bench attention"] = ["--rounds", "2"]
+GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "experts")}
 NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
 WRONG = [
     (["attention"], "argument COMMAND: invalid choice: 'attention'", "bench"),

@@ -18,7 +18,18 @@ HOUSE = (
     "patching", "report", "warming", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
-    "kernels": ("launch", "relaunch", "quick_launch", "layer", "experts", "attention", "sampling", "backends", "ops"),
+    "kernels": (
+        "launch",
+        "relaunch",
+        "quick_launch",
+        "gluon_spelling",
+        "layer",
+        "experts",
+        "attention",
+        "sampling",
+        "backends",
+        "ops",
+    ),
     "patches": ("family", "families", "registry", "modules", "attention", "fused", "decoder"),
 }
 

@@ -46,8 +46,8 @@ def with_wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return
 
     def wide(tile_of: Callable[..., ProductTile]) -> Callable[..., ProductTile]:
-        def tile(arch: int, itemsize: int, tokens: int, k: int, rows: int) -> ProductTile:
-            found = tile_of(arch, itemsize, tokens, k, rows)
+        def tile(arch: int, itemsize: int, tokens: int, *sizes: int) -> ProductTile:
+            found = tile_of(arch, itemsize, tokens, *sizes)
             return replace(found, block_n=32) if tokens == 1 else found
 
         return tile

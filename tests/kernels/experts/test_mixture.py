@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -97,6 +99,20 @@ def test_split(split: int) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("inner", "top_k", "shared"), [(72, 3, True), (64, 4, False)])
+def test_rows_of_one_token_asked_for_at_once(inner: int, top_k: int, shared: bool) -> None:
+    layer = make_layer(1, 70, inner, 5, shared=shared)
+    routing = routed(layer, top_k)
+    layer.down_proj[[e for e in range(5) if e not in routing.chosen]] = torch.nan
+    states = few.gate_up_silu(layer.x, routing, layer.gate_up_proj)
+    options: dict[str, Any] = {"residual": layer.residual, "shared": layer.shared, "weights_settled": True}
+    got, want = (
+        few.down_sum(states, routing, layer.down_proj, tile=ProductTile(32, 128, 4, stages), **options) for stages in (1, 2)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("tile", [GroupedTile(16, 32, 32, 4, 2), GroupedTile(128, 64, 64, 4, 3)])
 def test_tiles_of_grouped_products(tile: GroupedTile) -> None:
     layer = make_layer(90, 72, 40, 4)
@@ -138,9 +154,11 @@ def test_tiles_of_few_tokens() -> None:
     """Columns are cut without waste where they can be."""
     for k in (768, 1408, 2048, 4096, 14336):
         assert k % gate_up_tile(HOPPER, 2, 1, k, 768).block_k == 0 or k == 1408
-        assert down_tile(HOPPER, 2, 1, k, 2048).block_k <= 512
-    assert all(down_tile(HOPPER, 2, tokens, 768, 2048).split > 1 for tokens in range(2, FEW_TOKENS + 1))
-    assert down_tile(HOPPER, 2, 8, 14336, 1 << 20).split == 1
+        assert down_tile(HOPPER, 2, 1, k, 2048, 8).block_k <= 1024
+    assert all(down_tile(HOPPER, 2, tokens, 768, 2048, 8).split > 1 for tokens in range(2, FEW_TOKENS + 1))
+    assert down_tile(HOPPER, 2, 8, 14336, 1 << 20, 2).split == 1
+    # More experts than registers hold rows of.
+    assert [down_tile(HOPPER, 2, 1, 768, 2048, top_k).stages for top_k in (8, 9)] == [1, 4]
 
 
 SWEEP = {
