@@ -15,6 +15,7 @@ import hf_fastattn
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.accuracy.agreement import Agreement, Verdict
 from hf_fastattn.eval.generate_speed.cases import ENDING, Case
+from hf_fastattn.eval.generate_speed.experts import Distinct, count_distinct, experts_of
 from hf_fastattn.eval.generate_speed.limit import step_limit
 from hf_fastattn.eval.generate_speed.systems import System, twin
 from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
@@ -76,7 +77,10 @@ class Bench:
         idle = problems(call, 1 + ours.new, self._has_graphs, drafts=case.kind == "drafts")
         if case.kind in ENDING and not call.fast_loops:
             idle.append("rows did not end early: the loop did not run on the device")
-        is_green = verdict.agrees and not idle
+        distinct = self._distinct(case)
+        if distinct is not None and not distinct.counted:
+            idle.append("the experts did not run on our kernels")
+        is_green = verdict.agrees and not idle and (distinct is None or distinct.comparable)
         row: dict[str, Any] = {
             **asdict(case),
             "name": case.name,
@@ -87,7 +91,8 @@ class Bench:
             "problems": idle,
             "counters": {name: dict(count) if isinstance(count, Counter) else count for name, count in vars(call).items()},
             "process_first_call_s": process_first,
-            "systems": {system.name: self._figures(case, system) for system in systems},
+            "experts": None if distinct is None else distinct.record(),
+            "systems": {system.name: self._figures(case, system, distinct) for system in systems},
             "ratios": {other.name: ratios(ours, other) for other in systems[:-1]} if is_green else {},
             "first_over_one_sample": statistics.median(over_one) if over_one and is_green else None,
         }
@@ -159,9 +164,17 @@ class Bench:
                 over_one.append(ours.timings[-1].first / one)
         return over_one
 
-    def _figures(self, case: Case, system: System) -> dict[str, Any]:
+    def _distinct(self, case: Case) -> Distinct | None:
+        """The experts that a step reads, counted in calls of their own; None without any, and where no limit is known."""
+        if experts_of(self.model) is None or self.read is None:
+            return None
+        free_memory()
+        return count_distinct(self.patched_system("counted"), case)
+
+    def _figures(self, case: Case, system: System, distinct: Distinct | None) -> dict[str, Any]:
         first, token = (statistics.median(getattr(t, name) for t in system.timings) for name in ("first", "token"))
-        limit = None if self.read is None else step_limit(self.model, case, system.new, self.read)
+        counted = distinct.counted if distinct is not None and distinct.counted else None
+        limit = None if self.read is None else step_limit(self.model, case, system.new, self.read, counted)
         return {
             "first_ms": 1e3 * first,
             "token_ms": 1e3 * token,
