@@ -31,7 +31,7 @@ from hf_fastattn.eval.checkpoint.recall import RecallVocabulary
 from hf_fastattn.eval.checkpoint.rows import Batches
 
 QUICK_LENGTHS, QUICK_DEPTHS = (512, 3500), (0.1, 0.9)
-# Share of the loss that keeps experts in use; the weight is that of Qwen3-MoE's configuration times ten, as few tokens are seen.
+# What the loss that keeps all experts in use is multiplied by.
 BALANCE = 0.01
 
 

@@ -17,7 +17,7 @@ from hf_fastattn.eval.accuracy.agreement import Agreement, Verdict
 from hf_fastattn.eval.generate_speed.cases import ENDING, Case
 from hf_fastattn.eval.generate_speed.experts import Distinct, count_distinct, experts_of
 from hf_fastattn.eval.generate_speed.limit import step_limit
-from hf_fastattn.eval.generate_speed.systems import System, twin
+from hf_fastattn.eval.generate_speed.systems import System, twin, twin_without_switch
 from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
 
 # Tokens after the first of the process's first call.
@@ -128,7 +128,8 @@ class Bench:
         return self._verdicts[case.kind]
 
     def _systems(self, case: Case) -> list[System]:
-        """Stock, compiled if asked for, and ours as the last; where rows end early, only ours."""
+        """Stock, with the other function for experts too, compiled if asked for, and ours as the last; where rows end early,
+        only ours."""
         settings = self.settings
         if case.kind in ENDING:
             ours = self.patched_system()
@@ -136,6 +137,8 @@ class Bench:
             stays = System("stays", ours.model, settings.new, {"return_dict_in_generate": True}, borrowed=True)
             return [stays, ours]
         systems = [System("stock", self.model, settings.stock_new)]
+        if experts_of(self.model) is not None and self._has_graphs:
+            systems.append(System("grouped_mm", twin_without_switch(self.model), settings.stock_new))
         if settings.compile and case.kind != "samples":
             torch.compiler.reset()
             # A twin of its own for each case: its cache is as long as the longest that it ever had.

@@ -31,7 +31,6 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, one dense": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}),
     "qwen3_vl_moe": ("qwen3_vl_moe", {}),
     "qwen3_vl_moe, one dense": ("qwen3_vl_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}),
-    "qwen3_omni_moe": ("qwen3_omni_moe", {}),
 }
 # Their layers are called, their blocks of experts are ours.
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,9 +111,9 @@ def test_blocks_of_hybrids(name: str, launched: Counter[str]) -> None:
 
 @pytest.mark.interpreter
 def test_blocks_of_hybrids_that_are_called(launched: Counter[str]) -> None:
-    """A block with hooks keeps its kernels inside; of what is not Transformers' own, all is called."""
+    """What is put around a block keeps the kernels inside; where something in it is not Transformers' own, all is called."""
     ids = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(2))
-    for change, ours in ((_hooked, True), (_router_hooked, False), (_experts_replaced, False), (_block_replaced, False)):
+    for change, ours in ((_hooked, True), (_router_hooked, False), (_experts_replaced, False), (_block_wrapped, True)):
         stock, model = build("qwen3_next"), hf_fastattn.patch(build("qwen3_next"))
         for one in (stock, model):
             one.set_experts_implementation("eager")
@@ -130,7 +129,7 @@ def test_blocks_of_hybrids_that_are_called(launched: Counter[str]) -> None:
     assert len(out.router_logits) == 2 and not launched
 
 
-def _block_replaced(model: Any) -> None:
+def _block_wrapped(model: Any) -> None:
     block = model.model.layers[0].mlp
     forward = block.forward
     block.forward = lambda states: 0.5 * forward(states)
@@ -149,14 +148,16 @@ def test_hooks_left_by_transformers(launched: Counter[str]) -> None:
 
 
 @pytest.mark.interpreter
-def test_tokens_of_generate(launched: Counter[str]) -> None:
-    stock, model = build("qwen3_moe"), hf_fastattn.patch(build("qwen3_moe"))
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_omni_moe"])
+def test_tokens_of_generate(family: str, launched: Counter[str]) -> None:
+    stock, model = (tiny(family, **SMALL) for _ in range(2))
+    model = hf_fastattn.patch(model)
     for one in (stock, model):
         one.set_experts_implementation("eager")
     options: dict[str, Any] = {**padded_batch(1, 5), "max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**options), stock.generate(**options))
     assert_fast(model)
-    assert launched["mixture"] == 3 and model.config._experts_implementation == "eager"
+    assert launched["mixture"] == 3 and decoder_of(model).config._experts_implementation == "eager"
 
 
 def _hooked(model: Any) -> None:

@@ -12,7 +12,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.choices import KINDS
 from hf_fastattn.eval.generate_speed.bench import problems, ratios
 from hf_fastattn.eval.generate_speed.cases import ENDING, ON_CPU, ON_GPU, Case, choose
-from hf_fastattn.eval.generate_speed.experts import Distinct, counting, expected_experts
+from hf_fastattn.eval.generate_speed.experts import expected_experts
 from hf_fastattn.eval.generate_speed.limit import key_value_bytes, step_limit, weight_bytes
 from hf_fastattn.eval.generate_speed.step_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.generate_speed.systems import System, Timing, end_rows_after, twin
