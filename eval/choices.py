@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+# A small mixture of experts, which is not in a wheel.
+MIXTURE = SHIPPED.parent / "mixture"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The faults that faults.py can plant.
 FAULTS = ("page", "position", "mask", "scale", "window")
+# Those that take a mixture of experts, whose weights the router makes add up to 1.
+ROUTING_FAULTS = ("expert", "weights")
 
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {

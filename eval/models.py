@@ -21,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from hf_fastattn.eval.choices import MIXTURE as MIXTURE
 from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
 # Fields that a Llama's configuration shares with a Mistral's, beside those that are the same by default.
