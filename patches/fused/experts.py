@@ -106,10 +106,10 @@ def why_not_captured(model: Any) -> str | None:
     """Why the launches of a decoder's mixtures may differ from step to step; None if all are ours.
 
     Args:
-        model: a patched decoder, or a model around one.
+        model: a patched model, or its decoder.
     """
-    decoder = getattr(model, "base_model", model)
-    names = vars(decoder)[STATE].family.layers
+    state = vars(model)[STATE]
+    decoder, names = state.decoder(model) if hasattr(state, "decoder") else model, state.family.layers
     if names is None or names.mixture is None or region_dtype(decoder.device) is not None:
         return MIXTURE
     device, dtype = decoder.device, decoder.dtype

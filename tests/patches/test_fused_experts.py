@@ -237,10 +237,11 @@ def test_one_block_is_called_and_the_others_are_not(launched: Counter[str]) -> N
 
 
 @pytest.mark.interpreter
-def test_the_first_of_equal_experts() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equal_experts(dtype: torch.dtype) -> None:
     """Planted ties: experts with equal logits, of which only the first that are chosen compute anything."""
     for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        model = hf_fastattn.patch(build(name, num_hidden_layers=1, num_experts_per_tok=2))
+        model = hf_fastattn.patch(build(name, num_hidden_layers=1, num_experts_per_tok=2).to(dtype))
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.mlp.gate.weight[:] = layer.mlp.gate.weight[0]
