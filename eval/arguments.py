@@ -111,7 +111,9 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
-    made.add_argument("--inject", choices=(*FAULTS, *ROUTING_FAULTS), help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument(
+        "--inject", choices=(*FAULTS, *ROUTING_FAULTS), help="plant this fault in the patched model; the verdict must be red"
+    )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for the report (.md, .json, .png) and the journal")

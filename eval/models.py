@@ -131,17 +131,18 @@ def in_precision(model: Any, dtype: torch.dtype) -> Iterator[Any]:
     # Their quicker functions have no kernel for it.
     experts = model.get_experts_implementation() if dtype == torch.float64 else None
     norms = [module for module in model.modules() if _is_rms_norm(module)] if dtype == torch.float64 else []
-    _cast(model, dtype)
-    if experts is not None:
-        model.set_experts_implementation("eager")
-    for norm in norms:
-        # Transformers' norms compute in fp32 whatever the input, which would be the truth's largest error.
-        norm.forward = types.MethodType(_exact_rms_norm, norm)
     try:
+        # All of them may not fit.
+        _cast(model, dtype)
+        if experts is not None:
+            model.set_experts_implementation("eager")
+        for norm in norms:
+            # Transformers' norms compute in fp32 whatever the input, which would be the truth's largest error.
+            norm.forward = types.MethodType(_exact_rms_norm, norm)
         yield model
     finally:
         for norm in norms:
-            del vars(norm)["forward"]
+            vars(norm).pop("forward", None)
         if experts is not None:
             model.set_experts_implementation(experts)
         _cast(model, before)

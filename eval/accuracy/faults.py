@@ -1,9 +1,9 @@
 """Faults that the evaluations must notice, planted in a patched model for the length of a `with` block.
 
 Each is a mistake that a paged cache invites, in a form chosen to be quiet: nothing crashes and no NaN gives it away.
-They live in hooks on the attention modules and routers of this one model and change what a layer reads, so that they hold for every
-backend and nothing of them is in the product. `scale` and `window` act on every forward, the others where there is a
-past: in appends and decode.
+They live in hooks on the attention modules and routers of this one model and change what a layer reads, so that they hold
+for every backend and nothing of them is in the product. `scale` and `window` act on every forward, the others where there
+is a past: in appends and decode.
 
     page      The two newest pages of the longest row are exchanged in the table that attention reads. (To exchange two
               full pages that a query sees whole changes nothing: attention doesn't care for the order of keys, and

@@ -124,7 +124,7 @@ class Bench:
             free_memory()
             ids = case.ids(self.model.config.get_text_config().vocab_size, 0, self.model.device)
             agreement = Agreement(self.model, twin(self.model), self.settings.patch)
-            self._verdicts[case.kind] = case.name, agreement(ids, case.arguments)
+            self._verdicts[case.kind] = case.name, _checked(agreement, ids, case)
         return self._verdicts[case.kind]
 
     def _systems(self, case: Case) -> list[System]:
@@ -190,6 +190,13 @@ class Bench:
             "first_call_s": system.first_call,
             "timings": [asdict(timing) for timing in system.timings],
         }
+
+
+def _checked(agreement: Agreement, ids: torch.Tensor, case: Case) -> Verdict:
+    try:
+        return agreement(ids, case.arguments)
+    except torch.OutOfMemoryError:
+        return Verdict(False, "not checked: the weights do not fit in a wider dtype; take fewer layers")
 
 
 def ratios(ours: System, other: System) -> dict[str, float]:

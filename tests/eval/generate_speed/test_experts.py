@@ -11,6 +11,8 @@ import torch
 
 import hf_fastattn
 from hf_fastattn import cli
+from hf_fastattn.eval import models
+from hf_fastattn.eval.accuracy import agreement
 from hf_fastattn.eval.generate_speed import bench as bench_module
 from hf_fastattn.eval.generate_speed.bench import Bench
 from hf_fastattn.eval.generate_speed.experts import Distinct, counting, expected_experts, experts_of
@@ -93,3 +95,19 @@ def test_counted_in_captured_steps(alike: bool, tmp_path: Path, monkeypatch: pyt
     assert (status == 0) == row["experts"]["comparable"] == (not alike)
     assert list(row["systems"]) == ["stock", "grouped_mm", "patched"]
     assert row["experts"]["least"] <= row["experts"]["counted"] <= 9
+
+
+def test_what_is_too_large_to_be_checked_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*given: Any) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    model = mixture()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(models, "_cast", lambda model, dtype: too_large(model, dtype) if dtype == torch.float64 else None)
+        with models.in_precision(model, torch.float64):
+            pass
+    assert model.config._experts_implementation != "eager" and "forward" not in vars(model.model.norm)
+    monkeypatch.setattr(agreement.Agreement, "__call__", too_large)
+    model.save_pretrained(tmp_path)
+    status, record, text = bench(tmp_path, tmp_path, "--device", "cpu", "--dtype", "float32")
+    assert status == 1 and not record["failed"] and "not checked: the weights do not fit" in text
