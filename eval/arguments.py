@@ -14,6 +14,7 @@ from hf_fastattn.eval.choices import (
     KINDS,
     MIXTURES,
     ROLLOUTS,
+    ROUTING_FAULTS,
     ROUTINGS,
     SHAPES,
     SHIPPED,
@@ -122,7 +123,9 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
-    made.add_argument("--inject", choices=FAULTS, help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument(
+        "--inject", choices=(*FAULTS, *ROUTING_FAULTS), help="plant this fault in the patched model; the verdict must be red"
+    )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for the report (.md, .json, .png) and the journal")
@@ -143,7 +146,7 @@ def add_parity(made: argparse.ArgumentParser) -> None:
 def add_faults(made: argparse.ArgumentParser) -> None:
     """Both evaluations with each fault, which they must notice, and over seeds without one. Exits with 1 if one is wrong."""
     made.add_argument("--seeds", type=int, default=20)
-    made.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
+    made.add_argument("--faults", nargs="*", choices=(*FAULTS, *ROUTING_FAULTS), default=list(FAULTS))
     made.add_argument("--context", type=int, default=256)
     made.add_argument("--stride", type=int, default=64)
     made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")

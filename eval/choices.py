@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
+# A small mixture of experts, which is not in a wheel.
+MIXTURE = SHIPPED.parent / "mixture"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The faults that faults.py can plant.
 FAULTS = ("page", "position", "mask", "scale", "window")
+# Those that take a mixture of experts, whose weights the router makes add up to 1.
+ROUTING_FAULTS = ("expert", "weights")
 
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {
@@ -88,7 +92,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
-        "num_hidden_layers": 32,
+        # Half of its layers: the check of agreement holds all weights in fp32.
+        "num_hidden_layers": 16,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 32768,

@@ -21,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from hf_fastattn.eval.choices import MIXTURE as MIXTURE
 from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
 # Fields that a Llama's configuration shares with a Mistral's, beside those that are the same by default.
@@ -127,16 +128,23 @@ def in_precision(model: Any, dtype: torch.dtype) -> Iterator[Any]:
     Buffers stay: Transformers makes RoPE's angles in fp32 in every dtype, and both models read the same.
     """
     before = model.dtype
+    # Their quicker functions have no kernel for it.
+    experts = model.get_experts_implementation() if dtype == torch.float64 else None
     norms = [module for module in model.modules() if _is_rms_norm(module)] if dtype == torch.float64 else []
-    _cast(model, dtype)
-    for norm in norms:
-        # Transformers' norms compute in fp32 whatever the input, which would be the truth's largest error.
-        norm.forward = types.MethodType(_exact_rms_norm, norm)
     try:
+        # All of them may not fit.
+        _cast(model, dtype)
+        if experts is not None:
+            model.set_experts_implementation("eager")
+        for norm in norms:
+            # Transformers' norms compute in fp32 whatever the input, which would be the truth's largest error.
+            norm.forward = types.MethodType(_exact_rms_norm, norm)
         yield model
     finally:
         for norm in norms:
-            del vars(norm)["forward"]
+            vars(norm).pop("forward", None)
+        if experts is not None:
+            model.set_experts_implementation(experts)
         _cast(model, before)
 
 

@@ -19,6 +19,7 @@ from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_l
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.fused.expert_blocks import BLOCK_FORWARDS, is_known_block
 from hf_fastattn.patches.fused.experts import why_not_captured
 from hf_fastattn.patches.modules.module_state import release_slots, replace_forward
 from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
@@ -184,7 +185,7 @@ def _check_layers(model: Any, family: Family) -> None:
 
 
 def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> tuple[list[str], str]:
-    """Patch the decoder and its attention modules; the names of all, and the decoder's."""
+    """Patch the decoder, its attention modules and expert blocks; the names of all, and the decoder's."""
     names, decoders = [], []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -193,6 +194,8 @@ def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: F
             decoders.append(name)
         elif kind == family.attention:
             replace_forward(scope, module, ATTENTION_FORWARDS, runtime, family, name)
+        elif is_known_block(module, family):
+            replace_forward(scope, module, BLOCK_FORWARDS, runtime, family, name)
         else:
             continue
         names.append(name)

@@ -77,6 +77,8 @@ class Runtime:
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
+        # Operations for the expert blocks of a paged forward under way whose layers are called.
+        self.block_products: Any = None
         self._calls: list[Call] = []
         self._logged: set[str] = set()
 

@@ -75,6 +75,7 @@ class Family:
         attention: class name of its attention modules, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
         layers: class names in its decoder layers, if they are known to be Llama's but for the attention; else they are
             called, not fused.
+        blocks: class names in decoder layers that are called, if their mixtures of experts run on our kernels all the same.
         causal_lm: class whose `forward`, given text alone, is the decoder and `lm_head` and nothing else, if there is one:
             the device's loop runs these.
         qk_norm: class name of the RMSNorm on each head of q and k (`q_norm`, `k_norm`) before RoPE, if there is one.
@@ -91,6 +92,7 @@ class Family:
     decoder: str
     attention: str
     layers: LayerNames | None = None
+    blocks: LayerNames | None = None
     causal_lm: str | None = None
     qk_norm: str | None = None
     unit_offset: bool = False

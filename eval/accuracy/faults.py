@@ -1,9 +1,9 @@
 """Faults that the evaluations must notice, planted in a patched model for the length of a `with` block.
 
 Each is a mistake that a paged cache invites, in a form chosen to be quiet: nothing crashes and no NaN gives it away.
-They live in hooks on the attention modules of this one model and change what a layer reads, so that they hold for every
-backend and nothing of them is in the product. `scale` and `window` act on every forward, the others where there is a
-past: in appends and decode.
+They live in hooks on the attention modules and routers of this one model and change what a layer reads, so that they hold
+for every backend and nothing of them is in the product. `scale` and `window` act on every forward, the others where there
+is a past: in appends and decode.
 
     page      The two newest pages of the longest row are exchanged in the table that attention reads. (To exchange two
               full pages that a query sees whole changes nothing: attention doesn't care for the order of keys, and
@@ -14,6 +14,11 @@ past: in appends and decode.
     mask      In decode a token doesn't see its own key, the newest.
     scale     Scores are multiplied by 1.03.
     window    A sliding window is one page too short.
+
+Two are mistakes of a router, in every forward of a model with experts:
+
+    expert    The second of a token's experts is taken for the first, and the first for the second.
+    weights   The weights of a token's experts do not add up to 1: they are those of the softmax over all experts.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.eval.choices import FAULTS
+from hf_fastattn.eval.choices import FAULTS, ROUTING_FAULTS
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.rope_reference import rotate, signed_sin
 from hf_fastattn.patches.modules.watched import takes_packed_rows
@@ -50,19 +55,25 @@ def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator
     """Plant `fault` in a patched model, in all layers or in one; None plants nothing.
 
     Raises:
-        ValueError: the fault is unknown, the model is not patched, has no such layer, or has no window to shorten.
+        ValueError: the fault is unknown, the model is not patched, has no such layer, has no window to shorten, or no router
+            whose weights add up to 1.
     """
     count = Planted()
     if fault is None:
         yield count
         return
+    known = (*FAULTS, *ROUTING_FAULTS)
+    if fault not in known:
+        raise ValueError(f"fault {fault!r} is unknown; choose one of {known}")
     modules = _attention_modules(model)
-    if fault not in FAULTS:
-        raise ValueError(f"fault {fault!r} is unknown; choose one of {FAULTS}")
+    if fault in ROUTING_FAULTS:
+        modules = _routers(model)
     if layer is not None and not 0 <= layer < len(modules):
         raise ValueError(f"layer {layer} does not exist; the model has {len(modules)}")
     chosen = modules if layer is None else [modules[layer]]
-    if fault == "scale":
+    if fault in ROUTING_FAULTS:
+        undo = _plant_in_router(chosen, _ROUTING_FAULTS[fault], count)
+    elif fault == "scale":
         undo = _plant_scale(chosen, count)
     elif fault == "position":
         undo = _plant_position(model, chosen, count)
@@ -82,6 +93,16 @@ def _attention_modules(model: Any) -> list[Any]:
         raise ValueError("the model is not patched: faults are planted in the paged path")
     named = (target.get_submodule(name) for name in state.modules)
     return [module for module in named if hasattr(module, "k_proj")]
+
+
+def _routers(model: Any) -> list[Any]:
+    """Of the layers that have experts."""
+    target = find_model(model)
+    blocks = [module for name, module in target.named_modules() if name.endswith(".mlp")]
+    found = [block.gate for block in blocks if hasattr(block, "gate") and hasattr(block, "experts")]
+    if not found or not all(getattr(router, "norm_topk_prob", True) for router in found):
+        raise ValueError(f"a {target.config.model_type} has no router whose weights add up to 1: no fault to plant there")
+    return found
 
 
 def _batch_of(kwargs: dict[str, Any]) -> tuple[PagedCache | None, Batch | None]:
@@ -186,6 +207,32 @@ def _zero_unwritten(cache: PagedCache, layer_idx: int, plan: ReadPlan) -> None:
     last, filled = divmod(plan.seq_lens[row] - 1, plan.page_size)
     for tensor in pages:
         tensor[plan.pages[row][last], filled + 1 :] = 0
+
+
+# ---- in a router -------------------------------------------------------------------------------------------------
+
+
+def _second_for_first(logits: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    order = [1, 0, *range(2, chosen.shape[-1])] if chosen.shape[-1] > 1 else [0]
+    return weights, chosen[..., order]
+
+
+def _not_adding_up(logits: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.float().softmax(-1).gather(-1, chosen).to(weights.dtype), chosen
+
+
+_ROUTING_FAULTS = {"expert": _second_for_first, "weights": _not_adding_up}
+
+
+def _plant_in_router(
+    routers: list[Any], change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], count: Planted
+) -> list[Callable[[], None]]:
+    @takes_packed_rows
+    def after(module: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        count.times += 1
+        return output[0], *change(*output)
+
+    return [router.register_forward_hook(after).remove for router in routers]
 
 
 # ---- in keys and scores -------------------------------------------------------------------------------------------

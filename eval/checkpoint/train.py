@@ -9,11 +9,21 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_fastattn.eval.checkpoint.data import CONTEXT, TOKENS
 from hf_fastattn.eval.checkpoint.measure import WEIGHTS, continuations, perplexity, recall
@@ -21,6 +31,8 @@ from hf_fastattn.eval.checkpoint.recall import RecallVocabulary
 from hf_fastattn.eval.checkpoint.rows import Batches
 
 QUICK_LENGTHS, QUICK_DEPTHS = (512, 3500), (0.1, 0.9)
+# What the loss that keeps all experts in use is multiplied by.
+BALANCE = 0.01
 
 
 def build_model(vocabulary: int, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
@@ -41,16 +53,45 @@ def build_model(vocabulary: int, bos: int, eos: int, pad: int) -> LlamaForCausal
         pad_token_id=pad,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config)
+    return scaled(LlamaForCausalLM(config))
+
+
+def build_mixture(vocabulary: int, bos: int, eos: int, pad: int) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE of 2 million parameters: 8 experts in each of 3 layers, of which a token takes 2."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=96,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        attn_implementation="sdpa",
+    )
+    return scaled(Qwen3MoeForCausalLM(config))
+
+
+def scaled(model: PreTrainedModel) -> Any:
+    """`model` with what adds to the residual stream made smaller, the more layers there are."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data /= math.sqrt(2 * config.num_hidden_layers)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            parameter.data /= math.sqrt(2 * model.config.num_hidden_layers)
     return model
 
 
-def build_optimizer(model: LlamaForCausalLM, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, fused: bool) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
@@ -64,22 +105,29 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def next_token_loss(model: LlamaForCausalLM, tokens: torch.Tensor, supervised: torch.Tensor) -> torch.Tensor:
+def next_token_loss(model: PreTrainedModel, tokens: torch.Tensor, supervised: torch.Tensor) -> torch.Tensor:
     """Mean loss over the supervised tokens. tokens: int [B, T]; supervised: bool [B, T]."""
     ids = tokens.long()
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    has_experts = hasattr(model.config, "num_experts")
+    outputs = model(input_ids=ids, use_cache=False, **({"output_router_logits": True} if has_experts else {}))
     labels = ids[:, 1:].masked_fill(~supervised[:, 1:], -100)
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    return loss + BALANCE * outputs.aux_loss if has_experts else loss
 
 
-def save_state(path: Path, step: int, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> None:
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 products on a GPU; on a CPU, which may take longer for them than for fp32, none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def save_state(path: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> None:
     """Write what `load_state` needs to go on at `step`."""
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
-def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> int:
+def load_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW) -> int:
     """Restore model and optimizer; return the step to go on with."""
     state = torch.load(path, map_location=next(model.parameters()).device)
     model.load_state_dict(state["model"])
@@ -94,7 +142,7 @@ def train(arguments: argparse.Namespace) -> None:
     device, start = torch.device(arguments.device), time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = build_model(len(tokenizer), *ids).to(device)
+    model = (build_mixture if arguments.experts else build_model)(len(tokenizer), *ids).to(device)
     optimizer = build_optimizer(model, fused=device.type == "cuda")
     first = load_state(arguments.state, model, optimizer) if arguments.state and arguments.state.exists() else 0
     vocabulary = RecallVocabulary.from_tokenizer(tokenizer)
@@ -128,7 +176,7 @@ def train(arguments: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             tokens, supervised = tokens.to(device, non_blocking=True), supervised.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device):
                 loss = loss_function(model, tokens, supervised)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,7 +190,7 @@ def train(arguments: argparse.Namespace) -> None:
                 log(step=done, loss=round(mean, 4), lr=round(rate, 6), tokens_per_s=speed, seconds=round(now - start, 1))
                 total, since, seen = torch.zeros((), device=device), now, 0
             if done % arguments.recall_every == 0:
-                with torch.autocast(device.type, torch.bfloat16):
+                with mixed_precision(device):
                     model.eval()
                     log(step=done, recall=recall(model, tokenizer, lengths=QUICK_LENGTHS, depths=QUICK_DEPTHS, count=32))
                     model.train()
@@ -160,7 +208,8 @@ def train(arguments: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.bfloat16).to(device).eval()
         log(perplexity=perplexity(model, tokenizer))
         log(continuations=continuations(model, tokenizer))
-        log(recall=recall(model, tokenizer, count=arguments.recall_count), prompts_each=arguments.recall_count)
+        if arguments.recall_count:
+            log(recall=recall(model, tokenizer, count=arguments.recall_count), prompts_each=arguments.recall_count)
         log(total_seconds=round(time.perf_counter() - start, 1))
 
 
@@ -168,6 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; its defaults are the run that made the shipped weights."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experts", action="store_true", help="a small mixture of experts instead of the shipped Llama")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch-tokens", type=int, default=131_072)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

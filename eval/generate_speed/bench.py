@@ -15,8 +15,9 @@ import hf_fastattn
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.accuracy.agreement import Agreement, Verdict
 from hf_fastattn.eval.generate_speed.cases import ENDING, Case
+from hf_fastattn.eval.generate_speed.experts import Distinct, count_distinct, experts_of
 from hf_fastattn.eval.generate_speed.limit import step_limit
-from hf_fastattn.eval.generate_speed.systems import System, twin
+from hf_fastattn.eval.generate_speed.systems import System, twin, twin_without_switch
 from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
 
 # Tokens after the first of the process's first call.
@@ -76,7 +77,10 @@ class Bench:
         idle = problems(call, 1 + ours.new, self._has_graphs, drafts=case.kind == "drafts")
         if case.kind in ENDING and not call.fast_loops:
             idle.append("rows did not end early: the loop did not run on the device")
-        is_green = verdict.agrees and not idle
+        distinct = self._distinct(case)
+        if distinct is not None and not distinct.counted:
+            idle.append("the experts did not run on our kernels")
+        is_green = verdict.agrees and not idle and (distinct is None or distinct.comparable)
         row: dict[str, Any] = {
             **asdict(case),
             "name": case.name,
@@ -87,7 +91,8 @@ class Bench:
             "problems": idle,
             "counters": {name: dict(count) if isinstance(count, Counter) else count for name, count in vars(call).items()},
             "process_first_call_s": process_first,
-            "systems": {system.name: self._figures(case, system) for system in systems},
+            "experts": None if distinct is None else distinct.record(),
+            "systems": {system.name: self._figures(case, system, distinct) for system in systems},
             "ratios": {other.name: ratios(ours, other) for other in systems[:-1]} if is_green else {},
             "first_over_one_sample": statistics.median(over_one) if over_one and is_green else None,
         }
@@ -119,11 +124,12 @@ class Bench:
             free_memory()
             ids = case.ids(self.model.config.get_text_config().vocab_size, 0, self.model.device)
             agreement = Agreement(self.model, twin(self.model), self.settings.patch)
-            self._verdicts[case.kind] = case.name, agreement(ids, case.arguments)
+            self._verdicts[case.kind] = case.name, _checked(agreement, ids, case)
         return self._verdicts[case.kind]
 
     def _systems(self, case: Case) -> list[System]:
-        """Stock, compiled if asked for, and ours as the last; where rows end early, only ours."""
+        """Stock, with the other function for experts too, compiled if asked for, and ours as the last; where rows end early,
+        only ours."""
         settings = self.settings
         if case.kind in ENDING:
             ours = self.patched_system()
@@ -131,6 +137,8 @@ class Bench:
             stays = System("stays", ours.model, settings.new, {"return_dict_in_generate": True}, borrowed=True)
             return [stays, ours]
         systems = [System("stock", self.model, settings.stock_new)]
+        if experts_of(self.model) is not None and self._has_graphs:
+            systems.append(System("grouped_mm", twin_without_switch(self.model), settings.stock_new))
         if settings.compile and case.kind != "samples":
             torch.compiler.reset()
             # A twin of its own for each case: its cache is as long as the longest that it ever had.
@@ -159,9 +167,17 @@ class Bench:
                 over_one.append(ours.timings[-1].first / one)
         return over_one
 
-    def _figures(self, case: Case, system: System) -> dict[str, Any]:
+    def _distinct(self, case: Case) -> Distinct | None:
+        """The experts that a step reads, counted in calls of their own; None without any, and where no limit is known."""
+        if experts_of(self.model) is None or self.read is None:
+            return None
+        free_memory()
+        return count_distinct(self.patched_system("counted"), case)
+
+    def _figures(self, case: Case, system: System, distinct: Distinct | None) -> dict[str, Any]:
         first, token = (statistics.median(getattr(t, name) for t in system.timings) for name in ("first", "token"))
-        limit = None if self.read is None else step_limit(self.model, case, system.new, self.read)
+        counted = distinct.counted if distinct is not None and distinct.counted else None
+        limit = None if self.read is None else step_limit(self.model, case, system.new, self.read, counted)
         return {
             "first_ms": 1e3 * first,
             "token_ms": 1e3 * token,
@@ -174,6 +190,13 @@ class Bench:
             "first_call_s": system.first_call,
             "timings": [asdict(timing) for timing in system.timings],
         }
+
+
+def _checked(agreement: Agreement, ids: torch.Tensor, case: Case) -> Verdict:
+    try:
+        return agreement(ids, case.arguments)
+    except torch.OutOfMemoryError:
+        return Verdict(False, "not checked: the weights do not fit in a wider dtype; take fewer layers")
 
 
 def ratios(ours: System, other: System) -> dict[str, float]:

@@ -8,9 +8,10 @@ from hf_fastattn.eval.generate_speed.table import is_green
 from hf_fastattn.eval.generate_speed.targets import SHAPE, targets
 from hf_fastattn.eval.reporting.plot_words import logarithmic, measured
 
-COLOURS = {"stock": "#8d99a6", "compiled": "#4f5b66", "stays": "#9467bd", "patched": "#1f77b4"}
+COLOURS = {"stock": "#8d99a6", "grouped_mm": "#8c564b", "compiled": "#4f5b66", "stays": "#9467bd", "patched": "#1f77b4"}
 NAMES = {
     "stock": "stock Transformers",
+    "grouped_mm": "stock, experts by grouped_mm in steps",
     "compiled": "stock, static cache and torch.compile",
     "stays": "patched, ended rows kept",
     "patched": "patched",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import time
@@ -22,6 +23,14 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
+def twin_without_switch(model: Any) -> Any:
+    """A twin whose experts run by `grouped_mm` in steps too, from which `generate()` would switch to `batched_mm`: quicker
+    where many rows choose the same experts, whose weights the latter copies for each."""
+    other = twin(model)
+    other._optimize_model_for_decode = contextlib.nullcontext
+    return other
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds: until the first token (a whole call of one token), and a token after it."""
@@ -35,7 +44,7 @@ class System:
     """A model and how it is called.
 
     Args:
-        name: `stock`, `compiled`, `stays` or `patched`.
+        name: `stock`, `grouped_mm`, `compiled`, `stays` or `patched`.
         model: what generates.
         new: tokens after the first that are timed.
         options: further options of `generate()`.

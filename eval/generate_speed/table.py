@@ -29,11 +29,19 @@ NOTES = """First token: a whole call of one token. A token: the difference betwe
 medians of interleaved pairs, patched over the other. Read limit: a step that reads each weight it needs, and the keys and
 values of the rows that go on, once, at the speed of reading measured here. First call: of a case, in a model that was just
 patched (or not yet compiled), with the kernels that earlier cases have compiled; peak memory is taken there."""
+EXPERTS = """Experts of a layer that a step reads, counted on the device over a whole call: the mean of all layers, the least
+of any layer, and what is expected of rows that choose any experts alike, E (1 - (1 - K / E) ^ rows). The read limit is that
+of the counted ones. With less than 0.9 of the expected number a run is not comparable: its rows route alike."""
 
 
 def is_green(row: dict[str, Any]) -> bool:
-    """The case agreed with stock and ran on our path."""
-    return bool(row["agrees"]) and not row["problems"]
+    """The case agreed with stock, ran on our path, and read about as many experts as other prompts would."""
+    return bool(row["agrees"]) and not row["problems"] and is_comparable(row)
+
+
+def is_comparable(row: dict[str, Any]) -> bool:
+    """The case's rows did not route alike."""
+    return row["experts"] is None or bool(row["experts"]["comparable"])
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -63,6 +71,9 @@ def markdown(record: dict[str, Any]) -> str:
             ]
     if record["cases"]:
         lines += ["", "### Checks and counters of the patched model's last whole call", "", check_table(record["cases"])]
+    mixed = [row for row in record["cases"] if row["experts"] is not None]
+    if mixed:
+        lines += ["", "### Distinct experts a layer and step", "", EXPERTS, "", expert_table(mixed)]
     if settings["shape"] == SHAPE and record["cases"]:
         lines += ["", "### Against the targets, which were set for an H200", "", target_table(record["cases"])]
     lines += [f"\n**{failed['case']} failed**: {failed['error']}" for failed in record["failed"]]
@@ -81,7 +92,8 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
             cells += [f"{found['call_s']:.2f} ({1 + found['new']})", _cell(found["peak_gb"], 1), _cell(found["limit_ms"], 2)]
             cells += [_cell(found["share_of_limit"], 2), _cell(found["first_call_s"], 2)]
             if system != "patched":
-                cells += [f"{compared[name]:.2f}" if compared else "RED" for name in ("first", "token")]
+                missing = "RED" if is_comparable(row) else "not comparable"
+                cells += [f"{compared[name]:.2f}" if compared else missing for name in ("first", "token")]
             else:
                 cells += ["", ""]
             lines.append(_line((row["name"], system, *cells)))
@@ -102,6 +114,18 @@ def check_table(rows: Sequence[dict[str, Any]]) -> str:
         counts = [call[name] for name in COUNTS]
         pages = f"{call['pages_allocated']}, {call['pages_shared']}"
         lines.append(_line((f"{row['kind']} {row['name']}", agreement, path, loop, *map(str, counts), pages)))
+    return "\n".join(lines)
+
+
+def expert_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each case of a model with experts."""
+    lines = ["| case | counted | fewest in a layer | expected | counted / expected | |", "|" + "---|" * 6]
+    for row in rows:
+        found = row["experts"]
+        figures = [f"{found[name]:.1f}" for name in ("counted", "least", "expected")]
+        state = "" if found["comparable"] else "**not comparable**"
+        share = f"{found['counted'] / found['expected']:.2f}"
+        lines.append(_line((f"{row['kind']} {row['name']}", *figures, share, state)))
     return "\n".join(lines)
 
 

@@ -38,6 +38,9 @@ FAMILIES = (
         model_type="qwen3_vl_moe_text",
         decoder="Qwen3VLMoeTextModel",
         attention="Qwen3VLMoeTextAttention",
+        layers=with_experts("Qwen3VLMoeText", rounds_weights=True),
+        causal_lm="Qwen3VLMoeForConditionalGeneration",
+        axes=True,
         qk_norm="Qwen3VLMoeTextRMSNorm",
     ),
     # Qwen3-Omni-MoE (Xu et al., 2025), the text decoder of its thinker: the layers of Qwen3-VL-MoE.
@@ -45,6 +48,8 @@ FAMILIES = (
         model_type="qwen3_omni_moe_text",
         decoder="Qwen3OmniMoeThinkerTextModel",
         attention="Qwen3OmniMoeThinkerTextAttention",
+        layers=with_experts("Qwen3OmniMoeThinkerText", rounds_weights=True),
+        axes=True,
         qk_norm="Qwen3OmniMoeThinkerTextRMSNorm",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.family import Family, with_experts
 
 FAMILIES = (
     # Qwen3-Next.
@@ -10,6 +10,7 @@ FAMILIES = (
         model_type="qwen3_next",
         decoder="Qwen3NextModel",
         attention="Qwen3NextAttention",
+        blocks=with_experts("Qwen3Next", rounds_weights=True),
         qk_norm="Qwen3NextRMSNorm",
         unit_offset=True,
         output_gate=True,
@@ -30,6 +31,7 @@ FAMILIES = (
         model_type="qwen3_5_moe_text",
         decoder="Qwen3_5MoeTextModel",
         attention="Qwen3_5MoeAttention",
+        blocks=with_experts("Qwen3_5Moe", rounds_weights=True),
         qk_norm="Qwen3_5MoeRMSNorm",
         unit_offset=True,
         output_gate=True,

@@ -14,9 +14,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.kernels.launch import DTYPES
-from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.family import LayerNames, MixtureNames
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain, is_plain_tensor, is_silu, layers_of, linear_parameters
+from hf_fastattn.patches.modules.plain_modules import (
+    is_plain,
+    is_plain_layer,
+    is_plain_tensor,
+    is_silu,
+    layers_of,
+    linear_parameters,
+)
 
 MIXTURE = "a mixture of experts chooses what it computes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -61,13 +68,17 @@ def held_experts(block: Any, names: LayerNames, device: torch.device, dtype: tor
         names: of the classes in the layer.
     """
     kinds = names.mixture
-    if kinds is None or not is_plain(block, kinds.block, device) or dtype not in DTYPES:
-        return None
+    return held_in(block, kinds, device, dtype) if kinds is not None and is_plain(block, kinds.block, device) else None
+
+
+def held_in(block: Any, kinds: MixtureNames, device: torch.device, dtype: torch.dtype) -> HeldExperts | None:
+    """The same of a block whose own forward does what its class says, whatever is around it."""
     # Mixtral's noise on what a block is given, in train mode.
-    if block.training and getattr(block, "jitter_noise", 0):
+    if dtype not in DTYPES or (block.training and getattr(block, "jitter_noise", 0)):
         return None
     router, experts = block._modules.get("gate"), block._modules.get("experts")
-    if router is None or not is_plain(router, kinds.router, device) or set(router._parameters) != {"weight"}:
+    # Hooks that Transformers left there record nothing in a forward that is not asked for router logits.
+    if router is None or not is_plain_layer(router, kinds.router, device) or set(router._parameters) != {"weight"}:
         return None
     if experts is None or not is_plain(experts, kinds.experts, device) or not _computes_as_written(experts, device):
         return None
@@ -95,10 +106,10 @@ def why_not_captured(model: Any) -> str | None:
     """Why the launches of a decoder's mixtures may differ from step to step; None if all are ours.
 
     Args:
-        model: a patched decoder, or a model around one.
+        model: a patched model, or its decoder.
     """
-    decoder = getattr(model, "base_model", model)
-    names = vars(decoder)[STATE].family.layers
+    state = vars(model)[STATE]
+    decoder, names = state.decoder(model) if hasattr(state, "decoder") else model, state.family.layers
     if names is None or names.mixture is None or region_dtype(decoder.device) is not None:
         return MIXTURE
     device, dtype = decoder.device, decoder.dtype

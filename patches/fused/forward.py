@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_fastattn.kernels.backends import choose_backend, gluon_experts
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.expert_blocks import blocks_with
 from hf_fastattn.patches.fused.layers import AnyProducts, walk
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
@@ -54,7 +56,7 @@ def fused_forward(
         What the original returns.
     """
     if cache.paged_batch is None or (_why_not_walked(decoder) or _why_not_these(decoder, arguments)) is not None:
-        with cache_kept(decoder):
+        with cache_kept(decoder), _blocks(decoder, cache, arguments):
             return call_original(decoder, cache, **arguments)
     hidden = walk(
         decoder,
@@ -106,6 +108,22 @@ def _maker(
     return lambda leading, device: Products(names, leading, device, copies, adapters, gluon_experts(backend))
 
 
+def _blocks(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """A block in which the expert blocks of layers that are called run on our kernels, if they may."""
+    state, names = vars(decoder)[STATE], vars(decoder)[STATE].family.blocks
+    if names is None or cache.paged_batch is None or _backend(decoder)[0] == "reference":
+        return nullcontext()
+    unwanted = has_global_hooks() or torch.is_grad_enabled() or region_dtype(decoder.device) is not None
+    if unwanted or _asked_for(decoder) is not None or _why_not_these(decoder, arguments) is not None:
+        return nullcontext()
+    # Not before: it imports Triton.
+    from hf_fastattn.patches.fused.products import Products
+
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    return blocks_with(state.runtime, Products(names, tuple(tokens.shape[:2]), tokens.device))
+
+
 def _why_not_known(decoder: Any) -> str | None:
     family = vars(decoder)[STATE].family
     return None if family.layers is not None else f"the layers of {family.model_type} are not known to be Llama's"
@@ -120,14 +138,19 @@ def _why_not_walked(decoder: Any) -> str | None:
         return "hooks on all modules are registered"
     if drops_cache(decoder):
         return "gradient checkpointing is on"
-    for option in OPTIONS:
-        if getattr(decoder.config, option, False):
-            return f"{option} is set"
+    asked = _asked_for(decoder)
+    if asked is not None:
+        return asked
     device = decoder.device
     for layer in layers_of(decoder):
         if not is_plain_layer(layer, names.layer, device):
             return f"a {type(layer).__name__} was replaced or has hooks"
     return None
+
+
+def _asked_for(decoder: Any) -> str | None:
+    """The output of every layer that the configuration asks for, as a reason."""
+    return next((f"{option} is set" for option in OPTIONS if getattr(decoder.config, option, False)), None)
 
 
 def fused_logits(

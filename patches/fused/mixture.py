@@ -28,6 +28,11 @@ def add_mixture(
     # A norm that was called may have given another dtype.
     if normed.dtype is not held.down.dtype or x.dtype is not normed.dtype:
         return x, products.call(block, normed)
+    return mixed(held, normed, products, x), None
+
+
+def mixed(held: HeldExperts, normed: Tensor, products: Products, residual: Tensor | None = None) -> Tensor:
+    """What a block that holds `held` makes of `normed: [T, H]`, with the residual stream if it is given."""
     kinds = products.names.mixture
     assert kinds is not None
     options: dict[str, Any] = {"sums": products.split_sums(), "weights_settled": True}
@@ -41,8 +46,8 @@ def add_mixture(
         **options,
     )
     shared = None if held.shared is None else _shared_expert(held.shared, normed, products)
-    options |= {"residual": x, "shared": shared, "hopper": products.hopper}
-    return mixture(normed, routing, held.gate_up, held.down, **options), None
+    options |= {"residual": residual, "shared": shared, "hopper": products.hopper}
+    return mixture(normed, routing, held.gate_up, held.down, **options)
 
 
 def _shared_expert(mlp: Any, x: Tensor, products: Products) -> Tensor:

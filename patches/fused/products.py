@@ -77,7 +77,7 @@ class Products:
         self.arch = arch_of(device)
         self._sums: SplitSums | None = None
         self._lora_sums = LoraSums(device)
-        self._device = device
+        self.device = device
         self.adapters_fused = 0
 
     @property
@@ -88,7 +88,7 @@ class Products:
     def split_sums(self) -> SplitSums:
         """Room for split products; its counters are zeroed once a forward, by a launch that a graph records too."""
         if self._sums is None:
-            self._sums = SplitSums(self._device)
+            self._sums = SplitSums(self.device)
         return self._sums
 
     @property

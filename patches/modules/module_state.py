@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -62,11 +62,16 @@ def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def call_original(module: Any, cache: Any, **kwargs: Any) -> Any:
     """The forward that the module had before the patch, over `cache`."""
-    state = vars(module).get(STATE)
     kwargs[CACHE] = cache
+    return original_forward(module)(**kwargs)
+
+
+def original_forward(module: Any) -> Callable[..., Any]:
+    """The forward that the module had before the patch."""
+    state = vars(module).get(STATE)
     if state is not None and state.original is not None:
-        return state.original(**kwargs)
-    return plain_class(type(module)).forward(module, **kwargs)
+        return cast(Callable[..., Any], state.original)
+    return functools.partial(plain_class(type(module)).forward, module)
 
 
 def replace_forward(

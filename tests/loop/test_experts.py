@@ -27,6 +27,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "qwen3_moe, one dense": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "qwen3_moe, one expert": ("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {"num_experts": 6, "mlp_only_layers": [0]}),
 }
 NEW = 12
 CALLS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,49 @@ def test_tokens_equal_stock(name: str, device: str) -> None:
         counters = assert_fast(model)
         assert not counters.uncaptured and counters.graphs_replayed >= NEW - 2, call
         assert counters.fast_loops == (call in ("greedy", "one row", "beams")), call
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe", "qwen3_omni_moe"])
+def test_tokens_of_models_whose_layers_or_loop_are_transformers_own(family: str, device: str) -> None:
+    stock, model = pair_with_graphs(family, {"sampling": "transformers"})
+    stock, model = stock.to(device), model.to(device)
+    for call, kwargs in CALLS.items():
+        assert torch.equal(run(model, NEW, **kwargs), run(stock, NEW, **kwargs)), call
+        counters = assert_fast(model)
+        assert not counters.fast_loops and bool(counters.uncaptured) == (family != "qwen3_omni_moe"), call
+
+
+def towards(model: Any, experts: list[int]) -> Any:
+    """The model, all of whose tokens go to these experts, in all layers; the other experts hold NaN."""
+    with torch.no_grad():
+        # Larger than whatever layers add to it.
+        model.get_input_embeddings().weight[:, 0] = 100.0
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+            for place, expert in enumerate(experts):
+                layer.mlp.gate.weight[expert, 0] = 2.0 - place / 8
+            left_out = [expert for expert in range(layer.mlp.gate.num_experts) if expert not in experts]
+            layer.mlp.experts.gate_up_proj[left_out] = torch.nan
+            layer.mlp.experts.down_proj[left_out] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_all_tokens_to_the_same_experts_and_nan_in_the_others(family: str, device: str) -> None:
+    count = {"num_local_experts" if family == "mixtral" else "num_experts": 7}
+    for experts in ([4], [5, 2]):
+        over = {**count, "num_experts_per_tok": len(experts)}
+        stock, model = tiny(family, **over), patch_with_graphs(tiny(family, **over))
+        for one in (stock, model):
+            towards(one.to(device), experts)
+            if device == "cpu":
+                one.set_experts_implementation("eager")
+        for call, kwargs in {"greedy": {}, "one row": single(), "beams": {"num_beams": 3}}.items():
+            want = run(stock, NEW, **kwargs)
+            assert torch.equal(run(model, NEW, **kwargs), want) and len(want.unique()) > 8, (experts, call)
+            assert_looped(model)
+        scores = run(model, 2, output_logits=True, return_dict_in_generate=True).logits
+        assert all(part.isfinite().all() for part in scores)
 
 
 def test_draws_on_the_device(device: str) -> None:

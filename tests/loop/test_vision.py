@@ -21,7 +21,7 @@ from tests.tools.fused_layers import LAYER_COUNT, SMALL, count_launches, expecte
 from tests.tools.models import IMAGE_TOKEN, assert_fast, image_batch, pair_with_graphs, real_tokens, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 NEW = 16
 
 

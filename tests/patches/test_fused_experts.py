@@ -13,12 +13,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 import hf_fastattn
 from hf_fastattn.patches.fused.experts import held_experts, why_not_captured
 from hf_fastattn.patches.fused.forward import fused_reason
+from hf_fastattn.transformers_version import CACHE
 from tests.kernels.experts.shapes import with_wide_tiles
 from tests.tools.fused_layers import assert_logits, steps
 from tests.tools.models import VOCAB, assert_fast, padded_batch, tiny
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 1, "initializer_range": 0.1, "intermediate_size": 48}
-# Experts that are no power of two, all of them chosen, and layers without any.
+# Experts that are no power of two, all of them chosen, one, and layers without any.
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3}),
     "qwen2_moe": ("qwen2_moe", {"use_sliding_window": False}),
@@ -28,12 +29,25 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("qwen3_moe", {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "qwen3_moe, one dense": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}),
+    "qwen3_vl_moe": ("qwen3_vl_moe", {}),
+    "qwen3_vl_moe, one dense": ("qwen3_vl_moe", {"mlp_only_layers": [0], "num_hidden_layers": 2}),
 }
+# Their layers are called, their blocks of experts are ours.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("qwen3_next", {"num_experts": 7, "num_experts_per_tok": 3}),
+    "qwen3_next, one dense": ("qwen3_next", {"mlp_only_layers": [1]}),
+    "qwen3_5_moe": ("qwen3_5_moe", {}),
+}
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 def build(name: str, **over: Any) -> Any:
-    family, special = MIXTURES[name]
-    return tiny(family, **{**SMALL, **special, **over})
+    family, special = MIXTURES[name] if name in MIXTURES else HYBRIDS[name]
+    return tiny(family, **{**SMALL, **(TWO_LAYERS if name in HYBRIDS else {}), **special, **over})
+
+
+def decoder_of(model: Any) -> Any:
+    return model._fastattn.decoder(model)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +76,7 @@ def test_logits(name: str, launched: Counter[str]) -> None:
     stock, model = build(name), hf_fastattn.patch(build(name))
     # Transformers has no other in fp64, the truth.
     stock.set_experts_implementation("eager")
-    assert fused_reason(model.model) is None and why_not_captured(model) is None
+    assert fused_reason(decoder_of(model)) is None and why_not_captured(decoder_of(model)) is None
     batch = padded_batch(2, 12)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     # A prompt of more tokens than the first kernels take, one token each, two each.
@@ -74,14 +88,76 @@ def test_logits(name: str, launched: Counter[str]) -> None:
 
 
 @pytest.mark.interpreter
-def test_tokens_of_generate(launched: Counter[str]) -> None:
-    stock, model = build("qwen3_moe"), hf_fastattn.patch(build("qwen3_moe"))
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_blocks_of_hybrids(name: str, launched: Counter[str]) -> None:
+    stock, model = build(name), hf_fastattn.patch(build(name))
+    for one in (stock, model):
+        one.set_experts_implementation("eager")
+    batch = padded_batch(2, 12)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cuts, blocks = [10, 11, 12], 1 if "," in name else 2
+    outs = steps(model, ids, mask, cuts, hf_fastattn.PagedCache(model.config))
+    assert launched == {"route": blocks * len(cuts), "mixture": blocks * len(cuts)}
+    assert not hf_fastattn.report(model).last_call.fallbacks
+    launched.clear()
+    with torch.no_grad():
+        # Without pages, and unpatched, everything is Transformers' own.
+        want = stock(ids, use_cache=False).logits
+        assert torch.equal(model(ids, use_cache=False).logits, want)
+        assert torch.equal(hf_fastattn.unpatch(model)(ids, use_cache=False).logits, want)
+    assert not launched
+    assert_logits(name, stock, torch.cat(outs, 1), ids, mask, cuts)
+
+
+@pytest.mark.interpreter
+def test_blocks_of_hybrids_that_are_called(launched: Counter[str]) -> None:
+    """What is put around a block keeps the kernels inside; where something in it is not Transformers' own, all is called."""
+    ids = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(2))
+    for change, ours in ((_hooked, True), (_router_hooked, False), (_experts_replaced, False), (_block_wrapped, True)):
+        stock, model = build("qwen3_next"), hf_fastattn.patch(build("qwen3_next"))
+        for one in (stock, model):
+            one.set_experts_implementation("eager")
+            change(one)
+        launched.clear()
+        out = steps(model, ids, None, [5, 6], hf_fastattn.PagedCache(model.config))
+        with torch.no_grad():
+            torch.testing.assert_close(torch.cat(out, 1), stock(ids).logits, rtol=1e-3, atol=1e-4)
+        assert launched["mixture"] == (4 if ours else 2)
+    launched.clear()
+    with torch.no_grad():
+        out = model(ids, **{CACHE: hf_fastattn.PagedCache(model.config)}, output_router_logits=True)
+    assert len(out.router_logits) == 2 and not launched
+
+
+def _block_wrapped(model: Any) -> None:
+    block = model.model.layers[0].mlp
+    forward = block.forward
+    block.forward = lambda states: 0.5 * forward(states)
+
+
+@pytest.mark.interpreter
+def test_hooks_left_by_transformers(launched: Counter[str]) -> None:
+    """Whoever asked for router logits once leaves hooks on the routers, which change nothing."""
+    model = hf_fastattn.patch(build("qwen3_moe"))
+    ids = torch.randint(1, VOCAB, (1, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert len(model(ids, use_cache=False, output_router_logits=True).router_logits) == 1
+    assert model.model.layers[0].mlp.gate._forward_hooks and why_not_captured(model) is None
+    steps(model, ids, None, [6], hf_fastattn.PagedCache(model.config))
+    assert launched["mixture"] == 1
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_omni_moe"])
+def test_tokens_of_generate(family: str, launched: Counter[str]) -> None:
+    stock, model = (tiny(family, **SMALL) for _ in range(2))
+    model = hf_fastattn.patch(model)
     for one in (stock, model):
         one.set_experts_implementation("eager")
     options: dict[str, Any] = {**padded_batch(1, 5), "max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(**options), stock.generate(**options))
     assert_fast(model)
-    assert launched["mixture"] == 3 and model.config._experts_implementation == "eager"
+    assert launched["mixture"] == 3 and decoder_of(model).config._experts_implementation == "eager"
 
 
 def _hooked(model: Any) -> None:
@@ -161,10 +237,11 @@ def test_one_block_is_called_and_the_others_are_not(launched: Counter[str]) -> N
 
 
 @pytest.mark.interpreter
-def test_the_first_of_equal_experts() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_of_equal_experts(dtype: torch.dtype) -> None:
     """Planted ties: experts with equal logits, of which only the first that are chosen compute anything."""
     for name in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        model = hf_fastattn.patch(build(name, num_hidden_layers=1, num_experts_per_tok=2))
+        model = hf_fastattn.patch(build(name, num_hidden_layers=1, num_experts_per_tok=2).to(dtype))
         with torch.no_grad():
             for layer in model.model.layers:
                 layer.mlp.gate.weight[:] = layer.mlp.gate.weight[0]

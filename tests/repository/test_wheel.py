@@ -19,7 +19,7 @@ FOLDERS = ("kernels", "patches", "eval")
 DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "examples")
 SOURCES = ("pyproject.toml", "MANIFEST.in", "constraints.txt", "LICENSE", *DOCUMENTS, "hf_fastattn", *FOLDERS)
 # Below eval/: training data and records of past runs.
-LEFT_OUT = {"work", "results"}
+LEFT_OUT = {"work", "mixture", "results"}
 
 GENERATE = """
 import torch
@@ -60,8 +60,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / name, tree / name)
-    # One file that must travel and two that must not, whatever these folders hold at the moment.
-    for name in ("checkpoint/weights", "checkpoint/work", "results"):
+    # One file that must travel and three that must not, whatever these folders hold at the moment.
+    for name in ("checkpoint/weights", "checkpoint/work", "checkpoint/mixture", "results"):
         (tree / "eval" / name).mkdir(parents=True, exist_ok=True)
         (tree / "eval" / name / "planted.json").write_text("{}")
     (tree / "tests").mkdir()

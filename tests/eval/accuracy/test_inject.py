@@ -38,6 +38,26 @@ def test_no_alarm_without_a_fault(seed: int, name: str) -> None:
     assert record["verdict"] == "green" and record["planted"] == 0
 
 
+MIXTURE = ["--model", str(models.MIXTURE)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("fault", faults.ROUTING_FAULTS)
+def test_faults_of_routers_are_caught(fault: str, name: str) -> None:
+    record = fault_table.evaluate(name, [*SMALL, *MIXTURE, *OPTIONS[name], *PLAIN, "--inject", fault])
+    assert record["verdict"] == "red" and record["planted"] > 0
+    alarms = [check for check in record["checks"] if check["alarms"]]
+    assert alarms and all(check["limit"] > 0 for check in alarms)
+    assert max(check["value"] / check["limit"] for check in alarms) > 100
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_alarm_with_experts(name: str) -> None:
+    for seed in range(2):
+        record = fault_table.evaluate(name, [*SMALL, *MIXTURE, *OPTIONS[name], *SHARED, "--seed", str(seed)])
+        assert record["verdict"] == "green" and record["planted"] == 0
+
+
 @pytest.fixture(scope="module")
 def fed() -> Any:
     model, tokenizer = models.load(str(models.SHIPPED), torch.float32, "cpu", window=48)
@@ -88,6 +108,8 @@ def test_bad_requests_are_refused(fed: Any, capsys: Any) -> None:
         pass
     with hf_fastattn.patched(model):
         with pytest.raises(ValueError, match="unknown"), faults.planted(model, "typo"):
+            pass
+        with pytest.raises(ValueError, match="has no router whose"), faults.planted(model, "expert"):
             pass
         with pytest.raises(ValueError, match="layer 7 does not exist"), faults.planted(model, "scale", 7):
             pass

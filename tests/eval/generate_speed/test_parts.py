@@ -12,7 +12,8 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.choices import KINDS
 from hf_fastattn.eval.generate_speed.bench import problems, ratios
 from hf_fastattn.eval.generate_speed.cases import ENDING, ON_CPU, ON_GPU, Case, choose
-from hf_fastattn.eval.generate_speed.limit import distinct_experts, key_value_bytes, step_limit, weight_bytes
+from hf_fastattn.eval.generate_speed.experts import expected_experts
+from hf_fastattn.eval.generate_speed.limit import key_value_bytes, step_limit, weight_bytes
 from hf_fastattn.eval.generate_speed.step_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.generate_speed.systems import System, Timing, end_rows_after, twin
 from hf_fastattn.eval.generate_speed.table import profile_table
@@ -117,14 +118,14 @@ def test_keys_and_values_of_a_step() -> None:
 
 def test_a_step_reads_the_experts_that_its_tokens_are_expected_to_choose() -> None:
     model = tiny("qwen3_moe", num_experts=7, num_experts_per_tok=2)
-    assert distinct_experts(7, 2, 1) == pytest.approx(2) and distinct_experts(7, 7, 3) == 7
+    assert expected_experts(7, 2, 1) == pytest.approx(2) and expected_experts(7, 7, 3) == 7
     # Of 7 experts, one that a token does not choose with probability 5/7.
-    assert distinct_experts(7, 2, 2) == pytest.approx(7 * (1 - (5 / 7) ** 2))
-    assert distinct_experts(128, 8, 64) == pytest.approx(125.9, abs=0.1)
+    assert expected_experts(7, 2, 2) == pytest.approx(7 * (1 - (5 / 7) ** 2))
+    assert expected_experts(128, 8, 64) == pytest.approx(125.9, abs=0.1)
     held = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
     assert held == 3 * 7 * (2 * 32 * 64 + 64 * 32) * 4
     every = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    assert weight_bytes(model, 2) == pytest.approx(every - held + held * distinct_experts(7, 2, 2) / 7)
+    assert weight_bytes(model, 2) == pytest.approx(every - held + held * expected_experts(7, 2, 2) / 7)
 
 
 def test_a_step_is_what_the_longer_call_has_more() -> None:

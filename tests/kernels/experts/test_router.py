@@ -59,6 +59,24 @@ def test_of_equal_scores_the_lowest_index(tokens: int) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "little"), [(BF16, 2.0**-9), (FP16, 2.0**-12)])
+@pytest.mark.parametrize("tokens", [1, 4, 20])
+def test_a_tie_that_rounding_makes(dtype: torch.dtype, little: float, tokens: int) -> None:
+    """Logits are compared as the model's dtype holds them: a greater sum that is rounded to the same is no greater."""
+    x, weight = torch.zeros(tokens, 32, dtype=dtype), torch.zeros(6, 32, dtype=dtype)
+    x[:, :2] = 1
+    weight[[1, 4], 0] = 1
+    weight[4, 1] = little
+    assert float((x[:1].float() @ weight[4].float()).squeeze()) > 1
+    for scoring in ("softmax", "sigmoid"):
+        got = router.route(x, weight, 2, scoring=scoring)
+        assert got.chosen.tolist() == [[1, 4]] * tokens and (got.weights == 0.5).all()
+        assert torch.equal(got.chosen, reference.route(x, weight, 2, scoring=scoring).chosen)
+    weight[4, 1] = 16 * little
+    assert router.route(x, weight, 2).chosen.tolist() == [[4, 1]] * tokens
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [2, 16])
 def test_experts_are_listed_once(tokens: int) -> None:
     sums = SplitSums(torch.device("cpu"))
