@@ -20,6 +20,7 @@ HOUSE = (
 FLOORS = {
     "kernels": (
         "launch",
+        "compile_ahead",
         "relaunch",
         "quick_launch",
         "gluon_spelling",
