@@ -1,13 +1,14 @@
 """The experts of many tokens on Hopper, in Gluon: TMA, asynchronous matrix products, specialised warps.
 
-A program is a producer warp, which loads 192 rows of pairs and 256 weight rows at a time, 64 columns of each, and three
+A program is a producer warpgroup, which loads 192 rows of pairs and 256 weight rows at a time, 64 columns of each, and three
 consumer warpgroups of 64 pairs each, all weight rows: 128 of gate and as many of up, so that a thread has both of an output
 and multiplies `silu(gate) * up` in its registers; or 256 of down. What such products are limited by is the reading of tiles
 from the second-level cache, so the tiles are the largest that registers hold, and pairs that an expert does not have
-are not read. Programs are persistent and take their tiles from the work list of `sorted_rows.py`, so the host reads
-nothing back. The tiles of an expert that share weight rows are neighbours, so that these are read from memory once. A
-warpgroup without pairs (few, or the last of an expert) leaves the matrix unit to the others. Producer, consumers and
-launcher agree on barriers and shared memory line by line, and so stand in one file.
+are not read. Rows of x are gathered on the way, 16 bytes a thread; rows of the states between the products lie in order,
+and come by TMA, as the weights do. Programs are persistent and take their tiles from the work list of `expert_tiles.py`,
+so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so that these are read from
+memory once. A warpgroup without pairs (few, or the last of an expert) leaves the matrix unit to the others. Producer,
+consumers and launcher agree on barriers and shared memory line by line, and so stand in one file.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
+from hf_fastattn.kernels.experts.expert_tiles import ExpertTiles
 from hf_fastattn.kernels.experts.grouped import combine
 from hf_fastattn.kernels.experts.routing import Routing
-from hf_fastattn.kernels.experts.sorted_rows import WorkList
-from hf_fastattn.kernels.gluon_spelling import load_box
+from hf_fastattn.kernels.gluon_spelling import copy_rows, load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
 
@@ -54,15 +56,29 @@ def _work_item(work, t, TILES_N: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.
 
 
 @gluon.jit
-def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.constexpr):
-    """The producer warp: a step of pairs and of both boxes of weight rows at a time.
+def _gather(x_ptr, rows, size, k, eighth, buffer, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, LOAD: gl.constexpr):
+    """Columns from k on of rows of x, `[64, BLOCK_K]`, asynchronously; zeros behind `size` rows and WIDTH columns."""
+    m = gl.arange(0, 64, gl.SliceLayout(1, LOAD))
+    column = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LOAD))
+    pointers = x_ptr + gl.expand_dims(rows.to(gl.int64) * (eighth * 8), 1) + gl.expand_dims(column, 0)
+    copy_rows(buffer, pointers, mask=gl.expand_dims(m < size, 1) & gl.expand_dims(column < WIDTH, 0))
 
-    Where an expert has no more pairs, TMA is sent past the last of all: it writes zeros and reads nothing.
+
+@gluon.jit
+def _load_tiles(x, w_desc, buffers, rows_s, bars, work, order_ptr, tiles, number, CFG: gl.constexpr):
+    """The producer warpgroup: a step of pairs and of both boxes of weight rows at a time.
+
+    Args:
+        x: pointer to x if GATED, else the descriptor of the states.
+        rows_s: room for the rows of x of a tile's pairs.
+        number: the stride of x in eights of elements if GATED, so that the compiler knows what it is a multiple of; else how
+            many rows the states have: where an expert has no more pairs, TMA is sent there, past the last of all. It
+            writes zeros and reads nothing.
     """
     x_s, w_s, _ = buffers
     full, empty = bars
     ROWS: gl.constexpr = CFG[0]
-    STEPS: gl.constexpr = CFG[1]
+    WIDTH: gl.constexpr = CFG[1]
     GATED: gl.constexpr = CFG[2]
     BLOCK_M: gl.constexpr = CFG[3]
     BLOCK_N: gl.constexpr = CFG[4]
@@ -70,24 +86,41 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.const
     BUFFERS: gl.constexpr = CFG[6]
     TILES_N: gl.constexpr = CFG[7]
     GROUP: gl.constexpr = CFG[8]
+    K: gl.constexpr = CFG[9]
+    BLOCKS: gl.constexpr = BLOCK_M // 64
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    m = gl.arange(0, 64, gl.SliceLayout(1, LOAD))
     done = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, n, place, size = _work_item(work, t, TILES_N, GROUP, BLOCK_M)
         if GATED:
             row = expert * (2 * ROWS) + n * BLOCK_N
             other = row + ROWS
+            for w in gl.static_range(BLOCKS):
+                pair = gl.load(order_ptr + place + w * 64 + m, mask=m < size - w * 64, other=0)
+                rows_s.index(w).store(pair // K)
         else:
             row = expert * ROWS + n * (2 * BLOCK_N)
             other = row + BLOCK_N
-        for k in range(STEPS):
+        for k in range(0, WIDTH, BLOCK_K):
             s = done % BUFFERS
             mbarrier.wait(empty.index(s), ((done // BUFFERS) & 1) ^ 1)
-            mbarrier.expect(full.index(s), (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
-            load_box(w_desc, [row, k * BLOCK_K], full.index(s), w_s.index(2 * s))
-            load_box(w_desc, [other, k * BLOCK_K], full.index(s), w_s.index(2 * s + 1))
-            for w in gl.static_range(BLOCK_M // 64):
-                row_x = gl.where(w * 64 < size, place + w * 64, pairs)
-                load_box(x_desc, [row_x, k * BLOCK_K], full.index(s), x_s.index(s * (BLOCK_M // 64) + w))
+            if GATED:
+                mbarrier.expect(full.index(s), 2 * BLOCK_N * BLOCK_K * 2)
+            else:
+                mbarrier.expect(full.index(s), (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
+            load_box(w_desc, [row, k], full.index(s), w_s.index(2 * s))
+            load_box(w_desc, [other, k], full.index(s), w_s.index(2 * s + 1))
+            for w in gl.static_range(BLOCKS):
+                buffer = x_s.index(s * BLOCKS + w)
+                if GATED:
+                    rows = rows_s.index(w).load(gl.SliceLayout(1, LOAD))
+                    _gather(x, rows, size - w * 64, k, number, buffer, WIDTH, BLOCK_K, LOAD)
+                else:
+                    load_box(x, [gl.where(w * 64 < size, place + w * 64, number), k], full.index(s), buffer)
+            if GATED:
+                # Each thread arrives when its copies have.
+                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             done += 1
 
 
@@ -107,10 +140,10 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
     x_s, w_s, y_all = buffers
     full, empty = bars
     ROWS: gl.constexpr = CFG[0]
-    STEPS: gl.constexpr = CFG[1]
     GATED: gl.constexpr = CFG[2]
     BLOCK_M: gl.constexpr = CFG[3]
     BLOCK_N: gl.constexpr = CFG[4]
+    STEPS: gl.constexpr = (CFG[1] + CFG[5] - 1) // CFG[5]
     BUFFERS: gl.constexpr = CFG[6]
     TILES_N: gl.constexpr = CFG[7]
     GROUP: gl.constexpr = CFG[8]
@@ -135,6 +168,9 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
             for k in range(STEPS):
                 s = (done + k) % BUFFERS
                 mbarrier.wait(full.index(s), ((done + k) // BUFFERS) & 1)
+                if GATED:
+                    # The matrix unit reads past what other threads have copied, without this.
+                    fence_async_shared()
                 # [64, BLOCK_K] times [BLOCK_K, BLOCK_N]
                 x = x_s.index(s * (BLOCK_M // 64) + WARPGROUP)
                 first = warpgroup_mma(x, w_s.index(2 * s).permute((1, 0)), first, is_async=True)
@@ -158,26 +194,29 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
         done += STEPS
 
 
-@gluon.jit(do_not_specialize=["pairs"])
+@gluon.jit(do_not_specialize=["number"])
 def hopper_grouped_kernel(
-    x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr, pairs,
-    ROWS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    x, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr, number,
+    ROWS: gl.constexpr, WIDTH: gl.constexpr, K: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and the three roles: three consumer warpgroups and a producer warp."""
+    """Shared memory, barriers, and the roles: three consumer warpgroups and a producer, whose `x` and `number` these are."""
     TILE: gl.constexpr = BLOCK_N if GATED else 2 * BLOCK_N
     TILES_N: gl.constexpr = (ROWS + TILE - 1) // TILE
-    CFG: gl.constexpr = (ROWS, STEPS, GATED, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, TILES_N, GROUP)
-    dtype: gl.constexpr = x_desc.dtype
+    CFG: gl.constexpr = (ROWS, WIDTH, GATED, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, TILES_N, GROUP, K)
+    dtype: gl.constexpr = w_desc.dtype
+    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], dtype)
     Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_N], dtype)
-    x_s = gl.allocate_shared_memory(dtype, [BUFFERS * (BLOCK_M // 64), 64, BLOCK_K], x_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [BUFFERS * (BLOCK_M // 64), 64, BLOCK_K], X_LAYOUT)
     w_s = gl.allocate_shared_memory(dtype, [2 * BUFFERS, BLOCK_N, BLOCK_K], w_desc.layout)
     y_s = gl.allocate_shared_memory(dtype, [BLOCK_M // 64, 64, BLOCK_N], Y_LAYOUT)
+    rows_s = gl.allocate_shared_memory(gl.int32, [BLOCK_M // 64, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
-        mbarrier.init(full.index(i), count=1)
+        # What waits for TMA arrives once, and so does each thread that gathers.
+        mbarrier.init(full.index(i), count=129 if GATED else 1)
         mbarrier.init(empty.index(i), count=BLOCK_M // 64)
     buffers = (x_s, w_s, y_s)
     bars = (full, empty)
@@ -186,8 +225,8 @@ def hopper_grouped_kernel(
         (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
         (_multiply_tiles, (1, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
         (_multiply_tiles, (2, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-        (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG)),
-    ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+        (_load_tiles, (x, w_desc, buffers, rows_s, bars, work, order_ptr, tiles, number, CFG)),
+    ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
 @functools.cache
@@ -202,22 +241,23 @@ def _processors(device: torch.device) -> int:
 
 
 def _product(
-    x: Tensor, weight: Tensor, routing: Routing, work: WorkList, gated: bool, programs: int | None
+    x: Tensor, weight: Tensor, routing: Routing, work: ExpertTiles, gated: bool, programs: int | None
 ) -> Tensor:  # fmt: skip
-    """`x: [T * K, columns]`, sorted, times the weights `[E, rows, columns]` of the experts."""
+    """Rows of the pairs, of x if gated, else all of x, times the weights `[E, rows, columns]` of their experts."""
     experts, rows, width = weight.shape
     rows = rows // 2 if gated else rows
-    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    x_box, w_box = [64, BLOCK_K], [BLOCK_N, BLOCK_K]
-    x_desc = TensorDescriptor.from_tensor(x, x_box, _layout(tuple(x_box), x.dtype))
-    w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
+    y = torch.empty((work.order.shape[0], rows), dtype=x.dtype, device=x.device)
+    layout = _layout((BLOCK_N, BLOCK_K), x.dtype)
+    w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), [BLOCK_N, BLOCK_K], layout)
+    source = x if gated else TensorDescriptor.from_tensor(x, [64, BLOCK_K], _layout((64, BLOCK_K), x.dtype))
+    number = x.stride(0) // 8 if gated else x.shape[0]
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
     with on_device_of(x):
         hopper_grouped_kernel[(min(tiles, programs or _processors(x.device)),)](
-            x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights, x.shape[0],
-            ROWS=rows, STEPS=-(-width // BLOCK_K), GATED=gated, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            BUFFERS=BUFFERS, GROUP=GROUP, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=128, ptx_options=ASSEMBLER_OPTIONS,
+            source, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights, number,
+            ROWS=rows, WIDTH=width, K=routing.chosen.shape[1], GATED=gated, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K, BUFFERS=BUFFERS, GROUP=GROUP, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+            PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=128, ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return y
 
@@ -227,32 +267,34 @@ def why_not_hopper(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> str | 
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
     widths = gate_up_proj.shape[2], down_proj.shape[2]
-    if any(width % 8 for width in widths) or any(weight.data_ptr() % 16 for weight in (gate_up_proj, down_proj)):
-        return f"rows of {widths[0]} and {widths[1]} columns, or addresses, that TMA cannot follow"
+    if any(width % 8 for width in (*widths, x.stride(0))) or any(t.data_ptr() % 16 for t in (x, gate_up_proj, down_proj)):
+        return f"rows of {widths[0]} and {widths[1]} columns, strides or addresses, that cannot be read 16 bytes at a time"
     return None
 
 
 def gate_up_silu(
-    rows: Tensor, work: WorkList, routing: Routing, gate_up_proj: Tensor, *, programs: int | None = None
+    x: Tensor, routing: Routing, work: ExpertTiles, gate_up_proj: Tensor, *, programs: int | None = None
 ) -> Tensor:
     """`silu(gate) * up` of every pair, `[T * K, I]`, in sorted order.
 
     Args:
-        rows: `[T * K, H]` and the list, of `sort_rows` with tiles of BLOCK_M pairs.
-        gate_up_proj: `[E, 2 I, H]`, contiguous, bf16 or fp16, as x.
+        x: `[T, H]` bf16 or fp16; stride between rows and address are multiples of 16 bytes.
+        routing: with `counts`.
+        work: of `list_tiles` with tiles of BLOCK_M pairs.
+        gate_up_proj: `[E, 2 I, H]`, contiguous, of the dtype of x.
         programs: at most so many; by default one a multiprocessor.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    check_gate_up(rows, None, gate_up_proj)
-    return _product(rows, gate_up_proj, routing, work, True, programs)
+    check_gate_up(x, routing, gate_up_proj)
+    return _product(x, gate_up_proj, routing, work, True, programs)
 
 
 def down_sum(
     states: Tensor,
-    work: WorkList,
     routing: Routing,
+    work: ExpertTiles,
     down_proj: Tensor,
     *,
     residual: Tensor | None = None,
