@@ -59,7 +59,7 @@ class Runtime:
         config: FastAttnConfig,
         model_config: Any,
         dtype: Any,
-        why_not_experts: Callable[[Any], str | None] | None = None,
+        why_not_experts: Callable[..., str | None] | None = None,
     ) -> None:
         self.config = config
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.

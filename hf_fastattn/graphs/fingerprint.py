@@ -66,7 +66,7 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
 
 
 def why_not_capturable(
-    decoder: Any, device: torch.device, why_not_experts: Callable[[Any], str | None] | None = None
+    decoder: Any, device: torch.device, why_not_experts: Callable[..., str | None] | None = None
 ) -> str | None:
     """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be.
 
@@ -76,9 +76,7 @@ def why_not_capturable(
     if device.type == "cuda" and os.environ.get(UNCACHED):
         # Nothing can be allocated during a capture then, and PyTorch ends the process when one fails.
         return f"{UNCACHED} is set"
-    config: Any = decoder.config
-    config = config.get_text_config(decoder=True)
-    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
+    if has_experts(decoder):
         reason = why_not_experts(decoder) if why_not_experts else "a mixture of experts chooses what it computes"
         if reason is not None:
             return reason
@@ -98,6 +96,12 @@ def why_not_capturable(
         if tensor.device != device:
             return f"the model is on {tensor.device} and {device}"
     return None
+
+
+def has_experts(decoder: Any) -> bool:
+    """Whether the configuration speaks of experts."""
+    config = decoder.config.get_text_config(decoder=True)
+    return bool(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0))
 
 
 def _options(decoder: Any) -> tuple[Any, ...]:

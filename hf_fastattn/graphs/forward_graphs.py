@@ -100,7 +100,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         enabled: bool,
         known_reason: str | None = None,
         stocks_draws: bool = False,
-        why_not_experts: Callable[[Any], str | None] | None = None,
+        why_not_experts: Callable[..., str | None] | None = None,
     ) -> None:
         super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
         self._seen: OrderedDict[Key, None] = OrderedDict()
@@ -161,7 +161,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self.count_reason(reason, counters)
         elif is_decode:
             cache.grow_tensors()
-        elif self._resting or self.prompts_rest or self._failures >= MAX_FAILURES:
+        elif self._resting or self._steps_alone or self.prompts_rest or self._failures >= MAX_FAILURES:
             return None
         if reason is not None:
             return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, why_not_capturable
+from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, has_experts, why_not_capturable
 from hf_fastattn.graphs.module_checks import draws, submodules
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.hints import with_hint
@@ -37,7 +37,7 @@ class GraphStore(Generic[Key, Held]):
         enabled: `FastAttnConfig.cuda_graphs`.
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
         stocks_draws: random numbers are to be Transformers' own; recording a forward, and padding its rows, takes more.
-        why_not_experts: see `why_not_capturable`.
+        why_not_experts: see `why_not_capturable`; with `steps=False` it says it of other forwards than decode steps.
     """
 
     # Tests replace it by a type that runs the forward again, on the CPU.
@@ -48,7 +48,7 @@ class GraphStore(Generic[Key, Held]):
         enabled: bool,
         known_reason: str | None = None,
         stocks_draws: bool = False,
-        why_not_experts: Callable[[Any], str | None] | None = None,
+        why_not_experts: Callable[..., str | None] | None = None,
     ) -> None:
         self._enabled, self._known_reason, self._stocks_draws = enabled, known_reason, stocks_draws
         self._why_not_experts = why_not_experts
@@ -59,6 +59,8 @@ class GraphStore(Generic[Key, Held]):
         self.workspace: Workspace | None = None
         self._fingerprint: Fingerprint | None = None
         self._reason: str | None = None
+        # Decode steps can be recorded, other forwards cannot.
+        self._steps_alone = False
         self._logged: set[str] = set()
         # Keys of which a forward was recorded before: their kernels are compiled.
         self._compiled: set[Key] = set()
@@ -116,6 +118,8 @@ class GraphStore(Generic[Key, Held]):
             self._reason = self._known_reason or why_not_capturable(decoder, device, self._why_not_experts)
             if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
                 self._reason = "dropout draws as Transformers does: sampling='transformers'"
+            asked = self._why_not_experts if self._reason is None and has_experts(decoder) else None
+            self._steps_alone = asked is not None and asked(decoder, steps=False) is not None
         return before is not None and now.parts == before.parts
 
     @property

@@ -58,7 +58,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         enabled: bool,
         known_reason: str | None = None,
         stocks_draws: bool = False,
-        why_not_experts: Callable[[Any], str | None] | None = None,
+        why_not_experts: Callable[..., str | None] | None = None,
     ) -> None:
         super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
         self._groups: weakref.ref[PageGroups] | None = None

@@ -6,6 +6,8 @@ between which `generate()` switches) makes no difference here: all of them compu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from hf_fastattn.patches.modules.plain_modules import (
 
 MIXTURE = "a mixture of experts chooses what it computes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+SWITCHED = IMPLEMENTATIONS[1:]
 # What Transformers' decorator says of the layout of an experts' module, and what our kernels take.
 LAYOUT = {
     "has_gate": True,
@@ -102,22 +105,54 @@ def held_in(block: Any, kinds: MixtureNames, device: torch.device, dtype: torch.
     return HeldExperts(weight, router.top_k, getattr(router, "norm_topk_prob", True), gate_up, down, shared, gate)
 
 
-def why_not_captured(model: Any) -> str | None:
-    """Why the launches of a decoder's mixtures may differ from step to step; None if all are ours.
+def why_not_captured(model: Any, steps: bool = True) -> str | None:
+    """Why the launches of a decoder's mixtures may differ from step to step; None if they do not.
 
     Args:
         model: a patched model, or its decoder.
+        steps: of decode steps, in which a block that is called may run by `batched_mm`; else of any forward.
     """
     state = vars(model)[STATE]
     decoder, names = state.decoder(model) if hasattr(state, "decoder") else model, state.family.layers
-    if names is None or names.mixture is None or region_dtype(decoder.device) is not None:
+    if names is None or names.mixture is None:
         return MIXTURE
-    device, dtype = decoder.device, decoder.dtype
+    device, dtype, narrowed = decoder.device, decoder.dtype, region_dtype(decoder.device) is not None
     for layer in layers_of(decoder):
         mlp = layer._modules.get("mlp")
-        if mlp is None or (not is_plain(mlp, names.mlp, device) and held_experts(mlp, names, device, dtype) is None):
+        if mlp is None:
+            return MIXTURE
+        ours = is_plain(mlp, names.mlp, device) or (not narrowed and held_experts(mlp, names, device, dtype) is not None)
+        if not ours and not (steps and runs_batched(mlp, names, device)):
             return MIXTURE
     return None
+
+
+def runs_batched(block: Any, names: LayerNames, device: torch.device) -> bool:
+    """Whether calling a block comes to Transformers' own router, and experts by `grouped_mm` or `batched_mm`.
+
+    The latter launches the same kernels whatever experts are chosen, and waits for nothing.
+    """
+    kinds = names.mixture
+    if kinds is None or not is_plain(block, kinds.block, device) or (block.training and getattr(block, "jitter_noise", 0)):
+        return False
+    router, experts = block._modules.get("gate"), block._modules.get("experts")
+    if router is None or experts is None or not is_plain_layer(router, kinds.router, device):
+        return False
+    state, name = vars(experts), _implementation(experts)
+    own = is_plain(experts, kinds.experts, device) and "_apply_gate" not in state and not state.get("_is_expert_parallel")
+    return own and name in SWITCHED and _is_transformers_own(name)
+
+
+@contextmanager
+def by_batched_mm(block: Any) -> Iterator[None]:
+    """A block that `runs_batched`, called inside as generate() calls it in steps on a GPU: by `batched_mm`."""
+    config = block._modules["experts"].config
+    before = config._experts_implementation_internal
+    config._experts_implementation_internal = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation_internal = before
 
 
 def _computes_as_written(experts: Any, device: torch.device) -> bool:
@@ -128,8 +163,14 @@ def _computes_as_written(experts: Any, device: torch.device) -> bool:
     gate = getattr(type(experts), "_apply_gate", None)
     if getattr(gate, "__module__", "") != "transformers.integrations.moe" or not is_silu(experts._modules["act_fn"], device):
         return False
-    name = getattr(state.get("config"), "_experts_implementation", None)
-    if name not in IMPLEMENTATIONS:
-        return False
+    name = _implementation(experts)
+    return name in IMPLEMENTATIONS and _is_transformers_own(name)
+
+
+def _implementation(experts: Any) -> Any:
+    return getattr(vars(experts).get("config"), "_experts_implementation", None)
+
+
+def _is_transformers_own(name: str) -> bool:
     function = ALL_EXPERTS_FUNCTIONS.get(name)
     return function is None or function.__module__ == "transformers.integrations.moe"

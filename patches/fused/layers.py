@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.attention.forward import attend_projected
-from hf_fastattn.patches.fused.experts import held_experts
+from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -57,9 +58,10 @@ def walk(
     products = make_products(tuple(states.shape[:-1]), states.device)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
     x, delta = states.reshape(-1, states.shape[-1]), None
+    is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
     for layer in layers_of(decoder):
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
-        x, delta = _mlp(layer, x, delta, products)
+        x, delta = _mlp(layer, x, delta, products, is_step)
     out, _ = products.norm(written_module(decoder.norm), x, delta)
     state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
@@ -102,7 +104,7 @@ def _attention(
     return products.add_product(inner["o_proj"], out, x)
 
 
-def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts) -> tuple[Tensor, Tensor | None]:
+def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts, is_step: bool) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
     if not isinstance(products, PlainProducts):
         held = None if products.narrowed else held_experts(mlp, products.names, x.device, x.dtype)
@@ -113,7 +115,9 @@ def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts) -> 
             return add_mixture(mlp, held, norm, x, delta, products)
     if not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)
-        return x, products.call(mlp, normed)
+        switched = is_step and x.device.type != "cpu" and runs_batched(mlp, products.names, x.device)
+        with by_batched_mm(mlp) if switched else nullcontext():
+            return x, products.call(mlp, normed)
     inner = mlp._modules
     states, x = products.gated(norm, inner["gate_proj"], inner["up_proj"], inner["act_fn"], x, delta)
     return products.add_product(inner["down_proj"], states, x)
