@@ -18,7 +18,7 @@ HOUSE = (
     "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
-    "kernels": ("launch", "relaunch", "layer", "attention", "sampling", "backends", "ops"),
+    "kernels": ("launch", "relaunch", "layer", "variants", "attention", "sampling", "backends", "ops"),
     "patches": ("family", "families", "registry", "modules", "attention", "fused", "decoder"),
 }
 
