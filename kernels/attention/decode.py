@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import split_kv_tile
+from hf_fastattn.kernels.attention.configs import split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
 from hf_fastattn.kernels.attention.hooked import hooked_query
@@ -287,7 +287,7 @@ def decode_launch(
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=tile.stages, ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
+            STAGES=stages_with(variant, tile.stages), ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,

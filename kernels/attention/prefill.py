@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.configs import prefill_tile
+from hf_fastattn.kernels.attention.configs import prefill_tile, stages_with
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
@@ -159,7 +159,7 @@ def paged_prefill(
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages),
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
             HOOKS=variant.hooks, num_warps=tile.warps,
         )  # fmt: skip

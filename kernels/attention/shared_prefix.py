@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import shared_prefix_tile
+from hf_fastattn.kernels.attention.configs import shared_prefix_tile, stages_with
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
     entry_at,
@@ -335,7 +335,7 @@ def paged_decode_shared(
             variant.tensors,
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
-            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),

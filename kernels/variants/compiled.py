@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import trace
@@ -64,14 +64,17 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
         sigmoid=variant.normalizer == "sigmoid",
         causal=variant.causal,
     )
-    identity = _hash(f"{text}{[f.cache_key for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}")
+    identity = _hash(
+        f"{text}{[getattr(f, 'cache_key', repr(f)) for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}"
+    )
     return CompiledVariant(hooks, tuple(tensors) or None, variant.window, reads_row, identity)
 
 
 @functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """How PyTorch writes operations that have no translation of their own as others."""
-    every = core_aten_decompositions()
+    aten = torch.ops.aten
+    every = core_aten_decompositions() | get_decompositions([aten._softmax, aten._log_softmax])
     return {op: function for op, function in every.items() if not translatable(op._schema.name.split("::")[1])}
 
 

@@ -42,6 +42,8 @@ ARITHMETIC = {
     "bitwise_xor": "{0} ^ {1}",
     "bitwise_left_shift": "{0} << {1}",
     "bitwise_right_shift": "{0} >> {1}",
+    "__lshift__": "{0} << {1}",
+    "__rshift__": "{0} >> {1}",
     "clone": "{0}",
     "_to_copy": "{0}",
     "convert_element_type": "{0}",
@@ -71,7 +73,11 @@ LOGIC = {
     "logical_xor": "{0} ^ {1}",
     "logical_not": "{0} == 0",
 }
-OTHERS = ("where", "clamp", "div", "floor_divide", "remainder", "fmod", "pow", "bitwise_not", "sign")
+GELU = {
+    "none": "0.5 * {0} * (1.0 + tl.erf({0} * 0.70710678118654752440))",
+    "tanh": "0.5 * {0} * (1.0 + dev.tanh(0.79788456080286535588 * ({0} + 0.044715 * {0} * {0} * {0})))",
+}
+OTHERS = ("where", "clamp", "div", "floor_divide", "remainder", "fmod", "pow", "bitwise_not", "sign", "gelu")
 NAMES = {*ARITHMETIC, *ROUNDING, *COMPARISONS, *LOGIC, *OTHERS}
 
 
@@ -161,6 +167,8 @@ def _expression(name: str, operands: list[Any], options: dict[str, Any], dtype: 
         return _division(name, options.get("rounding_mode"), real)
     if name == "pow":
         return _power(operands, real)
+    if name == "gelu":
+        return GELU[options.get("approximate", "none")]
     if name == "bitwise_not":
         return "{0} == 0" if dtype == torch.bool else "~{0}"
     if name == "sign":

@@ -146,6 +146,8 @@ class _Translation:
         body = self.body
         if name == "getitem":
             return args[0][args[1]]
+        if not translatable(name):
+            raise KeyError(name)
         if name in views.VIEWS:
             return views.VIEWS[name](body, *args, **options)
         value = node.meta["val"]

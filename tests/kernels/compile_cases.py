@@ -115,13 +115,16 @@ def prefill(
 
 def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
     """A variant with functions of `tests.kernels.variants.mods`, by name."""
-    functions = {name: getattr(mods, value) if isinstance(value, str) else value for name, value in fields.items()}
+    functions = {name: getattr(mods, value) if name.endswith("_mod") else value for name, value in fields.items()}
     return compile_variant(Variant(**functions), dim, torch.device("cpu"))
 
 
+COS, SIN = torch.ones(2, 4096, 128)
+
+
 def rope(x: torch.Tensor, h: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    half, angle = x.shape[-1] // 2, position * torch.exp2(-torch.arange(x.shape[-1]) / 8.0)
-    return x * torch.cos(angle) + torch.cat((-x[half:], x[:half])) * torch.sin(angle)
+    half = x.shape[-1] // 2
+    return x * COS[position] + torch.cat((-x[half:], x[:half])) * SIN[position]
 
 
 def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
