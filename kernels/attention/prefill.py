@@ -159,8 +159,8 @@ def paged_prefill(
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages),
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
-            HOOKS=variant.hooks, num_warps=tile.warps,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            STAGES=stages_with(variant, tile.stages), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks, num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

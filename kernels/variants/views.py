@@ -47,6 +47,10 @@ def _transpose(body: Body, x: Value, a: int, b: int) -> Value:
     return _permute(body, x, order)
 
 
+def _t(body: Body, x: Value) -> Value:
+    return _transpose(body, x, 0, 1) if len(x.shape) == 2 else x
+
+
 def _flip(body: Body, x: Value, dims: list[int]) -> Value:
     flipped = {dim % len(x.shape) for dim in dims}
 
@@ -167,6 +171,7 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "select": _select,
     "permute": _permute,
     "transpose": _transpose,
+    "t": _t,
     "flip": _flip,
     "cat": _cat,
     "stack": _stack,

@@ -19,9 +19,9 @@ from tests.kernels.variants.test_reference import plan_of
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # New tokens and earlier ones of each row.
 BATCHES = {
-    "decode": ([1, 1], [37, 90]),
+    "decode": ([1], [90]),
     "append": ([5, 1], [30, 41]),
-    "prefill": ([30, 9], [0, 20]),
+    "prefill": ([20, 9], [0, 20]),
     "shared prefix": ([1, 1], [60, 50]),
 }
 
