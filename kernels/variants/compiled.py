@@ -74,7 +74,8 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """How PyTorch writes operations that have no translation of their own as others."""
     aten = torch.ops.aten
-    every = core_aten_decompositions() | get_decompositions([aten._softmax, aten._log_softmax, aten.softplus, aten.mv])
+    more = get_decompositions([aten._softmax, aten._log_softmax, aten.softplus, aten.mv])
+    every: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **more}
     return {op: function for op, function in every.items() if not translatable(op._schema.name.split("::")[1])}
 
 
