@@ -20,8 +20,6 @@ from tests.tools.resources import Resources
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 WORKERS = 2
 ALL_TARGETS = os.environ.get("FASTATTN_TARGETS") == "all"
-# ptxas spills a few bytes outside the loops now and then; that costs nothing.
-SPILLED_BYTES = 32
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def test_compiles(compiled: Callable[[str, str], list[Resources]], name: str, ta
     kernels = compiled(name, target)
     assert {used.kernel for used in kernels} == set(case.kernels)
     for used in kernels:
-        assert used.spilled_bytes <= SPILLED_BYTES, used
+        assert used.spilled_bytes <= case.spilled, used
         assert used.programs_per_processor >= case.programs, used
         assert not (case.overlapped and used.serialised), used
         assert not (case.exact and used.uses_tf32), "fp32 products in TF32: pass input_precision='ieee'"
