@@ -35,7 +35,7 @@ LAUNCHERS = {
 
 def test_public_names() -> None:
     assert hf_fastattn.__all__ == [
-        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope",
+        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "Variant",
         "patch", "patched", "register", "report", "unpatch", "warm_up",
     ]  # fmt: skip
 
