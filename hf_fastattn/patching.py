@@ -19,6 +19,7 @@ from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_l
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
+from hf_fastattn.patches.fused.experts import why_not_captured
 from hf_fastattn.patches.modules.module_state import release_slots, replace_forward
 from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
@@ -82,7 +83,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
     _check_layers(target, family)
     _warn_outside_tested_range()
     scope = PatchScope()
-    runtime = Runtime(resolved, target.config, target.dtype)
+    runtime = Runtime(resolved, target.config, target.dtype, why_not_captured)
     try:
         names, decoder = _replace_forwards(target, scope, runtime, family)
         # Not through the scope: scope and model would then refer to each other, a cycle.

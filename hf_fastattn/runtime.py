@@ -49,9 +49,16 @@ class Runtime:
         config: the options.
         model_config: the model's configuration.
         dtype: the model's dtype, for the memory limit.
+        why_not_experts: why a decoder's mixtures of experts cannot be recorded, if there is a reason.
     """
 
-    def __init__(self, config: FastAttnConfig, model_config: Any, dtype: Any) -> None:
+    def __init__(
+        self,
+        config: FastAttnConfig,
+        model_config: Any,
+        dtype: Any,
+        why_not_experts: Callable[[Any], str | None] | None = None,
+    ) -> None:
         self.config = config
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
@@ -63,8 +70,8 @@ class Runtime:
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
         stocks_draws = config.sampling == "transformers"
-        self.graphs = ForwardGraphs(config.cuda_graphs, reason, stocks_draws)
-        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason, stocks_draws)
+        self.graphs = ForwardGraphs(config.cuda_graphs, reason, stocks_draws, why_not_experts)
+        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason, stocks_draws, why_not_experts)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None

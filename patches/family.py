@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MixtureNames:
+    """Class names in a mixture of experts: `gate` is the router, `experts` holds the weights of all of them.
+
+    A block with a `shared_expert` adds it, times the sigmoid of `shared_expert_gate`.
+
+    Attributes:
+        block: of the layer's `mlp`.
+        router: of the router, which scores by softmax.
+        experts: of the experts.
+        rounds_weights: the router rounds the weights to the dtype of its logits.
+    """
+
+    block: str
+    router: str
+    experts: str
+    rounds_weights: bool
 
 
 @dataclass(frozen=True)
@@ -21,17 +40,26 @@ class LayerNames:
         norm: of its RMSNorms and the decoder's last; "" if they are no RMSNorms, and so are called.
         mlp: of the MLP; "" if it is no gated one, and so is called.
         unit_offset: the norms multiply by `1 + weight`.
+        mixture: of a mixture of experts that some layers have for an MLP.
     """
 
     layer: str
     norm: str
     mlp: str
     unit_offset: bool = False
+    mixture: MixtureNames | None = None
 
 
 def like_llama(prefix: str) -> LayerNames:
     """Llama's names, with another prefix than `Llama`."""
     return LayerNames(f"{prefix}DecoderLayer", f"{prefix}RMSNorm", f"{prefix}MLP")
+
+
+def with_experts(prefix: str, rounds_weights: bool, dense: bool = True) -> LayerNames:
+    """The same, with a mixture of experts in some layers, or in all if there are no `dense` ones."""
+    names = MixtureNames(f"{prefix}SparseMoeBlock", f"{prefix}TopKRouter", f"{prefix}Experts", rounds_weights)
+    layers = like_llama(prefix)
+    return replace(layers, mlp=layers.mlp if dense else "", mixture=names)
 
 
 @dataclass(frozen=True)

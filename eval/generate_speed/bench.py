@@ -161,7 +161,7 @@ class Bench:
 
     def _figures(self, case: Case, system: System) -> dict[str, Any]:
         first, token = (statistics.median(getattr(t, name) for t in system.timings) for name in ("first", "token"))
-        limit = step_limit(self.model, case, system.new, self.read) if self.read is not None else None
+        limit = None if self.read is None else step_limit(self.model, case, system.new, self.read)
         return {
             "first_ms": 1e3 * first,
             "token_ms": 1e3 * token,

@@ -7,19 +7,27 @@ from typing import Any
 from hf_fastattn.eval.generate_speed.cases import Case
 from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
 
+# What a module of experts holds of all of them.
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
-def weight_bytes(model: Any) -> int | None:
-    """Bytes of the weights that a step reads: the decoder's and the head's; of an embedding table only if it is the head.
 
-    None for a mixture of experts, where what is read depends on the tokens.
-    """
-    if any("experts" in name for name, _ in model.named_parameters()):
-        return None
+def distinct_experts(experts: int, top_k: int, rows: float) -> float:
+    """How many experts `rows` tokens are expected to choose, if each chooses any `top_k` of them alike."""
+    return experts * (1.0 - (1.0 - top_k / experts) ** rows)
+
+
+def weight_bytes(model: Any, rows: float) -> float:
+    """Bytes of the weights that a step of `rows` tokens reads: the decoder's and the head's; of an embedding table only
+    if it is the head, and of experts those that the tokens are expected to choose."""
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    held = {id(weight): weight for weight in (*model.get_decoder().parameters(), head)}
+    held = {id(weight): (name, weight) for name, weight in (*model.get_decoder().named_parameters(), ("head", head))}
     if table is not head:
         held.pop(id(table), None)
-    return sum(weight.nbytes for weight in held.values())
+    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", 0)
+    return sum(
+        weight.nbytes * (distinct_experts(len(weight), top_k, rows) / len(weight) if name.endswith(EXPERTS) else 1)
+        for name, weight in held.values()
+    )
 
 
 def key_value_bytes(model: Any, case: Case, new: int) -> float:
@@ -42,7 +50,7 @@ def key_value_bytes(model: Any, case: Case, new: int) -> float:
     return tokens * 2 * groups * dim * model.dtype.itemsize
 
 
-def step_limit(model: Any, case: Case, new: int, read: float) -> float | None:
-    """Seconds of a step that does nothing but read, at `read` bytes a second; None if that is not known."""
-    weights = weight_bytes(model)
-    return None if weights is None else (weights + key_value_bytes(model, case, new)) / read
+def step_limit(model: Any, case: Case, new: int, read: float) -> float:
+    """Seconds of a step that does nothing but read, at `read` bytes a second."""
+    live = sum(case.steps(new)) / new
+    return (weight_bytes(model, live) + key_value_bytes(model, case, new)) / read

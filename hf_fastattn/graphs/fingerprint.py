@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,15 +65,23 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     return Fingerprint(tuple(parts), hooked, None if names is None else tuple(names))
 
 
-def why_not_capturable(decoder: Any, device: torch.device) -> str | None:
-    """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be."""
+def why_not_capturable(
+    decoder: Any, device: torch.device, why_not_experts: Callable[[Any], str | None] | None = None
+) -> str | None:
+    """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be.
+
+    Args:
+        why_not_experts: says it of a decoder with a mixture of experts; without it none can be recorded.
+    """
     if device.type == "cuda" and os.environ.get(UNCACHED):
         # Nothing can be allocated during a capture then, and PyTorch ends the process when one fails.
         return f"{UNCACHED} is set"
     config: Any = decoder.config
     config = config.get_text_config(decoder=True)
     if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
-        return "a mixture of experts chooses what it computes"
+        reason = why_not_experts(decoder) if why_not_experts else "a mixture of experts chooses what it computes"
+        if reason is not None:
+            return reason
     if has_global_hooks():
         return "hooks on all modules are registered"
     held = list(_held(vars(decoder)))
@@ -99,6 +107,8 @@ def _options(decoder: Any) -> tuple[Any, ...]:
         decoder.training,
         getattr(decoder, "gradient_checkpointing", False),
         str(getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None)),
+        # generate() switches between these two, which compute the same.
+        str(getattr(decoder.config, "_experts_implementation", None)).replace("grouped_mm", "batched_mm"),
         torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,

@@ -95,8 +95,14 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         enabled: see `GraphStore`; `known_reason` and `stocks_draws` likewise.
     """
 
-    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
-        super().__init__(enabled, known_reason, stocks_draws)
+    def __init__(
+        self,
+        enabled: bool,
+        known_reason: str | None = None,
+        stocks_draws: bool = False,
+        why_not_experts: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
         self._seen: OrderedDict[Key, None] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None

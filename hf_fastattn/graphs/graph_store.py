@@ -35,13 +35,21 @@ class GraphStore(Generic[Key, Held]):
         enabled: `FastAttnConfig.cuda_graphs`.
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
         stocks_draws: random numbers are to be Transformers' own; recording a forward, and padding its rows, takes more.
+        why_not_experts: see `why_not_capturable`.
     """
 
     # Tests replace it by a type that runs the forward again, on the CPU.
     forward_type: ClassVar[type[RecordedForward]] = RecordedForward
 
-    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
+    def __init__(
+        self,
+        enabled: bool,
+        known_reason: str | None = None,
+        stocks_draws: bool = False,
+        why_not_experts: Callable[[Any], str | None] | None = None,
+    ) -> None:
         self._enabled, self._known_reason, self._stocks_draws = enabled, known_reason, stocks_draws
+        self._why_not_experts = why_not_experts
         # The least recently used first.
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._pool: Any = None
@@ -86,7 +94,8 @@ class GraphStore(Generic[Key, Held]):
         """Whether all that graphs depend on, beside their inputs, is as it was; `_reason` says why none can be recorded."""
         now, before = fingerprint_of(decoder, device), self._fingerprint
         if now != before:
-            self._fingerprint, self._reason = now, self._known_reason or why_not_capturable(decoder, device)
+            self._fingerprint = now
+            self._reason = self._known_reason or why_not_capturable(decoder, device, self._why_not_experts)
             if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
                 self._reason = "dropout draws as Transformers does: sampling='transformers'"
         return before is not None and now.parts == before.parts

@@ -53,8 +53,14 @@ class RecordedStep:
 class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
     """Recorded steps, and the static tensors that they share."""
 
-    def __init__(self, enabled: bool, known_reason: str | None = None, stocks_draws: bool = False) -> None:
-        super().__init__(enabled, known_reason, stocks_draws)
+    def __init__(
+        self,
+        enabled: bool,
+        known_reason: str | None = None,
+        stocks_draws: bool = False,
+        why_not_experts: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
         self._groups: weakref.ref[PageGroups] | None = None
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None

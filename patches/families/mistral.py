@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fastattn.patches.family import Family, like_llama
+from hf_fastattn.patches.family import Family, like_llama, with_experts
 
 
 def query_scale(config: Any, position_ids: Tensor) -> Tensor:
@@ -48,5 +48,7 @@ FAMILIES = (
         model_type="mixtral",
         decoder="MixtralModel",
         attention="MixtralAttention",
+        layers=with_experts("Mixtral", rounds_weights=False, dense=False),
+        causal_lm="MixtralForCausalLM",
     ),
 )

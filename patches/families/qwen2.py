@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fastattn.patches.family import Family, LayerNames, like_llama
+from hf_fastattn.patches.family import Family, LayerNames, like_llama, with_experts
 
 FAMILIES = (
     # Qwen2 and Qwen2.5 (Yang et al., 2024).
@@ -18,6 +18,8 @@ FAMILIES = (
         model_type="qwen2_moe",
         decoder="Qwen2MoeModel",
         attention="Qwen2MoeAttention",
+        layers=with_experts("Qwen2Moe", rounds_weights=True),
+        causal_lm="Qwen2MoeForCausalLM",
     ),
     # Qwen2-VL (Wang et al., 2024), its text decoder: positions on three axes, combined in cos and sin.
     Family(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_fastattn.patches.family import Family, LayerNames, like_llama
+from hf_fastattn.patches.family import Family, LayerNames, like_llama, with_experts
 
 FAMILIES = (
     # Qwen3 (Yang et al., 2025).
@@ -19,6 +19,8 @@ FAMILIES = (
         model_type="qwen3_moe",
         decoder="Qwen3MoeModel",
         attention="Qwen3MoeAttention",
+        layers=with_experts("Qwen3Moe", rounds_weights=True),
+        causal_lm="Qwen3MoeForCausalLM",
         qk_norm="Qwen3MoeRMSNorm",
     ),
     # Qwen3-VL, its text decoder: positions on three interleaved axes, combined in cos and sin.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -65,7 +65,9 @@ def fused_forward(
         arguments.get("position_ids"),
         arguments.get("attention_mask"),
     )
-    outputs = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+    mixture = vars(decoder)[STATE].family.layers.mixture
+    kind = BaseModelOutputWithPast if mixture is None else MoeModelOutputWithPast
+    outputs = kind(last_hidden_state=hidden, **{CACHE: cache})
     wanted = arguments.get("return_dict")
     return outputs.to_tuple() if (decoder.config.return_dict if wanted is None else wanted) is False else outputs
 

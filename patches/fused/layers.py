@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.attention.forward import attend_projected
+from hf_fastattn.patches.fused.experts import held_experts
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -103,6 +104,13 @@ def _attention(
 
 def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts) -> tuple[Tensor, Tensor | None]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
+    if not isinstance(products, PlainProducts):
+        held = None if products.narrowed else held_experts(mlp, products.names, x.device, x.dtype)
+        if held is not None:
+            # Not before: it imports Triton.
+            from hf_fastattn.patches.fused.mixture import add_mixture
+
+            return add_mixture(mlp, held, norm, x, delta, products)
     if not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)
         return x, products.call(mlp, normed)

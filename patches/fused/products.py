@@ -78,11 +78,19 @@ class Products:
         self.adapters_fused = 0
 
     @property
-    def _launch(self) -> dict[str, Any]:
-        # The counters of split-K sums are zeroed once a forward, by a launch that a graph records too.
-        if self._sums is None and self.tokens > 1:
+    def narrowed(self) -> bool:
+        """Whether autocast has products in another dtype than that of their weights."""
+        return self._region is not None
+
+    def split_sums(self) -> SplitSums:
+        """Room for split products; its counters are zeroed once a forward, by a launch that a graph records too."""
+        if self._sums is None:
             self._sums = SplitSums(self._device)
-        return {"sums": self._sums, "weights_settled": True}
+        return self._sums
+
+    @property
+    def _launch(self) -> dict[str, Any]:
+        return {"sums": self.split_sums() if self.tokens > 1 else None, "weights_settled": True}
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""

@@ -34,7 +34,7 @@ from tests.tools.models import (
 from tests.tools.reexecuted import ReexecutedStep, reexecuted
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-NOT_CAPTURED = ("moe", "mixtral", "next", "qwen3_5")
+NOT_CAPTURED = ("vl_moe", "omni_moe", "next", "qwen3_5")
 
 
 @pytest.fixture(autouse=True, params=["cpu", GPU])

@@ -34,7 +34,7 @@ from tests.tools.models import (
 )
 from tests.tools.reexecuted import reexecuted
 
-LAYER_BY_LAYER = {"next": "linear attention", "qwen3_5": "linear attention", "moe": "mixture", "mixtral": "mixture"}
+LAYER_BY_LAYER = {"next": "linear attention", "qwen3_5": "linear attention", "vl_moe": "mixture", "omni_moe": "mixture"}
 NEW = 40
 
 

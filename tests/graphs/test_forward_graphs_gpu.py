@@ -32,7 +32,7 @@ from tests.tools.models import (
 
 pytestmark = pytest.mark.gpu
 
-NOT_CAPTURED = ("moe", "mixtral", "next", "qwen3_5")
+NOT_CAPTURED = ("vl_moe", "omni_moe", "next", "qwen3_5")
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 4},

@@ -16,6 +16,8 @@ from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.experts import router
+from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
@@ -195,6 +197,22 @@ def adapted(
     return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora, lora_numbers=numbers)
 
 
+def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False) -> Any:
+    x, weight = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(experts, hidden, dtype=dtype)
+    gate = weight[:1] if shared else None
+    return router.route(x, weight, top_k, rounds_weights=True, gate_weight=gate, weights_settled=True)
+
+
+def experts_of(
+    tokens: int, hidden: int, inner: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False
+) -> object:  # fmt: skip
+    # Of as many experts as there have to be: their weights are real memory.
+    x, few = torch.zeros(tokens, hidden, dtype=dtype), min(experts, max(top_k, 4))
+    routing = routed(tokens, hidden, few, top_k, dtype, shared=shared)
+    weights = torch.zeros(few, 2 * inner, hidden, dtype=dtype), torch.zeros(few, hidden, inner, dtype=dtype)
+    return mixture(x, routing, *weights, residual=x, shared=x if shared else None, weights_settled=True)
+
+
 def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
     x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     if greedy:
@@ -265,6 +283,10 @@ HOPPER: dict[str, Any] = {
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
 CONTINUED = ("best_of_chunk_kernel", "score_kernel")
 GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
+
+ONE = ("router_kernel", "one_gate_up_kernel", "one_down_kernel")
+SEVERAL = ("router_kernel", "several_gate_up_kernel", "several_down_kernel")
+MANY = ("choice_kernel", "sort_pairs_kernel", "grouped_kernel", "combine_kernel")
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)
@@ -451,6 +473,25 @@ CASES = {
     ),
     "lora, stacked, 64 tokens, down": Case(
         lambda: adapted(64, 8192, (2048,), (32,), BF16, BF16, stacked=True), ("skinny_kernel",), programs=1
+    ),
+    "router": Case(lambda: routed(1, 2048, 128, 8), ("router_kernel",), programs=4),
+    "router, 16 tokens": Case(lambda: routed(16, 2048, 128, 8), ("router_kernel",), programs=2),
+    "router, 512 experts": Case(lambda: routed(16, 2048, 512, 10, shared=True), ("router_kernel",), programs=1),
+    "router, many tokens": Case(lambda: routed(64, 2048, 128, 8), ("choice_kernel",), programs=2),
+    "experts": Case(lambda: experts_of(1, 2048, 768, 128, 8), ONE, programs=2),
+    "experts, I = 14336": Case(lambda: experts_of(1, 4096, 14336, 8, 2), ONE, programs=2),
+    "experts, one token, fp32": Case(lambda: experts_of(1, 2048, 768, 128, 8, FP32), ONE, programs=2),
+    "experts, 4 tokens": Case(lambda: experts_of(4, 2048, 768, 128, 8), SEVERAL, programs=1),
+    "experts, 16 tokens": Case(lambda: experts_of(16, 2048, 768, 128, 8), SEVERAL, programs=1),
+    "experts, 16 tokens, fp32": Case(lambda: experts_of(16, 2048, 768, 128, 8, FP32), SEVERAL, programs=1, exact=True),
+    "experts, 8 tokens, shared, I = 1000": Case(
+        lambda: experts_of(8, 2040, 1000, 60, 4, FP16, shared=True), SEVERAL, programs=1
+    ),
+    "experts, 24 tokens": Case(lambda: experts_of(24, 2048, 768, 8, 8), MANY, programs=1),
+    "experts, 512 tokens": Case(lambda: experts_of(512, 2048, 768, 8, 8), MANY, programs=1),
+    "experts, 64 tokens, fp32": Case(lambda: experts_of(64, 512, 768, 8, 8, FP32), MANY, programs=1, exact=True),
+    "experts, 100 tokens, shared, I = 1000": Case(
+        lambda: experts_of(100, 2040, 1000, 8, 4, FP16, shared=True), MANY, programs=1
     ),
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),

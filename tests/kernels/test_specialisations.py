@@ -31,6 +31,10 @@ MOST_OF_PREFIXES = 50
 LOOP_KERNELS = {"advance_kernel"}
 MOST_OF_LOOP = 40
 
+# Of mixtures of experts: those of 4 shapes in two dtypes, of one token, of several, and of many.
+EXPERT_KERNELS = {*compile_cases.ONE, *compile_cases.SEVERAL, *compile_cases.MANY}
+MOST_OF_EXPERTS = 220
+
 # What a loop of generate() changes from one step or call to the next.
 LAUNCHES = {
     "append, tokens": [lambda n=n: compile_cases.append(8, 2, 64, tokens=n) for n in (1, 2, 16, 100)],
@@ -51,6 +55,8 @@ LAUNCHES = {
     "lora, tokens": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8)) for n in (2, 3, 16)],
     "lora, stacked": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8), stacked=True) for n in (2, 3, 16)],
     "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 16)],
+    "experts, tokens": [lambda n=n: compile_cases.experts_of(n, 256, 128, 4, 2) for n in (9, 12, 16)],
+    "router, many tokens": [lambda n=n: compile_cases.routed(n, 256, 4, 2) for n in (17, 18, 32)],
     "advance, rows": [lambda n=n: compile_cases.advanced(n) for n in (33, 48, 64)],
     "advance, columns": [lambda n=n: compile_cases.advanced(columns=n) for n in (1024, 2048, 8192)],
     "repetition penalty, rows": [lambda n=n: compile_cases.processed(rows=n) for n in (1, 3, 16)],
@@ -87,6 +93,7 @@ def test_the_sweep_needs_few_specialisations():
         (SAMPLING_KERNELS, MOST_OF_SAMPLING),
         (PREFIX_KERNELS, MOST_OF_PREFIXES),
         (LOOP_KERNELS, MOST_OF_LOOP),
+        (EXPERT_KERNELS, MOST_OF_EXPERTS),
     )
     for kernels, most in limits:
         assert sum(counts[name] for name in kernels) <= most, counts

@@ -33,7 +33,10 @@ from tests.tools.models import (
 )
 from tests.tools.reexecuted import reexecuted_loop
 
-PLAIN = ("llama", "mistral_window", "ministral", "ministral3", "qwen2", "qwen2_window", "qwen3", "qwen3_window")
+PLAIN = (
+    "llama", "mistral_window", "ministral", "ministral3", "qwen2", "qwen2_window", "qwen3", "qwen3_window",
+    "mixtral", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 NEW = 40
 # Enough of them that rows end at different steps.
 ENDS = list(range(3, 128, 9))

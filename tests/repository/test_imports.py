@@ -18,7 +18,18 @@ HOUSE = (
     "patching", "report", "warming", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
-    "kernels": ("launch", "relaunch", "quick_launch", "layer", "variants", "attention", "sampling", "backends", "ops"),
+    "kernels": (
+        "launch",
+        "relaunch",
+        "quick_launch",
+        "layer",
+        "experts",
+        "variants",
+        "attention",
+        "sampling",
+        "backends",
+        "ops",
+    ),
     "patches": ("family", "families", "registry", "modules", "attention", "fused", "decoder"),
 }
 

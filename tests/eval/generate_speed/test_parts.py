@@ -12,7 +12,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.eval.choices import KINDS
 from hf_fastattn.eval.generate_speed.bench import problems, ratios
 from hf_fastattn.eval.generate_speed.cases import ENDING, ON_CPU, ON_GPU, Case, choose
-from hf_fastattn.eval.generate_speed.limit import key_value_bytes, step_limit, weight_bytes
+from hf_fastattn.eval.generate_speed.limit import distinct_experts, key_value_bytes, step_limit, weight_bytes
 from hf_fastattn.eval.generate_speed.step_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.generate_speed.systems import System, Timing, end_rows_after, twin
 from hf_fastattn.eval.generate_speed.table import profile_table
@@ -97,7 +97,7 @@ def test_a_step_reads_the_table_only_as_head(tied: bool) -> None:
     model = tiny("llama", tie_word_embeddings=tied)
     every = sum(weight.nbytes for weight in model.parameters())
     table = model.get_input_embeddings().weight.nbytes
-    assert weight_bytes(model) == (every if tied else every - table)
+    assert weight_bytes(model, 3) == (every if tied else every - table)
 
 
 def test_keys_and_values_of_a_step() -> None:
@@ -110,11 +110,21 @@ def test_keys_and_values_of_a_step() -> None:
     assert key_value_bytes(model, Case("finished", 2, 40), 4) == 3 * (41 + 42 + 41 + 42 + 43 + 44) / 4 * token
     # One layer sees everything, two a window of 24.
     assert key_value_bytes(tiny("qwen2_window"), Case("greedy", 3, 40), 4) == 3 * (42.5 + 2 * 24) * token
-    weights = weight_bytes(model)
-    assert weights is not None
+    weights = weight_bytes(model, 3)
     expected = (weights + 3 * 3 * 42.5 * token) / 1e9
     assert step_limit(model, Case("greedy", 3, 40), 4, 1e9) == pytest.approx(expected)
-    assert step_limit(tiny("mixtral"), Case("greedy", 3, 40), 4, 1e9) is None
+
+
+def test_a_step_reads_the_experts_that_its_tokens_are_expected_to_choose() -> None:
+    model = tiny("qwen3_moe", num_experts=7, num_experts_per_tok=2)
+    assert distinct_experts(7, 2, 1) == pytest.approx(2) and distinct_experts(7, 7, 3) == 7
+    # Of 7 experts, one that a token does not choose with probability 5/7.
+    assert distinct_experts(7, 2, 2) == pytest.approx(7 * (1 - (5 / 7) ** 2))
+    assert distinct_experts(128, 8, 64) == pytest.approx(125.9, abs=0.1)
+    held = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    assert held == 3 * 7 * (2 * 32 * 64 + 64 * 32) * 4
+    every = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    assert weight_bytes(model, 2) == pytest.approx(every - held + held * distinct_experts(7, 2, 2) / 7)
 
 
 def test_a_step_is_what_the_longer_call_has_more() -> None:

@@ -1,0 +1,57 @@
+"""The launches of a layer's mixture of experts: norm, router, shared expert, experts, the last with the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hf_fastattn.kernels.experts.configs import FEW_TOKENS
+from hf_fastattn.kernels.experts.mixture import mixture
+from hf_fastattn.kernels.experts.router import route
+from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
+from hf_fastattn.patches.fused.experts import HeldExperts
+from hf_fastattn.patches.fused.products import Products
+from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, linear_parameters
+
+
+def add_mixture(
+    block: Any, held: HeldExperts, norm: Any, x: Tensor, delta: Tensor | None, products: Products
+) -> tuple[Tensor, Tensor | None]:
+    """The residual stream with the block's output in it, or as it was and the output beside it.
+
+    Args:
+        block: which `held` is of.
+        norm: before it, of `x + delta`.
+    """
+    normed, x = products.norm(norm, x, delta)
+    # A norm that was called may have given another dtype.
+    if normed.dtype is not held.down.dtype or x.dtype is not normed.dtype:
+        return x, products.call(block, normed)
+    kinds = products.names.mixture
+    assert kinds is not None
+    options: dict[str, Any] = {"sums": products.split_sums(), "weights_settled": True}
+    routing = route(
+        normed,
+        held.router,
+        held.top_k,
+        normalise=held.normalise,
+        rounds_weights=kinds.rounds_weights,
+        gate_weight=held.gate,
+        **options,
+    )
+    shared = None if held.shared is None else _shared_expert(held.shared, normed, products)
+    return mixture(normed, routing, held.gate_up, held.down, residual=x, shared=shared, **options), None
+
+
+def _shared_expert(mlp: Any, x: Tensor, products: Products) -> Tensor:
+    """What a shared expert makes of `x: [T, H]`, before its gate."""
+    plain = is_plain(mlp, products.names.mlp, x.device) and is_silu(mlp._modules["act_fn"], x.device)
+    if products.tokens > FEW_TOKENS or not plain:
+        return products.call(mlp, x)
+    found = [linear_parameters(mlp._modules[name], x.device, (x.dtype,)) for name in ("gate_proj", "up_proj", "down_proj")]
+    weights = [linear[0] for linear in found if linear is not None and linear[1] is None]
+    if len(weights) < len(found):
+        return products.call(mlp, x)
+    options: dict[str, Any] = {"sums": products.split_sums(), "weights_settled": True}
+    return matvec(gate_up_silu(x, weights[0], weights[1], **options), weights[2:], **options)[0]

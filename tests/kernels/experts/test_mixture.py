@@ -1,0 +1,164 @@
+"""The experts' products against `reference`, for few tokens and many, whatever the router chose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_fastattn.kernels.experts import few, grouped, router
+from hf_fastattn.kernels.experts.configs import FEW_TOKENS, GroupedTile, down_tile, gate_up_tile
+from hf_fastattn.kernels.experts.mixture import mixture
+from hf_fastattn.kernels.layer.configs import HOPPER, ProductTile
+from hf_fastattn.kernels.layer.split_sums import SplitSums
+from tests.kernels.experts.shapes import Layer, check, make_layer, routed, with_wide_tiles
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOKENS = (1, 2, 5, 16, 17, 70)
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_wide_tiles(monkeypatch)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_shapes(dtype: torch.dtype, tokens: int) -> None:
+    layer = make_layer(tokens, 136, 72, 5, dtype, strided=True)
+    check(layer, routed(layer, 3), repeats=2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 4, 20])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "residual", "shared"),
+    [(1, 1, True, False), (6, 6, False, False), (7, 2, True, True), (4, 3, False, True)],
+)
+def test_options(tokens: int, experts: int, top_k: int, residual: bool, shared: bool) -> None:
+    layer = make_layer(tokens, 96, 40, experts, residual=residual, shared=shared)
+    check(layer, routed(layer, top_k), sums=SplitSums(torch.device("cpu")), weights_settled=True)
+
+
+def skewed(layer: Layer, experts: list[int]) -> Layer:
+    """The same with a router by which every token chooses these experts."""
+    weight = torch.zeros_like(layer.weight)
+    layer.x[:, 0] = 4.0
+    for place, expert in enumerate(experts):
+        weight[expert, 0] = 4.0 - place / 4
+    return Layer(**{**vars(layer), "weight": weight})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 6, 30])
+def test_all_tokens_to_the_same_experts(tokens: int) -> None:
+    layer = skewed(make_layer(tokens, 64, 32, 9), [7, 2])
+    routing = routed(layer, 2)
+    assert routing.chosen.tolist() == [[7, 2]] * tokens
+    check(layer, routing, repeats=2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 6, 30])
+def test_nan_in_experts_that_nobody_chose(tokens: int) -> None:
+    layer = skewed(make_layer(tokens, 64, 32, 9), [7, 2])
+    others = [expert for expert in range(9) if expert not in (2, 7)]
+    for weights in (layer.gate_up_proj, layer.down_proj):
+        weights[others] = torch.nan
+    assert check(layer, routed(layer, 2)).isfinite().all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_nan_reaches_only_tokens_that_chose_it(tokens: int, bad: float) -> None:
+    layer = make_layer(tokens, 64, 32, 6)
+    routing = routed(layer, 2)
+    want = check(layer, routing)
+    hit = (routing.chosen == routing.chosen[0, 0]).any(1)
+    assert 0 < hit.sum() < tokens
+    for weights in (layer.gate_up_proj, layer.down_proj):
+        weights[int(routing.chosen[0, 0])] = bad
+    got = mixture(layer.x, routing, layer.gate_up_proj, layer.down_proj, residual=layer.residual)
+    assert torch.equal(got[~hit], want[~hit]) and not got[hit].isfinite().any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split", [2, 5, 16])
+def test_split(split: int) -> None:
+    layer = make_layer(7, 70, 48, 9)
+    routing, sums = routed(layer, 3), SplitSums(torch.device("cpu"))
+    states = few.gate_up_silu(layer.x, routing, layer.gate_up_proj)
+    want = few.down_sum(states, routing, layer.down_proj, tile=ProductTile(32, 32, 4, 2))
+    for _ in range(2):
+        got = few.down_sum(states, routing, layer.down_proj, tile=ProductTile(32, 32, 4, 2, split), sums=sums)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+        assert not sums.arrived.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tile", [GroupedTile(16, 32, 32, 4, 2), GroupedTile(128, 64, 64, 4, 3)])
+def test_tiles_of_grouped_products(tile: GroupedTile) -> None:
+    layer = make_layer(90, 72, 40, 4)
+    routing = routed(layer, 2)
+    order = grouped.sort_pairs(routing)
+    assert sorted(order.tolist()) == list(range(180))
+    assert routing.chosen.flatten()[order.long()].tolist() == sorted(routing.chosen.flatten().tolist())
+    states = grouped.gate_up_silu(layer.x, routing, order, layer.gate_up_proj, tile=tile)
+    got = grouped.down_sum(states, routing, order, layer.down_proj, residual=layer.residual, tile=tile)
+    torch.testing.assert_close(got, check(layer, routing), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.interpreter
+def test_no_tokens() -> None:
+    layer = make_layer(0, 64, 32, 4)
+    routing = router.route(layer.x, layer.weight, 2)
+    assert mixture(layer.x, routing, layer.gate_up_proj, layer.down_proj).shape == (0, 64)
+
+
+@pytest.mark.interpreter
+def test_what_does_not_fit_is_refused() -> None:
+    layer = make_layer(3, 64, 32, 4)
+    routing = routed(layer, 2)
+    states = few.gate_up_silu(layer.x, routing, layer.gate_up_proj)
+    for bad in (layer.gate_up_proj.float(), layer.gate_up_proj[:, :-1], layer.gate_up_proj[:, :, :-1], layer.down_proj[0]):
+        with pytest.raises(ValueError, match="gate_up_proj"):
+            few.gate_up_silu(layer.x, routing, bad)
+    with pytest.raises(ValueError, match="tokens"):
+        few.gate_up_silu(layer.x[:2], routing, layer.gate_up_proj)
+    with pytest.raises(ValueError, match="down_proj"):
+        few.down_sum(states, routing, layer.down_proj[:, :, :-1])
+    with pytest.raises(ValueError, match="residual"):
+        few.down_sum(states, routing, layer.down_proj, residual=layer.x[:2])
+    with pytest.raises(ValueError, match="gate"):
+        few.down_sum(states, routing, layer.down_proj, shared=layer.x)
+
+
+def test_tiles_of_few_tokens() -> None:
+    """Columns are cut without waste where they can be."""
+    for k in (768, 1408, 2048, 4096, 14336):
+        assert k % gate_up_tile(HOPPER, 2, 1, k, 768).block_k == 0 or k == 1408
+        assert down_tile(HOPPER, 2, 1, k, 2048).block_k <= 512
+    assert all(down_tile(HOPPER, 2, tokens, 768, 2048).split > 1 for tokens in range(2, FEW_TOKENS + 1))
+    assert down_tile(HOPPER, 2, 8, 14336, 1 << 20).split == 1
+
+
+SWEEP = {
+    "qwen3-30b-a3b": (2048, 768, 128, 8, False),
+    "mixtral-8x7b": (4096, 14336, 8, 2, False),
+    "qwen2-moe-14b-a2.7b": (2048, 1408, 60, 4, True),
+    "odd": (200, 72, 13, 3, True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("name", SWEEP)
+def test_sweep(name: str, dtype: torch.dtype) -> None:
+    hidden, inner, experts, top_k, shared = SWEEP[name]
+    sums = SplitSums(torch.device("cuda"))
+    for tokens in (1, 2, 4, 9, 16, 17, 64, 300):
+        layer = make_layer(tokens, hidden, inner, experts, dtype, device="cuda", shared=shared)
+        routing = router.route(layer.x, layer.weight, top_k, sums=sums, weights_settled=True, gate_weight=layer.gate_weight)
+        check(layer, routing, repeats=3, sums=sums, weights_settled=True)
+    assert not sums.arrived.any()
