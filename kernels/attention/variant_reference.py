@@ -156,6 +156,6 @@ def _weighted(scores: Tensor, v: Tensor, sink: Callable[..., Any] | None, normal
             with TransformGetItemToIndex():
                 lse = torch.logaddexp(lse, torch.vmap(sink)(own).to(lse.dtype)[:, None])
         weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
-    grouped = weights.view(v.shape[1], -1, length)
+    grouped = weights.view(v.shape[1], heads // v.shape[1] * tokens, length)
     out = torch.matmul(grouped, v.transpose(0, 1)).view(heads, tokens, -1)
     return out.transpose(0, 1), lse.transpose(0, 1)
