@@ -69,7 +69,7 @@ SLOPES = 2.0 ** -torch.arange(1.0, HEADS + 1)
 DISTANCES = 2 * _randn(HEADS, LONGEST)
 SINKS = 2 * _randn(HEADS)
 DOCUMENTS = torch.arange(LONGEST) // 11
-OWN = (torch.arange(8)[:, None] * 3 + torch.arange(LONGEST)) % 7
+OWN = (torch.arange(64)[:, None] * 3 + torch.arange(LONGEST)) % 7
 ANGLES = torch.arange(LONGEST)[:, None] * torch.exp2(-torch.arange(16) % 8)
 GAINS = 1.0 + 0.5 * _randn(HEADS, 16)
 NEVER_NEGATIVE = LONGEST - 1
@@ -199,15 +199,17 @@ def plain_attention(plain: Callable[[Pairs], Tensor]) -> Callable[..., tuple[Ten
     return attention
 
 
-def stock_with(name: str, family: str = "llama", **over: Any) -> Any:
+def stock_with(name: str, device: str = "cpu", family: str = "llama", **over: Any) -> Any:
     """A stock model whose attention computes the case."""
-    model, known = tiny(family, **over), f"variant_{sorted(CASES).index(name)}"
+    model, known = tiny(family, **over).to(device), f"variant_{sorted(CASES).index(name)}"
     AttentionInterface.register(known, plain_attention(CASES[name].plain))
     AttentionMaskInterface.register(known, sdpa_mask)
     model.set_attn_implementation(known)
     return model
 
 
-def patched_with(name: str, family: str = "llama", options: dict[str, Any] | None = None, **over: Any) -> Any:
+def patched_with(
+    name: str, device: str = "cpu", family: str = "llama", options: dict[str, Any] | None = None, **over: Any
+) -> Any:
     """A model of the same weights, patched with the case's variant."""
-    return hf_fastattn.patch(tiny(family, **over), variant=CASES[name].make(), **(options or {}))
+    return hf_fastattn.patch(tiny(family, **over).to(device), variant=CASES[name].make(), **(options or {}))

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from hf_fastattn.cache import prefix_groups
-from tests.tools.models import assert_fast, padded_batch, single
+from tests.tools import variant_models
+from tests.tools.models import assert_fast, padded_batch, real_tokens
 from tests.tools.reexecuted import reexecuted_loop
 from tests.tools.variant_models import CASES, patched_with, stock_with
 
-NEW = 24
+NEW = 14
+SMALL = {"num_hidden_layers": 2}
 SAMPLED = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -31,7 +33,10 @@ SKIPPED = {("prefix-LM", "chunked")}
 
 
 @pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in vars(variant_models).items():
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(variant_models, name, value.to(request.param))
     with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
         yield request.param
 
@@ -52,15 +57,13 @@ def run(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Ten
 def test_tokens(name: str, call: str, device: str) -> None:
     if (name, call) in SKIPPED:
         pytest.skip("chunks see no later ones")
-    stock, model = stock_with(name), patched_with(name)
-    for batch in (padded_batch(), single()):
-        for _ in range(2):
-            got = run(model, batch, **CALLS[call])
-            assert torch.equal(got, run(stock, batch, **CALLS[call]))
-            repeats = call in ("samples", "beams")
-            unshared = () if CASES[name].shares or not repeats else ("equal rows",)
-            counters = assert_fast(
-                model, shared=None if call == "beams" else repeats and CASES[name].shares, fallbacks=unshared
-            )
-            if call != "chunked":
-                assert counters.fast_loops == 1 and counters.graphs_replayed > 0
+    stock, model = stock_with(name, device, **SMALL), patched_with(name, device, **SMALL)
+    want, repeats = run(stock, padded_batch(), **CALLS[call]), call in ("samples", "beams")
+    # The second call replays what the first has recorded, prompts included.
+    for _ in range(2):
+        assert torch.equal(run(model, padded_batch(), **CALLS[call]), want)
+        unshared = () if CASES[name].shares or not repeats else ("equal rows",)
+        counters = assert_fast(model, fallbacks=unshared)
+        assert counters.fast_loops == 1 and counters.graphs_replayed > 0
+        if repeats:
+            assert (counters.prompt_tokens == real_tokens(padded_batch())) == CASES[name].shares
