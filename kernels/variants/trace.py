@@ -17,7 +17,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_fastattn.kernels.variants.hooks import HOOKS, VECTORS
-from hf_fastattn.kernels.variants.user_lines import InPlaceWriteError, NotedLines, line_of_error
+from hf_fastattn.kernels.variants.user_lines import InPlaceWriteError, LeavesPyTorchError, NotedLines, line_of_error
 
 
 class VariantError(ValueError):
@@ -98,6 +98,8 @@ def _explained(error: Exception) -> str:
     text = str(error).split("\n")[0]
     if isinstance(error, InPlaceWriteError):
         return f"{text}; write x = x + y instead of x += y"
+    if isinstance(error, LeavesPyTorchError):
+        return f"{text}; use operations of PyTorch"
     if "tracing tensor" in text or "data-dependent" in text or "_local_scalar_dense" in text:
         return (
             "depends on the value of a tensor (in an if, a loop, an int() or an index of mixed kinds); "

@@ -13,6 +13,8 @@ import torch
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
+# Of what these give, a trace would keep the values that it was made with.
+LEAVE_PYTORCH = ("numpy", "__array__", "tolist", "data_ptr")
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -44,11 +46,17 @@ class NotedLines(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _writes_in_place(name) or (kwargs or {}).get("out") is not None:
             raise InPlaceWriteError(f"{name} writes to a tensor in place")
+        if name in LEAVE_PYTORCH:
+            raise LeavesPyTorchError(f"{name}() takes the value of a tensor out of PyTorch, where it cannot be followed")
         return func(*args, **(kwargs or {}))
 
 
 class InPlaceWriteError(RuntimeError):
     """A hook wrote to a tensor."""
+
+
+class LeavesPyTorchError(RuntimeError):
+    """A hook takes values where no trace follows them."""
 
 
 def _writes_in_place(name: str) -> bool:

@@ -124,8 +124,7 @@ def _forward_with_variants(self: Any, arguments: dict[str, Any], kwargs: dict[st
     cache.reset()
     if not isinstance(outputs, ModelOutput):
         return tuple(value for value in outputs if value is not cache)
-    outputs[CACHE] = None
-    return outputs
+    return type(outputs)(**{name: value for name, value in outputs.items() if value is not cache})
 
 
 def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:

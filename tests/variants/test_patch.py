@@ -1,0 +1,251 @@
+"""A patched model and its variant: by layer, patched again, taken back, copied; what it reports, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hf_fastattn
+from hf_fastattn import StockAttentionError, Variant
+from hf_fastattn.cache.batch import Batch
+from hf_fastattn.transformers_version import CACHE
+from tests.patches.snapshots import assert_plain
+from tests.tools.models import assert_fast, padded_batch, single, tiny
+from tests.tools.reexecuted import ReadBack, reexecuted_loop
+from tests.tools.variant_models import CASES, DISTANCES, by_row, patched_with, stock_with
+
+ASKED: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+ALIBI, WINDOW = CASES["alibi"].make(), CASES["window"].make()
+
+
+def generate(model: Any, **options: Any) -> Tensor:
+    return model.generate(**{**padded_batch(), **ASKED, **options})
+
+
+def test_by_layer() -> None:
+    asked: list[int] = []
+
+    def by_layer(index: int) -> Variant | None:
+        asked.append(index)
+        return {0: ALIBI, 2: WINDOW}.get(index)
+
+    model = hf_fastattn.patch(tiny("llama"), variant=by_layer)
+    assert asked == [0, 1, 2]
+    assert hf_fastattn.report(model).variants == ("layer 0: score_mod=alibi", "layer 2: window=20")
+    assert "variant       layer 2: window=20" in str(hf_fastattn.report(model))
+    stock = tiny("llama")
+    for index, name in ((0, "alibi"), (2, "window")):
+        stock.model.layers[index].self_attn.config = stock_with(name).config
+    assert torch.equal(generate(model), generate(stock)) and not torch.equal(generate(model), generate(tiny("llama")))
+    assert_fast(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "mixtral", "ministral3"])
+def test_other_families(family: str) -> None:
+    stock, model = stock_with("alibi", family=family), patched_with("alibi", family=family)
+    if family == "qwen2_window":
+        # The model's own window of a layer goes with the variant.
+        plain = tiny(family)
+        assert not torch.equal(generate(model), generate(plain))
+        assert_fast(model)
+        return
+    assert torch.equal(generate(model), generate(stock))
+    assert_fast(model)
+
+
+def test_patched_again() -> None:
+    model = hf_fastattn.patch(tiny("llama"), variant=ALIBI)
+    state = vars(model)["_fastattn"]
+    for same in (ALIBI, CASES["alibi"].make(), lambda index: ALIBI):
+        assert hf_fastattn.patch(model, variant=same) is model and vars(model)["_fastattn"] is state
+    for other in (None, WINDOW, Variant(score_mod=ALIBI.score_mod, window=20), lambda index: ALIBI if index else None):
+        with pytest.raises(ValueError, match="with another variant"):
+            hf_fastattn.patch(model, variant=other)
+    with pytest.raises(ValueError, match="with another variant"):
+        hf_fastattn.patch(hf_fastattn.patch(tiny("llama")), variant=ALIBI)
+    assert torch.equal(generate(model), generate(stock_with("alibi")))
+
+
+def test_two_models_and_back() -> None:
+    alibi, window = patched_with("alibi"), patched_with("window")
+    for _ in range(2):
+        assert torch.equal(generate(alibi), generate(stock_with("alibi")))
+        assert torch.equal(generate(window), generate(stock_with("window")))
+    hf_fastattn.unpatch(alibi)
+    assert_plain(alibi, "llama")
+    assert torch.equal(generate(alibi), generate(tiny("llama")))
+    hf_fastattn.patch(alibi)
+    assert torch.equal(generate(alibi), generate(tiny("llama"))) and hf_fastattn.report(alibi).variants == ()
+    assert torch.equal(generate(window), generate(stock_with("window")))
+    with hf_fastattn.patched(hf_fastattn.unpatch(alibi), variant=WINDOW):
+        assert torch.equal(generate(alibi), generate(window))
+    assert_plain(alibi, "llama")
+
+
+def test_copies_are_plain() -> None:
+    # A function within a function cannot be pickled.
+    model = hf_fastattn.patch(tiny("llama"), variant=Variant(score_mod=lambda s, b, h, q, k: s - (q - k) * 0.5))
+    tokens = generate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for twin in twins:
+        assert_plain(twin, "llama")
+        assert torch.equal(generate(twin), generate(tiny("llama")))
+    assert torch.equal(generate(model), tokens)
+
+
+def test_forwards_without_a_cache_of_ours() -> None:
+    stock, model, ids = stock_with("distance bias"), patched_with("distance bias"), single()["input_ids"]
+    with torch.no_grad():
+        want = stock(ids, labels=ids)
+        kept, unkept = model(ids, labels=ids), model(ids, labels=ids, use_cache=False)
+        more = model(ids[:, :3], **{CACHE: kept[CACHE]}).logits
+        tuples = model(ids, return_dict=False, use_cache=False)
+        torch.testing.assert_close(kept.logits, want.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kept.loss, want.loss, atol=1e-4, rtol=1e-4)
+        assert torch.equal(unkept.logits, kept.logits) and getattr(unkept, CACHE) is None and len(tuples) == 1
+        torch.testing.assert_close(more, stock(ids[:, :3], **{CACHE: want[CACHE]}).logits, atol=1e-4, rtol=1e-4)
+    masked = padded_batch()
+    with torch.no_grad():
+        got, want = model(**masked).logits, stock(**masked).logits
+    shown = masked["attention_mask"].bool()
+    torch.testing.assert_close(got[shown], want[shown], atol=1e-4, rtol=1e-4)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "static cache": (lambda model: generate(model, cache_implementation="offloaded"), "cache_implementation"),
+    "no cache": (lambda model: generate(model, use_cache=False), "use_cache=False"),
+    "gradients": (lambda model: model(**padded_batch()), "gradients are needed"),
+    "a 4-D mask": (
+        lambda model: no_grad(model, single(5)["input_ids"], attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool)),
+        "custom attention mask",
+    ),
+    "weights": (lambda model: no_grad(model, single(5)["input_ids"], output_attentions=True), "attention weights"),
+    "an empty cache": (
+        lambda model: no_grad(model, single(5)["input_ids"], **{CACHE: __import__("transformers").DynamicCache()}),
+        "DynamicCache",
+    ),
+    "bidirectional": (lambda model: no_grad(model, single(5)["input_ids"], is_causal=False), "is_causal=False"),
+    "attention itself": (
+        lambda model: model.model.layers[1].self_attn(
+            torch.zeros(1, 3, 64), position_embeddings=(torch.ones(1, 3, 16), torch.zeros(1, 3, 16)), attention_mask=None
+        ),
+        "no forward over pages",
+    ),
+}
+
+
+def no_grad(model: Any, *args: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        return model(*args, **options)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_only_stocks_attention_would_do_is_refused(name: str) -> None:
+    call, words = REFUSED[name]
+    model = patched_with("alibi")
+    model.set_attn_implementation("eager")
+    want = generate(model)
+    with pytest.raises(StockAttentionError, match=words) as error:
+        call(model)
+    assert "score_mod=alibi" in str(error.value) and "unpatch()" in str(error.value)
+    assert torch.equal(generate(model), want)
+    assert_fast(model)
+
+
+def test_a_model_without_variants_falls_back_as_before() -> None:
+    model = hf_fastattn.patch(tiny("llama"), variant=lambda index: None)
+    assert torch.equal(generate(model, use_cache=False), generate(tiny("llama"), use_cache=False))
+    assert hf_fastattn.report(model).last_call.fallbacks
+
+
+def test_what_is_trained_needs_gradients() -> None:
+    table = torch.nn.Parameter(DISTANCES.clone())
+    model = hf_fastattn.patch(
+        tiny("llama").requires_grad_(False), variant=Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k])
+    )
+    with pytest.raises(StockAttentionError, match="gradients are needed"):
+        model(single()["input_ids"])
+    assert_fast_tokens = generate(model)
+    assert torch.equal(assert_fast_tokens, generate(stock_with("distance bias")))
+
+
+def test_tensors_are_read_at_every_step() -> None:
+    with reexecuted_loop():
+        table = DISTANCES.clone()
+        variant = Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k])
+        model, stock = hf_fastattn.patch(tiny("llama"), variant=variant), tiny("llama")
+        assert torch.equal(generate(model), generate(stock_with("distance bias")))
+        table.zero_()
+        assert torch.equal(generate(model), generate(stock))
+        call = assert_fast(model)
+        # The same recorded step serves.
+        assert call.fast_loops == 1 and call.graphs_replayed > 0 and not call.graphs_captured
+
+
+def test_steps_are_recorded_anew_where_what_is_read_lies_elsewhere() -> None:
+    with reexecuted_loop():
+        table = torch.nn.Parameter(DISTANCES.clone(), requires_grad=False)
+        model = hf_fastattn.patch(tiny("llama"), variant=Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k]))
+        generate(model)
+        generate(model)
+        assert not assert_fast(model).graphs_captured
+        table.data = torch.zeros_like(DISTANCES)
+        assert torch.equal(generate(model), generate(tiny("llama")))
+        assert assert_fast(model).graphs_captured
+
+
+def test_reading_the_row_is_reported() -> None:
+    model = hf_fastattn.patch(tiny("llama"), variant=Variant(score_mod=by_row))
+    assert hf_fastattn.report(model).variants == (
+        "layers 0 to 2: score_mod=by_row, reads the row, so that nothing is shared between rows",
+    )
+    generate(model, num_return_sequences=2, do_sample=True, top_k=1)
+    call = hf_fastattn.report(model).last_call
+    assert call is not None and not call.pages_shared
+    assert list(call.fallbacks) == ["equal rows are computed one by one: an attention variant reads the row"]
+
+
+PATHS = {
+    "prompts": lambda batch: not batch.is_decode,
+    "steps": lambda batch: batch.is_decode,
+    "static": lambda batch: batch.host is None,
+    "made by the host": lambda batch: batch.host is not None,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["alibi", "documents", "softcap and sinks", "transforms"])
+def test_a_variant_that_is_left_out_somewhere_is_noticed(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = generate(stock_with(name))
+    for kind in (Batch, ReadBack):
+        attend = kind.attend
+
+        def faulty(self: Batch, *args: Any, attend: Any = attend, variant: Any = None, **options: Any) -> Tensor:
+            return attend(self, *args, variant=None if PATHS[path](self) else variant, **options)
+
+        monkeypatch.setattr(kind, "attend", faulty)
+    with contextlib.nullcontext() if path == "made by the host" else reexecuted_loop():
+        assert not torch.equal(generate(patched_with(name)), want)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["distance bias", "softcap and sinks", "first keys and a window", "transforms", "sigmoid"])
+def test_in_the_kernels(name: str) -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 2}
+    stock, model = stock_with(name, **small), patched_with(name, **small)
+    assert hf_fastattn.report(model).backend == "triton"
+    batch = padded_batch(2, 20)
+    for options in ({}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}):
+        asked = {**batch, "max_new_tokens": 4, "do_sample": False, **options}
+        assert torch.equal(model.generate(**asked), stock.generate(**asked))
+        assert_fast(model)
