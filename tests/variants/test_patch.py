@@ -239,13 +239,11 @@ def test_a_variant_that_is_left_out_somewhere_is_noticed(name: str, path: str, m
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["distance bias", "softcap and sinks", "first keys and a window", "transforms", "sigmoid"])
+@pytest.mark.parametrize("name", ["distance bias", "first keys and a window", "transforms"])
 def test_in_the_kernels(name: str) -> None:
-    small: dict[str, Any] = {"num_hidden_layers": 2}
+    small: dict[str, Any] = {"num_hidden_layers": 1}
     stock, model = stock_with(name, **small), patched_with(name, **small)
     assert hf_fastattn.report(model).backend == "triton"
-    batch = padded_batch(2, 20)
-    for options in ({}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}):
-        asked = {**batch, "max_new_tokens": 4, "do_sample": False, **options}
-        assert torch.equal(model.generate(**asked), stock.generate(**asked))
-        assert_fast(model)
+    asked: dict[str, Any] = {**padded_batch(2, 22), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**asked), stock.generate(**asked))
+    assert_fast(model)
