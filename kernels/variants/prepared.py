@@ -54,6 +54,11 @@ class PreparedVariant:
         return self.variant.window
 
     @property
+    def rotates(self) -> bool:
+        """Whether its transforms rotate queries and keys (`rope="inside"`), so that the cache keeps keys before RoPE."""
+        return getattr(self.variant, "rope", "model") == "inside"
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether something that the functions read is being trained."""
         return any(tensor.requires_grad for tensor in self.tensors)

@@ -141,7 +141,8 @@ def attend_projected(
     window = cache.layers[module.layer_idx].window
     k_pages, v_pages = cache.pages_for(module.layer_idx, k)
     cos, sin = batch.rope(*position_embeddings)
-    if family.rotates is not None and not family.rotates(module):
+    inside = state.variant is not None and state.variant.rotates
+    if inside or (family.rotates is not None and not family.rotates(module)):
         cos, sin = cos[:, :0], sin[:, :0]
     q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
     if family.query_scale is not None:
