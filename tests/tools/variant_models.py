@@ -34,6 +34,7 @@ class Pairs:
     q_idx: Tensor
     kv_idx: Tensor
     scale: float
+    window: int | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -41,7 +42,8 @@ class Pairs:
 
     @property
     def causal(self) -> Tensor:
-        return self.kv_idx <= self.q_idx
+        causal = self.kv_idx <= self.q_idx
+        return causal if self.window is None else causal & (self.past < self.window)
 
     @property
     def past(self) -> Tensor:
@@ -188,10 +190,12 @@ def plain_attention(plain: Callable[[Pairs], Tensor]) -> Callable[..., tuple[Ten
         k, v = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
         starts = torch.zeros(rows, dtype=torch.int64, device=query.device)
         if attention_mask is not None:
-            starts = attention_mask[:, 0, -1].int().argmax(-1)
+            starts = attention_mask[:, 0].any(1).int().argmax(-1)
         places = torch.arange(keys, device=query.device) - starts[:, None]
         scale = options.get("scaling") or 1 / math.sqrt(dim)
-        pairs = Pairs(query, k, v, places[:, None, keys - queries :, None], places[:, None, None], scale)
+        pairs = Pairs(
+            query, k, v, places[:, None, keys - queries :, None], places[:, None, None], scale, options.get("sliding_window")
+        )
         # Rows of padding attend to nothing, or to whatever a NaN would come from.
         out = plain(pairs) * (pairs.q_idx >= 0)
         return out.transpose(1, 2).contiguous(), None

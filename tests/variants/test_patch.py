@@ -6,11 +6,13 @@ import contextlib
 import copy
 import io
 import pickle
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import hf_fastattn
 from hf_fastattn import StockAttentionError, Variant
@@ -47,17 +49,22 @@ def test_by_layer() -> None:
     assert_fast(model)
 
 
-@pytest.mark.parametrize("family", ["qwen2_window", "qwen3", "mixtral", "ministral3"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_next", "mixtral", "ministral3", "qwen2_vl", "smollm3"])
 def test_other_families(family: str) -> None:
     stock, model = stock_with("alibi", family=family), patched_with("alibi", family=family)
-    if family == "qwen2_window":
-        # The model's own window of a layer goes with the variant.
-        plain = tiny(family)
-        assert not torch.equal(generate(model), generate(plain))
-        assert_fast(model)
-        return
     assert torch.equal(generate(model), generate(stock))
     assert_fast(model)
+
+
+@pytest.mark.parametrize("family", ["qwen2_window", "mistral_window"])
+def test_windows_of_the_model_go_with_the_variants(family: str) -> None:
+    stock, model, ids = stock_with("alibi", family=family), patched_with("alibi", family=family), single(60)["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, stock(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (
+            model(ids).logits
+            - patched_with("alibi", family=family, use_sliding_window=False, sliding_window=None)(ids).logits
+        ).abs().max() > 0.1
 
 
 def test_patched_again() -> None:
@@ -131,7 +138,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "weights": (lambda model: no_grad(model, single(5)["input_ids"], output_attentions=True), "attention weights"),
     "an empty cache": (
-        lambda model: no_grad(model, single(5)["input_ids"], **{CACHE: __import__("transformers").DynamicCache()}),
+        lambda model: no_grad(model, single(5)["input_ids"], **{CACHE: DynamicCache()}),
         "DynamicCache",
     ),
     "bidirectional": (lambda model: no_grad(model, single(5)["input_ids"], is_causal=False), "is_causal=False"),
@@ -168,6 +175,37 @@ def test_a_model_without_variants_falls_back_as_before() -> None:
     assert hf_fastattn.report(model).last_call.fallbacks
 
 
+def test_a_busy_model_is_an_error() -> None:
+    model, raised = patched_with("alibi"), []
+
+    class Meanwhile(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+            return scores
+
+    def call() -> None:
+        try:
+            generate(model)
+        except StockAttentionError as error:
+            raised.append(str(error))
+
+    tokens = generate(model, logits_processor=LogitsProcessorList([Meanwhile()]), max_new_tokens=2)
+    assert len(raised) == 2 and "busy in another thread" in raised[0]
+    assert torch.equal(generate(model, max_new_tokens=2), tokens)
+    assert_fast(model)
+
+
+def test_a_compiled_model() -> None:
+    model, ids = patched_with("alibi"), single()["input_ids"]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        want = stock_with("alibi")(ids).logits
+        torch.testing.assert_close(compiled(ids).logits, want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(generate(compiled), generate(stock_with("alibi")))
+
+
 def test_what_is_trained_needs_gradients() -> None:
     table = torch.nn.Parameter(DISTANCES.clone())
     model = hf_fastattn.patch(
@@ -175,8 +213,7 @@ def test_what_is_trained_needs_gradients() -> None:
     )
     with pytest.raises(StockAttentionError, match="gradients are needed"):
         model(single()["input_ids"])
-    assert_fast_tokens = generate(model)
-    assert torch.equal(assert_fast_tokens, generate(stock_with("distance bias")))
+    assert torch.equal(generate(model), generate(stock_with("distance bias")))
 
 
 def test_tensors_are_read_at_every_step() -> None:
