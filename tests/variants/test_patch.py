@@ -216,29 +216,65 @@ def test_what_is_trained_needs_gradients() -> None:
     assert torch.equal(generate(model), generate(stock_with("distance bias")))
 
 
-def test_tensors_are_read_at_every_step() -> None:
-    with reexecuted_loop():
-        table = DISTANCES.clone()
-        variant = Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k])
-        model, stock = hf_fastattn.patch(tiny("llama"), variant=variant), tiny("llama")
-        assert torch.equal(generate(model), generate(stock_with("distance bias")))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def learned(table: Tensor, device: str) -> Any:
+    """A patched model whose variant reads `table`."""
+    variant = Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k])
+    return hf_fastattn.patch(tiny("llama").to(device), variant=variant)
+
+
+def generate_on(model: Any) -> Tensor:
+    batch = {name: value.to(model.device) for name, value in padded_batch().items()}
+    return model.generate(**batch, **ASKED).cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_are_read_at_every_step(device: str) -> None:
+    with reexecuted_loop() if device == "cpu" else contextlib.nullcontext():
+        table = DISTANCES.clone().to(device)
+        model = learned(table, device)
+        assert torch.equal(generate_on(model), generate(stock_with("distance bias")))
         table.zero_()
-        assert torch.equal(generate(model), generate(stock))
+        assert torch.equal(generate_on(model), generate(tiny("llama")))
         call = assert_fast(model)
         # The same recorded step serves.
         assert call.fast_loops == 1 and call.graphs_replayed > 0 and not call.graphs_captured
 
 
-def test_steps_are_recorded_anew_where_what_is_read_lies_elsewhere() -> None:
-    with reexecuted_loop():
-        table = torch.nn.Parameter(DISTANCES.clone(), requires_grad=False)
-        model = hf_fastattn.patch(tiny("llama"), variant=Variant(score_mod=lambda s, b, h, q, k: s + table[h, q - k]))
-        generate(model)
-        generate(model)
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_are_recorded_anew_where_what_is_read_lies_elsewhere(device: str) -> None:
+    with reexecuted_loop() if device == "cpu" else contextlib.nullcontext():
+        table = torch.nn.Parameter(DISTANCES.clone().to(device), requires_grad=False)
+        model = learned(table, device)
+        generate_on(model)
+        generate_on(model)
         assert not assert_fast(model).graphs_captured
-        table.data = torch.zeros_like(DISTANCES)
-        assert torch.equal(generate(model), generate(tiny("llama")))
-        assert assert_fast(model).graphs_captured
+        for other in (torch.zeros_like(table), torch.zeros_like(table).double()):
+            table.data = other
+            assert torch.equal(generate_on(model), generate(tiny("llama")))
+            assert assert_fast(model).graphs_captured
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_it_reads() -> None:
+    model = learned(DISTANCES.clone().to("cuda"), "cuda")
+    want = generate_on(model)
+    filled = [torch.full_like(DISTANCES, 9.0, device="cuda") for _ in range(64)]
+    assert torch.equal(generate_on(model), want) and filled
+
+
+@pytest.mark.gpu
+def test_a_model_that_moves() -> None:
+    table = torch.nn.Parameter(DISTANCES.clone(), requires_grad=False)
+    model = learned(table, "cpu")
+    want = generate(model)
+    with pytest.raises(hf_fastattn.VariantError, match="on cpu, but attention runs on cuda"):
+        generate_on(model.to("cuda"))
+    table.data = table.data.to("cuda")
+    assert torch.equal(generate_on(model), want)
+    assert hf_fastattn.report(model).backend != "reference"
 
 
 def test_reading_the_row_is_reported() -> None:
