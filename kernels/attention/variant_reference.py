@@ -177,7 +177,7 @@ def _modified(
         seen, nearest = seen & (key > query - window), torch.maximum(nearest, query - window + 1)
     h = _range(0, len(scores), scores.device)
     if "score_mod" in functions and scores.numel():
-        scores = _for_all_pairs(functions["score_mod"], (0,))(scores, b, h, q_idx, nearest)
+        scores = _for_all_pairs(functions["score_mod"], (0,))(scores, b, h, q_idx, nearest).to(scores.dtype)
     if "mask_mod" in functions and scores.numel():
         seen = seen & _for_all_pairs(functions["mask_mod"], ())(b, h, q_idx, nearest)
     return scores.masked_fill(~seen, -math.inf)
