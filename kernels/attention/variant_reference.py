@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ def variant_attention(
         if is_triton(function):
             raise ValueError(f"{hook} is a @triton.jit function, which the reference cannot run; give a PyTorch function")
     plan = dataclasses.replace(plan, prefixes=(), _indices={})
-    bounds = plan.cu_seqlens_q
-    parts = [
-        _rows(q[bounds[first] : bounds[last]], k_pages.flatten(0, 1), v_pages.flatten(0, 1), plan, range(first, last),
-              variant, functions, scale)
-        for first, last in _batches(plan, q.shape[1])
-    ]  # fmt: skip
+    bounds, keys, values = plan.cu_seqlens_q, k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    window = min((w for w in (plan.window, variant.window) if w is not None), default=None)
+    parts = []
+    for first, last in _batches(plan, q.shape[1]):
+        rows = _Rows.of(range(first, last), keys, values, plan, functions.get("key_transform"), q.dtype)
+        parts.append(_attended(q[bounds[first] : bounds[last]], rows, window, variant, functions, scale))
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
@@ -66,57 +67,79 @@ def _batches(plan: ReadPlan, heads: int) -> Iterator[tuple[int, int]]:
     yield first, len(plan.rows)
 
 
-def _rows(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: ReadPlan,
-    rows: range,
-    variant: Variant,
-    functions: dict[str, Callable[..., Any]],
-    scale: float,
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a batch, gathered: S queries of all of them, and each one's keys, L of the longest.
+
+    Attributes:
+        first: the number of the first row.
+        counts: queries a row.
+        q_idx: `[S]` their positions.
+        b: `[S]` their rows.
+        keys: `[L_b, G, D]` of each row, transformed; `values` likewise.
+        kv_idx: `[rows, L]` positions of keys; behind a row's own ones the last again, which no query sees.
+    """
+
+    first: int
+    counts: list[int]
+    q_idx: Tensor
+    b: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    kv_idx: Tensor
+
+    @staticmethod
+    def of(rows: range, keys: Tensor, values: Tensor, plan: ReadPlan, transform: Any, dtype: torch.dtype) -> _Rows:
+        runs, counts = [plan.rows[row] for row in rows], [plan.query_lens[row] for row in rows]
+        device, lengths = keys.device, [run.length for run in runs]
+        positions = [_range(run.start, run.start + run.length, device) for run in runs]
+        q_idx = torch.cat([_range(plan.seq_lens[row] - plan.query_lens[row], plan.seq_lens[row], device) for row in rows])
+        b = torch.repeat_interleave(_range(rows.start, rows.stop, device), torch.tensor(counts, device=device))
+        slots = [plan.slots_of(run, device) if run.first_slot is None else _slots(run) for run in runs]
+        wide = torch.promote_types(dtype, torch.float32)
+        k = _transformed(transform, torch.cat([keys[place] for place in slots]).to(wide), torch.cat(positions))
+        kv_idx = torch.stack([_padded(place, max(lengths)) for place in positions])
+        own_values = [values[place].to(wide) for place in slots]
+        return _Rows(rows.start, counts, q_idx, b, k.to(dtype).to(wide).split(lengths), own_values, kv_idx)
+
+    def split(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        """A block of queries by rows: several rows are computed at once, a long one block by block."""
+        return x.split(self.counts, dim) if len(self.counts) > 1 else (x,)
+
+    def scores(self, query: Tensor, scale: float) -> Tensor:
+        """`[H, S, L]` of queries `[S, H, D]`."""
+        longest = self.kv_idx.shape[1]
+        found = [_scores(q, k, scale) for q, k in zip(self.split(query, 0), self.keys, strict=True)]
+        return torch.cat([functional.pad(scores, (0, longest - scores.shape[2])) for scores in found], 1)
+
+    def seen(self) -> Tensor:
+        """`[rows, L]`, which keys are there."""
+        lengths = torch.tensor([len(k) for k in self.keys], device=self.kv_idx.device)
+        return torch.arange(self.kv_idx.shape[1], device=self.kv_idx.device) < lengths[:, None]
+
+
+def _attended(
+    q: Tensor, rows: _Rows, window: int | None, variant: Variant, functions: dict[str, Callable[..., Any]], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The queries `[S, H, D]` of some rows, each over its pages."""
-    runs, counts, wide = [plan.rows[row] for row in rows], [plan.query_lens[row] for row in rows], _wide(q)
-    lengths = [run.length for run in runs]
-    positions = torch.cat([_range(run.start, run.start + run.length, q.device) for run in runs])
-    q_idx = torch.cat([_range(plan.seq_lens[row] - plan.query_lens[row], plan.seq_lens[row], q.device) for row in rows])
-    b = torch.repeat_interleave(_range(rows.start, rows.stop, q.device), torch.tensor(counts, device=q.device))
-    slots = [plan.slots_of(run, q.device) if run.first_slot is None else _slots(run) for run in runs]
-    k = torch.cat([keys[place] for place in slots]).to(wide)
-    k = _transformed(functions.get("key_transform"), k, positions).to(q.dtype).to(wide).split(lengths)
-    query = _transformed(functions.get("query_transform"), q.to(wide), q_idx).to(q.dtype).to(wide)
-    windows = [window for window in (plan.window, variant.window) if window is not None]
-    heads, longest = q.shape[1], max(lengths)
+    """The queries `[S, H, D]` of some rows, each over its keys."""
+    heads, longest, there = q.shape[1], rows.kv_idx.shape[1], rows.seen()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    query = _transformed(functions.get("query_transform"), q.to(wide), rows.q_idx).to(q.dtype).to(wide)
     # More scores than at once only of a single row.
-    step = max(MOST_SCORES // max(heads * longest, 1), 1) if len(rows) == 1 else max(len(q), 1)
-    kv_idx = torch.stack([_padded(place, longest) for place in positions.split(lengths)])
-    there = _range(0, longest, q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    outs, lses = [], []
+    step = max(MOST_SCORES // max(heads * longest, 1), 1) if len(rows.counts) == 1 else max(len(q), 1)
+    parts = []
     for lo in range(0, len(q), step):
         block = slice(lo, lo + step)
-        places, own = q_idx[block], (b[block] - rows.start).long()
-        pieces = query[block].split(counts) if len(rows) > 1 else (query[block],)
-        scores = [
-            functional.pad(_scores(piece, k[at], scale), (0, longest - lengths[at])) for at, piece in enumerate(pieces)
-        ]
-        seen = there[own]
-        modified = _modified(
-            torch.cat(scores, 1), b[block], places, kv_idx[own], seen, min(windows, default=None), variant.causal, functions
-        )
-        for at, piece in enumerate(modified.split(counts, 1) if len(rows) > 1 else (modified,)):
-            own_values = values[slots[at]].to(wide)
-            out, lse = _weighted(piece[..., : lengths[at]], own_values, variant.sinks, variant.normalizer)
-            outs.append(out)
-            lses.append(lse)
-    if not outs:
+        b, q_idx = rows.b[block], rows.q_idx[block]
+        own = (b - rows.first).long()
+        scores = rows.scores(query[block], scale)
+        scores = _modified(scores, b, q_idx, rows.kv_idx[own], there[own], window, variant.causal, functions)
+        for of_row, v in zip(rows.split(scores, 1), rows.values, strict=True):
+            parts.append(_weighted(of_row[..., : len(v)], v, variant.sinks, variant.normalizer))
+    if not parts:
         return q, q.new_zeros(0, heads, dtype=torch.float32)
-    out = _transformed(functions.get("output_transform"), torch.cat(outs), q_idx)
-    return out.to(q.dtype), torch.cat(lses).float()
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+    out = _transformed(functions.get("output_transform"), torch.cat([out for out, _ in parts]), rows.q_idx)
+    return out.to(q.dtype), torch.cat([lse for _, lse in parts]).float()
 
 
 def _slots(run: Run) -> slice:

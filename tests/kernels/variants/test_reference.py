@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from hf_fastattn.kernels.attention import variant_reference
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.variants.variant import Variant
@@ -69,3 +70,22 @@ def test_equals_flex_attention(name, kind, ratio):
     out, lse = variant_attention(batch.q, batch.k_pages, batch.v_pages, plan_of(batch, shared), variant, scale=batch.scale)
     torch.testing.assert_close(out, flex(batch, mod), atol=1e-5, rtol=1e-5)
     assert lse.shape == out.shape[:2] and not lse.isnan().any()
+
+
+@pytest.mark.parametrize("most", [1, 3000, 50_000])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_scores_computed_in_parts(kind, most, monkeypatch):
+    counts, pasts, shared = BATCHES[kind]
+    batch = make_batch(counts, pasts, page=16, ratio=2, groups=2, dim=16, scattered=True, shared=shared)
+    variant = Variant(score_mod=lambda s, b, h, q, k: s + (b + 1) * 0.1 * (k - q), window=50)
+    given = (batch.q, batch.k_pages, batch.v_pages, plan_of(batch), variant)
+    want = variant_attention(*given, scale=batch.scale)
+    monkeypatch.setattr(variant_reference, "MOST_SCORES", most)
+    torch.testing.assert_close(variant_attention(*given, scale=batch.scale), want, atol=1e-6, rtol=1e-6)
+
+
+def test_rows_without_queries_or_keys():
+    batch = make_batch([2, 0, 1], [3, 5, 0], page=16, ratio=2, groups=2, dim=16)
+    variant = Variant(score_mod=lambda s, b, h, q, k: s.double() + k, sinks=torch.zeros(4))
+    out, lse = variant_attention(batch.q, batch.k_pages, batch.v_pages, plan_of(batch), variant, scale=batch.scale)
+    assert out.dtype == torch.float32 and out.shape == batch.q.shape and not out.isnan().any() and not lse.isnan().any()
