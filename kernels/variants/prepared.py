@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from hf_fastattn.kernels.variants.captured import captured, same_objects
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 from hf_fastattn.kernels.variants.trace import TracedHook, VariantError, trace
-from hf_fastattn.kernels.variants.variant import Variant, is_triton
+from hf_fastattn.kernels.variants.variant import FUNCTIONS, Variant, is_triton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,19 +35,37 @@ class PreparedVariant:
 
     def __init__(self, variant: Variant, heads: int, head_dim: int, device: torch.device, translate: bool) -> None:
         self.variant = variant
-        self._head_dim = head_dim
+        self._head_dim, self._device, self._translate = head_dim, device, translate
         self._compiled: dict[Any, CompiledVariant] = {}
         _check_heads(variant, heads)
         self.tensors: tuple[Tensor, ...]
         self.reads_row: bool
         self.identity: str
-        if translate:
-            self._compile(device)
-        else:
-            traced = _traced(variant, head_dim, device)
-            self.tensors = tuple(tensor for hook in traced for tensor in hook.tensors.values())
-            self.reads_row = any(hook.reads_row for hook in traced)
-            self.identity = _identity(variant, traced)
+        self._captured = self._refers_to()
+        self._look()
+
+    def _look(self) -> None:
+        if self._translate:
+            self._compile(self._device)
+            return
+        traced = _traced(self.variant, self._head_dim, self._device)
+        self.tensors = tuple(tensor for hook in traced for tensor in hook.tensors.values())
+        self.reads_row = any(hook.reads_row for hook in traced)
+        self.identity = _identity(self.variant, traced)
+
+    def _refers_to(self) -> list[Any]:
+        """What the functions refer to now; `@triton.jit` functions get what they read as parameters."""
+        variant = self.variant
+        functions = [getattr(variant, hook) for hook in FUNCTIONS]
+        return [*variant.parameters.values(), *(value for function in functions for value in captured(function))]
+
+    def _refresh(self) -> None:
+        """Look again if a function's names stand for other tensors, numbers or functions than before."""
+        now = self._refers_to()
+        if not same_objects(self._captured, now):
+            self._compiled.clear()
+            self._captured = now
+            self._look()
 
     @property
     def window(self) -> int | None:
@@ -69,11 +88,13 @@ class PreparedVariant:
         Raises:
             VariantError: it cannot be translated, or reads a tensor of another device.
         """
+        self._refresh()
         held = self._compiled.get((device, *map(_layout, self.tensors)))
         return self._compile(device) if held is None else held
 
     def fingerprint(self) -> tuple[Any, ...]:
         """What launches that were recorded depend on: how it is computed, and where what it reads lies."""
+        self._refresh()
         return (self.identity, *((tensor.data_ptr(), *_layout(tensor)) for tensor in self.tensors))
 
     def _compile(self, device: torch.device) -> CompiledVariant:

@@ -257,6 +257,31 @@ def test_steps_are_recorded_anew_where_what_is_read_lies_elsewhere(device: str) 
             assert assert_fast(model).graphs_captured
 
 
+FACTOR = 0.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_names_that_stand_for_something_else_are_noticed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reexecuted_loop() if device == "cpu" else contextlib.nullcontext():
+        table = torch.zeros_like(DISTANCES).to(device)
+
+        def added(h: Tensor, distance: Tensor) -> Tensor:
+            return table[h, distance] * FACTOR
+
+        variant = Variant(score_mod=lambda s, b, h, q, k: s + added(h, q - k))
+        model = hf_fastattn.patch(tiny("llama").to(device), variant=variant)
+        plain, changed = generate(tiny("llama")), generate(stock_with("distance bias"))
+        assert torch.equal(generate_on(model), plain)
+        monkeypatch.setitem(globals(), "FACTOR", 1.0)
+        assert torch.equal(generate_on(model), plain)
+        assert assert_fast(model).graphs_captured
+        table = DISTANCES.to(device)
+        assert torch.equal(generate_on(model), changed)
+        assert assert_fast(model).graphs_captured
+        assert torch.equal(generate_on(model), changed)
+        assert not assert_fast(model).graphs_captured
+
+
 @pytest.mark.gpu
 def test_a_graph_keeps_what_it_reads() -> None:
     model = learned(DISTANCES.clone().to("cuda"), "cuda")
