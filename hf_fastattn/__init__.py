@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hf_fastattn.cache.paged_cache import PagedCache
     from hf_fastattn.config import FastAttnConfig
     from hf_fastattn.interface import register
+    from hf_fastattn.kernels.variants.trace import VariantError
+    from hf_fastattn.kernels.variants.variant import Variant
+    from hf_fastattn.layer_variants import StockAttentionError
     from hf_fastattn.pages.page_pool import CacheFullError, PagePool
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
@@ -28,6 +31,9 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "PatchScope",
+    "StockAttentionError",
+    "Variant",
+    "VariantError",
     "patch",
     "patched",
     "register",
@@ -43,6 +49,9 @@ _DEFINED_IN = {
     "PagePool": "hf_fastattn.pages.page_pool",
     "PagedCache": "hf_fastattn.cache.paged_cache",
     "PatchScope": "hf_fastattn.patches.modules.scope",
+    "StockAttentionError": "hf_fastattn.layer_variants",
+    "Variant": "hf_fastattn.kernels.variants.variant",
+    "VariantError": "hf_fastattn.kernels.variants.trace",
     "patch": "hf_fastattn.patching",
     "patched": "hf_fastattn.patching",
     "register": "hf_fastattn.interface",

@@ -20,6 +20,7 @@ LOOPED = "nothing: Transformers' loop runs over recorded forwards"
 
 # (part of a reason, what to do), the first that fits.
 HINTS = (
+    ("an attention variant reads the row", "a variant that does not read b: prompts of samples are then computed once"),
     ("equal rows are computed one by one: ", ROWS),
     ("padding stays, since", "leave that argument out, or give prompts of equal length"),
     ("padding stays: ", ROWS),

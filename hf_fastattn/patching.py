@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +16,10 @@ from transformers import PreTrainedModel
 from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.generation.model_class import fast_class
+from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.variants.prepared import PreparedVariant
+from hf_fastattn.kernels.variants.variant import Variant
+from hf_fastattn.layer_variants import LayerVariants, asked_variants
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
@@ -56,20 +61,25 @@ class PatchState:
         return {}
 
 
-def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) -> Model:
+def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = None, **options: Any) -> Model:
     """Make `model.generate()` use paged attention. Other instances and classes are untouched.
 
     Args:
         model: a Transformers causal language model of a supported family, or a wrapper of one (PEFT).
         config: options; or give single options by keyword (`page_size=32`).
+        variant: what attention does besides, a `hf_fastattn.Variant` for all layers, or a function of the layer index that
+            gives one or None. It comes on top of the model's own windows, norms and RoPE; `b` is the row of the batch, beams
+            and samples counted. Where a call needs Transformers' own attention, which computes no variant, it raises a
+            `StockAttentionError`.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: not a Transformers model, or an unknown option.
-        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, or
-            the model is patched already with other options. The model is then as before.
+        TypeError: not a Transformers model, an unknown option, or `variant` is none.
+        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, the
+            variant cannot be computed here (`VariantError`: which line, and what would work), or the model is patched
+            already with other options or another variant. The model is then as before.
     """
     resolved = resolve_config(config, options)
     target = find_model(model)
@@ -79,12 +89,15 @@ def patch(model: Model, config: FastAttnConfig | None = None, **options: Any) ->
             raise ValueError(
                 f"the model is patched already, with {state.runtime.config}; unpatch() it before patching with {resolved}"
             )
+        if not state.runtime.variants.same_as(asked_variants(variant, _attention_layers(target, state.family))):
+            raise ValueError("the model is patched already, with another variant; unpatch() it before patching again")
         return model
     family = family_of(target.config.get_text_config(decoder=True).model_type)
     _check_layers(target, family)
     _warn_outside_tested_range()
     scope = PatchScope()
-    runtime = Runtime(resolved, target.config, target.dtype, why_not_captured)
+    variants = _prepared(target, family, asked_variants(variant, _attention_layers(target, family)), resolved)
+    runtime = Runtime(resolved, target.config, target.dtype, why_not_captured, variants)
     try:
         names, decoder = _replace_forwards(target, scope, runtime, family)
         # Not through the scope: scope and model would then refer to each other, a cycle.
@@ -124,10 +137,10 @@ def _take_back(model: Any, scope: PatchScope) -> None:
 
 
 @contextmanager
-def patched(model: Model, config: FastAttnConfig | None = None, **options: Any) -> Iterator[Model]:
+def patched(model: Model, config: FastAttnConfig | None = None, *, variant: Any = None, **options: Any) -> Iterator[Model]:
     """`patch` for the length of a `with` block. A model that was patched before stays patched."""
     before = isinstance(find_model(model), FastGenerationMixin)
-    patch(model, config, **options)
+    patch(model, config, variant=variant, **options)
     try:
         yield model
     finally:
@@ -184,6 +197,35 @@ def _check_layers(model: Any, family: Family) -> None:
             )
 
 
+def _attentions(model: Any, family: Family) -> list[Any]:
+    return [module for module in model.modules() if plain_class(type(module)).__name__ == family.attention]
+
+
+def _attention_layers(model: Any, family: Family) -> list[int]:
+    return sorted({module.layer_idx for module in _attentions(model, family)})
+
+
+def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: FastAttnConfig) -> LayerVariants:
+    """The variants that were asked for, each looked at once for the layers that have it in common.
+
+    Raises:
+        VariantError: one cannot be computed where the model is.
+    """
+    made: dict[tuple[int, torch.device], PreparedVariant] = {}
+    found = {}
+    for module in _attentions(model, family) if asked else ():
+        index, dim = module.layer_idx, module.head_dim
+        device = next(module.parameters()).device
+        if index in asked:
+            backend, _ = choose_backend(config.backend, device, model.dtype, dim, config.batch_invariant)
+            key = (id(asked[index]), device)
+            if key not in made:
+                heads = module.config.num_attention_heads
+                made[key] = PreparedVariant(asked[index], heads, dim, device, backend != "reference")
+            found[index] = made[key]
+    return LayerVariants(found)
+
+
 def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> tuple[list[str], str]:
     """Patch the decoder, its attention modules and expert blocks; the names of all, and the decoder's."""
     names, decoders = [], []
@@ -193,7 +235,8 @@ def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: F
             replace_forward(scope, module, DECODER_FORWARDS, runtime, family, name)
             decoders.append(name)
         elif kind == family.attention:
-            replace_forward(scope, module, ATTENTION_FORWARDS, runtime, family, name)
+            variant = runtime.variants.by_layer.get(module.layer_idx)
+            replace_forward(scope, module, ATTENTION_FORWARDS, runtime, family, name, variant)
         elif is_known_block(module, family):
             replace_forward(scope, module, BLOCK_FORWARDS, runtime, family, name)
         else:

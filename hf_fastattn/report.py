@@ -27,6 +27,7 @@ class Report:
         last_call: counters of the last `generate()`, and of forwards since.
         pages_in_use: pages held by caches now.
         page_bytes_allocated: bytes of page storage now.
+        variants: a line for each run of layers with an attention variant.
     """
 
     patched: bool
@@ -38,6 +39,7 @@ class Report:
     last_call: CallCounters | None = None
     pages_in_use: int = 0
     page_bytes_allocated: int = 0
+    variants: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.patched or self.last_call is None:
@@ -54,6 +56,7 @@ class Report:
                 f"family        {self.family}, {len(self.modules)} modules replaced",
                 f"backend       {self.backend} ({self.backend_reason})",
                 f"options       {self.config}",
+                *(f"variant       {line}" for line in self.variants),
                 f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed",
                 f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
                 f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
@@ -91,4 +94,5 @@ def report(model: Any) -> Report:
         last_call=runtime.counters,
         pages_in_use=runtime.groups.pages_in_use,
         page_bytes_allocated=runtime.groups.nbytes,
+        variants=tuple(runtime.variants.describe()),
     )

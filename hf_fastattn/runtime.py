@@ -18,6 +18,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.hints import with_hint
+from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
 from hf_fastattn.pages.page_groups import PageGroups
@@ -52,6 +53,7 @@ class Runtime:
         model_config: the model's configuration.
         dtype: the model's dtype, for the memory limit.
         why_not_experts: why a decoder's mixtures of experts cannot be recorded, if there is a reason.
+        variants: of attention, by layer.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Runtime:
         model_config: Any,
         dtype: Any,
         why_not_experts: Callable[..., str | None] | None = None,
+        variants: LayerVariants | None = None,
     ) -> None:
         self.config = config
+        self.variants = LayerVariants() if variants is None else variants
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
         # The thread with the turn owns the calls under way, the pages, the graphs and their static tensors.
@@ -72,8 +76,8 @@ class Runtime:
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
         stocks_draws = config.sampling == "transformers"
-        self.graphs = ForwardGraphs(config.cuda_graphs, reason, stocks_draws, why_not_experts)
-        self.loop_graphs = LoopGraphs(config.cuda_graphs, reason, stocks_draws, why_not_experts)
+        recording = (config.cuda_graphs, reason, stocks_draws, why_not_experts, self.variants)
+        self.graphs, self.loop_graphs = ForwardGraphs(*recording), LoopGraphs(*recording)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
@@ -320,7 +324,17 @@ class Runtime:
         self.note(f"Transformers' own loop runs: {reason}")
 
     def count_fallback(self, reason: str, level: int = logging.WARNING) -> None:
-        """Count, and log once, that Transformers' own path runs."""
+        """Count, and log once, that Transformers' own attention runs.
+
+        Raises:
+            StockAttentionError: a layer has a variant, which that does not compute.
+        """
+        self.count_unshared(reason, level)
+        if self.variants:
+            self.variants.refuse(with_hint(reason))
+
+    def count_unshared(self, reason: str, level: int = logging.WARNING) -> None:
+        """Count, and log once, that something is done as Transformers does, over pages all the same."""
         self.counters.fallbacks[reason] += 1
         if reason not in self._logged:
             self._logged.add(reason)

@@ -72,13 +72,15 @@ def warm_up(
         Seconds that it took.
 
     Raises:
-        ValueError: the model is not patched, or a size is not positive.
+        ValueError: the model is not patched, has an attention variant, or a size is not positive.
         RuntimeError: a worker failed; the message ends with what it said.
     """
     if not hasattr(model, "_fastattn"):
         raise ValueError(f"model is a {type(model).__name__} that is not patched; call hf_fastattn.patch(model) first")
     if model.device.type != "cuda":
         return 0.0
+    if model._fastattn.runtime.variants:
+        raise ValueError("the model has an attention variant, which other processes cannot be given; generate a few tokens")
     options, sizes = asdict(model._fastattn.runtime.config), _sizes(rows, prompts, do_sample)
     return warm_up_config(model.config, model.dtype, model.device, options, sizes, workers, type(model).__name__)
 

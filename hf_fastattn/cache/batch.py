@@ -10,11 +10,14 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch_tensors import BatchTensors, HostBatch
 from hf_fastattn.kernels.attention import reference, rope_reference
+from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.backends import choose_backend
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.work_list import WorkLists
     from hf_fastattn.kernels.attention.workspace import Workspace
+    from hf_fastattn.kernels.variants.hooks import CompiledVariant
+    from hf_fastattn.kernels.variants.prepared import PreparedVariant
 
 
 @dataclass(frozen=True)
@@ -165,43 +168,61 @@ class Batch:
         window: int | None,
         *,
         scale: float,
-        softcap: float | None = None,
+        variant: PreparedVariant | None = None,
     ) -> Tensor:
         """Causal attention of the new queries `[T, H, D]` over the pages of their rows.
+
+        Args:
+            variant: of the layer, if it has one.
 
         Returns:
             `[T, H, D]` in q's dtype.
         """
         if self._backend_of(q) != "reference":
-            if self.shared is not None and window is None:
-                return self._attend_shared(q, k_pages, v_pages, self.shared, scale, softcap)
-            return self._attend_triton(q, k_pages, v_pages, window, scale, softcap)
-        out, _ = reference.paged_attention(q, k_pages, v_pages, self.known.plans[window], scale=scale, softcap=softcap)
-        return out
+            if self.shared is not None and window is None and (variant is None or variant.window is None):
+                return self._attend_shared(q, k_pages, v_pages, self.shared, scale, variant)
+            return self._attend_triton(q, k_pages, v_pages, window, scale, variant)
+        plan = self.known.plans[window]
+        if variant is not None:
+            return variant_attention(q, k_pages, v_pages, plan, variant.variant, scale=scale)[0]
+        return reference.paged_attention(q, k_pages, v_pages, plan, scale=scale)[0]
 
     def _attend_triton(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, scale: float, softcap: float | None
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        window: int | None,
+        scale: float,
+        variant: PreparedVariant | None,
     ) -> Tensor:
         from hf_fastattn.kernels.attention.paged import paged_attention
 
         held = self.on(q.device)
         out, _ = paged_attention(
             q, k_pages, v_pages, held.page_tables[window], held.cu_seqlens, held.seq_lens,
-            max_query_len=self.max_query_len, scale=scale, window=window, softcap=softcap,
+            max_query_len=self.max_query_len, scale=scale, window=window, variant=_compiled(variant, q.device),
             workspace=self._workspace(q.device), hopper=self._backend_of(q) == "hopper",
             batch_invariant=self.options.batch_invariant, work_lists=self._work_lists,
         )  # fmt: skip
         return out
 
     def _attend_shared(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, shared: SharedPrefixes, scale: float, softcap: float | None
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        shared: SharedPrefixes,
+        scale: float,
+        variant: PreparedVariant | None,
     ) -> Tensor:
         from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 
         held = self.on(q.device)
         out, _ = paged_decode_shared(
             q, k_pages, v_pages, held.page_tables[None], held.seq_lens, shared.group_starts, shared.prefix_lens,
-            max_group_rows=shared.max_group_rows, scale=scale, softcap=softcap, workspace=self._workspace(q.device),
+            max_group_rows=shared.max_group_rows, scale=scale, workspace=self._workspace(q.device),
+            variant=_compiled(variant, q.device),
         )  # fmt: skip
         return out
 
@@ -220,3 +241,9 @@ class Batch:
         if key not in held:
             held[key] = Workspace(device)
         return held[key]
+
+
+def _compiled(variant: PreparedVariant | None, device: torch.device) -> CompiledVariant:
+    from hf_fastattn.kernels.variants.hooks import PLAIN
+
+    return PLAIN if variant is None else variant.compiled(device)

@@ -17,6 +17,7 @@ from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
+from hf_fastattn.layer_variants import READS_ROW
 from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -158,9 +159,9 @@ class FastGenerationMixin(PlainCopies):
         if isinstance(rows, str):
             runtime.note(f"equal rows of the prompt are not looked for: {rows}")
             return None
-        why_differ = None if rows is None else why_rows_differ(self)  # type: ignore[arg-type]
+        why_differ = None if rows is None else READS_ROW if runtime.variants.reads_row else why_rows_differ(self)  # type: ignore[arg-type]
         if why_differ is not None:
-            runtime.count_fallback(f"equal rows are computed one by one: {why_differ}")
+            runtime.count_unshared(f"equal rows are computed one by one: {why_differ}")
             return None
         return rows
 

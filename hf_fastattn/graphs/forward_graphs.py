@@ -19,6 +19,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
+from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
@@ -101,8 +102,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
+        variants: LayerVariants | None = None,
     ) -> None:
-        super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
+        super().__init__(enabled, known_reason, stocks_draws, why_not_experts, variants)
         self._seen: OrderedDict[Key, None] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None

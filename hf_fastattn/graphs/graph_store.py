@@ -15,6 +15,7 @@ from hf_fastattn.graphs.module_checks import draws, submodules
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class GraphStore(Generic[Key, Held]):
         known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
         stocks_draws: random numbers are to be Transformers' own; recording a forward, and padding its rows, takes more.
         why_not_experts: see `why_not_capturable`; with `steps=False` it says it of other forwards than decode steps.
+        variants: of the model's attention.
     """
 
     # Tests replace it by a type that runs the forward again, on the CPU.
@@ -49,9 +51,11 @@ class GraphStore(Generic[Key, Held]):
         known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
+        variants: LayerVariants | None = None,
     ) -> None:
         self._enabled, self._known_reason, self._stocks_draws = enabled, known_reason, stocks_draws
         self._why_not_experts = why_not_experts
+        self._variants = LayerVariants() if variants is None else variants
         # The least recently used first.
         self._entries: OrderedDict[Key, Held] = OrderedDict()
         self._pool: Any = None
@@ -113,6 +117,8 @@ class GraphStore(Generic[Key, Held]):
     def compare(self, decoder: Any, device: torch.device) -> bool:
         """Whether all that graphs depend on, beside their inputs, is as it was; `_reason` says why none can be recorded."""
         now, before = fingerprint_of(decoder, device), self._fingerprint
+        if self._variants:
+            now = now._replace(parts=(*now.parts, *self._variants.fingerprint()))
         if now != before:
             self._fingerprint = now
             self._reason = self._known_reason or why_not_capturable(decoder, device, self._why_not_experts)

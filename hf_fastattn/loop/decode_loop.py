@@ -98,8 +98,11 @@ class DecodeLoop:
             self._state.see(input_ids, request.ignored)
         self._history = self._state.processors.begin(request.processors, input_ids, self._most)
         self._recorded = tuple((type(one), one.sizes()) for one in request.processors)
+        # A variant may read the number of a row.
+        self._numbered = model._fastattn.runtime.variants.reads_row
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
-        self._prefixes = PrefixGroups() if cache.groups.batch_invariant else _prefix_groups(cache)
+        alone = cache.groups.batch_invariant or self._numbered
+        self._prefixes = PrefixGroups() if alone else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
 
@@ -205,7 +208,7 @@ class DecodeLoop:
             self._cache.release_rows(finished)
         count = len(self._numbers) - len(finished)
         used = bucket_of(count)
-        if used >= self._used:
+        if used >= self._used or self._numbered:
             return
         kept = sorted(set(range(len(self._numbers))) - set(finished))
         key, left = self._key_for(used, self._prefixes.keep(kept)), self._most - self._launched

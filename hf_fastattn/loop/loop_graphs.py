@@ -19,6 +19,7 @@ from hf_fastattn.graphs.module_checks import why_not_kind
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.readback import Readback
 from hf_fastattn.pages.page_groups import PageGroups
@@ -59,8 +60,9 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
+        variants: LayerVariants | None = None,
     ) -> None:
-        super().__init__(enabled, known_reason, stocks_draws, why_not_experts)
+        super().__init__(enabled, known_reason, stocks_draws, why_not_experts, variants)
         self._groups: weakref.ref[PageGroups] | None = None
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_fastattn.kernels.launch import DEFAULT
+from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,18 @@ def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, b
             if block_d <= limit and (row, itemsize, limit) in table:
                 return table[row, itemsize, limit]
     return None
+
+
+def stages_with(variant: CompiledVariant, stages: int) -> int:
+    """Pipeline stages of a loop over keys in which a variant's functions read tensors of their own.
+
+    Triton buffers these loads in shared memory as it does keys and values: with 3 stages once, with 1 not at all.
+    """
+    hooks = variant.hooks
+    in_loop = [hook for hook in (hooks.score_mod, hooks.mask_mod, hooks.key_transform) if hook is not None]
+    if variant.tensors is None or not in_loop:
+        return stages
+    return 1 if hooks.key_transform is not None or len(variant.tensors) > 2 else min(stages, 3)
 
 
 def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) -> Tile:

@@ -20,20 +20,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import split_kv_tile
+from hf_fastattn.kernels.attention.configs import split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import (
     attend_tiles,
+    attention_end,
     empty_state,
     merge_step,
     score_factors,
-    softmax_end,
     store_output,
 )
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.relaunch import Launch
+from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
 # Keys of a part in batch-invariant mode: a multiple of every tile, few enough that one long row still fills the GPU.
 INVARIANT_KEYS = 1024
@@ -54,12 +56,12 @@ def split_kv_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
     partial_ptr, partial_sum_ptr, arrived_ptr,
     rows, window, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGED: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal range of the flat list of units, each UNIT tiles of keys, for one kv head.
 
@@ -94,6 +96,8 @@ def split_kv_kernel(
         off_q = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
         last_key = length - new + token
+        h = head * RATIO + query % RATIO
+        q = hooked_query(q, h, last_key, tensors, HOOKS)
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
         start = (first_unit + unit) * UNIT * BLOCK_N
@@ -102,11 +106,11 @@ def split_kv_kernel(
             start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, table, head * stride_head, last_key, lowest, length,
-            window, scale, softcap, stride_page, stride_slot,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            window, scale, softcap, stride_page, stride_slot, b, head, h, last_key, tensors,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
         if take == count:
-            out, lse = softmax_end(row_max, row_sum, acc)
+            out, lse = attention_end(row_max, row_sum, acc, h, last_key, tensors, HOOKS)
             out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
             store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
         else:
@@ -120,7 +124,7 @@ def split_kv_kernel(
                 tl.store(counter_ptr, 0)
                 merge_parts(
                     partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
-                    GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS,
+                    length, tensors, GROUPS, RATIO, D, BLOCK_D, BLOCK_M, UNIT, MERGE_ROWS, MERGE_PARTS, HOOKS,
                 )  # fmt: skip
 
 
@@ -140,9 +144,9 @@ def store_part(partial_ptr, partial_sum_ptr, part, ok_m, row_max, row_sum, acc):
 
 @triton.jit
 def merge_parts(
-    partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query,
+    partial_ptr, partial_sum_ptr, out_ptr, lse_ptr, first, last, first_token, new, head, first_query, length, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    UNIT: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    UNIT: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts `first` to `last`, in order, for MERGE_ROWS query rows at a time."""
     d = tl.arange(0, BLOCK_D)
@@ -166,7 +170,8 @@ def merge_parts(
                 off_part = at[:, None] * BLOCK_D + d[None, :]  # [MERGE_ROWS, BLOCK_D]
                 part_acc = tl.load(partial_ptr + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
                 row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
-        out, lse = softmax_end(row_max, row_sum, acc)
+        h = head * RATIO + query % RATIO
+        out, lse = attention_end(row_max, row_sum, acc, h, length - new + query // RATIO, tensors, HOOKS)
         out_row = (first_token + query // RATIO).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
         store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
 
@@ -185,6 +190,7 @@ def paged_decode(
     max_query_len: int = 1,
     workspace: Workspace | None = None,
     batch_invariant: bool = False,
+    variant: CompiledVariant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a few new tokens a row over paged keys and values.
 
@@ -201,6 +207,7 @@ def paged_decode(
         workspace: room for partial states, for one stream; a new one by default.
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages; slower where there are few rows.
+        variant: what attention does besides.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm; 0 and -inf where a query sees no key.
@@ -211,7 +218,7 @@ def paged_decode(
     room = workspace or Workspace(q.device)
     out, lse, _ = decode_launch(
         q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, cu_seqlens_q=cu_seqlens_q,
-        max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant,
+        max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant, variant=variant,
     )  # fmt: skip
     return out, lse
 
@@ -230,6 +237,7 @@ def decode_launch(
     cu_seqlens_q: Tensor | None = None,
     max_query_len: int = 1,
     batch_invariant: bool = False,
+    variant: CompiledVariant = PLAIN,
 ) -> tuple[Tensor, Tensor, Launch | None]:
     """`paged_decode`, and the launch, to be repeated on other queries, keys, values and output; None without tokens."""
     check_pages(q, k_pages, v_pages)
@@ -239,7 +247,9 @@ def decode_launch(
         raise ValueError(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
-    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2:
+    window = variant.window_with(window)
+    plain = variant.hooks == NO_HOOKS
+    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and plain:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
         )
@@ -264,7 +274,7 @@ def decode_launch(
         parts = rows * groups * blocks * (triton.cdiv(page_table.shape[1] * page, INVARIANT_KEYS) + 1)
     # Dependent launch pays only with one program per SM: elsewhere the waiting programs take room from running ones.
     overlap = tile.programs == 1 and overlaps_launches(arch)
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(scale, softcap, variant.hooks)
     partial, partial_sum, arrived = workspace.split_kv(parts, block_m, block_d)
     launch = Launch(
         split_kv_kernel, (groups, chunks),
@@ -272,15 +282,17 @@ def decode_launch(
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            variant.tensors,
         ),
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=tile.stages, ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
+            STAGES=stages_with(variant, tile.stages), ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
     with on_device_of(q):

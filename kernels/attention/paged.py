@@ -10,6 +10,7 @@ from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
 MAX_SPLIT_QUERIES = 64
@@ -33,6 +34,7 @@ def paged_attention(
     hopper: bool = False,
     batch_invariant: bool = False,
     work_lists: WorkLists | None = None,
+    variant: CompiledVariant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values; see `paged_prefill` and `paged_decode`.
 
@@ -51,6 +53,7 @@ def paged_attention(
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
         work_lists: those of earlier calls with the same `cu_seqlens_q`, for the Gluon kernel.
+        variant: what attention does besides; the Gluon kernel takes none.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -59,13 +62,14 @@ def paged_attention(
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "batch_invariant": batch_invariant}
+    options["variant"] = variant
     workspace = workspace or Workspace(q.device)
     if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
         batch = (page_table, cu_seqlens_q, seq_lens)
-        if hopper:
+        if hopper and variant.hooks == NO_HOOKS:
             from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill, why_not_hopper
 
-            if why_not_hopper(q, k_pages, window, softcap) is None:
+            if why_not_hopper(q, k_pages, variant.window_with(window), softcap) is None:
                 processors = workspace.processors
                 return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=processors, work_lists=work_lists)
         return paged_prefill(q, k_pages, v_pages, *batch, **options)

@@ -13,19 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.configs import prefill_tile
-from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors, softmax_end, store_output
+from hf_fastattn.kernels.attention.configs import prefill_tile, stages_with
+from hf_fastattn.kernels.attention.hooked import hooked_query
+from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 
 @triton.jit(do_not_specialize=["rows", "window", "stride_table"])
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
     rows, window, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M packed queries of one row and kv head; programs past the last tile do nothing."""
     # ---- which row: upto[b] is the number of tiles of queries of rows 0 to b
@@ -51,12 +53,19 @@ def prefill_kernel(
         off_q = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
 
+        h = head * RATIO + query % RATIO
+        q_idx = length - new + token
+        q = hooked_query(q, h, q_idx, tensors, HOOKS)
+
         # ---- which keys: every query of the tile sees [all_from, all_upto), none sees a key outside [none_below, none_from)
         past = length - new
         first_query = past + block * BLOCK_M // RATIO
         last_query = past + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // RATIO, new - 1)
         all_upto = (first_query + 1) // BLOCK_N * BLOCK_N
         none_from = last_query + 1
+        if not HOOKS.causal:
+            none_from = length
+            all_upto = length // BLOCK_N * BLOCK_N
         none_below = 0
         all_from = 0
         if HAS_WINDOW:
@@ -73,20 +82,20 @@ def prefill_kernel(
         if HAS_WINDOW:
             row_max, row_sum, acc = attend_tiles(
                 q, row_max, row_sum, acc, none_below, all_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
-                window, scale, softcap, stride_page, stride_slot,
-                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+                window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
+                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
             )  # fmt: skip
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, all_from, all_upto, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
-            window, scale, softcap, stride_page, stride_slot,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, all_upto, none_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
-            window, scale, softcap, stride_page, stride_slot,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+            window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
-        out, lse = softmax_end(row_max, row_sum, acc)
+        out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
         out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
         store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
 
@@ -103,6 +112,7 @@ def paged_prefill(
     window: int | None = None,
     softcap: float | None = None,
     batch_invariant: bool = False,
+    variant: CompiledVariant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed rows of new tokens over paged keys and values.
 
@@ -116,6 +126,7 @@ def paged_prefill(
         window: keys a query sees, itself included; all by default.
         softcap: scores become `softcap * tanh(score / softcap)`.
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows and the places of the pages.
+        variant: what attention does besides.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -137,7 +148,8 @@ def paged_prefill(
         return out, lse
     ratio, block_d = heads // groups, power_of_2(dim)
     tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, None if batch_invariant else tokens * ratio)
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(scale, softcap, variant.hooks)
+    window = variant.window_with(window)
     # An upper bound that needs no lengths: no row has more than one tile that is not full.
     tiles = min(triton.cdiv(tokens * ratio, tile.block_m) + rows - 1, tokens * ratio)
     with on_device_of(q):
@@ -145,9 +157,10 @@ def paged_prefill(
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            variant.tensors,
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages,
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
-            num_warps=tile.warps,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            STAGES=stages_with(variant, tile.stages), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks, num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.tile import empty_state, merge_step, softmax_end, store_output
+from hf_fastattn.kernels.attention.tile import attention_end, empty_state, merge_step, store_output
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 # Int32 numbers for each (row, kv head): row of the prefix's first state, number of its states, the same two of the suffix,
 # and whether there is a prefix. Padded for alignment.
@@ -24,9 +25,10 @@ MERGE_ELEMENTS = 4096
 
 @triton.jit
 def merge_prefixes_kernel(
-    partial_ptr, partial_sum_ptr, places_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_sum_ptr, places_ptr, seq_lens_ptr, out_ptr, lse_ptr, tensors,
     RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """The R query heads of one (row, kv head)."""
     if OVERLAP:
@@ -56,7 +58,11 @@ def merge_prefixes_kernel(
             part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0)
             part_acc = tl.load(partial_ptr + at[:, None] * BLOCK_D + d[None, :], mask=ok[:, None], other=0.0)
             row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
-    out, lse = softmax_end(row_max, row_sum, acc)
+    h = pair % GROUPS * RATIO + tl.minimum(r, RATIO - 1)
+    q_idx = r * 0
+    if HOOKS.output_transform is not None:
+        q_idx += tl.load(seq_lens_ptr + pair // GROUPS) - 1
+    out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
     store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + r, r < RATIO, out, lse, D)
 
 
@@ -64,12 +70,14 @@ def merge_prefixes(
     partial: Tensor,
     partial_sum: Tensor,
     places: Tensor,
+    seq_lens: Tensor,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     block_m: int,
     block_s: int,
     *,
     overlap: bool,
+    variant: CompiledVariant,
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of every query head from the states that `shared_prefix_kernel` has left.
 
@@ -77,11 +85,13 @@ def merge_prefixes(
         partial: `[states, BLOCK_D]` fp32, sums of weighted values, not normalised.
         partial_sum: `[states, 2]` fp32, maximum (base 2) and sum of the weights of each.
         places: `[B * G, 8]` int32; see `PLACE`.
+        seq_lens: `[B]` int32, keys of each row.
         shape: B, H and D.
         dtype: of the output.
         block_m: states from a program's block to its next, of prefixes.
         block_s: the same of suffixes.
         overlap: start before the launch ahead ends, and wait for it inside.
+        variant: its sinks, normaliser and transform of the output.
 
     Returns:
         Output `[B, H, D]` and LSE `[B, H]` fp32, natural logarithm; 0 and -inf for a row without keys.
@@ -93,9 +103,10 @@ def merge_prefixes(
     block_r, block_d = power_of_2(ratio), power_of_2(dim)
     with on_device_of(partial):
         merge_prefixes_kernel[(places.shape[0],)](
-            partial, partial_sum, places, out, lse,
+            partial, partial_sum, places, seq_lens if variant.hooks.output_transform else None, out, lse, variant.tensors,
             RATIO=ratio, D=dim, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_S=block_s,
             MERGE_PARTS=min(max(MERGE_ELEMENTS // (block_r * block_d), 1), 8), OVERLAP=overlap,
+            GROUPS=places.shape[0] // max(rows, 1), HOOKS=variant.hooks,
             num_warps=min(max(block_r * block_d // 128, 1), 4), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, lse

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import shared_prefix_tile
+from hf_fastattn.kernels.attention.configs import shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
     entry_at,
     equal_range,
@@ -38,6 +39,7 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
+from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many (row, kv head) pairs per SM latency counts: one program per SM.
 FEW_ROWS = 1
@@ -54,11 +56,11 @@ def shared_prefix_kernel(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
     rows, prefix_groups, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: a share of the tiles of prefixes, and one of the tiles of suffixes.
 
@@ -90,8 +92,8 @@ def shared_prefix_kernel(
         q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
         partial_ptr, partial_sum_ptr, places_ptr,
         pid, prefix_programs, prefix_total, prefix_upto, is_group, row, whole_base, scale, softcap,
-        stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
-        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION,
+        stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION, HOOKS,
     )  # fmt: skip
     # Computed a second time: kept over the prefixes, it would take registers that their loop needs.
     starts, suffix_upto = suffix_list(
@@ -101,7 +103,7 @@ def shared_prefix_kernel(
         q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
         pid - suffix_first, programs - suffix_first, starts, suffix_upto, row, is_row, rows,
         suffix_base, whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
-        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION,
+        tensors, GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION, HOOKS,
     )  # fmt: skip
 
 
@@ -135,10 +137,10 @@ def attend_prefixes(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
     number, programs, total, upto, is_group, row, whole_base, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of prefixes, the range of program `number` of `programs`: states of the queries of all rows that share them.
 
@@ -161,6 +163,10 @@ def attend_prefixes(
             ok_m = (m < TILE_ROWS * RATIO) & (token < past_row)
             off_q = token.to(tl.int64) * stride_qt + (head * RATIO + m % RATIO) * stride_qh
             q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
+            h = head * RATIO + m % RATIO
+            # Each row's query is at the end of its own keys.
+            q_idx = tl.load(seq_lens_ptr + token, mask=ok_m, other=1) - 1
+            q = hooked_query(q, h, q_idx, tensors, HOOKS)
             row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
             last_key = tl.full([BLOCK_M], 0, tl.int32) + length
             table = page_table_ptr + reader.to(tl.int64) * stride_table
@@ -172,13 +178,13 @@ def attend_prefixes(
             if SKIP_MASKS:
                 row_max, row_sum, acc = attend_tiles(
                     q, row_max, row_sum, acc, lo, edge, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
-                    0, scale, softcap, stride_page, stride_slot,
-                    D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, False, HAS_SOFTCAP, PRECISION,
+                    0, scale, softcap, stride_page, stride_slot, token[:, None], head, h, q_idx, tensors,
+                    D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, False, HAS_SOFTCAP, PRECISION, HOOKS,
                 )  # fmt: skip
             row_max, row_sum, acc = attend_tiles(
                 q, row_max, row_sum, acc, edge, hi, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
-                0, scale, softcap, stride_page, stride_slot,
-                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION,
+                0, scale, softcap, stride_page, stride_slot, token[:, None], head, h, q_idx, tensors,
+                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
             )  # fmt: skip
             pair = token * GROUPS + head
             at, begin, parts = part_rows(
@@ -196,9 +202,10 @@ def attend_prefixes(
 def attend_suffixes(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
     number, programs, starts, upto, row, is_row, rows, suffix_base, whole_base, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HOOKS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of suffixes, the range of program `number` of `programs`: states of each row's queries over its own keys.
 
@@ -218,14 +225,17 @@ def attend_suffixes(
         ok_s = s < RATIO  # [BLOCK_S]
         off_q = b.to(tl.int64) * stride_qt + (head * RATIO + s) * stride_qh  # [BLOCK_S]
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_s[:, None] & (d < D)[None, :], other=0.0)
+        h = head * RATIO + tl.minimum(s, RATIO - 1)
+        q_idx = tl.zeros_like(s) + length - 1
+        q = hooked_query(q, h, q_idx, tensors, HOOKS)
         row_max, row_sum, acc = empty_state(BLOCK_S, BLOCK_D)
         last_key = tl.full([BLOCK_S], 0, tl.int32) + length
         table = page_table_ptr + b.to(tl.int64) * stride_table
         lo = start + unit * BLOCK_N
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, lo, tl.minimum(lo + take * BLOCK_N, length), k_ptr, v_ptr, table, head * stride_head,
-            last_key, 0, length, 0, scale, softcap, stride_page, stride_slot,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION,
+            last_key, 0, length, 0, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
         pair = b * GROUPS + head
         whole = whole_base + (rows * GROUPS + pair) * RATIO + s
@@ -259,6 +269,7 @@ def paged_decode_shared(
     scale: float,
     softcap: float | None = None,
     workspace: Workspace | None = None,
+    variant: CompiledVariant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token a row over paged keys and values, where groups of rows share their first pages.
 
@@ -277,6 +288,7 @@ def paged_decode_shared(
         scale: factor on the scores.
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
+        variant: what attention does besides; without a window.
 
     Returns:
         Output `[B, H, D]` in q's dtype and LSE `[B, H]` fp32, natural logarithm; 0 and -inf for a row without keys.
@@ -297,6 +309,8 @@ def paged_decode_shared(
         )
     if max_group_rows < 1:
         raise ValueError(f"max_group_rows={max_group_rows} must be positive")
+    if variant.window is not None:
+        raise ValueError(f"a variant with window={variant.window} has no shared prefixes; use paged_decode")
     if not rows:
         return torch.empty_like(q), torch.empty(rows, heads, dtype=torch.float32, device=q.device)
     ratio, block_d, arch = heads // kv_heads, power_of_2(dim), arch_of(q.device)
@@ -308,7 +322,7 @@ def paged_decode_shared(
     block_m = max(min(power_of_2(queries), tile.block_m), block_s)
     block_p = max(power_of_2(groups), 16)
     programs = max(tile.programs * room.processors, 2)
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
     states = 2 * programs * (block_m + block_s) + 2 * rows * heads
     partial, partial_sum, _ = room.split_kv(triton.cdiv(states, 16), 16, block_d)
@@ -318,11 +332,16 @@ def paged_decode_shared(
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
             rows, groups, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            variant.tensors,
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
-            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=tile.stages,
+            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
             **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
         )  # fmt: skip
-    return merge_prefixes(partial, partial_sum, places, (rows, heads, dim), q.dtype, block_m, block_s, overlap=overlap)
+    return merge_prefixes(
+        partial, partial_sum, places, seq_lens, (rows, heads, dim), q.dtype, block_m, block_s,
+        overlap=overlap, variant=variant,
+    )  # fmt: skip

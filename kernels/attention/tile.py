@@ -10,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_fastattn.kernels.attention.hooked import (
+    hooked_keys,
+    hooked_mask,
+    hooked_output,
+    hooked_scores,
+    hooked_sink,
+    sigmoid_step,
+)
 from hf_fastattn.kernels.launch import LOG2E
+from hf_fastattn.kernels.variants.hooks import NO_HOOKS, Hooks
 
 
 @triton.jit
@@ -68,14 +77,18 @@ def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
     return scores
 
 
-def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+def score_factors(scale: float, softcap: float | None, hooks: Hooks = NO_HOOKS) -> tuple[float, float]:
     """`scale` and `softcap` as the kernels want them, with the factors of base 2 and of tanh folded in.
 
     Raises:
-        ValueError: one of them is not positive.
+        ValueError: one of them is not positive, or both a softcap and a score function of a variant are given.
     """
     if scale <= 0 or (softcap is not None and softcap <= 0):
         raise ValueError(f"scale={scale} and softcap={softcap} must be positive")
+    if hooks.score_mod is not None:
+        if softcap is not None:
+            raise ValueError(f"softcap={softcap} and a variant that changes scores: give it as Variant(softcap={softcap})")
+        return scale, 0.0
     if softcap is None:
         return scale * LOG2E, 0.0
     return 2.0 * scale / softcap * LOG2E, softcap * LOG2E
@@ -108,14 +121,15 @@ def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.conste
 @triton.jit
 def attend_tiles(
     q, row_max, row_sum, acc, lo, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window, scale, softcap,
-    stride_page, stride_slot,
+    stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """The state of `q: [BLOCK_M, BLOCK_D]` after the keys of one row in the tiles from `lo` on that begin below `hi`.
 
     `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
     `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
+    `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -136,9 +150,14 @@ def attend_tiles(
             k = tl.load(k_ptr + off_kv)
         else:
             k = tl.load(k_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
+        k = hooked_keys(k, head, key_n, tensors, HOOKS)
         scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores = hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS)
+        scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
         if EDGE:
-            seen = (key_n[None, :] <= last_key[:, None]) & ok_n[None, :]
+            seen = ok_n[None, :]
+            if HOOKS.causal:
+                seen = (key_n[None, :] <= last_key[:, None]) & seen
             if HAS_WINDOW:
                 seen = seen & (key_n[None, :] > last_key[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
@@ -147,7 +166,14 @@ def attend_tiles(
             v = tl.load(v_ptr + off_kv)
         else:
             v = tl.load(v_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
-        row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, PRECISION)
+        if HOOKS.score_mod is not None:
+            factor = 1.0
+        else:
+            factor = scale
+        if HOOKS.sigmoid:
+            row_max, row_sum, acc = sigmoid_step(scores, v, row_sum, acc, 1.0 if HAS_SOFTCAP else factor, PRECISION)
+        else:
+            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, factor, HAS_SOFTCAP, PRECISION)
     return row_max, row_sum, acc
 
 
@@ -157,6 +183,14 @@ def softmax_end(row_max, row_sum, acc):
     seen = row_sum > 0
     out = acc * tl.where(seen, 1.0 / row_sum, 0.0)[:, None]
     return out, tl.where(seen, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+
+
+@triton.jit
+def attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS: tl.constexpr):
+    """`softmax_end` with what a variant adds: sinks, another normaliser, a transform of the output."""
+    row_max, row_sum, acc = hooked_sink(row_max, row_sum, acc, h, tensors, HOOKS)
+    out, lse = softmax_end(row_max, row_sum, acc)
+    return hooked_output(out, acc, h, q_idx, tensors, HOOKS), lse
 
 
 @triton.jit

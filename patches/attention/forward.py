@@ -11,7 +11,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.attention.qk_norm import normalise
 from hf_fastattn.patches.family import Family
-from hf_fastattn.patches.modules.module_state import call_original, patched_forward
+from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
 
 
@@ -33,8 +33,14 @@ def attention_forward(
 
     Returns:
         Output of the shape of `hidden_states`, and None for the attention weights.
+
+    Raises:
+        StockAttentionError: no paged forward is on, and the layer has a variant, which the original does not compute.
     """
     if not _is_paged(cache):
+        state: ModuleState | None = vars(self).get(STATE)
+        if state is not None and state.variant is not None:
+            state.runtime.variants.refuse("no forward over pages is under way")
         return call_original(
             self,
             cache,
@@ -121,7 +127,8 @@ def attend_projected(
     Returns:
         `[T, H * D]` in the dtype of v.
     """
-    batch, family = cache.paged_batch, vars(module)[STATE].family
+    state: ModuleState = vars(module)[STATE]
+    batch, family = cache.paged_batch, state.family
     assert batch is not None
     shape = (batch.tokens, -1, module.head_dim)
     if family.projection_norm:
@@ -134,12 +141,13 @@ def attend_projected(
     window = cache.layers[module.layer_idx].window
     k_pages, v_pages = cache.pages_for(module.layer_idx, k)
     cos, sin = batch.rope(*position_embeddings)
-    if family.rotates is not None and not family.rotates(module):
+    inside = state.variant is not None and state.variant.rotates
+    if inside or (family.rotates is not None and not family.rotates(module)):
         cos, sin = cos[:, :0], sin[:, :0]
     q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
     if family.query_scale is not None:
         q = q * _query_scale(module, family, position_ids, batch).to(q.dtype)
-    out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling)
+    out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling, variant=state.variant)
     if gate is not None:
         out = out * torch.sigmoid(gate)
     return out.reshape(batch.tokens, -1)

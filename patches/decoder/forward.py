@@ -14,6 +14,7 @@ from hf_fastattn.cache.hidden_tokens import can_hide, hide_tokens, show_again
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import names_by_row, submodules
+from hf_fastattn.hints import with_hint
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
@@ -97,6 +98,8 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
     if state is None:
         return call_original(self, cache, **arguments, **kwargs)
     given, cache = cache, state.runtime.take_in(self, cache)
+    if cache is None and state.runtime.variants:
+        return _forward_with_variants(self, arguments, kwargs)
     if not isinstance(cache, PagedCache):
         runtime = state.runtime
         # generate() has already counted why the call keeps Transformers' cache.
@@ -109,6 +112,19 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
     if given is not cache and isinstance(outputs, ModelOutput):
         outputs[CACHE] = given
     return outputs
+
+
+def _forward_with_variants(self: Any, arguments: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """A forward without a cache of ours, of a model whose attention only pages compute: over pages of its own."""
+    cache = PagedCache(self.config)
+    keeps = self.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    outputs = _paged_forward(self, arguments, cache, {**kwargs, "use_cache": True})
+    if keeps:
+        return outputs
+    cache.reset()
+    if not isinstance(outputs, ModelOutput):
+        return tuple(value for value in outputs if value is not cache)
+    return type(outputs)(**{name: value for name, value in outputs.items() if value is not cache})
 
 
 def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
@@ -128,7 +144,8 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
         if reason is not None:
             state.runtime.count_fallback(reason)
             return call_original(self, cache, **arguments, **kwargs)
-    cut = None if state.family.linear_attention else pieces(arguments, cache, kwargs)
+    whole = state.family.linear_attention or not state.runtime.variants.causal
+    cut = None if whole else pieces(arguments, cache, kwargs)
     try:
         if cut is not None and why_watched(self) is None:
             tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
@@ -179,6 +196,8 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         reason = _why_padded(self, kwargs, adapters is not None)
     if reason is None:
         reason = _why_not_tokens(arguments, columns)
+    if reason is not None:
+        state.runtime.variants.refuse(with_hint(reason))
     if reason is not None and visible is not None and mask.shape[1] < past + columns:
         # A later mask, wide enough, may show the tokens that this one does not reach: pages would leave them out.
         cache.hold_dense()
@@ -313,6 +332,8 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     if cache.dense is not None:
         return "the cache holds dense layers"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        return "gradients are needed"
+    if torch.is_grad_enabled() and vars(decoder)[STATE].runtime.variants.needs_gradients:
         return "gradients are needed"
     if decoder.training:
         for name in DROPOUTS:

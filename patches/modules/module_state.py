@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from hf_fastattn.graphs.module_checks import is_our_forward
+from hf_fastattn.kernels.variants.prepared import PreparedVariant
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.plain_copies import STATE, PlainCopies, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
@@ -39,12 +40,14 @@ class ModuleState:
         original: what accelerate's hook on the module called before the patch, or a forward that was compiled then; None if
             the module had none of its own.
         class_forward: the forward of the module's class then.
+        variant: of attention, if the layer has one.
     """
 
     runtime: Runtime
     family: Family
     original: Callable[..., Any] | None
     class_forward: Callable[..., Any]
+    variant: PreparedVariant | None = None
 
     def plain_slots(self, module: Any) -> dict[str, Any]:
         """What the slots that hold our forward would hold without the patch; None where there would be nothing."""
@@ -81,6 +84,7 @@ def replace_forward(
     runtime: Runtime,
     family: Family,
     name: str,
+    variant: PreparedVariant | None = None,
 ) -> None:
     """Give the module that of `forwards` which takes its arguments, where accelerate's hooks keep working.
 
@@ -110,7 +114,7 @@ def replace_forward(
             f"{name} ({kind.__name__}.forward) takes {theirs}, expected {expected}: transformers "
             f"{transformers.__version__} is not supported; install {supported_versions()}"
         )
-    scope.set(module, STATE, ModuleState(runtime, family, original, kind.forward))
+    scope.set(module, STATE, ModuleState(runtime, family, original, kind.forward, variant))
     scope.set(module, "__class__", patched_class(kind, forward))
     if original is not None:
         scope.set(module, slot, types.MethodType(type(module).forward, module))

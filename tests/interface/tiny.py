@@ -20,6 +20,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0},
         "eager",
     ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "eager",
+    ),
     "gpt_oss": (
         "GptOss",
         {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -43,7 +53,9 @@ def build(name: str, **over: Any) -> Any:
     classes, special, stock = MODELS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = getattr(transformers, f"{classes}Config")(**{**COMMON, **special, **over})
+        # Of a composite family the text model alone.
+        settings = getattr(transformers, f"{classes}TextConfig", None) or getattr(transformers, f"{classes}Config")
+        config = settings(**{**COMMON, **special, **over})
         model = getattr(transformers, f"{classes}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():

@@ -32,11 +32,17 @@ from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, Loop
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
 from hf_fastattn.kernels.sampling.typical import typical_scores
+from hf_fastattn.kernels.variants.compiled import compile_variant
+from hf_fastattn.kernels.variants.hooks import CompiledVariant
+from hf_fastattn.kernels.variants.variant import Variant
+from tests.kernels.variants import mods
 from tests.tools.fake_driver import fake_driver
 from tests.tools.resources import Resources, resources
 from tests.tools.targets import TARGETS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# ptxas spills a few bytes outside the loops now and then; that costs nothing.
+SPILLED_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Case:
         exact: fp32 products may not be TF32.
         targets: names in `TARGETS`; a kernel for one architecture only can abort the compiler on others.
         overlapped: asynchronous products may not be made to wait for each other.
+        spilled: bytes a thread that may spill.
     """
 
     launch: Callable[[], object]
@@ -58,6 +65,7 @@ class Case:
     exact: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
     overlapped: bool = False
+    spilled: int = SPILLED_BYTES
 
 
 def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +119,20 @@ def prefill(
     q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
     begins = torch.linspace(0, tokens, rows + 1).to(torch.int32)
     return paged_prefill(q, *pages(8, dim, page, dtype), page_table, begins, lengths, scale=1.0, **options)
+
+
+def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
+    """A variant with functions of `tests.kernels.variants.mods`, by name."""
+    functions = {name: getattr(mods, value) if name.endswith("_mod") else value for name, value in fields.items()}
+    return compile_variant(Variant(**functions), dim, torch.device("cpu"))
+
+
+COS, SIN = torch.ones(2, 4096, 128)
+
+
+def rope(x: torch.Tensor, h: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * COS[position] + torch.cat((-x[half:], x[:half])) * SIN[position]
 
 
 def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
@@ -334,6 +356,43 @@ CASES = {
     "prefill, D = 96": Case(lambda: prefill(1, 96, FP16, window=128), ("prefill_kernel",), programs=1),
     "prefill, D = 256": Case(lambda: prefill(8, 256, softcap=50.0), ("prefill_kernel",), programs=1),
     "prefill, window": Case(lambda: prefill(7, 64, page=64, window=128), ("prefill_kernel",), programs=1),
+    "decode, variant": Case(
+        lambda: decode(4, 128, variant=varied(score_mod="relative_bias_table", mask_mod="document")),
+        ("split_kv_kernel",),
+        programs=2,
+    ),
+    # Keys are held in fp32 while they are transformed, which takes all registers.
+    "decode, variant, transforms": Case(
+        lambda: decode(4, 128, variant=varied(query_transform=rope, key_transform=rope, output_transform=rope)),
+        ("split_kv_kernel",),
+        programs=1,
+        spilled=256,
+    ),
+    "shared prefix, variant": Case(
+        lambda: shared_prefix(4, 128, most=64, variant=varied(softcap=30.0, sinks=torch.zeros(32), score_mod="alibi")),
+        SHARED_PREFIX,
+        programs=1,
+    ),
+    "prefill, variant": Case(
+        lambda: prefill(4, 128, variant=varied(score_mod="relative_bias_table", mask_mod="sinks_and_window")),
+        ("prefill_kernel",),
+        programs=1,
+    ),
+    "prefill, variant, softcap": Case(
+        lambda: prefill(4, 128, variant=varied(softcap=30.0)), ("prefill_kernel",), programs=1
+    ),
+    "prefill, variant, prefix-LM": Case(
+        lambda: prefill(4, 128, variant=varied(mask_mod="prefix_lm", causal=False)), ("prefill_kernel",), programs=1
+    ),
+    "prefill, variant, transforms": Case(
+        lambda: prefill(4, 128, variant=varied(query_transform=rope, key_transform=rope)),
+        ("prefill_kernel",),
+        programs=1,
+        spilled=64,
+    ),
+    "prefill, variant, sigmoid": Case(
+        lambda: prefill(4, 128, FP16, variant=varied(normalizer="sigmoid")), ("prefill_kernel",), programs=1
+    ),
     "hopper prefill": Case(lambda: hopper(4, 128), **HOPPER),
     "hopper prefill, R = 7": Case(lambda: hopper(7, 64, page=64), **HOPPER),
     "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),

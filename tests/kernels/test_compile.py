@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 from triton.runtime import JITFunction
 
+from hf_fastattn.kernels.variants import device_functions
 from tests.kernels.compile_cases import CASES, compile_case
 from tests.tools.resources import Resources
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 WORKERS = 2
 ALL_TARGETS = os.environ.get("FASTATTN_TARGETS") == "all"
-# ptxas spills a few bytes outside the loops now and then; that costs nothing.
-SPILLED_BYTES = 32
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_compiles(compiled: Callable[[str, str], list[Resources]], name: str, ta
     kernels = compiled(name, target)
     assert {used.kernel for used in kernels} == set(case.kernels)
     for used in kernels:
-        assert used.spilled_bytes <= SPILLED_BYTES, used
+        assert used.spilled_bytes <= case.spilled, used
         assert used.programs_per_processor >= case.programs, used
         assert not (case.overlapped and used.serialised), used
         assert not (case.exact and used.uses_tf32), "fp32 products in TF32: pass input_precision='ieee'"
@@ -69,6 +68,7 @@ def jit_functions() -> dict[str, JITFunction]:
 def test_every_kernel_has_a_case() -> None:
     functions = jit_functions()
     named = {node.id for function in functions.values() for node in ast.walk(function.parse()) if isinstance(node, ast.Name)}
-    # What other kernels call is compiled with them.
+    # What other kernels call is compiled with them; generated code calls the functions of this module.
+    named |= set(vars(device_functions))
     kernels = {name for name in functions if name not in named}
     assert kernels == {kernel for case in CASES.values() for kernel in case.kernels}

@@ -86,6 +86,39 @@ def test_rollout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(model.generate(prompt, max_new_tokens=16, do_sample=False), ours)
 
 
+def test_alibi_retrofit(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("alibi_retrofit.py", monkeypatch)
+    ids, call = left["inputs"].input_ids, hf_fastattn.report(left["model"]).last_call
+    assert torch.equal(stock_tokens(ids, 24), left["without"]) and not torch.equal(left["with_alibi"], left["without"])
+    assert call.forwards == 24 and not call.fallbacks
+    assert hf_fastattn.report(left["model"]).variants == ("layers 0 to 2: score_mod=alibi",)
+
+
+def test_learned_distance_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("learned_distance_bias.py", monkeypatch)
+    assert left["losses"][-1] < left["losses"][0] - 0.1
+    # The bias was found for what attention computes: without it the loss is as before.
+    left["table"].zero_()
+    assert abs(left["loss"]() - left["losses"][0]) < 1e-4
+
+
+def test_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("packed_documents.py", monkeypatch)
+    assert (left["together"] - left["alone"]).abs().max() < 1e-3
+    assert torch.equal(left["continued"][0, -16:], left["continued_alone"][0, -16:])
+
+
+def test_sinks_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("sinks_and_window.py", monkeypatch, "--window", "32")
+    tokens, first = left["tokens"], left["inputs"].input_ids.shape[1]
+    stock = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(tokens.device)
+    distance = torch.arange(tokens.shape[1])[:, None] - torch.arange(tokens.shape[1])
+    seen = (distance >= 0) & ((distance < 32) | (torch.arange(tokens.shape[1]) < 4))
+    with torch.no_grad():
+        logits = stock(tokens, attention_mask=seen[None, None].to(tokens.device)).logits
+    assert torch.equal(logits[0, first - 1 : -1].argmax(-1), tokens[0, first:])
+
+
 def test_every_example_is_tested_and_short() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
     assert files and not [path.name for path in files if f"test_{path.stem}" not in globals()]

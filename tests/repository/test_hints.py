@@ -16,8 +16,18 @@ from tests.tools.models import single, tiny
 
 PACKAGE = Path(hf_fastattn.__file__).parent
 # Where the reasons of a report come from; those of layers that are not fused are in none.
-PLACES = ("generation", "graphs", "loop", "cache", "patches/decoder", "patches/modules", "runtime.py", "autocast.py")
-COUNTED = ("count_not_looped", "count_fallback", "count_reason")
+PLACES = (
+    "generation",
+    "graphs",
+    "loop",
+    "cache",
+    "patches/decoder",
+    "patches/modules",
+    "runtime.py",
+    "autocast.py",
+    "layer_variants.py",
+)
+COUNTED = ("count_not_looped", "count_fallback", "count_unshared", "count_reason")
 
 
 def files(place: str) -> list[Path]:

@@ -14,8 +14,8 @@ WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
-    "kernels", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches", "generation",
-    "patching", "report", "warming", "eval", "cli", "__main__",
+    "kernels", "layer_variants", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches",
+    "generation", "patching", "report", "warming", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (
@@ -26,6 +26,7 @@ FLOORS = {
         "gluon_spelling",
         "layer",
         "experts",
+        "variants",
         "attention",
         "sampling",
         "backends",

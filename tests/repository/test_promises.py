@@ -35,8 +35,8 @@ LAUNCHERS = {
 
 def test_public_names() -> None:
     assert hf_fastattn.__all__ == [
-        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope",
-        "patch", "patched", "register", "report", "unpatch", "warm_up",
+        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "StockAttentionError", "Variant",
+        "VariantError", "patch", "patched", "register", "report", "unpatch", "warm_up",
     ]  # fmt: skip
 
 

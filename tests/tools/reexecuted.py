@@ -19,9 +19,11 @@ from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
+from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.kernels.variants.prepared import PreparedVariant
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
@@ -70,25 +72,31 @@ class ReadBack(Batch):
         return out
 
     def attend(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float, softcap: float | None = None
-    ) -> Tensor:
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float,
+        variant: PreparedVariant | None = None,
+    ) -> Tensor:  # fmt: skip
         size, held_tensors = k_pages.shape[1], self.on(q.device)
         lengths = held_tensors.seq_lens
         there = lengths > 0
         table = held_tensors.page_tables[window]
         if self.shared is not None and window is None:
             table = through_first_rows(table, lengths, self.shared, size)
-        table = table[there].tolist()
-        held = lengths[there].tolist()
         begins = held_tensors.cu_seqlens
         news = torch.ones_like(lengths) if begins is None else begins.diff()
+        if variant is not None:
+            # All rows, since a variant may read their numbers.
+            pages = [row[: -(-length // size)] for row, length in zip(table.tolist(), lengths.tolist(), strict=True)]
+            plan = ReadPlan(pages, news.tolist(), lengths.tolist(), size, window)
+            return variant_attention(q, k_pages, v_pages, plan, variant.variant, scale=scale)[0]
+        table = table[there].tolist()
+        held = lengths[there].tolist()
         # A row without keys has zeros.
         queries = there.repeat_interleave(news)
         pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
         plan = ReadPlan(pages, news[there].tolist(), held, size, window)
         out = torch.zeros_like(q)
         if held:
-            out[queries] = reference.paged_attention(q[queries], k_pages, v_pages, plan, scale=scale, softcap=softcap)[0]
+            out[queries] = reference.paged_attention(q[queries], k_pages, v_pages, plan, scale=scale)[0]
         return out
 
 

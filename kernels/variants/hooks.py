@@ -1,0 +1,62 @@
+"""The functions of a variant by name, and what a kernel is compiled with: these functions as compile-time constants."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# The arguments with which each function of a variant is called; "sink" is made of `Variant(sinks=...)`.
+HOOKS = {
+    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
+    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
+    "query_transform": ("q", "h", "q_idx"),
+    "key_transform": ("k", "h", "kv_idx"),
+    "output_transform": ("o", "h", "q_idx"),
+    "sink": ("h",),
+}
+VECTORS = ("q", "k", "o")
+
+
+class Hooks(NamedTuple):
+    """`@triton.jit` functions by the names of `HOOKS`, None where nothing is to be done; without any, plain attention.
+
+    `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`.
+    """
+
+    score_mod: Any = None
+    mask_mod: Any = None
+    query_transform: Any = None
+    key_transform: Any = None
+    output_transform: Any = None
+    sink: Any = None
+    sigmoid: bool = False
+    causal: bool = True
+
+
+NO_HOOKS = Hooks()
+
+
+class CompiledVariant(NamedTuple):
+    """A `Variant` for the Triton kernels; see `compiled.compile_variant`.
+
+    Attributes:
+        hooks: its functions.
+        tensors: what they read, as kernels get it: at each launch, so that in-place updates are seen.
+        window: as `Variant.window`.
+        reads_row: whether a result depends on the row `b`.
+        identity: the same for variants that are computed in the same way, whatever Python objects they come from.
+    """
+
+    hooks: Hooks = NO_HOOKS
+    tensors: tuple[Tensor, ...] | None = None
+    window: int | None = None
+    reads_row: bool = False
+    identity: str = ""
+
+    def window_with(self, window: int | None) -> int | None:
+        """The shorter of the model's window and its own."""
+        return min((w for w in (window, self.window) if w is not None), default=None)
+
+
+PLAIN = CompiledVariant()
