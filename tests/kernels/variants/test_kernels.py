@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.variant import Variant
 from tests.kernels.cases import Batch, assert_close, make_batch
+from tests.kernels.variants import mods
 from tests.kernels.variants.mods import HEADS, LENGTH, MODS
 from tests.kernels.variants.test_reference import plan_of
 
@@ -49,10 +54,10 @@ def double(variant: Variant, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return variant_attention(*wide, plan_of(batch), variant, scale=batch.scale)
 
 
-def check(variant: Variant, kind: str, *, ratio: int = 4, dtype: torch.dtype = FP32, dim: int = 16, groups: int = 1) -> None:
+def check(variant: Variant, kind: str, *, ratio: int = 4, dtype: torch.dtype = FP32, **options: Any) -> None:
     counts, pasts = BATCHES[kind]
     shared = 2 if kind == "shared prefix" else 0
-    options = {"page": 16, "ratio": ratio, "groups": groups, "dim": dim, "dtype": dtype, "scattered": True}
+    options = {"page": 16, "ratio": ratio, "groups": 1, "dim": 16, "dtype": dtype, "scattered": True, **options}
     batch = make_batch(counts, pasts, shared=shared, **options)
     out, lse = launch(batch, kind, variant)
     want, want_lse = double(variant, batch)
@@ -119,3 +124,34 @@ def test_features(name, kind):
     if name == "window" and kind == "shared prefix":
         pytest.skip("windows have no shared prefixes")
     check(FEATURES[name], kind)
+
+
+@pytest.fixture
+def tables_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions read has to be where attention runs."""
+    for module in (mods, sys.modules[__name__]):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                monkeypatch.setattr(module, name, value.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tables_on_the_gpu")
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", MODS)
+def test_compiled_functions(name, kind, dtype):
+    mod = MODS[name]
+    variant = Variant(score_mod=mod.score, mask_mod=mod.mask, causal=mod.causal)
+    check(variant, kind, ratio=7, dtype=dtype, groups=4, dim=128, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tables_on_the_gpu")
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", FEATURES)
+def test_compiled_features(name, kind):
+    if name == "window" and kind == "shared prefix":
+        pytest.skip("windows have no shared prefixes")
+    held = {field: value.cuda() for field, value in vars(FEATURES[name]).items() if isinstance(value, torch.Tensor)}
+    check(dataclasses.replace(FEATURES[name], **held), kind, dtype=BF16, device="cuda")
