@@ -96,16 +96,18 @@ def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, b
     return None
 
 
-def stages_with(variant: CompiledVariant, stages: int) -> int:
+def stages_with(variant: CompiledVariant, stages: int, *, masked: bool = True) -> int:
     """Pipeline stages of a loop over keys in which a variant's functions read tensors of their own.
 
     Triton buffers these loads in shared memory as it does keys and values: with 3 stages once, with 1 not at all.
+
+    Args:
+        masked: the loop calls the variant's mask.
     """
-    hooks = variant.hooks
-    in_loop = [hook for hook in (hooks.score_mod, hooks.mask_mod, hooks.key_transform) if hook is not None]
-    if variant.tensors is None or not in_loop:
+    reading = [hook for hook in variant.reading if hook in ("score_mod", "key_transform") or (masked and hook == "mask_mod")]
+    if variant.tensors is None or not reading:
         return stages
-    return 1 if hooks.key_transform is not None or len(variant.tensors) > 2 else min(stages, 3)
+    return 1 if "key_transform" in reading or len(variant.tensors) > 2 else min(stages, 3)
 
 
 def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) -> Tile:

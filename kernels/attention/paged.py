@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.decode import paged_decode
-from hf_fastattn.kernels.attention.prefill import paged_prefill
+from hf_fastattn.kernels.attention.decode import paged_decode, tile_of_decode
+from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
+from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
@@ -35,6 +36,7 @@ def paged_attention(
     batch_invariant: bool = False,
     work_lists: WorkLists | None = None,
     variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries over paged keys and values; see `paged_prefill` and `paged_decode`.
 
@@ -54,6 +56,7 @@ def paged_attention(
             and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
         work_lists: those of earlier calls with the same `cu_seqlens_q`, for the Gluon kernel.
         variant: what attention does besides; the Gluon kernel takes none.
+        visited: the tiles that its mask shows, of `visited_tiles` for the same arguments; without it all are visited.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -62,7 +65,7 @@ def paged_attention(
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "batch_invariant": batch_invariant}
-    options["variant"] = variant
+    options |= {"variant": variant, "visited": visited}
     workspace = workspace or Workspace(q.device)
     if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
         batch = (page_table, cu_seqlens_q, seq_lens)
@@ -77,6 +80,38 @@ def paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, **options,
         cu_seqlens_q=cu_seqlens_q, max_query_len=max_query_len, workspace=workspace,
     )  # fmt: skip
+
+
+def visited_tiles(
+    q: Tensor,
+    k_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor | None,
+    seq_lens: Tensor,
+    *,
+    max_query_len: int,
+    workspace: Workspace,
+    variant: CompiledVariant,
+    window: int | None = None,
+    batch_invariant: bool = False,
+) -> Visited | None:
+    """The tiles of keys that `variant.mask_mod` shows, for `paged_attention`; None if it has no mask.
+
+    It depends on the batch, the variant and the window, not on queries and keys: one serves all layers alike. Of `q` and
+    `k_pages` only shapes and types are looked at.
+    """
+    if not variant.hides_tiles or not q.shape[0]:
+        return None
+    heads, most_keys = (q.shape[1], k_pages.shape[2]), page_table.shape[1] * k_pages.shape[1]
+    options: dict[str, Any] = {"heads": heads, "most_keys": most_keys, "window": window}
+    if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
+        tile = tile_of_prefill(q, k_pages, batch_invariant)
+        options |= {"tokens": q.shape[0], "block_m": tile.block_m, "block_n": tile.block_n}
+        return list_tiles(variant, cu_seqlens_q, seq_lens, **options)
+    rows = seq_lens.shape[0]
+    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant)
+    options |= {"max_query_len": max_query_len, "block_n": tile.block_n}
+    return list_rows(variant, cu_seqlens_q, seq_lens, **options)
 
 
 def _fills_the_gpu(q: Tensor, k_pages: Tensor, max_query_len: int, processors: int) -> bool:

@@ -47,16 +47,19 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     tensors: list[Tensor] = []
     texts: list[str] = []
     given: dict[str, Any] = {}
-    reads_row = False
+    reads_row = mask_by_head = False
     for hook, function in variant.functions().items():
         if is_triton(function):
             given[hook] = function
             texts.append(_wrapper(hook, function, variant, tensors))
             reads_row |= "b" in HOOKS[hook]
+            mask_by_head |= hook == "mask_mod"
             continue
         traced = trace(hook, function, head_dim, device, decompositions())
         reads_row |= traced.reads_row
+        mask_by_head |= hook == "mask_mod" and traced.reads("h")
         texts.append(translate(traced, functools.partial(_number_of, tensors), head_dim))
+    reading = tuple(hook for hook, text in zip(variant.functions(), texts, strict=True) if "tensors[" in text)
     text = "\n\n".join([HEADER, *texts])
     module = _module(text, tuple(given.items()))
     hooks = Hooks(
@@ -67,7 +70,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     identity = _hash(
         f"{text}{[getattr(f, 'cache_key', repr(f)) for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}"
     )
-    return CompiledVariant(hooks, tuple(tensors) or None, variant.window, reads_row, identity)
+    return CompiledVariant(hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading)
 
 
 @functools.cache

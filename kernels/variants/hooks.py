@@ -45,6 +45,8 @@ class CompiledVariant(NamedTuple):
         tensors: what they read, as kernels get it: at each launch, so that in-place updates are seen.
         window: as `Variant.window`.
         reads_row: whether a result depends on the row `b`.
+        mask_by_head: whether `mask_mod` depends on the query head.
+        reading: the functions that read tensors, by the names of `HOOKS`.
         identity: the same for variants that are computed in the same way, whatever Python objects they come from.
     """
 
@@ -53,6 +55,13 @@ class CompiledVariant(NamedTuple):
     window: int | None = None
     reads_row: bool = False
     identity: str = ""
+    mask_by_head: bool = False
+    reading: tuple[str, ...] = ()
+
+    @property
+    def hides_tiles(self) -> bool:
+        """Whether whole tiles of keys may be hidden by more than causality and a window: see `attention.visited`."""
+        return self.hooks.mask_mod is not None
 
     def window_with(self, window: int | None) -> int | None:
         """The shorter of the model's window and its own."""

@@ -45,7 +45,11 @@ class TracedHook:
     @property
     def reads_row(self) -> bool:
         """Whether the result depends on `b`."""
-        return any(node.users for node, name in zip(self.inputs, HOOKS[self.hook], strict=True) if name == "b")
+        return self.reads("b")
+
+    def reads(self, name: str) -> bool:
+        """Whether the result depends on the argument of this name."""
+        return any(node.users for node, own in zip(self.inputs, HOOKS[self.hook], strict=True) if own == name)
 
 
 def trace(
