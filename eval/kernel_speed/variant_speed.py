@@ -21,22 +21,30 @@ SCALE = DIM**-0.5
 
 
 def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
-    """Of set i: the variant, plain attention by the same kernel and by the fastest one, and what a call visits."""
-    from hf_fastattn.kernels.attention.paged import paged_attention
+    """Of set i: the variant, plain attention by the same kernel and by the fastest one.
+
+    With a mask also the lists of tiles that it shows, which are made once for all layers, and the variant without them.
+    """
+    from hf_fastattn.kernels.attention.paged import paged_attention, visited_tiles
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.kernels.backends import choose_backend
     from hf_fastattn.kernels.variants.compiled import compile_variant
 
     device, longest = inputs.page_table.device, max(inputs.shape.news)
     sets = list(zip(inputs.q, inputs.k_pages, inputs.v_pages, strict=True))
-    batch = (inputs.page_table, None if longest == 1 else inputs.cu_seqlens_q, inputs.seq_lens)
+    batch: tuple[Any, ...] = (inputs.page_table, None if longest == 1 else inputs.cu_seqlens_q, inputs.seq_lens)
     options: dict[str, Any] = {"max_query_len": longest, "scale": SCALE, "workspace": Workspace(device)}
     hopper = choose_backend("auto", device, inputs.q[0].dtype, DIM)[0] == "hopper"
     compiled = compile_variant(variant, DIM, device)
+    own: dict[str, Any] = {"max_query_len": longest, "workspace": options["workspace"], "variant": compiled}
+    visited = visited_tiles(*sets[0][:2], *batch, **own)
     found: dict[str, Launch] = {
-        "ours": lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, variant=compiled),
+        "ours": lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, variant=compiled, visited=visited),
         "plain": lambda i: paged_attention(*sets[i % len(sets)], *batch, **options),
     }
+    if visited is not None:
+        found["lists"] = lambda i: visited_tiles(*sets[i % len(sets)][:2], *batch, **own)
+        found["all tiles"] = lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, variant=compiled)
     if hopper and longest > 1:
         found["hopper"] = lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, hopper=True)
     return found
@@ -89,7 +97,7 @@ def measure_variant(
 def variant_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     head = ["variant", "ours, us", "GB/s", "TFLOP/s", "visited", "time / plain", "cost of what is visited"]
-    peers = [name for name in ("hopper", "flex") if any(name in row.get("us", {}) for row in rows)]
+    peers = [name for name in ("hopper", "flex", "all tiles", "lists") if any(name in row.get("us", {}) for row in rows)]
     head += [column for name in peers for column in (f"{name}, us", f"ours / {name}")]
     lines = []
     for kind, shape in dict.fromkeys((row["kind"], row["shape"]) for row in rows):
@@ -134,7 +142,8 @@ def bench_variants(options: argparse.Namespace, argv: list[str], device: torch.d
         f"H {HEADS}, G {GROUPS}, D {DIM}, {record['dtype']}, pages of {options.page_size}, permuted; medians of "
         f"{options.rounds} rounds. `visited`: tiles of {TILE_TOKENS} queries and {TILE_KEYS} keys with a visible pair, as a "
         "share of those of plain attention; `cost`: time for these against plain attention by the same kernel; `hopper`: "
-        "plain attention by the Gluon kernel; `flex`: compiled FlexAttention on contiguous keys and values.",
+        "plain attention by the Gluon kernel; `flex`: compiled FlexAttention on contiguous keys and values; `all tiles`: "
+        "without the lists of tiles that a mask shows; `lists`: making them, once for all layers.",
         variant_table(rows),
     ]
     write(options.output, "attention-variants", "\n".join(lines), record, None)
