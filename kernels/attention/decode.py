@@ -315,13 +315,14 @@ def decode_launch(
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=stages_with(variant, tile.stages), ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
+            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
+            ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m,
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip

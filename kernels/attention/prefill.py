@@ -186,10 +186,10 @@ def paged_prefill(
             variant.tensors, None if visited is None else visited.for_kernel(),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            STAGES=stages_with(variant, tile.stages),
-            WHOLE_STAGES=stages_with(variant, tile.stages, masked=visited is None),
+            STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
+            WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
-            HOOKS=variant.hooks, num_warps=tile.warps,
+            HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

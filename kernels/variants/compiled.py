@@ -61,16 +61,20 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
         texts.append(translate(traced, functools.partial(_number_of, tensors), head_dim))
     reading = tuple(hook for hook, text in zip(variant.functions(), texts, strict=True) if "tensors[" in text)
     text = "\n\n".join([HEADER, *texts])
-    module = _module(text, tuple(given.items()))
-    hooks = Hooks(
-        **{hook: getattr(module, hook, None) for hook in HOOKS},
-        sigmoid=variant.normalizer == "sigmoid",
-        causal=variant.causal,
-    )
+    hooks = _hooks(text, given, variant)
+    to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
+    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant)
     identity = _hash(
         f"{text}{[getattr(f, 'cache_key', repr(f)) for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}"
     )
-    return CompiledVariant(hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading)
+    found = (hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading, hooks_16_bits)
+    return CompiledVariant(*found)
+
+
+def _hooks(text: str, given: dict[str, Any], variant: Variant) -> Hooks:
+    module = _module(text, tuple(given.items()))
+    functions = {hook: getattr(module, hook, None) for hook in HOOKS}
+    return Hooks(**functions, sigmoid=variant.normalizer == "sigmoid", causal=variant.causal)
 
 
 @functools.cache

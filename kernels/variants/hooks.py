@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # The arguments with which each function of a variant is called; "sink" is made of `Variant(sinks=...)`.
@@ -47,6 +48,7 @@ class CompiledVariant(NamedTuple):
         reads_row: whether a result depends on the row `b`.
         mask_by_head: whether `mask_mod` depends on the query head.
         reading: the functions that read tensors, by the names of `HOOKS`.
+        hooks_16_bits: its functions for queries in 16 bits; None if they are the same.
         identity: the same for variants that are computed in the same way, whatever Python objects they come from.
     """
 
@@ -57,6 +59,11 @@ class CompiledVariant(NamedTuple):
     identity: str = ""
     mask_by_head: bool = False
     reading: tuple[str, ...] = ()
+    hooks_16_bits: Hooks | None = None
+
+    def hooks_for(self, dtype: torch.dtype) -> Hooks:
+        """Its functions for queries of a dtype."""
+        return self.hooks if self.hooks_16_bits is None or dtype.itemsize > 2 else self.hooks_16_bits
 
     @property
     def hides_tiles(self) -> bool:

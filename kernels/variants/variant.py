@@ -107,9 +107,10 @@ class _BuiltInScore:
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.softcap is not None:
-            score = self.softcap * torch.tanh(score / self.softcap)
+            score = self.softcap * torch.tanh(score * (1.0 / self.softcap))
         if self.alibi is not None:
-            score = score + self.alibi[h] * (kv_idx - q_idx)
+            # Positions are exact in fp32, and so converted once a query and once a key.
+            score = score + self.alibi[h] * (kv_idx.float() - q_idx.float())
         return score if self.then is None else self.then(score, b, h, q_idx, kv_idx)
 
 
