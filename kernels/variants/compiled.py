@@ -64,9 +64,8 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     hooks = _hooks(text, given, variant)
     to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
     hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant)
-    identity = _hash(
-        f"{text}{[getattr(f, 'cache_key', repr(f)) for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}"
-    )
+    own = [getattr(function, "cache_key", repr(function)) for function in given.values()]
+    identity = _hash(f"{text}{own}{hooks.sigmoid}{hooks.causal}{variant.window}{variant.rope}")
     found = (hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading, hooks_16_bits)
     return CompiledVariant(*found)
 
