@@ -21,7 +21,7 @@ SCALE = DIM**-0.5
 
 
 def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
-    """Of set i: the variant, plain attention by the same kernel and by the fastest one.
+    """Of set i: the variant and plain attention by the fastest kernel, and both by the Triton kernel if that is another.
 
     With a mask also the lists of tiles that it shows, which are made once for all layers, and the variant without them.
     """
@@ -36,17 +36,24 @@ def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
     options: dict[str, Any] = {"max_query_len": longest, "scale": SCALE, "workspace": Workspace(device)}
     hopper = choose_backend("auto", device, inputs.q[0].dtype, DIM)[0] == "hopper"
     compiled = compile_variant(variant, DIM, device)
+
+    def attend(more: dict[str, Any]) -> Launch:
+        return lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, **more)
+
     own: dict[str, Any] = {"max_query_len": longest, "workspace": options["workspace"], "variant": compiled}
-    visited = visited_tiles(*sets[0][:2], *batch, **own)
-    found: dict[str, Launch] = {
-        "ours": lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, variant=compiled, visited=visited),
-        "plain": lambda i: paged_attention(*sets[i % len(sets)], *batch, **options),
+    tiled = visited_tiles(*sets[0][:2], *batch, **own)
+    fastest = visited_tiles(*sets[0][:2], *batch, **own, hopper=hopper)
+    found = {
+        "ours": attend({"variant": compiled, "visited": fastest, "hopper": hopper}),
+        "plain": attend({"hopper": hopper}),
     }
-    if visited is not None:
-        found["lists"] = lambda i: visited_tiles(*sets[i % len(sets)][:2], *batch, **own)
-        found["all tiles"] = lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, variant=compiled)
     if hopper and longest > 1:
-        found["hopper"] = lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, hopper=True)
+        found["triton"] = attend({"variant": compiled, "visited": tiled})
+        found["plain triton"] = attend({})
+    if tiled is not None:
+        found["all tiles"] = attend({"variant": compiled})
+    if fastest is not None:
+        found["lists"] = lambda i: visited_tiles(*sets[i % len(sets)][:2], *batch, **own, hopper=hopper)
     return found
 
 
@@ -88,7 +95,7 @@ def measure_variant(
     row["us"] = {name: 1e6 * median(found) for name, found in times.items()}
     row["ratios"] = {name: median_ratio(times["ours"], found) for name, found in times.items() if name != "ours"}
     row["visited"] = tiles
-    row["cost"] = {name: ratio / tiles for name, ratio in row["ratios"].items() if name in ("plain", "hopper")}
+    row["cost"] = {name: ratio / tiles for name, ratio in row["ratios"].items() if name == "plain"}
     row["tflops"] = pairs * shape.operations / median(times["ours"]) / 1e12
     row["gbs"] = (tiles if shape.kind == "decode" else 1.0) * shape.kv_bytes / median(times["ours"]) / 1e9
     return row
@@ -97,7 +104,11 @@ def measure_variant(
 def variant_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     head = ["variant", "ours, us", "GB/s", "TFLOP/s", "visited", "time / plain", "cost of what is visited"]
-    peers = [name for name in ("hopper", "flex", "all tiles", "lists") if any(name in row.get("us", {}) for row in rows)]
+    peers = [
+        name
+        for name in ("flex", "triton", "plain triton", "all tiles", "lists")
+        if any(name in row.get("us", {}) for row in rows)
+    ]
     head += [column for name in peers for column in (f"{name}, us", f"ours / {name}")]
     lines = []
     for kind, shape in dict.fromkeys((row["kind"], row["shape"]) for row in rows):
@@ -141,8 +152,8 @@ def bench_variants(options: argparse.Namespace, argv: list[str], device: torch.d
         "",
         f"H {HEADS}, G {GROUPS}, D {DIM}, {record['dtype']}, pages of {options.page_size}, permuted; medians of "
         f"{options.rounds} rounds. `visited`: tiles of {TILE_TOKENS} queries and {TILE_KEYS} keys with a visible pair, as a "
-        "share of those of plain attention; `cost`: time for these against plain attention by the same kernel; `hopper`: "
-        "plain attention by the Gluon kernel; `flex`: compiled FlexAttention on contiguous keys and values; `all tiles`: "
+        "share of those of plain attention; `cost`: time for these against plain attention; `triton` and `plain "
+        "triton`: not by the Gluon kernel; `flex`: compiled FlexAttention on contiguous keys and values; `all tiles`: "
         "without the lists of tiles that a mask shows; `lists`: making them, once for all layers.",
         variant_table(rows),
     ]

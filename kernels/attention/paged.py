@@ -11,7 +11,7 @@ from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
 from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
+from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
 MAX_SPLIT_QUERIES = 64
@@ -55,7 +55,7 @@ def paged_attention(
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
         work_lists: those of earlier calls with the same `cu_seqlens_q`, for the Gluon kernel.
-        variant: what attention does besides; the Gluon kernel takes none.
+        variant: what attention does besides; the Gluon kernel takes none with transforms.
         visited: the tiles that its mask shows, of `visited_tiles` for the same arguments; without it all are visited.
 
     Returns:
@@ -69,12 +69,13 @@ def paged_attention(
     workspace = workspace or Workspace(q.device)
     if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
         batch = (page_table, cu_seqlens_q, seq_lens)
-        if hopper and variant.hooks == NO_HOOKS:
-            from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill, why_not_hopper
+        if hopper and _hopper_takes(q, k_pages, variant, window, softcap, visited is not None):
+            from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill
 
-            if why_not_hopper(q, k_pages, variant.window_with(window), softcap) is None:
-                processors = workspace.processors
-                return hopper_prefill(q, k_pages, v_pages, *batch, scale=scale, processors=processors, work_lists=work_lists)
+            return hopper_prefill(
+                q, k_pages, v_pages, *batch, scale=scale, processors=workspace.processors, work_lists=work_lists,
+                window=window, variant=variant, visited=visited,
+            )  # fmt: skip
         return paged_prefill(q, k_pages, v_pages, *batch, **options)
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,
@@ -93,25 +94,51 @@ def visited_tiles(
     workspace: Workspace,
     variant: CompiledVariant,
     window: int | None = None,
+    softcap: float | None = None,
+    hopper: bool = False,
     batch_invariant: bool = False,
 ) -> Visited | None:
     """The tiles of keys that `variant.mask_mod` shows, for `paged_attention`; None if it has no mask.
 
-    It depends on the batch, the variant and the window, not on queries and keys: one serves all layers alike. Of `q` and
-    `k_pages` only shapes and types are looked at.
+    The Gluon kernel needs them for a window too. They depend on the batch, the variant and the window, not on queries and
+    keys: they serve all layers that are alike. Of `q` and `k_pages` only shapes, strides and types are looked at.
     """
-    if not variant.hides_tiles or not q.shape[0]:
+    if not q.shape[0]:
         return None
     heads, most_keys = (q.shape[1], k_pages.shape[2]), page_table.shape[1] * k_pages.shape[1]
     options: dict[str, Any] = {"heads": heads, "most_keys": most_keys, "window": window}
     if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
+        options["tokens"] = q.shape[0]
+        if hopper and _hopper_takes(q, k_pages, variant, window, softcap, True):
+            if variant.window_with(window) is None and not variant.hides_tiles:
+                return None
+            from hf_fastattn.kernels.attention import hopper_prefill
+
+            packed = hopper_prefill.packed_heads(heads[0] // heads[1])
+            options |= {"heads": (heads[0], heads[0] // packed), "block_m": hopper_prefill.BLOCK_M}
+            return list_tiles(variant, cu_seqlens_q, seq_lens, block_n=hopper_prefill.TILES[q.shape[2]][0], **options)
+        if not variant.hides_tiles:
+            return None
         tile = tile_of_prefill(q, k_pages, batch_invariant)
-        options |= {"tokens": q.shape[0], "block_m": tile.block_m, "block_n": tile.block_n}
+        options |= {"block_m": tile.block_m, "block_n": tile.block_n}
         return list_tiles(variant, cu_seqlens_q, seq_lens, **options)
+    if not variant.hides_tiles:
+        return None
     rows = seq_lens.shape[0]
     tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant)
     options |= {"max_query_len": max_query_len, "block_n": tile.block_n}
     return list_rows(variant, cu_seqlens_q, seq_lens, **options)
+
+
+def _hopper_takes(
+    q: Tensor, k_pages: Tensor, variant: CompiledVariant, window: int | None, softcap: float | None, listed: bool
+) -> bool:
+    """Whether the Gluon kernel can take a call, of which what a mask and a window show is `listed` or not."""
+    from hf_fastattn.kernels.attention.hopper_prefill import why_not_hopper, why_not_variant
+
+    window = variant.window_with(window)
+    hides = window is not None or variant.hides_tiles or not variant.hooks.causal
+    return (listed or not hides) and why_not_hopper(q, k_pages, None, softcap) is None and why_not_variant(variant) is None
 
 
 def _fills_the_gpu(q: Tensor, k_pages: Tensor, max_query_len: int, processors: int) -> bool:

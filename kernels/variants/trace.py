@@ -79,13 +79,20 @@ def trace(
     tensors = {node.target: getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"}
     traced = TracedHook(hook, module.graph, tensors)
     _check_result(traced, head_dim)
-    for tensor in tensors.values():
-        if tensor.device != device:
+    for name, tensor in tensors.items():
+        if tensor.device != device and not made_inside(module.graph, name):
             raise VariantError(
                 f"{hook} reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but attention runs on {device}; "
                 f"move it there with .to({str(device)!r})"
             )
     return traced
+
+
+def made_inside(graph: fx.Graph, name: str) -> bool:
+    """Whether a tensor of the graph is a number that the function makes itself, as by `torch.tensor(31)`."""
+    nodes = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+    targets = [str(user.target) for node in nodes for user in node.users]
+    return bool(targets) and all("lift_fresh" in target for target in targets)
 
 
 def _example(name: str, head_dim: int, device: torch.device) -> Tensor:

@@ -152,12 +152,17 @@ def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
     return merge_states(out, lse, out, lse)
 
 
-def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
+def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **options: Any) -> object:
     from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill
 
     q, (page_table, lengths) = torch.zeros(512, 8 * ratio, dim, dtype=BF16), table(1, 16)
-    begins = torch.tensor([0, 512], dtype=torch.int32)
-    return hopper_prefill(q, *pages(8, dim, page, BF16), page_table, begins, lengths, scale=1.0, processors=132)
+    begins, held = torch.tensor([0, 512], dtype=torch.int32), pages(8, dim, page, BF16)
+    if listed:
+        workspace = Workspace(q.device)
+        options["visited"] = visited_tiles(
+            q, held[0], page_table, begins, lengths, max_query_len=512, workspace=workspace, hopper=True, **options
+        )
+    return hopper_prefill(q, *held, page_table, begins, lengths, scale=1.0, processors=132, **options)
 
 
 def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
@@ -291,6 +296,7 @@ HOPPER: dict[str, Any] = {
     "targets": ("sm_90",),
     "overlapped": True,
 }
+LISTED: dict[str, Any] = {**HOPPER, "kernels": ("visited_kernel", *HOPPER["kernels"])}
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
 CONTINUED = ("best_of_chunk_kernel", "score_kernel")
@@ -416,6 +422,16 @@ CASES = {
     "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),
     "hopper prefill, D = 256, R = 8": Case(lambda: hopper(8, 256, page=64), **HOPPER),
     "hopper prefill, page 256": Case(lambda: hopper(4, 128, page=256), **HOPPER),
+    "hopper prefill, softcap": Case(lambda: hopper(4, 128, variant=varied(softcap=30.0)), **HOPPER),
+    "hopper prefill, alibi and sinks": Case(
+        lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER
+    ),
+    "hopper prefill, bias table": Case(lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER),
+    "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
+    "hopper prefill, documents": Case(lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED),
+    "hopper prefill, block-sparse, D = 256": Case(
+        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)), **LISTED
+    ),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),
