@@ -26,24 +26,27 @@ def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
     With a mask also the lists of tiles that it shows, which are made once for all layers, and the variant without them.
     """
     from hf_fastattn.kernels.attention.paged import paged_attention, visited_tiles
+    from hf_fastattn.kernels.attention.visited import Visited
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.kernels.backends import choose_backend
     from hf_fastattn.kernels.variants.compiled import compile_variant
 
     device, longest = inputs.page_table.device, max(inputs.shape.news)
     sets = list(zip(inputs.q, inputs.k_pages, inputs.v_pages, strict=True))
-    batch: tuple[Any, ...] = (inputs.page_table, None if longest == 1 else inputs.cu_seqlens_q, inputs.seq_lens)
+    batch = (inputs.page_table, None if longest == 1 else inputs.cu_seqlens_q, inputs.seq_lens)
     options: dict[str, Any] = {"max_query_len": longest, "scale": SCALE, "workspace": Workspace(device)}
     hopper = choose_backend("auto", device, inputs.q[0].dtype, DIM)[0] == "hopper"
     compiled = compile_variant(variant, DIM, device)
 
     def attend(more: dict[str, Any]) -> Launch:
-        return lambda i: paged_attention(*sets[i % len(sets)], *batch, **options, **more)
+        return lambda i: paged_attention(*sets[i % len(sets)], *batch, **{**options, **more})
+
+    def lists(hopper: bool) -> Visited | None:
+        return visited_tiles(sets[0][0], sets[0][1], *batch, **own, hopper=hopper)
 
     own: dict[str, Any] = {"max_query_len": longest, "workspace": options["workspace"], "variant": compiled}
-    tiled = visited_tiles(*sets[0][:2], *batch, **own)
-    fastest = visited_tiles(*sets[0][:2], *batch, **own, hopper=hopper)
-    found = {
+    tiled, fastest = lists(False), lists(hopper)
+    found: dict[str, Launch] = {
         "ours": attend({"variant": compiled, "visited": fastest, "hopper": hopper}),
         "plain": attend({"hopper": hopper}),
     }
@@ -53,7 +56,7 @@ def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
     if tiled is not None:
         found["all tiles"] = attend({"variant": compiled})
     if fastest is not None:
-        found["lists"] = lambda i: visited_tiles(*sets[i % len(sets)][:2], *batch, **own, hopper=hopper)
+        found["lists"] = lambda i: lists(hopper)
     return found
 
 
