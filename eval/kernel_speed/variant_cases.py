@@ -88,6 +88,8 @@ def cases(small: bool) -> list[Case]:
     one_row = _shape("decode", 1, 8192, 1)
     found = [Case("plain", shape, lambda device: Variant(), True) for shape in (one_row, decode, prefill)]
     found.append(Case("bias table", one_row, bias_table, True))
+    # As many keys as a window of 1,024 shows of 8k.
+    found.append(Case("plain", _shape("decode", 64, 1024, 1), lambda device: Variant()))
     found += [Case(n, shape, make, n in IN_FLEX) for shape in (decode, prefill) for n, make in VARIANTS.items()]
     # FlexAttention does not compile for so many keys and values: its offsets mix 32 and 64 bits.
     found += [Case(n, _shape("decode", 64, LONG, 1), VARIANTS[n]) for n in ("window 1024", "sinks and window")]

@@ -180,3 +180,25 @@ def test_without_a_mask_there_are_no_lists():
     compiled, room = compile_variant(Variant(window=8, softcap=3.0), 16, batch.q.device), Workspace(batch.q.device)
     options = {"max_query_len": 1, "workspace": room, "variant": compiled}
     assert visited_tiles(batch.q, batch.k_pages, batch.page_table, None, batch.seq_lens, **options) is None
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_lengths():
+    variant, batch = built_in.sinks_and_window(4, 16), make("decode", 4, "cuda")
+    compiled, room = compile_variant(variant, 16, batch.q.device), Workspace(batch.q.device)
+    table, lengths = batch.page_table, batch.seq_lens
+    options = {"max_query_len": 1, "workspace": room, "variant": compiled}
+
+    def step() -> torch.Tensor:
+        visited = visited_tiles(batch.q, batch.k_pages, table, None, lengths, **options)
+        inputs = (batch.q, batch.k_pages, batch.v_pages, table, None, lengths)
+        return paged_attention(*inputs, scale=batch.scale, visited=visited, **options)[0]
+
+    lengths.fill_(1)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    lengths.copy_(batch.seq_lens)
+    graph.replay()
+    torch.testing.assert_close(out, double(variant, batch)[0].float(), atol=2e-5, rtol=2e-5)
