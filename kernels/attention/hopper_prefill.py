@@ -214,8 +214,8 @@ def _softmax(
     b, h, q_idx, window, tensors = pairs
     if HOOKS.score_mod is not None:
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors) * LOG2E
-        scale = 1.0
+        scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
+        scale = LOG2E
     if MASK and HOOKS.mask_mod is not None:
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         seen = HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)

@@ -54,9 +54,11 @@ def paged_attention(
         hopper: take the Gluon kernel where it can; see `backends.choose_backend`.
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages. A call with `cu_seqlens_q` need not equal one without.
-        work_lists: those of earlier calls with the same `cu_seqlens_q`, for the Gluon kernel.
+        work_lists: what earlier calls for the same batch have made, and this one adds to: the work of the Gluon kernel, and
+            the tiles that a variant's mask shows. To be emptied before lengths change.
         variant: what attention does besides; the Gluon kernel takes none with transforms.
-        visited: the tiles that its mask shows, of `visited_tiles` for the same arguments; without it all are visited.
+        visited: the tiles that its mask shows, of `visited_tiles` for the same arguments. Without it they are made if there
+            are `work_lists` to keep them in; else all tiles are visited.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -65,8 +67,13 @@ def paged_attention(
         ValueError: shapes, dtypes or strides do not fit each other or the kernels.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "batch_invariant": batch_invariant}
-    options |= {"variant": variant, "visited": visited}
     workspace = workspace or Workspace(q.device)
+    if visited is None and work_lists is not None:
+        visited = _remembered(
+            work_lists, q, k_pages, page_table, cu_seqlens_q, seq_lens, max_query_len=max_query_len, workspace=workspace,
+            variant=variant, window=window, softcap=softcap, hopper=hopper, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    options |= {"variant": variant, "visited": visited}
     if cu_seqlens_q is not None and (batch_invariant or _fills_the_gpu(q, k_pages, max_query_len, workspace.processors)):
         batch = (page_table, cu_seqlens_q, seq_lens)
         if hopper and _hopper_takes(q, k_pages, variant, window, softcap, visited is not None):
@@ -81,6 +88,20 @@ def paged_attention(
         q, k_pages, v_pages, page_table, seq_lens, **options,
         cu_seqlens_q=cu_seqlens_q, max_query_len=max_query_len, workspace=workspace,
     )  # fmt: skip
+
+
+def _remembered(
+    work_lists: WorkLists, q: Tensor, k_pages: Tensor, page_table: Tensor, *batch: Tensor | None, **options: Any
+) -> Visited | None:
+    """`visited_tiles`, made by the first of the layers that are alike."""
+    variant: CompiledVariant = options["variant"]
+    read = tuple(tensor.data_ptr() for tensor in variant.tensors or ())
+    shapes = (q.device, q.dtype, q.shape, k_pages.shape[1:3], page_table.shape[1])
+    key = ("visited", variant.identity, read, options["window"], options["softcap"], *shapes)
+    if key not in work_lists:
+        work_lists[key] = visited_tiles(q, k_pages, page_table, *batch, **options)  # type: ignore[arg-type]
+    held: Visited | None = work_lists[key]
+    return held
 
 
 def visited_tiles(

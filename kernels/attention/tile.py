@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_fastattn.kernels.attention.hooked import LOG2E as TO_BASE_2
 from hf_fastattn.kernels.attention.hooked import (
     hooked_keys,
     hooked_mask,
@@ -173,7 +174,7 @@ def attend_tiles(
         else:
             v = tl.load(v_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
         if HOOKS.score_mod is not None:
-            factor = 1.0
+            factor = TO_BASE_2
         else:
             factor = scale
         if HOOKS.sigmoid:

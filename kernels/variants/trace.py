@@ -80,12 +80,17 @@ def trace(
     traced = TracedHook(hook, module.graph, tensors)
     _check_result(traced, head_dim)
     for name, tensor in tensors.items():
-        if tensor.device != device and not made_inside(module.graph, name):
+        if not _on(tensor, device) and not made_inside(module.graph, name):
             raise VariantError(
                 f"{hook} reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but attention runs on {device}; "
                 f"move it there with .to({str(device)!r})"
             )
     return traced
+
+
+def _on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether it lies there; a device without a number is any of its kind."""
+    return tensor.device == device or (device.index is None and tensor.device.type == device.type)
 
 
 def made_inside(graph: fx.Graph, name: str) -> bool:
