@@ -89,7 +89,7 @@ def score_factors(scale: float, softcap: float | None, hooks: Hooks = NO_HOOKS) 
     if hooks.score_mod is not None:
         if softcap is not None:
             raise ValueError(f"softcap={softcap} and a variant that changes scores: give it as Variant(softcap={softcap})")
-        return scale, 0.0
+        return scale * hooks.factor, 0.0
     if softcap is None:
         return scale * LOG2E, 0.0
     return 2.0 * scale / softcap * LOG2E, softcap * LOG2E

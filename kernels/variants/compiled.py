@@ -6,6 +6,7 @@ it and the kernels compiled with it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -25,7 +26,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import trace
 from hf_fastattn.kernels.variants.translate import translatable, translate
-from hf_fastattn.kernels.variants.variant import Variant, is_triton, parameters_of
+from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of
 
 HEADER = """import triton
 import triton.language as tl
@@ -49,6 +50,8 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     given: dict[str, Any] = {}
     reads_row = mask_by_head = False
     for hook, function in variant.functions().items():
+        if isinstance(function, BuiltInScore) and function.softcap is not None:
+            function = dataclasses.replace(function, divided=True)
         if is_triton(function):
             given[hook] = function
             texts.append(_wrapper(hook, function, variant, tensors))
@@ -73,7 +76,8 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
 def _hooks(text: str, given: dict[str, Any], variant: Variant) -> Hooks:
     module = _module(text, tuple(given.items()))
     functions = {hook: getattr(module, hook, None) for hook in HOOKS}
-    return Hooks(**functions, sigmoid=variant.normalizer == "sigmoid", causal=variant.causal)
+    factor = 1.0 if variant.softcap is None else 1.0 / variant.softcap
+    return Hooks(**functions, sigmoid=variant.normalizer == "sigmoid", causal=variant.causal, factor=factor)
 
 
 @functools.cache

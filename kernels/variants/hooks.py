@@ -22,7 +22,8 @@ VECTORS = ("q", "k", "o")
 class Hooks(NamedTuple):
     """`@triton.jit` functions by the names of `HOOKS`, None where nothing is to be done; without any, plain attention.
 
-    `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`.
+    `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`; `factor` is one on the scores that
+    `score_mod` gets, which launchers put into the scale.
     """
 
     score_mod: Any = None
@@ -33,6 +34,7 @@ class Hooks(NamedTuple):
     sink: Any = None
     sigmoid: bool = False
     causal: bool = True
+    factor: float = 1.0
 
 
 NO_HOOKS = Hooks()

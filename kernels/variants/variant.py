@@ -120,7 +120,7 @@ class Variant:
             )
         found = {hook: self._bound(hook) for hook in FUNCTIONS if getattr(self, hook) is not None}
         if self.softcap is not None or self.alibi is not None:
-            found["score_mod"] = _BuiltInScore(self.softcap, self.alibi, found.get("score_mod"))
+            found["score_mod"] = BuiltInScore(self.softcap, self.alibi, found.get("score_mod"))
         if self.sinks is not None:
             found["sink"] = partial(_sink, self.sinks)
         return found
@@ -132,14 +132,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class _BuiltInScore:
+class BuiltInScore:
+    """Softcap, ALiBi and a user's function in one; the score comes `divided` by the softcap or not."""
+
     softcap: float | None
     alibi: Tensor | None
     then: Callable[..., Tensor] | None
+    divided: bool = False
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.softcap is not None:
-            score = self.softcap * torch.tanh(score * (1.0 / self.softcap))
+            score = self.softcap * torch.tanh(score if self.divided else score * (1.0 / self.softcap))
         if self.alibi is not None:
             # Positions are exact in fp32, and so converted once a query and once a key.
             score = score + self.alibi[h] * (kv_idx.float() - q_idx.float())

@@ -166,6 +166,11 @@ def test_lists_fit_the_launch(kind, invariant):
         scale=batch.scale, visited=visited, **options,
     )  # fmt: skip
     torch.testing.assert_close(out, double(variant, batch)[0].float(), atol=2e-5, rtol=2e-5)
+    inputs, held = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, begins, batch.seq_lens), {}
+    for _ in range(2):
+        same, _ = paged_attention(*inputs, scale=batch.scale, work_lists=held, **options)
+        assert torch.equal(same, out)
+        assert [(lists.block_m, lists.block_n) for lists in held.values()] == [(visited.block_m, visited.block_n)]
     other = visited._replace(block_n=visited.block_n * 2)
     with pytest.raises(ValueError, match="visited_tiles"):
         paged_attention(
