@@ -62,7 +62,7 @@ def variant_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
 
 def reference_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
     """On a CPU: the reference of variants, and of plain attention."""
-    from hf_fastattn.eval.attention import our_launch
+    from hf_fastattn.kernels.attention import reference
     from hf_fastattn.kernels.attention.read_plan import ReadPlan
     from hf_fastattn.kernels.attention.variant_reference import variant_attention
 
@@ -71,7 +71,7 @@ def reference_launches(inputs: Inputs, variant: Variant) -> dict[str, Launch]:
     pages = (inputs.q[0], inputs.k_pages[0], inputs.v_pages[0])
     return {
         "ours": lambda i: variant_attention(*pages, plan, variant, scale=SCALE),
-        "plain": our_launch(inputs),
+        "plain": lambda i: reference.paged_attention(*pages, plan, scale=SCALE),
     }
 
 
