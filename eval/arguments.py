@@ -193,7 +193,10 @@ def add_attention(made: argparse.ArgumentParser) -> None:
     made.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
     made.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
     made.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
-    made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png")
+    made.add_argument(
+        "--variants", action="store_true", help="variants of attention instead, against plain and compiled FlexAttention"
+    )
+    made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png, or attention-variants.md")
 
 
 def add_experts(made: argparse.ArgumentParser) -> None:

@@ -75,6 +75,8 @@ SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
 }
 # Share of the programs that a stream-K split keeps busy.
 LIST_FILL = 0.8
+# Bytes that a variant's functions may read for a tile of scores without a loop of fewer stages.
+FEW_BYTES = 8192
 # For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
@@ -96,16 +98,22 @@ def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, b
     return None
 
 
-def stages_with(variant: CompiledVariant, stages: int) -> int:
+def stages_with(variant: CompiledVariant, stages: int, block_m: int, block_n: int, *, masked: bool = True) -> int:
     """Pipeline stages of a loop over keys in which a variant's functions read tensors of their own.
 
     Triton buffers these loads in shared memory as it does keys and values: with 3 stages once, with 1 not at all.
+
+    Args:
+        block_m: packed query rows of a tile.
+        block_n: keys of a tile.
+        masked: the loop calls the variant's mask.
     """
-    hooks = variant.hooks
-    in_loop = [hook for hook in (hooks.score_mod, hooks.mask_mod, hooks.key_transform) if hook is not None]
-    if variant.tensors is None or not in_loop:
+    reading = [hook for hook in variant.reading if hook in ("score_mod", "key_transform") or (masked and hook == "mask_mod")]
+    if variant.tensors is None or not reading:
         return stages
-    return 1 if hooks.key_transform is not None or len(variant.tensors) > 2 else min(stages, 3)
+    if "key_transform" not in reading and len(variant.tensors) * block_m * block_n * 4 <= FEW_BYTES:
+        return stages
+    return 1 if "key_transform" in reading or len(variant.tensors) > 2 else min(stages, 3)
 
 
 def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) -> Tile:

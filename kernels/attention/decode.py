@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import split_kv_tile, stages_with
+from hf_fastattn.kernels.attention.configs import Tile, split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
 from hf_fastattn.kernels.attention.hooked import hooked_query
@@ -32,6 +32,7 @@ from hf_fastattn.kernels.attention.tile import (
     score_factors,
     store_output,
 )
+from hf_fastattn.kernels.attention.visited import Visited, check_visited
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.relaunch import Launch
@@ -56,17 +57,18 @@ def split_kv_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
     partial_ptr, partial_sum_ptr, arrived_ptr,
     rows, window, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors, visited,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGED: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    LISTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One persistent program: an equal range of the flat list of units, each UNIT tiles of keys, for one kv head.
 
     `cu_seqlens_ptr` is None in decode. With UNIT = 1 a program treats neighbouring units as one. With more (batch-invariant
-    mode) each unit is a part of its own, so that a row is added up in the same order whatever the other rows.
+    mode) each unit is a part of its own, so that a row is added up in the same order whatever the other rows. `visited` is a
+    `Visited` of LISTS lists a row, or None.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -74,15 +76,20 @@ def split_kv_kernel(
     # Heads are innermost: neighbouring programs read the same pages, for different heads.
     head = tl.program_id(0)
     chunk = tl.program_id(1)
+    counts_ptr = None
+    if visited is not None:
+        counts_ptr, tiles_ptr, columns = visited
+        counts_ptr += (head * 2 if LISTS > 1 else 0) + 1
     upto, fill, spare, position, end, share, extra = plan_split(
         seq_lens_ptr, cu_seqlens_ptr, rows, window, chunk, tl.num_programs(1),
         RATIO, BLOCK_B, BLOCK_M, BLOCK_N, UNIT, ITEM_KEYS, UNEVEN_KEYS, MOST_WHOLE, MERGED, ONE_BLOCK, HAS_WINDOW,
+        counts_ptr, LISTS,
     )  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     while position < end:
         b, length, first_token, new, lowest, first_unit, count, filled, block, unit = find_item(
-            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW, counts_ptr, LISTS
         )
         take = tl.minimum(count - unit, end - position) if UNIT == 1 else 1
         base = position - unit
@@ -100,14 +107,21 @@ def split_kv_kernel(
         q = hooked_query(q, h, last_key, tensors, HOOKS)
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
-        start = (first_unit + unit) * UNIT * BLOCK_N
-        stop = tl.minimum(start + take * UNIT * BLOCK_N, length)
-        if HAS_WINDOW:
-            start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+        listed = None
+        if visited is not None:
+            # The entries of the row's list, which ends with its memory.
+            listed = tiles_ptr + (b * LISTS + (head if LISTS > 1 else 0)).to(tl.int64) * columns
+            start = columns - tl.load(counts_ptr + b * LISTS * 2) + unit * UNIT
+            stop = tl.minimum(start + take * UNIT, columns)
+        else:
+            start = (first_unit + unit) * UNIT * BLOCK_N
+            stop = tl.minimum(start + take * UNIT * BLOCK_N, length)
+            if HAS_WINDOW:
+                start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, table, head * stride_head, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot, b, head, h, last_key, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed,
         )  # fmt: skip
         if take == count:
             out, lse = attention_end(row_max, row_sum, acc, h, last_key, tensors, HOOKS)
@@ -176,6 +190,16 @@ def merge_parts(
         store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
 
 
+def tile_of_decode(
+    q: Tensor, k_pages: Tensor, rows: int, max_query_len: int, processors: int, batch_invariant: bool
+) -> Tile:
+    """The tile that a launch takes for these shapes."""
+    heads, groups = q.shape[1], k_pages.shape[2]
+    pairs = None if batch_invariant else rows * groups
+    queries = max_query_len * heads // groups
+    return split_kv_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries, pairs, processors)
+
+
 def paged_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -191,6 +215,7 @@ def paged_decode(
     workspace: Workspace | None = None,
     batch_invariant: bool = False,
     variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a few new tokens a row over paged keys and values.
 
@@ -208,6 +233,7 @@ def paged_decode(
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows, the width of the page table
             and the places of the pages; slower where there are few rows.
         variant: what attention does besides.
+        visited: the tiles that its mask shows; see `paged.visited_tiles`. Without it all are visited.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm; 0 and -inf where a query sees no key.
@@ -218,7 +244,7 @@ def paged_decode(
     room = workspace or Workspace(q.device)
     out, lse, _ = decode_launch(
         q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, cu_seqlens_q=cu_seqlens_q,
-        max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant, variant=variant,
+        max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant, variant=variant, visited=visited,
     )  # fmt: skip
     return out, lse
 
@@ -238,6 +264,7 @@ def decode_launch(
     max_query_len: int = 1,
     batch_invariant: bool = False,
     variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
 ) -> tuple[Tensor, Tensor, Launch | None]:
     """`paged_decode`, and the launch, to be repeated on other queries, keys, values and output; None without tokens."""
     check_pages(q, k_pages, v_pages)
@@ -259,8 +286,9 @@ def decode_launch(
         return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     arch, queries = arch_of(q.device), max_query_len * ratio
-    pairs = None if batch_invariant else rows * groups
-    tile = split_kv_tile(arch, q.element_size(), block_d, queries, pairs, workspace.processors)
+    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant)
+    if visited is not None:
+        check_visited(visited, rows, 0, tile.block_n)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
     merge_rows = 16 if batch_invariant else min(power_of_2(queries), 16)
     # The same number of programs for each kv head.
@@ -282,16 +310,19 @@ def decode_launch(
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens, partial, partial_sum, arrived,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
-            variant.tensors,
+            variant.tensors, None if visited is None else visited.for_kernel(),
         ),
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=stages_with(variant, tile.stages), ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
+            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
+            ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),
-            OVERLAP=overlap, ONE_BLOCK=queries <= block_m, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
+            OVERLAP=overlap, ONE_BLOCK=queries <= block_m,
+            LISTS=1 if visited is None else visited.counts.shape[1],
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip

@@ -17,9 +17,11 @@ def plan_split(
     seq_lens_ptr, cu_seqlens_ptr, rows, window, chunk, chunks,
     RATIO: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
     ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr, counts_ptr=None, LISTS: tl.constexpr = 1,
 ):  # fmt: skip
     """The range of the list that program `chunk` of `chunks` takes.
+
+    `counts_ptr` says how many tiles of keys each row visits (see `find_item`), by default all in its window.
 
     Returns:
         `upto: [BLOCK_B]`, where each row ends in the list; `fill` and `spare`, how items are padded (see `_choose_split`);
@@ -34,7 +36,9 @@ def plan_split(
         news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
     blocks = (news * RATIO + BLOCK_M - 1) // BLOCK_M
     units = (lengths + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N)
-    if HAS_WINDOW:
+    if counts_ptr is not None:
+        units = (tl.load(counts_ptr + row * LISTS * 2, mask=valid, other=0) + UNIT - 1) // UNIT
+    elif HAS_WINDOW:
         units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys still has an output to write.
     units = tl.where(valid, tl.maximum(units, 1), 0)
@@ -62,7 +66,7 @@ def plan_split(
     if (spare > 0) & (position < end):
         # If the range starts in an item's padding units, move on to the next item.
         _, _, _, _, _, _, count, filled, _, unit = find_item(
-            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW
+            position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window, UNIT, BLOCK_N, HAS_WINDOW, counts_ptr, LISTS
         )
         position += tl.where(unit >= count, filled - unit, 0)
     return upto, fill, spare, position, end, share, extra
@@ -105,9 +109,12 @@ def _choose_split(
 @triton.jit
 def find_item(
     position, upto, fill, spare, seq_lens_ptr, cu_seqlens_ptr, window,
-    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, counts_ptr=None, LISTS: tl.constexpr = 1,
 ):  # fmt: skip
     """The item at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
+
+    With `counts_ptr: [B, LISTS, 2]`, the second numbers of a `Visited` and of the list of this program's kv head, units are
+    of the tiles that the row visits, in the order of that list.
 
     Returns:
         Row `b`, its keys `length`, its first query token and number of new tokens; the first key that one of them sees, and
@@ -128,7 +135,11 @@ def find_item(
     if HAS_WINDOW:
         lowest = tl.maximum(length - new + 1 - window, 0)
     first_unit = lowest // (UNIT * BLOCK_N)
-    count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
+    if counts_ptr is not None:
+        first_unit = 0
+        count = tl.maximum((tl.load(counts_ptr + b * LISTS * 2) + UNIT - 1) // UNIT, 1)
+    else:
+        count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
     filled = (count + fill - 1) // fill * fill + tl.where(length > 0, spare, 0)
     block, unit = (position - base) // filled, (position - base) % filled
     return b, length, first_token, new, lowest, first_unit, count, filled, block, unit

@@ -33,9 +33,9 @@ def hooked_keys(k, kv_head, key_n, tensors, HOOKS: tl.constexpr):
 
 @triton.jit
 def hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS: tl.constexpr):
-    """Raw scores `[M, N]` after the variant's score function, in base 2; without one as they are."""
+    """Raw scores `[M, N]` scaled and after the variant's score function; without one as they are."""
     if HOOKS.score_mod is not None:
-        scores = HOOKS.score_mod(scores * scale, b, h[:, None], q_idx[:, None], key_n[None, :], tensors) * LOG2E
+        scores = HOOKS.score_mod(scores * scale, b, h[:, None], q_idx[:, None], key_n[None, :], tensors)
     return scores
 
 

@@ -36,10 +36,15 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     turn_wait,
     unpack_pairs,
 )
+from hf_fastattn.kernels.attention.tile import score_factors
+from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.gluon_spelling import load_box
-from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, LOG2E, check_pages, on_device_of
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of
+from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
+from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
+LOG2E = gl.constexpr(LOG2E_FLOAT)
 BLOCK_M = 128
 # head dim -> (keys a tile, number of K/V buffers), chosen to fill the shared memory
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
@@ -58,6 +63,22 @@ def _tile(work, cu_seqlens, seq_lens, t, BLOCK_M: gl.constexpr, BLOCK_N: gl.cons
     length = gl.load(seq_lens + b)
     seen = gl.minimum(length, first_query // PACKED + BLOCK_M // PACKED + length - new)
     return b, first_query, slot, first_token, new, length, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
+
+
+@gluon.jit
+def _lists(visited, t, SLOTS: gl.constexpr, LISTS: gl.constexpr):
+    """Of work item `t` the list of K/V tiles, how many are seen wholly and in part, and its length in memory."""
+    counts, tiles, columns = visited
+    item = t if LISTS > 1 else t // SLOTS
+    return tiles + item.to(gl.int64) * columns, gl.load(counts + item * 2), gl.load(counts + item * 2 + 1), columns
+
+
+@gluon.jit
+def _listed_key(lists, j):
+    """The first key of the `j`-th tile of `_lists`: those seen in part come first, the last of the row at their head."""
+    listed, whole, partly, columns = lists
+    at = gl.where(j < partly, columns - partly + j, j - partly)
+    return gl.load(listed + at, mask=whole + partly > 0, other=0)
 
 
 @gluon.jit
@@ -88,7 +109,7 @@ def _load_pages(
 
 
 @gluon.jit
-def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
+def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexpr, LISTS: gl.constexpr):
     """The producer warp: loads K of a tile, then V of the tile before.
 
     K and V of one tile have the same buffer index, and share its `empty` barrier.
@@ -114,10 +135,16 @@ def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
         head = slot * PACKED // ratio
         table = page_table + b * stride_table
         pages = (length + PAGE - 1) // PAGE
+        if LISTS > 0:
+            lists = _lists(visited, t, groups * ratio // PACKED, LISTS)
+            count = gl.maximum(lists[1] + lists[2], 1)
+            first_key = _listed_key(lists, 0) * BLOCK_N
         s = done % BUFFERS
         mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
+        if LISTS == 0:
+            first_key = (count - 1) * BLOCK_N
         _load_pages(
-            k_desc, k_full.index(s), k_s.index(s), table, (count - 1) * BLOCK_N, pages, head, groups, beyond,
+            k_desc, k_full.index(s), k_s.index(s), table, first_key, pages, head, groups, beyond,
             PAGE, BLOCK_N, D, HEADS_FIRST,
         )  # fmt: skip
         done += 1
@@ -128,22 +155,30 @@ def _producer(descs, buffers, bars, pointers, numbers, CFG: gl.constexpr):
             load_box(q_desc, [token, slot * PACKED, 0], q_full.index(w), q_s.index(w))
         q_phase ^= 1
         for j in range(1, count):
+            if LISTS > 0:
+                key_before = first_key
+                first_key = _listed_key(lists, j) * BLOCK_N
             s = done % BUFFERS
             mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
+            if LISTS == 0:
+                first_key = (count - 1 - j) * BLOCK_N
             _load_pages(
-                k_desc, k_full.index(s), k_s.index(s), table, (count - 1 - j) * BLOCK_N, pages, head, groups, beyond,
+                k_desc, k_full.index(s), k_s.index(s), table, first_key, pages, head, groups, beyond,
                 PAGE, BLOCK_N, D, HEADS_FIRST,
             )  # fmt: skip
             s = (done - 1) % BUFFERS
+            if LISTS == 0:
+                key_before = (count - j) * BLOCK_N
             _load_pages(
-                v_desc, v_full.index(s), v_s.index(s), table, (count - j) * BLOCK_N, pages, head, groups, beyond,
+                v_desc, v_full.index(s), v_s.index(s), table, key_before, pages, head, groups, beyond,
                 PAGE, BLOCK_N, D, HEADS_FIRST,
             )  # fmt: skip
             done += 1
         s = (done - 1) % BUFFERS
         _load_pages(
-            v_desc, v_full.index(s), v_s.index(s), table, 0, pages, head, groups, beyond, PAGE, BLOCK_N, D, HEADS_FIRST
-        )
+            v_desc, v_full.index(s), v_s.index(s), table, first_key if LISTS > 0 else 0, pages, head, groups, beyond,
+            PAGE, BLOCK_N, D, HEADS_FIRST,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -165,29 +200,53 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, row_max, scale, last_key, first_key, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr):
+def _softmax(
+    scores, row_max, scale, last_key, first_key, pairs,
+    LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
+):  # fmt: skip
     """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
+
+    `pairs` is what a variant's functions get: row, query heads `[64]`, positions `[64]`, window and tensors.
 
     Returns:
         Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
     """
+    b, h, q_idx, window, tensors = pairs
+    if HOOKS.score_mod is not None:
+        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
+        scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
+        scale = LOG2E
+    if MASK and HOOKS.mask_mod is not None:
+        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
+        seen = HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
+        scores = gl.where(seen, scores, float("-inf"))
+    if MASK and window is not None:
+        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        outside = gl.expand_dims(column, 0) <= gl.expand_dims(q_idx - window - first_key, 1)
+        scores = gl.where(outside, float("-inf"), scores)
     if MASK:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
-    new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
-    if MASK:
-        # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    if HOOKS.sigmoid:
+        # Added up as they are.
+        weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
+        new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
+        return weights, new_max + 1.0, new_max
     else:
-        shift = new_max
-    weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
-    return weights, gl.exp2(row_max - shift), new_max
+        new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
+        if MASK:
+            # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
+            shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        else:
+            shift = new_max
+        weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
+        return weights, gl.exp2(row_max - shift), new_max
 
 
 @gluon.jit
 def _step(
-    acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key,
-    WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr,
+    acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+    WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """Scores of one tile, and meanwhile the product of weights and V of the tile before.
 
@@ -212,7 +271,7 @@ def _step(
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    new, decay, row_max = _softmax(scores, row_max, scale, last_key, first_key, S_LAYOUT, BLOCK_N, MASK)
+    new, decay, row_max = _softmax(scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
     sums = schedule_fence(partial_row_sums(new))
     SUMS: gl.constexpr = row_sum.type.layout
     row_sum = row_sum * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + sums
@@ -225,7 +284,10 @@ def _step(
 
 
 @gluon.jit
-def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, CFG: gl.constexpr):
+def _consumer(
+    WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
+    CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr,
+):  # fmt: skip
     """A consumer warpgroup: 64 packed query rows of each tile."""
     q_all, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
@@ -253,10 +315,20 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
         )
         mine = first_query + WARPGROUP * 64
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
-        last_key = gl.minimum(query // PACKED + (length - new), length - 1)
-        # Tiles of keys that every query sees, and that end before the row does, need no mask.
-        unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
-        masked = gl.maximum(count - unmasked, 1)
+        q_idx = query // PACKED + (length - new)
+        last_key = gl.minimum(q_idx, length - 1)
+        pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors)
+        if LISTS > 0:
+            lists = _lists(visited, t, heads // PACKED, LISTS)
+            count = gl.maximum(lists[1] + lists[2], 1)
+            masked = gl.maximum(lists[2], 1)
+            first_key = _listed_key(lists, 0) * BLOCK_N
+            if not HOOKS.causal:
+                last_key = length - 1 + query * 0
+        else:
+            # Tiles of keys that every query sees, and that end before the row does, need no mask.
+            unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
+            masked = gl.maximum(count - unmasked, 1)
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
         mbarrier.wait(q_full.index(WARPGROUP), q_phase)
@@ -270,22 +342,28 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
         scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
         turn_pass(1 - WARPGROUP)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        weights, decay, row_max = _softmax(scores, row_max, scale, last_key, (count - 1) * BLOCK_N, S_LAYOUT, BLOCK_N, True)
+        if LISTS == 0:
+            first_key = (count - 1) * BLOCK_N
+        weights, decay, row_max = _softmax(
+            scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS
+        )
         row_sum = partial_row_sums(weights)
         packed = pack_pairs(weights, dtype)
-        if count * BLOCK_N > length:
+        if first_key + BLOCK_N > length:
             mbarrier.wait(v_full.index(stage), phase)
-            _clear_tail(v_s.index(stage), length - (count - 1) * BLOCK_N, BLOCK_N, D)
+            _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
         for j in range(1, masked):
+            key = _listed_key(lists, j) * BLOCK_N if LISTS > 0 else (count - 1 - j) * BLOCK_N
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,
-                WARPGROUP, CFG, True,
+                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                WARPGROUP, CFG, True, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
         for j in range(masked, count):
+            key = _listed_key(lists, j) * BLOCK_N if LISTS > 0 else (count - 1 - j) * BLOCK_N
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, (count - 1 - j) * BLOCK_N, q_s, k_s, v_s, bars, scale, last_key,
-                WARPGROUP, CFG, False,
+                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                WARPGROUP, CFG, False, HOOKS,
             )  # fmt: skip
         done += count
         # ---- the product with V of the last step, and the end of the softmax
@@ -296,7 +374,19 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         mbarrier.arrive(kv_empty.index(stage), count=1)
         total = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
-        inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
+        if HOOKS.sink is not None:
+            # In the sum only, as `hooked.hooked_sink`; the values are scaled with the sum.
+            sink = HOOKS.sink(slot * PACKED + query % PACKED, tensors) * LOG2E
+            most = gl.maximum(row_max, sink)
+            shift = gl.where(most == float("-inf"), 0.0, most)
+            decay = gl.exp2(row_max - shift)
+            total = total * decay + gl.exp2(sink - shift)
+            row_max = most
+            inverse = gl.where(total > 0.0, decay / total, 0.0)
+        elif HOOKS.sigmoid:
+            inverse = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        else:
+            inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
         # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
         q_s.store(out.to(dtype))
@@ -319,11 +409,15 @@ def _consumer(WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr
 @gluon.jit(do_not_specialize=["stride_table", "groups", "ratio", "beyond"])
 def hopper_prefill_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, tiles_ptr,
-    stride_table, groups, ratio, beyond, scale,
+    stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    LISTS: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp."""
+    """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
+
+    `visited` is a `Visited` of LISTS lists an item, or None; `window` is None without one.
+    """
     CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
@@ -347,9 +441,13 @@ def hopper_prefill_kernel(
     pointers = (work, page_table, cu_seqlens, seq_lens)
     numbers = (gl.load(tiles_ptr), stride_table, groups, ratio, beyond)
     gl.warp_specialize([
-        (_consumer, (0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, CFG)),
-        (_consumer, (1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, CFG)),
-        (_producer, ((q_desc, k_desc, v_desc), buffers, bars, pointers, numbers, CFG)),
+        (_consumer, (
+            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS
+        )),
+        (_consumer, (
+            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS
+        )),
+        (_producer, ((q_desc, k_desc, v_desc), buffers, bars, pointers, numbers, visited, CFG, LISTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -358,6 +456,19 @@ def heads_first(pages: Tensor) -> bool | None:
     if pages.is_contiguous():
         return False
     return True if pages.transpose(1, 2).is_contiguous() else None
+
+
+def packed_heads(ratio: int) -> int:
+    """Query heads that are packed with each token into the rows of a tile."""
+    return ratio if ratio & (ratio - 1) == 0 and ratio <= BLOCK_M // 2 else 1
+
+
+def why_not_variant(variant: CompiledVariant) -> str | None:
+    """Why this kernel cannot take a variant; None if it can."""
+    hooks = variant.hooks
+    if hooks.query_transform is not None or hooks.key_transform is not None or hooks.output_transform is not None:
+        return "transforms of vectors"
+    return None
 
 
 def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: float | None) -> str | None:
@@ -392,6 +503,9 @@ def hopper_prefill(
     scale: float,
     processors: int,
     work_lists: WorkLists | None = None,
+    window: int | None = None,
+    variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed rows of new tokens over paged keys and values; see `prefill.paged_prefill`.
 
@@ -404,6 +518,9 @@ def hopper_prefill(
         scale: factor on the scores.
         processors: multiprocessors of the GPU.
         work_lists: of earlier launches for the same `cu_seqlens_q`, as by other layers of a forward.
+        window: keys a query sees, itself included; all by default.
+        variant: what attention does besides; see `why_not_variant`.
+        visited: the tiles that its mask and the window show, which it needs if there is one; see `paged.visited_tiles`.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -418,8 +535,15 @@ def hopper_prefill(
     tokens, heads, dim = q.shape
     pages, page, groups = k_pages.shape[:3]
     ratio, order = heads // groups, heads_first(k_pages)
-    packed = ratio if ratio & (ratio - 1) == 0 and ratio <= BLOCK_M // 2 else 1
+    packed = packed_heads(ratio)
     block_n, buffers = TILES[dim]
+    window = variant.window_with(window)
+    if visited is None and (window is not None or variant.hides_tiles or not variant.hooks.causal):
+        raise ValueError("the Hopper kernel takes a window or a mask only with the tiles that they show; give visited")
+    if visited is not None:
+        check_visited(visited, prefill_tiles(tokens * packed, seq_lens.shape[0], BLOCK_M), BLOCK_M, block_n)
+    hooks = variant.hooks_for(q.dtype)
+    factor, _ = score_factors(scale, None, hooks)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:
@@ -437,9 +561,11 @@ def hopper_prefill(
     with on_device_of(q):
         hopper_prefill_kernel[(min(work.shape[0], processors),)](
             q_desc, k_desc, v_desc, out, lse, work, page_table, cu_seqlens_q, seq_lens, tiles,
-            page_table.stride(0), groups, ratio, rows, scale * LOG2E,
+            page_table.stride(0), groups, ratio, rows, factor,
+            None if visited is None else visited.for_kernel(), window, variant.tensors,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
-            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=168,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+            LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks, num_warps=4, maxnreg=168,
             ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return out, lse

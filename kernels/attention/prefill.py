@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.configs import prefill_tile, stages_with
+from hf_fastattn.kernels.attention.configs import Tile, prefill_tile, stages_with
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
+from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
@@ -24,12 +25,16 @@ from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
     rows, window, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors, visited,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    WHOLE_STAGES: tl.constexpr, LISTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M packed queries of one row and kv head; programs past the last tile do nothing."""
+    """One tile of BLOCK_M packed queries of one row and kv head; programs past the last tile do nothing.
+
+    `visited` is a `Visited` of LISTS lists a tile of queries, or None; in its tiles that are seen wholly nothing is masked.
+    """
     # ---- which row: upto[b] is the number of tiles of queries of rows 0 to b
     row = tl.arange(0, BLOCK_B)
     valid = row < rows
@@ -79,7 +84,18 @@ def prefill_kernel(
         last_key = past + token  # [BLOCK_M]
         table = page_table_ptr + b.to(tl.int64) * stride_table
         head_offset = head * stride_head
-        if HAS_WINDOW:
+        edge_from = all_upto
+        listed = None
+        if visited is not None:
+            # Entries of the lists of this tile of queries: tiles seen wholly at their beginning, others at their end.
+            counts_ptr, tiles_ptr, columns = visited
+            item = tl.program_id(0) // GROUPS * LISTS + (head if LISTS > 1 else 0)
+            listed = tiles_ptr + item.to(tl.int64) * columns
+            all_from = 0
+            all_upto = tl.load(counts_ptr + item * 2)
+            edge_from = columns - tl.load(counts_ptr + item * 2 + 1)
+            none_from = columns
+        elif HAS_WINDOW:
             row_max, row_sum, acc = attend_tiles(
                 q, row_max, row_sum, acc, none_below, all_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
                 window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
@@ -88,16 +104,23 @@ def prefill_kernel(
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, all_from, all_upto, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
+            D, BLOCK_D, PAGE, BLOCK_N, WHOLE_STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed,
+            visited is None,
         )  # fmt: skip
         row_max, row_sum, acc = attend_tiles(
-            q, row_max, row_sum, acc, all_upto, none_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
+            q, row_max, row_sum, acc, edge_from, none_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed,
         )  # fmt: skip
         out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
         out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
         store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
+
+
+def tile_of_prefill(q: Tensor, k_pages: Tensor, batch_invariant: bool) -> Tile:
+    """The tile that a launch takes for these shapes."""
+    queries = None if batch_invariant else q.shape[0] * (q.shape[1] // k_pages.shape[2])
+    return prefill_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries)
 
 
 def paged_prefill(
@@ -113,6 +136,7 @@ def paged_prefill(
     softcap: float | None = None,
     batch_invariant: bool = False,
     variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed rows of new tokens over paged keys and values.
 
@@ -127,6 +151,7 @@ def paged_prefill(
         softcap: scores become `softcap * tanh(score / softcap)`.
         batch_invariant: a row's output and LSE are bitwise the same whatever the other rows and the places of the pages.
         variant: what attention does besides.
+        visited: the tiles that its mask shows; see `paged.visited_tiles`. Without it all are visited.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm.
@@ -147,20 +172,24 @@ def paged_prefill(
     if not tokens:
         return out, lse
     ratio, block_d = heads // groups, power_of_2(dim)
-    tile = prefill_tile(arch_of(q.device), q.element_size(), block_d, None if batch_invariant else tokens * ratio)
+    tile = tile_of_prefill(q, k_pages, batch_invariant)
+    tiles = prefill_tiles(tokens * ratio, rows, tile.block_m)
+    if visited is not None:
+        check_visited(visited, tiles, tile.block_m, tile.block_n)
     factor, cap = score_factors(scale, softcap, variant.hooks)
     window = variant.window_with(window)
-    # An upper bound that needs no lengths: no row has more than one tile that is not full.
-    tiles = min(triton.cdiv(tokens * ratio, tile.block_m) + rows - 1, tokens * ratio)
     with on_device_of(q):
         prefill_kernel[(tiles * groups,)](
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
-            variant.tensors,
+            variant.tensors, None if visited is None else visited.for_kernel(),
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            STAGES=stages_with(variant, tile.stages), HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks, num_warps=tile.warps,
+            STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
+            WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
+            LISTS=1 if visited is None else visited.counts.shape[1],
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
+            HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

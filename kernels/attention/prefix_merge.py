@@ -106,7 +106,7 @@ def merge_prefixes(
             partial, partial_sum, places, seq_lens if variant.hooks.output_transform else None, out, lse, variant.tensors,
             RATIO=ratio, D=dim, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_S=block_s,
             MERGE_PARTS=min(max(MERGE_ELEMENTS // (block_r * block_d), 1), 8), OVERLAP=overlap,
-            GROUPS=places.shape[0] // max(rows, 1), HOOKS=variant.hooks,
+            GROUPS=places.shape[0] // max(rows, 1), HOOKS=variant.hooks_for(dtype),
             num_warps=min(max(block_r * block_d // 128, 1), 4), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, lse

@@ -335,9 +335,10 @@ def paged_decode_shared(
             variant.tensors,
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
-            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages),
+            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
+            STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks,
+            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
             **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_fastattn.kernels.attention.hooked import LOG2E as TO_BASE_2
 from hf_fastattn.kernels.attention.hooked import (
     hooked_keys,
     hooked_mask,
@@ -88,7 +89,7 @@ def score_factors(scale: float, softcap: float | None, hooks: Hooks = NO_HOOKS) 
     if hooks.score_mod is not None:
         if softcap is not None:
             raise ValueError(f"softcap={softcap} and a variant that changes scores: give it as Variant(softcap={softcap})")
-        return scale, 0.0
+        return scale * hooks.factor, 0.0
     if softcap is None:
         return scale * LOG2E, 0.0
     return 2.0 * scale / softcap * LOG2E, softcap * LOG2E
@@ -124,16 +125,21 @@ def attend_tiles(
     stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    listed=None, MASKED: tl.constexpr = True,
 ):  # fmt: skip
     """The state of `q: [BLOCK_M, BLOCK_D]` after the keys of one row in the tiles from `lo` on that begin below `hi`.
 
+    If a list of tiles is given, these are its entries from `lo` to before `hi`. Without MASKED, a variant's mask hides none.
     `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
     `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
     `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    for key in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+    for at in tl.range(lo, hi, BLOCK_N if listed is None else 1, num_stages=STAGES):
+        key = at
+        if listed is not None:
+            key = tl.load(listed + at) * BLOCK_N
         key_n = key + n  # [BLOCK_N]
         if EDGE:
             ok_n = (key_n < length) & (key_n >= lowest)
@@ -153,7 +159,8 @@ def attend_tiles(
         k = hooked_keys(k, head, key_n, tensors, HOOKS)
         scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
         scores = hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS)
-        scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
+        if MASKED:
+            scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
         if EDGE:
             seen = ok_n[None, :]
             if HOOKS.causal:
@@ -167,7 +174,7 @@ def attend_tiles(
         else:
             v = tl.load(v_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
         if HOOKS.score_mod is not None:
-            factor = 1.0
+            factor = TO_BASE_2
         else:
             factor = scale
         if HOOKS.sigmoid:

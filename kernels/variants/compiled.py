@@ -6,6 +6,7 @@ it and the kernels compiled with it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -25,7 +26,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import trace
 from hf_fastattn.kernels.variants.translate import translatable, translate
-from hf_fastattn.kernels.variants.variant import Variant, is_triton, parameters_of
+from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of
 
 HEADER = """import triton
 import triton.language as tl
@@ -47,27 +48,36 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     tensors: list[Tensor] = []
     texts: list[str] = []
     given: dict[str, Any] = {}
-    reads_row = False
+    reads_row = mask_by_head = False
     for hook, function in variant.functions().items():
+        if isinstance(function, BuiltInScore) and function.softcap is not None:
+            function = dataclasses.replace(function, divided=True)
         if is_triton(function):
             given[hook] = function
             texts.append(_wrapper(hook, function, variant, tensors))
             reads_row |= "b" in HOOKS[hook]
+            mask_by_head |= hook == "mask_mod"
             continue
         traced = trace(hook, function, head_dim, device, decompositions())
         reads_row |= traced.reads_row
+        mask_by_head |= hook == "mask_mod" and traced.reads("h")
         texts.append(translate(traced, functools.partial(_number_of, tensors), head_dim))
+    reading = tuple(hook for hook, text in zip(variant.functions(), texts, strict=True) if "tensors[" in text)
     text = "\n\n".join([HEADER, *texts])
+    hooks = _hooks(text, given, variant)
+    to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
+    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant)
+    own = [getattr(function, "cache_key", repr(function)) for function in given.values()]
+    identity = _hash(f"{text}{own}{hooks.sigmoid}{hooks.causal}{variant.window}{variant.rope}")
+    found = (hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading, hooks_16_bits)
+    return CompiledVariant(*found)
+
+
+def _hooks(text: str, given: dict[str, Any], variant: Variant) -> Hooks:
     module = _module(text, tuple(given.items()))
-    hooks = Hooks(
-        **{hook: getattr(module, hook, None) for hook in HOOKS},
-        sigmoid=variant.normalizer == "sigmoid",
-        causal=variant.causal,
-    )
-    identity = _hash(
-        f"{text}{[getattr(f, 'cache_key', repr(f)) for f in given.values()]}{hooks.sigmoid}{hooks.causal}{variant.window}"
-    )
-    return CompiledVariant(hooks, tuple(tensors) or None, variant.window, reads_row, identity)
+    functions = {hook: getattr(module, hook, None) for hook in HOOKS}
+    factor = 1.0 if variant.softcap is None else 1.0 / variant.softcap
+    return Hooks(**functions, sigmoid=variant.normalizer == "sigmoid", causal=variant.causal, factor=factor)
 
 
 @functools.cache

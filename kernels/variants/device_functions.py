@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+# The interpreter runs no assembly.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -48,6 +53,15 @@ def tanh(x):
     x2 = x * x
     fitted = 0.13331915 + x2 * (-0.053783294 + x2 * (0.020794617 + x2 * -0.005893945))
     return tl.where(x2 < 0.36, x + x * (x2 * (-0.333333 + x2 * fitted)), 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x)))
+
+
+@triton.jit
+def tanh_to_16_bits(x):
+    """By the hardware's instruction, of a relative error of 2^-11: a quarter of that of a score rounded to bf16."""
+    if INTERPRETED:
+        return tanh(x)
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

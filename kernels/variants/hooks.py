@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # The arguments with which each function of a variant is called; "sink" is made of `Variant(sinks=...)`.
@@ -21,7 +22,8 @@ VECTORS = ("q", "k", "o")
 class Hooks(NamedTuple):
     """`@triton.jit` functions by the names of `HOOKS`, None where nothing is to be done; without any, plain attention.
 
-    `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`.
+    `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`; `factor` is one on the scores that
+    `score_mod` gets, which launchers put into the scale.
     """
 
     score_mod: Any = None
@@ -32,6 +34,7 @@ class Hooks(NamedTuple):
     sink: Any = None
     sigmoid: bool = False
     causal: bool = True
+    factor: float = 1.0
 
 
 NO_HOOKS = Hooks()
@@ -45,6 +48,9 @@ class CompiledVariant(NamedTuple):
         tensors: what they read, as kernels get it: at each launch, so that in-place updates are seen.
         window: as `Variant.window`.
         reads_row: whether a result depends on the row `b`.
+        mask_by_head: whether `mask_mod` depends on the query head.
+        reading: the functions that read tensors, by the names of `HOOKS`.
+        hooks_16_bits: its functions for queries in 16 bits; None if they are the same.
         identity: the same for variants that are computed in the same way, whatever Python objects they come from.
     """
 
@@ -53,6 +59,18 @@ class CompiledVariant(NamedTuple):
     window: int | None = None
     reads_row: bool = False
     identity: str = ""
+    mask_by_head: bool = False
+    reading: tuple[str, ...] = ()
+    hooks_16_bits: Hooks | None = None
+
+    def hooks_for(self, dtype: torch.dtype) -> Hooks:
+        """Its functions for queries of a dtype."""
+        return self.hooks if self.hooks_16_bits is None or dtype.itemsize > 2 else self.hooks_16_bits
+
+    @property
+    def hides_tiles(self) -> bool:
+        """Whether whole tiles of keys may be hidden by more than causality and a window: see `attention.visited`."""
+        return self.hooks.mask_mod is not None
 
     def window_with(self, window: int | None) -> int | None:
         """The shorter of the model's window and its own."""

@@ -45,7 +45,11 @@ class TracedHook:
     @property
     def reads_row(self) -> bool:
         """Whether the result depends on `b`."""
-        return any(node.users for node, name in zip(self.inputs, HOOKS[self.hook], strict=True) if name == "b")
+        return self.reads("b")
+
+    def reads(self, name: str) -> bool:
+        """Whether the result depends on the argument of this name."""
+        return any(node.users for node, own in zip(self.inputs, HOOKS[self.hook], strict=True) if own == name)
 
 
 def trace(
@@ -75,13 +79,25 @@ def trace(
     tensors = {node.target: getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"}
     traced = TracedHook(hook, module.graph, tensors)
     _check_result(traced, head_dim)
-    for tensor in tensors.values():
-        if tensor.device != device:
+    for name, tensor in tensors.items():
+        if not _on(tensor, device) and not made_inside(module.graph, name):
             raise VariantError(
                 f"{hook} reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but attention runs on {device}; "
                 f"move it there with .to({str(device)!r})"
             )
     return traced
+
+
+def _on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether it lies there; a device without a number is any of its kind."""
+    return tensor.device == device or (device.index is None and tensor.device.type == device.type)
+
+
+def made_inside(graph: fx.Graph, name: str) -> bool:
+    """Whether a tensor of the graph is a number that the function makes itself, as by `torch.tensor(31)`."""
+    nodes = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+    targets = [str(user.target) for node in nodes for user in node.users]
+    return bool(targets) and all("lift_fresh" in target for target in targets)
 
 
 def _example(name: str, head_dim: int, device: torch.device) -> Tensor:

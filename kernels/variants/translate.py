@@ -12,7 +12,7 @@ from hf_fastattn.kernels.variants import views
 from hf_fastattn.kernels.variants.elementwise import NAMES, elementwise
 from hf_fastattn.kernels.variants.hooks import HOOKS, VECTORS
 from hf_fastattn.kernels.variants.reductions import REDUCTIONS, columns
-from hf_fastattn.kernels.variants.trace import TracedHook, VariantError
+from hf_fastattn.kernels.variants.trace import TracedHook, VariantError, made_inside
 from hf_fastattn.kernels.variants.values import TYPES, Body, Index, Indices, Value, cast, literal, remembered, reshape
 
 # Most elements of a tensor whose offsets fit in 32 bits.
@@ -101,7 +101,7 @@ class _Translation:
     def _outside(self, node: fx.Node) -> Value:
         """A tensor read from memory, at any index: NaN or 0 outside of it."""
         tensor = self.traced.tensors[str(node.target)]
-        if not tensor.shape and node.users and all(_made_inside(user) for user in node.users):
+        if not tensor.shape and made_inside(self.traced.graph, str(node.target)):
             return Value((), tensor.dtype, lambda index: self.body.let(literal(tensor.item(), tensor.dtype)))
         if tensor.dtype not in TYPES:
             raise self._error(node, f"reads a tensor of {tensor.dtype}; Triton reads {', '.join(map(str, TYPES))}")
@@ -169,10 +169,6 @@ class _Translation:
     def _error(self, node: fx.Node, what: str) -> VariantError:
         line = f" ({node.stack_trace})" if node.stack_trace else ""
         return VariantError(f"{self.traced.hook}{line} {what}; {WHAT_WORKS}")
-
-
-def _made_inside(node: fx.Node) -> bool:
-    return _name(node) in ("lift_fresh_copy", "lift_fresh")
 
 
 def _name(node: fx.Node, stripped: bool = True) -> str:

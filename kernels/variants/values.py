@@ -99,15 +99,16 @@ def remembered(shape: Sequence[int], dtype: torch.dtype, at: Callable[[Indices],
 
 
 def literal(number: float | int | bool, dtype: torch.dtype) -> str:
-    """A constant as an expression of Triton's type."""
+    """A constant as an expression of Triton's type, and of Gluon's."""
     if dtype == torch.bool:
-        return f"tl.full([], {bool(number)}, tl.int1)"
+        return f"tl.cast({bool(number)}, tl.int1)"
     if dtype.is_floating_point:
         number = float(number)
         text = repr(number) if math.isfinite(number) else f"float('{number}')"
     else:
         text = repr(int(number))
-    return f"tl.full([], {text}, {TYPES[dtype]})"
+    # A cast would round a number to fp32 first.
+    return f"tl.full([], {text}, {TYPES[dtype]})" if dtype == torch.float64 else f"tl.cast({text}, {TYPES[dtype]})"
 
 
 def cast(body: Body, name: str, have: torch.dtype, want: torch.dtype) -> str:

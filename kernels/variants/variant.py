@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.variants.hooks import HOOKS
+from hf_fastattn.kernels.variants.rotation import Rotation
 
 NORMALIZERS = ("softmax", "sigmoid")
+ROPES = ("model", "inside")
 FUNCTIONS = ("score_mod", "mask_mod", "query_transform", "key_transform", "output_transform")
 
 
@@ -40,6 +43,8 @@ class Variant:
         alibi: `[H]` slopes: `slope * (kv_idx - q_idx)` is added to the score, before `score_mod`.
         causal: a query sees no key after itself. With False `mask_mod` alone decides, among the keys in the cache.
         parameters: tensors and numbers, given to each function that has an argument of the name.
+        rope: where queries and keys are rotated: `"model"`, before the cache, so that transforms get rotated vectors; or
+            `"inside"`: the cache keeps keys as they are before RoPE, and the transforms rotate; see `with_rotation`.
 
     Raises:
         TypeError: a field has the wrong type, or a function takes other arguments.
@@ -58,8 +63,11 @@ class Variant:
     alibi: Tensor | None = None
     causal: bool = True
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    rope: str = "model"
 
     def __post_init__(self) -> None:
+        if self.rope not in ROPES:
+            raise ValueError(f"rope={self.rope!r} is unknown; choose one of {ROPES}")
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer={self.normalizer!r} is unknown; choose one of {NORMALIZERS}")
         if self.window is not None and (not isinstance(self.window, int) or isinstance(self.window, bool)):
@@ -84,11 +92,35 @@ class Variant:
         if is_triton(self.score_mod) and (self.softcap is not None or self.alibi is not None):
             raise ValueError("softcap and alibi cannot be put before a score_mod of Triton; compute them in it")
 
+    def with_rotation(self, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Variant:
+        """Of `rope="inside"`: with the model's own rotation in place of each transform of queries or keys that is missing.
+
+        Args:
+            cos: `[positions, width]`, see `Rotation`; `sin` likewise.
+        """
+        if self.rope != "inside":
+            raise ValueError(f"rope={self.rope!r}: queries and keys are rotated by the model; give Variant(rope='inside')")
+        rotation = Rotation(cos, sin, pairs)
+        return dataclasses.replace(
+            self,
+            query_transform=self.query_transform or rotation,
+            key_transform=self.key_transform or rotation,
+        )
+
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """Each hook's function with its parameters, by its name in `hooks.HOOKS`; softcap and ALiBi are in the scores'."""
+        """Each hook's function with its parameters, by its name in `hooks.HOOKS`; softcap and ALiBi are in the scores'.
+
+        Raises:
+            ValueError: nothing rotates the queries or keys that have to be rotated inside.
+        """
+        if self.rope == "inside" and (self.query_transform is None or self.key_transform is None):
+            raise ValueError(
+                "rope='inside' leaves rotation to query_transform and key_transform, of which one is missing; give both, or "
+                "take variant.with_rotation(cos, sin)"
+            )
         found = {hook: self._bound(hook) for hook in FUNCTIONS if getattr(self, hook) is not None}
         if self.softcap is not None or self.alibi is not None:
-            found["score_mod"] = _BuiltInScore(self.softcap, self.alibi, found.get("score_mod"))
+            found["score_mod"] = BuiltInScore(self.softcap, self.alibi, found.get("score_mod"))
         if self.sinks is not None:
             found["sink"] = partial(_sink, self.sinks)
         return found
@@ -100,16 +132,20 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class _BuiltInScore:
+class BuiltInScore:
+    """Softcap, ALiBi and a user's function in one; the score comes `divided` by the softcap or not."""
+
     softcap: float | None
     alibi: Tensor | None
     then: Callable[..., Tensor] | None
+    divided: bool = False
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if self.softcap is not None:
-            score = self.softcap * torch.tanh(score / self.softcap)
+            score = self.softcap * torch.tanh(score if self.divided else score * (1.0 / self.softcap))
         if self.alibi is not None:
-            score = score + self.alibi[h] * (kv_idx - q_idx)
+            # Positions are exact in fp32, and so converted once a query and once a key.
+            score = score + self.alibi[h] * (kv_idx.float() - q_idx.float())
         return score if self.then is None else self.then(score, b, h, q_idx, kv_idx)
 
 

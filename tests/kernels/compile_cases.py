@@ -12,6 +12,7 @@ import torch
 from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
+from hf_fastattn.kernels.attention.paged import visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.attention.work_list import work_list
@@ -86,7 +87,8 @@ def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decode(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, **options: Any,
+    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, listed: bool = False,
+    **options: Any,
 ) -> object:  # fmt: skip
     q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
     workspace = Workspace(q.device)
@@ -94,7 +96,12 @@ def decode(
     if tokens > 1:
         begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
         options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
-    return paged_decode(q, *pages(8, dim, page, dtype), *table(rows, columns), scale=1.0, workspace=workspace, **options)
+    held, batch = pages(8, dim, page, dtype), table(rows, columns)
+    if listed:
+        options["visited"] = visited_tiles(
+            q, held[0], batch[0], None, batch[1], max_query_len=1, workspace=workspace, variant=options["variant"]
+        )
+    return paged_decode(q, *held, *batch, scale=1.0, workspace=workspace, **options)
 
 
 def shared_prefix(
@@ -114,11 +121,16 @@ def shared_prefix(
 
 def prefill(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, **options: Any,
+    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, listed: bool = False, **options: Any,
 ) -> object:  # fmt: skip
     q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
-    begins = torch.linspace(0, tokens, rows + 1).to(torch.int32)
-    return paged_prefill(q, *pages(8, dim, page, dtype), page_table, begins, lengths, scale=1.0, **options)
+    begins, held = torch.linspace(0, tokens, rows + 1).to(torch.int32), pages(8, dim, page, dtype)
+    if listed:
+        workspace, variant = Workspace(q.device), options["variant"]
+        options["visited"] = visited_tiles(
+            q, held[0], page_table, begins, lengths, max_query_len=tokens, workspace=workspace, variant=variant
+        )
+    return paged_prefill(q, *held, page_table, begins, lengths, scale=1.0, **options)
 
 
 def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
@@ -140,12 +152,17 @@ def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
     return merge_states(out, lse, out, lse)
 
 
-def hopper(ratio: int, dim: int, *, page: int = 16) -> object:
+def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **options: Any) -> object:
     from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill
 
     q, (page_table, lengths) = torch.zeros(512, 8 * ratio, dim, dtype=BF16), table(1, 16)
-    begins = torch.tensor([0, 512], dtype=torch.int32)
-    return hopper_prefill(q, *pages(8, dim, page, BF16), page_table, begins, lengths, scale=1.0, processors=132)
+    begins, held = torch.tensor([0, 512], dtype=torch.int32), pages(8, dim, page, BF16)
+    if listed:
+        workspace = Workspace(q.device)
+        options["visited"] = visited_tiles(
+            q, held[0], page_table, begins, lengths, max_query_len=512, workspace=workspace, hopper=True, **options
+        )
+    return hopper_prefill(q, *held, page_table, begins, lengths, scale=1.0, processors=132, **options)
 
 
 def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
@@ -281,6 +298,7 @@ HOPPER: dict[str, Any] = {
     "targets": ("sm_90",),
     "overlapped": True,
 }
+LISTED: dict[str, Any] = {**HOPPER, "kernels": ("visited_kernel", *HOPPER["kernels"])}
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
 CONTINUED = ("best_of_chunk_kernel", "score_kernel")
@@ -393,11 +411,31 @@ CASES = {
     "prefill, variant, sigmoid": Case(
         lambda: prefill(4, 128, FP16, variant=varied(normalizer="sigmoid")), ("prefill_kernel",), programs=1
     ),
+    "prefill, variant, listed": Case(
+        lambda: prefill(4, 128, listed=True, variant=varied(mask_mod="document")),
+        ("visited_kernel", "prefill_kernel"),
+        programs=1,
+    ),
+    "decode, variant, listed": Case(
+        lambda: decode(4, 128, listed=True, variant=varied(mask_mod="block_sparse")),
+        ("visited_kernel", "split_kv_kernel"),
+        programs=2,
+    ),
     "hopper prefill": Case(lambda: hopper(4, 128), **HOPPER),
     "hopper prefill, R = 7": Case(lambda: hopper(7, 64, page=64), **HOPPER),
     "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),
     "hopper prefill, D = 256, R = 8": Case(lambda: hopper(8, 256, page=64), **HOPPER),
     "hopper prefill, page 256": Case(lambda: hopper(4, 128, page=256), **HOPPER),
+    "hopper prefill, softcap": Case(lambda: hopper(4, 128, variant=varied(softcap=30.0)), **HOPPER),
+    "hopper prefill, alibi and sinks": Case(
+        lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER
+    ),
+    "hopper prefill, bias table": Case(lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER),
+    "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
+    "hopper prefill, documents": Case(lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED),
+    "hopper prefill, block-sparse, D = 256": Case(
+        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)), **LISTED
+    ),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
     "merge, fp32": Case(lambda: merge(256, FP32), ("merge_states_kernel",), programs=4),

@@ -294,3 +294,12 @@ def test_every_hook_can_be_traced():
     for hook, arguments in HOOKS.items():
         function = {"mask_mod": lambda b, h, q, k: q >= k, "sink": lambda h: h * 1.0}.get(hook, lambda x, *rest: x * 2)
         assert len(trace(hook, function, DIM, CPU).inputs) == len(arguments)
+
+
+def test_numbers_that_a_function_makes_need_no_device():
+    """PyTorch makes `torch.tensor(7)` on the CPU, and mixes it with tensors elsewhere; a table has to lie there."""
+    meta, table = torch.device("meta"), torch.zeros(4)
+    traced = trace("mask_mod", lambda b, h, q_idx, kv_idx: kv_idx < torch.minimum(q_idx, torch.tensor(7)), DIM, meta)
+    assert len(traced.tensors) == 1
+    with pytest.raises(VariantError, match="on cpu, but attention runs on meta"):
+        trace("score_mod", lambda score, b, h, q_idx, kv_idx: score + table[0], DIM, meta)

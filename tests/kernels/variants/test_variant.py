@@ -47,7 +47,8 @@ WRONG = {
     "slopes of integers": ({"alibi": torch.arange(4)}, ValueError, "alibi is torch.int64"),
     "sinks without a sum": ({"sinks": BIAS, "normalizer": "sigmoid"}, ValueError, "sinks add to the sum of a softmax"),
     "causal as text": ({"causal": "no"}, TypeError, "causal must be True or False"),
-    "an unknown field": ({"rope": "inside"}, TypeError, "rope"),
+    "an unknown field": ({"rotary": "inside"}, TypeError, "rotary"),
+    "an unknown place of RoPE": ({"rope": "outside"}, ValueError, "rope='outside'"),
 }
 
 

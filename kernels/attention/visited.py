@@ -1,0 +1,225 @@
+"""The tiles of keys that a variant's mask shows, as lists on the device: whole tiles of hidden keys are not visited.
+
+A mask is any function, so it is evaluated for all pairs of a query and a key, once for all layers of a forward. In decode
+only the new queries are evaluated. All sizes depend on the shapes of the batch alone, so that a captured graph follows
+lengths that changed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.variants.hooks import CompiledVariant
+
+# Pairs of queries and keys that a program evaluates at a time, and most keys of them.
+PAIRS, MOST_KEYS = 8192, 4096
+
+
+class Visited(NamedTuple):
+    """Which tiles of `block_n` keys the queries of a batch see; made by `list_rows` and `list_tiles`.
+
+    Attributes:
+        counts: `[items, lists, 2]` int32: tiles that all queries of the item see wholly, and those that one sees in part.
+        tiles: `[items, lists, columns]` int32, numbers of tiles: those seen wholly from the front on, those seen in part
+            before the end. An item is a tile of `block_m` packed queries of one row, numbered as by `prefill.py`; or, if
+            `block_m` is 0, a row of the batch, and all its tiles count as seen in part. There is a list a key/value head,
+            or one for all.
+        block_m: packed queries of an item, or 0.
+        block_n: keys of a tile.
+    """
+
+    counts: Tensor
+    tiles: Tensor
+    block_m: int
+    block_n: int
+
+    def for_kernel(self) -> tuple[Tensor, Tensor, int]:
+        """As kernels take it."""
+        return self.counts, self.tiles, self.tiles.shape[2]
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, block, rows, RATIO: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row, first token, new tokens and block of the row, of a tile of BLOCK_M packed queries; the row is -1 past the last.
+
+    Of each row the last queries come first.
+    """
+    row = tl.arange(0, BLOCK_B)
+    valid = row < rows
+    news = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0) - tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
+    blocks = tl.where(valid, (news * RATIO + BLOCK_M - 1) // BLOCK_M, 0)  # [BLOCK_B]
+    upto = tl.cumsum(blocks, 0)
+    before = (upto <= block) & valid
+    b = tl.sum(before.to(tl.int32), 0)
+    inside = block < tl.sum(blocks, 0)
+    new = tl.sum(tl.where(row == b, news, 0), 0)
+    block = (new * RATIO + BLOCK_M - 1) // BLOCK_M - 1 - (block - tl.max(tl.where(before, upto, 0), 0))
+    return tl.where(inside, b, -1), new, block
+
+
+@triton.jit(do_not_specialize=["rows", "window", "columns"])
+def visited_kernel(
+    counts_ptr, tiles_ptr, cu_seqlens_ptr, seq_lens_ptr, rows, window, columns, tensors,
+    LISTS: tl.constexpr, RATIO: tl.constexpr, BY_HEAD: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_B: tl.constexpr,
+    TILE: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HOOKS: tl.constexpr,
+):  # fmt: skip
+    """The lists of one item and key/value head: all queries of a row (BY_ROW), or a tile of TILE packed queries.
+
+    QUERIES queries and TILES tiles of BLOCK_N keys are evaluated at a time.
+    """
+    item = tl.program_id(0) // LISTS
+    head = tl.program_id(0) % LISTS
+    if BY_ROW:
+        b = item
+        new = 1
+        if cu_seqlens_ptr is not None:
+            new = tl.load(cu_seqlens_ptr + b + 1) - tl.load(cu_seqlens_ptr + b)
+        first = 0
+        past = new - 1
+    else:
+        b, new, block = find_tile(cu_seqlens_ptr, item, rows, RATIO, BLOCK_B, TILE)
+        first = block * TILE // RATIO
+        past = tl.minimum((block * TILE + TILE - 1) // RATIO, new - 1)
+    if b >= 0:
+        # Tokens `first` to `past` of the row, each with the R heads of the key/value head if the mask reads the head.
+        length = tl.load(seq_lens_ptr + b)
+        packed = 1
+        if BY_HEAD:
+            packed = RATIO
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(length - new + first - window + 1, 0)
+        end = length
+        if HOOKS.causal:
+            end = tl.minimum(length - new + past + 1, length)
+        list_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * columns
+        n = tl.arange(0, TILES * BLOCK_N)
+        t = tl.arange(0, TILES)
+        whole = 0
+        partly = 0
+        for tile in range(lowest // BLOCK_N, tl.cdiv(end, BLOCK_N), TILES):
+            key_n = tile * BLOCK_N + n
+            any_n = tl.zeros([TILES * BLOCK_N], tl.int32)
+            all_n = any_n + 1
+            for query in range(first * packed, (past + 1) * packed, QUERIES):
+                m = query + tl.arange(0, QUERIES)
+                token = m // packed
+                ok_m = token <= past
+                h = tl.zeros_like(m)
+                if BY_HEAD:
+                    h = head * RATIO + m % RATIO
+                q_idx = length - new + token
+                seen = (key_n < length)[None, :] & ok_m[:, None]
+                if HOOKS.causal:
+                    seen = seen & (key_n[None, :] <= q_idx[:, None])
+                if HAS_WINDOW:
+                    seen = seen & (key_n[None, :] > q_idx[:, None] - window)
+                if HOOKS.mask_mod is not None:
+                    seen = seen & HOOKS.mask_mod(b, h[:, None], q_idx[:, None], key_n[None, :], tensors)
+                any_n = tl.maximum(any_n, tl.max(seen.to(tl.int32), 0))
+                all_n = tl.minimum(all_n, tl.min((seen | (ok_m == 0)[:, None]).to(tl.int32), 0))
+            some_t = tl.max(tl.reshape(any_n, (TILES, BLOCK_N)), 1)
+            all_t = tl.min(tl.reshape(all_n, (TILES, BLOCK_N)), 1) * some_t
+            if BY_ROW:
+                all_t = tl.zeros_like(all_t)
+            part_t = some_t - all_t
+            tl.store(list_ptr + whole + tl.cumsum(all_t, 0) - 1, tile + t, mask=all_t != 0)
+            tl.store(list_ptr + columns - partly - tl.cumsum(part_t, 0), tile + t, mask=part_t != 0)
+            whole += tl.sum(all_t, 0)
+            partly += tl.sum(part_t, 0)
+        tl.store(counts_ptr + tl.program_id(0) * 2, whole)
+        tl.store(counts_ptr + tl.program_id(0) * 2 + 1, partly)
+
+
+def list_rows(
+    variant: CompiledVariant,
+    cu_seqlens_q: Tensor | None,
+    seq_lens: Tensor,
+    *,
+    max_query_len: int,
+    heads: tuple[int, int],
+    most_keys: int,
+    block_n: int,
+    window: int | None = None,
+) -> Visited:
+    """The tiles that some new query of a row sees, for `decode.py`.
+
+    Args:
+        cu_seqlens_q: `[B + 1]` int32, where each row's queries begin; None if every row has one.
+        seq_lens: `[B]` int32, keys of each row after the append.
+        max_query_len: the most new tokens of a row, known on the host.
+        heads: query heads and key/value heads.
+        most_keys: keys that a row can have, as the page table is wide.
+        block_n: keys of a tile.
+        window: keys a query sees, itself included; all by default.
+    """
+    return _listed(variant, cu_seqlens_q, seq_lens, seq_lens.shape[0], max_query_len, heads, most_keys, 0, block_n, window)
+
+
+def list_tiles(
+    variant: CompiledVariant,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    tokens: int,
+    heads: tuple[int, int],
+    most_keys: int,
+    block_m: int,
+    block_n: int,
+    window: int | None = None,
+) -> Visited:
+    """The tiles that each tile of packed queries sees, for `prefill.py`.
+
+    Args:
+        tokens: new tokens of all rows (T).
+        block_m: packed queries of a tile.
+    """
+    ratio = heads[0] // heads[1]
+    items = prefill_tiles(tokens * ratio, seq_lens.shape[0], block_m)
+    most = block_m // ratio if block_m % ratio == 0 else block_m // ratio + 2
+    return _listed(variant, cu_seqlens_q, seq_lens, items, most, heads, most_keys, block_m, block_n, window)
+
+
+def prefill_tiles(queries: int, rows: int, block_m: int) -> int:
+    """An upper bound that needs no lengths: no row has more than one tile that is not full."""
+    return min(triton.cdiv(queries, block_m) + rows - 1, queries)
+
+
+def check_visited(visited: Visited, items: int, block_m: int, block_n: int) -> None:
+    """
+    Raises:
+        ValueError: it is not of this batch.
+    """
+    found = (visited.counts.shape[0], visited.block_m, visited.block_n)
+    if found != (items, block_m, block_n):
+        raise ValueError(
+            f"visited is of (items, block_m, block_n)={found}, but this launch takes {(items, block_m, block_n)}; make it "
+            "with paged.visited_tiles for the same arguments"
+        )
+
+
+def _listed(
+    variant: CompiledVariant, cu_seqlens_q: Tensor | None, seq_lens: Tensor, items: int, most_tokens: int,
+    heads: tuple[int, int], most_keys: int, block_m: int, block_n: int, window: int | None,
+) -> Visited:  # fmt: skip
+    ratio, by_head, device = heads[0] // heads[1], variant.mask_by_head, seq_lens.device
+    lists, columns, window = heads[1] if by_head else 1, triton.cdiv(most_keys, block_n), variant.window_with(window)
+    counts = torch.empty(items, lists, 2, dtype=torch.int32, device=device)
+    tiles = torch.empty(items, lists, columns, dtype=torch.int32, device=device)
+    queries = min(power_of_2(most_tokens * (ratio if by_head else 1)), 128)
+    at_once = min(max(min(PAIRS // queries, MOST_KEYS) // block_n, 1), power_of_2(columns))
+    with on_device_of(seq_lens):
+        visited_kernel[(items * lists,)](
+            counts, tiles, cu_seqlens_q, seq_lens, seq_lens.shape[0], window or 0, columns, variant.tensors,
+            LISTS=lists, RATIO=ratio, BY_HEAD=by_head, BY_ROW=block_m == 0, BLOCK_B=max(power_of_2(seq_lens.shape[0]), 16),
+            TILE=block_m, QUERIES=queries, BLOCK_N=block_n, TILES=at_once,
+            HAS_WINDOW=window is not None, HOOKS=variant.hooks, num_warps=4 if queries * at_once * block_n < PAIRS else 8,
+        )  # fmt: skip
+    return Visited(counts, tiles, block_m, block_n)
