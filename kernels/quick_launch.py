@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
-from hf_fastattn.kernels.compile_ahead import only_compiling
 from hf_fastattn.kernels.relaunch import ALIGNMENT, TESTED
 
 # Kernels that are remembered, one for each combination of numbers: forgotten all at once, since few forwards fill them.
@@ -36,8 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
             tensor.
         options: all these constants by name, and Triton's options.
     """
-    if not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED) or only_compiling():
-        # The interpreter compiles nothing, and has no driver; what is being compiled cannot be called.
+    if not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED):
+        # The interpreter compiles nothing, and has no driver.
         kernel[grid](*arguments, **options)
         return
     if _Known.driver is not driver.active or len(_Known.kernels) > MOST_KNOWN:

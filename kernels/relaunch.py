@@ -14,8 +14,6 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from hf_fastattn.kernels.compile_ahead import only_compiling
-
 # Versions whose compiled kernels take all arguments in their order, compile-time constants included.
 TESTED = ("3.6.", "3.9.")
 # Triton compiles one kernel for pointers that are multiples of this, and another for all others.
@@ -43,14 +41,13 @@ class Launch:
 
     def first(self) -> None:
         """Launch it."""
-        compiled = self.kernel[self.grid](*self.arguments, **self.options)
-        self._compiled = None if only_compiling() else compiled
+        self._compiled = self.kernel[self.grid](*self.arguments, **self.options)
 
     def again(self, *tensors: Tensor) -> None:
         """Launch it with these in place of its first arguments, of the same types, strides and device."""
         if self._call is None:
             self._prepare(len(tensors))
-        if self._call is not None and not only_compiling() and _aligned(tensors):
+        if self._call is not None and _aligned(tensors):
             self._call(*tensors, *self._rest)
         else:
             self.kernel[self.grid](*tensors, *self.arguments[len(tensors) :], **self.options)

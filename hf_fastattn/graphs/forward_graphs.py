@@ -252,7 +252,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 entry.storage_version = groups.storage_version
 
             with uncompiled():
-                entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up, self.is_new(key))
+                entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up)
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
         except Exception as error:

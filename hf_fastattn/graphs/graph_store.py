@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_fastattn")
 
-# Keys that are remembered beyond their graphs.
-MAX_KEYS = 256
 BY_ROW = "adapters are chosen by row (adapter_names)"
 
 Key = TypeVar("Key", bound=Hashable)
@@ -66,8 +64,6 @@ class GraphStore(Generic[Key, Held]):
         # Decode steps can be recorded, other forwards cannot.
         self._steps_alone = False
         self._logged: set[str] = set()
-        # Keys of which a forward was recorded before: their kernels are compiled.
-        self._compiled: set[Key] = set()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -94,15 +90,6 @@ class GraphStore(Generic[Key, Held]):
         if self._pool is None:
             self._pool = self.forward_type.make_pool(device)
         return self.forward_type(self._pool)
-
-    def is_new(self, key: Key) -> bool:
-        """Whether no forward of this key was recorded yet; asked once for each."""
-        if key in self._compiled:
-            return False
-        if len(self._compiled) >= MAX_KEYS:
-            self._compiled.clear()
-        self._compiled.add(key)
-        return True
 
     def wait(self) -> None:
         """Make the current stream wait for what graphs still do on another one."""

@@ -96,17 +96,13 @@ class RecordedForward:
         """Make the current stream wait for forwards of the pool on another one."""
         pool.enter()
 
-    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None], is_new: bool = True) -> None:
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         """Run once to compile kernels and size their workspace, then record.
 
         Args:
             run: the forward; launches only, on static inputs, without a look at the device.
             warmed_up: called between the two.
-            is_new: its kernels may have to be compiled.
         """
-        # Not before: it imports Triton.
-        from hf_fastattn.kernels.compile_ahead import compile_ahead
-
         pool = self._pool
         graph = torch.cuda.CUDAGraph()
         # Uploads to the static tensors are queued on the current stream.
@@ -116,8 +112,6 @@ class RecordedForward:
         try:
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 with unmoved_offset(pool.device):
-                    if is_new:
-                        compile_ahead(run)
                     run()
                 warmed_up()
                 with no_garbage_collection():

@@ -211,8 +211,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
                 return run()
 
         try:
-            # Beams are chosen by what kernels write, and an index that none has written may lie anywhere.
-            step.capture(recorded, restore, key.beams is None and self.is_new(key))
+            step.capture(recorded, restore)
         except Exception as error:
             # The step then runs launch by launch; if the cause was not the capture, it fails there.
             restore()

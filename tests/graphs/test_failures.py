@@ -60,7 +60,7 @@ def test_graphs_go_with_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("when", ["first run", "recording", "pages"])
 def test_a_failed_capture(when: str) -> None:
     class Failing(ReexecutedStep):
-        def capture(self, run: Any, warmed_up: Any, is_new: bool = True) -> None:
+        def capture(self, run: Any, warmed_up: Any) -> None:
             if when == "first run":
                 raise torch.OutOfMemoryError("no memory left")
             run()

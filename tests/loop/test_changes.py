@@ -151,7 +151,7 @@ def test_a_failed_capture(when: str, device: str) -> None:
         pytest.skip("which step fails is chosen by a step that is not recorded")
 
     class Failing(ReexecutedLoopStep):
-        def capture(self, run: Any, warmed_up: Any, is_new: bool = True) -> None:
+        def capture(self, run: Any, warmed_up: Any) -> None:
             if when == "first run":
                 raise torch.OutOfMemoryError("no memory left")
             run()

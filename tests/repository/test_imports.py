@@ -20,7 +20,6 @@ HOUSE = (
 FLOORS = {
     "kernels": (
         "launch",
-        "compile_ahead",
         "relaunch",
         "quick_launch",
         "gluon_spelling",

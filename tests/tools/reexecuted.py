@@ -43,7 +43,7 @@ class ReexecutedStep(RecordedForward):
     def enter(room: Any) -> None:
         pass
 
-    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None], is_new: bool = True) -> None:
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         # Neither the first run nor recording moves the generator.
         with torch.random.fork_rng(devices=[]):
             run()
@@ -114,7 +114,7 @@ def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, p
 class ReexecutedLoopStep(ReexecutedStep):
     """The same for whole steps, which change what they read: only replays count."""
 
-    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None], is_new: bool = True) -> None:
+    def capture(self, run: Callable[[], Tensor], warmed_up: Callable[[], None]) -> None:
         with torch.random.fork_rng(devices=[]):
             run()
             warmed_up()
