@@ -20,6 +20,8 @@ with torch.device("cpu"):
     torch.empty(0)
 
 
+# Bytes that a process may go on to hold after a test.
+LARGE = 2**31
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -70,6 +72,14 @@ def devices_as_before() -> Iterator[None]:
     with torch.device("meta"):
         assert torch.empty(1).device.type == "meta"
     assert torch.empty(1).device.type == "cpu"
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """On a GPU that workers share, what a large test took is there for the others."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > LARGE:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hf_fastattn.kernels.variants.captured import captured
 from hf_fastattn.kernels.variants.hooks import HOOKS, VECTORS
 from hf_fastattn.kernels.variants.user_lines import InPlaceWriteError, LeavesPyTorchError, NotedLines, line_of_error
 
@@ -75,17 +76,25 @@ def trace(
         with torch.no_grad(), TransformGetItemToIndex(), NotedLines(), fx_traceback.preserve_node_meta():
             module = make_fx(function, decomposition_table=decompositions)(*examples)
     except Exception as error:
+        read = (value for value in captured(function) if isinstance(value, Tensor))
+        elsewhere = next((value for value in read if not _on(value, device)), None)
+        if elsewhere is not None and "device" in str(error):
+            raise VariantError(_moved(hook, elsewhere, device)) from error
         raise VariantError(f"{hook}{_at(line_of_error(error))} {_explained(error)}") from error
     tensors = {node.target: getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"}
     traced = TracedHook(hook, module.graph, tensors)
     _check_result(traced, head_dim)
     for name, tensor in tensors.items():
         if not _on(tensor, device) and not made_inside(module.graph, name):
-            raise VariantError(
-                f"{hook} reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but attention runs on {device}; "
-                f"move it there with .to({str(device)!r})"
-            )
+            raise VariantError(_moved(hook, tensor, device))
     return traced
+
+
+def _moved(hook: str, tensor: Tensor, device: torch.device) -> str:
+    return (
+        f"{hook} reads a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but attention runs on {device}; "
+        f"move it there with .to({str(device)!r})"
+    )
 
 
 def _on(tensor: Tensor, device: torch.device) -> bool:

@@ -129,6 +129,8 @@ def shares(family: str, dtype: torch.dtype) -> dict[str, float]:
 def test_tokens_go_where_stock_sends_them(family: str, dtype: torch.dtype) -> None:
     found = shares(family, dtype)
     count = LAYERS * ROWS * COLUMNS
-    for ours, stock in (("ours / stock", "stock / stock of single rows"), ("ours / exact", "stock / exact")):
-        spread = 3 * (found[stock] * (1 - found[stock]) / count) ** 0.5
-        assert found[ours] <= found[stock] + spread, found
+    share = found["stock / exact"]
+    spread = 3 * (share * (1 - share) / count) ** 0.5
+    # Stock may compute a row alone with the very kernels of a batch, and then never differs from itself.
+    assert found["ours / exact"] <= share + spread, str(found)
+    assert found["ours / stock"] <= max(2 * share, found["stock / stock of single rows"]) + spread, str(found)

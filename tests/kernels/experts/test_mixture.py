@@ -163,7 +163,8 @@ def test_tiles_of_few_tokens() -> None:
 
 SWEEP = {
     "qwen3-30b-a3b": (2048, 768, 128, 8, False),
-    "mixtral-8x7b": (4096, 14336, 8, 2, False),
+    # Of its experts as many as leave room on the GPU for other workers, since the truth is computed in fp64.
+    "mixtral-8x7b": (4096, 14336, 3, 2, False),
     "qwen2-moe-14b-a2.7b": (2048, 1408, 60, 4, True),
     "odd": (200, 72, 13, 3, True),
 }

@@ -114,7 +114,7 @@ FEATURES = {
     "pairs": Variant(query_transform=turned_pairs, key_transform=turned_pairs),
     "sigmoid": Variant(normalizer="sigmoid", score_mod=lambda score, b, h, q_idx, kv_idx: score - 2.0),
     "sigmoid, plain scores": Variant(normalizer="sigmoid"),
-    "sinks": Variant(sinks=torch.linspace(-2, 3, HEADS), mask_mod=MODS["dilated"].mask),
+    "sinks": Variant(sinks=torch.linspace(-2, 3, 4), mask_mod=MODS["dilated"].mask),
     "softcap and alibi": Variant(softcap=3.0, alibi=torch.linspace(0.01, 0.5, HEADS)),
     "window": Variant(window=20, score_mod=MODS["alibi"].score),
 }
