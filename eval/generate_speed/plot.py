@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_fastattn.eval.generate_speed.table import is_green
-from hf_fastattn.eval.generate_speed.targets import SHAPE, targets
+from hf_fastattn.eval.generate_speed.targets import TARGETS, targets
 from hf_fastattn.eval.reporting.plot_words import logarithmic, measured
 
 COLOURS = {"stock": "#8d99a6", "grouped_mm": "#8c564b", "compiled": "#4f5b66", "stays": "#9467bd", "patched": "#1f77b4"}
@@ -33,8 +33,8 @@ def draw_speed(plt: Any, record: dict[str, Any]) -> Any:
             panel.plot(places, values, "o", color=COLOURS[system], markersize=5, label=NAMES[system])
             for place, value in zip(places, values, strict=True):
                 _annotate(panel, place, value)
-        if settings["shape"] == SHAPE:
-            _targets(panel, rows, name)
+        if settings["shape"] in TARGETS:
+            _targets(panel, rows, name, settings["shape"])
         logarithmic(panel.yaxis)
         panel.set_ylabel(title, fontsize=9)
         panel.tick_params(labelsize=8)
@@ -68,8 +68,8 @@ def _series(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[list[float
     return found
 
 
-def _targets(panel: Any, rows: list[dict[str, Any]], name: str) -> None:
-    found = [(place, target) for place, row in enumerate(rows) for target in targets(row) if target.figure == name]
+def _targets(panel: Any, rows: list[dict[str, Any]], name: str, shape: str) -> None:
+    found = [(place, target) for place, row in enumerate(rows) for target in targets(row, shape) if target.figure == name]
     _lines(panel, [(place, target.bar) for place, target in found], BAR_COLOUR, "dashed", "target, at most")
     _lines(panel, [(place, target.aim) for place, target in found], AIM_COLOUR, "dashed", "target, at best")
 

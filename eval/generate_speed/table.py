@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_fastattn.eval.choices import KINDS
-from hf_fastattn.eval.generate_speed.targets import NAMES, SHAPE, targets
+from hf_fastattn.eval.generate_speed.targets import NAMES, TARGETS, targets
 from hf_fastattn.eval.reporting.report import environment_lines
 
 HEAD = (
@@ -41,7 +41,9 @@ def is_green(row: dict[str, Any]) -> bool:
 
 def is_comparable(row: dict[str, Any]) -> bool:
     """The case's rows did not route alike."""
-    return row["experts"] is None or bool(row["experts"]["comparable"])
+    # Records of before experts were counted have no such entry.
+    experts = row.get("experts")
+    return experts is None or bool(experts["comparable"])
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -74,8 +76,13 @@ def markdown(record: dict[str, Any]) -> str:
     mixed = [row for row in record["cases"] if row["experts"] is not None]
     if mixed:
         lines += ["", "### Distinct experts a layer and step", "", EXPERTS, "", expert_table(mixed)]
-    if settings["shape"] == SHAPE and record["cases"]:
-        lines += ["", "### Against the targets, which were set for an H200", "", target_table(record["cases"])]
+    if settings["shape"] in TARGETS and record["cases"]:
+        lines += [
+            "",
+            "### Against the targets, which were set for an H200",
+            "",
+            target_table(record["cases"], settings["shape"]),
+        ]
     lines += [f"\n**{failed['case']} failed**: {failed['error']}" for failed in record["failed"]]
     for profile in record["profiles"]:
         lines += ["", f"### A step of {profile['rows']} x {profile['prompt']}, by kernel", "", profile_table(profile)]
@@ -129,11 +136,11 @@ def expert_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def target_table(rows: Sequence[dict[str, Any]]) -> str:
+def target_table(rows: Sequence[dict[str, Any]], shape: str) -> str:
     """Bars and aims beside what was reached; nothing is reached by a red case."""
     lines = ["| case | figure | patched | bar | aim | |", "|---|---|---|---|---|---|"]
     for row in rows:
-        for target in targets(row):
+        for target in targets(row, shape):
             state = target.state if is_green(row) else "RED"
             values = (f"{target.value:.4g}", f"{target.bar:g}", f"{target.aim:g}")
             lines.append(_line((f"{row['kind']} {row['name']}", NAMES[target.figure], *values, state)))

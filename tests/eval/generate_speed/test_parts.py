@@ -9,7 +9,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.eval.choices import KINDS
+from hf_fastattn.eval.choices import KINDS, SHAPES
 from hf_fastattn.eval.generate_speed.bench import problems, ratios
 from hf_fastattn.eval.generate_speed.cases import ENDING, ON_CPU, ON_GPU, Case, choose
 from hf_fastattn.eval.generate_speed.experts import expected_experts
@@ -17,7 +17,7 @@ from hf_fastattn.eval.generate_speed.limit import key_value_bytes, step_limit, w
 from hf_fastattn.eval.generate_speed.step_profile import SHOWN, per_step, summary
 from hf_fastattn.eval.generate_speed.systems import System, Timing, end_rows_after, twin
 from hf_fastattn.eval.generate_speed.table import profile_table
-from hf_fastattn.eval.generate_speed.targets import TARGETS, targets
+from hf_fastattn.eval.generate_speed.targets import SHAPE, TARGETS, targets
 from tests.tools.models import tiny
 from tests.tools.reexecuted import reexecuted_loop
 
@@ -39,13 +39,14 @@ def row_with(kind: str, rows: int, prompt: int, **figures: Any) -> dict[str, Any
 
 
 def test_targets_say_what_is_reached() -> None:
-    assert targets(row_with("greedy", 3, 512)) == []
-    states = {t.figure: t.state for t in targets(row_with("samples", 16, 8192, token_ms=5.0, peak_gb=25.0))}
+    assert targets(row_with("greedy", 3, 512), SHAPE) == targets(row_with("greedy", 1, 512), None) == []
+    assert [t.state for t in targets(row_with("greedy", 8, 512, token_ms=8.0), "qwen3-30b-a3b")] == ["bar reached"]
+    states = {t.figure: t.state for t in targets(row_with("samples", 16, 8192, token_ms=5.0, peak_gb=25.0), SHAPE)}
     assert states == {"first_ms": "aim reached", "token_ms": "bar reached", "peak_gb": "1.25 x the bar"}
-    found = {t.figure: t.value for t in targets(row_with("greedy", 16, 2048, first_ms=900.0, token_ms=5.5))}
+    found = {t.figure: t.value for t in targets(row_with("greedy", 16, 2048, first_ms=900.0, token_ms=5.5), SHAPE)}
     assert found == {"token_ms": 5.5, "call_65_s": pytest.approx(0.9 + 64 * 0.0055)}
-    assert all(aim < bar for figures in TARGETS.values() for bar, aim in figures.values())
-    assert set(TARGETS) == {(case.kind, case.rows, case.prompt) for case in ON_GPU}
+    assert all(aim < bar for cases in TARGETS.values() for figures in cases.values() for bar, aim in figures.values())
+    assert set(TARGETS) <= set(SHAPES) and set(TARGETS[SHAPE]) == {(case.kind, case.rows, case.prompt) for case in ON_GPU}
 
 
 def test_problems_of_a_call() -> None:
