@@ -45,9 +45,18 @@ class LayerVariants:
         """Whether something that a variant reads is being trained."""
         return any(variant.needs_gradients for variant in self.by_layer.values())
 
+    def refresh(self) -> None:
+        """Look at what functions refer to now; see `PreparedVariant.refresh`."""
+        for variant in self._distinct:
+            variant.refresh()
+
     def fingerprint(self) -> tuple[Any, ...]:
-        """What launches that were recorded depend on; see `PreparedVariant.fingerprint`."""
-        return tuple((index, *variant.fingerprint()) for index, variant in self.by_layer.items())
+        """What launches that were recorded depend on; see `PreparedVariant.fingerprint`. Which layers, never changes."""
+        return tuple(variant.fingerprint() for variant in self._distinct)
+
+    @property
+    def _distinct(self) -> list[PreparedVariant]:
+        return list({id(variant): variant for variant in self.by_layer.values()}.values())
 
     def same_as(self, asked: Mapping[int, Variant]) -> bool:
         """Whether these are the variants that somebody asks for, by layer."""

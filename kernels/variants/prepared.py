@@ -59,8 +59,12 @@ class PreparedVariant:
         functions = [getattr(variant, hook) for hook in FUNCTIONS]
         return [*variant.parameters.values(), *(value for function in functions for value in captured(function))]
 
-    def _refresh(self) -> None:
-        """Look again if a function's names stand for other tensors, numbers or functions than before."""
+    def refresh(self) -> None:
+        """Look again if a function's names stand for other tensors, numbers or functions than before.
+
+        Raises:
+            VariantError: what they stand for now cannot be used.
+        """
         now = self._refers_to()
         if not same_objects(self._captured, now):
             self._compiled.clear()
@@ -88,13 +92,11 @@ class PreparedVariant:
         Raises:
             VariantError: it cannot be translated, or reads a tensor of another device.
         """
-        self._refresh()
         held = self._compiled.get((device, *map(_layout, self.tensors)))
         return self._compile(device) if held is None else held
 
     def fingerprint(self) -> tuple[Any, ...]:
         """What launches that were recorded depend on: how it is computed, and where what it reads lies."""
-        self._refresh()
         return (self.identity, *((tensor.data_ptr(), *_layout(tensor)) for tensor in self.tensors))
 
     def _compile(self, device: torch.device) -> CompiledVariant:

@@ -26,6 +26,7 @@ from hf_fastattn.patches.modules.module_state import ModuleState, call_original,
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_watched
+from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -323,17 +324,20 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
     # `why_not_ours` is asked once a call, before the prompt.
-    changed = None if vars(decoder)[STATE].runtime.in_call and cache.get_seq_length() else why_not_ours(decoder)
-    if changed is not None:
-        return changed
-    call = vars(decoder)[STATE].runtime.current
+    runtime: Runtime = vars(decoder)[STATE].runtime
+    if not (runtime.in_call and cache.get_seq_length()):
+        runtime.variants.refresh()
+        changed = why_not_ours(decoder)
+        if changed is not None:
+            return changed
+    call = runtime.current
     if call is not None and call.why_dense is not None:
         return call.why_dense
     if cache.dense is not None:
         return "the cache holds dense layers"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
         return "gradients are needed"
-    if torch.is_grad_enabled() and vars(decoder)[STATE].runtime.variants.needs_gradients:
+    if torch.is_grad_enabled() and runtime.variants.needs_gradients:
         return "gradients are needed"
     if decoder.training:
         for name in DROPOUTS:
