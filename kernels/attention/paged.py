@@ -11,7 +11,7 @@ from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
 from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
+from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
 MAX_SPLIT_QUERIES = 64
@@ -157,6 +157,9 @@ def _hopper_takes(
     """Whether the Gluon kernel can take a call, of which what a mask and a window show is `listed` or not."""
     from hf_fastattn.kernels.attention.hopper_prefill import why_not_hopper, why_not_variant
 
+    if window is not None and variant.hooks == NO_HOOKS:
+        # A model's own window stays with the kernel that has served it: lists of its tiles were not compared in a model yet.
+        return False
     window = variant.window_with(window)
     hides = window is not None or variant.hides_tiles or not variant.hooks.causal
     return (listed or not hides) and why_not_hopper(q, k_pages, None, softcap) is None and why_not_variant(variant) is None
