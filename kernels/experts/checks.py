@@ -8,14 +8,15 @@ from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.launch import DTYPES
 
 
-def check_gate_up(x: Tensor, routing: Routing, gate_up_proj: Tensor, most: int | None = None) -> None:
-    """Raise a `ValueError` unless these are what `gate_up_silu` takes; `most` tokens."""
+def check_gate_up(x: Tensor, routing: Routing | None, gate_up_proj: Tensor, most: int | None = None) -> None:
+    """Raise a `ValueError` unless these are what `gate_up_silu` takes; `most` tokens; no routing if x has a row a pair."""
     if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1 or not x.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} with strides {x.stride()}, {x.dtype}, must be [T, H], contiguous in its last dimension, "
             f"of a dtype among {DTYPES}"
         )
-    _check_routing(x.shape[0], routing, most)
+    if routing is not None:
+        _check_routing(x.shape[0], routing, most)
     shape = gate_up_proj.shape
     if len(shape) != 3 or shape[1] % 2 or shape[2] != x.shape[1]:
         raise ValueError(f"gate_up_proj {tuple(shape)} must be [E, 2 I, H] with H = {x.shape[1]}")

@@ -35,21 +35,6 @@ def _begins(counts_ptr, e, E: tl.constexpr):
     return counts, tl.cumsum(counts, 0) - counts
 
 
-@triton.jit
-def place_pairs(
-    chosen_ptr, ranks_ptr, counts_ptr, sorted_ptr, number, pairs,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write BLOCK pairs, the `number`-th so many, to their places in the order of the experts."""
-    pair = number * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    ok = pair < pairs
-    e = tl.arange(0, BLOCK_E)
-    _, begins = _begins(counts_ptr, e, E)
-    expert = tl.load(chosen_ptr + pair, mask=ok, other=0)
-    begin = tl.sum(tl.where(expert[:, None] == e[None, :], begins[None, :], 0), 1)
-    tl.store(sorted_ptr + begin + tl.load(ranks_ptr + pair, mask=ok, other=0), pair, mask=ok)
-
-
 @triton.jit(do_not_specialize=["pairs"])
 def sort_pairs_kernel(
     chosen_ptr, ranks_ptr, counts_ptr, sorted_ptr, pairs,
@@ -59,7 +44,13 @@ def sort_pairs_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    place_pairs(chosen_ptr, ranks_ptr, counts_ptr, sorted_ptr, tl.program_id(0), pairs, E, BLOCK_E, BLOCK)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    ok = pair < pairs
+    e = tl.arange(0, BLOCK_E)
+    _, begins = _begins(counts_ptr, e, E)
+    expert = tl.load(chosen_ptr + pair, mask=ok, other=0)
+    begin = tl.sum(tl.where(expert[:, None] == e[None, :], begins[None, :], 0), 1)
+    tl.store(sorted_ptr + begin + tl.load(ranks_ptr + pair, mask=ok, other=0), pair, mask=ok)
 
 
 @triton.jit

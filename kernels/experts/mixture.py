@@ -35,11 +35,13 @@ def mixture(
         return few.down_sum(states, routing, down_proj, sums=sums, weights_settled=weights_settled, **options)
     if hopper and _pays_on_hopper(x, routing, gate_up_proj, down_proj):
         from hf_fastattn.kernels.experts import hopper_grouped
-        from hf_fastattn.kernels.experts.expert_tiles import list_tiles
+        from hf_fastattn.kernels.experts.sorted_rows import sort_rows
 
-        work = list_tiles(routing, hopper_grouped.BLOCK_M)
-        states = hopper_grouped.gate_up_silu(x, routing, work, gate_up_proj)
-        return hopper_grouped.down_sum(states, routing, work, down_proj, **options)
+        rows, work = sort_rows(x, routing, hopper_grouped.BLOCK_M)
+        states = hopper_grouped.gate_up_silu(rows, work, routing, gate_up_proj)
+        # As large as what the experts give.
+        del rows
+        return hopper_grouped.down_sum(states, work, routing, down_proj, **options)
     order = grouped.sort_pairs(routing)
     states = grouped.gate_up_silu(x, routing, order, gate_up_proj)
     return grouped.down_sum(states, routing, order, down_proj, **options)

@@ -308,7 +308,7 @@ ONE = ("router_kernel", "one_gate_up_kernel", "one_down_kernel")
 ONE_SHORT = ("router_kernel", "one_gate_up_kernel", "one_down_at_once_kernel")
 SEVERAL = ("router_kernel", "several_gate_up_kernel", "several_down_kernel")
 MANY = ("choice_kernel", "sort_pairs_kernel", "grouped_kernel", "combine_kernel")
-HOPPER_MANY = {**HOPPER, "kernels": ("choice_kernel", "list_tiles_kernel", "hopper_grouped_kernel", "combine_kernel")}
+HOPPER_MANY = {**HOPPER, "kernels": ("choice_kernel", "sort_rows_kernel", "hopper_grouped_kernel", "combine_kernel")}
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)

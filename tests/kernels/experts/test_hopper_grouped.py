@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.experts import router
-from hf_fastattn.kernels.experts.expert_tiles import list_tiles
 from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.experts.sorted_rows import sort_rows
 from tests.kernels.cases import assert_close
 from tests.kernels.experts.shapes import Layer, make_layer, outputs, routed
 
@@ -20,12 +20,13 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("experts", "top_k", "block_m"), [(5, 3, 8), (1, 1, 16), (7, 7, 4)])
-def test_order_and_tiles(experts: int, top_k: int, block_m: int) -> None:
+def test_rows_and_tiles(experts: int, top_k: int, block_m: int) -> None:
     layer = make_layer(37, 40, 8, experts, strided=True)
     routing = routed(layer, top_k)
-    work = list_tiles(routing, block_m)
+    rows, work = sort_rows(layer.x, routing, block_m)
     order = work.order.long()
     assert sorted(order.tolist()) == list(range(37 * top_k))
+    assert torch.equal(rows, layer.x[order // top_k])
     assert routing.chosen.flatten()[order].tolist() == sorted(routing.chosen.flatten().tolist())
     assert routing.counts is not None
     want, first, begin = [], 0, 0
@@ -44,10 +45,10 @@ def hopper() -> None:
 def gluon(layer: Layer, routing: Routing, programs: int | None = None) -> torch.Tensor:
     from hf_fastattn.kernels.experts import hopper_grouped
 
-    work = list_tiles(routing, hopper_grouped.BLOCK_M)
-    states = hopper_grouped.gate_up_silu(layer.x, routing, work, layer.gate_up_proj, programs=programs)
+    rows, work = sort_rows(layer.x, routing, hopper_grouped.BLOCK_M)
+    states = hopper_grouped.gate_up_silu(rows, work, routing, layer.gate_up_proj, programs=programs)
     options: dict[str, Any] = {"residual": layer.residual, "shared": layer.shared, "programs": programs}
-    return hopper_grouped.down_sum(states, routing, work, layer.down_proj, **options)
+    return hopper_grouped.down_sum(states, work, routing, layer.down_proj, **options)
 
 
 def check(layer: Layer, routing: Routing, programs: int | None = None) -> torch.Tensor:
