@@ -428,11 +428,15 @@ CASES = {
     "hopper prefill, page 256": Case(lambda: hopper(4, 128, page=256), **HOPPER),
     "hopper prefill, softcap": Case(lambda: hopper(4, 128, variant=varied(softcap=30.0)), **HOPPER),
     "hopper prefill, alibi and sinks": Case(
-        lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER
+        lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER, spilled=128
     ),
-    "hopper prefill, bias table": Case(lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER),
+    "hopper prefill, bias table": Case(
+        lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER, spilled=64
+    ),
     "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
-    "hopper prefill, documents": Case(lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED),
+    "hopper prefill, documents": Case(
+        lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=64
+    ),
     "hopper prefill, block-sparse, D = 256": Case(
         lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)), **LISTED
     ),

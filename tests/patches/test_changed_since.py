@@ -175,8 +175,8 @@ def test_the_class_of_a_patched_model_makes_plain_ones(family: str, tmp_path: An
         assert type(other) is type(stock)
         assert not hf_fastattn.report(other).patched
     assert torch.equal(generate(other.eval()), generate(stock))
-    attention = model.get_submodule(model._fastattn.modules[-1])
-    plain = stock.get_submodule(model._fastattn.modules[-1])
+    name = next(name for name in reversed(model._fastattn.modules) if name.endswith("attn"))
+    attention, plain = model.get_submodule(name), stock.get_submodule(name)
     assert type(type(attention)(attention.config, attention.layer_idx)) is type(plain)
 
 
