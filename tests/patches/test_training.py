@@ -9,6 +9,8 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
+from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.transformers_version import CACHE
 from tests.patches.snapshots import assert_patched_equals, generate, gradients
 from tests.tools.models import CORE, pair
@@ -60,6 +62,20 @@ def test_memory_between_calls(training: bool, small: int, kept: bool, monkeypatc
     generate(model.train(training))
     assert (hf_fastattn.report(model).page_bytes_allocated > 0) == kept
     assert hf_fastattn.report(model).pages_in_use == 0
+
+
+def test_graphs_of_prompts_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they alone are too large for train mode, pages stay."""
+    sizes = {ForwardGraphs: 2**20, LoopGraphs: 0}
+    for kind, size in sizes.items():
+        monkeypatch.setattr(kind, "nbytes", property(lambda self, size=size: size), raising=False)
+    monkeypatch.setattr("hf_fastattn.runtime.KEPT_IN_TRAINING", 2**20)
+    _, model = pair("qwen2_window")
+    graphs = model._fastattn.runtime.graphs
+    generate(model.train())
+    assert 0 < hf_fastattn.report(model).page_bytes_allocated < 2**20 and graphs.prompts_rest
+    generate(model.eval())
+    assert not graphs.prompts_rest
 
 
 def test_keep_memory_zero() -> None:
