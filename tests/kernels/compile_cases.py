@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hf_fastattn.kernels.attention.append import rope_append
-from hf_fastattn.kernels.attention.decode import paged_decode
-from hf_fastattn.kernels.attention.merge import merge_states
-from hf_fastattn.kernels.attention.paged import visited_tiles
-from hf_fastattn.kernels.attention.prefill import paged_prefill
-from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
-from hf_fastattn.kernels.attention.work_list import work_list
-from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.experts import router
-from hf_fastattn.kernels.experts.mixture import mixture
-from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora import Adapter, Members
-from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
-from hf_fastattn.kernels.layer.norm import add_rms_norm
-from hf_fastattn.kernels.sampling.advance import advance
-from hf_fastattn.kernels.sampling.continuations import continuations
-from hf_fastattn.kernels.sampling.draw import sample_tokens
-from hf_fastattn.kernels.sampling.fork import MOST_BEAMS, ForkTensors, fork
-from hf_fastattn.kernels.sampling.greedy import greedy_tokens
-from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS, LoopTensors
-from hf_fastattn.kernels.sampling.params import SamplingParams
-from hf_fastattn.kernels.sampling.penalty import process_logits
-from hf_fastattn.kernels.sampling.typical import typical_scores
-from hf_fastattn.kernels.variants.compiled import compile_variant
-from hf_fastattn.kernels.variants.hooks import CompiledVariant
-from hf_fastattn.kernels.variants.variant import Variant
-from tests.kernels.variants import mods
+from hf_fastattn.kernels.sampling.fork import MOST_BEAMS
+from hf_fastattn.kernels.sampling.loop_tensors import MOST_ROWS
+from tests.kernels.compile_launches import (
+    BF16,
+    FP16,
+    FP32,
+    activation,
+    adapted,
+    add_norm,
+    advanced,
+    append,
+    chosen,
+    continued,
+    decode,
+    experts_of,
+    forked,
+    gated,
+    hopper,
+    merge,
+    prefill,
+    processed,
+    product,
+    rope,
+    routed,
+    shared_prefix,
+    tiles,
+    typical,
+    varied,
+)
 from tests.tools.fake_driver import fake_driver
 from tests.tools.resources import Resources, resources
 from tests.tools.targets import TARGETS
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # ptxas spills a few bytes outside the loops now and then; that costs nothing.
 SPILLED_BYTES = 32
 
@@ -67,226 +67,6 @@ class Case:
     targets: tuple[str, ...] = tuple(TARGETS)
     overlapped: bool = False
     spilled: int = SPILLED_BYTES
-
-
-def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(4, page, groups, dim, dtype=dtype), torch.zeros(4, page, groups, dim, dtype=dtype)
-
-
-def append(heads: int, groups: int, dim: int, *, tokens: int = 1, rotary: int | None = None, norm: bool = False) -> object:
-    q, k = (torch.zeros(tokens, count, dim, dtype=BF16) for count in (heads, groups))
-    cos = torch.zeros(tokens, rotary or dim, dtype=BF16)
-    weight = torch.ones(dim, dtype=BF16) if norm else None
-    slots = torch.zeros(tokens, dtype=torch.int64)
-    return rope_append(q, k, k, cos, cos, *pages(groups, dim, 16, BF16), slots, q_norm=weight, k_norm=weight)
-
-
-def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(rows, columns, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
-
-
-def decode(
-    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, listed: bool = False,
-    **options: Any,
-) -> object:  # fmt: skip
-    q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
-    workspace = Workspace(q.device)
-    workspace.processors = processors
-    if tokens > 1:
-        begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
-        options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
-    held, batch = pages(8, dim, page, dtype), table(rows, columns)
-    if listed:
-        options["visited"] = visited_tiles(
-            q, held[0], batch[0], None, batch[1], max_query_len=1, workspace=workspace, variant=options["variant"]
-        )
-    return paged_decode(q, *held, *batch, scale=1.0, workspace=workspace, **options)
-
-
-def shared_prefix(
-    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, rows: int = 64, columns: int = 16, groups: int = 1, most: int = 16, processors: int = 132,
-    **options: Any,
-) -> object:  # fmt: skip
-    q, (page_table, lengths) = torch.zeros(rows, 8 * ratio, dim, dtype=dtype), table(rows, columns)
-    begins, prefixes = (torch.zeros(count, dtype=torch.int32) for count in (groups + 1, groups))
-    workspace = Workspace(q.device)
-    workspace.processors = processors
-    return paged_decode_shared(
-        q, *pages(8, dim, page, dtype), page_table, lengths, begins, prefixes,
-        max_group_rows=most, scale=1.0, workspace=workspace, **options,
-    )  # fmt: skip
-
-
-def prefill(
-    ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, listed: bool = False, **options: Any,
-) -> object:  # fmt: skip
-    q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
-    begins, held = torch.linspace(0, tokens, rows + 1).to(torch.int32), pages(8, dim, page, dtype)
-    if listed:
-        workspace, variant = Workspace(q.device), options["variant"]
-        options["visited"] = visited_tiles(
-            q, held[0], page_table, begins, lengths, max_query_len=tokens, workspace=workspace, variant=variant
-        )
-    return paged_prefill(q, *held, page_table, begins, lengths, scale=1.0, **options)
-
-
-def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
-    """A variant with functions of `tests.kernels.variants.mods`, by name."""
-    functions = {name: getattr(mods, value) if name.endswith("_mod") else value for name, value in fields.items()}
-    return compile_variant(Variant(**functions), dim, torch.device("cpu"))
-
-
-COS, SIN = torch.ones(2, 4096, 128)
-
-
-def rope(x: torch.Tensor, h: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    return x * COS[position] + torch.cat((-x[half:], x[:half])) * SIN[position]
-
-
-def merge(dim: int, dtype: torch.dtype, tokens: int = 8) -> object:
-    out, lse = torch.zeros(tokens, 4, dim, dtype=dtype), torch.zeros(tokens, 4)
-    return merge_states(out, lse, out, lse)
-
-
-def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **options: Any) -> object:
-    from hf_fastattn.kernels.attention.hopper_prefill import hopper_prefill
-
-    q, (page_table, lengths) = torch.zeros(512, 8 * ratio, dim, dtype=BF16), table(1, 16)
-    begins, held = torch.tensor([0, 512], dtype=torch.int32), pages(8, dim, page, BF16)
-    if listed:
-        workspace = Workspace(q.device)
-        options["visited"] = visited_tiles(
-            q, held[0], page_table, begins, lengths, max_query_len=512, workspace=workspace, hopper=True, **options
-        )
-    return hopper_prefill(q, *held, page_table, begins, lengths, scale=1.0, processors=132, **options)
-
-
-def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
-    x, residual = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=stream or dtype)
-    return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype)
-
-
-def activation(tokens: int = 1, width: int = 14336) -> object:
-    gate, up = torch.zeros(tokens, 2 * width, dtype=BF16).chunk(2, -1)
-    return silu_and_mul(gate, up)
-
-
-def product(
-    tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *,
-    bias: bool = False, residual: bool = False, tile: ProductTile | None = None, weight_dtype: torch.dtype | None = None,
-) -> object:  # fmt: skip
-    wide = weight_dtype or dtype
-    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=wide) for count in counts]
-    return matvec(
-        x,
-        weights,
-        [weight[:, 0].contiguous() for weight in weights] if bias else None,
-        residual=torch.zeros(tokens, counts[0], dtype=wide) if residual else None,
-        weights_settled=True,
-        tile=tile,
-    )
-
-
-def gated(tokens: int, k: int, width: int, dtype: torch.dtype = BF16, *, weight_dtype: torch.dtype | None = None) -> object:
-    x, weight = torch.zeros(tokens, k, dtype=dtype), torch.zeros(width, k, dtype=weight_dtype or dtype)
-    return gate_up_silu(x, weight, weight, weights_settled=True)
-
-
-def adapted(
-    tokens: int, k: int, counts: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype = BF16,
-    held: torch.dtype = FP32, *, gated: bool = False, tile: ProductTile | None = None, stacked: bool = False,
-) -> object:  # fmt: skip
-    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
-
-    def adapter(rank: int, count: int) -> Adapter:
-        members = Members(torch.zeros(rank), torch.zeros(rank, dtype=torch.int32)) if stacked else None
-        return Adapter(torch.zeros(rank, k, dtype=held), torch.zeros(count, rank, dtype=held), 1.0, members)
-
-    lora = [adapter(rank, count) if rank else None for count, rank in zip(counts, ranks, strict=True)]
-    numbers = torch.zeros(tokens, dtype=torch.int32) if stacked else None
-    if gated:
-        return gate_up_silu(x, weights[0], weights[1], weights_settled=True, lora=lora, lora_numbers=numbers)
-    residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
-    return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora, lora_numbers=numbers)
-
-
-def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False) -> Any:
-    x, weight = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(experts, hidden, dtype=dtype)
-    gate = weight[:1] if shared else None
-    return router.route(x, weight, top_k, rounds_weights=True, gate_weight=gate, weights_settled=True)
-
-
-def experts_of(
-    tokens: int, hidden: int, inner: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False,
-    hopper: bool = False,
-) -> object:  # fmt: skip
-    # Of as many experts as there have to be: their weights are real memory.
-    x, few = torch.zeros(tokens, hidden, dtype=dtype), min(experts, max(top_k, 4))
-    routing = routed(tokens, hidden, few, top_k, dtype, shared=shared)
-    weights = torch.zeros(few, 2 * inner, hidden, dtype=dtype), torch.zeros(few, hidden, inner, dtype=dtype)
-    options: dict[str, Any] = {"residual": x, "shared": x if shared else None, "weights_settled": True}
-    return mixture(x, routing, *weights, hopper=hopper, **options)
-
-
-def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
-    x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    if greedy:
-        return greedy_tokens(x, out)
-    one, numbers = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
-    return sample_tokens(x, out, SamplingParams().tensor("cpu"), one, numbers, one)
-
-
-def processed(dtype: torch.dtype = BF16, *, rows: int = 8, eos: int = 2, penalty: bool = True) -> object:
-    x, one = torch.zeros(rows, 128256, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-    seen = torch.zeros(rows, 128256, dtype=torch.uint8) if penalty else None
-    return process_logits(x, SamplingParams().tensor("cpu"), seen=seen, eos=one.expand(eos).contiguous(), step=one)
-
-
-def typical(vocab: int = 151_936) -> object:
-    return typical_scores(torch.zeros(8, vocab), torch.zeros(1))
-
-
-def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: bool = False) -> object:
-    ids = functools.partial(torch.zeros, dtype=torch.int64)
-    numbers = functools.partial(torch.zeros, dtype=torch.int32)
-
-    state = LoopTensors(
-        chosen=ids(rows),
-        packed=ids(rows),
-        tokens=ids(rows, 1),
-        positions=ids(rows, 1),
-        finished=numbers(rows),
-        limits=numbers(rows),
-        seq_lens=numbers(rows),
-        slots=numbers(windows, rows),
-        tables=numbers(windows, rows, columns),
-        step=numbers(1),
-        ends=ids(MOST_ENDS),
-        pad=ids(1),
-        drop=numbers(1),
-        seen=torch.zeros(rows, 128256, dtype=torch.uint8) if seen else None,
-    )
-    return advance(state, 16)
-
-
-def forked(beams: int = 4, *, windows: int = 1) -> object:
-    numbers = functools.partial(torch.zeros, dtype=torch.int32)
-    tables = numbers(windows, 64, 1024)
-    parents, places = torch.zeros(4 * beams, dtype=torch.int64), torch.zeros(56, 3, dtype=torch.int64)
-    held = (numbers(64), numbers(1), numbers(windows, 4 * beams, 2), places)
-    return fork(ForkTensors(parents, tables, tables.clone(), *held, list, beams, 16))
-
-
-def continued(vocab: int, dtype: torch.dtype) -> object:
-    return continuations(torch.zeros(16, vocab, dtype=dtype), torch.zeros(16), 8)
-
-
-def tiles(rows: int) -> object:
-    return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
 
 
 SHARED_PREFIX = ("shared_prefix_kernel", "merge_prefixes_kernel")
