@@ -38,20 +38,12 @@ BALANCE = 0.01
 def build_model(vocabulary: int, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
     """A Llama of 7 million parameters with grouped-query attention: 8 query heads, 2 key/value heads."""
     config = LlamaConfig(
-        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=688,
         num_hidden_layers=7,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        attn_implementation="sdpa",
+        **_common(vocabulary, bos, eos, pad),
     )
     return scaled(LlamaForCausalLM(config))
 
@@ -59,7 +51,6 @@ def build_model(vocabulary: int, bos: int, eos: int, pad: int) -> LlamaForCausal
 def build_mixture(vocabulary: int, bos: int, eos: int, pad: int) -> Qwen3MoeForCausalLM:
     """A Qwen3-MoE of 2 million parameters: 8 experts in each of 3 layers, of which a token takes 2."""
     config = Qwen3MoeConfig(
-        vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=256,
         moe_intermediate_size=96,
@@ -69,16 +60,23 @@ def build_mixture(vocabulary: int, bos: int, eos: int, pad: int) -> Qwen3MoeForC
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        attn_implementation="sdpa",
+        **_common(vocabulary, bos, eos, pad),
     )
     return scaled(Qwen3MoeForCausalLM(config))
+
+
+def _common(vocabulary: int, bos: int, eos: int, pad: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "head_dim": 32,
+        "max_position_embeddings": CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        "attn_implementation": "sdpa",
+    }
 
 
 def scaled(model: PreTrainedModel) -> Any:
