@@ -15,6 +15,7 @@ from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
+from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.module_checks import why_not_kind
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
@@ -110,9 +111,11 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of graphs, of what their steps read and write, and of copies of weights."""
-        state = 0 if self.state is None else sum(x.nbytes for x in vars(self.state).values() if isinstance(x, Tensor))
-        return super().nbytes + state + (0 if self.copies is None else self.copies.nbytes)
+        """Bytes of graphs, of what their steps read and write, and of copies of weights and of adapters."""
+        if self.state is None:
+            return super().nbytes
+        copies = 0 if self.copies is None else self.copies.nbytes
+        return super().nbytes + copies + held_bytes((self.state, self._stacks), self.state.device)
 
     def copies_for(
         self,
