@@ -103,9 +103,9 @@ def test_steps_ahead_do_not_move_the_generator(drawn: int, end: int, monkeypatch
     assert generator.offset == end
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_the_generator_ends_where_the_tokens_end(device: str) -> None:
-    model, ends = patch_with_graphs(adapted("cuda")), list(range(3, 128, 9))
+    model, ends = patch_with_graphs(adapted(device)), list(range(3, 128, 9))
     offsets = set()
     for _ in range(4):
         tokens = samples(model, 1, 16, 24, eos_token_id=ends)

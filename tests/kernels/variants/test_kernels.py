@@ -182,6 +182,8 @@ def test_on_hopper(name, ratio):
     features = {**FEATURES, "plain": Variant()}
     variant = Variant(score_mod=mod.score, mask_mod=mod.mask, causal=mod.causal) if mod else features[name]
     held = {field: value.cuda() for field, value in vars(variant).items() if isinstance(value, torch.Tensor)}
+    if "sinks" in held:
+        held["sinks"] = held["sinks"].repeat(28 // len(held["sinks"]))
     variant = dataclasses.replace(variant, **held)
     batch = make_batch(
         *HOPPER_ROWS, page=16, ratio=ratio, groups=28 // ratio, dim=128, dtype=BF16, scattered=True, device="cuda",
