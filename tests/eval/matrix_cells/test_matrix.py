@@ -163,6 +163,7 @@ def test_a_named_cell_may_be_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(ALLOWED, "cpu", {"llama/fp32/*": (limit, "a good reason")})
         found, record, text = run("--cell", "llama/fp32/greedy", output=tmp_path)
         assert found == status and bool(record["cells"][0]["red"]) == bool(status)
+        assert len(record["cells"][0]["ours"]["timings"]) == (measure.DOUBTFUL if status else 1)
         assert ("llama/fp32/greedy is allowed to be slower: a good reason." in text) == (not status)
 
 
