@@ -156,7 +156,11 @@ def attention_forward(
     Returns:
         Output `[B, S, H, D]`, and None for the weights unless `output_attentions` is set.
     """
-    mask, causal = attention_mask, kwargs.get("is_causal")
+    mask = attention_mask
+    if _is_known_to_suffice(query, key, mask, kwargs):
+        counters.fallbacks[ONE_LAUNCH] += 1
+        return stock_attention(module, query, key, value, None, **kwargs)
+    causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # Not needed where the mask has a layout or is 4-D: then the mask itself says what is visible.
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
@@ -177,9 +181,19 @@ def attention_forward(
             return dense_attention(query, key, value, layout, **options), None
         counters.fallbacks[why] += 1
         _log(why)
+        if why is ONE_LAUNCH and layout is not None:
+            layout.one_launch = (query.shape, key.shape)
     if mask is not None and mask.ndim == 2:
         mask = _dense_mask(mask, query, key, causal, window) if layout is None else layout.dense_mask(query.shape[2])
     return stock_attention(module, query, key, value, mask, **kwargs)
+
+
+def _is_known_to_suffice(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer before, with this mask and these shapes, ran PyTorch's attention in one launch: looking costs as much."""
+    if mask is None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or torch.compiler.is_compiling():
+        return False
+    layout = layout_of(mask)
+    return layout is not None and layout.one_launch == (query.shape, key.shape)
 
 
 def _layout(query: Tensor, key: Tensor, mask: Tensor, causal: bool, window: int | None) -> CausalLayout | None:

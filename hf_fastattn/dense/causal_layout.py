@@ -37,6 +37,7 @@ class CausalLayout:
         kv_length: keys that the tensor has room for (L).
         window: keys a query sees, itself included; None for all.
         launches: those of the first layer of a kind, with their LSE, which further layers repeat; by what must agree.
+        one_launch: shapes of queries and keys for which PyTorch's attention without a mask does all in one launch.
     """
 
     starts: Tensor
@@ -48,6 +49,7 @@ class CausalLayout:
     _plans: dict[tuple[int, int], ReadPlan] = field(default_factory=dict)
     _workspaces: dict[int, Workspace] = field(default_factory=dict)
     launches: dict[tuple[Any, ...], tuple[Launch, Tensor]] = field(default_factory=dict)
+    one_launch: tuple[torch.Size, torch.Size] | None = None
 
     @classmethod
     def unpadded(

@@ -17,7 +17,7 @@ from hf_fastattn.kernels.attention.configs import Tile, prefill_tile, stages_wit
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
-from hf_fastattn.kernels.launch import arch_of, check_pages, dot_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.launch import arch_of, check_pages, matrix_precision, on_device_of, power_of_2
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 
@@ -189,7 +189,7 @@ def paged_prefill(
             STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
             WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
             LISTS=1 if visited is None else visited.counts.shape[1],
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=dot_precision(q.dtype),
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=matrix_precision(q.dtype),
             HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

@@ -68,7 +68,7 @@ def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
         # tanh(x) = 1 - 2 / (1 + exp(2 x)) does not overflow, but near 0 its absolute error is that of rounding 1.
         scores = scores * scale
         capped = 1.0 - 2.0 / (1.0 + tl.math.exp2(scores))
-        if PRECISION == "ieee":
+        if PRECISION != "tf32":
             # Polynomial fit of (tanh(x) / x - 1) / x^2 for |x| < 0.6, with an error below fp32 rounding.
             x = scores * 0.34657359027997264
             x2 = x * x

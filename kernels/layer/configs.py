@@ -112,9 +112,8 @@ def product_tile(
         return found
     if bucket == 1:
         return _vector_tile(itemsize, k, rows, gated)
-    if itemsize == 4:
-        return ProductTile(16 if gated else 32, 32, warps=4, stages=2)
-    return _skinny_tile(bucket, k, rows, gated) if arch >= HOPPER else _ampere_tile(bucket, k, rows, gated)
+    tile = _skinny_tile(bucket, k, rows, gated) if arch >= HOPPER else _ampere_tile(bucket, k, rows, gated)
+    return replace(tile, block_k=tile.block_k // 2, warps=8) if itemsize == 4 else tile
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:

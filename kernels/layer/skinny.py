@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.launch import arch_of, matrix_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens
@@ -46,13 +46,13 @@ def _tokens(pointers, ok, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 def _add_product(acc, lost, w, x, PRECISION: tl.constexpr):
     """`acc + w x`, w rounded to the dtype of x, sums `[BLOCK_N, BLOCK_T]`; `lost` is the rounding error of the sums so far.
 
-    On the CUDA cores one chain of additions as long as K would err more than PyTorch's sum. So only the products of a tile
-    are one chain, and tiles are added with compensation (Kahan, 1965): the compiler would turn a plain sum of tiles back
-    into one chain.
+    In fp32 one chain of additions as long as K would err more than PyTorch's sum. So only the products of a tile are one
+    chain, and tiles are added with compensation (Kahan, 1965): the compiler would turn a plain sum of tiles back into one
+    chain.
     """
     w = w.to(x.dtype)
-    if PRECISION == "ieee":
-        part = tl.dot(w, x, input_precision="ieee") - lost
+    if PRECISION != "tf32":
+        part = tl.dot(w, x, input_precision=PRECISION) - lost
         total = acc + part
         return total, (total - acc) - part
     return tl.dot(w, x, acc), lost
@@ -239,7 +239,7 @@ def skinny_product(
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=dot_precision(x.dtype),
+            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=matrix_precision(x.dtype),
             SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
