@@ -189,7 +189,7 @@ def attention_forward(
 
 
 def _is_known_to_suffice(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer before, with this mask and these shapes, ran PyTorch's attention in one launch: looking costs as much."""
+    """Whether a layer before, with this mask and these shapes, was best served by PyTorch's attention in one launch."""
     if mask is None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or torch.compiler.is_compiling():
         return False
     layout = layout_of(mask)

@@ -57,13 +57,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def matrix_precision(dtype: torch.dtype) -> str:
-    """The same for products of so many rows that the CUDA cores would take longer than memory.
+def matrix_precision(dtype: torch.dtype, rows: int) -> str:
+    """The same for tiles of so many rows; above 16 the CUDA cores would take longer than memory.
 
     fp32 is three products in TF32 on the matrix unit: of what TF32 keeps of both, and of either with the rest of the other
     (Ootomo and Yokota, 2022). PyTorch's own attention in fp32 is computed so; the error is that of fp32.
     """
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    return "tf32x3" if dtype == torch.float32 and rows > 16 else dot_precision(dtype)
 
 
 def why_unsupported(head_dim: int, dtype: torch.dtype) -> str | None:

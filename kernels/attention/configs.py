@@ -36,7 +36,6 @@ class Tile:
 PREFILL: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(128, 32, 8, 3),
     (80, 2, 256): Tile(64, 32, 8, 2),
-    (80, 4, 128): Tile(64, 32, 4, 2),
     (80, 4, 256): Tile(16, 16, 8, 2),
     (90, 2, 128): Tile(128, 64, 8, 5),
     (90, 4, 128): Tile(128, 32, 8, 2),
@@ -62,7 +61,7 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
-    (80, 4, 128): Tile(64, 32, 4, 2),
+    (90, 4, 128): Tile(64, 32, 4, 2),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
 # One program per SM, with dependent launch. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
@@ -84,7 +83,6 @@ FEW_BYTES = 8192
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
-    (80, 4, 128): Tile(64, 32, 4, 2),
     (80, 4, 256): Tile(16, 16, 8, 2),
 }
 # For few rows, where latency counts, and more than 16 packed query rows.

@@ -37,7 +37,6 @@ from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import (
     arch_of,
     check_pages,
-    dot_precision,
     matrix_precision,
     on_device_of,
     overlaps_launches,
@@ -330,7 +329,7 @@ def decode_launch(
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m,
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype) if block_m == 16 else matrix_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
+            PRECISION=matrix_precision(q.dtype, block_m), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip

@@ -189,7 +189,7 @@ def paged_prefill(
             STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
             WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
             LISTS=1 if visited is None else visited.counts.shape[1],
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, PRECISION=matrix_precision(q.dtype),
-            HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=matrix_precision(q.dtype, tile.block_m), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
         )  # fmt: skip
     return out, lse

@@ -1,8 +1,8 @@
 """Tiles of the matrix-vector and skinny products, as data, and where cuBLAS is as quick.
 
-All were measured on an H200, with 16-bit weights of Llama-3-8B's shapes, read from memory (not from the L2 cache). The rules
-generalise the best of them: one token needs full vector loads of long rows; more tokens need exactly as many programs as
-the GPU runs at once. `MEASURED` holds the exceptions to the rules. Nothing is tuned at run time.
+All were measured on an H200, with weights of Llama-3-8B's shapes (in fp32 those of a 0.6B model too), read from memory (not
+from the L2 cache). The rules generalise the best of them: one token needs full vector loads of long rows; more tokens need
+exactly as many programs as the GPU runs at once. `MEASURED` holds the exceptions to the rules. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ SKINNY: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (32, True): ((ProductTile(64, 128, 4, 2), 2),),
     (64, True): ((ProductTile(64, 64, 4, 3), 2),),
 }
+# The same for fp32 weights and x, each product three in TF32: a thread holds both parts of what it multiplies.
+SKINNY_FP32: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
+    (64, False): ((ProductTile(64, 64, 4, 3), 2),),
+    (16, True): ((ProductTile(64, 64, 4, 3), 2),),
+    (64, True): ((ProductTile(64, 32, 4, 4), 2),),
+}
 # Multiprocessors (SMs) of an H100 or H200.
 PROCESSORS = 132
 MOST_SPLITS = 8
@@ -62,7 +68,8 @@ FEWEST_STEPS = 4
 MANY_ROWS = 6144
 # Above this many columns a row takes many steps, and programs of fewer warps are quicker.
 LONG_ROWS = 8192
-# Above this many tokens cuBLAS is as quick for some shapes; other GPUs and fp32 were not measured there.
+# Above this many tokens cuBLAS is as quick for some shapes in 16 bits (in fp32 it is not, computing on the CUDA cores);
+# other GPUs were not measured there.
 FEW_TOKENS = 16
 
 
@@ -81,8 +88,10 @@ def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weigh
     """
     if tokens <= FEW_TOKENS:
         return True
-    if tokens > MOST_TOKENS or itemsize != 2 or arch != HOPPER:
+    if tokens > MOST_TOKENS or arch != HOPPER:
         return False
+    if itemsize == 4:
+        return True
     # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse.
     return adapted or weights > 1 or k >= 2 * rows
 
@@ -112,8 +121,10 @@ def product_tile(
         return found
     if bucket == 1:
         return _vector_tile(itemsize, k, rows, gated)
-    tile = _skinny_tile(bucket, k, rows, gated) if arch >= HOPPER else _ampere_tile(bucket, k, rows, gated)
-    return replace(tile, block_k=tile.block_k // 2, warps=8) if itemsize == 4 else tile
+    if arch >= HOPPER:
+        return _skinny_tile(bucket, k, rows, gated, SKINNY if itemsize == 2 else SKINNY_FP32)
+    tile = _ampere_tile(bucket, k, rows, gated)
+    return replace(tile, block_k=tile.block_k // 2) if itemsize == 4 else tile
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:
@@ -137,8 +148,10 @@ def _wastes_little(k: int, block: int) -> bool:
     return 8 * k >= 7 * block * -(-k // block)
 
 
-def _skinny_tile(bucket: int, k: int, rows: int, gated: bool) -> ProductTile:
-    candidates = next(held for (most, kind), held in SKINNY.items() if bucket <= most and kind == gated)
+def _skinny_tile(
+    bucket: int, k: int, rows: int, gated: bool, table: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]]
+) -> ProductTile:
+    candidates = next(held for (most, kind), held in table.items() if bucket <= most and kind == gated)
     best, best_fill = candidates[0][0], 0.0
     for tile, programs in candidates:
         tiles = -(-rows // (tile.block_n * (2 if gated else 1)))

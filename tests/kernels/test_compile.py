@@ -53,7 +53,7 @@ def test_compiles(compiled: Callable[[str, str], list[Resources]], name: str, ta
         assert used.spilled_bytes <= case.spilled, used
         assert used.programs_per_processor >= case.programs, used
         assert not (case.overlapped and used.serialised), used
-        assert not (case.exact and used.uses_tf32), "fp32 products in TF32: pass input_precision='ieee'"
+        assert not (case.exact and used.uses_tf32), "fp32 products in TF32: pass an input_precision"
 
 
 def jit_functions() -> dict[str, JITFunction]:
