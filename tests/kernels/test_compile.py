@@ -36,7 +36,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], li
 
 
 def chosen() -> Iterator[tuple[str, str]]:
-    """Every case for sm_90; for each other target one case of the same kernels and precision, all with FASTATTN_TARGETS=all."""
+    """Every case for sm_90; for each other target one of the same kernels and precision, all with FASTATTN_TARGETS=all."""
     for name, case in CASES.items():
         for target in case.targets:
             if target == "sm_90" or ALL_TARGETS or name == representative(case, target):
