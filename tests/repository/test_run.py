@@ -37,7 +37,9 @@ def test_one_line_for_both_runs(folder: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().out.splitlines()[-1].startswith("passed 2, skipped 1 (1: no such device), in ")
 
 
-def test_a_failure_in_either_run_fails_both(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (folder / "test_bad.py").write_text("import pytest\n\n@pytest.mark.interpreter\ndef test_bad(): assert False\n")
-    assert run.main(["-n0", str(folder)]) == 1
-    assert capfd.readouterr().out.splitlines()[-1].startswith("failed 1, passed 2, skipped 1")
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_failure_in_either_run_fails_both(failing: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    test = f"import os\n\ndef test_bad(): assert os.environ['TRITON_INTERPRET'] != '{failing}'\n"
+    (tmp_path / "test_bad.py").write_text(test)
+    assert run.main(["-n0", str(tmp_path)]) == 1
+    assert capfd.readouterr().out.splitlines()[-1].startswith("failed 1, passed 1, in ")
