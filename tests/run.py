@@ -1,4 +1,4 @@
-"""Runs the tests twice and closes with one line: as usual, then those that need Triton's interpreter.
+"""Runs the tests and closes with one line: as usual, then those that need Triton's interpreter, if there are any.
 
 A process with TRITON_INTERPRET=1 cannot compile kernels, so there have to be two. Arguments go to both pytest runs.
 """
@@ -36,19 +36,21 @@ def workers(arguments: list[str]) -> list[str]:
     return ["-n", str(min(cores, MOST_WORKERS))]
 
 
-def count(report: Path) -> tuple[Counter[str], Counter[str]]:
-    """How many tests passed, failed, were skipped; and how many were skipped for which reason."""
-    outcomes, reasons = Counter[str](), Counter[str]()
+def count(report: Path) -> tuple[Counter[str], Counter[str], int]:
+    """How many tests passed, failed, were skipped; how many were skipped for which reason; how many the other run has."""
+    outcomes, reasons, left = Counter[str](), Counter[str](), 0
     for case in ElementTree.parse(report).iter("testcase"):
         skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             outcomes["failed"] += 1
         elif skipped is None:
             outcomes["passed"] += 1
-        elif not skipped.get("message", "").startswith(RUN_BY_THE_OTHER):
+        elif skipped.get("message", "").startswith(RUN_BY_THE_OTHER):
+            left += 1
+        else:
             outcomes["skipped"] += 1
             reasons[skipped.get("message", "")] += 1
-    return outcomes, reasons
+    return outcomes, reasons, left
 
 
 def main(arguments: list[str]) -> int:
@@ -59,8 +61,11 @@ def main(arguments: list[str]) -> int:
             report = Path(folder, f"{interpret}.xml")
             statuses.append(run(arguments, interpret, report))
             if report.exists():
-                for total, part in zip((outcomes, reasons), count(report), strict=True):
+                *counted, left = count(report)
+                for total, part in zip((outcomes, reasons), counted, strict=True):
                     total.update(part)
+                if not left:
+                    break
     parts = [f"{outcome} {outcomes[outcome]}" for outcome in ("failed", "passed", "skipped") if outcomes[outcome]]
     if reasons:
         parts[-1] += f" ({', '.join(f'{number}: {reason}' for reason, number in reasons.items())})"

@@ -6,8 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import DynamicCache
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
+from tests.tools.fresh import fresh
 from tests.tools.models import CORE, WINDOW, assert_fast, padded_batch, pair, single, tiny
 
 
@@ -85,10 +84,9 @@ def test_a_pickled_cache_is_loaded_without_the_model(family: str, tmp_path: Path
         f"import torch; cache = torch.load({str(file)!r}, weights_only=False); print(cache.get_seq_length(), "
         f"[tuple(layer.keys.shape) for layer in cache.layers]); torch.save(cache, {str(file)!r})"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert said.stdout.startswith("37 "), said.stderr
+    length, shapes = fresh(code).split(" ", 1)
     theirs = prefilled(stock, single(), DynamicCache(config=stock.config))
-    assert said.stdout.split(" ", 1)[1].strip() == str([tuple(layer.keys.shape) for layer in theirs.layers])
+    assert length == "37" and shapes == str([tuple(layer.keys.shape) for layer in theirs.layers])
     _, more = prompt_and_more(1)
     loaded = torch.load(file, weights_only=False)
     assert torch.equal(run(model, more, 12, **{CACHE: loaded}), run(stock, more, 12, **{CACHE: theirs}))

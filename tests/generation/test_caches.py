@@ -64,8 +64,7 @@ def chat(model: Any, cache: Any, rows: int, **kwargs: Any) -> list[torch.Tensor]
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLING, {"prefill_chunk_size": 5}])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize(("family", "rows"), [*((family, 3) for family in CORE), ("qwen2_window", 1)])
 def test_chat_over_a_paged_cache(family: str, rows: int, options: dict[str, Any]) -> None:
     stock, model = pair(family)
     if "prefill_chunk_size" in options and OLD:

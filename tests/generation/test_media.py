@@ -22,7 +22,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, batch: dict[str, torch.Tensor], call: str = "greedy", **options: Any) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(**batch, max_new_tokens=24, **{**CALLS[call], **options})
+    return model.generate(**batch, max_new_tokens=12, **{**CALLS[call], **options})
 
 
 def work(family: str, call: str, batch: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_prompts(family: str, device: str) -> None:
     stock, model = both(family, device)
     captured = not any(part in family for part in NOT_CAPTURED)
     # The first call makes the pages, the second is the first of its shape that can be captured.
-    for number, seed in enumerate((1, 2, 3, 4)):
+    for number, seed in enumerate((1, 2, 3)):
         batch = padded_batch(3, 37, seed)
         assert torch.equal(run(model, **batch), run(stock, **batch))
         assert_fast(model)

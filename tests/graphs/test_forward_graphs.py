@@ -59,19 +59,26 @@ def graphs(model: Any) -> ForwardGraphs:
     return model._fastattn.runtime.graphs
 
 
+# One of each kind of cache and layer; rows that move do so below what sets other families apart.
+SEVERAL_ROWS = (*CORE, "mistral_window", "qwen3_moe", "qwen3_next", "qwen2_5_vl")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_stock(family: str) -> None:
     stock, model = pair_with_graphs(family)
-    for kwargs in ({}, {"num_beams": 3}, {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}):
-        assert torch.equal(run(model, **kwargs), run(stock, **kwargs)), kwargs
+    calls: list[dict[str, Any]] = [{}]
+    if family in SEVERAL_ROWS:
+        calls += [{"num_beams": 3}, {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}]
+    for kwargs in calls:
+        assert torch.equal(run(model, 24, **kwargs), run(stock, 24, **kwargs)), kwargs
         call = assert_fast(model, real_tokens(padded_batch()))
         reason = next((reason for part, reason in LAYER_BY_LAYER.items() if part in family), None)
         if reason is not None:
-            assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == NEW - 1
+            assert call.graphs_replayed == 0 and sum(call.uncaptured.values()) == 23
             assert all(reason in given for given in call.uncaptured)
         else:
             # The prompt, the first step of this shape, and then replays.
-            assert (call.graphs_replayed, call.uncaptured) == (NEW - 2, {})
+            assert (call.graphs_replayed, call.uncaptured) == (22, {})
             assert 1 <= call.graphs_captured <= 3
 
 
@@ -329,10 +336,10 @@ def test_masks_are_read_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in CORE:
         stock, model = pair_with_graphs(family)
         for kwargs in ({}, {"num_beams": 3}):
-            want = run(stock, **kwargs)
+            want = run(stock, 16, **kwargs)
             with monkeypatch.context() as patch:
                 patch.setattr(torch.Tensor, "to", to)
-                ours = run(model, **kwargs)
+                ours = run(model, 16, **kwargs)
             assert torch.equal(ours, want)
             # That of the prompt, and with rows that share one the first that is as wide as the batch.
             assert len(read) <= 2, read

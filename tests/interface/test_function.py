@@ -65,11 +65,11 @@ def test_keys_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("queries", [1, 100])
 def test_one_binary_serves_all_lengths(queries: int) -> None:
     pytest.importorskip("triton")
-    from tests.tools.fake_driver import fake_driver
+    from tests.tools.fake_driver import counting_driver
     from tests.tools.targets import TARGETS
 
     q = torch.zeros(2, 8, queries, 64, dtype=torch.bfloat16)
-    with fake_driver(TARGETS["sm_90"]) as fake:
+    with counting_driver(TARGETS["sm_90"]) as fake:
         for length in (100, 101, 112, 1024):
             k = torch.zeros(2, 2, length, 64, dtype=torch.bfloat16)
             layout = CausalLayout.unpadded(2, length, q.device)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_fastattn.interface import counters
 from tests.interface.tiny import NEW, assert_ours, build, tokens
+from tests.tools.fresh import fresh
 from tests.tools.models import VOCAB, padded_batch
 
 
@@ -35,7 +34,7 @@ assert hf_fastattn.register() is None and hf_fastattn.register() is None
 model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
 assert model.config._attn_implementation == "fastattn"
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+    assert fresh(script) == ""
 
 
 def test_every_way_to_ask_for_it(tmp_path: Path) -> None:

@@ -365,5 +365,6 @@ def compile_case(name: str, target_name: str) -> list[Resources]:
     """What the kernels of one case take; runs in a worker process."""
     target = TARGETS[target_name]
     with fake_driver(target) as fake:
-        CASES[name].launch()
-        return [resources(kernel, target) for kernel in fake.compiled()]
+        case = CASES[name]
+        case.launch()
+        return [resources(kernel, target, remarks=case.overlapped) for kernel in fake.compiled()]

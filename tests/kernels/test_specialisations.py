@@ -7,7 +7,7 @@ import pytest
 from tests.kernels import compile_cases
 from tests.kernels.sweep import MOST_SPECIALISATIONS
 from tests.kernels.test_compile import jit_functions
-from tests.tools.fake_driver import fake_driver
+from tests.tools.fake_driver import counting_driver
 from tests.tools.targets import TARGETS
 
 # Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, of the splits, and of 9 shapes with LoRA.
@@ -67,7 +67,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("launches", LAUNCHES.values(), ids=LAUNCHES)
 def test_one_binary_serves_all(launches):
-    with fake_driver(TARGETS["sm_90"]) as fake:
+    with counting_driver(TARGETS["sm_90"]) as fake:
         for launch in launches:
             launch()
         assert len(fake.compiled()) == len(fake.launched)
@@ -75,7 +75,7 @@ def test_one_binary_serves_all(launches):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_token_choice_is_compiled_once(greedy):
-    with fake_driver(TARGETS["sm_90"]) as fake:
+    with counting_driver(TARGETS["sm_90"]) as fake:
         for rows in (1, 3, 16):
             compile_cases.chosen(rows=rows, greedy=greedy)
         assert len(fake.compiled()) == 2

@@ -91,13 +91,14 @@ def test_samples_of_several_prompts(
 ) -> None:
     stock, model = both(family, device, {"page_size": page_size})
     for kwargs in ({}, {"eos_token_id": ENDS}):
-        asked = {**SAMPLES, "num_return_sequences": 5, **kwargs}
-        assert torch.equal(run(model, **asked), run(stock, **asked))
+        asked = {"new": 20, **SAMPLES, "num_return_sequences": 5, **kwargs}
+        want = run(stock, **asked)
+        assert torch.equal(run(model, **asked), want)
         # With pages of 16 the shortest prompt has none to share.
         assert {(kind.rows, kind.sharers, kind.groups) for kind in kinds} == {(16, 8, 16)}
     reads.clear()
-    assert torch.equal(run(model), run(stock)) and not reads and not assert_looped(model).pages_shared
-    assert torch.equal(run(model, **asked), run(stock, **asked))
+    assert torch.equal(run(model, 20), run(stock, 20)) and not reads and not assert_looped(model).pages_shared
+    assert torch.equal(run(model, **asked), want)
     if device == "cpu":
         assert_read_once(model, device, FULL_LAYERS[family], reads)
 

@@ -52,7 +52,7 @@ NORMED = ("qwen3", "qwen3_next")
 
 
 def generate(model: Any) -> torch.Tensor:
-    return model.generate(**padded_batch(), max_new_tokens=40, do_sample=False)
+    return model.generate(**padded_batch(), max_new_tokens=20, do_sample=False)
 
 
 def assert_same(stock: Any, model: Any) -> None:
@@ -91,7 +91,7 @@ def test_the_fast_loop_takes_it(family: str) -> None:
     with reexecuted_loop():
         model = patch_with_graphs(tiny(family))
         for call in ({}, {"eos_token_id": list(range(3, 128, 9)), "repetition_penalty": 1.2}):
-            options = {**padded_batch(), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **call}
+            options = {**padded_batch(), "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **call}
             assert torch.equal(model.generate(**options), stock.generate(**options))
             assert assert_fast(model, real_tokens(padded_batch())).fast_loops == 1
 

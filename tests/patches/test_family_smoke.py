@@ -10,6 +10,8 @@ import torch
 import hf_fastattn
 from tests.tools.models import FAMILIES, assert_fast, padded_batch, pair, real_tokens
 
+# A window read one key too short or too long shows after 16 of them in every family.
+NEW = 20
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 2},
@@ -19,7 +21,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 def generate(model: Any, batch: dict[str, torch.Tensor], call: str) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(**batch, max_new_tokens=32, **CALLS[call])
+    return model.generate(**batch, max_new_tokens=NEW, **CALLS[call])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,6 +32,6 @@ def test_family(family: str) -> None:
         expected = generate(stock, batch, call)
         assert torch.equal(generate(model, batch, call), expected), call
         counters = assert_fast(model, real_tokens(batch), shared=call != "greedy")
-        assert counters.forwards == 32
+        assert counters.forwards == NEW
     hf_fastattn.unpatch(model)
     assert torch.equal(generate(model, batch, call), expected)

@@ -23,7 +23,7 @@ def generate(model: Any, samples: int = 1) -> torch.Tensor:
     if samples > 1:
         options = {"do_sample": True, "temperature": 1.5, "top_k": 0}
         return model.generate(**single(), max_new_tokens=24, num_return_sequences=samples, **options)
-    return model.generate(**padded_batch(), max_new_tokens=64, do_sample=False)
+    return model.generate(**padded_batch(), max_new_tokens=32, do_sample=False)
 
 
 def pages_swapped_between_rows(plan: ReadPlan) -> ReadPlan:

@@ -18,8 +18,8 @@ import hf_fastattn
 from hf_fastattn import cli
 from hf_fastattn.eval import models
 from hf_fastattn.eval.arguments import COMMANDS
+from tests.tools.fresh import ROOT, fresh
 
-ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
 GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "experts")}
 NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
@@ -35,13 +35,6 @@ WRONG = [
     (["eval", "parity", "--data", "nofile.jsonl"], "argument --data: there is no file 'nofile.jsonl'", ""),
     (["bench", "generate", "--pairs", "0"], "argument --pairs: must be at least 1, got 0", ""),
 ]
-
-
-def fresh(code: str) -> str:
-    """What `code` prints in an interpreter of its own, in the repository's root."""
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -134,7 +127,8 @@ for words in {answered!r}:
         cli.main(words)
 print(*sorted({{"torch", "transformers", "numpy", "triton"}} & sys.modules.keys()))
 """
-    assert fresh(code) == ""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.strip() == "", shown
 
 
 def test_help_takes_no_time() -> None:

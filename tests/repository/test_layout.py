@@ -5,23 +5,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hf_fastattn.patches.registry import FAMILIES
+from tests.tools.fresh import ROOT, fresh
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "patches", "eval")
 # Run as a script, a file's folder comes first on the path: these names would hide what the file itself imports.
 USED_ELSEWHERE = {"kernels", "patches", "eval", "evaluate", "triton", "datasets", "lm_eval", "flashinfer", "vllm"}
-
-
-def run_python(code: str) -> str:
-    """Runs `code` in a fresh interpreter started in the repository root; returns what it printed."""
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -68,7 +60,7 @@ def test_the_readme_names_every_family() -> None:
 
 
 def test_transformers_imports_from_the_root() -> None:
-    assert run_python("from transformers import LlamaForCausalLM; print(LlamaForCausalLM.__name__)") == "LlamaForCausalLM"
+    assert fresh("from transformers import LlamaForCausalLM; print(LlamaForCausalLM.__name__)") == "LlamaForCausalLM"
 
 
 def test_import_has_no_side_effects() -> None:
@@ -95,10 +87,11 @@ assert {name for name in sys.modules if name.split(".")[0] == "triton"} == trito
 assert not torch.cuda.is_initialized()
 print("clean")
 """
-    assert run_python(code) == "clean"
+    assert fresh(code) == "clean"
 
 
 def test_import_does_not_need_triton() -> None:
     # Transformers itself loads Triton through torch._dynamo, so what is tested is that we do not: an import fails here.
     code = "import sys; sys.modules['triton'] = None; import hf_fastattn; print(callable(hf_fastattn.patch))"
-    assert run_python(code) == "True"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "True", shown.stderr

@@ -37,7 +37,25 @@ def test_one_line_for_both_runs(folder: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().out.splitlines()[-1].startswith("passed 2, skipped 1 (1: no such device), in ")
 
 
-def test_a_failure_in_either_run_fails_both(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (folder / "test_bad.py").write_text("import pytest\n\n@pytest.mark.interpreter\ndef test_bad(): assert False\n")
-    assert run.main(["-n0", str(folder)]) == 1
-    assert capfd.readouterr().out.splitlines()[-1].startswith("failed 1, passed 2, skipped 1")
+BAD = """
+import os
+import pytest
+
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "{failing}", reason="{reason}")
+def test_bad(): assert False
+
+def test_good(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason", "line"),
+    [("0", "", "failed 1, passed 1, in "), ("1", f"{run.RUN_BY_THE_OTHER} and more", "failed 1, passed 2, in ")],
+)
+def test_a_failure_in_either_run_fails_both(
+    failing: str, reason: str, line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second run is made where the first has left something to it."""
+    (tmp_path / "test_bad.py").write_text(BAD.format(failing=failing, reason=reason))
+    assert run.main(["-n0", str(tmp_path)]) == 1
+    assert capfd.readouterr().out.splitlines()[-1].startswith(line)

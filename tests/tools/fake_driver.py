@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
+import triton
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
@@ -24,6 +26,19 @@ def fake_driver(target: Target) -> Iterator[FakeDriver]:
     finally:
         driver.set_active(previous)
         fake.forget()
+
+
+@contextmanager
+def counting_driver(target: Target) -> Iterator[FakeDriver]:
+    """A fake driver for which nothing is compiled: `compiled()` gives as many things as it would give kernels."""
+    with fake_driver(target) as fake:
+
+        def noted(source: Any, **kwargs: Any) -> MagicMock:
+            fake.launched.add(source.fn)
+            return MagicMock()
+
+        with patch.object(triton.compiler, "compile", noted):
+            yield fake
 
 
 class FakeDriver(DriverBase):

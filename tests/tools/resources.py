@@ -26,7 +26,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Resources:
     """Of one specialisation of `kernel` compiled for `target`.
 
-    `serialised` are the assembler's remarks on asynchronous products that it makes wait for each other.
+    `serialised` are the assembler's remarks on asynchronous products that it makes wait for each other, if asked for.
     """
 
     kernel: str
@@ -45,8 +45,8 @@ class Resources:
         return min(65_536 // registers, self.target.processor_memory // (self.shared_memory + RESERVED))
 
 
-def resources(compiled: CompiledKernel, target: Target) -> Resources:
-    """Reads the binary; no driver is needed."""
+def resources(compiled: CompiledKernel, target: Target, remarks: bool = False) -> Resources:
+    """Reads the binary; no driver is needed. For the `remarks` of the assembler it is assembled once more."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
@@ -54,7 +54,7 @@ def resources(compiled: CompiledKernel, target: Target) -> Resources:
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         # A spill needs a stack frame, and most kernels have none.
         spilled = _spilled(compiled, target, binary) if int(stack) else 0
-        serialised = _remarks(compiled, target, Path(folder)) if "wgmma" in compiled.asm["ptx"] else ()
+        serialised = _remarks(compiled, target, Path(folder)) if remarks and "wgmma" in compiled.asm["ptx"] else ()
     return Resources(
         kernel=compiled.src.fn.__name__,
         target=target,

@@ -12,6 +12,7 @@ from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.workspace import Workspace
 from tests.kernels.cases import Batch, assert_attention, make_batch
 from tests.kernels.sweep import SHAPES, SHORT, batches, length, shapes
+from tests.tools.combinations import in_turn, pairwise
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -29,11 +30,14 @@ def check(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(
-    ("ratio", "dim", "page"), [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)]
+    ("shape", "dtype"),
+    in_turn(
+        [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)], [BF16, FP16, FP32]
+    ),
 )
-def test_shapes(dtype, ratio, dim, page):
+def test_shapes(shape, dtype):
+    ratio, dim, page = shape
     options = {"ratio": ratio, "dim": dim, "page": page, "dtype": dtype}
     check(make_batch([1, 1, 1], [0, 63, 100], scattered=True, **options))
     check(make_batch([1], [page], groups=1, **options))
@@ -48,8 +52,7 @@ def test_window(window, softcap):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize(("softcap", "factor"), [(5.0, 1.0), (50.0, 1.0), (50.0, 30.0)])
+@pytest.mark.parametrize(("dtype", "softcap", "factor"), [(BF16, 5.0, 1.0), (FP16, 50.0, 1.0), (FP32, 50.0, 30.0)])
 def test_softcap(dtype, softcap, factor):
     check(make_batch([1, 1, 1], [20, 63, 130], page=16, groups=1, dim=64, dtype=dtype, factor=factor), softcap=softcap)
 
@@ -91,9 +94,9 @@ def test_extreme_scores():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("processors", [1, 2, 4, 7, 11])
-@pytest.mark.parametrize("counts", [[1] * 8, [3, 1, 1, 0, 2, 9, 1, 1]], ids=["decode", "appends"])
+@pytest.mark.parametrize(
+    ("processors", "counts", "window"), pairwise([1, 2, 4, 7, 11], [[1] * 8, [3, 1, 1, 0, 2, 9, 1, 1]], [None, 100])
+)
 def test_long_rows_between_short_ones(counts, processors, window):
     """Every item counts for more than its keys in the list, so that ranges begin and end anywhere, also past its keys."""
     lengths = [1, 700, 0, 5, 64, 330, 2, 65]
@@ -106,9 +109,9 @@ def test_long_rows_between_short_ones(counts, processors, window):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("processors", [1, 2, 3])
-@pytest.mark.parametrize("counts", [[1] * 6, [2, 1, 9, 1, 0, 5]], ids=["decode", "appends"])
+@pytest.mark.parametrize(
+    ("processors", "counts", "window"), pairwise([1, 2, 3], [[1] * 6, [2, 1, 9, 1, 0, 5]], [None, 100])
+)
 def test_whole_rows_of_about_one_length(counts, processors, window):
     """With 6 rows of 2 kv heads on 3 multiprocessors, each of 6 programs takes two whole items."""
     lengths = [300, 257, 319, 280, 260, 311]

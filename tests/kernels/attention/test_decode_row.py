@@ -10,14 +10,16 @@ from hf_fastattn.kernels.attention.workspace import Workspace
 from tests.kernels.attention.test_decode import BF16, FP16, check
 from tests.kernels.cases import make_batch
 from tests.kernels.sweep import SHAPES, batches, length, shapes
+from tests.tools.combinations import in_turn
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    ("ratio", "dim", "page"), [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)]
+    ("shape", "dtype"),
+    in_turn([(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)], [BF16, FP16]),
 )
-def test_shapes(dtype, ratio, dim, page):
+def test_shapes(shape, dtype):
+    ratio, dim, page = shape
     for keys in (-1, 0, 15, 63, 200):
         check(make_batch([1], [keys], ratio=ratio, dim=dim, page=page, dtype=dtype, groups=2, scattered=True))
 

@@ -8,6 +8,7 @@ import torch
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from tests.kernels.cases import Batch, assert_attention, make_batch
 from tests.kernels.sweep import LONGEST, SHAPES, SHORT, batches, length, shapes
+from tests.tools.combinations import in_turn
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -22,11 +23,14 @@ def check(batch: Batch, *, window: int | None = None, softcap: float | None = No
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(
-    ("ratio", "dim", "page"), [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)]
+    ("shape", "dtype"),
+    in_turn(
+        [(1, 64, 16), (2, 16, 32), (4, 128, 16), (5, 80, 16), (7, 96, 64), (8, 64, 16), (16, 256, 32)], [BF16, FP16, FP32]
+    ),
 )
-def test_shapes(dtype, ratio, dim, page):
+def test_shapes(shape, dtype):
+    ratio, dim, page = shape
     options = {"ratio": ratio, "dim": dim, "page": page, "dtype": dtype, "scattered": True, "groups": 1}
     check(make_batch([7, 1, 0, 5], [0, 63, 5, 30], **options))
     check(make_batch([33, 9], [1, 40], **options))
@@ -46,8 +50,7 @@ def test_window(window, softcap):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize(("softcap", "factor"), [(5.0, 1.0), (50.0, 1.0), (50.0, 30.0)])
+@pytest.mark.parametrize(("dtype", "softcap", "factor"), [(BF16, 5.0, 1.0), (FP16, 50.0, 1.0), (FP32, 50.0, 30.0)])
 def test_softcap(dtype, softcap, factor):
     check(make_batch([5, 1, 40], [100, 64, 3], page=16, groups=1, dim=64, dtype=dtype, factor=factor), softcap=softcap)
 

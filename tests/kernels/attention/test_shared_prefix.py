@@ -70,9 +70,10 @@ def check(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize(("ratio", "dim", "page"), [(1, 64, 16), (4, 128, 16), (7, 96, 32)])
-def test_shapes(dtype, ratio, dim, page):
+@pytest.mark.parametrize(
+    ("ratio", "dim", "page", "dtype"), [(1, 64, 16, BF16), (4, 128, 16, FP32), (7, 96, 32, FP16), (4, 128, 16, BF16)]
+)
+def test_shapes(ratio, dim, page, dtype):
     options = {"ratio": ratio, "dim": dim, "page": page, "dtype": dtype}
     check([(2 * page, [3, 20, 1]), (page, [5])], **options)
     check([(5 * page, [70])], groups=1, **options)
@@ -104,8 +105,9 @@ def test_order_of_work():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("rows", [1, 5, 17, 40])
+@pytest.mark.parametrize(
+    ("rows", "order"), [*((17, order) for order in ORDERS), *zip((1, 5, 40), ORDERS, strict=True)]
+)
 def test_query_blocks(rows, order, monkeypatch):
     """More rows than a tile holds, with heads that do not divide it; and all ways of dividing the work."""
     monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
@@ -120,9 +122,8 @@ def test_prefixes_and_suffixes_in_many_parts(order, monkeypatch):
     monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
     # Prefixes of more and of less than twice the cost of the suffixes.
-    for groups in ([(400, [130])], [(160, [20, 300]), (48, [90])]):
-        check(groups, page=16, dim=32, dtype=BF16)
-        check(groups, groups=1, page=16, dim=32, dtype=BF16)
+    check([(400, [130])], groups=1, page=16, dim=32, dtype=BF16)
+    check([(160, [20, 300]), (48, [90])], groups=2, page=16, dim=32, dtype=BF16)
 
 
 @pytest.mark.interpreter

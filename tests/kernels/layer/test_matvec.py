@@ -15,6 +15,7 @@ from hf_fastattn.kernels.layer.configs import BUCKETS, HOPPER, MEASURED, Product
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
+from tests.tools.combinations import pairwise
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKENS = (1, 2, 3, 8, 16)
@@ -76,9 +77,7 @@ def _to(tree: Any, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("tokens", [1, 3, 20])
-@pytest.mark.parametrize("kind", ["bias", "residual", "gated"])
+@pytest.mark.parametrize(("dtype", "tokens", "kind"), pairwise([BF16, FP16], [1, 3, 20], ["bias", "residual", "gated"]))
 def test_weights_of_autocast(dtype, tokens, kind):
     """fp32 weights are rounded to the dtype of x, and an fp32 residual stays one."""
     counts = {"bias": (33, 64, 70), "residual": (70,), "gated": (48, 48)}[kind]
@@ -98,10 +97,12 @@ def test_a_wide_residual(tokens):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(("k", "counts"), [(64, (16,)), (896, (64, 8, 8)), (1000, (33, 1)), (8, (5, 63, 2))])
-def test_shapes(dtype, tokens, k, counts):
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "shape"),
+    pairwise([BF16, FP16, FP32], TOKENS, [(64, (16,)), (896, (64, 8, 8)), (1000, (33, 1)), (8, (5, 63, 2))]),
+)
+def test_shapes(dtype, tokens, shape):
+    k, counts = shape
     check(tokens, k, counts, dtype, bias=len(counts) > 1)
 
 

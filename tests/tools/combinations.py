@@ -1,0 +1,29 @@
+"""Fewer cases than the product of several lists of values, where no fault is expected to need three of them at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Of all combinations as many as it takes for every two values of two axes to come together."""
+    everything = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    left = {pair for chosen in everything for pair in _pairs(chosen)}
+    kept = []
+    while left:
+        best = max(everything, key=lambda chosen: len(left & _pairs(chosen)))
+        left -= _pairs(best)
+        kept.append(best)
+    return [tuple(axis[place] for axis, place in zip(axes, chosen, strict=True)) for chosen in sorted(kept)]
+
+
+def in_turn(longest: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Every value of the longest axis once, each with the next value of the others."""
+    assert all(len(other) <= len(longest) for other in others)
+    return list(zip(longest, *(itertools.islice(itertools.cycle(other), len(longest)) for other in others), strict=True))
+
+
+def _pairs(chosen: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+    return set(itertools.combinations(enumerate(chosen), 2))
