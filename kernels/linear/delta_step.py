@@ -20,12 +20,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_reference import NORM_EPS
+from hf_fastattn.kernels.linear.delta_sizes import why_not_sizes
 from hf_fastattn.kernels.quick_launch import launch
 
 # Elements of a state that a warp holds.
 ELEMENTS_PER_WARP = 2048
 MOST_WARPS = 8
-MAX_DIM = 256
 
 
 @triton.jit
@@ -121,11 +121,9 @@ def delta_step_kernel(
 
 def why_not_delta(x: DeltaInputs, weights: DeltaWeights) -> str | None:
     """Why the kernels cannot take a layer; None if they can."""
-    dims, kernel = (x.q.shape[-1], x.v.shape[-1]), weights.conv.shape[1]
-    if any(dim != power_of_2(dim) or dim > MAX_DIM for dim in dims):
-        return f"head dimensions {dims} (the kernels take powers of two up to {MAX_DIM})"
-    if kernel < 2:
-        return f"a convolution of {kernel} tokens (the kernels take two and more)"
+    reason = why_not_sizes(x.q.shape[-1], x.v.shape[-1], weights.conv.shape[1])
+    if reason is not None:
+        return reason
     if x.v.dtype not in DTYPES or any(part.dtype is not x.v.dtype for part in (*x, weights.conv)):
         return f"projections of {[part.dtype for part in x]} and a convolution in {weights.conv.dtype}"
     if any(part.stride(-1) != 1 for part in (x.q, x.k, x.v, x.z)):
