@@ -13,6 +13,8 @@ class RecurrentLayer(LinearAttentionLayer):
 
     is_compileable = False
     record_past: bool
+    device: Any
+    dtype: Any
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Keep `recurrent_states` as the state `state_idx`, and return it."""

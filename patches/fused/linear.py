@@ -91,11 +91,12 @@ def _stepped(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache
     held = cache.layer_states(index) if states is None else None
     if states is None and held is None:
         return _prefilled(x, weights, products, cache, index)
-    if states is None:
+    if held is not None:
         conv, recurrent = held
         slots = _numbers(len(conv), conv.device)
         # The states before stay as they are until the forward has succeeded.
         states = StepStates(conv, recurrent, slots, torch.empty_like(conv), torch.empty_like(recurrent), slots)
+    assert states is not None
     if isinstance(products, PlainProducts):
         out = delta_reference.delta_step(x, weights, states)
     else:
