@@ -76,8 +76,10 @@ class Runtime:
         recurrent = any(map(is_recurrent, template_layers(model_config)))
         reason = "a linear attention keeps a state" if recurrent else None
         stocks_draws = config.sampling == "transformers"
-        recording = (config.cuda_graphs, reason, stocks_draws, why_not_experts, self.variants)
-        self.graphs, self.loop_graphs = ForwardGraphs(*recording), LoopGraphs(*recording)
+        recording = (stocks_draws, why_not_experts, self.variants)
+        # The states of a cache's rows have no place of their own but in the device's loop.
+        self.graphs = ForwardGraphs(config.cuda_graphs, reason, *recording)
+        self.loop_graphs = LoopGraphs(config.cuda_graphs, None, *recording)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None

@@ -29,6 +29,14 @@ class MixtureNames:
 
 
 @dataclass(frozen=True)
+class DeltaNames:
+    """Class names of a Gated DeltaNet, `linear_attn` of a layer: of the module, and of the gated RMSNorm in it."""
+
+    module: str
+    norm: str
+
+
+@dataclass(frozen=True)
 class LayerNames:
     """Class names in a decoder layer that is Llama's: norm, attention, residual, norm, gated MLP, residual.
 
@@ -41,6 +49,7 @@ class LayerNames:
         mlp: of the MLP; "" if it is no gated one, and so is called.
         unit_offset: the norms multiply by `1 + weight`.
         mixture: of a mixture of experts that some layers have for an MLP.
+        delta: of a Gated DeltaNet that some layers have for an attention.
     """
 
     layer: str
@@ -48,6 +57,7 @@ class LayerNames:
     mlp: str
     unit_offset: bool = False
     mixture: MixtureNames | None = None
+    delta: DeltaNames | None = None
 
 
 def like_llama(prefix: str) -> LayerNames:
@@ -60,6 +70,12 @@ def with_experts(prefix: str, rounds_weights: bool, dense: bool = True) -> Layer
     names = MixtureNames(f"{prefix}SparseMoeBlock", f"{prefix}TopKRouter", f"{prefix}Experts", rounds_weights)
     layers = like_llama(prefix)
     return replace(layers, mlp=layers.mlp if dense else "", mixture=names)
+
+
+def with_delta(layers: LayerNames, prefix: str) -> LayerNames:
+    """The same, with norms that multiply by `1 + weight`, and a Gated DeltaNet in some layers."""
+    names = DeltaNames(f"{prefix}GatedDeltaNet", f"{prefix}RMSNormGated")
+    return replace(layers, unit_offset=True, delta=names)
 
 
 @dataclass(frozen=True)
@@ -76,8 +92,8 @@ class Family:
         layers: class names in its decoder layers, if they are known to be Llama's but for the attention; else they are
             called, not fused.
         blocks: class names in decoder layers that are called, if their mixtures of experts run on our kernels all the same.
-        causal_lm: class whose `forward`, given text alone, is the decoder and `lm_head` and nothing else, if there is one:
-            the device's loop runs these.
+        causal_lm: classes whose `forward`, given text alone, is the decoder and `lm_head` and nothing else: the device's
+            loop runs these.
         qk_norm: class name of the RMSNorm on each head of q and k (`q_norm`, `k_norm`) before RoPE, if there is one.
         unit_offset: that norm multiplies by `1 + weight`.
         projection_norm: `q_norm` and `k_norm` are over all heads at once; they are called.
@@ -85,7 +101,8 @@ class Family:
         output_gate: `q_proj` yields a query and a gate a head; the output is multiplied by `sigmoid(gate)`.
         query_scale: `(config, position_ids [.., S]) -> [.., S]`, a factor on each query after RoPE, if there is one.
         axes: positions are on three axes, which are the same for text; a fourth one in front of them is for masks.
-        linear_attention: some layers keep a recurrent state, which padding must pass by: the padded layout is kept.
+        linear_attention: some layers keep a recurrent state, which padding must pass by: where they are called, the padded
+            layout is kept.
     """
 
     model_type: str
@@ -93,7 +110,7 @@ class Family:
     attention: str
     layers: LayerNames | None = None
     blocks: LayerNames | None = None
-    causal_lm: str | None = None
+    causal_lm: str | tuple[str, ...] = ()
     qk_norm: str | None = None
     unit_offset: bool = False
     projection_norm: bool = False

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_fastattn.eval.generate_speed.cases import Case
 from hf_fastattn.eval.generate_speed.experts import expected_experts, experts_of
-from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
+from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, key_shape, layer_window, template_layers
 
 # What a module of experts holds of all of them.
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -46,7 +46,20 @@ def key_value_bytes(model: Any, case: Case, new: int) -> float:
     return tokens * 2 * groups * dim * model.dtype.itemsize
 
 
+def state_bytes(model: Any, rows: float) -> float:
+    """Bytes that a step of `rows` rows reads and writes of the states of linear-attention layers, which are in fp32."""
+    text = model.config.get_text_config(decoder=True)
+    layers = sum(map(is_recurrent, template_layers(model.config)))
+    if not layers:
+        return 0.0
+    state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    return 2 * rows * layers * state * 4
+
+
 def step_limit(model: Any, case: Case, new: int, read: float, distinct: float | None = None) -> float:
-    """Seconds of a step that does nothing but read, at `read` bytes a second; `distinct` experts a layer, if counted."""
+    """Seconds of a step that does nothing but read, at `read` bytes a second, and write the states of linear attention.
+
+    `distinct`: experts a layer that the tokens chose, if they were counted.
+    """
     live = sum(case.steps(new)) / new
-    return (weight_bytes(model, live, distinct) + key_value_bytes(model, case, new)) / read
+    return (weight_bytes(model, live, distinct) + key_value_bytes(model, case, new) + state_bytes(model, live)) / read

@@ -18,6 +18,7 @@ from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import RecurrentLayer
+from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.own_pages import own_pages
@@ -101,6 +102,8 @@ class CacheState(Cache):
     _loose: bool
     # What layers read and write instead of the forward under way.
     _using: Batch | None
+    # Where those steps have the states of linear-attention layers, if not in the layers.
+    _row_states: RowStates | None
     # The rows have got pages ahead since the prompt, or since there are more of them.
     _reserved_ahead: bool
     # Memory was short: no page is made before it is needed.
@@ -150,6 +153,7 @@ class CacheState(Cache):
         return {
             "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
             "_replaced": {}, "_created_rows": False, "_loose": False, "_using": None,
+            "_row_states": None,
         }  # fmt: skip
 
     def _fit_tables(self, keep_states: bool = False) -> None:
@@ -202,8 +206,9 @@ class CacheState(Cache):
         return self._paged
 
     @property
-    def _recurrent(self) -> list[RecurrentLayer]:
-        return [self.layers[place] for place in self._recurrent_places]
+    def recurrent_layers(self) -> dict[int, RecurrentLayer]:
+        """The layers with the state of a linear attention, by index."""
+        return {place: self.layers[place] for place in self._recurrent_places}
 
     @property
     def batch_size(self) -> int:

@@ -15,6 +15,8 @@ from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.forward_batch import forward_batch
 from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.cache.row_states import RowStates
+from hf_fastattn.kernels.linear.delta_parts import StepStates
 from hf_fastattn.pages.page_pool import CacheFullError
 from hf_fastattn.transformers_version import CACHE
 
@@ -35,7 +37,14 @@ class ForwardCache(DenseCache):
             self.rollback()
 
     @in_turn
-    def begin(self, batch_size: int, query_length: int, new: Tensor | None = None, dense: bool = False) -> Batch:
+    def begin(
+        self,
+        batch_size: int,
+        query_length: int,
+        new: Tensor | None = None,
+        dense: bool = False,
+        in_place: bool = True,
+    ) -> Batch:
         """Reserve pages for a forward; `commit()` or `rollback()` must follow.
 
         Args:
@@ -43,6 +52,7 @@ class ForwardCache(DenseCache):
             query_length: columns of the forward, padding included (S).
             new: `[B, S]` bool, the columns that hold a token; all of them by default.
             dense: the layers will call `update()` instead of reading pages.
+            in_place: linear-attention layers may write to their states in place.
 
         Raises:
             ValueError: the cache holds another number of rows.
@@ -62,7 +72,7 @@ class ForwardCache(DenseCache):
                 _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
                 _new_stored=new, _query_length=query_length, _snapshots=[], _using=None,
             )  # fmt: skip
-            self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+            self._snapshots = [(layer, layer.snapshot(in_place)) for layer in self.recurrent_layers.values()]
             if self._created_rows:
                 for table in self.tables.values():
                     table.add_rows(batch_size)
@@ -98,13 +108,33 @@ class ForwardCache(DenseCache):
                 group.grow_storage()
 
     @contextmanager
-    def using(self, batch: Batch) -> Iterator[None]:
-        """Layers read and write by `batch`: instead of that of the forward under way, or with none under way."""
-        before, self._using = self._using, batch
+    def using(self, batch: Batch, states: RowStates | None = None) -> Iterator[None]:
+        """Layers read and write by `batch`: instead of that of the forward under way, or with none under way.
+
+        `states` are those of linear-attention layers, for steps that do not keep them in the layers.
+        """
+        before = {"_using": self._using, "_row_states": self._row_states}
+        self.__dict__.update(_using=batch, _row_states=states)
         try:
             yield
         finally:
-            self._using = before
+            self.__dict__.update(before)
+
+    def step_states(self, index: int) -> StepStates | None:
+        """Where a step under way has the states of a layer, if they are in slots."""
+        batch = self._using
+        if self._row_states is None or batch is None:
+            return None
+        return self._row_states.of(index, batch.rows, batch.on(self._row_states.device).seq_lens)
+
+    def layer_states(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Inputs of the convolution `[B, C, K]` and state `[B, HV, DK, DV]` of a layer; None before the first forward."""
+        states: tuple[Tensor, Tensor] | None = self.layers[index].states
+        return states
+
+    def keep_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None:
+        """The forward under way leaves a layer with these; a rollback brings back those before."""
+        self.layers[index].keep(conv, recurrent)
 
     @in_turn
     def commit(self, release: bool = True, **more: Any) -> None:
@@ -205,7 +235,7 @@ class ForwardCache(DenseCache):
             changes["_stored"] = stored[list(rows)]
             if not torch.equal(stored, changes["_stored"]):
                 changes["known_mask"] = KnownMask()
-        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+        self._snapshots = [(layer, layer.snapshot(False)) for layer in self.recurrent_layers.values()]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
                 layer.reorder_cache(torch.tensor(rows, device="cpu"))

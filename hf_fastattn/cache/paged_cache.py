@@ -178,7 +178,7 @@ class PagedCache(ForwardCache):
             if removed:
                 changes.update(self._cropped(self._columns + removed), _loose=True)
                 self._check_croppable(changes["lengths"])
-        self._snapshots = [(layer, layer.snapshot()) for layer in self._recurrent]
+        self._snapshots = [(layer, layer.snapshot()) for layer in self.recurrent_layers.values()]
         for layer in self.layers:
             if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(removed)
@@ -199,7 +199,7 @@ class PagedCache(ForwardCache):
         return {"lengths": lengths, "_columns": keep, "_stored": stored[:, :keep], "hidden": hidden}
 
     def _check_croppable(self, lengths: list[int]) -> None:
-        if self._recurrent and not self.record_past:
+        if self._recurrent_places and not self.record_past:
             raise RuntimeError(
                 "crop() was called on a cache with linear-attention layers, whose states hold no past; prefill again, "
                 "or call activate_past_recording() on the cache first"

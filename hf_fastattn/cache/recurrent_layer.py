@@ -13,6 +13,8 @@ class RecurrentLayer(LinearAttentionLayer):
 
     is_compileable = False
     record_past: bool
+    device: Any
+    dtype: Any
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Keep `recurrent_states` as the state `state_idx`, and return it."""
@@ -20,15 +22,36 @@ class RecurrentLayer(LinearAttentionLayer):
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
 
+    @property
+    def states(self) -> tuple[Tensor, Tensor] | None:
+        """`[B, C, K]` last inputs of the convolution and `[B, HV, DK, DV]` state; None before the first forward."""
+        conv, recurrent = self.conv_states[0], self.recurrent_states[0]
+        return None if conv is None or recurrent is None else (conv, recurrent)
+
+    def keep(self, conv: Tensor, recurrent: Tensor) -> None:
+        """Hold these states, in the place of those before."""
+        if self.device is None:
+            self.dtype, self.device = conv.dtype, conv.device
+        self.conv_states[0], self.recurrent_states[0] = conv, recurrent
+        self.conv_kernel_size[0] = conv.shape[-1]
+        for flags in (self.is_conv_states_initialized, self.is_recurrent_states_initialized, self.has_previous_state):
+            flags[0] = True
+
     def reset(self) -> None:
         """Forget the states, and with them for how many rows they were."""
         record_past = self.record_past
         super().__init__(self.number_of_states)
         self.record_past = record_past
 
-    def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs to put the layer back: references, since what is written in place is copied here."""
+    def snapshot(self, in_place: bool = True) -> dict[str, Any]:
+        """What `restore` needs to put the layer back: references, since what is written in place is copied here.
+
+        Args:
+            in_place: Transformers' own forward may follow.
+        """
         held = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        if not in_place:
+            return held
         # The convolution's last inputs, a few a channel, are the one state that a forward shifts in place.
         for index, state in self.conv_states.items():
             self.conv_states[index] = None if state is None else state.clone()

@@ -19,7 +19,7 @@ from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason
+from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
@@ -104,6 +104,9 @@ def start(
     logits = outputs.logits[:, -1]
     # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
     reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache, by_row=True)
+    if reason is None and cache.recurrent_layers:
+        # Transformers' own layers would look for their states in the cache.
+        reason = why_not_walked(model._fastattn.decoder(model), {"input_ids": input_ids})
     rows = runtime.loop_graphs.adapter_names if request.max_new > 1 else None
     if rows is not None and reason is None:
         reason = _why_not_by_row(model, rows, input_ids.shape[0])

@@ -38,6 +38,8 @@ class BeamLoop(DecodeLoop):
     The others are those of `DecodeLoop`; `input_ids [N * M, S]` has the M beams of a prompt side by side.
     """
 
+    _moves = True
+
     def __init__(
         self,
         model: Any,
@@ -97,6 +99,8 @@ class BeamLoop(DecodeLoop):
         if tensors.seen is not None:
             tensors.seen[:rows].copy_(tensors.seen[:rows].index_select(0, beams.parents))
         page_size = self._cache.groups.page_size
+        if self._states is not None:
+            self._states.follow(beams.parents)
         fork(state.fork_tensors(beams, self._places.pages, page_size))
         advance(tensors, page_size)
         return beams.packed

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
@@ -52,6 +53,9 @@ class DecodeLoop:
         adapters: of the rows, if they have different ones.
     """
 
+    # Rows go on as others.
+    _moves = False
+
     def __init__(
         self,
         model: Any,
@@ -80,7 +84,7 @@ class DecodeLoop:
         # For each row on the device, its number in the call.
         self._numbers = list(range(rows))
         self._used = bucket_of(rows)
-        self._launched = 0
+        self._launched, self._is_launching = 0, False
         # Tokens a row that are in the cache's lengths: those of steps that were read back.
         self._appended = 0
         self._reserved = 0
@@ -105,6 +109,8 @@ class DecodeLoop:
         self._prefixes = PrefixGroups() if alone else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
+        self._private, self._depth = private, DEPTH
+        self._states = self._row_states()
 
     def run(self, logits: Tensor) -> Tensor:
         """Generate.
@@ -125,9 +131,9 @@ class DecodeLoop:
             self._counters.fast_loops += 1
             self._readback.send(packed, self._numbers)
             while not self._rows.done:
-                if self._launched < self._most and len(self._readback) <= DEPTH:
+                if self._launched < self._most and len(self._readback) <= self._depth:
                     self._launch()
-                waits = len(self._readback) > DEPTH or self._launched == self._most
+                waits = len(self._readback) > self._depth or self._launched == self._most
                 arrived = self._readback.receive(waits)
                 while arrived is not None and not self._rows.done:
                     self._take(arrived)
@@ -140,6 +146,15 @@ class DecodeLoop:
     def steps(self) -> int:
         """Steps whose tokens were read, and so belong to the call."""
         return self._rows.steps
+
+    def _row_states(self) -> RowStates | None:
+        """The states of linear-attention layers, if there are any, in slots that steps read and write."""
+        if not self._cache.recurrent_layers or self._most == 1:
+            return None
+        if not self._private and (self._request.ends or self._request.stop_strings):
+            # A state cannot be cut back to an earlier token: no step may run after the last one.
+            self._depth = 0
+        return self._graphs.row_states_for(self._cache, self._used, self._moves)
 
     # ---- the device's part ------------------------------------------------------------------------------------
 
@@ -154,9 +169,9 @@ class DecodeLoop:
         # A step also computes the slot of the token that it chooses.
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
-        key = self._key
+        key, self._is_launching = self._key, True
         packed = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
-        self._launched += 1
+        self._launched, self._is_launching = self._launched + 1, False
         self._readback.send(packed, self._numbers)
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
@@ -165,7 +180,7 @@ class DecodeLoop:
             groups, decoder = cache.groups, self._decoder
             assert workspace is not None
             batch = state.batch(key, groups.backend, groups.batch_invariant, workspace)
-            with cache.using(batch):
+            with cache.using(batch, self._states):
                 arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, cache, **arguments).last_hidden_state
             batch.forget_tables()
@@ -218,6 +233,8 @@ class DecodeLoop:
     def _compact(self, kept: list[int], used: int) -> None:
         """Go on with the rows `kept`, in a step of `used` rows."""
         self._state.keep(kept, used)
+        if self._states is not None:
+            self._states.keep(kept, used)
         self._numbers = [self._numbers[index] for index in kept]
         self._cache.keep_rows(kept)
         self._used = used
@@ -255,11 +272,23 @@ class DecodeLoop:
     def _close(self) -> None:
         """The cache is as it is after the steps that were read, whatever else is under way."""
         self._readback.clear()
-        self._cache.trim()
         taken, counters = self._rows.steps, self._counters
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)
+        if self._states is not None and not self._private:
+            self._give_states_back(extra)
+        self._cache.trim()
         counters.forwards += max(taken - 1, 0)
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
+
+    def _give_states_back(self, extra: int) -> None:
+        """The cache holds the states again, and if the call was interrupted also the `extra` tokens that these know of."""
+        assert self._states is not None
+        if self._is_launching:
+            # Some layers know of a token that others do not.
+            self._cache.reset()
+            return
+        self._cache.grow_by(extra)
+        self._states.store(self._cache.recurrent_layers, self._cache.lengths)
 
 
 def _prefix_groups(cache: PagedCache) -> PrefixGroups:

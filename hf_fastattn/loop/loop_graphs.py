@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.autocast import autocast_as, forward_dtype, why_not_forward
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
@@ -68,6 +69,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None
         self.readback: Readback | None = None
+        self.row_states: RowStates | None = None
         self.copies: WeightCopies | None = None
         self._stacks: dict[Names, Refreshed | None] = {}
 
@@ -75,7 +77,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         """Forget all steps and their memory."""
         super().drop()
         self._failed.clear()
-        self.state = self.readback = self.copies = None
+        self.state = self.readback = self.copies = self.row_states = None
         self._stacks = {}
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
@@ -115,7 +117,8 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         if self.state is None:
             return super().nbytes
         copies = 0 if self.copies is None else self.copies.nbytes
-        return super().nbytes + copies + held_bytes((self.state, self._stacks), self.state.device)
+        held = (self.state, self._stacks, self.row_states)
+        return super().nbytes + copies + held_bytes(held, self.state.device)
 
     def copies_for(
         self,
@@ -165,10 +168,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
 
         size = (device, rows, columns, cache.tables, vocabulary)
         if self.state is None or not self.state.fits(*size):
-            before, copies, stacks = self.state, self.copies, self._stacks
+            before, copies, stacks, row_states = self.state, self.copies, self._stacks, self.row_states
             self.drop()
-            # The call under way has just made them.
-            self.copies, self._stacks = copies, stacks
+            # The call under way has just made the copies and the stacks.
+            self.copies, self._stacks, self.row_states = copies, stacks, row_states
             if before is not None:
                 # At least as large as before, so that calls of two sizes do not replace each other's tensors.
                 size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
@@ -177,6 +180,22 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         # The last steps of the call before may be under way on another stream.
         self.wait()
         return self.state
+
+    def row_states_for(self, cache: PagedCache, rows: int, moves: bool) -> RowStates:
+        """Slots for the states that the layers of a cache hold, taken out of it, for steps of up to `rows` rows.
+
+        Args:
+            moves: rows go on as others.
+        """
+        layers, slots = cache.recurrent_layers, 2 * rows if moves else rows
+        if self.row_states is None or not self.row_states.fits(layers, slots):
+            count = 0 if self.row_states is None else self.row_states.count
+            # What graphs read, and the memory of it, goes before there is more.
+            self._entries.clear()
+            self.row_states = None
+            self.row_states = RowStates(layers, max(slots, count))
+        self.row_states.load(layers, cache.lengths, moves)
+        return self.row_states
 
     def has(self, key: GraphKey, storage_version: int) -> bool:
         """Whether the step is captured already."""
@@ -206,7 +225,13 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         assert self.state is not None
         self._entries.pop(key, None)
         step = self.new_forward(self.state.device)
-        restore = self.state.snapshot(key.beams)
+        restore_state = self.state.snapshot(key.beams)
+        restore_rows = None if self.row_states is None else self.row_states.hold_back()
+
+        def restore() -> None:
+            restore_state()
+            if restore_rows is not None:
+                restore_rows()
 
         def recorded() -> Tensor:
             # What a graph computes must be ordinary tensors, whatever mode the caller is in.

@@ -70,7 +70,9 @@ def loop_request(
     """
     config = generation_config
     name = model._fastattn_base.__name__
-    if name != model._fastattn.family.causal_lm or not model._fastattn_base.__module__.startswith("transformers."):
+    known = model._fastattn.family.causal_lm
+    known = (known,) if isinstance(known, str) else known
+    if name not in known or not model._fastattn_base.__module__.startswith("transformers."):
         return f"a {name} may do more than its decoder and lm_head"
     for kind in _classes_around_decoder(model):
         if not origin_of(kind.forward).startswith(EQUIVALENT):

@@ -20,7 +20,7 @@ from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused
+from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -204,23 +204,26 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         cache.hold_dense()
         state.runtime.count_fallback(reason)
         return call_original(self, cache, **arguments, **kwargs)
+    # Where its linear attention is called, a row's state must not meet another row's: the layout stays padded.
+    keeps = reason is None and state.family.linear_attention and _keeps_layout(self, {**arguments, **kwargs}, cache, visible)
     try:
-        batch = cache.begin(rows, columns, new, dense=reason is not None)
+        called = keeps or reason is not None
+        batch = cache.begin(rows, columns, new, dense=reason is not None, in_place=called)
         padding = None if new is None or reason is not None else Padding(new, tokens.device)
         outputs = None
-        is_step, is_linear = columns == 1 and new is None, state.family.linear_attention
-        if reason is None and not is_step and not is_linear:
+        is_step = columns == 1 and new is None
+        if reason is None and not is_step and not keeps:
             arguments = _packed_arguments(arguments, padding, past, rows, columns)
-        if reason is None and (is_step or not is_linear):
+        if reason is None and (is_step or not keeps):
             outputs = _replayed(self, state, arguments, cache, kwargs)
         if outputs is None:
-            if reason is None and is_linear:
-                # The recurrent state of a row must not meet another row's: padding stays, the attention layers skip it.
+            if keeps:
+                # Padding stays, the attention layers skip it.
                 cache.padding, padding = padding, None
                 arguments = _padded_arguments(arguments, cache.padding, columns)
             elif reason is None and is_step:
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
-            forward = functools.partial(fused_forward, adapters=adapters) if reason is None else call_original
+            forward = functools.partial(fused_forward, adapters=adapters, called=keeps) if reason is None else call_original
             outputs = forward(self, cache, **arguments, **kwargs)
     except BaseException:
         cache.rollback()
@@ -230,6 +233,14 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         cache.known_mask.remember(mask, past + columns)
     state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
     return outputs if padding is None else padding.restore_outputs(outputs)
+
+
+def _keeps_layout(decoder: Any, arguments: dict[str, Any], cache: PagedCache, visible: Tensor | None) -> bool:
+    """Whether a forward of a model with linear-attention layers has to be one of padded rows, in its own layers."""
+    # What pads before a row's first token change is nothing; behind it Transformers forgets for each of them.
+    holes = visible is not None and bool((visible[:, 1:] < visible[:, :-1]).any())
+    past = any(layer.record_past for layer in cache.recurrent_layers.values())
+    return holes or past or why_not_walked(decoder, arguments) is not None
 
 
 def _replayed(

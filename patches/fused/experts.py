@@ -26,6 +26,7 @@ from hf_fastattn.patches.modules.plain_modules import (
     layers_of,
     linear_parameters,
 )
+from hf_fastattn.patches.modules.product_layers import runs_our_forward
 
 MIXTURE = "a mixture of experts chooses what it computes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -71,7 +72,12 @@ def held_experts(block: Any, names: LayerNames, device: torch.device, dtype: tor
         names: of the classes in the layer.
     """
     kinds = names.mixture
-    return held_in(block, kinds, device, dtype) if kinds is not None and is_plain(block, kinds.block, device) else None
+    return held_in(block, kinds, device, dtype) if kinds is not None and _is_plain_block(block, kinds, device) else None
+
+
+def _is_plain_block(block: Any, kinds: MixtureNames, device: torch.device) -> bool:
+    """Whether calling the block runs its class's forward, or ours in its place, and nothing before or after it."""
+    return is_plain(block, kinds.block, device) or runs_our_forward(block, device)
 
 
 def held_in(block: Any, kinds: MixtureNames, device: torch.device, dtype: torch.dtype) -> HeldExperts | None:
@@ -133,7 +139,7 @@ def runs_batched(block: Any, names: LayerNames, device: torch.device) -> bool:
     The latter launches the same kernels whatever experts are chosen, and waits for nothing.
     """
     kinds = names.mixture
-    if kinds is None or not is_plain(block, kinds.block, device) or (block.training and getattr(block, "jitter_noise", 0)):
+    if kinds is None or not _is_plain_block(block, kinds, device) or (block.training and getattr(block, "jitter_noise", 0)):
         return False
     router, experts = block._modules.get("gate"), block._modules.get("experts")
     if router is None or experts is None or not is_plain_layer(router, kinds.router, device):

@@ -18,8 +18,10 @@ from hf_fastattn.kernels.backends import choose_backend, gluon_experts
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
 from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.expert_blocks import blocks_with
-from hf_fastattn.patches.fused.layers import AnyProducts, walk
+from hf_fastattn.patches.fused.layers import walk
+from hf_fastattn.patches.fused.linear import why_not_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import call_original
@@ -41,6 +43,7 @@ def fused_forward(
     cache: PagedCache,
     copies: WeightCopies | None = None,
     adapters: TokenAdapters | None = None,
+    called: bool = False,
     **arguments: Any,
 ) -> Any:
     """The decoder's forward over pages: fused if `fused_reason` has none against it, else the original.
@@ -50,12 +53,13 @@ def fused_forward(
         cache: with a paged batch under way.
         copies: of weights that autocast would cast, if there are any.
         adapters: of the tokens, if they have more than the layers' single ones; only where `why_not_fused` has no reason.
+        called: the layers are to be called, whether or not they could be fused.
         arguments: of the original forward, packed.
 
     Returns:
         What the original returns.
     """
-    if cache.paged_batch is None or (_why_not_walked(decoder) or _why_not_these(decoder, arguments)) is not None:
+    if called or cache.paged_batch is None or why_not_walked(decoder, arguments) is not None:
         with cache_kept(decoder), _blocks(decoder, cache, arguments):
             return call_original(decoder, cache, **arguments)
     hidden = walk(
@@ -145,7 +149,19 @@ def _why_not_walked(decoder: Any) -> str | None:
     for layer in layers_of(decoder):
         if not is_plain_layer(layer, names.layer, device):
             return f"a {type(layer).__name__} was replaced or has hooks"
+        linear = layer._modules.get("linear_attn")
+        if linear is not None:
+            reason = (
+                "a linear attention" if names.delta is None else why_not_delta(linear, names.delta, device, decoder.dtype)
+            )
+            if reason is not None:
+                return reason
     return None
+
+
+def why_not_walked(decoder: Any, arguments: dict[str, Any]) -> str | None:
+    """Why a paged forward with these arguments calls the layers of a patched decoder; None if we walk through them."""
+    return _why_not_walked(decoder) or _why_not_these(decoder, arguments)
 
 
 def _asked_for(decoder: Any) -> str | None:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.attention.forward import attend_projected
+from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
+from hf_fastattn.patches.fused.linear import add_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
-from hf_fastattn.patches.modules.product_layers import is_plain_attention
+from hf_fastattn.patches.modules.product_layers import runs_our_forward
 from hf_fastattn.transformers_version import CACHE
-
-if TYPE_CHECKING:
-    # It imports Triton.
-    from hf_fastattn.patches.fused.products import Products
-
-AnyProducts: TypeAlias = "Products | PlainProducts"
 
 
 def walk(
@@ -84,8 +80,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
+    if "linear_attn" in modules:
+        return add_delta(modules["linear_attn"], modules["input_layernorm"], x, delta, products, cache)
     module, norm = modules["self_attn"], modules["input_layernorm"]
-    if not is_plain_attention(module, x.device):
+    if not runs_our_forward(module, x.device):
         normed, x = products.norm(norm, x, delta)
 
         def attend(states: Tensor) -> Any:

@@ -59,6 +59,10 @@ class PlainProducts:
         normed, x = self.norm(norm, x, delta)
         return tuple(self._linear(linear, normed) for linear in linears), x
 
+    def multiply(self, linears: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """The products of `x: [T, K]` with several weights, `[T, N_i]` each."""
+        return tuple(self._linear(linear, x) for linear in linears)
+
     def gated(
         self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,10 @@ class Products:
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
 
+    def multiply(self, linears: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """The products of `x: [T, K]`, in the dtype of a product, with several weights, `[T, N_i]` each."""
+        return self._multiply(linears, self._parameters(linears, x), x)
+
     def gated(
         self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from hf_fastattn.patches.modules.plain_modules import has_no_foreign_hooks, is_p
 from hf_fastattn.wrappers import runs_class_forward
 
 OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+OF_DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 OF_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -28,8 +29,11 @@ def product_layers(decoder: Any, device: torch.device, lm_head: nn.Module | None
     state: ModuleState = vars(decoder)[STATE]
     assert state.family.layers is not None
     for layer in layers_of(decoder):
-        attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
-        if is_plain_attention(attention, device):
+        attention, mlp = layer._modules.get("self_attn"), layer._modules["mlp"]
+        if attention is None:
+            linear = layer._modules["linear_attn"]._modules
+            yield from (linear[name] for name in OF_DELTA if name in linear)
+        elif runs_our_forward(attention, device):
             yield from (attention._modules[name] for name in OF_ATTENTION)
         if is_plain(mlp, state.family.layers.mlp, device):
             yield from (mlp._modules[name] for name in OF_MLP)
@@ -37,7 +41,7 @@ def product_layers(decoder: Any, device: torch.device, lm_head: nn.Module | None
         yield written_module(lm_head)
 
 
-def is_plain_attention(module: Any, device: torch.device) -> bool:
+def runs_our_forward(module: Any, device: torch.device) -> bool:
     """Whether calling the module runs our forward, and nothing before or after it."""
     ours = STATE in vars(module) and is_our_forward(type(module).forward)
     return ours and runs_class_forward(module, device) and has_no_foreign_hooks(module)

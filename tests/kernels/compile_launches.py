@@ -22,6 +22,8 @@ from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
+from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
+from hf_fastattn.kernels.linear.delta_step import delta_step
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.continuations import continuations
 from hf_fastattn.kernels.sampling.draw import sample_tokens
@@ -257,3 +259,30 @@ def continued(vocab: int, dtype: torch.dtype) -> object:
 
 def tiles(rows: int) -> object:
     return work_list(torch.arange(rows + 1, dtype=torch.int32), rows, slots=8, packed=4, block_m=128)
+
+
+def delta_layer(
+    heads: int, shared: int, dim: int, tokens: int, dtype: torch.dtype, *, interleaved: bool = False
+) -> tuple[DeltaInputs, DeltaWeights]:
+    """What the projections of a Gated DeltaNet layer give, interleaved by key heads or not, and its weights."""
+    b, a = torch.zeros(2, tokens, heads, shared, dtype=dtype)
+    keys, values = heads * dim, heads * shared * dim
+    if interleaved:
+        qkvz = torch.zeros(tokens, heads, (2 + 2 * shared) * dim, dtype=dtype)
+        q, k, v, z = qkvz.split((dim, dim, shared * dim, shared * dim), 2)
+    else:
+        q, k, v = torch.zeros(tokens, 2 * keys + values, dtype=dtype).split((keys, keys, values), 1)
+        q, k, v = q.unflatten(1, (heads, dim)), k.unflatten(1, (heads, dim)), v.unflatten(1, (heads, shared * dim))
+        z = torch.zeros(tokens, heads, shared * dim, dtype=dtype)
+    x = DeltaInputs(q, k, v.unflatten(2, (shared, dim)), z.unflatten(2, (shared, dim)), b, a)
+    each = torch.zeros(heads * shared, dtype=dtype)
+    return x, DeltaWeights(torch.zeros(2 * keys + values, 4, dtype=dtype), each, each, torch.ones(dim, dtype=dtype), 1e-6)
+
+
+def delta(heads: int = 16, shared: int = 2, dtype: torch.dtype = BF16, *, tokens: int = 1, moves: bool = False) -> object:
+    """A decode step of Gated DeltaNet, in place unless its states move."""
+    x, weights = delta_layer(heads, shared, 128, tokens, dtype, interleaved=moves)
+    conv = torch.zeros(tokens, weights.conv.shape[0], 4, dtype=dtype)
+    recurrent, slots = torch.zeros(tokens, heads * shared, 128, 128), torch.zeros(tokens, dtype=torch.int32)
+    out = (conv.clone(), recurrent.clone(), slots, None) if moves else (conv, recurrent, slots, slots)
+    return delta_step(x, weights, StepStates(conv, recurrent, slots, *out))

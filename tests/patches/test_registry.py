@@ -25,8 +25,10 @@ def test_the_classes_of_a_family_exist(family: Family) -> None:
     # A model type may have no classes of its own.
     modeling = importlib.import_module(name if importlib.util.find_spec(name) else MODEL_MAPPING[config].__module__)
     layers = family.layers
-    named = [family.decoder, family.attention, family.causal_lm, family.qk_norm]
+    causal_lm = (family.causal_lm,) if isinstance(family.causal_lm, str) else family.causal_lm
+    named = [family.decoder, family.attention, *causal_lm, family.qk_norm]
     named += [] if layers is None else [layers.layer, layers.norm, layers.mlp]
+    named += [] if layers is None or layers.delta is None else [layers.delta.module, layers.delta.norm]
     assert not [name for name in named if name and not hasattr(modeling, name)]
 
 

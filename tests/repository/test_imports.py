@@ -27,6 +27,7 @@ FLOORS = {
         "experts",
         "variants",
         "attention",
+        "linear",
         "sampling",
         "backends",
         "ops",
