@@ -211,6 +211,16 @@ class ForwardCache(DenseCache):
                 layer.reorder_cache(torch.tensor(rows, device="cpu"))
         self.exchange_tables(new, changes)
 
+    @property
+    def shares_pages(self) -> bool:
+        """Whether neighbouring rows are known to share pages."""
+        return any(table.shares_pages for table in self.tables.values())
+
+    def regroup(self) -> None:
+        """Look anew at which neighbouring rows share pages, and so can be read together."""
+        for table in self.tables.values():
+            table.regroup()
+
     @in_turn
     def trim(self) -> None:
         """Release the pages beyond the rows' tokens."""

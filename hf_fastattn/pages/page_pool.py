@@ -7,7 +7,7 @@ preferred, so that a backend can read a sequence as one strided view instead of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class CacheFullError(RuntimeError):
@@ -31,6 +31,8 @@ class PagePool:
         self.max_pages = max_pages
         # Set while a table changes pages and rows. If an exception leaves it set, `recount` corrects the counts.
         self.unsettled = False
+        # Called with how many pages the limit leaves too few: lets go of pages that somebody holds for later.
+        self.reclaim: Callable[[int], None] | None = None
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
         self._in_use = 0
@@ -115,6 +117,8 @@ class PagePool:
 
     def ensure(self, free: int) -> None:
         """Grow, within the limit, until at least `free` pages are free; by no page more."""
+        if self.max_pages is not None and self._in_use + free > self.max_pages and self.reclaim is not None:
+            self.reclaim(self._in_use + free - self.max_pages)
         wanted = self._in_use + free
         extra = (wanted if self.max_pages is None else min(wanted, self.max_pages)) - self.capacity
         if extra > 0:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.reach import BEHIND
+from hf_fastattn.pages.shared_runs import shared_runs
 from hf_fastattn.pages.table_mirror import TableMirror
 
 Params = ParamSpec("Params")
@@ -222,6 +223,26 @@ class PageTable:
     def held(self) -> int:
         """Entries of the rows that are pages."""
         return sum(page >= 0 for pages in self.rows for page in pages)
+
+    @_noted
+    def hold(self, rows: Sequence[Sequence[int]]) -> None:
+        """An empty table takes these rows of pages, which others hold too."""
+        held = [list(pages) for pages in rows]
+        mirror = TableMirror()
+        mirror.add_rows(len(held))
+        for pages in held:
+            self.pool.fork(page for page in pages if page >= 0)
+        self._publish(held, shared_runs(held), mirror)
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether neighbouring rows are known to share pages."""
+        return any(columns for _, columns in self._origin)
+
+    def regroup(self) -> None:
+        """Look anew at which neighbouring rows share pages."""
+        if self.window is None:
+            self._origin = shared_runs(self.rows)
 
     @_noted
     def fork_into(self, other: PageTable, lengths: Sequence[int]) -> None:
