@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_fastattn.kernels.variants.trace import VariantError
     from hf_fastattn.kernels.variants.variant import Variant
     from hf_fastattn.layer_variants import StockAttentionError
+    from hf_fastattn.memory import release_memory
     from hf_fastattn.pages.page_pool import CacheFullError, PagePool
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
@@ -37,6 +38,7 @@ __all__ = [
     "patch",
     "patched",
     "register",
+    "release_memory",
     "report",
     "unpatch",
     "warm_up",
@@ -55,6 +57,7 @@ _DEFINED_IN = {
     "patch": "hf_fastattn.patching",
     "patched": "hf_fastattn.patching",
     "register": "hf_fastattn.interface",
+    "release_memory": "hf_fastattn.memory",
     "report": "hf_fastattn.report",
     "unpatch": "hf_fastattn.patching",
     "warm_up": "hf_fastattn.warming",

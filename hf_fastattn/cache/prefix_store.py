@@ -28,7 +28,7 @@ class PrefixStore:
         self.groups, self._limited = groups, limited
         group = groups.group(None)
         self.index = PrefixIndex(group.pool, groups.page_size)
-        self.tables = {None: self.index}
+        self.tables: dict[int | None, PrefixIndex] = {None: self.index}
         self._states: list[tuple[int, Any]] = []
         self._named = 0
         groups.enlist(self, self.tables)
@@ -65,4 +65,3 @@ def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
-

@@ -20,6 +20,7 @@ from hf_fastattn.wrappers import origin_of
 _PLAIN_INPUTS = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
 # What a call may ask of the prompt's forward that pages of earlier rows do not have.
 _ASKED_OF_PROMPT = ("output_hidden_states", "output_attentions", "output_router_logits")
+STATES = "states of the prompt's tokens are asked for"
 
 
 def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCache, config: Any) -> str | None:
@@ -31,6 +32,8 @@ def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCac
         for name, value in model_kwargs.items()
         if value is not None and value is not False and value != {} and name not in _PLAIN_INPUTS
     ]
+    if any(name in _ASKED_OF_PROMPT for name in others):
+        return STATES
     if others:
         return f"{', '.join(sorted(others))} may change what a token means"
     if set(cache.tables) != {None}:
@@ -70,7 +73,7 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
         # What its functions read may change between calls, and is not part of the weights.
         return "layers have attention variants"
     if any(getattr(generation_config, name, False) for name in _ASKED_OF_PROMPT):
-        return "states of the prompt's tokens are asked for"
+        return STATES
     if generation_config.prefill_chunk_size is not None:
         return "the call asks for a prompt in pieces"
     origin = origin_of(type(model).prepare_inputs_for_generation)

@@ -191,9 +191,7 @@ def tokens_in_common(rows: Sequence[RowTokens], page_size: int, held: Sequence[i
     return saved
 
 
-def _divided(
-    now: Sequence[tuple[int, list[int], int]], new: Sequence[int]
-) -> list[list[tuple[int, list[int], int]]]:
+def _divided(now: Sequence[tuple[int, list[int], int]], new: Sequence[int]) -> list[list[tuple[int, list[int], int]]]:
     """The rows in parts: those without a page together, the others by how many tokens are new, MOST_COLUMNS at a time."""
     parts = [[entry for entry in now if not entry[2]]]
     begun = sorted((count, entry) for count, entry in zip(new, now, strict=True) if entry[2])
@@ -204,4 +202,3 @@ def _divided(
             part = []
         part.append(entry)
     return [part for part in [*parts, part] if part]
-

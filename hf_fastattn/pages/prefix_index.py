@@ -1,7 +1,7 @@
 """`PrefixIndex`: which pages hold which tokens after which others, so that a prompt finds what was computed before.
 
-A tree as in RadixAttention (Zheng et al., 2024, "SGLang"): a page is found by the page before it and by its own tokens, which
-are compared in full, so that no two prompts are ever mistaken for each other.
+A tree as in RadixAttention (Zheng et al., 2024, "SGLang"): a page is found by the page before it and by its own tokens,
+which are compared in full, so that no two prompts are ever mistaken for each other.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PrefixIndex:
         self.evicted = 0
         # By page, or by a negative number for a beginning: the pages that follow it, by their tokens.
         self._after: dict[int, dict[bytes, int]] = {}
-        # By page what it follows and its tokens, the least recently used one first, and none before the pages that follow it.
+        # By page what it follows and its tokens; the least recently used one first, none before the pages that follow it.
         self._held: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
 
     def __len__(self) -> int:
