@@ -97,11 +97,17 @@ def _rows(
     return None
 
 
+def kept_prompt(model: Any, cache: Any) -> KeptPrompt | None:
+    """The prompt of the call under way in `cache`, if its pages stay."""
+    call = model._fastattn.runtime.current
+    kept: KeptPrompt | None = None if call is None else call.prompt
+    return kept if kept is not None and kept.cache is cache else None
+
+
 def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> None:
     """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result."""
-    call = model._fastattn.runtime.current
-    kept = None if call is None else call.prompt
-    if kept is None or kept.cache is not cache:
+    kept = kept_prompt(model, cache)
+    if kept is None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
     if len(sequences) == len(cache.lengths):
