@@ -36,7 +36,8 @@ LAUNCHERS = {
 def test_public_names() -> None:
     assert hf_fastattn.__all__ == [
         "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "StockAttentionError", "Variant",
-        "VariantError", "patch", "patched", "register", "release_memory", "report", "unpatch", "warm_up",
+        "VariantError", "append", "fork", "patch", "patched", "register", "release_memory", "report", "truncate", "unpatch",
+        "warm_up",
     ]  # fmt: skip
 
 
