@@ -83,6 +83,8 @@ class Runtime:
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
+        # Whether rows of a call share pages; evaluations set it to see what that saves.
+        self.shares_rows = True
         # Operations for the expert blocks of a paged forward under way whose layers are called.
         self.block_products: Any = None
         # Pages that stay for prompts to come, and how the state of the model is named that they belong to.

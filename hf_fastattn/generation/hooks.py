@@ -164,6 +164,8 @@ class FastGenerationMixin(PlainCopies):
 
     def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
         runtime = self._fastattn.runtime
+        if not runtime.shares_rows:
+            return None
         config = self.config  # type: ignore[attr-defined]
         rows = distinct_rows(input_ids, inputs, runtime.expansion, config, runtime.take_encoded_from())
         if isinstance(rows, str):

@@ -53,7 +53,8 @@ def compute_prompt(
     """
     runtime = model._fastattn.runtime
     keep = runtime.config.prefix_cache and not model.training
-    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep) if keep or len(input_ids) > 1 else None
+    wanted = keep or (len(input_ids) > 1 and runtime.shares_rows)
+    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep) if wanted else None
     if found is None:
         return compute(input_ids, model_kwargs)
     rows, shown, worth = found
@@ -120,7 +121,7 @@ def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None
     """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
     cache, prompt = kept.cache, kept.rows[number]
     size, count = cache.groups.page_size, cache.lengths[place] if cache.dense is None else 0
-    if len(prompt) < count <= len(prompt) + len(new):
+    if len(prompt) <= count <= len(prompt) + len(new):
         ids = np.concatenate((prompt.ids, new))[:count]
         row = RowTokens(ids, size, (prompt, len(prompt) // size))
         kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, partial=True)
