@@ -53,7 +53,7 @@ class Report:
         )
         loops = f"the device's ({call.fast_loops}){others}" if call.fast_loops else others.removeprefix("; ") or "none"
         layered = "".join(f"; layer by layer: {with_hint(reason)} ({count})" for reason, count in call.uncaptured.items())
-        unused = "".join(f"; prefix_cache unused: {reason} ({count})" for reason, count in call.prefix_unused.items())
+        unused = "".join(f"; not looked for: {with_hint(reason)} ({count})" for reason, count in call.prefix_unused.items())
         return "\n".join(
             (
                 f"family        {self.family}, {len(self.modules)} modules replaced",

@@ -150,7 +150,7 @@ class Runtime:
         if self.prefixes is None or self.prefixes.groups is not groups:
             if self.prefixes is not None:
                 self.prefixes.close()
-            self.prefixes = PrefixStore(groups, self.config.memory_limit is not None)
+            self.prefixes = PrefixStore(groups, True, self.config.memory_limit is not None)
         return self.prefixes
 
     def _end_prefixes(self, training: bool) -> None:

@@ -148,7 +148,7 @@ class ForwardCache(DenseCache):
         for group in idle:
             group.pool.shrink(0)
             group.storage.clear()
-        return bool(ahead or idle)
+        return self.groups.reclaim() or bool(ahead or idle)
 
     @property
     def paged_batch(self) -> Batch | None:

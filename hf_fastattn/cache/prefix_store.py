@@ -14,6 +14,8 @@ from hf_fastattn.pages.prefix_index import PrefixIndex
 MOST_STATES = 8
 # Share of the device's memory that the pages may take where no limit is set.
 SHARE = 4
+# Pages that stay grow call by call: each time they move, steps are recorded anew, so they grow by this share at least.
+SPARE = 0.125
 
 
 class PrefixStore:
@@ -21,10 +23,11 @@ class PrefixStore:
 
     Args:
         groups: the model's pages; only layers that see all keys have an index.
+        stays: for calls to come, not for one prompt alone.
         limited: a memory limit says how many pages there may be.
     """
 
-    def __init__(self, groups: PageGroups, limited: bool = True) -> None:
+    def __init__(self, groups: PageGroups, stays: bool = False, limited: bool = True) -> None:
         self.groups, self._limited = groups, limited
         group = groups.group(None)
         self.index = PrefixIndex(group.pool, groups.page_size)
@@ -32,8 +35,8 @@ class PrefixStore:
         self._states: list[tuple[int, Any]] = []
         self._named = 0
         groups.enlist(self, self.tables)
-        self._before = group.pool.reclaim
-        group.pool.reclaim = self.index.evict
+        self._before = group.pool.reclaim, group.pool.spare
+        group.pool.reclaim, group.pool.spare = self.index.evict, SPARE if stays else 0.0
 
     def root_of(self, state: Any) -> int:
         """The beginning, for `index`, of pages that were made in a state of the model equal to this one."""
@@ -49,7 +52,8 @@ class PrefixStore:
 
     def close(self) -> None:
         """Hold nothing from now on."""
-        self.groups.group(None).pool.reclaim = self._before
+        pool = self.groups.group(None).pool
+        pool.reclaim, pool.spare = self._before
         self.index.clear()
         self._states.clear()
 

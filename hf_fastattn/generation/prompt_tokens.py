@@ -41,7 +41,7 @@ def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCac
     if any(layer not in cache.paged_layers for layer in cache.layers):
         return "linear-attention layers keep a state"
     if config.get_text_config(decoder=True) is not config:
-        return "the model has towers, whose inputs give tokens other positions"
+        return "the model has towers, whose input gives tokens other positions"
     return None
 
 
@@ -84,7 +84,7 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
         return "forwards drop the cache"
     for module in submodules(decoder):
         if names_by_row(module) is not None:
-            return "adapters are chosen by row"
+            return "rows choose their adapters"
         reason = why_not_kind(module) if "rope_type" in vars(module) else None
         if reason is not None:
             return reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ class ModelState:
     """
 
     def __init__(self, checked: bool, triton: bool = True) -> None:
-        self._checked, self._triton = checked, triton
+        self._checked, self._triton = checked, triton and importlib.util.find_spec("triton") is not None
         self._places: Any = None
         self._table: Tensor | None = None
         self._rest: list[Tensor] = []

@@ -127,6 +127,14 @@ class PageGroups:
         for window, group in self._groups.items():
             group.pool.recount(pages for table in tables[window] for pages in table.rows)
 
+    def reclaim(self) -> bool:
+        """Let go of all pages that are held for prompts to come only; whether there were any."""
+        held = sum(group.pool.in_use for group in self)
+        for group in self:
+            if group.pool.reclaim is not None:
+                group.pool.reclaim(group.pool.in_use)
+        return sum(group.pool.in_use for group in self) < held
+
     @property
     def pages_in_use(self) -> int:
         """Pages held by caches, over all groups."""

@@ -33,6 +33,8 @@ class PagePool:
         self.unsettled = False
         # Called with how many pages the limit leaves too few: lets go of pages that somebody holds for later.
         self.reclaim: Callable[[int], None] | None = None
+        # The pool grows by this share of its pages, if it has to: 0 for no page more than needed.
+        self.spare = 0.0
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
         self._in_use = 0
@@ -116,10 +118,12 @@ class PagePool:
         return runs
 
     def ensure(self, free: int) -> None:
-        """Grow, within the limit, until at least `free` pages are free; by no page more."""
+        """Grow, within the limit, until at least `free` pages are free; by no page more, but for `spare`."""
         if self.max_pages is not None and self._in_use + free > self.max_pages and self.reclaim is not None:
             self.reclaim(self._in_use + free - self.max_pages)
         wanted = self._in_use + free
+        if wanted > self.capacity:
+            wanted = max(wanted, int(self.capacity * (1 + self.spare)))
         extra = (wanted if self.max_pages is None else min(wanted, self.max_pages)) - self.capacity
         if extra > 0:
             # In one statement, so that an exception leaves either the old size or the new one.

@@ -6,6 +6,7 @@ which are compared in full, so that no two prompts are ever mistaken for each ot
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -28,12 +29,14 @@ class RowTokens:
     """
 
     def __init__(self, ids: NDArray[np.int64], page_size: int, before: tuple[RowTokens, int] | None = None) -> None:
-        self.ids = ids
-        raw, width = ids.tobytes(), page_size * ids.itemsize
-        same = 0 if before is None else before[1]
-        known = [] if before is None else before[0].keys[:same]
-        # The last one may be of fewer tokens than a page.
-        self.keys: list[bytes] = known + [raw[start : start + width] for start in range(same * width, len(raw), width)]
+        self.ids, self._page_size, self._before = ids, page_size, before
+
+    @functools.cached_property
+    def keys(self) -> list[bytes]:
+        """The tokens of each page; the last one may be of fewer than a page holds."""
+        raw, width = self.ids.tobytes(), self._page_size * self.ids.itemsize
+        known = [] if self._before is None else self._before[0].keys[: self._before[1]]
+        return known + [raw[start : start + width] for start in range(len(known) * width, len(raw), width)]
 
     def __len__(self) -> int:
         return len(self.ids)
