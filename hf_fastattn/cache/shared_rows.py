@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.forward_cache import ForwardCache
-from hf_fastattn.pages.page_table import PageTable
 
 
 def begin_on(cache: ForwardCache, pages: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
@@ -30,18 +29,21 @@ def begin_on(cache: ForwardCache, pages: Sequence[Sequence[int]], tokens: Sequen
 
 
 def gather(cache: ForwardCache, parts: Sequence[tuple[ForwardCache, int]], stored: Tensor) -> None:
-    """An empty cache becomes one whose row b is a fork of row `r` of another cache, by `parts[b] = (cache, r)`.
+    """An empty cache takes the rows of others, which are empty then: row b is row r of a cache, by `parts[b] = (cache, r)`.
 
     Args:
+        parts: each row of each of these caches once.
         stored: `[B, columns]` bool on the host, the columns that hold the rows' tokens.
     """
     cache.groups.settle()
-    for table in cache.tables.values():
-        table.pool.unsettled = True
-    new = {}
-    for window, table in cache.tables.items():
-        new[window] = PageTable(table.pool, table.page_size, window)
-        new[window].hold([other.tables[window].rows[row] for other, row in parts])
+    others = list({id(other): other for other, _ in parts}.values())
     changes: dict[str, Any] = {"lengths": [other.lengths[row] for other, row in parts], "_columns": stored.shape[1]}
     changes["_stored"] = None if bool(stored.all()) else stored
-    cache.exchange_tables(new, changes)
+    for held in (cache, *others):
+        # Until the lengths are noted, the pages are let go of if an exception comes.
+        held.__dict__.update(_loose=True)
+    for window, table in cache.tables.items():
+        table.take_rows([(other.tables[window], row) for other, row in parts])
+    for other in others:
+        other.reset()
+    cache.__dict__.update(changes, _loose=False)

@@ -88,7 +88,13 @@ class SharedPrompt:
     def _turn(self, waiting: list[int]) -> tuple[list[tuple[int, list[int], int]], list[int]]:
         """`(row, pages, tokens in them)` of the rows to compute now, and the rows that wait for the pages of others."""
         index, size = self.store.index, self.cache.groups.page_size
-        found = {row: index.match(self.root, self.rows[row]) for row in waiting}
+        found: dict[int, tuple[list[int], int]] = {}
+        for row in waiting:
+            near = None
+            if found:
+                last = next(reversed(found))
+                near = found[last][0][: found[last][1] // size], self.rows[row].common(self.rows[last]) // size
+            found[row] = index.match(self.root, self.rows[row], near)
         alike: dict[tuple[int, bytes], list[int]] = {}
         for row, (pages, held) in found.items():
             column, tokens = held // size, self.rows[row]
@@ -166,8 +172,6 @@ class SharedPrompt:
         rows = [row for part in self._parts for row in part.rows]
         back = torch.tensor([rows.index(row) for row in range(len(rows))], device=logits.device)
         kind = type(self._parts[0].outputs)
-        for part in self._parts:
-            part.cache.reset()
         return kind(logits=logits.index_select(0, back), **{CACHE: self.cache})
 
     def _whole(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:

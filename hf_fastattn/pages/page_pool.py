@@ -7,7 +7,7 @@ preferred, so that a backend can read a sequence as one strided view instead of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 
 class CacheFullError(RuntimeError):
@@ -135,6 +135,13 @@ class PagePool:
             if not self._owners[page]:
                 raise ValueError(f"page {page} is free; only a held page can be forked")
             self._owners[page] += 1
+
+    def fork_often(self, counts: Mapping[int, int]) -> None:
+        """Add `counts[page]` owners to each page, which must be held."""
+        for page, count in counts.items():
+            if not self._owners[page]:
+                raise ValueError(f"page {page} is free; only a held page can be forked")
+            self._owners[page] += count
 
     def release(self, pages: Iterable[int]) -> None:
         """Take an owner from each of `pages`; a page without owners is free again."""

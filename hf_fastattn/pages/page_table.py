@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -230,9 +232,21 @@ class PageTable:
         held = [list(pages) for pages in rows]
         mirror = TableMirror()
         mirror.add_rows(len(held))
-        for pages in held:
-            self.pool.fork(page for page in pages if page >= 0)
+        counts = Counter(chain.from_iterable(held))
+        del counts[-1]
+        self.pool.fork_often(counts)
         self._publish(held, shared_runs(held), mirror)
+
+    @_noted
+    def take_rows(self, sources: Sequence[tuple[PageTable, int]]) -> None:
+        """An empty table takes rows of others of its pool, each once; these are empty after it."""
+        rows = [table.rows[row] for table, row in sources]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        # Until all others are empty, rows have two owners; `unsettled` has them recounted if an exception comes.
+        self._publish(rows, shared_runs(rows), mirror)
+        for table in {id(table): table for table, _ in sources}.values():
+            table._publish([], [], TableMirror())
 
     @property
     def shares_pages(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_fastattn.pages.page_pool import PagePool
+from hf_fastattn.pages.shared_runs import common_pages
 
 # Pages after the last one found whole that are compared token by token, the newest ones.
 MOST_COMPARED = 16
@@ -93,16 +94,17 @@ class PrefixIndex:
     def forget_derived(self) -> None:
         """Nothing is derived from the pages but the tree, which is never ahead of them."""
 
-    def match(self, root: int, row: RowTokens) -> tuple[list[int], int]:
+    def match(self, root: int, row: RowTokens, near: tuple[list[int], int] | None = None) -> tuple[list[int], int]:
         """The pages that hold the first tokens of a row, and how many tokens; all of the row's but its last one at most.
 
         Args:
             root: a negative number, which stands for everything that the pages depend on but their tokens.
+            near: the whole pages of another match, and how many whole pages its row has in common with this one.
         """
         most, size = len(row) - 1, self.page_size
-        pages: list[int] = []
-        before = root
-        for key in row.keys[: most // size]:
+        pages: list[int] = [] if near is None else near[0][: min(near[1], most // size)]
+        before = pages[-1] if pages else root
+        for key in row.keys[len(pages) : most // size]:
             page = self._after.get(before, {}).get(key)
             if page is None:
                 break
@@ -124,8 +126,10 @@ class PrefixIndex:
     def touch(self, paths: Iterable[Sequence[int]]) -> None:
         """The pages of these matches are used now."""
         order: dict[int, None] = {}
+        last: Sequence[int] = []
         for pages in paths:
-            order.update(dict.fromkeys(pages))
+            order.update(dict.fromkeys(pages[common_pages(last, pages) :]))
+            last = pages
         for page in reversed(order):
             if page in self._held:
                 self._held.move_to_end(page)

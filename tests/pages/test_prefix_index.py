@@ -65,6 +65,12 @@ class RandomPrefixes(RuleBasedStateMachine):
         row = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=22))
         table = PageTable(self.pool, SIZE)
         pages, tokens = self.index.match(state, row_of(row))
+        for other, own in zip(self.rows, self.states, strict=True):
+            if own == state:
+                # What a match of another row tells of this one changes nothing.
+                whole, held = self.index.match(state, row_of(other))
+                near = whole[: held // SIZE], row_of(row).common(row_of(other)) // SIZE
+                assert self.index.match(state, row_of(row), near)[1] == tokens
         assert tokens < len(row)
         assert not tokens or tokens >= SIZE
         for place in range(tokens):
