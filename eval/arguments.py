@@ -13,6 +13,7 @@ from hf_fastattn.eval.choices import (
     FAULTS,
     KINDS,
     MIXTURES,
+    PARALLEL,
     ROLLOUTS,
     ROUTING_FAULTS,
     ROUTINGS,
@@ -252,6 +253,34 @@ def add_rollouts(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for rollouts.md and .json")
 
 
+def add_parallel(made: argparse.ArgumentParser) -> None:
+    """Rows and calls that begin alike: samples, questions about documents, prompts within prompts, chat turns. Stock, ours
+    without sharing, ours, and ours with pages that stay between calls. Exits with 1 if more is computed than has to be,
+    ours is slower with sharing than without, or a case fails."""
+    made.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b", help="random weights of a known shape")
+    made.add_argument("--layers", type=positive, help="of the model (default: as many as the shape has)")
+    made.add_argument("--kind", nargs="+", choices=PARALLEL, default=list(PARALLEL), help="only these")
+    made.add_argument("--rows", type=positive, nargs="+", default=[1, 4, 16, 64, 256], help="rows (default: %(default)s)")
+    made.add_argument(
+        "--length",
+        type=positive,
+        nargs="+",
+        default=[512, 2048, 8192, 32768],
+        help="tokens in common (default: %(default)s)",
+    )
+    made.add_argument("--own", type=positive, default=32, help="tokens of a question, at most (default: %(default)s)")
+    made.add_argument("--turns", type=positive, default=20, help="of a chat (default: %(default)s)")
+    made.add_argument(
+        "--new", type=positive, default=32, help="tokens after the first that are timed (default: %(default)s)"
+    )
+    made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds (default: %(default)s)")
+    most = "prompt tokens of all rows up to which stock, and ours without sharing, run too (default: %(default)s)"
+    made.add_argument("--most", type=positive, default=2**18, help=most)
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--output", type=Path, help="folder for parallel.md, .json and .png")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
 
@@ -280,6 +309,11 @@ COMMANDS = {
     ),
     "bench rollouts": Command(
         "hf_fastattn.eval.rollouts", "time generate() as trainers call it, GRPO's rollouts", add_rollouts
+    ),
+    "bench parallel": Command(
+        "hf_fastattn.eval.parallel",
+        "time calls whose rows, or which themselves, begin alike, with and without sharing",
+        add_parallel,
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention

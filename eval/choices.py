@@ -26,6 +26,9 @@ KINDS = {
     "early": "the same, but most rows end early: at lengths in geometric progression from SHORTEST new tokens",
 }
 
+# The kinds of calls whose rows begin alike.
+PARALLEL = ("samples", "questions", "groups", "nested", "turns")
+
 # What GRPO's rollouts run on: TRL's default with and without checkpointing, 16-bit weights, LoRA on both.
 ROLLOUTS = (
     "fp32+accelerate+train",

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from hf_fastattn.kernels.variants.trace import VariantError
     from hf_fastattn.kernels.variants.variant import Variant
     from hf_fastattn.layer_variants import StockAttentionError
+    from hf_fastattn.memory import release_memory
     from hf_fastattn.pages.page_pool import CacheFullError, PagePool
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
+    from hf_fastattn.search import append, fork, truncate
     from hf_fastattn.warming import warm_up
 
 __all__ = [
@@ -34,10 +36,14 @@ __all__ = [
     "StockAttentionError",
     "Variant",
     "VariantError",
+    "append",
+    "fork",
     "patch",
     "patched",
     "register",
+    "release_memory",
     "report",
+    "truncate",
     "unpatch",
     "warm_up",
 ]
@@ -52,10 +58,14 @@ _DEFINED_IN = {
     "StockAttentionError": "hf_fastattn.layer_variants",
     "Variant": "hf_fastattn.kernels.variants.variant",
     "VariantError": "hf_fastattn.kernels.variants.trace",
+    "append": "hf_fastattn.search",
+    "fork": "hf_fastattn.search",
     "patch": "hf_fastattn.patching",
     "patched": "hf_fastattn.patching",
     "register": "hf_fastattn.interface",
+    "release_memory": "hf_fastattn.memory",
     "report": "hf_fastattn.report",
+    "truncate": "hf_fastattn.search",
     "unpatch": "hf_fastattn.patching",
     "warm_up": "hf_fastattn.warming",
 }

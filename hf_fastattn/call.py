@@ -29,6 +29,8 @@ class Call:
     # Whether torch.compile made parts of the model, which run as they were written; None until somebody looked.
     compiled: bool | None = None
     encoded_from: dict[str, Any] = field(default_factory=dict)
+    # What the prompt's rows consist of, where their pages are to stay after the call.
+    prompt: Any = None
     # Forwards compute the prompt.
     prefilling: bool = False
     # The device's loop is under way, and its static tensors are in use.

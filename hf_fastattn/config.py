@@ -7,6 +7,7 @@ from typing import Any
 
 BACKENDS = ("auto", "reference", "triton", "hopper")
 SAMPLING_MODES = ("fast", "transformers")
+WEIGHTS = ("check", "frozen")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class FastAttnConfig:
             rounded as they are read, which takes no memory, and up to twice the time for few rows.
         sampling: how tokens are drawn where steps are replayed: `"fast"`, inside the step, by random numbers that depend on
             a seed from torch's generator, the row and the step alone; or `"transformers"`, by its own code, with its draws.
+        prefix_cache: pages of prompts and of what was generated stay after a call, and a later prompt that begins with the
+            same tokens computes only what is new. They go, the least recently used first, where `memory_limit` (without
+            one a quarter of the device's memory) leaves no room; not in train mode, and not for layers with a window.
+        weights: how `prefix_cache` knows that pages are those of the model as it is now: `"check"`, by a sum over the bits
+            of all weights before each prompt, which reads them once; or `"frozen"`: you promise that nothing writes to
+            weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.
@@ -48,6 +55,8 @@ class FastAttnConfig:
     sampling: str = "fast"
     keep_in_training: bool = False
     autocast_copies: bool = True
+    prefix_cache: bool = False
+    weights: str = "check"
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -64,13 +73,15 @@ class FastAttnConfig:
             raise ValueError(f"keep_memory={self.keep_memory!r} must be a share between 0 and 1")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {BACKENDS}")
-        for name in ("batch_invariant", "cuda_graphs", "keep_in_training", "autocast_copies"):
+        for name in ("batch_invariant", "cuda_graphs", "keep_in_training", "autocast_copies", "prefix_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.batch_invariant and self.backend == "reference":
             raise ValueError("batch_invariant=True needs the Triton kernels; use backend='auto' or 'triton'")
         if self.sampling not in SAMPLING_MODES:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r} is unknown; choose one of {WEIGHTS}")
 
 
 def resolve_config(config: FastAttnConfig | None, options: dict[str, Any]) -> FastAttnConfig:

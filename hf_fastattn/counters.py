@@ -14,6 +14,9 @@ class CallCounters:
         forwards: forwards of the base decoder on the paged path.
         fallbacks: forwards or calls that ran Transformers' own path instead, by reason.
         prompt_tokens: tokens computed by paged forwards with more than one new token a row.
+        tokens_reused: prompt tokens that lay in pages of other rows or of earlier calls, and were not computed.
+        prefix_pages_evicted: pages that `prefix_cache` let go of to make room.
+        prefix_unused: calls whose prompts `prefix_cache` could not serve, by reason.
         pages_allocated: pages taken from the pool.
         pages_shared: pages that a fork gave a further owner instead of copying them.
         pages_copied: pages copied before a write, since others held them too.
@@ -31,6 +34,9 @@ class CallCounters:
     forwards: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
+    tokens_reused: int = 0
+    prefix_pages_evicted: int = 0
+    prefix_unused: Counter[str] = field(default_factory=Counter)
     pages_allocated: int = 0
     pages_shared: int = 0
     pages_copied: int = 0

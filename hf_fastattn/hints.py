@@ -18,8 +18,26 @@ LAYERED = "nothing: steps of such a model run layer by layer, over pages all the
 DEFAULTS = "leave the option out, or as it is by default"
 LOOPED = "nothing: Transformers' loop runs over recorded forwards"
 
+ALONE = "nothing: the prompt is computed as a whole"
+
 # (part of a reason, what to do), the first that fits.
 HINTS = (
+    ("may change what a token means", "leave these arguments out, and give prompts as input_ids"),
+    ("is not given as tokens", "give prompts as input_ids"),
+    ("behind a sliding window are released", ALONE),
+    ("linear-attention layers keep a state", ALONE),
+    ("gives tokens other positions", ALONE),
+    ("layers have attention variants", "patch without variant="),
+    ("states of the prompt's tokens are asked for", "ask a forward over the finished sequences for them"),
+    ("asks for a prompt in pieces", "leave prefill_chunk_size out: long prompts run in pieces by themselves"),
+    ("inputs are prepared by", "prepare_inputs_for_generation of Transformers, or none of it"),
+    ("whose change could go unnoticed", "weights='frozen', if nothing writes to them while the model is patched"),
+    ("rows choose their adapters", "set_adapter() for the whole call"),
+    ("hides the last column", "pad on the left"),
+    ("none of the prompt's columns", "a mask of ones and zeros [rows, columns]"),
+    ("positions are given on several axes", "leave position_ids out"),
+    ("do not count its tokens from 0", "leave position_ids out"),
+    ("the cache is the user's", "leave the cache to generate()"),
     ("an attention variant reads the row", "a variant that does not read b: prompts of samples are then computed once"),
     ("equal rows are computed one by one: ", ROWS),
     ("padding stays, since", "leave that argument out, or give prompts of equal length"),

@@ -26,6 +26,7 @@ class Report:
         modules: names of the modules whose forward was replaced.
         last_call: counters of the last `generate()`, and of forwards since.
         pages_in_use: pages held by caches now.
+        pages_kept: of these, those that `prefix_cache` holds for prompts to come.
         page_bytes_allocated: bytes of page storage now.
         variants: a line for each run of layers with an attention variant.
     """
@@ -38,6 +39,7 @@ class Report:
     modules: tuple[str, ...] = ()
     last_call: CallCounters | None = None
     pages_in_use: int = 0
+    pages_kept: int = 0
     page_bytes_allocated: int = 0
     variants: tuple[str, ...] = ()
 
@@ -51,19 +53,22 @@ class Report:
         )
         loops = f"the device's ({call.fast_loops}){others}" if call.fast_loops else others.removeprefix("; ") or "none"
         layered = "".join(f"; layer by layer: {with_hint(reason)} ({count})" for reason, count in call.uncaptured.items())
+        unused = "".join(f"; not looked for: {with_hint(reason)} ({count})" for reason, count in call.prefix_unused.items())
         return "\n".join(
             (
                 f"family        {self.family}, {len(self.modules)} modules replaced",
                 f"backend       {self.backend} ({self.backend_reason})",
                 f"options       {self.config}",
                 *(f"variant       {line}" for line in self.variants),
-                f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed",
+                f"last call     {call.forwards} paged forwards, {call.prompt_tokens} prompt tokens computed, "
+                f"{call.tokens_reused} found in pages{unused}",
                 f"pages         {call.pages_allocated} allocated, {call.pages_shared} shared, {call.pages_copied} copied",
                 f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
                 f"appends       {call.appends_captured} captured, {call.appends_replayed} replayed",
                 f"loop          {loops}",
                 f"fallbacks     {falls}",
-                f"now           {self.pages_in_use} pages in use, {self.page_bytes_allocated / 2**20:.1f} MiB allocated",
+                f"now           {self.pages_in_use} pages in use, {self.pages_kept} of them kept for prompts to come, "
+                f"{self.page_bytes_allocated / 2**20:.1f} MiB allocated",
             )
         )
 
@@ -93,6 +98,7 @@ def report(model: Any) -> Report:
         modules=state.modules,
         last_call=runtime.counters,
         pages_in_use=runtime.groups.pages_in_use,
+        pages_kept=0 if runtime.prefixes is None else len(runtime.prefixes.index),
         page_bytes_allocated=runtime.groups.nbytes,
         variants=tuple(runtime.variants.describe()),
     )

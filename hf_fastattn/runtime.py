@@ -12,11 +12,13 @@ from transformers.cache_utils import DynamicCache
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.lent_cache import LentCache
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.call import Call
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
+from hf_fastattn.graphs.model_state import ModelState
 from hf_fastattn.hints import with_hint
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
@@ -83,8 +85,13 @@ class Runtime:
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
+        # Whether rows of a call share pages; evaluations set it to see what that saves.
+        self.shares_rows = True
         # Operations for the expert blocks of a paged forward under way whose layers are called.
         self.block_products: Any = None
+        # Pages that stay for prompts to come, and how the state of the model is named that they belong to.
+        self.prefixes: PrefixStore | None = None
+        self.model_state = ModelState(config.weights == "check", config.backend != "reference")
         self._calls: list[Call] = []
         self._logged: set[str] = set()
 
@@ -130,6 +137,7 @@ class Runtime:
             self.graphs.enter_call(self._calls[-1].token)
             return
         self.graphs.enter_call(None)
+        self._end_prefixes(training)
         keeps_all = not training or self.config.keep_in_training
         kept = keeps_all or self._keep_small()
         self.graphs.prompts_rest &= not keeps_all
@@ -138,6 +146,43 @@ class Runtime:
             # Graphs read pages that are gone, and memory is wanted.
             self.graphs.drop()
             self.loop_graphs.drop()
+
+    def prefix_store(self, groups: PageGroups) -> PrefixStore:
+        """The pages that stay for prompts to come, of the call's groups."""
+        if self.prefixes is None or self.prefixes.groups is not groups:
+            if self.prefixes is not None:
+                self.prefixes.close()
+            self.prefixes = PrefixStore(groups, True, self.config.memory_limit is not None)
+        return self.prefixes
+
+    def _end_prefixes(self, training: bool) -> None:
+        if self.prefixes is None:
+            return
+        if training:
+            # Weights are about to change, and memory is wanted.
+            self.prefixes.close()
+            self.prefixes = None
+            return
+        self.prefixes.trim()
+        self.counters.prefix_pages_evicted += self.prefixes.index.evicted
+        self.prefixes.index.evicted = 0
+
+    def release_memory(self) -> bool:
+        """Give back all that no cache holds: pages, those that stay for prompts to come, graphs; False if it is in use."""
+        return (self.turn.take(PATIENCE), self._release_memory())[1]
+
+    def _release_memory(self) -> bool:
+        if not self._settle() or self._calls:
+            return False
+        if self.prefixes is not None:
+            self.prefixes.close()
+            self.prefixes = None
+        self.graphs.drop()
+        self.loop_graphs.drop()
+        self.model_state.drop()
+        self.groups.shrink(0.0)
+        self.groups.workspaces.clear()
+        return True
 
     def _keep_small(self) -> bool:
         """Whether pages and graphs are small; graphs of prompts are dropped if the others are without them."""

@@ -178,7 +178,7 @@ class ForwardCache(DenseCache):
         for group in idle:
             group.pool.shrink(0)
             group.storage.clear()
-        return bool(ahead or idle)
+        return self.groups.reclaim() or bool(ahead or idle)
 
     @property
     def paged_batch(self) -> Batch | None:
@@ -240,6 +240,16 @@ class ForwardCache(DenseCache):
             if not isinstance(layer, PagedLayer):
                 layer.reorder_cache(torch.tensor(rows, device="cpu"))
         self.exchange_tables(new, changes)
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether neighbouring rows are known to share pages."""
+        return any(table.shares_pages for table in self.tables.values())
+
+    def regroup(self) -> None:
+        """Look anew at which neighbouring rows share pages, and so can be read together."""
+        for table in self.tables.values():
+            table.regroup()
 
     @in_turn
     def trim(self) -> None:

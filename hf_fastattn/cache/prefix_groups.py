@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.pages.page_table import PageTable
+from hf_fastattn.pages.shared_runs import shared_runs
 
 # Bytes of K/V of one layer that sharing has to save. On an H200 the shared-prefix kernel has 8 us more overhead than plain
 # decode; reading this many bytes takes 14 us from memory, less from the L2 cache.
@@ -88,3 +89,17 @@ class PrefixGroups:
             starts.append(past)
             lengths.append(tokens)
         return starts, lengths
+
+
+def sharing_order(table: PageTable) -> list[int] | None:
+    """An order of the rows in which neighbours share more of their pages; None if the one they have is as good."""
+    rows = table.rows
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    if order == list(range(len(rows))) or _saved([rows[row] for row in order]) <= _saved(rows):
+        return None
+    return order
+
+
+def _saved(rows: Sequence[list[int]]) -> int:
+    """Reads of pages that runs of neighbouring rows save."""
+    return sum(columns for row, (first, columns) in enumerate(shared_runs(rows)) if row > first)

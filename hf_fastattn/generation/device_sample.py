@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
+from hf_fastattn.generation.prefix_call import keep_row, kept_prompt
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.weight_copies import copies_fit
@@ -59,11 +60,13 @@ def device_sample(
     assert request is not None and cache is not None
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
+    kept = kept_prompt(model, cache)
+    keep = None if kept is None else functools.partial(keep_row, kept)
     runtime.looping = True
     try:
         loop = DecodeLoop(
             model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, started.positions, private=private,
-            streamer=streamer, limits=runtime.row_limits, **started.parts,
+            streamer=streamer, limits=runtime.row_limits, keep=keep, **started.parts,
         )  # fmt: skip
         with settled_offset(model.device, lambda: loop.steps):
             tokens = loop.run(started.logits)

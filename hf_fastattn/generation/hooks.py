@@ -14,6 +14,7 @@ from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
+from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
@@ -106,14 +107,23 @@ class FastGenerationMixin(PlainCopies):
         rows = None
         if isinstance(cache, PagedCache) and cache.get_seq_length() == 0:
             rows = self._distinct_rows(input_ids, model_kwargs)
+        prefill = super()._prefill  # type: ignore[misc]
+
+        def compute(ids: Tensor, inputs: dict[str, Any]) -> Any:
+            return prefill(ids, generation_config, inputs, is_first_iteration)
+
         with runtime.prefill():
+            if not isinstance(cache, PagedCache) or cache.get_seq_length():
+                return compute(input_ids, model_kwargs)
             if rows is None:
-                return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc]
-            outputs = super()._prefill(  # type: ignore[misc]
-                input_ids[rows.first], generation_config, rows.select(model_kwargs), is_first_iteration
-            )
-        assert isinstance(cache, PagedCache)
-        runtime.paged_of(outputs[CACHE]).reorder_cache(torch.tensor(rows.copies, device=input_ids.device))
+                return compute_prompt(self, cache, input_ids, model_kwargs, generation_config, None, compute)
+            inputs = input_ids[rows.first], rows.select(model_kwargs), generation_config, rows.copies
+            outputs = compute_prompt(self, cache, *inputs, compute)
+        held = runtime.paged_of(outputs[CACHE])
+        shares = held.shares_pages
+        held.reorder_cache(torch.tensor(rows.copies, device=input_ids.device))
+        if shares:
+            held.regroup()
         return rows.expand(outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +164,8 @@ class FastGenerationMixin(PlainCopies):
 
     def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
         runtime = self._fastattn.runtime
+        if not runtime.shares_rows:
+            return None
         config = self.config  # type: ignore[attr-defined]
         rows = distinct_rows(input_ids, inputs, runtime.expansion, config, runtime.take_encoded_from())
         if isinstance(rows, str):
@@ -181,7 +193,9 @@ class FastGenerationMixin(PlainCopies):
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result
-        return super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
+        result = super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
+        keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result)
+        return result
 
     def _beam_search(
         self,

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.cache.prefix_groups import PrefixGroups, sharing_order
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.sampling.advance import advance
@@ -51,6 +53,8 @@ class DecodeLoop:
         streamer: gets the tokens of every step, `[B]` on the host.
         limits: new tokens a row, at most; those of the request by default.
         adapters: of the rows, if they have different ones.
+        keep: called with a row of the cache, its number in the call and its new tokens, `[n]` on the host, before the row
+            leaves the cache, or at the end.
     """
 
     # Rows go on as others.
@@ -73,10 +77,11 @@ class DecodeLoop:
         streamer: Any = None,
         limits: Sequence[int] | None = None,
         adapters: RowAdapters | None = None,
+        keep: Callable[[int, int, NDArray[np.int64]], None] | None = None,
     ) -> None:
         self._model, self._counters, self._request, self._cache = model, counters, request, cache
         self._decoder = model._fastattn.decoder(model)
-        self._forward, self._logits_of, self._streamer = forward, logits_of, streamer
+        self._forward, self._logits_of, self._streamer, self._keep = forward, logits_of, streamer, keep
         rows = input_ids.shape[0]
         self._limits = list(limits) if limits is not None else [request.max_new] * rows
         self._most = max(self._limits)
@@ -106,7 +111,10 @@ class DecodeLoop:
         self._numbered = model._fastattn.runtime.variants.reads_row
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
         alone = cache.groups.batch_invariant or self._numbered
-        self._prefixes = PrefixGroups() if alone else _prefix_groups(cache)
+        # The states of linear attention stay where they are.
+        stays = alone or None not in cache.tables or bool(cache.recurrent_layers)
+        self._order = None if stays else sharing_order(cache.tables[None])
+        self._prefixes = PrefixGroups() if alone or self._order else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
         self._private, self._depth = private, DEPTH
@@ -130,6 +138,8 @@ class DecodeLoop:
             self._launched = 1
             self._counters.fast_loops += 1
             self._readback.send(packed, self._numbers)
+            if self._order is not None and self._most > 1:
+                self._arrange(self._order)
             while not self._rows.done:
                 if self._launched < self._most and len(self._readback) <= self._depth:
                     self._launch()
@@ -220,6 +230,7 @@ class DecodeLoop:
         """Release what finished rows hold, and go on with fewer rows where a smaller step is there or worth capturing."""
         finished = [index for index, number in enumerate(self._numbers) if self._rows.finished[number]]
         if any(self._cache.lengths[index] for index in finished):
+            self._keep_rows(finished)
             self._cache.release_rows(finished)
         count = len(self._numbers) - len(finished)
         used = bucket_of(count)
@@ -229,6 +240,17 @@ class DecodeLoop:
         key, left = self._key_for(used, self._prefixes.keep(kept)), self._most - self._launched
         if self._graphs.has(key, self._cache.groups.storage_version) or left >= WORTH_CAPTURING:
             self._compact(kept, used)
+
+    def _arrange(self, order: list[int]) -> None:
+        """Go on with the rows in another order, in which those that share pages are neighbours."""
+        self._state.keep(order, self._used)
+        self._numbers = [self._numbers[index] for index in order]
+        self._cache.keep_rows(order)
+        self._cache.regroup()
+        self._prefixes = _prefix_groups(self._cache)
+        self._key = self._key_for(self._used, self._prefixes)
+        self._write_groups()
+        self._write_tables()
 
     def _compact(self, kept: list[int], used: int) -> None:
         """Go on with the rows `kept`, in a step of `used` rows."""
@@ -269,6 +291,15 @@ class DecodeLoop:
         if self._key.sharers:
             self._state.write_groups(self._key, self._prefixes)
 
+    def _keep_rows(self, rows: Sequence[int]) -> None:
+        """Say what these rows of the cache hold, which nobody writes to any more."""
+        # After a stop string the device, which does not know of it, has gone on with other tokens than the host.
+        unsure = self._request.stop_strings is not None and not self._drop
+        for index in rows:
+            number = self._numbers[index]
+            if self._keep is not None and self._cache.lengths[index] and not (unsure and self._rows.finished[number]):
+                self._keep(index, number, self._rows.new_of(number))
+
     def _close(self) -> None:
         """The cache is as it is after the steps that were read, whatever else is under way."""
         self._readback.clear()
@@ -277,6 +308,10 @@ class DecodeLoop:
         if self._states is not None and not self._private:
             self._give_states_back(extra)
         self._cache.trim()
+        if self._rows.done:
+            self._keep_rows(range(len(self._numbers)))
+        if self._numbers != sorted(self._numbers):
+            self._cache.keep_rows(sorted(range(len(self._numbers)), key=self._numbers.__getitem__))
         counters.forwards += max(taken - 1, 0)
         counters.graphs_replayed = max(counters.graphs_replayed - extra, 0)
 

@@ -57,6 +57,10 @@ class GeneratedRows:
         """`[B]` int64 tokens of the last step."""
         return torch.from_numpy(self._all[:, self._prompt + self.steps - 1].copy())
 
+    def new_of(self, number: int) -> NDArray[np.int64]:
+        """`[steps]` tokens of row `number`, padding after its end."""
+        return self._all[number, self._prompt : self._prompt + self.steps].copy()
+
     def tokens(self) -> Tensor:
         """`[B, steps]` int64."""
         return torch.from_numpy(self._all[:, self._prompt : self._prompt + self.steps].copy())

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.page_storage import PageStorage
-from hf_fastattn.pages.page_table import PageTable
+
+
+class Holding(Protocol):
+    """Rows of pages that count as held: a page table, or an index of pages."""
+
+    @property
+    def rows(self) -> Sequence[Sequence[int]]: ...
+    def clear(self) -> None: ...
+    def forget_derived(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,4 +61,4 @@ class Holder(weakref.ref[Any]):
     """A cache, as the groups know it, and its page tables by window, which outlive it until they are cleared."""
 
     __slots__ = ("tables",)
-    tables: dict[int | None, PageTable]
+    tables: Mapping[int | None, Holding]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
-from hf_fastattn.pages.page_group import Holder, PageGroup
+from hf_fastattn.pages.page_group import Holder, Holding, PageGroup
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.page_storage import PageStorage
-from hf_fastattn.pages.page_table import PageTable
 from hf_fastattn.pages.turn import Turn
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class PageGroups:
 
     # ---- who holds pages --------------------------------------------------------------------------------------
 
-    def enlist(self, cache: Any, tables: dict[int | None, PageTable]) -> Holder:
+    def enlist(self, cache: Any, tables: Mapping[int | None, Holding]) -> Holder:
         """From now on pages in the tables of `cache` count as held, until it is gone."""
         # The callback runs no Python code, so that no signal can come inside of it.
         holder = Holder(cache, self._ended.append)
@@ -116,7 +115,7 @@ class PageGroups:
             self._ended.popleft()
 
     def _recount(self) -> None:
-        tables: dict[int | None, list[PageTable]] = {window: [] for window in self._groups}
+        tables: dict[int | None, list[Holding]] = {window: [] for window in self._groups}
         for holder in list(self._holders):
             cache = holder()
             if cache is not None and cache.groups is self:
@@ -127,6 +126,14 @@ class PageGroups:
                 tables[window].append(table)
         for window, group in self._groups.items():
             group.pool.recount(pages for table in tables[window] for pages in table.rows)
+
+    def reclaim(self) -> bool:
+        """Let go of all pages that are held for prompts to come only; whether there were any."""
+        held = sum(group.pool.in_use for group in self)
+        for group in self:
+            if group.pool.reclaim is not None:
+                group.pool.reclaim(group.pool.in_use)
+        return sum(group.pool.in_use for group in self) < held
 
     @property
     def pages_in_use(self) -> int:

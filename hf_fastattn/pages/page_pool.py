@@ -7,7 +7,7 @@ preferred, so that a backend can read a sequence as one strided view instead of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 
 class CacheFullError(RuntimeError):
@@ -31,6 +31,10 @@ class PagePool:
         self.max_pages = max_pages
         # Set while a table changes pages and rows. If an exception leaves it set, `recount` corrects the counts.
         self.unsettled = False
+        # Called with how many pages the limit leaves too few: lets go of pages that somebody holds for later.
+        self.reclaim: Callable[[int], None] | None = None
+        # The pool grows by this share of its pages, if it has to: 0 for no page more than needed.
+        self.spare = 0.0
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
         self._in_use = 0
@@ -114,8 +118,12 @@ class PagePool:
         return runs
 
     def ensure(self, free: int) -> None:
-        """Grow, within the limit, until at least `free` pages are free; by no page more."""
+        """Grow, within the limit, until at least `free` pages are free; by no page more, but for `spare`."""
+        if self.max_pages is not None and self._in_use + free > self.max_pages and self.reclaim is not None:
+            self.reclaim(self._in_use + free - self.max_pages)
         wanted = self._in_use + free
+        if wanted > self.capacity:
+            wanted = max(wanted, int(self.capacity * (1 + self.spare)))
         extra = (wanted if self.max_pages is None else min(wanted, self.max_pages)) - self.capacity
         if extra > 0:
             # In one statement, so that an exception leaves either the old size or the new one.
@@ -127,6 +135,13 @@ class PagePool:
             if not self._owners[page]:
                 raise ValueError(f"page {page} is free; only a held page can be forked")
             self._owners[page] += 1
+
+    def fork_often(self, counts: Mapping[int, int]) -> None:
+        """Add `counts[page]` owners to each page, which must be held."""
+        for page, count in counts.items():
+            if not self._owners[page]:
+                raise ValueError(f"page {page} is free; only a held page can be forked")
+            self._owners[page] += count
 
     def release(self, pages: Iterable[int]) -> None:
         """Take an owner from each of `pages`; a page without owners is free again."""

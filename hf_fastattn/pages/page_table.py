@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.reach import BEHIND
+from hf_fastattn.pages.shared_runs import shared_runs
 from hf_fastattn.pages.table_mirror import TableMirror
 
 Params = ParamSpec("Params")
@@ -222,6 +225,38 @@ class PageTable:
     def held(self) -> int:
         """Entries of the rows that are pages."""
         return sum(page >= 0 for pages in self.rows for page in pages)
+
+    @_noted
+    def hold(self, rows: Sequence[Sequence[int]]) -> None:
+        """An empty table takes these rows of pages, which others hold too."""
+        held = [list(pages) for pages in rows]
+        mirror = TableMirror()
+        mirror.add_rows(len(held))
+        counts = Counter(chain.from_iterable(held))
+        del counts[-1]
+        self.pool.fork_often(counts)
+        self._publish(held, shared_runs(held), mirror)
+
+    @_noted
+    def take_rows(self, sources: Sequence[tuple[PageTable, int]]) -> None:
+        """An empty table takes rows of others of its pool, each once; these are empty after it."""
+        rows = [table.rows[row] for table, row in sources]
+        mirror = TableMirror()
+        mirror.add_rows(len(rows))
+        # Until all others are empty, rows have two owners; `unsettled` has them recounted if an exception comes.
+        self._publish(rows, shared_runs(rows), mirror)
+        for table in {id(table): table for table, _ in sources}.values():
+            table._publish([], [], TableMirror())
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether neighbouring rows are known to share pages."""
+        return any(columns for _, columns in self._origin)
+
+    def regroup(self) -> None:
+        """Look anew at which neighbouring rows share pages."""
+        if self.window is None:
+            self._origin = shared_runs(self.rows)
 
     @_noted
     def fork_into(self, other: PageTable, lengths: Sequence[int]) -> None:

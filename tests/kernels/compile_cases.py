@@ -38,6 +38,7 @@ from tests.kernels.compile_launches import (
     tiles,
     typical,
     varied,
+    weights_summed,
 )
 from tests.tools.fake_driver import fake_driver
 from tests.tools.resources import Resources, resources
@@ -236,6 +237,7 @@ CASES = {
     "add, norm, 16 tokens": Case(lambda: add_norm(4096, tokens=16), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
     "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
+    "weights summed": Case(weights_summed, ("weight_sum_kernel",), programs=4),
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
     "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
     "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),

@@ -17,6 +17,7 @@ from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.experts import router
 from hf_fastattn.kernels.experts.mixture import mixture
+from hf_fastattn.kernels.layer import weight_sum
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
@@ -140,6 +141,12 @@ def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **opti
 def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
     x, residual = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=stream or dtype)
     return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype)
+
+
+def weights_summed() -> object:
+    weights = [torch.zeros(70_000, dtype=BF16), torch.zeros(10, dtype=FP32)]
+    table = weight_sum.table_of(weights, torch.device("cpu"))
+    return weight_sum.weight_sum(table, torch.empty(weight_sum.PROGRAMS, dtype=torch.int64))
 
 
 def activation(tokens: int = 1, width: int = 14336) -> object:

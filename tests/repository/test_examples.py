@@ -58,6 +58,34 @@ def test_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(stock_tokens(history[:, :-16], 16), history)
 
 
+def test_best_of_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("best_of_n.py", monkeypatch)
+    assert left["computed"] == left["SAMPLES"]
+    assert not hf_fastattn.report(left["model"]).pages_in_use
+    # What forks have computed is what a model of Transformers' own does.
+    stock = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(left["device"])
+    logits = stock(left["texts"]).logits.log_softmax(-1)[:, left["prompt"].shape[1] - 1 : -1]
+    expected = logits.gather(2, left["new"][..., None])[..., 0].mean(1)
+    assert torch.allclose(left["scores"], expected, atol=1e-4) and len(set(left["scores"].tolist())) > 1
+
+
+def test_self_consistency(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("self_consistency.py", monkeypatch)
+    assert sum(left["votes"].values()) == left["WAYS"] and not hf_fastattn.report(left["model"]).pages_in_use
+    stock = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(left["device"])
+    whole = torch.cat((left["ways"].sequences, left["ask"].expand(left["WAYS"], -1)), 1)
+    assert torch.equal(stock(whole).logits[:, -1].argmax(-1), left["answers"])
+
+
+def test_beam_of_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("beam_of_thoughts.py", monkeypatch)
+    assert len(left["kept"]) == left["DEPTH"] and not hf_fastattn.report(left["model"]).pages_in_use
+    stock = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(left["device"])
+    judged = torch.cat((left["texts"], left["judge"].expand(left["WIDTH"], -1)), 1)
+    expected = stock(judged).logits[:, -1].log_softmax(-1)[:, left["good"]]
+    assert torch.allclose(expected, torch.tensor(left["kept"][-1], device=left["device"]), atol=1e-4)
+
+
 def test_attn_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     interface.counters.reset()
     left = run("attn_implementation.py", monkeypatch)

@@ -1,0 +1,71 @@
+"""`PrefixStore`: the pages of a model that stay for prompts to come, by the state of the model that they were made in."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.pages.prefix_index import PrefixIndex
+
+# States of a model (weights, adapters) whose pages may be there side by side.
+MOST_STATES = 8
+# Share of the device's memory that the pages may take where no limit is set.
+SHARE = 4
+# Pages that stay grow call by call: each time they move, steps are recorded anew, so they grow by this share at least.
+SPARE = 0.125
+
+
+class PrefixStore:
+    """An index of pages, which holds them as a cache does.
+
+    Args:
+        groups: the model's pages; only layers that see all keys have an index.
+        stays: for calls to come, not for one prompt alone.
+        limited: a memory limit says how many pages there may be.
+    """
+
+    def __init__(self, groups: PageGroups, stays: bool = False, limited: bool = True) -> None:
+        self.groups, self._limited = groups, limited
+        group = groups.group(None)
+        self.index = PrefixIndex(group.pool, groups.page_size)
+        self.tables: dict[int | None, PrefixIndex] = {None: self.index}
+        self._states: list[tuple[int, Any]] = []
+        self._named = 0
+        groups.enlist(self, self.tables)
+        self._before = group.pool.reclaim, group.pool.spare
+        group.pool.reclaim, group.pool.spare = self.index.evict, SPARE if stays else 0.0
+
+    def root_of(self, state: Any) -> int:
+        """The beginning, for `index`, of pages that were made in a state of the model equal to this one."""
+        for entry in self._states:
+            if entry[1] == state:
+                self._states.remove(entry)
+                self._states.append(entry)
+                return entry[0]
+        self._named += 1
+        # What an older state has left is not found any more, and evicted in its turn.
+        self._states = [*self._states[1 - MOST_STATES :], (-self._named, state)]
+        return -self._named
+
+    def close(self) -> None:
+        """Hold nothing from now on."""
+        pool = self.groups.group(None).pool
+        pool.reclaim, pool.spare = self._before
+        self.index.clear()
+        self._states.clear()
+
+    def trim(self) -> None:
+        """After a call: where no limit is set, hold no more than a share of the device's memory."""
+        if not self._limited:
+            keys = self.groups.group(None).storage.any_pages()
+            if keys is not None:
+                self.index.trim(_memory_of(keys.device) // SHARE // max(self.groups.page_bytes, 1))
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30

@@ -1,0 +1,127 @@
+"""Which prompts share pages with others and with earlier calls, and what stays of a call for those to come."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.prefix_store import PrefixStore
+from hf_fastattn.generation.prompt_tokens import tokens_of_rows, why_not_model, why_not_tokens
+from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
+from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
+
+# Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
+WORTH_A_TURN, WORTH_ON_CPU = 512, 64
+
+
+@dataclass(frozen=True)
+class KeptPrompt:
+    """The prompt of a call whose pages stay.
+
+    Attributes:
+        rows: the tokens of each row of the batch.
+    """
+
+    store: PrefixStore
+    root: int
+    cache: PagedCache
+    rows: list[RowTokens]
+
+
+def compute_prompt(
+    model: Any,
+    cache: PagedCache,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    generation_config: Any,
+    copies: list[int] | None,
+    compute: Compute,
+) -> Any:
+    """The outputs of a prompt of distinct rows, each page of which is computed once if that pays.
+
+    Args:
+        cache: new and empty.
+        copies: which of the rows each row of the batch is a copy of, if there are equal ones.
+        compute: the prompt's forward.
+    """
+    runtime = model._fastattn.runtime
+    keep = runtime.config.prefix_cache and not model.training
+    wanted = keep or (len(input_ids) > 1 and runtime.shares_rows)
+    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep) if wanted else None
+    if found is None:
+        return compute(input_ids, model_kwargs)
+    rows, shown, worth = found
+    new_cache = functools.partial(runtime.new_cache, model, 0, 0)
+    if keep:
+        store = runtime.prefix_store(cache.groups)
+        decoder = model._fastattn.decoder(model)
+        root = store.root_of(runtime.model_state.of(decoder, decoder.device))
+        everyone = rows if copies is None else [rows[row] for row in copies]
+        runtime.current.prompt = KeptPrompt(store, root, cache, everyone)
+    else:
+        store, root = PrefixStore(cache.groups), -1
+    with nullcontext() if keep else closing(store):
+        return SharedPrompt(new_cache, cache, store, root, rows, shown, worth).compute(compute, input_ids, model_kwargs)
+
+
+def _rows(
+    model: Any, cache: PagedCache, input_ids: Tensor, model_kwargs: dict[str, Any], generation_config: Any, keep: bool
+) -> tuple[list[RowTokens], Tensor, int] | None:
+    """The rows' tokens, where they stand, and what a turn has to save; None if nothing is shared, or may be."""
+    runtime = model._fastattn.runtime
+    reason = None if runtime.is_private(cache) else "the cache is the user's"
+    reason = reason or why_not_tokens(input_ids, model_kwargs, cache, model.config)
+    found: Any = reason
+    if reason is None:
+        found = tokens_of_rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+    if not isinstance(found, str):
+        size, worth = cache.groups.page_size, WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
+        rows = rows_of_tokens(found[0], size)
+        if not keep and tokens_in_common(rows, size) < worth:
+            return None
+        reason = why_not_model(model, generation_config)
+        if reason is None and keep:
+            reason = runtime.model_state.why_not(model._fastattn.decoder(model))
+        if reason is None:
+            return rows, found[1], worth
+        found = reason
+    if keep:
+        runtime.counters.prefix_unused[found] += 1
+    runtime.note(f"prefixes of the prompt are not looked for: {found}")
+    return None
+
+
+def kept_prompt(model: Any, cache: Any) -> KeptPrompt | None:
+    """The prompt of the call under way in `cache`, if its pages stay."""
+    call = model._fastattn.runtime.current
+    kept: KeptPrompt | None = None if call is None else call.prompt
+    return kept if kept is not None and kept.cache is cache else None
+
+
+def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> None:
+    """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result."""
+    kept = kept_prompt(model, cache)
+    if kept is None:
+        return
+    sequences = result if isinstance(result, Tensor) else result.sequences
+    if len(sequences) == len(cache.lengths):
+        new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
+        for row, tokens in enumerate(new):
+            keep_row(kept, row, row, tokens)
+
+
+def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
+    """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
+    cache, prompt = kept.cache, kept.rows[number]
+    size, count = cache.groups.page_size, cache.lengths[place] if cache.dense is None else 0
+    if len(prompt) <= count <= len(prompt) + len(new):
+        ids = np.concatenate((prompt.ids, new))[:count]
+        row = RowTokens(ids, size, (prompt, len(prompt) // size))
+        kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, partial=True)

@@ -1,0 +1,91 @@
+"""Which tokens the rows of a prompt consist of, and why their pages may not serve other rows or calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.module_checks import names_by_row, submodules, why_not_kind
+from hf_fastattn.patches.modules.checkpointing import drops_cache
+from hf_fastattn.patches.modules.watched import why_rows_differ
+from hf_fastattn.transformers_version import CACHE
+from hf_fastattn.wrappers import origin_of
+
+# Inputs that a prompt of nothing but tokens comes with.
+_PLAIN_INPUTS = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
+# What a call may ask of the prompt's forward that pages of earlier rows do not have.
+_ASKED_OF_PROMPT = ("output_hidden_states", "output_attentions", "output_router_logits")
+STATES = "states of the prompt's tokens are asked for"
+
+
+def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCache, config: Any) -> str | None:
+    """Why the rows of a prompt are more than sequences of tokens, or pages cannot be told by these alone."""
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        return "the prompt is not given as tokens"
+    others = [
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and value is not False and value != {} and name not in _PLAIN_INPUTS
+    ]
+    if any(name in _ASKED_OF_PROMPT for name in others):
+        return STATES
+    if others:
+        return f"{', '.join(sorted(others))} may change what a token means"
+    if set(cache.tables) != {None}:
+        return "pages behind a sliding window are released"
+    if any(layer not in cache.paged_layers for layer in cache.layers):
+        return "linear-attention layers keep a state"
+    if config.get_text_config(decoder=True) is not config:
+        return "the model has towers, whose input gives tokens other positions"
+    return None
+
+
+def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[NDArray[np.int64]], Tensor] | str:
+    """For each row its tokens without padding, and `[B, S]` bool on the host, where they are; or why there are none such."""
+    ids = input_ids.detach().to("cpu", torch.int64)
+    shown = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            return "the mask is none of the prompt's columns"
+        shown = mask.detach().to("cpu", torch.bool)
+    if not bool(shown[:, -1].all()):
+        return "the mask hides the last column"
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.shape[-1] != ids.shape[1] or positions.ndim != 2:
+            return "positions are given on several axes"
+        expected = shown.long().cumsum(1) - 1
+        given = positions.detach().to("cpu", torch.int64).expand_as(expected)
+        if not bool((given == expected)[shown].all()):
+            return "a row's positions do not count its tokens from 0"
+    where = shown.numpy()
+    return [row[held] for row, held in zip(ids.numpy(), where, strict=True)], shown
+
+
+def why_not_model(model: Any, generation_config: Any) -> str | None:
+    """Why a token's keys may depend on more than the tokens before it."""
+    runtime = model._fastattn.runtime
+    if runtime.variants:
+        # What its functions read may change between calls, and is not part of the weights.
+        return "layers have attention variants"
+    if any(getattr(generation_config, name, False) for name in _ASKED_OF_PROMPT):
+        return STATES
+    if generation_config.prefill_chunk_size is not None:
+        return "the call asks for a prompt in pieces"
+    origin = origin_of(type(model).prepare_inputs_for_generation)
+    if not origin.startswith("transformers."):
+        return f"the model's inputs are prepared by {origin}"
+    decoder = model._fastattn.decoder(model)
+    if drops_cache(decoder):
+        return "forwards drop the cache"
+    for module in submodules(decoder):
+        if names_by_row(module) is not None:
+            return "rows choose their adapters"
+        reason = why_not_kind(module) if "rope_type" in vars(module) else None
+        if reason is not None:
+            return reason
+    return why_rows_differ(model)

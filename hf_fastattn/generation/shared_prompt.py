@@ -1,0 +1,208 @@
+"""`SharedPrompt`: a prompt of which only what no page holds is computed: pages of earlier calls, or of rows before.
+
+Rows that begin alike are computed in turns: one of them first, then all others, which append to its pages; of prefixes
+within prefixes, a level a turn. A row goes on from the pages that it begins with as a chat does: its cache holds tokens, and
+its forward is one of the new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.prefix_store import PrefixStore
+from hf_fastattn.cache.shared_rows import begin_on, gather
+from hf_fastattn.pages.prefix_index import RowTokens
+from hf_fastattn.transformers_version import CACHE
+
+# Columns of all rows in one forward on shared pages, at most; shorter rows are padded to the longest.
+MOST_COLUMNS = 8192
+
+Compute = Callable[[Tensor, dict[str, Any]], Any]
+
+
+@dataclass
+class Part:
+    """Rows that are computed together: their numbers, and how many of their tokens lie in pages already."""
+
+    rows: list[int]
+    cache: PagedCache
+    held: list[int]
+    outputs: Any = None
+
+
+@dataclass
+class SharedPrompt:
+    """The rows of a prompt, and the pages that they may begin with.
+
+    Args:
+        new_cache: makes an empty cache over the same pages.
+        cache: that the prompt ends up in.
+        store: its index finds pages; `root` is the state of the model.
+        rows: their tokens.
+        shown: `[B, S]` bool on the host, where these are.
+        worth: tokens that a turn of its own has to save.
+    """
+
+    new_cache: Callable[[], PagedCache]
+    cache: PagedCache
+    store: PrefixStore
+    root: int
+    rows: list[RowTokens]
+    shown: Tensor
+    worth: int
+    _parts: list[Part] = field(default_factory=list)
+
+    def compute(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """The outputs of the prompt's forward, of which there are logits of the last column; the cache holds the prompt.
+
+        Args:
+            compute: the forward of a prompt, or of its rows after the tokens that their cache holds.
+        """
+        waiting = list(range(len(self.rows)))
+        while waiting:
+            now, waiting = self._turn(waiting)
+            if not self._parts and not waiting and not any(held for _, _, held in now):
+                # Nothing is shared: as ever.
+                outputs = compute(input_ids, model_kwargs)
+                self._note(self.cache, range(len(self.rows)))
+                return outputs
+            is_first, parts = not self._parts, self._begun(now)
+            self._parts += parts
+            if is_first:
+                # Not before the pages that rows begin with are held.
+                self._make_room(now, waiting)
+            for part in parts:
+                part.outputs = compute(*self._inputs(part, input_ids, model_kwargs))
+                if part.cache.dense is not None:
+                    return self._whole(compute, input_ids, model_kwargs)
+                self._note(part.cache, part.rows)
+        return self._joined(input_ids, model_kwargs)
+
+    def _turn(self, waiting: list[int]) -> tuple[list[tuple[int, list[int], int]], list[int]]:
+        """`(row, pages, tokens in them)` of the rows to compute now, and the rows that wait for the pages of others."""
+        index, size = self.store.index, self.cache.groups.page_size
+        found: dict[int, tuple[list[int], int]] = {}
+        for row in waiting:
+            near = None
+            if found:
+                last = next(reversed(found))
+                near = found[last][0][: found[last][1] // size], self.rows[row].common(self.rows[last]) // size
+            found[row] = index.match(self.root, self.rows[row], near)
+        alike: dict[tuple[int, bytes], list[int]] = {}
+        for row, (pages, held) in found.items():
+            column, tokens = held // size, self.rows[row]
+            if (column + 1) * size < len(tokens):
+                alike.setdefault((pages[column - 1] if column else self.root, tokens.keys[column]), []).append(row)
+        waits = {row for _, *others in alike.values() for row in others}
+        if waits and self._saved([found[row][1] for row in waiting], waiting) < self.worth:
+            waits = set()
+        now = [(row, *found[row]) for row in waiting if row not in waits]
+        index.touch(pages for _, pages, _ in now)
+        return now, [row for row in waiting if row in waits]
+
+    def _saved(self, held: list[int], waiting: list[int]) -> int:
+        return tokens_in_common([self.rows[row] for row in waiting], self.cache.groups.page_size, held)
+
+    def _make_room(self, now: list[tuple[int, list[int], int]], waiting: list[int]) -> None:
+        """Pages for the whole prompt at once, so that they need not move between its parts."""
+        size, ahead = self.cache.groups.page_size, self.cache.ahead_of(self.shown.shape[1])
+        followed: dict[tuple[int, bytes], int] = {}
+        needed = 0
+        for row, pages, held in [*now, *((row, [], 0) for row in waiting)]:
+            tokens, before = self.rows[row], pages[held // size - 1] if held >= size else self.root
+            for key in tokens.keys[held // size : len(tokens) // size]:
+                if (before, key) not in followed:
+                    # No page's number.
+                    followed[before, key] = -(10**9) - len(followed)
+                    needed += 1
+                before = followed[before, key]
+            needed += -(-(len(tokens) + ahead) // size) - len(tokens) // size
+        self.cache.groups.group(None).ensure(needed)
+
+    def _begun(self, now: list[tuple[int, list[int], int]]) -> list[Part]:
+        """The rows to compute now in parts, whose caches hold the pages that they begin with."""
+        parts = []
+        for chosen in _divided(now, [len(self.rows[row]) - held for row, _, held in now]):
+            cache = self.new_cache()
+            rows, pages, held = (list(values) for values in zip(*chosen, strict=True))
+            if any(held):
+                begin_on(cache, pages, held)
+                self.cache.counters.tokens_reused += sum(held)
+            parts.append(Part(rows, cache, held))
+        return parts
+
+    def _inputs(self, part: Part, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Inputs of a part: what its cache holds, then the new tokens of its rows, padded on the left."""
+        rows = [self.rows[row] for row in part.rows]
+        past, new = part.cache.get_seq_length(), max(len(row) - held for row, held in zip(rows, part.held, strict=True))
+        ids = torch.zeros(len(rows), past + new, dtype=input_ids.dtype, device="cpu")
+        mask = torch.zeros(len(rows), past + new, dtype=torch.int64, device="cpu")
+        positions = torch.zeros(len(rows), new, dtype=torch.int64, device="cpu")
+        stored = part.cache.stored
+        mask[:, :past] = 1 if stored is None else stored
+        for place, (row, held) in enumerate(zip(rows, part.held, strict=True)):
+            count = len(row) - held
+            ids[place, past + new - count :] = torch.from_numpy(row.ids[held:])
+            mask[place, past + new - count :] = 1
+            positions[place, new - count :] = torch.arange(held, len(row), device="cpu")
+        device = input_ids.device
+        inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device), CACHE: part.cache}
+        return ids.to(device), {**model_kwargs, **inputs}
+
+    def _note(self, cache: PagedCache, rows: Sequence[int]) -> None:
+        """The whole pages of these rows can be found from now on."""
+        if cache.dense is None:
+            for place, row in enumerate(rows):
+                self.store.index.insert(self.root, self.rows[row], cache.tables[None].rows[place], cache.lengths[place])
+
+    def _joined(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """One cache and one output of all parts."""
+        places = {row: (part, place) for part in self._parts for place, row in enumerate(part.rows)}
+        order = [places[row] for row in range(len(self.rows))]
+        gather(self.cache, [(part.cache, place) for part, place in order], self.shown)
+        self.cache.known_mask.remember(model_kwargs.get("attention_mask"), self.shown.shape[1])
+        logits = torch.cat([part.outputs.logits[:, -1:] for part in self._parts])
+        rows = [row for part in self._parts for row in part.rows]
+        back = torch.tensor([rows.index(row) for row in range(len(rows))], device=logits.device)
+        kind = type(self._parts[0].outputs)
+        return kind(logits=logits.index_select(0, back), **{CACHE: self.cache})
+
+    def _whole(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """The prompt as ever, where a forward went over to Transformers' own cache."""
+        for part in self._parts:
+            part.cache.reset()
+        return compute(input_ids, model_kwargs)
+
+
+def tokens_in_common(rows: Sequence[RowTokens], page_size: int, held: Sequence[int] | None = None) -> int:
+    """How many tokens of the rows, in whole pages, other rows begin with too, and so need not be computed again.
+
+    Args:
+        held: of each row the tokens that are not computed in any case.
+    """
+    order = sorted(range(len(rows)), key=lambda row: rows[row].ids.tobytes())
+    saved = 0
+    for before, row in pairwise(order):
+        common = min(rows[row].common(rows[before]), len(rows[row]) - 1) // page_size * page_size
+        saved += max(common - (held[row] if held else 0), 0)
+    return saved
+
+
+def _divided(now: Sequence[tuple[int, list[int], int]], new: Sequence[int]) -> list[list[tuple[int, list[int], int]]]:
+    """The rows in parts: those without a page together, the others by how many tokens are new, MOST_COLUMNS at a time."""
+    parts = [[entry for entry in now if not entry[2]]]
+    begun = sorted((count, entry) for count, entry in zip(new, now, strict=True) if entry[2])
+    part: list[tuple[int, list[int], int]] = []
+    for count, entry in begun:
+        if part and (len(part) + 1) * count > MOST_COLUMNS:
+            parts.append(part)
+            part = []
+        part.append(entry)
+    return [part for part in [*parts, part] if part]

@@ -1,0 +1,80 @@
+"""`ModelState`: everything that the keys and values of a token depend on besides the tokens before it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fastattn.graphs.fingerprint import PLAIN, fingerprint_of
+from hf_fastattn.graphs.module_checks import submodules
+from hf_fastattn.kernels.layer import weight_sum_reference
+
+
+class ModelState:
+    """Names the state of a decoder by its modules, options and adapters, and by a sum over the bits of all its weights.
+
+    Args:
+        checked: the weights are looked at, which reads them once; else the owner has promised not to change them.
+        triton: on CUDA devices, by one launch.
+    """
+
+    def __init__(self, checked: bool, triton: bool = True) -> None:
+        self._checked, self._triton = checked, triton and importlib.util.find_spec("triton") is not None
+        self._places: Any = None
+        self._table: Tensor | None = None
+        self._rest: list[Tensor] = []
+
+    def drop(self) -> None:
+        """Hold no memory."""
+        self._places, self._table, self._rest = None, None, []
+
+    def why_not(self, decoder: nn.Module) -> str | None:
+        """Why a change of the weights could go unnoticed."""
+        for tensor in _weights(decoder) if self._checked else ():
+            if type(tensor) not in PLAIN:
+                return f"a parameter is a {type(tensor).__name__}, whose change could go unnoticed"
+            if tensor.device.type == "meta":
+                return "the weights are offloaded"
+        return None
+
+    def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
+        """The state as values to compare; waits for the device, once."""
+        parts = fingerprint_of(decoder, device).parts
+        if not self._checked:
+            return (parts,)
+        weights = list({id(tensor): tensor for tensor in _weights(decoder)}.values())
+        return parts, self._sums(weights)
+
+    def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
+        device = weights[0].device
+        if not self._triton or any(tensor.device != device or device.type != "cuda" for tensor in weights):
+            return tuple(int(one) for one in weight_sum_reference.weight_sum(weights))
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.layer import weight_sum
+
+        places = [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in weights]
+        if self._places != places:
+            whole = [tensor.detach() for tensor in weights if _is_whole(tensor)]
+            self._table, self._places = weight_sum.table_of(whole, device), places
+            self._rest = [tensor.detach() for tensor in weights if not _is_whole(tensor)]
+        assert self._table is not None
+        with torch.inference_mode(False), torch.no_grad():
+            out = torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=device)
+            weight_sum.weight_sum(self._table, out)
+            others = weight_sum_reference.weight_sum(self._rest)
+            return tuple(torch.cat((out, *(one[None] for one in others))).tolist())
+
+
+def _weights(decoder: nn.Module) -> Iterator[Tensor]:
+    for module in (decoder, *submodules(decoder)):
+        for held in (module._parameters, module._buffers):
+            yield from (tensor for tensor in held.values() if tensor is not None and tensor.numel())
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    size = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and size % 4 == 0

@@ -1,0 +1,141 @@
+"""Rows of one call that begin alike: each distinct page is computed and stored once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from tests.generation.calls import SAMPLING, assert_same_tokens, run
+from tests.tools.models import VOCAB, assert_fast, pair
+
+SIZE = 16
+
+
+def tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[torch.Tensor], more: int = 0) -> dict[str, torch.Tensor]:
+    columns = max(map(len, rows)) + more
+    ids = torch.stack([torch.nn.functional.pad(row, (columns - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (columns - len(row), 0)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def questions(count: int, document: int = 100, seed: int = 0) -> list[torch.Tensor]:
+    """Prompts of one document and a question of 5 tokens or more each."""
+    text = tokens(document, 1000 + seed)
+    return [torch.cat((text, tokens(5 + 2 * n % 7, 100 * seed + n))) for n in range(count)]
+
+
+def distinct(rows: list[torch.Tensor]) -> tuple[int, int]:
+    """Tokens to compute, and tokens that other rows have, where whole pages are shared."""
+    pages, own = set(), 0
+    for row in rows:
+        keys = [tuple(row[: end + SIZE].tolist()) for end in range(0, len(row) - SIZE + 1, SIZE)]
+        # The last token of a row is computed in any case.
+        keys = [key for key in keys if len(key) < len(row)]
+        pages.update(keys)
+        own += len(row) - SIZE * len(keys)
+    computed = SIZE * len(pages) + own
+    return computed, sum(map(len, rows)) - computed
+
+
+def assert_each_page_once(model: Any, rows: list[torch.Tensor], copied: int = 0) -> None:
+    """`copied`: tokens of pages of which other rows have the beginning alone."""
+    computed, reused = distinct(rows)
+    computed, reused = computed - copied, reused + copied
+    call = assert_fast(model, prompt_tokens=computed, shared=None)
+    assert (call.tokens_reused, reused > 0) == (reused, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("more", [0, 11])
+def test_questions_about_one_document(family: str, more: int) -> None:
+    stock, model = pair(family)
+    rows = questions(5)
+    assert_same_tokens(stock, model, left_padded(rows, more), 20)
+    assert_each_page_once(model, rows)
+
+
+def test_rows_that_are_no_neighbours() -> None:
+    stock, model = pair("llama")
+    rows = [row for both in zip(questions(3, seed=1), questions(3, 70, seed=2), strict=True) for row in both]
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    assert_each_page_once(model, rows)
+
+
+def test_prefixes_within_prefixes() -> None:
+    stock, model = pair("llama")
+    system = tokens(40, 1)
+    rows = [torch.cat((system, row)) for seed in range(3) for row in questions(3, 60, seed=seed)]
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    # The last 8 tokens of the system prompt lie in one page with the first document.
+    assert_each_page_once(model, rows, copied=2 * 8)
+
+
+def test_a_row_that_is_the_beginning_of_another() -> None:
+    stock, model = pair("llama")
+    row = tokens(150, 1)
+    rows = [row[:97], row, row[:96], row[:150], row[:10]]
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    # Equal rows are one. Of the sixth page, the row of 96 tokens takes all but its last one.
+    assert_each_page_once(model, [row[:97], row, row[:96], row[:10]], copied=15)
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 3, **SAMPLING}, {"num_beams": 3}])
+def test_samples_and_beams_of_questions(options: dict[str, Any]) -> None:
+    stock, model = pair("llama")
+    rows = questions(3)
+    assert_same_tokens(stock, model, left_padded(rows), 20, **options)
+    assert_each_page_once(model, rows)
+
+
+def test_too_little_in_common_is_computed_by_each() -> None:
+    stock, model = pair("llama")
+    rows = [torch.cat((tokens(17, 1), tokens(30, n))) for n in range(3)]
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    assert assert_fast(model, 3 * 47).tokens_reused == 0
+
+
+def test_pages_behind_a_window_are_not_shared() -> None:
+    stock, model = pair("qwen2_window")
+    rows = questions(4)
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    assert assert_fast(model, sum(map(len, rows))).tokens_reused == 0
+
+
+def test_images_keep_rows_apart() -> None:
+    """Equal tokens may stand for other images."""
+    stock, model = pair("qwen2_vl")
+    rows = questions(3)
+    assert_same_tokens(stock, model, left_padded([row.clamp(max=VOCAB - 8) for row in rows]), 20)
+    assert assert_fast(model, sum(map(len, rows))).tokens_reused == 0
+
+
+def test_both_rows_and_calls() -> None:
+    stock, model = pair("llama", {"prefix_cache": True})
+    first, rows = questions(3), questions(6)
+    assert_same_tokens(stock, model, left_padded(first), 5)
+    assert_same_tokens(stock, model, left_padded(rows), 20)
+    call = assert_fast(model, held=None)
+    # Of the three rows of the first call all but their last token is there, of the others the document, but for what is
+    # left of its last page.
+    assert call.prompt_tokens <= 3 + sum(len(row) - 96 for row in rows[3:])
+    assert call.tokens_reused == sum(map(len, rows)) - call.prompt_tokens
+
+
+def test_the_cache_is_the_same_without_sharing() -> None:
+    """Lengths, mask and keys of the returned cache are those of rows computed one by one."""
+    stock, model = pair("llama")
+    batch = left_padded(questions(4), 3)
+    ours, theirs = (run(one, batch, 6, return_dict_in_generate=True) for one in (model, stock))
+    caches = [getattr(one, "cache", None) or one.past_key_values for one in (ours, theirs)]
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    shown = torch.nn.functional.pad(batch["attention_mask"], (0, 5), value=1).bool()
+    for layer, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.allclose(layer.keys.transpose(1, 2)[shown], other.keys.transpose(1, 2)[shown], atol=1e-4)
+    assert hf_fastattn.report(model).last_call.tokens_reused

@@ -1,0 +1,188 @@
+"""Pages that stay are those of the model as it is: whatever changes it between two calls, they are not found any more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from tests.generation.calls import run
+from tests.patches.snapshots import lora
+from tests.tools.models import single, tiny
+
+PROMPT = single(70)
+
+
+def adamw(model: Any, fused: bool) -> None:
+    """A step that leaves the version counters of weights as they are, if it is fused."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=fused)
+    with torch.enable_grad():
+        model(**PROMPT, use_cache=False).logits.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def one_bit(model: Any) -> None:
+    weight = model.get_submodule("model.layers.0.self_attn.v_proj").weight.data.view(torch.int32)
+    weight[3, 5] ^= 1 << 31
+
+
+def two_signs(model: Any) -> None:
+    """Two changes of the highest bit, which would cancel each other in a sum."""
+    weight = model.get_submodule("model.layers.1.mlp.up_proj").weight.data.view(torch.int32)
+    weight[0, 1] ^= -(1 << 31)
+    weight[0, 3] ^= -(1 << 31)
+
+
+def rows_exchanged(model: Any) -> None:
+    weight = model.get_submodule("model.layers.0.self_attn.k_proj").weight.data
+    weight[[0, 9]] = weight[[9, 0]]
+
+
+def loaded(model: Any) -> None:
+    other = tiny("llama", seed=3)
+    model.load_state_dict(other.state_dict())
+
+
+def frequencies(model: Any) -> None:
+    model.get_submodule("model.rotary_emb").inv_freq.mul_(1.5)
+
+
+def epsilon(model: Any) -> None:
+    model.get_submodule("model.layers.0.input_layernorm").variance_epsilon = 0.5
+
+
+def exchanged(model: Any) -> None:
+    layer = model.get_submodule("model.layers.0")
+    layer.mlp = copy.deepcopy(model.get_submodule("model.layers.1").mlp)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "an optimiser": lambda model: adamw(model, fused=False),
+    "a fused optimiser": lambda model: adamw(model, fused=True),
+    ".data": lambda model: model.get_submodule("model.layers.0.mlp.down_proj").weight.data.mul_(1.01),
+    "one bit": one_bit,
+    "two signs": two_signs,
+    "rows exchanged": rows_exchanged,
+    "load_state_dict": loaded,
+    "embeddings": lambda model: model.get_input_embeddings().weight.data[7].mul_(1.5),
+    "a buffer": frequencies,
+    "an attribute": epsilon,
+    "a module": exchanged,
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "float64": lambda model: model.to(torch.float64),
+}
+
+
+def answers(model: Any) -> tuple[torch.Tensor, Any]:
+    with torch.no_grad():
+        return run(model, PROMPT, 12), hf_fastattn.report(model).last_call
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_model_is_seen(name: str) -> None:
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    assert answers(model)[1].tokens_reused == 0
+    assert answers(model)[1].tokens_reused == 69
+    CHANGES[name](model)
+    tokens, call = answers(model)
+    assert (call.tokens_reused, call.prompt_tokens, call.prefix_unused) == (0, 70, {})
+    # What was computed since is of the new state.
+    assert answers(model)[1].tokens_reused == 69
+    hf_fastattn.unpatch(model)
+    assert torch.equal(run(model, PROMPT, 12), tokens)
+
+
+def test_embeddings_of_tokens_that_no_prompt_has() -> None:
+    """Whatever changes, nothing is found: which weights a prompt reads is not looked at."""
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    answers(model)
+    model.get_input_embeddings().weight.data[0].mul_(2)
+    assert answers(model)[1].tokens_reused == 0
+
+
+def scaled(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 3.0
+
+
+def trained(model: Any) -> None:
+    adamw(model, fused=True)
+
+
+ADAPTERS: dict[str, Callable[[Any], Any]] = {
+    "scaled": scaled,
+    "trained": trained,
+    "merged": lambda model: model.merge_adapter(),
+    "switched": lambda model: model.set_adapter("other"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_change_of_adapters_is_seen(name: str) -> None:
+    from peft import LoraConfig
+
+    model = lora(tiny("llama"))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.set_adapter("default")
+    model = hf_fastattn.patch(model.eval(), prefix_cache=True)
+    assert answers(model)[1].tokens_reused == 0
+    assert answers(model)[1].tokens_reused == 69
+    ADAPTERS[name](model)
+    tokens, call = answers(model)
+    assert (call.tokens_reused, call.prompt_tokens) == (0, 70)
+    hf_fastattn.unpatch(model)
+    assert torch.equal(run(model, PROMPT, 12), tokens)
+
+
+def test_pages_of_two_adapters_stay_side_by_side() -> None:
+    from peft import LoraConfig
+
+    model = lora(tiny("llama"))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = hf_fastattn.patch(model.eval(), prefix_cache=True)
+    found = []
+    for name in ("default", "other", "default", "other"):
+        model.set_adapter(name)
+        found.append(answers(model))
+    assert [call.tokens_reused for _, call in found] == [0, 0, 69, 69]
+    assert torch.equal(found[0][0], found[2][0])
+    assert not torch.equal(found[0][0], found[1][0])
+    with model.disable_adapter():
+        assert answers(model)[1].tokens_reused == 0
+
+
+def test_autocast_is_another_state() -> None:
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    answers(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert answers(model)[1].tokens_reused == 0
+
+
+def test_frozen_weights_are_not_read() -> None:
+    """What the option says is believed: only what the weights hold is not looked at."""
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True, weights="frozen")
+    answers(model)
+    model.get_submodule("model.layers.0.mlp.down_proj").weight.data.mul_(1.01)
+    assert answers(model)[1].tokens_reused == 69
+    model.to(torch.bfloat16)
+    assert answers(model)[1].tokens_reused == 0
+
+
+def test_weights_that_cannot_be_looked_at() -> None:
+    class Odd(torch.nn.Parameter):
+        pass
+
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer._parameters["weight"] = Odd(layer.weight.detach())
+    for _ in range(2):
+        call = answers(model)[1]
+        assert call.tokens_reused == 0
+        assert [reason for reason in call.prefix_unused if "Odd" in reason]
