@@ -40,7 +40,7 @@ from hf_fastattn.kernels.attention.tile import score_factors
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.gluon_spelling import load_box
-from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of, power_of_2
 from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
@@ -50,6 +50,8 @@ BLOCK_M = 128
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+# Values of distances of more heads have no room beside two buffers of keys and values.
+MOST_PACKED_DISTANCES = 16
 
 
 @gluon.jit
@@ -200,19 +202,57 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _by_distance(first_key, pairs, CFG: gl.constexpr, HOOKS: gl.constexpr):
+    """What the score function makes of the distances of a tile, `[DISTANCES * PACKED]`, or 0 without such.
+
+    Heads innermost, so that the threads of a warp look up neighbours, of different banks.
+    """
+    if HOOKS.score_by_distance is None:
+        return 0
+    else:
+        b, h, q_idx, window, tensors, head, first_position = pairs
+        BLOCK_N: gl.constexpr = CFG[1]
+        PACKED: gl.constexpr = CFG[6]
+        at = gl.arange(0, CFG[7] * PACKED, gl.BlockedLayout([1], [32], [4], [0]))
+        distance = at // PACKED + (first_position - first_key - (BLOCK_N - 1))
+        return HOOKS.score_by_distance(b, head + at % PACKED, distance, tensors)
+
+
+@gluon.jit
+def _of_pairs(by_distance, LAYOUT: gl.constexpr, CFG: gl.constexpr):
+    """Of the values of `_by_distance` that of each pair, `[64, BLOCK_N]`, through shared memory."""
+    BLOCK_N: gl.constexpr = CFG[1]
+    PACKED: gl.constexpr = CFG[6]
+    row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
+    column = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
+    at = row + (BLOCK_N - 1 - column) * PACKED
+    found = gl.gather(by_distance, at.reshape([64 * BLOCK_N]), 0)
+    return gl.convert_layout(found.reshape([64, BLOCK_N]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def _softmax(
-    scores, row_max, scale, last_key, first_key, pairs,
+    scores, row_max, scale, last_key, first_key, pairs, by_distance, CFG: gl.constexpr,
     LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
 
-    `pairs` is what a variant's functions get: row, query heads `[64]`, positions `[64]`, window and tensors.
+    `pairs` is what a variant's functions get: row, query heads `[64]`, positions `[64]`, window and tensors; and the first
+    head and position.
 
     Returns:
         Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
     """
-    b, h, q_idx, window, tensors = pairs
-    if HOOKS.score_mod is not None:
+    b, h, q_idx, window, tensors, head, first_position = pairs
+    if HOOKS.score_rest is not None:
+        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
+        if HOOKS.score_by_distance is not None:
+            by_distance = _of_pairs(by_distance, LAYOUT, CFG)
+        scores = HOOKS.score_rest(
+            scores * scale, by_distance, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors
+        )
+        scale = HOOKS.last_factor * LOG2E
+    elif HOOKS.score_mod is not None:
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
@@ -270,8 +310,11 @@ def _step(
     # [64, BLOCK_N] times [BLOCK_N, D]
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
+    by_distance = _by_distance(first_key, pairs, CFG, HOOKS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    new, decay, row_max = _softmax(scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
+    new, decay, row_max = _softmax(
+        scores, row_max, scale, last_key, first_key, pairs, by_distance, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
+    )
     sums = schedule_fence(partial_row_sums(new))
     SUMS: gl.constexpr = row_sum.type.layout
     row_sum = row_sum * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + sums
@@ -317,7 +360,8 @@ def _consumer(
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         q_idx = query // PACKED + (length - new)
         last_key = gl.minimum(q_idx, length - 1)
-        pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors)
+        first_position = mine // PACKED + (length - new)
+        pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors, slot * PACKED, first_position)
         if LISTS > 0:
             lists = _lists(visited, t, heads // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
@@ -341,11 +385,12 @@ def _consumer(
         scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
         scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
         turn_pass(1 - WARPGROUP)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
         if LISTS == 0:
             first_key = (count - 1) * BLOCK_N
+        by_distance = _by_distance(first_key, pairs, CFG, HOOKS)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
         weights, decay, row_max = _softmax(
-            scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS
+            scores, row_max, scale, last_key, first_key, pairs, by_distance, CFG, S_LAYOUT, BLOCK_N, True, HOOKS
         )
         row_sum = partial_row_sums(weights)
         packed = pack_pairs(weights, dtype)
@@ -412,13 +457,13 @@ def hopper_prefill_kernel(
     stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    LISTS: gl.constexpr, HOOKS: gl.constexpr,
+    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
 
     `visited` is a `Visited` of LISTS lists an item, or None; `window` is None without one.
     """
-    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED)
+    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     q_s = gl.allocate_shared_memory(dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -543,6 +588,10 @@ def hopper_prefill(
     if visited is not None:
         check_visited(visited, prefill_tiles(tokens * packed, seq_lens.shape[0], BLOCK_M), BLOCK_M, block_n)
     hooks = variant.hooks_for(q.dtype)
+    if packed > MOST_PACKED_DISTANCES:
+        hooks = hooks._replace(score_by_distance=None, score_rest=None, last_factor=1.0)
+    if hooks.score_by_distance is not None:
+        buffers = min(buffers, 2)
     factor, _ = score_factors(scale, None, hooks)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
@@ -565,7 +614,8 @@ def hopper_prefill(
             None if visited is None else visited.for_kernel(), window, variant.tensors,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-            LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks, num_warps=4, maxnreg=168,
+            LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks,
+            DISTANCES=power_of_2(BLOCK_M // 2 // packed + block_n - 1), num_warps=4, maxnreg=168,
             ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return out, lse

@@ -165,7 +165,8 @@ HOPPER_ROWS = ([200, 9, 60], [0, 20, 131])
 ON_HOPPER = [
     ("plain", 4), ("relative bias table", 4), ("softcap, then alibi", 4), ("document", 4), ("prefix-LM", 4),
     ("block-sparse", 4), ("sinks and window", 4), ("alibi in documents", 7), ("block-sparse", 7), ("sinks", 4),
-    ("sigmoid", 4), ("softcap and alibi", 4), ("window", 4),
+    ("sigmoid", 4), ("softcap and alibi", 4), ("window", 4), ("softcap", 4), ("distance buckets", 4),
+    ("relative bias table", 7), ("relative bias table", 14), ("distance buckets", 1),
 ]  # fmt: skip
 
 
