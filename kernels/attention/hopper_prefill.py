@@ -6,8 +6,9 @@ The warpgroups take turns on the tensor cores, so that the softmax of one overla
 ("FlashAttention-3", Shah et al., 2024). Rows are (token, query head of the kv head), packed by a three-dimensional TMA box
 if R is a power of two; a tile of K or V is filled by one box a page. Programs are persistent and take their tiles from a
 work list made on the device, so a captured graph follows lengths that changed. The tiles of a row are taken from its end,
-so that the masked ones come first. Producer, consumers and launcher agree on barriers and shared memory line by line, and
-so stand in one file.
+so that the masked ones come first. What depends on the distance of query and key alone is computed once a head
+and distance of a tile. Producer, consumers and launcher agree on barriers and shared memory line by line, and so stand
+in one file.
 """
 
 from __future__ import annotations
@@ -26,25 +27,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_key, lists_of, tile_of
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
     partial_row_sums,
-    row_maxima,
     schedule_fence,
     turn_pass,
     turn_wait,
     unpack_pairs,
 )
+from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, shown_pairs, softmax_step, values_of_distances
 from hf_fastattn.kernels.attention.tile import score_factors
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of, power_of_2
-from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
-LOG2E = gl.constexpr(LOG2E_FLOAT)
 BLOCK_M = 128
 # head dim -> (keys a tile, number of K/V buffers), chosen to fill the shared memory
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
@@ -52,40 +52,6 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 # Values of distances of more heads have no room beside two buffers of keys and values.
 MOST_PACKED_DISTANCES = 16
-
-
-@gluon.jit
-def _tile(work, cu_seqlens, seq_lens, t, tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
-    """Row, first packed query, head slot, first token, new tokens, keys and K/V tiles of work item `t`.
-
-    Past the last item, of which there are `tiles`, those of some other.
-    """
-    b = gl.load(work + t * 4, mask=t < tiles, other=0)
-    first_query = gl.load(work + t * 4 + 1, mask=t < tiles, other=0)
-    slot = gl.load(work + t * 4 + 2, mask=t < tiles, other=0)
-    first_token = gl.load(cu_seqlens + b)
-    new = gl.load(cu_seqlens + b + 1) - first_token
-    length = gl.load(seq_lens + b)
-    seen = gl.minimum(length, first_query // PACKED + BLOCK_M // PACKED + length - new)
-    return b, first_query, slot, first_token, new, length, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
-
-
-@gluon.jit
-def _lists(visited, t, tiles, SLOTS: gl.constexpr, LISTS: gl.constexpr):
-    """Of work item `t` the list of K/V tiles, how many are seen wholly and in part, and its length in memory."""
-    counts, listed, columns = visited
-    item = t if LISTS > 1 else t // SLOTS
-    whole = gl.load(counts + item * 2, mask=t < tiles, other=0)
-    partly = gl.load(counts + item * 2 + 1, mask=t < tiles, other=0)
-    return listed + item.to(gl.int64) * columns, whole, partly, columns
-
-
-@gluon.jit
-def _listed_key(lists, j):
-    """The first key of the `j`-th tile of `_lists`: those seen in part come first, the last of the row at their head."""
-    listed, whole, partly, columns = lists
-    at = gl.where(j < partly, columns - partly + j, j - partly)
-    return gl.load(listed + at, mask=whole + partly > 0, other=0)
 
 
 @gluon.jit
@@ -136,16 +102,16 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
     done = 0
     q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count = _tile(
+        b, first_query, slot, first_token, new, length, count = tile_of(
             work, cu_seqlens, seq_lens, t, tiles, BLOCK_M, BLOCK_N, PACKED
         )
         head = slot * PACKED // ratio
         table = page_table + b * stride_table
         pages = (length + PAGE - 1) // PAGE
         if LISTS > 0:
-            lists = _lists(visited, t, tiles, groups * ratio // PACKED, LISTS)
+            lists = lists_of(visited, t, tiles, groups * ratio // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
-            first_key = _listed_key(lists, 0) * BLOCK_N
+            first_key = listed_key(lists, 0) * BLOCK_N
         s = done % BUFFERS
         mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
         if LISTS == 0:
@@ -164,7 +130,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         for j in range(1, count):
             if LISTS > 0:
                 key_before = first_key
-                first_key = _listed_key(lists, j) * BLOCK_N
+                first_key = listed_key(lists, j) * BLOCK_N
             s = done % BUFFERS
             mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
             if LISTS == 0:
@@ -207,97 +173,6 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _by_distance(first_key, pairs, CFG: gl.constexpr, HOOKS: gl.constexpr):
-    """What the score function makes of the distances of a tile, `[DISTANCES * PACKED]`, or 0 without such.
-
-    Heads innermost, so that the threads of a warp look up neighbours, of different banks.
-    """
-    if HOOKS.score_by_distance is None:
-        return 0
-    else:
-        b, h, q_idx, window, tensors, head, first_position = pairs
-        BLOCK_N: gl.constexpr = CFG[1]
-        PACKED: gl.constexpr = CFG[6]
-        at = gl.arange(0, CFG[7] * PACKED, gl.BlockedLayout([1], [32], [4], [0]))
-        distance = at // PACKED + (first_position - first_key - (BLOCK_N - 1))
-        return HOOKS.score_by_distance(b, head + at % PACKED, distance, tensors)
-
-
-@gluon.jit
-def _of_pairs(by_distance, LAYOUT: gl.constexpr, CFG: gl.constexpr):
-    """Of the values of `_by_distance` that of each pair, `[64, BLOCK_N]`, through shared memory."""
-    BLOCK_N: gl.constexpr = CFG[1]
-    PACKED: gl.constexpr = CFG[6]
-    row = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
-    column = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-    at = row + (BLOCK_N - 1 - column) * PACKED
-    found = gl.gather(by_distance, at.reshape([64 * BLOCK_N]), 0)
-    return gl.convert_layout(found.reshape([64, BLOCK_N]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _seen(first_key, pairs, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
-    """What a variant's mask shows of a tile, `[64, BLOCK_N]`, or 0 without one. It reads memory while products are computed."""
-    if MASK and HOOKS.mask_mod is not None:
-        b, h, q_idx, window, tensors, head, first_position = pairs
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        return HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
-    else:
-        return 0
-
-
-@gluon.jit
-def _softmax(
-    scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG: gl.constexpr,
-    LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
-
-    `pairs` is what a variant's functions get: row, query heads `[64]`, positions `[64]`, window and tensors; and the first
-    head and position.
-
-    Returns:
-        Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
-    """
-    b, h, q_idx, window, tensors, head, first_position = pairs
-    if HOOKS.score_rest is not None:
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        if HOOKS.score_by_distance is not None:
-            by_distance = _of_pairs(by_distance, LAYOUT, CFG)
-        scores = HOOKS.score_rest(
-            scores * scale, by_distance, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors
-        )
-        scale = HOOKS.last_factor * LOG2E
-    elif HOOKS.score_mod is not None:
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
-        scale = LOG2E
-    if MASK and HOOKS.mask_mod is not None:
-        scores = gl.where(seen, scores, float("-inf"))
-    if MASK and window is not None:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        outside = gl.expand_dims(column, 0) <= gl.expand_dims(q_idx - window - first_key, 1)
-        scores = gl.where(outside, float("-inf"), scores)
-    if MASK:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
-    if HOOKS.sigmoid:
-        # Added up as they are.
-        weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
-        new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
-        return weights, new_max + 1.0, new_max
-    else:
-        new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
-        if MASK:
-            # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
-            shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-        else:
-            shift = new_max
-        weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
-        return weights, gl.exp2(row_max - shift), new_max
-
-
-@gluon.jit
 def _step(
     acc, packed, row_max, row_sum, done, first_key, is_last, q_s, k_s, v_s, bars, scale, last_key, pairs,
     WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
@@ -325,12 +200,12 @@ def _step(
     # [64, BLOCK_N] times [BLOCK_N, D]
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
-    by_distance = _by_distance(first_key, pairs, CFG, HOOKS)
-    seen = _seen(first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
+    by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
+    seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     if is_last:
         mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-    new, decay, row_max = _softmax(
+    new, decay, row_max = softmax_step(
         scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
     )
     sums = schedule_fence(partial_row_sums(new))
@@ -345,49 +220,16 @@ def _step(
 
 
 @gluon.jit
-def _item(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What a consumer has to know of work item `t`: as `_tile`, and how many tiles need a mask, the first key, the list."""
-    work, page_table, cu_seqlens, seq_lens = pointers
-    tiles, stride_table, groups, ratio, beyond = numbers
-    BLOCK_N: gl.constexpr = CFG[1]
-    PACKED: gl.constexpr = CFG[6]
-    b, first_query, slot, first_token, new, length, count = _tile(
-        work, cu_seqlens, seq_lens, t, tiles, CFG[0], BLOCK_N, PACKED
-    )
-    if LISTS > 0:
-        lists = _lists(visited, t, tiles, groups * ratio // PACKED, LISTS)
-        count = gl.maximum(lists[1] + lists[2], 1)
-        masked = lists[2]
-        first_key = _listed_key(lists, 0) * BLOCK_N
-        listed = lists[0]
-    else:
-        # Tiles of keys that every query sees, and that end before the row does, need no mask.
-        unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
-        masked = count - unmasked
-        first_key = (count - 1) * BLOCK_N
-        listed = work
-    return b, first_query, slot, first_token, new, length, count, masked, first_key, listed
-
-
-@gluon.jit
-def _key(listed, visited, j, count, masked, BLOCK_N: gl.constexpr, LISTS: gl.constexpr):
-    """The first key of the `j`-th tile of a work item, j > 0."""
-    if LISTS > 0:
-        counts, tiles, columns = visited
-        return gl.load(listed + gl.where(j < masked, columns - masked + j, j - masked)) * BLOCK_N
-    else:
-        return (count - 1 - j) * BLOCK_N
-
-
-@gluon.jit
-def _store(acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr):
+def _store(
+    acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr
+):
     """The output of a work item, rounded, 16 bytes a thread, and its LSE."""
     b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
     D: gl.constexpr = CFG[2]
     PACKED: gl.constexpr = CFG[6]
     LN2: gl.constexpr = 0.6931471805599453
     mine = first_query + WARPGROUP * 64
-    # The four threads of a row exchange pairs of columns, in two steps of one shuffle each, until those of each lie together.
+    # The four threads of a row exchange pairs of columns, in two steps of one shuffle each, until those of one lie together.
     HALF: gl.constexpr = STORE[0]
     WHOLE: gl.constexpr = STORE[1]
     rows = gl.convert_layout(gl.convert_layout(pack_pairs(acc, out_ptr.dtype.element_ty), HALF), WHOLE)  # [64, D / 2]
@@ -428,7 +270,7 @@ def _consumer(
     done = 0
     if WARPGROUP == 1:
         turn_pass(0)
-    item = _item(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
+    item = item_of(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
     some = gl.program_id(0) < tiles
     mbarrier.wait(q_full.index(WARPGROUP), 0, pred=some)
     mbarrier.wait(k_full.index(0), 0, pred=some)
@@ -441,7 +283,7 @@ def _consumer(
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
         after = t + gl.num_programs(0)
-        next_item = _item(pointers, numbers, visited, after, CFG, LISTS)
+        next_item = item_of(pointers, numbers, visited, after, CFG, LISTS)
         mine = first_query + WARPGROUP * 64
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         q_idx = query // PACKED + (length - new)
@@ -452,12 +294,12 @@ def _consumer(
         pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors, slot * PACKED, first_position)
         # ---- the first step, on the last tile of keys: there is no product with V yet
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        by_distance = _by_distance(first_key, pairs, CFG, HOOKS)
-        seen = _seen(first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS)
+        by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
+        seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         if count == 1:
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        weights, decay, row_max = _softmax(
+        weights, decay, row_max = softmax_step(
             scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, True, HOOKS
         )
         row_sum = partial_row_sums(weights)
@@ -467,14 +309,14 @@ def _consumer(
             mbarrier.wait(v_full.index(stage), (done // BUFFERS) & 1)
             _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
         for j in range(1, gl.maximum(masked, 1)):
-            key = _key(listed, visited, j, count, masked, BLOCK_N, LISTS)
+            key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
                 WARPGROUP, CFG, True, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
         for j in range(gl.maximum(masked, 1), count):
-            key = _key(listed, visited, j, count, masked, BLOCK_N, LISTS)
+            key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
                 WARPGROUP, CFG, False, HOOKS,

@@ -26,7 +26,7 @@ KEPT = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Dependence(NamedTuple):
-    """Of a value on positions: `by_distance` if on none but `q_idx - kv_idx`; `slopes` of q_idx and kv_idx if it is linear."""
+    """Of a value on positions: `by_distance`: on `q_idx - kv_idx` alone; `slopes` of q_idx and kv_idx if it is linear."""
 
     by_distance: bool
     slopes: tuple[int, int] | None = None
@@ -36,7 +36,7 @@ CONSTANT, DISTANCE, ANY = Dependence(True, (0, 0)), Dependence(True), Dependence
 
 
 class ScoreParts(NamedTuple):
-    """A score function as `factor * rest(score, ...)`, in which the value of the node `by_distance`, if any, may be given."""
+    """A score as `factor * rest(score, ...)`; in `rest` the value of the node `by_distance`, if any, can be given."""
 
     by_distance: fx.Node | None
     rest: fx.Node

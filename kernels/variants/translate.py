@@ -73,7 +73,9 @@ def translate_parts(traced: TracedHook, number_of: Callable[[Tensor], int], head
     lines = []
     if cut is not None:
         body = Body()
-        result = _Translation(traced, body, number_of, head_dim).result(cut, {"q_idx": "distance", "kv_idx": "(distance * 0)"})
+        result = _Translation(traced, body, number_of, head_dim).result(
+            cut, {"q_idx": "distance", "kv_idx": "(distance * 0)"}
+        )
         last = cast(body, result.at(()), result.dtype, torch.float32)
         lines += ["@triton.jit", "def score_by_distance(b, h, distance, tensors):", *(f"    {line}" for line in body.lines)]
         lines += [f"    return tl.broadcast_to({last}, distance.shape)", "", ""]
