@@ -42,7 +42,7 @@ def listed_key(lists, j):
 
 @gluon.jit
 def item_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What a consumer has to know of work item `t`: as `tile_of`, and how many tiles need a mask, the first key, the list."""
+    """What a consumer has to know of work item `t`: as `tile_of`, and tiles with a mask, the first key, the list."""
     work, page_table, cu_seqlens, seq_lens = pointers
     tiles, stride_table, groups, ratio, beyond = numbers
     BLOCK_N: gl.constexpr = CFG[1]
