@@ -41,28 +41,48 @@ def listed_key(lists, j):
 
 
 @gluon.jit
-def item_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What a consumer has to know of work item `t`: as `tile_of`, and tiles with a mask, the first key, the list."""
+def entry_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
+    """What is read of work item `t` first: row, first packed query, head slot, and its list; none of them of others."""
     work, page_table, cu_seqlens, seq_lens = pointers
     tiles, stride_table, groups, ratio, beyond = numbers
-    BLOCK_N: gl.constexpr = CFG[1]
-    PACKED: gl.constexpr = CFG[6]
-    b, first_query, slot, first_token, new, length, count = tile_of(
-        work, cu_seqlens, seq_lens, t, tiles, CFG[0], BLOCK_N, PACKED
-    )
+    b = gl.load(work + t * 4, mask=t < tiles, other=0)
+    first_query = gl.load(work + t * 4 + 1, mask=t < tiles, other=0)
+    slot = gl.load(work + t * 4 + 2, mask=t < tiles, other=0)
     if LISTS > 0:
-        lists = lists_of(visited, t, tiles, groups * ratio // PACKED, LISTS)
+        lists = lists_of(visited, t, tiles, groups * ratio // CFG[6], LISTS)
+    else:
+        lists = work, 0, 0, 0
+    return b, first_query, slot, lists
+
+
+@gluon.jit
+def reads_of(entry, pointers, LISTS: gl.constexpr):
+    """What `entry_of` says where to read: first token, end of the row's tokens, keys, and the first tile of keys."""
+    b, first_query, slot, lists = entry
+    work, page_table, cu_seqlens, seq_lens = pointers
+    tile = listed_key(lists, 0) if LISTS > 0 else 0
+    return gl.load(cu_seqlens + b), gl.load(cu_seqlens + b + 1), gl.load(seq_lens + b), tile
+
+
+@gluon.jit
+def item_of(entry, reads, CFG: gl.constexpr, LISTS: gl.constexpr):
+    """What a consumer has to know of a work item: as `tile_of`, and tiles with a mask, the first key, the list."""
+    b, first_query, slot, lists = entry
+    first_token, end, length, tile = reads
+    BLOCK_N: gl.constexpr = CFG[1]
+    new = end - first_token
+    first_token_of_tile = first_query // CFG[6] + length - new
+    if LISTS > 0:
         count = gl.maximum(lists[1] + lists[2], 1)
         masked = lists[2]
-        first_key = listed_key(lists, 0) * BLOCK_N
-        listed = lists[0]
+        first_key = tile * BLOCK_N
     else:
+        seen = gl.minimum(length, first_token_of_tile + CFG[0] // CFG[6])
+        count = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
         # Tiles of keys that every query sees, and that end before the row does, need no mask.
-        unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
-        masked = count - unmasked
+        masked = count - gl.minimum(length, gl.maximum(first_token_of_tile + 1, 0)) // BLOCK_N
         first_key = (count - 1) * BLOCK_N
-        listed = work
-    return b, first_query, slot, first_token, new, length, count, masked, first_key, listed
+    return b, first_query, slot, first_token, new, length, count, masked, first_key, lists[0]
 
 
 @gluon.jit

@@ -27,7 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_key, lists_of, tile_of
+from hf_fastattn.kernels.attention.hopper_items import (
+    entry_of,
+    item_of,
+    key_of,
+    listed_key,
+    lists_of,
+    reads_of,
+    tile_of,
+)
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
@@ -50,8 +58,6 @@ BLOCK_M = 128
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
-# Values of distances of more heads have no room beside two buffers of keys and values.
-MOST_PACKED_DISTANCES = 16
 
 
 @gluon.jit
@@ -270,7 +276,8 @@ def _consumer(
     done = 0
     if WARPGROUP == 1:
         turn_pass(0)
-    item = item_of(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
+    entry = entry_of(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
+    item = item_of(entry, reads_of(entry, pointers, LISTS), CFG, LISTS)
     some = gl.program_id(0) < tiles
     mbarrier.wait(q_full.index(WARPGROUP), 0, pred=some)
     mbarrier.wait(k_full.index(0), 0, pred=some)
@@ -283,7 +290,8 @@ def _consumer(
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
         after = t + gl.num_programs(0)
-        next_item = item_of(pointers, numbers, visited, after, CFG, LISTS)
+        # What is needed of the next item is read long before, and in steps, so that nothing waits for memory.
+        entry = entry_of(pointers, numbers, visited, after, CFG, LISTS)
         mine = first_query + WARPGROUP * 64
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         q_idx = query // PACKED + (length - new)
@@ -308,6 +316,7 @@ def _consumer(
             stage = done % BUFFERS
             mbarrier.wait(v_full.index(stage), (done // BUFFERS) & 1)
             _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
+        reads = reads_of(entry, pointers, LISTS)
         for j in range(1, gl.maximum(masked, 1)):
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
@@ -328,11 +337,11 @@ def _consumer(
         some = after < tiles
         operand = unpack_pairs(packed, dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(v_stage), ((done - 1) // BUFFERS) & 1)
+        acc = warpgroup_mma(operand, v_s.index(v_stage), acc, is_async=True)
         mbarrier.wait(k_full.index(stage), (done // BUFFERS) & 1, pred=some)
         mbarrier.wait(q_full.index(WARPGROUP), q_phase, pred=some)
         q_phase ^= 1
         turn_wait(WARPGROUP)
-        acc = warpgroup_mma(operand, v_s.index(v_stage), acc, is_async=True)
         scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
         scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
         turn_pass(1 - WARPGROUP)
@@ -355,7 +364,7 @@ def _consumer(
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
         _store(out, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP, CFG, STORE)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        item = next_item
+        item = item_of(entry, reads, CFG, LISTS)
     warpgroup_mma_wait(0, deps=(scores,))
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
@@ -414,8 +423,11 @@ def heads_first(pages: Tensor) -> bool | None:
     return True if pages.transpose(1, 2).is_contiguous() else None
 
 
-def packed_heads(ratio: int) -> int:
+def packed_heads(ratio: int, variant: CompiledVariant) -> int:
     """Query heads that are packed with each token into the rows of a tile."""
+    if variant.hooks.score_by_distance is not None:
+        # Distances of a tile, and so values to look up, are fewest for one head: there is room for no more.
+        return 1
     return ratio if ratio & (ratio - 1) == 0 and ratio <= BLOCK_M // 2 else 1
 
 
@@ -503,7 +515,7 @@ def hopper_prefill(
     tokens, heads, dim = q.shape
     pages, page, groups = k_pages.shape[:3]
     ratio, order = heads // groups, heads_first(k_pages)
-    packed = packed_heads(ratio)
+    packed = packed_heads(ratio, variant)
     block_n, buffers = TILES[dim]
     window = variant.window_with(window)
     if visited is None and (window is not None or variant.hides_tiles or not variant.hooks.causal):
@@ -511,10 +523,6 @@ def hopper_prefill(
     if visited is not None:
         check_visited(visited, prefill_tiles(tokens * packed, seq_lens.shape[0], BLOCK_M), BLOCK_M, block_n)
     hooks = variant.hooks_for(q.dtype)
-    if packed > MOST_PACKED_DISTANCES:
-        hooks = hooks._replace(score_by_distance=None, score_rest=None, last_factor=1.0)
-    if hooks.score_by_distance is not None:
-        buffers = min(buffers, 2)
     factor, _ = score_factors(scale, None, hooks)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)

@@ -188,7 +188,8 @@ def test_on_hopper(name, ratio):
         *HOPPER_ROWS, page=16, ratio=ratio, groups=28 // ratio, dim=128, dtype=BF16, scattered=True, device="cuda",
         window=variant.window,
     )  # fmt: skip
-    compiled, packed = compile_variant(variant, 128, batch.q.device), hopper_prefill.packed_heads(ratio)
+    compiled = compile_variant(variant, 128, batch.q.device)
+    packed = hopper_prefill.packed_heads(ratio, compiled)
     visited = list_tiles(
         compiled, batch.cu_seqlens_q, batch.seq_lens, tokens=len(batch.q), heads=(28, 28 // packed),
         most_keys=batch.page_table.shape[1] * 16, block_m=128, block_n=128,
