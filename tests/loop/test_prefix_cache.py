@@ -113,3 +113,19 @@ def test_the_returned_cache_is_in_the_rows_order(device: str, orders: list[list[
     caches = [getattr(one, "cache", None) or one.past_key_values for one in outputs]
     for layer, other in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.allclose(layer.keys.transpose(1, 2)[shown], other.keys.transpose(1, 2)[shown], atol=1e-4)
+
+
+def test_draws_depend_on_the_row_and_not_on_its_place(device: str, orders: list[list[int]]) -> None:
+    shared, apart = (moved(device, pair_with_graphs("llama"))[1] for _ in range(2))
+    apart._fastattn.runtime.shares_rows = False
+    rows = [row for both in zip(questions(3, seed=1), questions(3, 70, seed=2), strict=True) for row in both]
+    batch = on(device, left_padded(rows))
+    for seed in range(5):
+        found = []
+        for model in (shared, apart):
+            torch.manual_seed(seed)
+            found.append(model.generate(**batch, max_new_tokens=16, do_sample=True, temperature=3.0, eos_token_id=ENDS))
+        assert torch.equal(*found)
+        assert len({tuple(row.tolist()) for row in found[0][:, -16:]}) == 6
+        assert assert_looped(apart).tokens_reused == 0 < assert_looped(shared).tokens_reused
+    assert len(orders) == 5
