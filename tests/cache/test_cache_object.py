@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
+from tests.tools.combinations import pairwise
 from tests.tools.fresh import fresh
 from tests.tools.models import CORE, WINDOW, assert_fast, padded_batch, pair, single, tiny
 
@@ -54,9 +55,7 @@ def prefilled(model: Any, batch: dict[str, torch.Tensor], cache: Any) -> Any:
     return cache
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", [*CORE, "qwen3_next"])
+@pytest.mark.parametrize(("family", "how", "rows"), pairwise([*CORE, "qwen3_next"], list(COPIES), [1, 3]))
 def test_a_copy_goes_on_as_the_original(family: str, rows: int, how: str) -> None:
     stock, model = pair(family)
     first, more = prompt_and_more(rows)

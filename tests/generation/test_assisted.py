@@ -9,12 +9,11 @@ import torch
 
 import hf_fastattn
 from tests.generation.calls import SAMPLING, run
+from tests.tools.combinations import pairwise
 from tests.tools.models import CORE, OLD, assert_fast, noisy, pair, single, tiny
 
 
-@pytest.mark.parametrize("family", CORE)
-@pytest.mark.parametrize("sampling", [False, True])
-@pytest.mark.parametrize("patched_assistant", [False, True])
+@pytest.mark.parametrize(("family", "sampling", "patched_assistant"), pairwise(CORE, [False, True], [False, True]))
 def test_assisted(family: str, sampling: bool, patched_assistant: bool) -> None:
     if family == "qwen2_window" and OLD and not patched_assistant:
         pytest.skip("stock cannot crop a cache with a sliding window in this version")

@@ -14,7 +14,9 @@ A sum or scan over bf16 is refused rather than repaired: kernels accumulate in f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,11 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 _original = {name: getattr(InterpreterBuilder, name) for name in ("binary_op", "unary_op", "create_dot", "cast_impl")}
 _original_fma = InterpreterBuilder.create_fma
 _original_clamp = InterpreterBuilder.create_clampf
+_original_patch_lang = interpreter._patch_lang
 _original_patch_tensor = interpreter._patch_lang_tensor
 _original_check = interpreter.ReduceScanOpInterface.check_tensor
+# What of Triton's language the running launch has patched.
+_patched: set[str] = set()
 
 
 def repair() -> None:
@@ -43,6 +48,11 @@ def repair() -> None:
     InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     InterpreterBuilder.get_bf16 = lambda self, value: _narrow(np.array([value], dtype=np.float32))
     interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter._patch_lang = _patch_lang
+    # Sums and products of integers are computed once more in 64 bits, for an assertion that is made in debug mode only.
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter.ReduceScanOpInterface.check_tensor = _check_tensor
 
 
@@ -99,6 +109,25 @@ def _cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         return _original["cast_impl"](self, src, dst_type)
     values = _wide(src) != 0 if dst_type.scalar == tl.int1 else _wide(src).astype(interpreter._get_np_dtype(dst_type))
     return TensorHandle(values, dst_type.scalar)
+
+
+def _patch_lang(fn: Callable) -> Any:
+    """Once a launch: for each function that a kernel calls Triton looks through all of its language again."""
+    needed = _languages(fn)
+    if _patched and needed <= _patched:
+        return interpreter._LangPatchScope()
+    outermost = not _patched
+    scope = _original_patch_lang(fn)
+    _patched.update(needed)
+    if outermost:
+        restore = scope.restore
+        scope.restore = lambda: (restore(), _patched.clear())
+    return scope
+
+
+@functools.cache
+def _languages(fn: Callable) -> frozenset[str]:
+    return frozenset(value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core)
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:

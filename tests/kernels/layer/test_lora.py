@@ -17,6 +17,7 @@ from hf_fastattn.kernels.layer.lora_programs import MISSING
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
+from tests.tools.combinations import in_turn
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Of x and weights, and of A and B; the first is what PEFT makes of a 16-bit model.
@@ -86,9 +87,11 @@ def check(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 8, 64])
-def test_dtypes(dtype, adapter_dtype, tokens):
+@pytest.mark.parametrize(
+    ("dtypes", "tokens"), [*((dtypes, tokens) for dtypes in DTYPES for tokens in (1, 8)), *in_turn(DTYPES, (2, 64))]
+)
+def test_dtypes(dtypes, tokens):
+    dtype, adapter_dtype = dtypes
     check(tokens, 264, (24, 9, 8), (16, 4, 40), dtype, adapter_dtype, bias=True)
 
 
@@ -184,13 +187,13 @@ def check_stacked(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("held", [FP32, BF16])
 @pytest.mark.parametrize(
-    ("counts", "ranks", "gated"),
+    ("counts", "ranks", "gated", "held"),
     [
-        ((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False),
-        ((33, 33), ((4, 4, 30), (9, 0, 2)), True),
-        ((40,), ((100, 28),), False),
+        ((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False, FP32),
+        ((24, 9, 8), ((16, 4), (0, 0), (8, 0)), False, BF16),
+        ((33, 33), ((4, 4, 30), (9, 0, 2)), True, FP32),
+        ((40,), ((100, 28),), False, BF16),
     ],
 )
 def test_stacked(counts, ranks, gated, held):

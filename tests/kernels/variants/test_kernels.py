@@ -21,6 +21,7 @@ from tests.kernels.cases import Batch, assert_close, make_batch
 from tests.kernels.variants import mods
 from tests.kernels.variants.mods import HEADS, LENGTH, MODS
 from tests.kernels.variants.test_reference import plan_of
+from tests.tools.combinations import in_turn
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # New tokens and earlier ones of each row.
@@ -73,9 +74,12 @@ def check(variant: Variant, kind: str, *, ratio: int = 4, dtype: torch.dtype = F
         torch.testing.assert_close(lse, plain_lse, atol=1e-2, rtol=1e-5)
 
 
+# Each in two of the kernels, which call the same translation.
+IN_TWO = [pair for kinds in (list(BATCHES), list(BATCHES)[1:] + list(BATCHES)[:1]) for pair in in_turn(list(MODS), kinds)]
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("name", MODS)
+@pytest.mark.parametrize(("name", "kind"), IN_TWO)
 def test_flex_attentions_functions(name, kind):
     mod = MODS[name]
     variant = Variant(score_mod=mod.score, mask_mod=mod.mask, causal=mod.causal)
