@@ -77,6 +77,9 @@ def _rows(
     """The rows' tokens, where they stand, and what a turn has to save; None if nothing is shared, or may be."""
     runtime = model._fastattn.runtime
     reason = None if runtime.is_private(cache) else "the cache is the user's"
+    if cache.record_past:
+        # An assistant may run some of the layers alone.
+        reason = "the call drafts for another one"
     reason = reason or why_not_tokens(input_ids, model_kwargs, cache, model.config)
     found: Any = reason
     if reason is None:
