@@ -93,6 +93,9 @@ def _rows(
         found = tokens_of_rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     if not isinstance(found, str):
         size, worth = cache.groups.page_size, WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
+        if not keep and len({own[:size].tobytes() for own in found[0]}) == len(found[0]):
+            # No two rows begin with the same page: the common case, and quick to see.
+            return None
         rows = rows_of_tokens(found[0], size)
         if not keep and tokens_in_common(rows, size) < worth:
             return None
