@@ -37,6 +37,7 @@ HINTS = (
     ("none of the prompt's columns", "a mask of ones and zeros [rows, columns]"),
     ("positions are given on several axes", "leave position_ids out"),
     ("do not count its tokens from 0", "leave position_ids out"),
+    ("the call drafts for another one", "nothing: it is the other call that counts"),
     ("the cache is the user's", "leave the cache to generate()"),
     ("an attention variant reads the row", "a variant that does not read b: prompts of samples are then computed once"),
     ("equal rows are computed one by one: ", ROWS),

@@ -59,6 +59,7 @@ class PrefixStore:
 
     def trim(self) -> None:
         """After a call: where no limit is set, hold no more than a share of the device's memory."""
+        self.index.touch_inserted()
         if not self._limited:
             keys = self.groups.group(None).storage.any_pages()
             if keys is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,17 @@ class KeptPrompt:
     """The prompt of a call whose pages stay.
 
     Attributes:
-        rows: the tokens of each row of the batch.
+        rows: the tokens of each distinct row.
+        copies: which of these each row of the batch is.
+        paths: of each distinct row the pages of the index that hold it.
     """
 
     store: PrefixStore
     root: int
     cache: PagedCache
     rows: list[RowTokens]
+    copies: Sequence[int]
+    paths: dict[int, list[int]]
 
 
 def compute_prompt(
@@ -63,12 +68,14 @@ def compute_prompt(
         store = runtime.prefix_store(cache.groups)
         decoder = model._fastattn.decoder(model)
         root = store.root_of(runtime.model_state.of(decoder, decoder.device))
-        everyone = rows if copies is None else [rows[row] for row in copies]
-        runtime.current.prompt = KeptPrompt(store, root, cache, everyone)
     else:
         store, root = PrefixStore(cache.groups), -1
+    prompt = SharedPrompt(new_cache, cache, store, root, rows, shown, worth)
+    if keep:
+        copies = list(range(len(rows))) if copies is None else copies
+        runtime.current.prompt = KeptPrompt(store, root, cache, rows, copies, prompt.paths)
     with nullcontext() if keep else closing(store):
-        return SharedPrompt(new_cache, cache, store, root, rows, shown, worth).compute(compute, input_ids, model_kwargs)
+        return prompt.compute(compute, input_ids, model_kwargs)
 
 
 def _rows(
@@ -77,12 +84,18 @@ def _rows(
     """The rows' tokens, where they stand, and what a turn has to save; None if nothing is shared, or may be."""
     runtime = model._fastattn.runtime
     reason = None if runtime.is_private(cache) else "the cache is the user's"
+    if cache.record_past:
+        # An assistant may run some of the layers alone.
+        reason = "the call drafts for another one"
     reason = reason or why_not_tokens(input_ids, model_kwargs, cache, model.config)
     found: Any = reason
     if reason is None:
         found = tokens_of_rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     if not isinstance(found, str):
         size, worth = cache.groups.page_size, WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
+        if not keep and len({own[:size].tobytes() for own in found[0]}) == len(found[0]):
+            # No two rows begin with the same page: the common case, and quick to see.
+            return None
         rows = rows_of_tokens(found[0], size)
         if not keep and tokens_in_common(rows, size) < worth:
             return None
@@ -119,9 +132,9 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> 
 
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
     """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
-    cache, prompt = kept.cache, kept.rows[number]
+    cache, prompt, found = kept.cache, kept.rows[kept.copies[number]], kept.paths.get(kept.copies[number], [])
     size, count = cache.groups.page_size, cache.lengths[place] if cache.dense is None else 0
     if len(prompt) <= count <= len(prompt) + len(new):
         ids = np.concatenate((prompt.ids, new))[:count]
         row = RowTokens(ids, size, (prompt, len(prompt) // size))
-        kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, partial=True)
+        kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, True, found)

@@ -55,15 +55,19 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
         shown = mask.detach().to("cpu", torch.bool)
     if not bool(shown[:, -1].all()):
         return "the mask hides the last column"
+    counts = shown.sum(1)
+    on_the_left = bool((shown[:, 1:] >= shown[:, :-1]).all())
     if positions is not None:
         if not isinstance(positions, Tensor) or positions.shape[-1] != ids.shape[1] or positions.ndim != 2:
             return "positions are given on several axes"
-        expected = shown.long().cumsum(1) - 1
+        columns = torch.arange(ids.shape[1], device="cpu")[None] - ids.shape[1] + counts[:, None]
+        expected = columns if on_the_left else shown.long().cumsum(1) - 1
         given = positions.detach().to("cpu", torch.int64).expand_as(expected)
         if not bool((given == expected)[shown].all()):
             return "a row's positions do not count its tokens from 0"
-    where = shown.numpy()
-    return [row[held] for row, held in zip(ids.numpy(), where, strict=True)], shown
+    if on_the_left:
+        return [row[len(row) - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
+    return [row[held] for row, held in zip(ids.numpy(), shown.numpy(), strict=True)], shown
 
 
 def why_not_model(model: Any, generation_config: Any) -> str | None:

@@ -29,11 +29,12 @@ Compute = Callable[[Tensor, dict[str, Any]], Any]
 
 @dataclass
 class Part:
-    """Rows that are computed together: their numbers, and how many of their tokens lie in pages already."""
+    """Rows that are computed together: their numbers, how many of their tokens pages hold already, and which whole ones."""
 
     rows: list[int]
     cache: PagedCache
     held: list[int]
+    found: list[list[int]]
     outputs: Any = None
 
 
@@ -48,6 +49,7 @@ class SharedPrompt:
         rows: their tokens.
         shown: `[B, S]` bool on the host, where these are.
         worth: tokens that a turn of its own has to save.
+        paths: the pages of the index that hold each row, once it is computed.
     """
 
     new_cache: Callable[[], PagedCache]
@@ -57,6 +59,7 @@ class SharedPrompt:
     rows: list[RowTokens]
     shown: Tensor
     worth: int
+    paths: dict[int, list[int]] = field(default_factory=dict)
     _parts: list[Part] = field(default_factory=list)
 
     def compute(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
@@ -71,7 +74,7 @@ class SharedPrompt:
             if not self._parts and not waiting and not any(held for _, _, held in now):
                 # Nothing is shared: as ever.
                 outputs = compute(input_ids, model_kwargs)
-                self._note(self.cache, range(len(self.rows)))
+                self._note(self.cache, range(len(self.rows)), [[]] * len(self.rows))
                 return outputs
             is_first, parts = not self._parts, self._begun(now)
             self._parts += parts
@@ -82,7 +85,7 @@ class SharedPrompt:
                 part.outputs = compute(*self._inputs(part, input_ids, model_kwargs))
                 if part.cache.dense is not None:
                     return self._whole(compute, input_ids, model_kwargs)
-                self._note(part.cache, part.rows)
+                self._note(part.cache, part.rows, part.found)
         return self._joined(input_ids, model_kwargs)
 
     def _turn(self, waiting: list[int]) -> tuple[list[tuple[int, list[int], int]], list[int]]:
@@ -135,32 +138,34 @@ class SharedPrompt:
             if any(held):
                 begin_on(cache, pages, held)
                 self.cache.counters.tokens_reused += sum(held)
-            parts.append(Part(rows, cache, held))
+            whole = [own[: count // self.cache.groups.page_size] for own, count in zip(pages, held, strict=True)]
+            parts.append(Part(rows, cache, held, whole))
         return parts
 
     def _inputs(self, part: Part, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Inputs of a part: what its cache holds, then the new tokens of its rows, padded on the left."""
-        rows = [self.rows[row] for row in part.rows]
-        past, new = part.cache.get_seq_length(), max(len(row) - held for row, held in zip(rows, part.held, strict=True))
-        ids = torch.zeros(len(rows), past + new, dtype=input_ids.dtype, device="cpu")
-        mask = torch.zeros(len(rows), past + new, dtype=torch.int64, device="cpu")
-        positions = torch.zeros(len(rows), new, dtype=torch.int64, device="cpu")
+        device, past = input_ids.device, part.cache.get_seq_length()
+        counts = [len(self.rows[row]) - held for row, held in zip(part.rows, part.held, strict=True)]
+        new = max(counts)
+        tokens, positions = torch.zeros(2, len(counts), new, dtype=torch.int64, device="cpu")
+        for place, (row, held, count) in enumerate(zip(part.rows, part.held, counts, strict=True)):
+            tokens[place, new - count :] = torch.from_numpy(self.rows[row].ids[held:])
+            positions[place, new - count :] = torch.arange(held, held + count, device="cpu")
+        shown = torch.arange(new, device="cpu")[None] >= new - torch.tensor(counts, device="cpu")[:, None]
         stored = part.cache.stored
-        mask[:, :past] = 1 if stored is None else stored
-        for place, (row, held) in enumerate(zip(rows, part.held, strict=True)):
-            count = len(row) - held
-            ids[place, past + new - count :] = torch.from_numpy(row.ids[held:])
-            mask[place, past + new - count :] = 1
-            positions[place, new - count :] = torch.arange(held, len(row), device="cpu")
-        device = input_ids.device
-        inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device), CACHE: part.cache}
-        return ids.to(device), {**model_kwargs, **inputs}
+        before = torch.ones(len(counts), past, dtype=torch.bool, device="cpu") if stored is None else stored
+        # What stands before the new tokens is skipped, as the cache holds it.
+        ids = torch.zeros(len(counts), past + new, dtype=input_ids.dtype, device=device)
+        ids[:, past:] = tokens.to(device)
+        mask = torch.cat((before, shown), 1).to(device)
+        inputs = {"attention_mask": mask, "position_ids": positions.to(device), CACHE: part.cache}
+        return ids, {**model_kwargs, **inputs}
 
-    def _note(self, cache: PagedCache, rows: Sequence[int]) -> None:
+    def _note(self, cache: PagedCache, rows: Sequence[int], found: Sequence[list[int]]) -> None:
         """The whole pages of these rows can be found from now on."""
-        if cache.dense is None:
-            for place, row in enumerate(rows):
-                self.store.index.insert(self.root, self.rows[row], cache.tables[None].rows[place], cache.lengths[place])
+        table = cache.tables[None].rows if cache.dense is None else []
+        for pages, row, count, known in zip(table, rows, cache.lengths, found, strict=False):
+            self.paths[row] = self.store.index.insert(self.root, self.rows[row], pages, count, found=known)
 
     def _joined(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """One cache and one output of all parts."""

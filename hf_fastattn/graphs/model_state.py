@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fastattn.graphs.fingerprint import PLAIN, fingerprint_of
-from hf_fastattn.graphs.module_checks import submodules
+from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
+from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
 
 
@@ -33,7 +33,10 @@ class ModelState:
         self._places, self._table, self._rest = None, None, []
 
     def why_not(self, decoder: nn.Module) -> str | None:
-        """Why a change of the weights could go unnoticed."""
+        """Why a change of what the decoder computes could go unnoticed."""
+        for module in (decoder, *submodules(decoder)):
+            if has_foreign_hooks(vars(module)):
+                return f"a {type(module).__name__} has hooks, which may do something else in each call"
         for tensor in _weights(decoder) if self._checked else ():
             if type(tensor) not in PLAIN:
                 return f"a parameter is a {type(tensor).__name__}, whose change could go unnoticed"
@@ -43,7 +46,7 @@ class ModelState:
 
     def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
         """The state as values to compare; waits for the device, once."""
-        parts = fingerprint_of(decoder, device).parts
+        parts = (*fingerprint_of(decoder, device).parts, *_options(decoder))
         if not self._checked:
             return (parts,)
         weights = list({id(tensor): tensor for tensor in _weights(decoder)}.values())
@@ -67,6 +70,14 @@ class ModelState:
             weight_sum.weight_sum(self._table, out)
             others = weight_sum_reference.weight_sum(self._rest)
             return tuple(torch.cat((out, *(one[None] for one in others))).tolist())
+
+
+def _options(decoder: Any) -> Iterator[Any]:
+    """What the decoder itself and its configuration say; some modules ask the latter in each forward."""
+    yield from (value for value in vars(decoder).values() if type(value) in SCALARS)
+    config = decoder.config
+    # Entries of Transformers' own say how something is computed, and not what.
+    yield from (f"{name}={value!r}" for name, value in vars(config).items() if not name.startswith("_"))
 
 
 def _weights(decoder: nn.Module) -> Iterator[Tensor]:

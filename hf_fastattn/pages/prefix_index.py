@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,8 @@ class PrefixIndex:
         self._after: dict[int, dict[bytes, int]] = {}
         # By page what it follows and its tokens; the least recently used one first, none before the pages that follow it.
         self._held: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
+        # Pages of rows whose insertion does not count as use yet.
+        self._inserted: list[list[int]] = []
 
     def __len__(self) -> int:
         return len(self._held)
@@ -119,8 +122,10 @@ class PrefixIndex:
         """The page after `before` that begins with most of `ids`, and with how many of them."""
         best = (-1, 0)
         after = self._after.get(before, {}) if len(ids) else {}
-        for key, page in list(after.items())[-MOST_COMPARED:]:
-            best = max(best, (page, common_tokens(np.frombuffer(key, np.int64), ids)), key=lambda found: found[1])
+        first = ids[:1].tobytes()
+        for key, page in islice(reversed(after.items()), MOST_COMPARED):
+            if key.startswith(first):
+                best = max(best, (page, common_tokens(np.frombuffer(key, np.int64), ids)), key=lambda found: found[1])
         return best
 
     def touch(self, paths: Iterable[Sequence[int]]) -> None:
@@ -134,16 +139,29 @@ class PrefixIndex:
             if page in self._held:
                 self._held.move_to_end(page)
 
-    def insert(self, root: int, row: RowTokens, pages: Sequence[int], tokens: int, partial: bool = False) -> None:
+    def insert(
+        self,
+        root: int,
+        row: RowTokens,
+        pages: Sequence[int],
+        tokens: int,
+        partial: bool = False,
+        found: Sequence[int] = (),
+    ) -> list[int]:
         """Hold the pages of a row's first tokens.
 
         Args:
             pages: the row's; those whose tokens are here already are not taken.
             tokens: that they hold.
             partial: take a last page with fewer tokens than it has place for, too; its row must not write to it any more.
+            found: whole pages of the index that hold the row's first tokens, as a match or an earlier insertion gave them.
+
+        Returns:
+            The pages of the index that hold the tokens.
         """
-        size, path, before = self.page_size, [], root
-        for column in range(min(tokens // size, len(pages))):
+        size, path = self.page_size, list(found) if found and found[-1] in self._held else []
+        before = path[-1] if path else root
+        for column in range(len(path), min(tokens // size, len(pages))):
             page = self._added(before, row.keys[column], pages[column])
             if page is None:
                 break
@@ -155,7 +173,13 @@ class PrefixIndex:
             if len(path) < len(pages) and not any(other.startswith(key) for other in self._after.get(before, {})):
                 last = self._added(before, key, pages[len(path)])
                 path += [] if last is None else [last]
-        self.touch([path])
+        self._inserted.append(path)
+        return path
+
+    def touch_inserted(self) -> None:
+        """What was inserted is used now; all of it at once, since rows have most of their pages in common."""
+        inserted, self._inserted = self._inserted, []
+        self.touch(inserted)
 
     def _added(self, before: int, key: bytes, page: int) -> int | None:
         """The page that holds the tokens `key` after `before`, which is `page` if there was none; None if it can't be."""
@@ -192,6 +216,7 @@ class PrefixIndex:
 
     def evict(self, count: int) -> None:
         """Let pages go, the least recently used ones first, until `count` of them are free or none is left."""
+        self.touch_inserted()
         while count > 0 and self._held:
             page = next(iter(self._held))
             self._drop(page)
@@ -200,6 +225,7 @@ class PrefixIndex:
 
     def trim(self, most: int) -> None:
         """Hold `most` pages at most."""
+        self.touch_inserted()
         while len(self._held) > most:
             self._drop(next(iter(self._held)))
             self.evicted += 1
@@ -209,3 +235,4 @@ class PrefixIndex:
         while self._held:
             self._drop(next(iter(self._held)))
         self._after.clear()
+        self._inserted.clear()

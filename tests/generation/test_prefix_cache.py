@@ -177,6 +177,23 @@ def test_release_memory_gives_everything_back() -> None:
     assert_computed(model, 70, 0)
 
 
+def test_memory_is_not_released_under_a_call() -> None:
+    model = pair("llama", KEPT)[1]
+
+    class Streamer:
+        def put(self, value: Any) -> None:
+            hf_fastattn.release_memory(model)
+
+        def end(self) -> None:
+            pass
+
+    with pytest.raises(RuntimeError, match="during a generate"):
+        run(model, single(70), streamer=Streamer())
+    hf_fastattn.release_memory(model)
+    assert hf_fastattn.report(model).page_bytes_allocated == 0
+    hf_fastattn.release_memory(tiny("llama"))
+
+
 @pytest.mark.parametrize("weights", ["check", "frozen"])
 def test_train_mode_neither_finds_nor_keeps(weights: str) -> None:
     model = pair("llama", {**KEPT, "weights": weights})[1]

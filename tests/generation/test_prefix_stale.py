@@ -74,6 +74,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a buffer": frequencies,
     "an attribute": epsilon,
     "a module": exchanged,
+    "the decoder": lambda model: setattr(model.model, "embedding_multiplier", 0.7),
+    "the configuration": lambda model: setattr(model.config, "attention_multiplier", 0.7),
     "bfloat16": lambda model: model.to(torch.bfloat16),
     "float64": lambda model: model.to(torch.float64),
 }
@@ -126,8 +128,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_change_of_adapters_is_seen(name: str) -> None:
-    from peft import LoraConfig
-
+    LoraConfig = pytest.importorskip("peft").LoraConfig
     model = lora(tiny("llama"))
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.set_adapter("default")
@@ -142,8 +143,7 @@ def test_a_change_of_adapters_is_seen(name: str) -> None:
 
 
 def test_pages_of_two_adapters_stay_side_by_side() -> None:
-    from peft import LoraConfig
-
+    LoraConfig = pytest.importorskip("peft").LoraConfig
     model = lora(tiny("llama"))
     model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model = hf_fastattn.patch(model.eval(), prefix_cache=True)
@@ -163,6 +163,33 @@ def test_autocast_is_another_state() -> None:
     answers(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert answers(model)[1].tokens_reused == 0
+
+
+def test_a_hook_that_takes_packed_rows_may_change_its_mind() -> None:
+    stock, model = (tiny("llama") for _ in range(2))
+    hf_fastattn.patch(model, prefix_cache=True)
+    amount = [0.0]
+
+    @hf_fastattn.patches.modules.watched.takes_packed_rows
+    def steer(module: Any, inputs: Any, output: Any) -> Any:
+        return output + amount[0]
+
+    for one in (stock, model):
+        one.model.layers[0].mlp.register_forward_hook(steer)
+    for amount[0] in (0.1, 0.5):
+        tokens, call = answers(model)
+        assert call.tokens_reused == 0
+        assert [reason for reason in call.prefix_unused if "has hooks" in reason]
+        assert torch.equal(run(stock, PROMPT, 12), tokens)
+
+
+def test_drafts_of_some_layers_are_not_kept() -> None:
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    for _ in range(2):
+        assert torch.equal(run(model, PROMPT, 12, assistant_early_exit=1), run(stock, PROMPT, 12, assistant_early_exit=1))
+    tokens, call = answers(model)
+    assert call.tokens_reused == 0
+    assert torch.equal(run(stock, PROMPT, 12), tokens)
 
 
 def test_frozen_weights_are_not_read() -> None:
