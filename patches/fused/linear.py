@@ -117,7 +117,13 @@ def _numbers(rows: int, device: torch.device) -> Tensor:
 
 def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache: PagedCache, index: int) -> Tensor:
     assert cache.paged_batch is not None
-    before = cache.layer_states(index) or (None, None)
-    out, conv, recurrent = delta_reference.delta_prefill(x, weights, cache.paged_batch.known.query_lens, *before)
+    before, lengths = cache.layer_states(index) or (None, None), cache.paged_batch.known.query_lens
+    if isinstance(products, PlainProducts):
+        out, conv, recurrent = delta_reference.delta_prefill(x, weights, lengths, *before)
+    else:
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
+
+        out, conv, recurrent = delta_prefill(x, weights, lengths, *before)
     cache.keep_states(index, conv, recurrent)
     return out
