@@ -180,5 +180,5 @@ def _rule(
         launch(
             delta_scan_kernel, (-(-dv // columns), all_heads, len(after)),
             (mixed, changes, changing, total, before, out, after, chunks.begins, float(dk**-0.5)),
-            dict(**sizes, BLOCK_V=columns, num_warps=4 if narrow else 8, num_stages=2),
+            dict(**sizes, BLOCK_V=columns, num_warps=4 if narrow else 8, num_stages=2 if narrow else 1),
         )  # fmt: skip

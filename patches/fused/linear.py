@@ -103,7 +103,7 @@ def _stepped(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache
         # Not before: it imports Triton.
         from hf_fastattn.kernels.linear.delta_step import delta_step
 
-        out = delta_step(x, weights, states)
+        out = delta_step(x, weights, states, products.arrivals(x.v[..., 0].numel()))
     if held is not None:
         cache.keep_states(index, states.conv_out, states.recurrent_out)
     return out
