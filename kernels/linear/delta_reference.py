@@ -44,18 +44,26 @@ def delta_step(x: DeltaInputs, weights: DeltaWeights, states: StepStates) -> Ten
     read, write = states.slots[rows].long(), states.slots_out[rows].long()
     before, after = _places(states, rows)
     conv = states.conv[read].gather(2, before)
-    conv = torch.cat((conv[..., 1:], x.channels[..., None]), -1)
+    out[rows], conv, states.recurrent_out[write] = delta_update(x, weights, conv, states.recurrent[read])
     # Advanced indexing copies: written through it, the other rows stay.
     states.conv_out[write] = torch.empty_like(conv).scatter_(2, after, conv)
+    return out
+
+
+def delta_update(x: DeltaInputs, weights: DeltaWeights, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of each of B rows, whose states are `conv [B, C, K]`, oldest input first, and `recurrent [B, HV, DK, DV]`.
+
+    Returns:
+        `[B, HV * DV]`, and both states after it.
+    """
+    conv = torch.cat((conv[..., 1:], x.channels[..., None]), -1)
     taken = gated(x, weights, convolved(conv, weights.conv)[..., 0])
-    state, k = states.recurrent[read] * taken.g.exp()[..., None, None], taken.k
+    state, k = recurrent * taken.g.exp()[..., None, None], taken.k
     held = (state * k[..., None]).sum(-2)
     change = (taken.v - held) * taken.beta[..., None]
-    state = state + k[..., None] * change[..., None, :]
-    states.recurrent_out[write] = state
-    read_out = (state * taken.q[..., None]).sum(-2)
-    out[rows] = gated_norm(read_out.to(out.dtype), x.z.flatten(1, 2), weights).flatten(1)
-    return out
+    state += k[..., None] * change[..., None, :]
+    read_out = (state * taken.q[..., None]).sum(-2).to(x.v.dtype)
+    return gated_norm(read_out, x.z.flatten(1, 2), weights).flatten(1), conv, state
 
 
 def _places(states: StepStates, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """A decode step of Gated DeltaNet in one launch: from the projections' output to the input of the output projection.
 
-Convolution, SiLU, l2-norms, gates, the delta rule and the gated RMSNorm of `delta_reference.py`. A program takes a value
-head of a row, reads its state `[DK, DV]` once, writes it once, and has both sums over it made from what was read:
+Convolution, SiLU, l2-norms, gates, the delta rule and the gated RMSNorm of `delta_reference.py`. A program takes some
+columns of the state `[DK, DV]` of a row's value head, reads and writes them once, and makes both sums over them of what it
+has read:
 
     o = S_t^T q = alpha S_{t-1}^T q + (k.q) change        change = beta (v - alpha S_{t-1}^T k)
 
-The value heads of one key head convolve its q and k each for itself. In place they all write the new input of the
+The last program of a head to arrive normalises what all of them left. All programs of one key head convolve its q and k each
+for itself. In place they all write the new input of the
 convolution where the oldest one lay, which none of them reads any more: hence a ring.
 """
 
@@ -24,8 +26,11 @@ from hf_fastattn.kernels.linear.delta_sizes import why_not_sizes
 from hf_fastattn.kernels.quick_launch import launch
 
 # Elements of a state that a warp holds.
-ELEMENTS_PER_WARP = 2048
+ELEMENTS_PER_WARP = 1024
 MOST_WARPS = 8
+# Columns of a state that a program takes: few while there are fewer programs than processors hold.
+FEW_COLUMNS, COLUMNS = 32, 64
+FEW_PROGRAMS = 256
 
 
 @triton.jit
@@ -57,30 +62,39 @@ def _convolved(
 
 
 @triton.jit
+def _normalise(read, z, scales, out_ptr, eps, DV: tl.constexpr):
+    """Store `scales * RMSNorm(read) * silu(z)`; zero for what is zero."""
+    wide = read.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / DV + eps)).to(read.dtype)
+    tl.store(out_ptr, ((scales * normed).to(tl.float32) * (z * tl.sigmoid(z))).to(read.dtype))
+
+
+@triton.jit
 def delta_step_kernel(
     q_ptr, k_ptr, v_ptr, z_ptr, b_ptr, a_ptr, out_ptr,
-    conv_ptr, state_ptr, slots_ptr, conv_out_ptr, state_out_ptr, slots_out_ptr, seq_lens_ptr,
+    conv_ptr, state_ptr, slots_ptr, conv_out_ptr, state_out_ptr, slots_out_ptr, seq_lens_ptr, arrived_ptr,
     weight_ptr, a_log_ptr, dt_bias_ptr, norm_ptr, eps, scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_vr, stride_zt, stride_zh, stride_zr,
     stride_bt, stride_bh, stride_br, stride_at, stride_ah, stride_ar,
     HK: tl.constexpr, R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, KERNEL: tl.constexpr,
-    TAPS: tl.constexpr, IN_PLACE: tl.constexpr, NORM_EPS: tl.constexpr, OVERLAP: tl.constexpr,
+    TAPS: tl.constexpr, IN_PLACE: tl.constexpr, NORM_EPS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One value head of one row; q and k are those of key head `head // R`."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """COLUMNS columns of one value head of one row; q and k are those of key head `head // R`."""
+    PARTS: tl.constexpr = DV // COLUMNS
+    head, part, row = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1).to(tl.int64)
     group, member = head // R, head % R
-    dk, dv = tl.arange(0, DK), tl.arange(0, DV)
+    dk, dv, every = tl.arange(0, DK), part * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DV)
     # Slots and states are those of an earlier forward: they are read while launches of this one may still run.
     slot = tl.load(slots_ptr + row).to(tl.int64)
     slot_out = slot if IN_PLACE else tl.load(slots_out_ptr + row).to(tl.int64)
     ok, oldest = slot >= 0, 0
     if IN_PLACE:
         oldest = tl.load(seq_lens_ptr + row) % KERNEL
-    within = head * DK * DV + dk[:, None] * DV + dv[None, :]  # [DK, DV]
+    within = head * DK * DV + dk[:, None] * DV + dv[None, :]  # [DK, COLUMNS]
     state = tl.load(state_ptr + slot * (HK * R * DK * DV) + within, mask=ok, other=0.0)
     forget = tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    scales = tl.load(norm_ptr + dv)
+    scales = tl.load(norm_ptr + every)
     channels: tl.constexpr = HK * (2 * DK + R * DV)
     conv_ptr += slot * channels * KERNEL
     conv_out_ptr += slot_out * channels * KERNEL
@@ -92,8 +106,8 @@ def delta_step_kernel(
         gdc_wait()
     q = tl.load(q_ptr + row * stride_qt + group * stride_qh + dk)  # [DK]
     k = tl.load(k_ptr + row * stride_kt + group * stride_kh + dk)  # [DK]
-    v = tl.load(v_ptr + row * stride_vt + group * stride_vh + member * stride_vr + dv)  # [DV]
-    z = tl.load(z_ptr + row * stride_zt + group * stride_zh + member * stride_zr + dv).to(tl.float32)  # [DV]
+    v = tl.load(v_ptr + row * stride_vt + group * stride_vh + member * stride_vr + dv)  # [COLUMNS]
+    z = tl.load(z_ptr + row * stride_zt + group * stride_zh + member * stride_zr + every).to(tl.float32)  # [DV]
     b = tl.load(b_ptr + row * stride_bt + group * stride_bh + member * stride_br)
     a = tl.load(a_ptr + row * stride_at + group * stride_ah + member * stride_ar).to(tl.float32) + bias
     if OVERLAP:
@@ -108,15 +122,30 @@ def delta_step_kernel(
     softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
     alpha = tl.exp(-forget * softplus)
 
-    change = (wide - alpha * tl.sum(state * k[:, None], 0)) * beta  # [DV]
-    read = alpha * tl.sum(state * q[:, None], 0) + tl.sum(k * q, 0) * change  # [DV]
+    change = (wide - alpha * tl.sum(state * k[:, None], 0)) * beta  # [COLUMNS]
+    read = alpha * tl.sum(state * q[:, None], 0) + tl.sum(k * q, 0) * change  # [COLUMNS]
     state = state * alpha + k[:, None] * change[None, :]
     tl.store(state_out_ptr + slot_out * (HK * R * DK * DV) + within, state, mask=ok)
 
-    read = read.to(v.dtype).to(tl.float32)
-    normed = (read * tl.rsqrt(tl.sum(read * read, 0) / DV + eps)).to(v.dtype)
-    out = (scales * normed).to(tl.float32) * (z * tl.sigmoid(z))
-    tl.store(out_ptr + row * (HK * R * DV) + head * DV + dv, tl.where(ok, out, 0.0).to(v.dtype))
+    number = row * (HK * R) + head
+    out_ptr += number * DV
+    read = tl.where(ok, read, 0.0).to(v.dtype)
+    if PARTS == 1:
+        _normalise(read, z, scales, out_ptr + every, eps, DV)
+    else:
+        tl.store(out_ptr + dv, read)
+        # Every thread has stored its share before one of them counts it.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
+        if arrived == PARTS - 1:
+            tl.store(arrived_ptr + number, 0)
+            # .cg bypasses the L1 cache, which may hold values from before another program wrote.
+            _normalise(tl.load(out_ptr + every, cache_modifier=".cg"), z, scales, out_ptr + every, eps, DV)
+
+
+def columns_of(heads: int, dim: int) -> int:
+    """Columns of a state that a program takes, where there are so many value heads in all rows."""
+    return min(dim, FEW_COLUMNS if heads < FEW_PROGRAMS else COLUMNS)
 
 
 def why_not_delta(x: DeltaInputs, weights: DeltaWeights) -> str | None:
@@ -145,13 +174,22 @@ def check_delta(x: DeltaInputs, weights: DeltaWeights) -> None:
         )
 
 
-def delta_step(x: DeltaInputs, weights: DeltaWeights, states: StepStates) -> Tensor:
+def delta_step(
+    x: DeltaInputs,
+    weights: DeltaWeights,
+    states: StepStates,
+    arrived: Tensor | None = None,
+    *,
+    columns: int | None = None,
+) -> Tensor:
     """One token a row.
 
     Args:
         x: of T rows.
         weights: contiguous.
         states: of the rows; those after the step are written, of rows with a slot.
+        arrived: `[T * HV]` int32 zeros, which the launch leaves so; made by the call if needed and not given.
+        columns: of a state that a program takes, for measuring; a power of two.
 
     Returns:
         `[T, HV * DV]`, zero for rows without a slot.
@@ -168,19 +206,24 @@ def delta_step(x: DeltaInputs, weights: DeltaWeights, states: StepStates) -> Ten
         raise ValueError("seq_lens is given, for states that are written in place, but these go elsewhere")
     out = x.v.new_empty(tokens, heads * shared * dim)
     overlap = overlaps_launches(arch_of(out.device))
-    warps = min(max(x.q.shape[-1] * dim // ELEMENTS_PER_WARP, 1), MOST_WARPS)
+    if columns is None:
+        columns = columns_of(tokens * heads * shared, dim)
+    if columns < dim and arrived is None:
+        arrived = torch.zeros(tokens * heads * shared, dtype=torch.int32, device=out.device)
+    warps = min(max(x.q.shape[-1] * columns // ELEMENTS_PER_WARP, 1), MOST_WARPS)
     with on_device_of(out):
         launch(
-            delta_step_kernel, (heads * shared, tokens),
+            delta_step_kernel, (heads * shared * (dim // columns), tokens),
             (
                 *x, out, states.conv, recurrent, states.slots, states.conv_out, states.recurrent_out, states.slots_out,
-                states.seq_lens, weights.conv, weights.a_log, weights.dt_bias, weights.norm, weights.eps,
+                states.seq_lens, arrived, weights.conv, weights.a_log, weights.dt_bias, weights.norm, weights.eps,
                 float(x.q.shape[-1] ** -0.5), *x.q.stride()[:2], *x.k.stride()[:2], *x.v.stride()[:3], *x.z.stride()[:3],
                 *x.b.stride(), *x.a.stride(),
             ),
             dict(
                 HK=heads, R=shared, DK=x.q.shape[-1], DV=dim, KERNEL=weights.conv.shape[1],
-                TAPS=power_of_2(weights.conv.shape[1]), IN_PLACE=in_place, NORM_EPS=NORM_EPS, OVERLAP=overlap,
+                TAPS=power_of_2(weights.conv.shape[1]), IN_PLACE=in_place, NORM_EPS=NORM_EPS,
+                COLUMNS=columns, OVERLAP=overlap,
                 num_warps=warps, **({"launch_pdl": True} if overlap else {}),
             ),
         )  # fmt: skip

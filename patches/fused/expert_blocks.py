@@ -1,7 +1,7 @@
 """Mixtures of experts of layers that are called: the block's forward, on our kernels inside a paged forward.
 
-Hybrids call a layer as Transformers wrote it, since its linear attention is; what comes after that is a block of experts as
-in other families.
+A hybrid's layer is called as Transformers wrote it where its linear attention has to be; what comes after that is a block
+of experts as in other families.
 """
 
 from __future__ import annotations

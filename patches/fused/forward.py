@@ -62,15 +62,16 @@ def fused_forward(
     if called or cache.paged_batch is None or why_not_walked(decoder, arguments) is not None:
         with cache_kept(decoder), _blocks(decoder, cache, arguments):
             return call_original(decoder, cache, **arguments)
-    hidden = walk(
-        decoder,
-        _maker(decoder, copies, adapters),
-        cache,
-        arguments.get("input_ids"),
-        arguments.get("inputs_embeds"),
-        arguments.get("position_ids"),
-        arguments.get("attention_mask"),
-    )
+    with _blocks(decoder, cache, arguments):
+        hidden = walk(
+            decoder,
+            _maker(decoder, copies, adapters),
+            cache,
+            arguments.get("input_ids"),
+            arguments.get("inputs_embeds"),
+            arguments.get("position_ids"),
+            arguments.get("attention_mask"),
+        )
     mixture = vars(decoder)[STATE].family.layers.mixture
     kind = BaseModelOutputWithPast if mixture is None else MoeModelOutputWithPast
     outputs = kind(last_hidden_state=hidden, **{CACHE: cache})

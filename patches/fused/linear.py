@@ -91,22 +91,28 @@ def _stepped(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache
     held = cache.layer_states(index) if states is None else None
     if states is None and held is None:
         return _prefilled(x, weights, products, cache, index)
+    if held is not None and isinstance(products, PlainProducts):
+        out, *after = delta_reference.delta_update(x, weights, *held)
+        cache.keep_states(index, *after)
+        return out
     if held is not None:
-        conv, recurrent = held
-        slots = _numbers(len(conv), conv.device)
+        (conv, recurrent), slots = held, _numbers(len(held[0]), held[0].device)
         # The states before stay as they are until the forward has succeeded.
         states = StepStates(conv, recurrent, slots, torch.empty_like(conv), torch.empty_like(recurrent), slots)
     assert states is not None
-    if isinstance(products, PlainProducts):
-        out = delta_reference.delta_step(x, weights, states)
-    else:
-        # Not before: it imports Triton.
-        from hf_fastattn.kernels.linear.delta_step import delta_step
-
-        out = delta_step(x, weights, states)
+    out = _step(x, weights, states, products)
     if held is not None:
         cache.keep_states(index, states.conv_out, states.recurrent_out)
     return out
+
+
+def _step(x: DeltaInputs, weights: DeltaWeights, states: StepStates, products: AnyProducts) -> Tensor:
+    if isinstance(products, PlainProducts):
+        return delta_reference.delta_step(x, weights, states)
+    # Not before: it imports Triton.
+    from hf_fastattn.kernels.linear.delta_step import delta_step
+
+    return delta_step(x, weights, states, products.arrivals(x.v[..., 0].numel()))
 
 
 @functools.lru_cache(maxsize=16)
@@ -117,7 +123,13 @@ def _numbers(rows: int, device: torch.device) -> Tensor:
 
 def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache: PagedCache, index: int) -> Tensor:
     assert cache.paged_batch is not None
-    before = cache.layer_states(index) or (None, None)
-    out, conv, recurrent = delta_reference.delta_prefill(x, weights, cache.paged_batch.known.query_lens, *before)
+    before, lengths = cache.layer_states(index) or (None, None), cache.paged_batch.known.query_lens
+    if isinstance(products, PlainProducts):
+        out, conv, recurrent = delta_reference.delta_prefill(x, weights, lengths, *before)
+    else:
+        # Not before: it imports Triton.
+        from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
+
+        out, conv, recurrent = delta_prefill(x, weights, lengths, *before)
     cache.keep_states(index, conv, recurrent)
     return out

@@ -76,6 +76,7 @@ class Products:
         self._by_row = None if adapters is None else adapters.names
         self.arch = arch_of(device)
         self._sums: SplitSums | None = None
+        self._arrived: Tensor | None = None
         self._lora_sums = LoraSums(device)
         self.device = device
         self.adapters_fused = 0
@@ -90,6 +91,13 @@ class Products:
         if self._sums is None:
             self._sums = SplitSums(self.device)
         return self._sums
+
+    def arrivals(self, count: int) -> Tensor:
+        """`[count]` int32 zeros, which launches leave so; made once a forward, by a launch that a graph records too."""
+        if self._arrived is None or len(self._arrived) < count:
+            with torch.inference_mode(False):
+                self._arrived = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return self._arrived
 
     @property
     def _launch(self) -> dict[str, Any]:

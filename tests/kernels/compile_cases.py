@@ -24,6 +24,7 @@ from tests.kernels.compile_launches import (
     continued,
     decode,
     delta,
+    delta_prompt,
     experts_of,
     forked,
     gated,
@@ -83,6 +84,7 @@ HOPPER: dict[str, Any] = {
 LISTED: dict[str, Any] = {**HOPPER, "kernels": ("visited_kernel", *HOPPER["kernels"])}
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
+DELTA = ("delta_conv_kernel", "conv_tail_kernel", "delta_chunk_kernel", "delta_scan_kernel", "gated_norm_kernel")
 CONTINUED = ("best_of_chunk_kernel", "score_kernel")
 GREEDY = ("greedy_chunk_kernel", "best_of_chunks_kernel")
 
@@ -233,6 +235,9 @@ CASES = {
     "delta rule, 64 rows": Case(lambda: delta(tokens=64), ("delta_step_kernel",), programs=2),
     "delta rule, states move": Case(lambda: delta(tokens=8, moves=True), ("delta_step_kernel",), programs=2),
     "delta rule, fp32": Case(lambda: delta(dtype=FP32), ("delta_step_kernel",), programs=2),
+    "delta rule, prompt": Case(delta_prompt, DELTA, programs=1, spilled=2048),
+    "delta rule, prompt that goes on": Case(lambda: delta_prompt(goes_on=True), DELTA, programs=1, spilled=2048),
+    "delta rule, prompt in fp32": Case(lambda: delta_prompt(dtype=FP32), DELTA, programs=1, spilled=2048),
     "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
     "add, norm, 16 tokens": Case(lambda: add_norm(4096, tokens=16), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),

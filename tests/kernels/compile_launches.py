@@ -24,6 +24,7 @@ from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
+from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
 from hf_fastattn.kernels.linear.delta_step import delta_step
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.continuations import continuations
@@ -293,3 +294,10 @@ def delta(heads: int = 16, shared: int = 2, dtype: torch.dtype = BF16, *, tokens
     recurrent, slots = torch.zeros(tokens, heads * shared, 128, 128), torch.zeros(tokens, dtype=torch.int32)
     out = (conv.clone(), recurrent.clone(), slots, None) if moves else (conv, recurrent, slots, slots)
     return delta_step(x, weights, StepStates(conv, recurrent, slots, *out))
+
+
+def delta_prompt(heads: int = 16, shared: int = 2, dtype: torch.dtype = BF16, *, goes_on: bool = False) -> object:
+    """Gated DeltaNet over two rows, which have states before if they go on."""
+    x, weights = delta_layer(heads, shared, 128, 100, dtype, interleaved=goes_on)
+    before = (torch.zeros(2, weights.conv.shape[0], 4, dtype=dtype), torch.zeros(2, heads * shared, 128, 128))
+    return delta_prefill(x, weights, [30, 70], *(before if goes_on else ()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from hf_fastattn import PagedCache
@@ -151,3 +152,14 @@ def test_memory_of_states_is_given_back(device: str) -> None:
     assert torch.equal(run(model, 6), run(stock, 6)) and assert_looped(model)
     assert model._fastattn.runtime.loop_graphs.row_states is None
     del stock
+
+
+@pytest.mark.parametrize("targets", [["in_proj_qkv", "in_proj_z", "out_proj"], ["in_proj_a", "q_proj", "down_proj"]])
+def test_adapters(device: str, targets: list[str]) -> None:
+    stock, model = both("qwen3_5", device)
+    sides = []
+    for side in (stock, model):
+        torch.manual_seed(3)
+        sides.append(get_peft_model(side, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)))
+    assert torch.equal(run(sides[1], 8), run(sides[0], 8))
+    assert_looped(model)

@@ -21,13 +21,16 @@ def check(
     *,
     interleaved: bool = False,
     lengths: list[int] | None = None,
+    columns: int | None = None,
 ) -> None:
     """Three rows of four, in their slots; in place with `lengths`."""
     slots, slots_out = [3, -1, 0, 5], [1, -1, 3, 0]
     x, weights = in_dtype(*parts(4, *shape, interleaved=interleaved), dtype, device)
     held = states(x, slots, 6, slots_out=slots_out, lengths=lengths)
     plain, exact = cloned(held), cloned(held, FP64)
-    got = delta_step(x, weights, held)
+    arrived = torch.zeros(4 * shape[0] * shape[1], dtype=torch.int32, device=device)
+    got = delta_step(x, weights, held, arrived, columns=columns)
+    assert not arrived.any()
     want = delta_reference.delta_step(*in_dtype(x, weights, FP64, device), exact)
     assert_close("output", got, delta_reference.delta_step(x, weights, plain), want)
     assert got.dtype == dtype and bool((got[1] == 0).all())
@@ -52,6 +55,13 @@ def test_equals_the_reference(shape: str, dtype: torch.dtype) -> None:
 )
 def test_in_place(first: int, interleaved: bool, dtype: torch.dtype) -> None:
     check(SHAPES["small"], dtype, interleaved=interleaved, lengths=[first, 7, first + 5, 100])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("columns", [4, 8])
+@pytest.mark.parametrize("lengths", [None, [5, 7, 8, 100]])
+def test_states_by_columns(columns: int, lengths: list[int] | None) -> None:
+    check(SHAPES["small"], BF16, lengths=lengths, columns=columns)
 
 
 @pytest.mark.interpreter
@@ -91,5 +101,6 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("lengths", [None, [5, 7, 8, 100]])
-def test_on_the_gpu(shape: str, dtype: torch.dtype, lengths: list[int] | None) -> None:
-    check(SHAPES[shape], dtype, "cuda", lengths=lengths)
+@pytest.mark.parametrize("columns", [None, 8])
+def test_on_the_gpu(shape: str, dtype: torch.dtype, lengths: list[int] | None, columns: int | None) -> None:
+    check(SHAPES[shape], dtype, "cuda", lengths=lengths, columns=columns)
