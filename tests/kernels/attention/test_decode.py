@@ -109,9 +109,7 @@ def test_long_rows_between_short_ones(counts, processors, window):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("processors", "counts", "window"), pairwise([1, 2, 3], [[1] * 6, [2, 1, 9, 1, 0, 5]], [None, 100])
-)
+@pytest.mark.parametrize(("processors", "counts", "window"), pairwise([1, 2, 3], [[1] * 6, [2, 1, 9, 1, 0, 5]], [None, 100]))
 def test_whole_rows_of_about_one_length(counts, processors, window):
     """With 6 rows of 2 kv heads on 3 multiprocessors, each of 6 programs takes two whole items."""
     lengths = [300, 257, 319, 280, 260, 311]

@@ -105,9 +105,7 @@ def test_order_of_work():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("rows", "order"), [*((17, order) for order in ORDERS), *zip((1, 5, 40), ORDERS, strict=True)]
-)
+@pytest.mark.parametrize(("rows", "order"), [*((17, order) for order in ORDERS), *zip((1, 5, 40), ORDERS, strict=True)])
 def test_query_blocks(rows, order, monkeypatch):
     """More rows than a tile holds, with heads that do not divide it; and all ways of dividing the work."""
     monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
