@@ -23,13 +23,13 @@ from hf_fastattn.loop.readback import Readback, StepTokens
 from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.pages import reach
 from hf_fastattn.transformers_version import CACHE
-from tests.loop.test_decode_loop import ENDS, both, device
+from tests.loop.test_decode_loop import ENDS, both
 from tests.loop.test_decode_loop import run as generated
 from tests.loop.test_processors import Mine
 from tests.tools.models import CORE, OLD, VOCAB, assert_fast, letters, padded_batch, pair_with_graphs, real_tokens, single
 
 NEW = 24
-__all__ = ["device"]
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def run(model: Any, new: int = NEW, **kwargs: Any) -> Any:

@@ -5,10 +5,9 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,16 +18,12 @@ from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.transformers_version import CHECKPOINTING_NEEDS_GRADIENTS
 from tests.loop.test_decode_loop import assert_looped, both, run
 from tests.tools.models import assert_fast, noisy, padded_batch, pair_with_graphs, patch_with_graphs, tiny
-from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
+from tests.tools.reexecuted import ReexecutedLoopStep
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 NEW = 16
 
 
-@pytest.fixture(autouse=True, params=["cpu", GPU])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def test_weights_changed_in_place_are_seen(device: str) -> None:

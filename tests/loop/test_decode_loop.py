@@ -5,8 +5,6 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,7 +29,6 @@ from tests.tools.models import (
     single,
     tiny,
 )
-from tests.tools.reexecuted import reexecuted_loop
 
 PLAIN = (
     "llama", "mistral_window", "ministral", "ministral3", "qwen2", "qwen2_window", "qwen3", "qwen3_window",
@@ -42,10 +39,7 @@ NEW = 40
 ENDS = list(range(3, 128, 9))
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def run(model: Any, new: int = NEW, **kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +16,13 @@ import hf_fastattn
 from hf_fastattn.graphs import drawn_offset
 from tests.loop.test_decode_loop import assert_looped
 from tests.tools.models import padded_batch, patch_with_graphs, tiny
-from tests.tools.reexecuted import reexecuted_loop
 
 peft = pytest.importorskip("peft")
 
 SAMPLES, NEW = 400, 3
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def adapted(device: str) -> Any:

@@ -5,8 +5,7 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_expe
 import hf_fastattn
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.tools.models import assert_fast, pair_with_graphs, patch_with_graphs, single, tiny
-from tests.tools.reexecuted import reexecuted_loop
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -39,10 +37,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def both(name: str, device: str, options: dict[str, Any] | None = None) -> tuple[Any, Any]:

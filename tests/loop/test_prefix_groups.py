@@ -5,8 +5,6 @@ On the CPU steps run again over their static tensors, and a prefix is read by th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,10 +29,7 @@ DRAWS: dict[str, Any] = {"do_sample": True, "temperature": 3.0}
 FULL_LAYERS = {"llama": 3, "qwen3": 3, "qwen2_window": 1, "ministral": 1}
 
 
-@pytest.fixture(autouse=True, params=["cpu", GPU])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted.reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,7 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,16 +17,9 @@ from hf_fastattn.transformers_version import CACHE
 from tests.loop.test_decode_loop import ENDS, assert_looped, run
 from tests.tools.fused_layers import LAYER_COUNT, SMALL, count_launches, expected
 from tests.tools.models import IMAGE_TOKEN, assert_fast, image_batch, pair_with_graphs, real_tokens, tiny
-from tests.tools.reexecuted import reexecuted_loop
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 NEW = 16
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
 
 
 def both(family: str, device: str) -> tuple[Any, Any]:

@@ -5,9 +5,8 @@ On the CPU nothing is recorded: steps run again over their static tensors (`reex
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from tests.tools.models import assert_fast, patch_with_graphs, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
 NEW = 8
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with reexecuted_loop() if request.param == "cpu" else contextlib.nullcontext():
-        yield request.param
 
 
 @pytest.mark.parametrize("patched_first", [False, True])
