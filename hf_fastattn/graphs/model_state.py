@@ -88,4 +88,4 @@ def _weights(decoder: nn.Module) -> Iterator[Tensor]:
 
 def _is_whole(tensor: Tensor) -> bool:
     size = tensor.numel() * tensor.element_size()
-    return tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and size % 4 == 0
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and size % 16 == 0
