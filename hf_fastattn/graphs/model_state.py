@@ -25,12 +25,12 @@ class ModelState:
     def __init__(self, checked: bool, triton: bool = True) -> None:
         self._checked, self._triton = checked, triton and importlib.util.find_spec("triton") is not None
         self._places: Any = None
-        self._table: Tensor | None = None
-        self._rest: list[Tensor] = []
+        # Where the tensors are that the kernel reads, by device. No tensor is held: a model may give its weights up.
+        self._tables: list[Tensor] = []
 
     def drop(self) -> None:
         """Hold no memory."""
-        self._places, self._table, self._rest = None, None, []
+        self._places, self._tables = None, []
 
     def why_not(self, decoder: nn.Module) -> str | None:
         """Why a change of what the decoder computes could go unnoticed."""
@@ -53,23 +53,29 @@ class ModelState:
         return parts, self._sums(weights)
 
     def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
-        device = weights[0].device
-        if not self._triton or any(tensor.device != device or device.type != "cuda" for tensor in weights):
-            return tuple(int(one) for one in weight_sum_reference.weight_sum(weights))
-        # Not before: it imports Triton.
-        from hf_fastattn.kernels.layer import weight_sum
-
-        places = [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in weights]
+        in_launches = [tensor for tensor in weights if self._triton and _is_whole(tensor)]
+        places = [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.device) for tensor in in_launches]
         if self._places != places:
-            whole = [tensor.detach() for tensor in weights if _is_whole(tensor)]
-            self._table, self._places = weight_sum.table_of(whole, device), places
-            self._rest = [tensor.detach() for tensor in weights if not _is_whole(tensor)]
-        assert self._table is not None
+            devices = dict.fromkeys(tensor.device for tensor in in_launches)
+            self._tables = [_table([tensor for tensor in in_launches if tensor.device == device]) for device in devices]
+            self._places = places
         with torch.inference_mode(False), torch.no_grad():
-            out = torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=device)
-            weight_sum.weight_sum(self._table, out)
-            others = weight_sum_reference.weight_sum(self._rest)
-            return tuple(torch.cat((out, *(one[None] for one in others))).tolist())
+            sums = [_launched(table) for table in self._tables]
+            sums += weight_sum_reference.weight_sum(tensor for tensor in weights if not (self._triton and _is_whole(tensor)))
+            return tuple(value for one in sums for value in one.flatten().tolist())
+
+
+def _table(tensors: list[Tensor]) -> Tensor:
+    # Not before: it imports Triton.
+    from hf_fastattn.kernels.layer import weight_sum
+
+    return weight_sum.table_of(tensors, tensors[0].device)
+
+
+def _launched(table: Tensor) -> Tensor:
+    from hf_fastattn.kernels.layer import weight_sum
+
+    return weight_sum.weight_sum(table, torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=table.device))
 
 
 def _options(decoder: Any) -> Iterator[Any]:
@@ -87,5 +93,6 @@ def _weights(decoder: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
+    """Whether the kernel takes the tensor: on a CUDA device, in one piece of whole words."""
     size = tensor.numel() * tensor.element_size()
-    return tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and size % 4 == 0
+    return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and size % 16 == 0

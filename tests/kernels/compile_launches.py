@@ -145,7 +145,7 @@ def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream:
 
 
 def weights_summed() -> object:
-    weights = [torch.zeros(70_000, dtype=BF16), torch.zeros(10, dtype=FP32)]
+    weights = [torch.zeros(70_000, dtype=BF16), torch.zeros(12, dtype=FP32)]
     table = weight_sum.table_of(weights, torch.device("cpu"))
     return weight_sum.weight_sum(table, torch.empty(weight_sum.PROGRAMS, dtype=torch.int64))
 

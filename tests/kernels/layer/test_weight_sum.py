@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> tuple[Sum, str]:
 
 def weights(device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shapes = [(300, 256), (64,), (2, 40_000), (1, 8)]
+    shapes = [(300, 256), (64,), (2, 70_000), (1, 8)]
     made = [torch.randn(shape, generator=generator) for shape in shapes]
     return [made[0].to(device), made[1].to(device, torch.bfloat16), made[2].to(device), made[3].to(device)]
 
