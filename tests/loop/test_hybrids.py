@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from hf_fastattn import PagedCache
@@ -156,10 +155,11 @@ def test_memory_of_states_is_given_back(device: str) -> None:
 
 @pytest.mark.parametrize("targets", [["in_proj_qkv", "in_proj_z", "out_proj"], ["in_proj_a", "q_proj", "down_proj"]])
 def test_adapters(device: str, targets: list[str]) -> None:
+    peft = pytest.importorskip("peft")
     stock, model = both("qwen3_5", device)
     sides = []
     for side in (stock, model):
         torch.manual_seed(3)
-        sides.append(get_peft_model(side, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)))
+        sides.append(peft.get_peft_model(side, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)))
     assert torch.equal(run(sides[1], 8), run(sides[0], 8))
     assert_looped(model)
