@@ -42,5 +42,8 @@ def _chunks(lengths: tuple[int, ...], device: torch.device, size: int) -> Chunks
         for first in range(begins[row], begins[row + 1], size)
     ]
     with torch.inference_mode(False):
-        tensors = (torch.tensor(part, dtype=torch.int32, device="cpu").to(device) for part in (begins, chunks))
-        return Chunks(*tensors, size)
+        return Chunks(_uploaded(begins, device), _uploaded(chunks, device), size)
+
+
+def _uploaded(values: Sequence[object], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
