@@ -89,7 +89,9 @@ class DecodeLoop:
         # For each row on the device, its number in the call.
         self._numbers = list(range(rows))
         self._used = bucket_of(rows)
-        self._launched, self._is_launching = 0, False
+        self._launched = 0
+        # Some layers may know of what others do not.
+        self._is_changing = False
         # Tokens a row that are in the cache's lengths: those of steps that were read back.
         self._appended = 0
         self._reserved = 0
@@ -118,7 +120,7 @@ class DecodeLoop:
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
         self._private, self._depth = private, DEPTH
-        self._states = self._row_states()
+        self._states: RowStates | None = None
 
     def run(self, logits: Tensor) -> Tensor:
         """Generate.
@@ -133,6 +135,7 @@ class DecodeLoop:
             CacheFullError: no pages are left. The cache holds what was generated so far.
         """
         try:
+            self._take_states()
             self._reserve()
             packed = self._finish_step(self._key_for(len(self._numbers)), logits)
             self._launched = 1
@@ -157,14 +160,16 @@ class DecodeLoop:
         """Steps whose tokens were read, and so belong to the call."""
         return self._rows.steps
 
-    def _row_states(self) -> RowStates | None:
-        """The states of linear-attention layers, if there are any, in slots that steps read and write."""
+    def _take_states(self) -> None:
+        """Have the states of linear-attention layers, if there are any, in slots that steps read and write."""
         if not self._cache.recurrent_layers or self._most == 1:
-            return None
+            return
         if not self._private and (self._request.ends or self._request.stop_strings):
             # A state cannot be cut back to an earlier token: no step may run after the last one.
             self._depth = 0
-        return self._graphs.row_states_for(self._cache, self._used, self._moves)
+        self._is_changing = True
+        self._states = self._graphs.row_states_for(self._cache, self._used, self._moves)
+        self._is_changing = False
 
     # ---- the device's part ------------------------------------------------------------------------------------
 
@@ -179,9 +184,9 @@ class DecodeLoop:
         # A step also computes the slot of the token that it chooses.
         if self._reserved <= min(self._launched, self._most - 2):
             self._reserve()
-        key, self._is_launching = self._key, True
+        key, self._is_changing = self._key, True
         packed = self._graphs.replay(key, self._cache.groups, self._step(key), self._counters)
-        self._launched, self._is_launching = self._launched + 1, False
+        self._launched, self._is_changing = self._launched + 1, False
         self._readback.send(packed, self._numbers)
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
@@ -305,7 +310,7 @@ class DecodeLoop:
         self._readback.clear()
         taken, counters = self._rows.steps, self._counters
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)
-        if self._states is not None and not self._private:
+        if not self._private and self._cache.recurrent_layers:
             self._give_states_back(extra)
         self._cache.trim()
         if self._rows.done:
@@ -317,13 +322,11 @@ class DecodeLoop:
 
     def _give_states_back(self, extra: int) -> None:
         """The cache holds the states again, and if the call was interrupted also the `extra` tokens that these know of."""
-        assert self._states is not None
-        if self._is_launching:
-            # Some layers know of a token that others do not.
+        if self._is_changing:
             self._cache.reset()
-            return
-        self._cache.grow_by(extra)
-        self._states.store(self._cache.recurrent_layers, self._cache.lengths)
+        elif self._states is not None:
+            self._cache.grow_by(extra)
+            self._states.store(self._cache.recurrent_layers, self._cache.lengths)
 
 
 def _prefix_groups(cache: PagedCache) -> PrefixGroups:

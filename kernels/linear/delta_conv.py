@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
-from hf_fastattn.kernels.linear.delta_chunks import CHUNK, Chunks
+from hf_fastattn.kernels.linear.delta_chunks import Chunks
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights
 from hf_fastattn.kernels.quick_launch import launch
 
@@ -105,7 +105,7 @@ def delta_conv(x: DeltaInputs, weights: DeltaWeights, chunks: Chunks, conv: Tens
         launch(
             delta_conv_kernel, (len(chunks.chunks), all_heads),
             (x.q, x.k, x.v, out, conv, weights.conv, chunks.chunks, *strides),
-            dict(**sizes, BLOCK_T=CHUNK, BLOCK_D=block, num_warps=8),
+            dict(**sizes, BLOCK_T=chunks.size, BLOCK_D=block, num_warps=8),
         )  # fmt: skip
         launch(
             conv_tail_kernel, (tail.shape[0], all_heads), (x.q, x.k, x.v, tail, conv, chunks.begins, *strides),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of
-from hf_fastattn.kernels.linear.delta_chunks import CHUNK, Chunks, chunks_of
+from hf_fastattn.kernels.linear.delta_chunks import Chunks, chunks_of
 from hf_fastattn.kernels.linear.delta_conv import delta_conv
 from hf_fastattn.kernels.linear.delta_norm import gated_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights
@@ -147,7 +147,7 @@ def delta_prefill(
     dk, rows, all_heads = x.q.shape[-1], len(lengths), heads * shared
     if sum(lengths) != tokens:
         raise ValueError(f"lengths {list(lengths)} must add up to {tokens} tokens")
-    chunks = chunks_of(lengths, x.v.device)
+    chunks = chunks_of(lengths, x.v.device, x.v.dtype)
     mixed, tail = delta_conv(x, weights, chunks, conv)
     out = x.v.new_empty(tokens, all_heads, dv)
     after = torch.empty(rows, all_heads, dk, dv, dtype=torch.float32, device=out.device)
@@ -164,7 +164,7 @@ def _rule(
     changing = torch.empty(tokens, all_heads, dk, dtype=torch.float32, device=out.device)
     narrow = out.dtype != torch.float32
     sizes = {
-        "HK": heads, "R": shared, "DK": dk, "DV": dv, "NORM_EPS": NORM_EPS, "ROWS": CHUNK, "BLOCK_K": max(dk, LEAST),
+        "HK": heads, "R": shared, "DK": dk, "DV": dv, "NORM_EPS": NORM_EPS, "ROWS": chunks.size, "BLOCK_K": max(dk, LEAST),
         "PRECISION": "tf32" if narrow else "tf32x3",
     }  # fmt: skip
     with on_device_of(out):
@@ -180,5 +180,5 @@ def _rule(
         launch(
             delta_scan_kernel, (-(-dv // columns), all_heads, len(after)),
             (mixed, changes, changing, total, before, out, after, chunks.begins, float(dk**-0.5)),
-            dict(**sizes, BLOCK_V=columns, num_warps=4 if narrow else 8, num_stages=2 if narrow else 1),
+            dict(**sizes, BLOCK_V=columns, num_warps=4, num_stages=2 if narrow else 1),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from hf_fastattn.patches.family import DeltaNames
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.modules.plain_modules import is_plain, is_plain_tensor, norm_eps, norm_weight
+from hf_fastattn.transformers_version import CACHE
 
 # Functions that a module looks up by name, and packages whose functions compute the same.
 LOOKED_UP = (
@@ -124,6 +125,8 @@ def _numbers(rows: int, device: torch.device) -> Tensor:
 def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache: PagedCache, index: int) -> Tensor:
     assert cache.paged_batch is not None
     before, lengths = cache.layer_states(index) or (None, None), cache.paged_batch.known.query_lens
+    if before[0] is None and cache.get_seq_length():
+        raise ValueError(f"layer {index} has lost its state, as an interrupt may do; use a new {CACHE}")
     if isinstance(products, PlainProducts):
         out, conv, recurrent = delta_reference.delta_prefill(x, weights, lengths, *before)
     else:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from hf_fastattn import PagedCache
 from hf_fastattn.loop import decode_loop
+from hf_fastattn.loop.readback import Readback
 from hf_fastattn.transformers_version import CACHE
 from tests.loop.test_decode_loop import ENDS, Collect, assert_looped, run
 from tests.tools.models import assert_fast, padded_batch, pair_with_graphs, real_tokens, single
@@ -67,6 +67,13 @@ def test_transformers_draws(device: str, family: str) -> None:
         assert_fast(model)
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps have chosen arrives no sooner than the host waits for it, as on a GPU that is busy."""
+    receive = Readback.receive
+    monkeypatch.setattr(Readback, "receive", lambda self, wait: receive(self, wait) if wait else None)
+
+
 def chat(model: Any, cache: Any, **kwargs: Any) -> list[torch.Tensor]:
     """Three turns over one cache, each of whose prompts begins with all that was said."""
     said, parts = padded_batch(2)["input_ids"][:, -20:], []
@@ -80,7 +87,7 @@ def chat(model: Any, cache: Any, **kwargs: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", HYBRIDS)
 @pytest.mark.parametrize("ends", [None, ENDS])
-def test_turns_of_a_chat(device: str, family: str, ends: list[int] | None) -> None:
+def test_turns_of_a_chat(device: str, late: None, family: str, ends: list[int] | None) -> None:
     stock, model = both(family, device)
     want = chat(stock, DynamicCache(config=stock.config), eos_token_id=ends)
     for cache in (PagedCache(model.config), DynamicCache(config=stock.config)):
@@ -91,7 +98,7 @@ def test_turns_of_a_chat(device: str, family: str, ends: list[int] | None) -> No
 
 
 @pytest.mark.parametrize("new", [1, 2, 9])
-def test_a_returned_cache_goes_on_as_stocks(device: str, new: int) -> None:
+def test_a_returned_cache_goes_on_as_stocks(device: str, late: None, new: int) -> None:
     stock, model = both("qwen3_5", device)
     logits = []
     for side in (stock, model):
@@ -106,7 +113,7 @@ def test_a_returned_cache_goes_on_as_stocks(device: str, new: int) -> None:
     torch.testing.assert_close(logits[1][1], logits[0][1], rtol=1e-3, atol=1e-3)
 
 
-def test_an_interrupted_call_leaves_a_cache_that_goes_on(device: str) -> None:
+def test_an_interrupted_call_leaves_a_cache_that_goes_on(device: str, late: None) -> None:
     """What the cache counts is what the states know of."""
     stock, model = both("qwen3_5", device)
     cache, prompt = PagedCache(model.config), padded_batch(1)["input_ids"]
@@ -156,10 +163,11 @@ def test_memory_of_states_is_given_back(device: str) -> None:
 
 @pytest.mark.parametrize("targets", [["in_proj_qkv", "in_proj_z", "out_proj"], ["in_proj_a", "q_proj", "down_proj"]])
 def test_adapters(device: str, targets: list[str]) -> None:
+    peft = pytest.importorskip("peft")
     stock, model = both("qwen3_5", device)
     sides = []
     for side in (stock, model):
         torch.manual_seed(3)
-        sides.append(get_peft_model(side, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)))
+        sides.append(peft.get_peft_model(side, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)))
     assert torch.equal(run(sides[1], 8), run(sides[0], 8))
     assert_looped(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -269,3 +270,37 @@ def test_gradients_equal_stock() -> None:
     theirs = dict(stock.named_parameters())
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, theirs[name].grad)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs_on_pages_and_states(seed: int) -> None:
+    """Tokens, forks, rows that leave, copies, generated tokens: every row is what it would be computed anew."""
+    # Qwen3.5 adds what it remembers of the rows of an earlier forward to positions.
+    stock, model = pair("qwen3_next")
+    chance, cache = random.Random(seed), PagedCache(model.config)
+    held: list[list[int]] = [[] for _ in range(1 + seed % 3)]
+    with torch.no_grad():
+        for number in range(8):
+            move = chance.choice(["tokens", "tokens", "token", "fork", "leave", "copy", "generate"]) if number else "tokens"
+            if move in ("tokens", "token", "generate"):
+                more = tokens_of(100 * seed + number, len(held), 1 if move == "token" else chance.randrange(2, 70))
+                held = [[*row, *new] for row, new in zip(held, more.tolist(), strict=True)]
+            if move in ("tokens", "token"):
+                ours = model(more, **{CACHE: cache}).logits[:, -1]
+                assert_close(ours, stock(torch.tensor(held)).logits[:, -1])
+            elif move == "generate":
+                said = model.generate(torch.tensor(held), max_new_tokens=4, do_sample=False, **{CACHE: cache})
+                assert torch.equal(said, stock.generate(torch.tensor(held), max_new_tokens=4, do_sample=False))
+                # The cache has not seen the last one.
+                held = said[:, :-1].tolist()
+            elif move == "copy":
+                cache = copy.deepcopy(cache)
+            else:
+                count = len(held) + 1 if move == "fork" else max(len(held) - 1, 1)
+                rows = [chance.randrange(len(held)) for _ in range(count)]
+                cache.batch_select_indices(torch.tensor(rows))
+                held = [list(held[row]) for row in rows]
+            assert cache.get_seq_length() == len(held[0])
+    groups = cache.groups
+    cache.reset()
+    assert groups.pages_in_use == 0
