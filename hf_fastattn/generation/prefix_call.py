@@ -16,6 +16,7 @@ from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
+from hf_fastattn.patches.modules.watched import why_rows_differ
 
 # Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
@@ -27,12 +28,18 @@ class KeptPrompt:
 
     Attributes:
         rows: the tokens of each row of the batch.
+        state: names the state of the model that the prompt was computed in.
     """
 
     store: PrefixStore
     root: int
     cache: PagedCache
     rows: list[RowTokens]
+    state: tuple[Any, ...]
+
+    def is_of(self, model: Any) -> bool:
+        """Whether the model is in this state still: streamers, processors and criteria are users' code."""
+        return why_rows_differ(model) is None and self.state == _state_of(model)
 
 
 def compute_prompt(
@@ -61,14 +68,20 @@ def compute_prompt(
     new_cache = functools.partial(runtime.new_cache, model, 0, 0)
     if keep:
         store = runtime.prefix_store(cache.groups)
-        decoder = model._fastattn.decoder(model)
-        root = store.root_of(runtime.model_state.of(decoder, decoder.device))
+        state = _state_of(model)
+        root = store.root_of(state)
         everyone = rows if copies is None else [rows[row] for row in copies]
-        runtime.current.prompt = KeptPrompt(store, root, cache, everyone)
+        runtime.current.prompt = KeptPrompt(store, root, cache, everyone, state)
     else:
         store, root = PrefixStore(cache.groups), -1
     with nullcontext() if keep else closing(store):
         return SharedPrompt(new_cache, cache, store, root, rows, shown, worth).compute(compute, input_ids, model_kwargs)
+
+
+def _state_of(model: Any) -> tuple[Any, ...]:
+    decoder = model._fastattn.decoder(model)
+    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device)
+    return state
 
 
 def _rows(
@@ -111,10 +124,16 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> 
     if kept is None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    if len(sequences) == len(cache.lengths):
+    if len(sequences) == len(cache.lengths) and kept.is_of(model):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
+
+
+def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
+    """`keep_row`, if what the user's streamer did has not changed the model."""
+    if kept.is_of(model):
+        keep_row(kept, place, number, new)
 
 
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Iterator
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PretrainedConfig
 
-from hf_fastattn.graphs.fingerprint import PLAIN, fingerprint_of
+from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
 from hf_fastattn.graphs.module_checks import submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
+
+# Attributes that every module has, which the fingerprint looks at, and ours.
+OWN = frozenset(vars(nn.Module())) | {"_fastattn"}
+# generate() switches between implementations of experts, which compute the same.
+SWITCHED = "_experts_implementation_internal"
 
 
 class ModelState:
     """Names the state of a decoder by its modules, options and adapters, and by a sum over the bits of all its weights.
 
     Args:
-        checked: the weights are looked at, which reads them once; else the owner has promised not to change them.
+        checked: the weights are looked at, which reads them once; else the owner has promised not to write to them.
         triton: on CUDA devices, by one launch.
     """
 
@@ -27,6 +36,7 @@ class ModelState:
         self._places: Any = None
         self._table: Tensor | None = None
         self._rest: list[Tensor] = []
+        self._storages: dict[int, Any] = {}
 
     def drop(self) -> None:
         """Hold no memory."""
@@ -43,11 +53,24 @@ class ModelState:
 
     def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
         """The state as values to compare; waits for the device, once."""
-        parts = fingerprint_of(decoder, device).parts
-        if not self._checked:
-            return (parts,)
+        parts = fingerprint_of(decoder, device).parts, _attributes(decoder)
         weights = list({id(tensor): tensor for tensor in _weights(decoder)}.values())
-        return parts, self._sums(weights)
+        if not self._checked:
+            # Where weights lie does not tell those that were replaced from those that were there before.
+            return *parts, self._storages_of(weights)
+        return *parts, self._sums(weights)
+
+    def _storages_of(self, weights: list[Tensor]) -> tuple[Any, ...]:
+        """What is equal for the same storages only: while a state holds them weakly, no other one has their address."""
+        known, self._storages = self._storages, {}
+        for tensor in weights:
+            if type(tensor) not in PLAIN:
+                self._storages[-id(tensor)] = _Same(tensor)
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            self._storages[key] = known[key] if key in known else StorageWeakRef(storage)
+        return tuple(self._storages.values())
 
     def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
         device = weights[0].device
@@ -69,12 +92,56 @@ class ModelState:
             return tuple(torch.cat((out, *(one[None] for one in others))).tolist())
 
 
+class _Same:
+    """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._held: Any = weakref.ref(value)
+        except TypeError:
+            self._held = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (value := self._held()) is not None and value is other._held()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _weights(decoder: nn.Module) -> Iterator[Tensor]:
     for module in (decoder, *submodules(decoder)):
         for held in (module._parameters, module._buffers):
             yield from (tensor for tensor in held.values() if tensor is not None and tensor.numel())
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    size = tensor.numel() * tensor.element_size()
-    return tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and size % 4 == 0
+def _attributes(decoder: nn.Module) -> tuple[Any, ...]:
+    """What else modules hold: configurations, functions, tensors, numbers of NumPy; scalars are in the fingerprint."""
+    found: list[Any] = []
+    configs: dict[int, Any] = {}
+    for module in (decoder, *submodules(decoder)):
+        for name, value in vars(module).items():
+            if name in OWN or value is None or type(value) in SCALARS:
+                continue
+            if isinstance(value, PretrainedConfig):
+                configs[id(value)] = value
+            else:
+                found += name, _frozen(value)
+    return *found, *(_frozen(vars(config)) for config in configs.values())
+
+
+def _frozen(value: Any) -> Any:
+    """`value` in a form that can be compared: numbers, what tensors hold, containers of these, all else by identity."""
+    if value is None or type(value) in SCALARS:
+        return value
+    if isinstance(value, Number | str):
+        return type(value), repr(value)
+    if type(value) in PLAIN:
+        return str(value.dtype), value.shape, value.tolist() if value.numel() <= 1 else _sum_of(value)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(entry)) for name, entry in value.items() if name != SWITCHED)
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else _Same(value)
+
+
+def _sum_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(one) for one in weight_sum_reference.weight_sum((tensor,))) if tensor.device.type != "meta" else ()
