@@ -113,6 +113,11 @@ def _weights(decoder: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in held.values() if tensor is not None and tensor.numel())
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    size = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and tensor.data_ptr() % 4 == 0 and size % 4 == 0
+
+
 def _attributes(decoder: nn.Module) -> tuple[Any, ...]:
     """What else modules hold: configurations, functions, tensors, numbers of NumPy; scalars are in the fingerprint."""
     found: list[Any] = []

@@ -93,7 +93,8 @@ def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtyp
 
 def is_silu(module: nn.Module | None, device: torch.device) -> bool:
     """Whether calling the module is SiLU; None stands for what is no module."""
-    return module is not None and type(module) in (SiLUActivation, nn.SiLU) and is_plain(module, type(module).__name__, device)
+    known = module is not None and type(module) in (SiLUActivation, nn.SiLU)
+    return known and is_plain(module, type(module).__name__, device)
 
 
 def layers_of(decoder: Any) -> Iterator[Any]:

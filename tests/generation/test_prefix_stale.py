@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.activations import GELUActivation
 
 import hf_fastattn
 from hf_fastattn.generation import prefix_call
@@ -60,14 +61,6 @@ def epsilon(model: Any) -> None:
     model.get_submodule("model.layers.0.input_layernorm").variance_epsilon = 0.5
 
 
-def scaling(model: Any) -> None:
-    model.get_submodule("model.layers.0.self_attn").scaling = np.float64(0.4)
-
-
-def activation(model: Any) -> None:
-    model.get_submodule("model.layers.0.mlp.act_fn").function = torch.tanh
-
-
 def exchanged(model: Any) -> None:
     layer = model.get_submodule("model.layers.0")
     layer.mlp = copy.deepcopy(model.get_submodule("model.layers.1").mlp)
@@ -84,8 +77,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "embeddings": lambda model: model.get_input_embeddings().weight.data[7].mul_(1.5),
     "a buffer": frequencies,
     "an attribute": epsilon,
-    "a number of NumPy": scaling,
-    "a function": activation,
     "the configuration": lambda model: setattr(model.config, "num_hidden_layers", 2),
     "a module": exchanged,
     "bfloat16": lambda model: model.to(torch.bfloat16),
@@ -202,14 +193,32 @@ def test_weights_that_cannot_be_looked_at() -> None:
         assert [reason for reason in call.prefix_unused if "Odd" in reason]
 
 
-def test_a_tensor_among_the_attributes_is_looked_at() -> None:
-    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
-    attention = model.get_submodule("model.layers.0.self_attn")
-    attention.scaling = torch.tensor(attention.scaling)
+@pytest.mark.parametrize(
+    ("place", "before", "after"),
+    [
+        ("self_attn", np.float64(0.25), np.float64(0.5)),
+        ("self_attn", torch.tensor(0.25), lambda value: value.mul_(2)),
+        ("mlp.act_fn", torch.relu, torch.tanh),
+    ],
+)
+def test_attributes_are_looked_at(place: str, before: Any, after: Any) -> None:
+    """Numbers of NumPy, what tensors hold, functions."""
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    name = "scaling" if place == "self_attn" else "act"
+    holders = [one.get_submodule(f"model.layers.0.{place}") for one in (stock, model)]
+    if place == "mlp.act_fn":
+        holders = [GELUActivation() for _ in holders]
+        for one, holder in zip((stock, model), holders, strict=True):
+            one.get_submodule("model.layers.0.mlp").act_fn = holder
+    for holder in holders:
+        setattr(holder, name, copy.deepcopy(before))
     answers(model)
     assert answers(model)[1].tokens_reused == 69
-    attention.scaling.mul_(2)
-    assert answers(model)[1].tokens_reused == 0
+    for holder in holders:
+        setattr(holder, name, after(getattr(holder, name)) if isinstance(before, torch.Tensor) else after)
+    tokens, call = answers(model)
+    assert call.tokens_reused == 0
+    assert torch.equal(tokens, run(stock, PROMPT, 12))
 
 
 @pytest.mark.parametrize("place", ["parameter", "storage"])
