@@ -61,8 +61,9 @@ def device_sample(
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
     kept = kept_prompt(model, cache)
-    keeping = (keep_row,) if streamer is None else (keep_streamed, model)
-    keep = None if kept is None else functools.partial(*keeping, kept)
+    keep = None
+    if kept is not None:
+        keep = functools.partial(keep_row, kept) if streamer is None else functools.partial(keep_streamed, model, kept)
     runtime.looping = True
     try:
         loop = DecodeLoop(

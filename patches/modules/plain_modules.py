@@ -93,8 +93,9 @@ def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtyp
 
 def is_silu(module: nn.Module | None, device: torch.device) -> bool:
     """Whether calling the module is SiLU; None stands for what is no module."""
-    known = module is not None and type(module) in (SiLUActivation, nn.SiLU)
-    return known and is_plain(module, type(module).__name__, device)
+    if module is None or type(module) not in (SiLUActivation, nn.SiLU):
+        return False
+    return is_plain(module, type(module).__name__, device)
 
 
 def layers_of(decoder: Any) -> Iterator[Any]:
