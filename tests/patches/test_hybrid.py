@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import hf_fastattn
 from hf_fastattn import CacheFullError, PagedCache
 from hf_fastattn.transformers_version import CACHE
+from tests.generation.calls import run
 from tests.tools.models import OLD, VOCAB, assert_fast, padded_batch, pair, real_tokens, single, tiny
 
 HYBRIDS = ("qwen3_next", "qwen3_5")
@@ -269,3 +270,13 @@ def test_gradients_equal_stock() -> None:
     theirs = dict(stock.named_parameters())
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, theirs[name].grad)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_padded_prompt_in_small_pieces(family: str, size: int) -> None:
+    """Where a piece is a single column, Transformers takes its padding for tokens."""
+    stock, model = pair(family)
+    batch = padded_batch(3, 25)
+    assert torch.equal(run(model, batch, 6, prefill_chunk_size=size), run(stock, batch, 6, prefill_chunk_size=size))
+    assert_fast(model)
