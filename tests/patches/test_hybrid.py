@@ -272,6 +272,7 @@ def test_gradients_equal_stock() -> None:
         assert_close(parameter.grad, theirs[name].grad)
 
 
+@pytest.mark.skipif(OLD, reason="stock fails: the mask has another size than the piece")
 @pytest.mark.parametrize("family", HYBRIDS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_padded_prompt_in_small_pieces(family: str, size: int) -> None:
