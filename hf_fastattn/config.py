@@ -39,7 +39,8 @@ class FastAttnConfig:
             one a quarter of the device's memory) leaves no room; not in train mode, and not for layers with a window.
         weights: how `prefix_cache` knows that pages are those of the model as it is now: `"check"`, by a sum over the bits
             of all weights before each prompt, which reads them once; or `"frozen"`: you promise that nothing writes to
-            weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched.
+            weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched; that
+            weights are replaced by others is seen.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.

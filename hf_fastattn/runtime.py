@@ -150,18 +150,21 @@ class Runtime:
     def prefix_store(self, groups: PageGroups) -> PrefixStore:
         """The pages that stay for prompts to come, of the call's groups."""
         if self.prefixes is None or self.prefixes.groups is not groups:
-            if self.prefixes is not None:
-                self.prefixes.close()
+            self._close_prefixes()
             self.prefixes = PrefixStore(groups, True, self.config.memory_limit is not None)
         return self.prefixes
+
+    def _close_prefixes(self) -> None:
+        if self.prefixes is not None:
+            self.prefixes.close()
+            self.prefixes = None
 
     def _end_prefixes(self, training: bool) -> None:
         if self.prefixes is None:
             return
         if training:
             # Weights are about to change, and memory is wanted.
-            self.prefixes.close()
-            self.prefixes = None
+            self._close_prefixes()
             return
         self.prefixes.trim()
         self.counters.prefix_pages_evicted += self.prefixes.index.evicted
@@ -174,9 +177,7 @@ class Runtime:
     def _release_memory(self) -> bool:
         if not self._settle() or self._calls:
             return False
-        if self.prefixes is not None:
-            self.prefixes.close()
-            self.prefixes = None
+        self._close_prefixes()
         self.graphs.drop()
         self.loop_graphs.drop()
         self.model_state.drop()
@@ -308,6 +309,7 @@ class Runtime:
         if self._made_for[-1] is None and self._made_for[:-1] == wanted[:-1]:
             self._made_for = wanted
         if self._made_for != wanted:
+            self._close_prefixes()
             groups = PageGroups(model.config, self.config, wanted[0], self.turn)
             self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups

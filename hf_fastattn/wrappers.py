@@ -17,6 +17,8 @@ HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
 FRAMES = "torch._dynamo.external_utils"
 TRL_UTILS = "trl.trainer.utils"
+# By which a model prepares the inputs of a forward, and those of the next from its outputs.
+PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 def runs_class_forward(module: Any, device: torch.device) -> bool:
@@ -103,6 +105,14 @@ def origin_of(forward: Any) -> str:
     function = _function(forward)
     function = function.func if isinstance(function, functools.partial) else function
     return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
+
+
+def prepared_by(model: Any) -> str:
+    """The module in which the code stands that prepares the inputs of a model's forwards, or goes on from their outputs."""
+    # The second one of the class is ours.
+    own = [vars(model)[name] for name in PREPARING if name in vars(model)]
+    origins = [origin_of(method) for method in (*own, type(model).prepare_inputs_for_generation)]
+    return next((origin for origin in origins if not origin.startswith("transformers.")), origins[-1])
 
 
 def _below_hook(module: Any, forward: Any, device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
-from hf_fastattn.generation.prefix_call import keep_row, kept_prompt
+from hf_fastattn.generation.prefix_call import keep_row, keep_streamed, kept_prompt
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.weight_copies import copies_fit
@@ -61,7 +61,9 @@ def device_sample(
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
     kept = kept_prompt(model, cache)
-    keep = None if kept is None else functools.partial(keep_row, kept)
+    keep = None
+    if kept is not None:
+        keep = functools.partial(keep_row, kept) if streamer is None else functools.partial(keep_streamed, model, kept)
     runtime.looping = True
     try:
         loop = DecodeLoop(

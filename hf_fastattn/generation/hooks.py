@@ -25,6 +25,7 @@ from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
+from hf_fastattn.wrappers import PREPARING, prepared_by
 
 # Calls that ask for the device's loop when it is their turn; of all others the report says so.
 LOOPED = (
@@ -171,11 +172,20 @@ class FastGenerationMixin(PlainCopies):
         if isinstance(rows, str):
             runtime.note(f"equal rows of the prompt are not looked for: {rows}")
             return None
-        why_differ = None if rows is None else READS_ROW if runtime.variants.reads_row else why_rows_differ(self)  # type: ignore[arg-type]
+        why_differ = None if rows is None else self._why_rows_differ()
         if why_differ is not None:
             runtime.count_unshared(f"equal rows are computed one by one: {why_differ}")
             return None
         return rows
+
+    def _why_rows_differ(self) -> str | None:
+        """Why equal rows may have different hidden states."""
+        if self._fastattn.runtime.variants.reads_row:
+            return READS_ROW
+        origin = prepared_by(self)
+        if not origin.startswith(("transformers.", "peft.")) and vars(self).keys() & set(PREPARING):
+            return f"the model's inputs are prepared by {origin}"
+        return why_rows_differ(self)  # type: ignore[arg-type]
 
     def _sample(
         self,

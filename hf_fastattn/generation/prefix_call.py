@@ -17,6 +17,7 @@ from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
+from hf_fastattn.patches.modules.watched import why_rows_differ
 
 # Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
@@ -30,6 +31,7 @@ class KeptPrompt:
         rows: the tokens of each distinct row.
         copies: which of these each row of the batch is.
         paths: of each distinct row the pages of the index that hold it.
+        state: names the state of the model that the prompt was computed in.
     """
 
     store: PrefixStore
@@ -38,6 +40,11 @@ class KeptPrompt:
     rows: list[RowTokens]
     copies: Sequence[int]
     paths: dict[int, list[int]]
+    state: tuple[Any, ...]
+
+    def is_of(self, model: Any) -> bool:
+        """Whether the model is in this state still: streamers, processors and criteria are users' code."""
+        return why_rows_differ(model) is None and self.state == _state_of(model)
 
 
 def compute_prompt(
@@ -66,16 +73,22 @@ def compute_prompt(
     new_cache = functools.partial(runtime.new_cache, model, 0, 0)
     if keep:
         store = runtime.prefix_store(cache.groups)
-        decoder = model._fastattn.decoder(model)
-        root = store.root_of(runtime.model_state.of(decoder, decoder.device))
+        state = _state_of(model)
+        root = store.root_of(state)
     else:
         store, root = PrefixStore(cache.groups), -1
     prompt = SharedPrompt(new_cache, cache, store, root, rows, shown, worth)
     if keep:
         copies = list(range(len(rows))) if copies is None else copies
-        runtime.current.prompt = KeptPrompt(store, root, cache, rows, copies, prompt.paths)
+        runtime.current.prompt = KeptPrompt(store, root, cache, rows, copies, prompt.paths, state)
     with nullcontext() if keep else closing(store):
         return prompt.compute(compute, input_ids, model_kwargs)
+
+
+def _state_of(model: Any) -> tuple[Any, ...]:
+    decoder = model._fastattn.decoder(model)
+    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device)
+    return state
 
 
 def _rows(
@@ -124,10 +137,16 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> 
     if kept is None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    if len(sequences) == len(cache.lengths):
+    if len(sequences) == len(cache.lengths) and kept.is_of(model):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
+
+
+def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
+    """`keep_row`, if what the user's streamer did has not changed the model."""
+    if kept.is_of(model):
+        keep_row(kept, place, number, new)
 
 
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:

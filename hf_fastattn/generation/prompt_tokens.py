@@ -14,7 +14,7 @@ from hf_fastattn.graphs.module_checks import names_by_row, submodules, why_not_k
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.transformers_version import CACHE
-from hf_fastattn.wrappers import origin_of
+from hf_fastattn.wrappers import prepared_by
 
 # Inputs that a prompt of nothing but tokens comes with.
 _PLAIN_INPUTS = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "return_dict")
@@ -80,7 +80,8 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
         return STATES
     if generation_config.prefill_chunk_size is not None:
         return "the call asks for a prompt in pieces"
-    origin = origin_of(type(model).prepare_inputs_for_generation)
+    # PEFT puts its own on the model where it trains a prompt, which stands before every other.
+    origin = prepared_by(model)
     if not origin.startswith("transformers."):
         return f"the model's inputs are prepared by {origin}"
     decoder = model._fastattn.decoder(model)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Iterator
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PretrainedConfig
 
 from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
 from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
+
+# Attributes that every module has, which the fingerprint looks at, and ours.
+OWN = frozenset(vars(nn.Module())) | {"_fastattn"}
+# generate() switches between implementations of experts, which compute the same.
+SWITCHED = "_experts_implementation_internal"
 
 
 class ModelState:
     """Names the state of a decoder by its modules, options and adapters, and by a sum over the bits of all its weights.
 
     Args:
-        checked: the weights are looked at, which reads them once; else the owner has promised not to change them.
+        checked: the weights are looked at, which reads them once; else the owner has promised not to write to them.
         triton: on CUDA devices, by one launch.
     """
 
@@ -27,6 +36,7 @@ class ModelState:
         self._places: Any = None
         # Where the tensors are that the kernel reads, by device. No tensor is held: a model may give its weights up.
         self._tables: list[Tensor] = []
+        self._storages: dict[int, Any] = {}
 
     def drop(self) -> None:
         """Hold no memory."""
@@ -46,11 +56,24 @@ class ModelState:
 
     def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
         """The state as values to compare; waits for the device, once."""
-        parts = (*fingerprint_of(decoder, device).parts, *_options(decoder))
-        if not self._checked:
-            return (parts,)
+        parts = fingerprint_of(decoder, device).parts, _scalars(decoder), _attributes(decoder)
         weights = list({id(tensor): tensor for tensor in _weights(decoder)}.values())
-        return parts, self._sums(weights)
+        if not self._checked:
+            # Where weights lie does not tell those that were replaced from those that were there before.
+            return *parts, self._storages_of(weights)
+        return *parts, self._sums(weights)
+
+    def _storages_of(self, weights: list[Tensor]) -> tuple[Any, ...]:
+        """What is equal for the same storages only: while a state holds them weakly, no other one has their address."""
+        known, self._storages = self._storages, {}
+        for tensor in weights:
+            if type(tensor) not in PLAIN:
+                self._storages[-id(tensor)] = _Same(tensor)
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            self._storages[key] = known[key] if key in known else StorageWeakRef(storage)
+        return tuple(self._storages.values())
 
     def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
         in_launches = [tensor for tensor in weights if self._triton and _is_whole(tensor)]
@@ -78,12 +101,24 @@ def _launched(table: Tensor) -> Tensor:
     return weight_sum.weight_sum(table, torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=table.device))
 
 
-def _options(decoder: Any) -> Iterator[Any]:
-    """What the decoder itself and its configuration say; some modules ask the latter in each forward."""
-    yield from (value for value in vars(decoder).values() if type(value) in SCALARS)
-    config = decoder.config
-    # Entries of Transformers' own say how something is computed, and not what.
-    yield from (f"{name}={value!r}" for name, value in vars(config).items() if not name.startswith("_"))
+def _scalars(decoder: Any) -> tuple[Any, ...]:
+    """What the decoder itself says; of its modules the fingerprint has them."""
+    return tuple(value for value in vars(decoder).values() if type(value) in SCALARS)
+
+
+class _Same:
+    """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._held: Any = weakref.ref(value)
+        except TypeError:
+            self._held = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (value := self._held()) is not None and value is other._held()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _weights(decoder: nn.Module) -> Iterator[Tensor]:
@@ -96,3 +131,37 @@ def _is_whole(tensor: Tensor) -> bool:
     """Whether the kernel takes the tensor: on a CUDA device, in one piece of whole words."""
     size = tensor.numel() * tensor.element_size()
     return tensor.is_cuda and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and size % 16 == 0
+
+
+def _attributes(decoder: nn.Module) -> tuple[Any, ...]:
+    """What else modules hold: configurations, functions, tensors, numbers of NumPy; scalars are in the fingerprint."""
+    found: list[Any] = []
+    configs: dict[int, Any] = {}
+    for module in (decoder, *submodules(decoder)):
+        for name, value in vars(module).items():
+            if name in OWN or value is None or type(value) in SCALARS:
+                continue
+            if isinstance(value, PretrainedConfig):
+                configs[id(value)] = value
+            else:
+                found += name, _frozen(value)
+    return *found, *(_frozen(vars(config)) for config in configs.values())
+
+
+def _frozen(value: Any) -> Any:
+    """`value` in a form that can be compared: numbers, what tensors hold, containers of these, all else by identity."""
+    if value is None or type(value) in SCALARS:
+        return value
+    if isinstance(value, Number | str):
+        return type(value), repr(value)
+    if type(value) in PLAIN:
+        return str(value.dtype), value.shape, value.tolist() if value.numel() <= 1 else _sum_of(value)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(entry)) for name, entry in value.items() if name != SWITCHED)
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else _Same(value)
+
+
+def _sum_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(one) for one in weight_sum_reference.weight_sum((tensor,))) if tensor.device.type != "meta" else ()

@@ -16,7 +16,7 @@ from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
 from hf_fastattn.loop.step_processor import StepProcessor
-from hf_fastattn.wrappers import origin_of
+from hf_fastattn.wrappers import PREPARING, origin_of, prepared_by
 
 # Packages whose forwards compute what Transformers' own do; `functools.wraps` and PyTorch's decorators stand around some.
 EQUIVALENT = ("transformers.", "liger_kernel.", "torch.")
@@ -77,9 +77,13 @@ def loop_request(
     for kind in _classes_around_decoder(model):
         if not origin_of(kind.forward).startswith(EQUIVALENT):
             return f"the forward of class {kind.__name__} was replaced: undo that, or do the same in a LogitsProcessor"
-    for method in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+    for method in PREPARING:
         if getattr(model._fastattn_base, method) is not getattr(GenerationMixin, method):
             return f"{name}.{method} is its own"
+    # PEFT's are looked at when the first step is prepared.
+    prepared = prepared_by(model)
+    if not prepared.startswith(("transformers.", "peft.")):
+        return f"the model's inputs are prepared by {prepared}"
     if config.is_assistant:
         return "the model drafts for another"
     for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):

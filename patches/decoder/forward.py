@@ -208,7 +208,7 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     keeps = (
         reason is None
         and state.family.linear_attention
-        and _keeps_layout(self, {**arguments, **kwargs}, cache, new is not None, visible)
+        and _keeps_layout(self, {**arguments, **kwargs}, cache, new is not None, visible, columns)
     )
     try:
         called = keeps or reason is not None
@@ -239,10 +239,15 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     return outputs if padding is None else padding.restore_outputs(outputs)
 
 
-def _keeps_layout(decoder: Any, arguments: dict[str, Any], cache: PagedCache, padded: bool, visible: Tensor | None) -> bool:
+def _keeps_layout(
+    decoder: Any, arguments: dict[str, Any], cache: PagedCache, padded: bool, visible: Tensor | None, columns: int
+) -> bool:
     """Whether a forward of a model with linear-attention layers has to be one of padded rows, in its own layers."""
     # What pads before a row's first token change is nothing; behind it Transformers forgets for each of them.
     holes = padded and visible is not None and bool((visible[:, 1:] < visible[:, :-1]).any())
+    if visible is not None and columns == 1:
+        # No mask is made for a single column: there Transformers takes padding for a token.
+        holes |= not bool(visible[:, -1].all())
     past = any(layer.record_past for layer in cache.recurrent_layers.values())
     return holes or past or why_not_walked(decoder, arguments) is not None
 

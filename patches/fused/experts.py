@@ -167,7 +167,9 @@ def _computes_as_written(experts: Any, device: torch.device) -> bool:
     if any(state.get(name, wanted) != wanted for name, wanted in LAYOUT.items()) or "_apply_gate" in state:
         return False
     gate = getattr(type(experts), "_apply_gate", None)
-    if getattr(gate, "__module__", "") != "transformers.integrations.moe" or not is_silu(experts._modules["act_fn"], device):
+    if getattr(gate, "__module__", "") != "transformers.integrations.moe" or not is_silu(
+        experts._modules.get("act_fn"), device
+    ):
         return False
     name = _implementation(experts)
     return name in IMPLEMENTATIONS and _is_transformers_own(name)

@@ -111,11 +111,12 @@ def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts, is_
             from hf_fastattn.patches.fused.mixture import add_mixture
 
             return add_mixture(mlp, held, norm, x, delta, products)
-    if not is_plain(mlp, products.names.mlp, x.device):
+    # A function in the place of the activation is no module of it.
+    inner = mlp._modules
+    if "act_fn" not in inner or not is_plain(mlp, products.names.mlp, x.device):
         normed, x = products.norm(norm, x, delta)
         switched = is_step and x.device.type != "cpu" and runs_batched(mlp, products.names, x.device)
         with by_batched_mm(mlp) if switched else nullcontext():
             return x, products.call(mlp, normed)
-    inner = mlp._modules
     states, x = products.gated(norm, inner["gate_proj"], inner["up_proj"], inner["act_fn"], x, delta)
     return products.add_product(inner["down_proj"], states, x)

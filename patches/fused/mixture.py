@@ -52,7 +52,7 @@ def mixed(held: HeldExperts, normed: Tensor, products: Products, residual: Tenso
 
 def _shared_expert(mlp: Any, x: Tensor, products: Products) -> Tensor:
     """What a shared expert makes of `x: [T, H]`, before its gate."""
-    plain = is_plain(mlp, products.names.mlp, x.device) and is_silu(mlp._modules["act_fn"], x.device)
+    plain = is_plain(mlp, products.names.mlp, x.device) and is_silu(mlp._modules.get("act_fn"), x.device)
     if products.tokens > FEW_TOKENS or not plain:
         return products.call(mlp, x)
     found = [linear_parameters(mlp._modules[name], x.device, (x.dtype,)) for name in ("gate_proj", "up_proj", "down_proj")]

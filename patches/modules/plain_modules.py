@@ -91,9 +91,11 @@ def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtyp
     return weight if is_plain_tensor(weight, device, dtypes) and is_plain(module, name, device) else None
 
 
-def is_silu(module: nn.Module, device: torch.device) -> bool:
-    """Whether calling the module is SiLU."""
-    return type(module) in (SiLUActivation, nn.SiLU) and is_plain(module, type(module).__name__, device)
+def is_silu(module: nn.Module | None, device: torch.device) -> bool:
+    """Whether calling the module is SiLU; None stands for what is no module."""
+    if module is None or type(module) not in (SiLUActivation, nn.SiLU):
+        return False
+    return is_plain(module, type(module).__name__, device)
 
 
 def layers_of(decoder: Any) -> Iterator[Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers.activations import GELUActivation
 
 import hf_fastattn
+from hf_fastattn.generation import prefix_call
 from tests.generation.calls import run
 from tests.patches.snapshots import lora
-from tests.tools.models import single, tiny
+from tests.tools.models import assert_fast, single, tiny
 
 PROMPT = single(70)
 
@@ -73,9 +77,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "embeddings": lambda model: model.get_input_embeddings().weight.data[7].mul_(1.5),
     "a buffer": frequencies,
     "an attribute": epsilon,
+    "the configuration": lambda model: setattr(model.config, "num_hidden_layers", 2),
     "a module": exchanged,
     "the decoder": lambda model: setattr(model.model, "embedding_multiplier", 0.7),
-    "the configuration": lambda model: setattr(model.config, "attention_multiplier", 0.7),
+    "the configuration of a scale": lambda model: setattr(model.config, "attention_multiplier", 0.7),
     "bfloat16": lambda model: model.to(torch.bfloat16),
     "float64": lambda model: model.to(torch.float64),
 }
@@ -213,3 +218,137 @@ def test_weights_that_cannot_be_looked_at() -> None:
         call = answers(model)[1]
         assert call.tokens_reused == 0
         assert [reason for reason in call.prefix_unused if "Odd" in reason]
+
+
+@pytest.mark.parametrize(
+    ("place", "before", "after"),
+    [
+        ("self_attn", np.float64(0.25), np.float64(0.5)),
+        ("self_attn", torch.tensor(0.25), lambda value: value.mul_(2)),
+        ("mlp.act_fn", torch.relu, torch.tanh),
+    ],
+)
+def test_attributes_are_looked_at(place: str, before: Any, after: Any) -> None:
+    """Numbers of NumPy, what tensors hold, functions."""
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    name = "scaling" if place == "self_attn" else "act"
+    holders = [one.get_submodule(f"model.layers.0.{place}") for one in (stock, model)]
+    if place == "mlp.act_fn":
+        holders = [GELUActivation() for _ in holders]
+        for one, holder in zip((stock, model), holders, strict=True):
+            one.get_submodule("model.layers.0.mlp").act_fn = holder
+    for holder in holders:
+        setattr(holder, name, copy.deepcopy(before))
+    answers(model)
+    assert answers(model)[1].tokens_reused == 69
+    for holder in holders:
+        setattr(holder, name, after(getattr(holder, name)) if isinstance(before, torch.Tensor) else after)
+    tokens, call = answers(model)
+    assert call.tokens_reused == 0
+    assert torch.equal(tokens, run(stock, PROMPT, 12))
+
+
+@pytest.mark.parametrize("place", ["parameter", "storage"])
+def test_frozen_weights_may_be_replaced(place: str) -> None:
+    """What is replaced may lie where something lay that has been replaced before."""
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True, weights="frozen")
+    for turn in range(8):
+        for one in (stock, model):
+            layer = one.get_submodule("model.layers.0.self_attn.v_proj")
+            changed = layer.weight.detach() * (1 + 0.5 * turn)
+            if place == "parameter":
+                layer.weight = torch.nn.Parameter(changed)
+            else:
+                layer.weight.data = changed
+        tokens, call = answers(model)
+        assert call.tokens_reused == 0
+        assert torch.equal(tokens, run(stock, PROMPT, 12))
+
+
+class Meddler:
+    """A streamer or processor that changes the model at its fifth call."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, 0
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        self.put(input_ids)
+        return scores
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 5:
+            negate(self.model)
+
+    def end(self) -> None:
+        pass
+
+
+def negate(model: Any) -> None:
+    model.get_submodule("model.layers.0.mlp.down_proj").weight.data.neg_()
+
+
+@pytest.mark.parametrize("name", ["streamer", "logits_processor"])
+def test_tokens_of_a_model_that_changed_under_way_do_not_stay(name: str) -> None:
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    meddler = Meddler(model)
+    tokens = run(model, PROMPT, 30, **{name: meddler if name == "streamer" else [meddler]})
+    negate(model)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(run(model, inputs, 12), run(stock, inputs, 12))
+    assert assert_fast(model, held=None).tokens_reused == 64
+
+
+def prompts_of_one_document() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 128, (3, 70), generator=torch.Generator().manual_seed(2))
+    ids[:, :40] = ids[0, :40]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": True}])
+def test_a_trained_prompt_before_every_other(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    monkeypatch.setattr(prefix_call, "WORTH_ON_CPU", 1)
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        pair.append(get_peft_model(tiny("llama"), config).eval())
+    stock, model = pair[0], hf_fastattn.patch(pair[1], **options)
+    for turn in range(2):
+        assert torch.equal(run(model, prompts_of_one_document(), 12), run(stock, prompts_of_one_document(), 12))
+        assert hf_fastattn.report(model).last_call.tokens_reused == 0
+        for one in pair:
+            torch.manual_seed(turn)
+            one.prompt_encoder["default"].embedding.weight.data.normal_()
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": True}])
+def test_inputs_that_the_user_prepares(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_call, "WORTH_ON_CPU", 1)
+    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), **options)
+    run(model, prompts_of_one_document(), 12)
+    for one in (stock, model):
+        prepare = one.prepare_inputs_for_generation
+
+        @functools.wraps(prepare)
+        def prepared(*args: Any, _prepare: Any = prepare, **kwargs: Any) -> Any:
+            inputs = _prepare(*args, **kwargs)
+            inputs["position_ids"] = inputs["position_ids"] + 7 * torch.arange(3)[:, None]
+            return inputs
+
+        one.prepare_inputs_for_generation = prepared
+    for prompt in (prompts_of_one_document(), {name: value[[0, 0, 1]] for name, value in prompts_of_one_document().items()}):
+        assert torch.equal(run(model, prompt, 12), run(stock, prompt, 12))
+        assert hf_fastattn.report(model).last_call.tokens_reused == 0
+
+
+def test_pages_of_another_dtype_are_let_go_of() -> None:
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    answers(model)
+    model.to(torch.float64)
+    model.get_submodule("model.layers.0").register_forward_hook(lambda *args: None)
+    answers(model)
+    report = hf_fastattn.report(model)
+    assert (report.pages_in_use, report.pages_kept) == (0, 0)
