@@ -30,6 +30,7 @@ from tests.kernels.attention import (
 )
 from tests.kernels.cases import make_batch
 from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm
+from tests.kernels.linear import test_delta_prefill, test_delta_step
 from tests.kernels.sampling import test_advance, test_greedy, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
 from tests.kernels.sampling import test_penalty as test_sampling_penalty
@@ -117,8 +118,16 @@ def advance() -> None:
         test_advance.check(rows, windows, 4, drop=True, seen=True, device="cuda")
 
 
+def linear() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        test_delta_step.check((2, 2, 128, 128), dtype, "cuda", lengths=[5, 7, 8, 100], columns=32)
+        test_delta_step.check((2, 2, 8, 16), dtype, "cuda")
+        test_delta_prefill.check([3, 65, 1], dtype, "cuda", shape=(2, 2, 128, 128), goes_on=True)
+
+
 RUNS = (
-    decode, decode_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, sampling, advance,
+    decode, decode_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, linear,
+    sampling, advance,
 )  # fmt: skip
 
 
