@@ -15,7 +15,8 @@ from hf_fastattn.kernels.layer.reference import rms_norm
 from hf_fastattn.patches.families.llama import FAMILIES
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.transformers_version import CACHE
-from tests.tools.models import padded_batch, tiny
+from tests.generation.calls import run
+from tests.tools.models import assert_fast, padded_batch, pair, tiny
 
 LAYERS = 3
 NAMES = FAMILIES[0].layers
@@ -97,3 +98,13 @@ def test_a_hook_on_a_layer_runs_transformers_layers(walked: Counter[str]) -> Non
     model.model.layers[0].register_forward_hook(lambda *given: None)
     hidden(model, True)
     assert not walked
+
+
+def test_an_activation_that_is_a_function() -> None:
+    stock, model = pair("llama")
+    for one in (stock, model):
+        mlp = one.model.layers[0].mlp
+        del mlp.act_fn
+        mlp.act_fn = torch.tanh
+    assert torch.equal(run(model, padded_batch(), 8), run(stock, padded_batch(), 8))
+    assert_fast(model)
