@@ -47,27 +47,34 @@ def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCac
 
 def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[NDArray[np.int64]], Tensor] | str:
     """For each row its tokens without padding, and `[B, S]` bool on the host, where they are; or why there are none such."""
-    ids = input_ids.detach().to("cpu", torch.int64)
-    shown = torch.ones(ids.shape, dtype=torch.bool, device="cpu")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-            return "the mask is none of the prompt's columns"
-        shown = mask.detach().to("cpu", torch.bool)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != input_ids.shape):
+        return "the mask is none of the prompt's columns"
+    if positions is not None and (
+        not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2
+    ):
+        return "positions are given on several axes"
+    ids, (held, given) = _on_the_host(input_ids, None if mask is None else mask != 0, positions)
+    shown = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if held is None else held.bool()
     if not bool(shown[:, -1].all()):
         return "the mask hides the last column"
     counts = shown.sum(1)
     on_the_left = bool((shown[:, 1:] >= shown[:, :-1]).all())
-    if positions is not None:
-        if not isinstance(positions, Tensor) or positions.shape[-1] != ids.shape[1] or positions.ndim != 2:
-            return "positions are given on several axes"
+    if given is not None:
         columns = torch.arange(ids.shape[1], device="cpu")[None] - ids.shape[1] + counts[:, None]
         expected = columns if on_the_left else shown.long().cumsum(1) - 1
-        given = positions.detach().to("cpu", torch.int64).expand_as(expected)
         if not bool((given == expected)[shown].all()):
             return "a row's positions do not count its tokens from 0"
     if on_the_left:
         return [row[len(row) - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
-    return [row[held] for row, held in zip(ids.numpy(), shown.numpy(), strict=True)], shown
+    return [row[real] for row, real in zip(ids.numpy(), shown.numpy(), strict=True)], shown
+
+
+def _on_the_host(ids: Tensor, *others: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    """The tensors as int64 `[B, S]` on the host, in one copy, for which a device is waited for."""
+    given = [ids, *(other for other in others if other is not None)]
+    copied = iter(torch.stack([one.detach().to(ids.device, torch.int64).expand_as(ids) for one in given]).to("cpu"))
+    first = next(copied)
+    return first, [None if other is None else next(copied) for other in others]
 
 
 def why_not_model(model: Any, generation_config: Any) -> str | None:

@@ -46,8 +46,8 @@ def test_a_wrong_result_is_seen() -> None:
 
 
 def test_sizes_are_those_of_the_models() -> None:
-    assert [experts_of(name).experts for name in MIXTURES] == [128, 8, 60]
-    assert [experts_of(name).inner for name in MIXTURES] == [768, 14336, 1408]
+    assert [experts_of(name).experts for name in MIXTURES] == [128, 8, 60, 512]
+    assert [experts_of(name).inner for name in MIXTURES] == [768, 14336, 1408, 512]
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

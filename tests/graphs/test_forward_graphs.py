@@ -342,8 +342,8 @@ def test_masks_are_read_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
                 ours = run(model, 16, **kwargs)
             assert torch.equal(ours, want)
             # That of the prompt, and with rows that share one the first that is as wide as the batch; and once the prompt's
-            # tokens with their mask, to see which rows begin alike.
-            assert len(read) <= 4, read
+            # tokens with their mask and positions, to see which rows begin alike.
+            assert len(read) <= 3, read
             read.clear()
 
 

@@ -22,7 +22,9 @@ DRAW = {
     "perplexity": draw_perplexity,
     "speed": draw_speed,
 }
-RECORDS = sorted(path.stem for path in RESULTS.glob("*.json"))
+# These are tables alone.
+NOT_DRAWN = ("matrix", "rollouts")
+RECORDS = sorted(path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith(NOT_DRAWN))
 
 
 @pytest.fixture
