@@ -87,7 +87,7 @@ def test_tokens_of_generate(launched: Counter[str]) -> None:
 
 @pytest.mark.interpreter
 def test_reasons() -> None:
-    assert "not known" in (fused_reason(hf_fastattn.patch(tiny("qwen3_next")).model) or "")
+    assert "not known" in (fused_reason(hf_fastattn.patch(tiny("granite")).model) or "")
     asked = hf_fastattn.patch(build("llama"), backend="reference")
     assert fused_reason(asked.model) == "asked for"
 
