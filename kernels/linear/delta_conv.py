@@ -17,6 +17,23 @@ from hf_fastattn.kernels.quick_launch import launch
 
 
 @triton.jit
+def _input_of(
+    head, q_ptr, k_ptr, v_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_vr,
+    HK: tl.constexpr, R: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Where a head of q, k or v lies, from a token of it to the next, its first channel and how many it has."""
+    if head < HK:
+        x_ptr, stride, channel, size = q_ptr + head * stride_qh, stride_qt, head * DK, DK
+    elif head < 2 * HK:
+        x_ptr, stride, channel, size = k_ptr + (head - HK) * stride_kh, stride_kt, head * DK, DK
+    else:
+        value = head - 2 * HK
+        x_ptr, stride = v_ptr + value // R * stride_vh + value % R * stride_vr, stride_vt
+        channel, size = 2 * HK * DK + value * DV, DV
+    return x_ptr, stride, channel, size
+
+
+@triton.jit
 def delta_conv_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, conv_ptr, weight_ptr, chunks_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_vr,
@@ -29,14 +46,9 @@ def delta_conv_kernel(
     first = tl.load(chunks_ptr + chunk * 4 + 1).to(tl.int64)
     count = tl.load(chunks_ptr + chunk * 4 + 2)
     begin = tl.load(chunks_ptr + chunk * 4 + 3).to(tl.int64)
-    if head < HK:
-        x_ptr, stride, channel, size = q_ptr + head * stride_qh, stride_qt, head * DK, DK
-    elif head < 2 * HK:
-        x_ptr, stride, channel, size = k_ptr + (head - HK) * stride_kh, stride_kt, head * DK, DK
-    else:
-        value = head - 2 * HK
-        x_ptr, stride = v_ptr + value // R * stride_vh + value % R * stride_vr, stride_vt
-        channel, size = 2 * HK * DK + value * DV, DV
+    x_ptr, stride, channel, size = _input_of(
+        head, q_ptr, k_ptr, v_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_vr, HK, R, DK, DV
+    )
     channels: tl.constexpr = HK * (2 * DK + R * DV)
     t, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     ok_d = d < size
@@ -66,14 +78,9 @@ def conv_tail_kernel(
     """The last KERNEL inputs of a row and the channels of one head, oldest first: `[B, C, KERNEL]`."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(begins_ptr + row).to(tl.int64), tl.load(begins_ptr + row + 1).to(tl.int64)
-    if head < HK:
-        x_ptr, stride, channel, size = q_ptr + head * stride_qh, stride_qt, head * DK, DK
-    elif head < 2 * HK:
-        x_ptr, stride, channel, size = k_ptr + (head - HK) * stride_kh, stride_kt, head * DK, DK
-    else:
-        value = head - 2 * HK
-        x_ptr, stride = v_ptr + value // R * stride_vh + value % R * stride_vr, stride_vt
-        channel, size = 2 * HK * DK + value * DV, DV
+    x_ptr, stride, channel, size = _input_of(
+        head, q_ptr, k_ptr, v_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_vr, HK, R, DK, DV
+    )
     d = tl.arange(0, BLOCK_D)
     ok = d < size
     of = (row * (HK * (2 * DK + R * DV)) + channel + d) * KERNEL
