@@ -6,8 +6,9 @@ The warpgroups take turns on the tensor cores, so that the softmax of one overla
 ("FlashAttention-3", Shah et al., 2024). Rows are (token, query head of the kv head), packed by a three-dimensional TMA box
 if R is a power of two; a tile of K or V is filled by one box a page. Programs are persistent and take their tiles from a
 work list made on the device, so a captured graph follows lengths that changed. The tiles of a row are taken from its end,
-so that the masked ones come first. Producer, consumers and launcher agree on barriers and shared memory line by line, and
-so stand in one file.
+so that the masked ones come first. What depends on the distance of query and key alone is computed once a head
+and distance of a tile. Producer, consumers and launcher agree on barriers and shared memory line by line, and so stand
+in one file.
 """
 
 from __future__ import annotations
@@ -26,59 +27,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_fastattn.kernels.attention.hopper_items import (
+    entry_of,
+    item_of,
+    key_of,
+    listed_key,
+    lists_of,
+    reads_of,
+    tile_of,
+)
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
     partial_row_sums,
-    row_maxima,
     schedule_fence,
     turn_pass,
     turn_wait,
     unpack_pairs,
 )
+from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, shown_pairs, softmax_step, values_of_distances
 from hf_fastattn.kernels.attention.tile import score_factors
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.gluon_spelling import load_box
-from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of
-from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of, power_of_2
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
-LOG2E = gl.constexpr(LOG2E_FLOAT)
 BLOCK_M = 128
 # head dim -> (keys a tile, number of K/V buffers), chosen to fill the shared memory
 TILES = {64: (128, 4), 128: (128, 3), 256: (64, 2)}
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
-
-
-@gluon.jit
-def _tile(work, cu_seqlens, seq_lens, t, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
-    """Row, first packed query, head slot, first token, new tokens, keys and K/V tiles of work item `t`."""
-    b = gl.load(work + t * 4)
-    first_query = gl.load(work + t * 4 + 1)
-    slot = gl.load(work + t * 4 + 2)
-    first_token = gl.load(cu_seqlens + b)
-    new = gl.load(cu_seqlens + b + 1) - first_token
-    length = gl.load(seq_lens + b)
-    seen = gl.minimum(length, first_query // PACKED + BLOCK_M // PACKED + length - new)
-    return b, first_query, slot, first_token, new, length, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
-
-
-@gluon.jit
-def _lists(visited, t, SLOTS: gl.constexpr, LISTS: gl.constexpr):
-    """Of work item `t` the list of K/V tiles, how many are seen wholly and in part, and its length in memory."""
-    counts, tiles, columns = visited
-    item = t if LISTS > 1 else t // SLOTS
-    return tiles + item.to(gl.int64) * columns, gl.load(counts + item * 2), gl.load(counts + item * 2 + 1), columns
-
-
-@gluon.jit
-def _listed_key(lists, j):
-    """The first key of the `j`-th tile of `_lists`: those seen in part come first, the last of the row at their head."""
-    listed, whole, partly, columns = lists
-    at = gl.where(j < partly, columns - partly + j, j - partly)
-    return gl.load(listed + at, mask=whole + partly > 0, other=0)
 
 
 @gluon.jit
@@ -129,16 +108,16 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
     done = 0
     q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count = _tile(
-            work, cu_seqlens, seq_lens, t, BLOCK_M, BLOCK_N, PACKED
+        b, first_query, slot, first_token, new, length, count = tile_of(
+            work, cu_seqlens, seq_lens, t, tiles, BLOCK_M, BLOCK_N, PACKED
         )
         head = slot * PACKED // ratio
         table = page_table + b * stride_table
         pages = (length + PAGE - 1) // PAGE
         if LISTS > 0:
-            lists = _lists(visited, t, groups * ratio // PACKED, LISTS)
+            lists = lists_of(visited, t, tiles, groups * ratio // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
-            first_key = _listed_key(lists, 0) * BLOCK_N
+            first_key = listed_key(lists, 0) * BLOCK_N
         s = done % BUFFERS
         mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
         if LISTS == 0:
@@ -157,7 +136,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         for j in range(1, count):
             if LISTS > 0:
                 key_before = first_key
-                first_key = _listed_key(lists, j) * BLOCK_N
+                first_key = listed_key(lists, j) * BLOCK_N
             s = done % BUFFERS
             mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
             if LISTS == 0:
@@ -200,57 +179,14 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(
-    scores, row_max, scale, last_key, first_key, pairs,
-    LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
-
-    `pairs` is what a variant's functions get: row, query heads `[64]`, positions `[64]`, window and tensors.
-
-    Returns:
-        Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
-    """
-    b, h, q_idx, window, tensors = pairs
-    if HOOKS.score_mod is not None:
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
-        scale = LOG2E
-    if MASK and HOOKS.mask_mod is not None:
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        seen = HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
-        scores = gl.where(seen, scores, float("-inf"))
-    if MASK and window is not None:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        outside = gl.expand_dims(column, 0) <= gl.expand_dims(q_idx - window - first_key, 1)
-        scores = gl.where(outside, float("-inf"), scores)
-    if MASK:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
-    if HOOKS.sigmoid:
-        # Added up as they are.
-        weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
-        new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
-        return weights, new_max + 1.0, new_max
-    else:
-        new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
-        if MASK:
-            # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
-            shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-        else:
-            shift = new_max
-        weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
-        return weights, gl.exp2(row_max - shift), new_max
-
-
-@gluon.jit
 def _step(
-    acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+    acc, packed, row_max, row_sum, done, first_key, is_last, q_s, k_s, v_s, bars, scale, last_key, pairs,
     WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """Scores of one tile, and meanwhile the product of weights and V of the tile before.
 
     `acc: [64, D]`; `packed: [64, BLOCK_N / 2]` are the weights of the tile before; `row_sum: [64, 4]` are partial sums.
+    Behind the last tile (`is_last`) of a work item the queries of the next one may be loaded.
     """
     q_full, q_empty, k_full, v_full, kv_empty = bars
     BLOCK_N: gl.constexpr = CFG[1]
@@ -270,8 +206,14 @@ def _step(
     # [64, BLOCK_N] times [BLOCK_N, D]
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
+    by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
+    seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    new, decay, row_max = _softmax(scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
+    if is_last:
+        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+    new, decay, row_max = softmax_step(
+        scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
+    )
     sums = schedule_fence(partial_row_sums(new))
     SUMS: gl.constexpr = row_sum.type.layout
     row_sum = row_sum * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1) + sums
@@ -284,95 +226,127 @@ def _step(
 
 
 @gluon.jit
+def _store(
+    acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr
+):
+    """The output of a work item, rounded, 16 bytes a thread, and its LSE."""
+    b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+    D: gl.constexpr = CFG[2]
+    PACKED: gl.constexpr = CFG[6]
+    LN2: gl.constexpr = 0.6931471805599453
+    mine = first_query + WARPGROUP * 64
+    # The four threads of a row exchange pairs of columns, in two steps of one shuffle each, until those of one lie together.
+    HALF: gl.constexpr = STORE[0]
+    WHOLE: gl.constexpr = STORE[1]
+    rows = gl.convert_layout(gl.convert_layout(pack_pairs(acc, out_ptr.dtype.element_ty), HALF), WHOLE)  # [64, D / 2]
+    r = mine + gl.arange(0, 64, gl.SliceLayout(1, WHOLE))
+    c = gl.arange(0, D // 2, gl.SliceLayout(0, WHOLE))
+    off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * (D // 2)  # [64]
+    inside = gl.expand_dims(r // PACKED < new, 1)
+    pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    gl.store(pairs_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
+    query = mine + gl.arange(0, 64, row_max.type.layout)
+    lse = (row_max + gl.log2(total)) * LN2
+    at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
+    gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
+
+
+@gluon.jit
 def _consumer(
     WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
-    CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr,
+    CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: 64 packed query rows of each tile."""
+    """A consumer warpgroup: 64 packed query rows of each tile.
+
+    The first scores of a work item are computed beside the last product with V of the item before, so that the matrix unit
+    goes on while outputs are stored.
+    """
     q_all, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
-    work, page_table, cu_seqlens, seq_lens = pointers
     tiles, stride_table, groups, ratio, beyond = numbers
-    BLOCK_M: gl.constexpr = CFG[0]
     BLOCK_N: gl.constexpr = CFG[1]
     D: gl.constexpr = CFG[2]
     BUFFERS: gl.constexpr = CFG[3]
     PACKED: gl.constexpr = CFG[6]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    LN2: gl.constexpr = 0.6931471805599453
     q_s = q_all.index(WARPGROUP).reshape([64, D])
     dtype: gl.constexpr = q_s.dtype
     heads = groups * ratio
     done = 0
-    q_phase = 0
     if WARPGROUP == 1:
         turn_pass(0)
+    entry = entry_of(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
+    item = item_of(entry, reads_of(entry, pointers, LISTS), CFG, LISTS)
+    some = gl.program_id(0) < tiles
+    mbarrier.wait(q_full.index(WARPGROUP), 0, pred=some)
+    mbarrier.wait(k_full.index(0), 0, pred=some)
+    turn_wait(WARPGROUP)
+    scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    scores = warpgroup_mma(q_s, k_s.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
+    turn_pass(1 - WARPGROUP)
+    acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+    q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count = _tile(
-            work, cu_seqlens, seq_lens, t, BLOCK_M, BLOCK_N, PACKED
-        )
+        b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+        after = t + gl.num_programs(0)
+        # What is needed of the next item is read long before, and in steps, so that nothing waits for memory.
+        entry = entry_of(pointers, numbers, visited, after, CFG, LISTS)
         mine = first_query + WARPGROUP * 64
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         q_idx = query // PACKED + (length - new)
         last_key = gl.minimum(q_idx, length - 1)
-        pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors)
-        if LISTS > 0:
-            lists = _lists(visited, t, heads // PACKED, LISTS)
-            count = gl.maximum(lists[1] + lists[2], 1)
-            masked = gl.maximum(lists[2], 1)
-            first_key = _listed_key(lists, 0) * BLOCK_N
-            if not HOOKS.causal:
-                last_key = length - 1 + query * 0
-        else:
-            # Tiles of keys that every query sees, and that end before the row does, need no mask.
-            unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
-            masked = gl.maximum(count - unmasked, 1)
-        row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        mbarrier.wait(q_full.index(WARPGROUP), q_phase)
-        q_phase ^= 1
+        if LISTS > 0 and not HOOKS.causal:
+            last_key = length - 1 + query * 0
+        first_position = mine // PACKED + (length - new)
+        pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors, slot * PACKED, first_position)
         # ---- the first step, on the last tile of keys: there is no product with V yet
-        stage = done % BUFFERS
-        phase = (done // BUFFERS) & 1
-        mbarrier.wait(k_full.index(stage), phase)
-        turn_wait(WARPGROUP)
-        scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-        scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
-        turn_pass(1 - WARPGROUP)
+        row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
+        seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        if LISTS == 0:
-            first_key = (count - 1) * BLOCK_N
-        weights, decay, row_max = _softmax(
-            scores, row_max, scale, last_key, first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS
+        if count == 1:
+            mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+        weights, decay, row_max = softmax_step(
+            scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, True, HOOKS
         )
         row_sum = partial_row_sums(weights)
         packed = pack_pairs(weights, dtype)
         if first_key + BLOCK_N > length:
-            mbarrier.wait(v_full.index(stage), phase)
+            stage = done % BUFFERS
+            mbarrier.wait(v_full.index(stage), (done // BUFFERS) & 1)
             _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
-        for j in range(1, masked):
-            key = _listed_key(lists, j) * BLOCK_N if LISTS > 0 else (count - 1 - j) * BLOCK_N
+        reads = reads_of(entry, pointers, LISTS)
+        for j in range(1, gl.maximum(masked, 1)):
+            key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
                 WARPGROUP, CFG, True, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
-        for j in range(masked, count):
-            key = _listed_key(lists, j) * BLOCK_N if LISTS > 0 else (count - 1 - j) * BLOCK_N
+        for j in range(gl.maximum(masked, 1), count):
+            key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
                 WARPGROUP, CFG, False, HOOKS,
             )  # fmt: skip
         done += count
-        # ---- the product with V of the last step, and the end of the softmax
-        stage = (done - 1) % BUFFERS
+        # ---- the product with V of the last step, and the first scores of the next item (without one, of what is there)
+        v_stage = (done - 1) % BUFFERS
+        stage = done % BUFFERS
+        some = after < tiles
         operand = unpack_pairs(packed, dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
-        mbarrier.wait(v_full.index(stage), ((done - 1) // BUFFERS) & 1)
-        acc = warpgroup_mma(operand, v_s.index(stage), acc, is_async=True)
-        acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
-        mbarrier.arrive(kv_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(v_stage), ((done - 1) // BUFFERS) & 1)
+        acc = warpgroup_mma(operand, v_s.index(v_stage), acc, is_async=True)
+        mbarrier.wait(k_full.index(stage), (done // BUFFERS) & 1, pred=some)
+        mbarrier.wait(q_full.index(WARPGROUP), q_phase, pred=some)
+        q_phase ^= 1
+        turn_wait(WARPGROUP)
+        scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+        scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+        turn_pass(1 - WARPGROUP)
+        acc, operand = warpgroup_mma_wait(1, deps=(acc, operand))
+        mbarrier.arrive(kv_empty.index(v_stage), count=1)
         total = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
         if HOOKS.sink is not None:
             # In the sum only, as `hooked.hooked_sink`; the values are scaled with the sum.
@@ -388,19 +362,10 @@ def _consumer(
         else:
             inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
-        # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
-        q_s.store(out.to(dtype))
-        rows = q_s.load(STORE)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        r = mine + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-        c = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D  # [64]
-        inside = gl.expand_dims(r // PACKED < new, 1)
-        gl.store(out_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
-        lse = (row_max + gl.log2(total)) * LN2
-        at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
-        gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
+        _store(out, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP, CFG, STORE)
+        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        item = item_of(entry, reads, CFG, LISTS)
+    warpgroup_mma_wait(0, deps=(scores,))
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
         turn_wait(0)
@@ -412,13 +377,13 @@ def hopper_prefill_kernel(
     stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    LISTS: gl.constexpr, HOOKS: gl.constexpr,
+    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
 
     `visited` is a `Visited` of LISTS lists an item, or None; `window` is None without one.
     """
-    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED)
+    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     q_s = gl.allocate_shared_memory(dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -442,10 +407,10 @@ def hopper_prefill_kernel(
     numbers = (gl.load(tiles_ptr), stride_table, groups, ratio, beyond)
     gl.warp_specialize([
         (_consumer, (
-            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS
+            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
         )),
         (_consumer, (
-            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS
+            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
         )),
         (_producer, ((q_desc, k_desc, v_desc), buffers, bars, pointers, numbers, visited, CFG, LISTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -458,8 +423,11 @@ def heads_first(pages: Tensor) -> bool | None:
     return True if pages.transpose(1, 2).is_contiguous() else None
 
 
-def packed_heads(ratio: int) -> int:
+def packed_heads(ratio: int, variant: CompiledVariant) -> int:
     """Query heads that are packed with each token into the rows of a tile."""
+    if variant.hooks.score_by_distance is not None:
+        # Distances of a tile, and so values to look up, are fewest for one head: there is room for no more.
+        return 1
     return ratio if ratio & (ratio - 1) == 0 and ratio <= BLOCK_M // 2 else 1
 
 
@@ -490,6 +458,18 @@ def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: floa
 def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a box lies in shared memory; kept, since making it takes the host as long as a launch."""
     return gl.NVMMASharedLayout.get_default_for(list(box), DTYPES[dtype])
+
+
+@functools.cache
+def _store_layouts(dim: int) -> tuple[gl.DistributedLinearLayout, gl.DistributedLinearLayout]:
+    """Of pairs of columns `[64, dim / 2]` among a warpgroup that has rows as products leave them.
+
+    In the last a thread has 4 pairs that lie together. In the other, one of two bits of its lane stands for where they lie.
+    """
+    more = [[0, pair] for pair in (16, 32, 64) if pair < dim // 2] + [[8, 0]]
+    rows, warps = [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+    half = gl.DistributedLinearLayout([[0, 1], [0, 8], *more], [[0, 4], [0, 2], *rows], warps, [], [64, dim // 2])
+    return half, gl.DistributedLinearLayout([[0, 1], [0, 2], *more], [[0, 4], [0, 8], *rows], warps, [], [64, dim // 2])
 
 
 def hopper_prefill(
@@ -535,7 +515,7 @@ def hopper_prefill(
     tokens, heads, dim = q.shape
     pages, page, groups = k_pages.shape[:3]
     ratio, order = heads // groups, heads_first(k_pages)
-    packed = packed_heads(ratio)
+    packed = packed_heads(ratio, variant)
     block_n, buffers = TILES[dim]
     window = variant.window_with(window)
     if visited is None and (window is not None or variant.hides_tiles or not variant.hooks.causal):
@@ -565,7 +545,8 @@ def hopper_prefill(
             None if visited is None else visited.for_kernel(), window, variant.tensors,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-            LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks, num_warps=4, maxnreg=168,
+            LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks,
+            DISTANCES=power_of_2(BLOCK_M // 2 // packed + block_n - 1), STORE=_store_layouts(dim), num_warps=4, maxnreg=168,
             ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return out, lse

@@ -25,7 +25,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import trace
-from hf_fastattn.kernels.variants.translate import translatable, translate
+from hf_fastattn.kernels.variants.translate import translatable, translate, translate_parts
 from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of
 
 HEADER = """import triton
@@ -48,6 +48,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     tensors: list[Tensor] = []
     texts: list[str] = []
     given: dict[str, Any] = {}
+    factor = 1.0
     reads_row = mask_by_head = False
     for hook, function in variant.functions().items():
         if isinstance(function, BuiltInScore) and function.softcap is not None:
@@ -61,23 +62,28 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
         traced = trace(hook, function, head_dim, device, decompositions())
         reads_row |= traced.reads_row
         mask_by_head |= hook == "mask_mod" and traced.reads("h")
-        texts.append(translate(traced, functools.partial(_number_of, tensors), head_dim))
+        number_of = functools.partial(_number_of, tensors)
+        texts.append(translate(traced, number_of, head_dim))
+        if hook == "score_mod":
+            more, factor = translate_parts(traced, number_of, head_dim)
+            texts[-1] += "\n\n" * bool(more) + more
     reading = tuple(hook for hook, text in zip(variant.functions(), texts, strict=True) if "tensors[" in text)
     text = "\n\n".join([HEADER, *texts])
-    hooks = _hooks(text, given, variant)
+    hooks = _hooks(text, given, variant, factor)
     to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
-    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant)
+    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant, factor)
     own = [getattr(function, "cache_key", repr(function)) for function in given.values()]
     identity = _hash(f"{text}{own}{hooks.sigmoid}{hooks.causal}{variant.window}{variant.rope}")
     found = (hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading, hooks_16_bits)
     return CompiledVariant(*found)
 
 
-def _hooks(text: str, given: dict[str, Any], variant: Variant) -> Hooks:
+def _hooks(text: str, given: dict[str, Any], variant: Variant, last_factor: float) -> Hooks:
     module = _module(text, tuple(given.items()))
-    functions = {hook: getattr(module, hook, None) for hook in HOOKS}
+    functions = {hook: getattr(module, hook, None) for hook in (*HOOKS, "score_by_distance", "score_rest")}
     factor = 1.0 if variant.softcap is None else 1.0 / variant.softcap
-    return Hooks(**functions, sigmoid=variant.normalizer == "sigmoid", causal=variant.causal, factor=factor)
+    sigmoid = variant.normalizer == "sigmoid"
+    return Hooks(**functions, sigmoid=sigmoid, causal=variant.causal, factor=factor, last_factor=last_factor)
 
 
 @functools.cache

@@ -23,7 +23,8 @@ class Hooks(NamedTuple):
     """`@triton.jit` functions by the names of `HOOKS`, None where nothing is to be done; without any, plain attention.
 
     `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`; `factor` is one on the scores that
-    `score_mod` gets, which launchers put into the scale.
+    `score_mod` gets, which launchers put into the scale. The Gluon prefill takes `score_mod` in the parts of `distances.py`:
+    `score_rest`, with what `score_by_distance` gives if there is one, times `last_factor`.
     """
 
     score_mod: Any = None
@@ -35,6 +36,9 @@ class Hooks(NamedTuple):
     sigmoid: bool = False
     causal: bool = True
     factor: float = 1.0
+    score_by_distance: Any = None
+    score_rest: Any = None
+    last_factor: float = 1.0
 
 
 NO_HOOKS = Hooks()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from hf_fastattn.kernels.variants import views
+from hf_fastattn.kernels.variants.distances import operation, score_parts
 from hf_fastattn.kernels.variants.elementwise import NAMES, elementwise
 from hf_fastattn.kernels.variants.hooks import HOOKS, VECTORS
 from hf_fastattn.kernels.variants.reductions import REDUCTIONS, columns
@@ -62,30 +63,63 @@ def translate(traced: TracedHook, number_of: Callable[[Tensor], int], head_dim: 
     return "@triton.jit\n" + "\n".join(lines) + "\n"
 
 
-class _Translation:
-    """One walk over a graph; `values` holds what each node gives."""
+def translate_parts(traced: TracedHook, number_of: Callable[[Tensor], int], head_dim: int) -> tuple[str, float]:
+    """Of a `score_mod` what the Gluon prefill calls: the source of its parts, and the factor; see `distances.py`.
 
-    def __init__(self, traced: TracedHook, body: Body, number_of: Callable[[Tensor], int], head_dim: int) -> None:
+    `score_by_distance(b, h, distance, tensors)` is there if a part depends on the distance alone; `score_rest` gets its
+    value as `by_distance`. If the function has no parts there is no source.
+    """
+    cut, rest, factor = score_parts(traced)
+    lines = []
+    if cut is not None:
+        body = Body()
+        result = _Translation(traced, body, number_of, head_dim).result(
+            cut, {"q_idx": "distance", "kv_idx": "(distance * 0)"}
+        )
+        last = cast(body, result.at(()), result.dtype, torch.float32)
+        lines += ["@triton.jit", "def score_by_distance(b, h, distance, tensors):", *(f"    {line}" for line in body.lines)]
+        lines += [f"    return tl.broadcast_to({last}, distance.shape)", "", ""]
+    elif factor == 1.0:
+        return "", 1.0
+    body = Body()
+    result = _Translation(traced, body, number_of, head_dim, given=cut).result(rest)
+    last = cast(body, result.at(()), result.dtype, torch.float32)
+    arguments = "score, by_distance, b, h, q_idx, kv_idx, tensors"
+    lines += ["@triton.jit", f"def score_rest({arguments}):", *(f"    {line}" for line in body.lines)]
+    lines += [f"    return tl.broadcast_to({last}, score.shape)", ""]
+    return "\n".join(lines), factor
+
+
+class _Translation:
+    """One walk over a graph; `values` holds what each node gives, of which that of the node `given` is an argument."""
+
+    def __init__(
+        self, traced: TracedHook, body: Body, number_of: Callable[[Tensor], int], head_dim: int, given: fx.Node | None = None
+    ) -> None:
         self.traced = traced
+        self.given = given
         self.body = body
         self.number_of = number_of
         self.head_dim = head_dim
         self.values: dict[fx.Node, Any] = {}
 
-    def result(self) -> Value:
+    def result(self, wanted: fx.Node | None = None, renamed: dict[str, str] | None = None) -> Value:
+        """What the function returns, or the value of a node; its arguments may have other names."""
         for node, name in zip(self.traced.inputs, HOOKS[self.traced.hook], strict=True):
-            self.values[node] = self._input(name)
+            self.values[node] = self._input(name, (renamed or {}).get(name, name))
         for node in self.traced.graph.nodes:
-            if node.op == "get_attr":
+            if node is self.given:
+                self.values[node] = Value((), torch.float32, lambda index: "by_distance")
+            elif node.op == "get_attr":
                 self.values[node] = self._outside(node)
             elif node.op == "call_function":
                 self._call(node)
         output = next(node for node in self.traced.graph.nodes if node.op == "output")
-        return self.values[output.args[0]]
+        return self.values[wanted or output.args[0]]
 
-    def _input(self, name: str) -> Value:
+    def _input(self, name: str, argument: str) -> Value:
         if name not in VECTORS:
-            return Value((), torch.float32 if name == "score" else torch.int32, lambda index: name)
+            return Value((), torch.float32 if name == "score" else torch.int32, lambda index: argument)
         own = columns(self.body, self.head_dim)
 
         def at(index: Indices) -> str:
@@ -172,8 +206,7 @@ class _Translation:
 
 
 def _name(node: fx.Node, stripped: bool = True) -> str:
-    target: Any = node.target
-    name = target._schema.name.split("::")[1] if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+    name = operation(node)
     return name[:-1] if stripped and name.endswith("_") and not name.endswith("__") else name
 
 

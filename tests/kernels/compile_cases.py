@@ -219,7 +219,13 @@ CASES = {
         lambda: hopper(4, 128, variant=varied(alibi=torch.zeros(32), sinks=torch.zeros(32))), **HOPPER, spilled=128
     ),
     "hopper prefill, bias table": Case(
-        lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER, spilled=96
+        lambda: hopper(4, 128, variant=varied(score_mod="relative_bias_table")), **HOPPER, spilled=64
+    ),
+    "hopper prefill, bias table, R = 7, D = 64": Case(
+        lambda: hopper(7, 64, page=64, variant=varied(score_mod="relative_bias_table")), **HOPPER
+    ),
+    "hopper prefill, distance buckets, R = 16, D = 256": Case(
+        lambda: hopper(16, 256, page=64, variant=varied(score_mod="distance_buckets")), **HOPPER, spilled=256
     ),
     "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
     "hopper prefill, documents": Case(

@@ -169,7 +169,8 @@ HOPPER_ROWS = ([200, 9, 60], [0, 20, 131])
 ON_HOPPER = [
     ("plain", 4), ("relative bias table", 4), ("softcap, then alibi", 4), ("document", 4), ("prefix-LM", 4),
     ("block-sparse", 4), ("sinks and window", 4), ("alibi in documents", 7), ("block-sparse", 7), ("sinks", 4),
-    ("sigmoid", 4), ("softcap and alibi", 4), ("window", 4),
+    ("sigmoid", 4), ("softcap and alibi", 4), ("window", 4), ("softcap", 4), ("distance buckets", 4),
+    ("relative bias table", 7), ("relative bias table", 14), ("distance buckets", 1),
 ]  # fmt: skip
 
 
@@ -193,7 +194,8 @@ def test_on_hopper(name, ratio):
         *HOPPER_ROWS, page=16, ratio=ratio, groups=28 // ratio, dim=128, dtype=BF16, scattered=True, device="cuda",
         window=variant.window,
     )  # fmt: skip
-    compiled, packed = compile_variant(variant, 128, batch.q.device), hopper_prefill.packed_heads(ratio)
+    compiled = compile_variant(variant, 128, batch.q.device)
+    packed = hopper_prefill.packed_heads(ratio, compiled)
     visited = list_tiles(
         compiled, batch.cu_seqlens_q, batch.seq_lens, tokens=len(batch.q), heads=(28, 28 // packed),
         most_keys=batch.page_table.shape[1] * 16, block_m=128, block_n=128,
