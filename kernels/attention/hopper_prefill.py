@@ -40,6 +40,7 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
     partial_row_sums,
+    prefetch_lines,
     schedule_fence,
     turn_pass,
     turn_wait,
@@ -226,6 +227,21 @@ def _step(
 
 
 @gluon.jit
+def _prefetch_queries(queries, item, WARPGROUP: gl.constexpr, CFG: gl.constexpr):
+    """Have the queries of a work item near when its turn comes: TMA would wait for memory while nothing is computed."""
+    q_ptr, stride_token, stride_head = queries
+    b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+    D: gl.constexpr = CFG[2]
+    PACKED: gl.constexpr = CFG[6]
+    LINES: gl.constexpr = D // 64
+    line = gl.arange(0, 64 * LINES, gl.BlockedLayout([1], [32], [4], [0]))
+    row = first_query + WARPGROUP * 64 + line // LINES
+    token = first_token + gl.maximum(gl.minimum(row // PACKED, new - 1), 0)
+    head = slot * PACKED + row % PACKED
+    prefetch_lines(q_ptr + token.to(gl.int64) * stride_token + head * stride_head + line % LINES * 64)
+
+
+@gluon.jit
 def _store(
     acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr
 ):
@@ -253,7 +269,7 @@ def _store(
 
 @gluon.jit
 def _consumer(
-    WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
+    WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, queries, out_ptr, lse_ptr, scale, visited, window, tensors,
     CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr, STORE: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: 64 packed query rows of each tile.
@@ -324,6 +340,8 @@ def _consumer(
                 WARPGROUP, CFG, True, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
+        next_item = item_of(entry, reads, CFG, LISTS)
+        _prefetch_queries(queries, next_item, WARPGROUP, CFG)
         for j in range(gl.maximum(masked, 1), count):
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
@@ -364,16 +382,16 @@ def _consumer(
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
         _store(out, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP, CFG, STORE)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        item = item_of(entry, reads, CFG, LISTS)
+        item = next_item
     warpgroup_mma_wait(0, deps=(scores,))
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
         turn_wait(0)
 
 
-@gluon.jit(do_not_specialize=["stride_table", "groups", "ratio", "beyond"])
+@gluon.jit(do_not_specialize=["stride_table", "groups", "ratio", "beyond", "stride_token", "stride_head"])
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, tiles_ptr,
+    q_ptr, stride_token, stride_head, q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, tiles_ptr,
     stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -405,12 +423,15 @@ def hopper_prefill_kernel(
     bars = (q_full, q_empty, k_full, v_full, kv_empty)
     pointers = (work, page_table, cu_seqlens, seq_lens)
     numbers = (gl.load(tiles_ptr), stride_table, groups, ratio, beyond)
+    queries = (q_ptr, stride_token, stride_head)
     gl.warp_specialize([
         (_consumer, (
-            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
+            0, buffers, bars, pointers, numbers, queries, out_ptr, lse_ptr, scale, visited, window, tensors,
+            CFG, LISTS, HOOKS, STORE
         )),
         (_consumer, (
-            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
+            1, buffers, bars, pointers, numbers, queries, out_ptr, lse_ptr, scale, visited, window, tensors,
+            CFG, LISTS, HOOKS, STORE
         )),
         (_producer, ((q_desc, k_desc, v_desc), buffers, bars, pointers, numbers, visited, CFG, LISTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -540,7 +561,7 @@ def hopper_prefill(
     k_desc, v_desc = (TensorDescriptor.from_tensor(x, kv_box, kv_layout) for x in flat)
     with on_device_of(q):
         hopper_prefill_kernel[(min(work.shape[0], processors),)](
-            q_desc, k_desc, v_desc, out, lse, work, page_table, cu_seqlens_q, seq_lens, tiles,
+            q, q.stride(0), q.stride(1), q_desc, k_desc, v_desc, out, lse, work, page_table, cu_seqlens_q, seq_lens, tiles,
             page_table.stride(0), groups, ratio, rows, factor,
             None if visited is None else visited.for_kernel(), window, variant.tensors,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
