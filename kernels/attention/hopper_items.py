@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING
+
 
 @gluon.jit
 def tile_of(work, cu_seqlens, seq_lens, t, tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
@@ -33,11 +35,17 @@ def lists_of(visited, t, tiles, SLOTS: gl.constexpr, LISTS: gl.constexpr):
 
 
 @gluon.jit
-def listed_key(lists, j):
-    """The first key of the `j`-th tile of `lists_of`: those seen in part come first, the last of the row at their head."""
+def listed_tile(lists, j):
+    """The `j`-th tile of `lists_of`, marked: those seen in part come first, the last of the row at their head."""
     listed, whole, partly, columns = lists
     at = gl.where(j < partly, columns - partly + j, j - partly)
     return gl.load(listed + at, mask=whole + partly > 0, other=0)
+
+
+@gluon.jit
+def number_of(tile):
+    """The number of a marked tile."""
+    return tile & (MASK_HIDES_NOTHING - 1)
 
 
 @gluon.jit
@@ -60,13 +68,16 @@ def reads_of(entry, pointers, LISTS: gl.constexpr):
     """What `entry_of` says where to read: first token, end of the row's tokens, keys, and the first tile of keys."""
     b, first_query, slot, lists = entry
     work, page_table, cu_seqlens, seq_lens = pointers
-    tile = listed_key(lists, 0) if LISTS > 0 else 0
+    tile = listed_tile(lists, 0) if LISTS > 0 else 0
     return gl.load(cu_seqlens + b), gl.load(cu_seqlens + b + 1), gl.load(seq_lens + b), tile
 
 
 @gluon.jit
 def item_of(entry, reads, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What a consumer has to know of a work item: as `tile_of`, and tiles with a mask, the first key, the list."""
+    """What a consumer has to know of a work item: as `tile_of`, and tiles with a mask, the first key, the list.
+
+    And whether a variant's mask hides anything of the first tile.
+    """
     b, first_query, slot, lists = entry
     first_token, end, length, tile = reads
     BLOCK_N: gl.constexpr = CFG[1]
@@ -75,14 +86,16 @@ def item_of(entry, reads, CFG: gl.constexpr, LISTS: gl.constexpr):
     if LISTS > 0:
         count = gl.maximum(lists[1] + lists[2], 1)
         masked = lists[2]
-        first_key = tile * BLOCK_N
+        first_key = number_of(tile) * BLOCK_N
+        hides = tile < MASK_HIDES_NOTHING
     else:
         seen = gl.minimum(length, first_token_of_tile + CFG[0] // CFG[6])
         count = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
         # Tiles of keys that every query sees, and that end before the row does, need no mask.
         masked = count - gl.minimum(length, gl.maximum(first_token_of_tile + 1, 0)) // BLOCK_N
         first_key = (count - 1) * BLOCK_N
-    return b, first_query, slot, first_token, new, length, count, masked, first_key, lists[0]
+        hides = True
+    return b, first_query, slot, first_token, new, length, count, masked, first_key, lists[0], hides
 
 
 @gluon.jit
@@ -90,6 +103,6 @@ def key_of(listed, visited, j, count, masked, BLOCK_N: gl.constexpr, LISTS: gl.c
     """The first key of the `j`-th tile of a work item, j > 0."""
     if LISTS > 0:
         counts, tiles, columns = visited
-        return gl.load(listed + gl.where(j < masked, columns - masked + j, j - masked)) * BLOCK_N
+        return number_of(gl.load(listed + gl.where(j < masked, columns - masked + j, j - masked))) * BLOCK_N
     else:
         return (count - 1 - j) * BLOCK_N

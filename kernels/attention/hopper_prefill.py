@@ -31,8 +31,9 @@ from hf_fastattn.kernels.attention.hopper_items import (
     entry_of,
     item_of,
     key_of,
-    listed_key,
+    listed_tile,
     lists_of,
+    number_of,
     reads_of,
     tile_of,
 )
@@ -118,7 +119,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         if LISTS > 0:
             lists = lists_of(visited, t, tiles, groups * ratio // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
-            first_key = listed_key(lists, 0) * BLOCK_N
+            first_key = number_of(listed_tile(lists, 0)) * BLOCK_N
         s = done % BUFFERS
         mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
         if LISTS == 0:
@@ -137,7 +138,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         for j in range(1, count):
             if LISTS > 0:
                 key_before = first_key
-                first_key = listed_key(lists, j) * BLOCK_N
+                first_key = number_of(listed_tile(lists, j)) * BLOCK_N
             s = done % BUFFERS
             mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
             if LISTS == 0:
@@ -177,6 +178,18 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
             zero = gl.full([ROWS, D], 0.0, v.dtype, LAYOUT)
             part.store(gl.where(gl.expand_dims(row < valid, 1), x, zero))
     fence_async_shared()
+
+
+@gluon.jit
+def _first_weights(scores, given, DTYPE: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
+    """Of the scores of the first tile the weights in pairs, their partial sums, and the maxima."""
+    row_max, scale, last_key, first_key, pairs, by_distance = given
+    LAYOUT: gl.constexpr = scores.type.layout
+    seen = shown_pairs(first_key, pairs, LAYOUT, CFG[1], MASK, HOOKS)
+    weights, decay, row_max = softmax_step(
+        scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, LAYOUT, CFG[1], MASK, HOOKS
+    )
+    return pack_pairs(weights, DTYPE), partial_row_sums(weights), row_max
 
 
 @gluon.jit
@@ -230,7 +243,7 @@ def _step(
 def _prefetch_queries(queries, item, WARPGROUP: gl.constexpr, CFG: gl.constexpr):
     """Have the queries of a work item near when its turn comes: TMA would wait for memory while nothing is computed."""
     q_ptr, stride_token, stride_head = queries
-    b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+    b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item
     D: gl.constexpr = CFG[2]
     PACKED: gl.constexpr = CFG[6]
     LINES: gl.constexpr = D // 64
@@ -246,7 +259,7 @@ def _store(
     acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr
 ):
     """The output of a work item, rounded, 16 bytes a thread, and its LSE."""
-    b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+    b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item
     D: gl.constexpr = CFG[2]
     PACKED: gl.constexpr = CFG[6]
     LN2: gl.constexpr = 0.6931471805599453
@@ -304,7 +317,7 @@ def _consumer(
     acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
     q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
+        b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item
         after = t + gl.num_programs(0)
         # What is needed of the next item is read long before, and in steps, so that nothing waits for memory.
         entry = entry_of(pointers, numbers, visited, after, CFG, LISTS)
@@ -319,15 +332,18 @@ def _consumer(
         # ---- the first step, on the last tile of keys: there is no product with V yet
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
-        seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         if count == 1:
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        weights, decay, row_max = softmax_step(
-            scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, True, HOOKS
-        )
-        row_sum = partial_row_sums(weights)
-        packed = pack_pairs(weights, dtype)
+        given = (row_max, scale, last_key, first_key, pairs, by_distance)
+        if LISTS > 0 and HOOKS.mask_mod is not None:
+            # Of most first tiles causality alone hides something, and masks may take memory to read.
+            if hides:
+                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
+            else:
+                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 1, HOOKS)
+        else:
+            packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
         if first_key + BLOCK_N > length:
             stage = done % BUFFERS
             mbarrier.wait(v_full.index(stage), (done // BUFFERS) & 1)
@@ -337,7 +353,7 @@ def _consumer(
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
-                WARPGROUP, CFG, True, HOOKS,
+                WARPGROUP, CFG, 2, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
         next_item = item_of(entry, reads, CFG, LISTS)
@@ -346,7 +362,7 @@ def _consumer(
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
-                WARPGROUP, CFG, False, HOOKS,
+                WARPGROUP, CFG, 0, HOOKS,
             )  # fmt: skip
         done += count
         # ---- the product with V of the last step, and the first scores of the next item (without one, of what is there)
@@ -391,8 +407,8 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["stride_table", "groups", "ratio", "beyond", "stride_token", "stride_head"])
 def hopper_prefill_kernel(
-    q_ptr, stride_token, stride_head, q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, tiles_ptr,
-    stride_table, groups, ratio, beyond, scale, visited, window, tensors,
+    q_ptr, stride_token, stride_head, q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens,
+    tiles_ptr, stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr, STORE: gl.constexpr,

@@ -330,6 +330,7 @@ CASES = {
         lambda: experts_of(100, 2040, 1000, 8, 4, FP16, shared=True), MANY, programs=1
     ),
     "experts, 512 tokens, Hopper": Case(lambda: experts_of(512, 2048, 768, 8, 8, hopper=True), **HOPPER_MANY),
+    "experts, 128 tokens, Hopper": Case(lambda: experts_of(128, 2048, 768, 8, 8, hopper=True), **HOPPER_MANY),
     "experts, 512 tokens, Hopper, shared, I = 1000": Case(
         lambda: experts_of(512, 2040, 1000, 8, 4, FP16, shared=True, hopper=True), **HOPPER_MANY
     ),
