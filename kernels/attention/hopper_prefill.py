@@ -240,16 +240,17 @@ def _step(
 
 
 @gluon.jit
-def _prefetch_queries(queries, item, WARPGROUP: gl.constexpr, CFG: gl.constexpr):
+def _prefetch_queries(queries, entry, reads, WARPGROUP: gl.constexpr, CFG: gl.constexpr):
     """Have the queries of a work item near when its turn comes: TMA would wait for memory while nothing is computed."""
     q_ptr, stride_token, stride_head = queries
-    b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item
+    b, first_query, slot, lists = entry
+    first_token, end, length, tile = reads
     D: gl.constexpr = CFG[2]
     PACKED: gl.constexpr = CFG[6]
     LINES: gl.constexpr = D // 64
     line = gl.arange(0, 64 * LINES, gl.BlockedLayout([1], [32], [4], [0]))
     row = first_query + WARPGROUP * 64 + line // LINES
-    token = first_token + gl.maximum(gl.minimum(row // PACKED, new - 1), 0)
+    token = first_token + gl.maximum(gl.minimum(row // PACKED, end - first_token - 1), 0)
     head = slot * PACKED + row % PACKED
     prefetch_lines(q_ptr + token.to(gl.int64) * stride_token + head * stride_head + line % LINES * 64)
 
@@ -356,8 +357,7 @@ def _consumer(
                 WARPGROUP, CFG, 2, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
-        next_item = item_of(entry, reads, CFG, LISTS)
-        _prefetch_queries(queries, next_item, WARPGROUP, CFG)
+        _prefetch_queries(queries, entry, reads, WARPGROUP, CFG)
         for j in range(gl.maximum(masked, 1), count):
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
@@ -398,7 +398,7 @@ def _consumer(
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
         _store(out, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP, CFG, STORE)
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        item = next_item
+        item = item_of(entry, reads, CFG, LISTS)
     warpgroup_mma_wait(0, deps=(scores,))
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
