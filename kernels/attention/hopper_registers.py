@@ -25,14 +25,6 @@ def turn_pass(WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def prefetch_lines(pointers):
-    """Bring the line of each pointer into the second-level cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def pack_pairs(x, DTYPE: gl.constexpr):
     """fp32 `[M, N]` to int32 `[M, N / 2]` of rounded 16-bit pairs.
 
