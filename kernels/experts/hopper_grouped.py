@@ -1,19 +1,17 @@
 """The experts of many tokens on Hopper, in Gluon: TMA, asynchronous matrix products, specialised warps.
 
-A program is a producer warp, which loads 128 or 192 rows of pairs and 256 weight rows at a time, 64 columns of each, and a
-consumer warpgroup for 64 pairs each, all weight rows: 128 of gate and as many of up, so that a thread has both of an output
-and multiplies `silu(gate) * up` in its registers; or 256 of down. What such products are limited by is the reading of tiles
-from the second-level cache. With 192 pairs most experts of up to so many pairs have one tile, and their weights are read
-once; otherwise tiles of 128 are fuller. Pairs that an expert does not have are not read. Programs are persistent and take
-their tiles from the work list of `sorted_rows.py`, so the host reads nothing back. The tiles of an expert that share weight
-rows are neighbours, so that these are read from memory once. A warpgroup without pairs (few, or the last of an
-expert) leaves the matrix unit to the others. Producer, consumers and launcher agree on barriers and shared memory line by
-line, and so stand in one file.
+A program is a producer warp, which loads 128 rows of pairs and 256 weight rows at a time, 64 columns of each, and two
+consumer warpgroups of 64 pairs each, all weight rows: 128 of gate and as many of up, so that a thread has both of an output
+and multiplies `silu(gate) * up` in its registers; or 256 of down. Programs are persistent and take their tiles from the work
+list of `sorted_rows.py`, so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so
+that these are read from memory once. A warpgroup without pairs (few, or the last of an expert) leaves the matrix unit to
+the other. Producer, consumers and launcher agree on barriers and shared memory line by line, and so stand in one file.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,46 +22,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
 from hf_fastattn.kernels.experts.grouped import combine
+from hf_fastattn.kernels.experts.hopper_tiles import store_rows, work_item
+from hf_fastattn.kernels.experts.hopper_wide import hopper_wide_kernel
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.sorted_rows import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
 
-# Weight rows of a box (two boxes a tile), and columns a step.
-BLOCK_N, BLOCK_K = 128, 64
-# Pairs a tile -> steps that have a buffer, registers of a thread at the start, and of a consumer.
-TILES = {128: (4, 168, 240), 192: (3, 128, 160)}
-# Pairs an expert, on average, of which tiles of 192 are quicker, as measured on an H200.
-ONE_TILE = range(112, 177)
+# Pairs a tile, weight rows of a box (two boxes a tile), columns a step, and steps that are loaded ahead.
+BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS = 128, 128, 64, 4
 # Tiles of pairs of one expert that are neighbours before the next weight rows.
 GROUP = 16
+# Of tiles of 192 pairs: pairs, steps that have a buffer, registers of a consumer, and the pairs an expert, on average, of
+# which they are quicker, as measured on an H200.
+WIDE_M, WIDE_BUFFERS, WIDE_REGISTERS, WIDE_PAIRS = 192, 3, 160, range(112, 177)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-PRODUCER_REGISTERS = 24
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 @gluon.jit
-def _work_item(work, t, TILES_N: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Expert, number of the weight rows, first pair and pairs of work item `t`."""
-    entry = work + t // TILES_N * 4
-    expert = gl.load(entry)
-    inside = t - gl.load(entry + 1) * TILES_N
-    count = gl.load(entry + 3)
-    # A group of tiles of pairs with the first weight rows, then the same with the next ones.
-    first = inside // (GROUP * TILES_N) * GROUP
-    inside -= first * TILES_N
-    width = gl.minimum((count + BLOCK_M - 1) // BLOCK_M - first, GROUP)
-    n = inside // width
-    m = (first + inside - n * width) * BLOCK_M
-    return expert, n, gl.load(entry + 2) + m, gl.minimum(count - m, BLOCK_M)
-
-
-@gluon.jit
-def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.constexpr):
-    """The producer warp: a step of pairs and of both boxes of weight rows at a time.
-
-    Where an expert has no more pairs, TMA is sent past the last of all: it writes zeros and reads nothing.
-    """
+def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, CFG: gl.constexpr):
+    """The producer warp: a step of pairs and of both boxes of weight rows at a time."""
     x_s, w_s, _ = buffers
     full, empty = bars
     ROWS: gl.constexpr = CFG[0]
@@ -77,7 +57,7 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.const
     GROUP: gl.constexpr = CFG[8]
     done = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, n, place, size = _work_item(work, t, TILES_N, GROUP, BLOCK_M)
+        expert, n, place, size = work_item(work, t, TILES_N, GROUP, BLOCK_M)
         if GATED:
             row = expert * (2 * ROWS) + n * BLOCK_N
             other = row + ROWS
@@ -88,22 +68,10 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.const
             s = done % BUFFERS
             mbarrier.wait(empty.index(s), ((done // BUFFERS) & 1) ^ 1)
             mbarrier.expect(full.index(s), (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
-            load_box(w_desc, [row, k * BLOCK_K], full.index(s), w_s.index(2 * s))
-            load_box(w_desc, [other, k * BLOCK_K], full.index(s), w_s.index(2 * s + 1))
-            for w in gl.static_range(BLOCK_M // 64):
-                row_x = gl.where(w * 64 < size, place + w * 64, pairs)
-                load_box(x_desc, [row_x, k * BLOCK_K], full.index(s), x_s.index(s * (BLOCK_M // 64) + w))
+            load_box(w_desc, [row, k * BLOCK_K], full.index(s), w_s.index(s).slice(0, BLOCK_N, 0))
+            load_box(w_desc, [other, k * BLOCK_K], full.index(s), w_s.index(s).slice(BLOCK_N, BLOCK_N, 0))
+            load_box(x_desc, [place, k * BLOCK_K], full.index(s), x_s.index(s))
             done += 1
-
-
-@gluon.jit
-def _store_rows(y, y_s, y_ptr, row, inside, first, ROWS: gl.constexpr, STORE: gl.constexpr):
-    """`y: [64, BLOCK_N]` to columns from `first` on of the rows `row: [64]`, through shared memory, 16 bytes a thread."""
-    y_s.store(y.to(y_s.dtype))
-    y = y_s.load(STORE)
-    column = first + gl.arange(0, y.shape[1], gl.SliceLayout(0, STORE))
-    to = y_ptr + gl.expand_dims(row.to(gl.int64) * ROWS, 1) + gl.expand_dims(column, 0)
-    gl.store(to, y, mask=gl.expand_dims(inside, 1) & gl.expand_dims(column < ROWS, 0))
 
 
 @gluon.jit
@@ -119,42 +87,47 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
     BUFFERS: gl.constexpr = CFG[6]
     TILES_N: gl.constexpr = CFG[7]
     GROUP: gl.constexpr = CFG[8]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [4, 1], [1, 0])
     y_s = y_all.index(WARPGROUP)
     m = gl.arange(0, 64, gl.SliceLayout(1, STORE))
     done = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, n, place, size = _work_item(work, t, TILES_N, GROUP, BLOCK_M)
+        expert, n, place, size = work_item(work, t, TILES_N, GROUP, BLOCK_M)
         mine = size - WARPGROUP * 64
         if mine > 0:
-            place += WARPGROUP * 64
-            if not GATED:
-                # Long before they are needed.
-                pair = gl.load(order_ptr + place + m, mask=m < mine, other=0)
-                inside = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-                numbers = gl.load(order_ptr + place + inside, mask=inside < mine, other=0)
-                weight = gl.expand_dims(gl.load(weights_ptr + numbers, mask=inside < mine, other=0.0), 1)
-            first = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
-            last = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
-            for k in range(STEPS):
+            acc = gl.zeros([64, 2 * BLOCK_N], gl.float32, LAYOUT)
+            s = done % BUFFERS
+            mbarrier.wait(full.index(s), (done // BUFFERS) & 1)
+            # [64, BLOCK_K] times [BLOCK_K, 2 * BLOCK_N]
+            x = x_s.index(s).slice(WARPGROUP * 64, 64, 0)
+            acc = warpgroup_mma(x, w_s.index(s).permute((1, 0)), acc, use_acc=False, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            for k in range(1, STEPS):
                 s = (done + k) % BUFFERS
                 mbarrier.wait(full.index(s), ((done + k) // BUFFERS) & 1)
-                # [64, BLOCK_K] times [BLOCK_K, BLOCK_N]
-                x = x_s.index(s * (BLOCK_M // 64) + WARPGROUP)
-                first = warpgroup_mma(x, w_s.index(2 * s).permute((1, 0)), first, is_async=True)
-                last = warpgroup_mma(x, w_s.index(2 * s + 1).permute((1, 0)), last, is_async=True)
-                # The products of the step before are complete, and its buffers are free.
-                first, last = warpgroup_mma_wait(2, deps=(first, last))
-                mbarrier.arrive(empty.index((done + k + BUFFERS - 1) % BUFFERS), count=1, pred=k > 0)
-            first, last = warpgroup_mma_wait(0, deps=(first, last))
+                x = x_s.index(s).slice(WARPGROUP * 64, 64, 0)
+                acc = warpgroup_mma(x, w_s.index(s).permute((1, 0)), acc, is_async=True)
+                # The product of the step before is complete, and its buffers are free.
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(empty.index((done + k - 1) % BUFFERS), count=1)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(empty.index((done + STEPS - 1) % BUFFERS), count=1)
+            first, last = gl.split(acc.reshape([64, 2, BLOCK_N]).permute((0, 2, 1)))
+            first = gl.convert_layout(first, HALF, assert_trivial=True)
+            last = gl.convert_layout(last, HALF, assert_trivial=True)
+            place += WARPGROUP * 64
             if GATED:
                 y = first / (1.0 + gl.exp(-first)) * last
-                _store_rows(y, y_s, y_ptr, place + m, m < mine, n * BLOCK_N, ROWS, STORE)
+                store_rows(y, y_s, y_ptr, place + m, m < mine, n * BLOCK_N, ROWS, STORE)
             else:
-                _store_rows(first * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N), ROWS, STORE)
-                _store_rows(last * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N) + BLOCK_N, ROWS, STORE)
+                pair = gl.load(order_ptr + place + m, mask=m < mine, other=0)
+                inside = gl.arange(0, 64, gl.SliceLayout(1, HALF))
+                numbers = gl.load(order_ptr + place + inside, mask=inside < mine, other=0)
+                weight = gl.expand_dims(gl.load(weights_ptr + numbers, mask=inside < mine, other=0.0), 1)
+                store_rows(first * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N), ROWS, STORE)
+                store_rows(last * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N) + BLOCK_N, ROWS, STORE)
         else:
             for k in range(STEPS):
                 s = (done + k) % BUFFERS
@@ -163,43 +136,36 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
         done += STEPS
 
 
-@gluon.jit(do_not_specialize=["pairs"])
+@gluon.jit
 def hopper_grouped_kernel(
-    x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr, pairs,
+    x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr,
     ROWS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory, barriers, and the roles: a consumer warpgroup for 64 pairs each, and a producer warp."""
+    """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp."""
     TILE: gl.constexpr = BLOCK_N if GATED else 2 * BLOCK_N
     TILES_N: gl.constexpr = (ROWS + TILE - 1) // TILE
     CFG: gl.constexpr = (ROWS, STEPS, GATED, BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, TILES_N, GROUP)
     dtype: gl.constexpr = x_desc.dtype
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BLOCK_N, BLOCK_K], dtype)
     Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_N], dtype)
-    x_s = gl.allocate_shared_memory(dtype, [BUFFERS * (BLOCK_M // 64), 64, BLOCK_K], x_desc.layout)
-    w_s = gl.allocate_shared_memory(dtype, [2 * BUFFERS, BLOCK_N, BLOCK_K], w_desc.layout)
-    y_s = gl.allocate_shared_memory(dtype, [BLOCK_M // 64, 64, BLOCK_N], Y_LAYOUT)
+    x_s = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_s = gl.allocate_shared_memory(dtype, [BUFFERS, 2 * BLOCK_N, BLOCK_K], LAYOUT)
+    y_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_N], Y_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=BLOCK_M // 64)
+        mbarrier.init(empty.index(i), count=2)
     buffers = (x_s, w_s, y_s)
     bars = (full, empty)
     tiles = gl.load(count_ptr) * TILES_N
-    if BLOCK_M == 192:
-        gl.warp_specialize([
-            (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-            (_multiply_tiles, (1, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-            (_multiply_tiles, (2, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-            (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-            (_multiply_tiles, (1, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-            (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG)),
-        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    gl.warp_specialize([
+        (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
+        (_multiply_tiles, (1, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
+        (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, CFG)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
 @functools.cache
@@ -219,25 +185,34 @@ def _product(
     """`x: [T * K, columns]`, sorted, times the weights `[E, rows, columns]` of the experts."""
     experts, rows, width = weight.shape
     rows = rows // 2 if gated else rows
-    buffers, registers, consumer_registers = TILES[work.block_m]
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    x_box, w_box = [64, BLOCK_K], [BLOCK_N, BLOCK_K]
+    wide = work.block_m == WIDE_M
+    x_box, w_box = [64 if wide else BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
     x_desc = TensorDescriptor.from_tensor(x, x_box, _layout(tuple(x_box), x.dtype))
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
+    grid = (min(tiles, programs or _processors(x.device)),)
+    given = (x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights)
+    options: dict[str, Any] = {
+        "ROWS": rows, "STEPS": -(-width // BLOCK_K), "GATED": gated, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "ptx_options": ASSEMBLER_OPTIONS,
+    }  # fmt: skip
     with on_device_of(x):
-        hopper_grouped_kernel[(min(tiles, programs or _processors(x.device)),)](
-            x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights, x.shape[0],
-            ROWS=rows, STEPS=-(-width // BLOCK_K), GATED=gated, BLOCK_M=work.block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            BUFFERS=buffers, GROUP=GROUP, CONSUMER_REGISTERS=consumer_registers, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=registers, ptx_options=ASSEMBLER_OPTIONS,
-        )  # fmt: skip
+        if wide:
+            hopper_wide_kernel[grid](
+                *given, x.shape[0], **options, BLOCK_M=WIDE_M, BUFFERS=WIDE_BUFFERS, CONSUMER_REGISTERS=WIDE_REGISTERS,
+                maxnreg=128,
+            )  # fmt: skip
+        else:
+            hopper_grouped_kernel[grid](
+                *given, **options, BLOCK_M=BLOCK_M, BUFFERS=BUFFERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, maxnreg=168
+            )
     return y
 
 
 def pairs_a_tile(pairs: int, experts: int) -> int:
     """Pairs of a token and an expert that a tile should have."""
-    return 192 if pairs // experts in ONE_TILE else 128
+    return WIDE_M if pairs // experts in WIDE_PAIRS else BLOCK_M
 
 
 def why_not_hopper(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
@@ -256,7 +231,7 @@ def gate_up_silu(
     """`silu(gate) * up` of every pair, `[T * K, I]`, in sorted order.
 
     Args:
-        rows: `[T * K, H]` and the list, of `sort_rows` with tiles as in TILES; see `pairs_a_tile`.
+        rows: `[T * K, H]` and the list, of `sort_rows` with tiles of `pairs_a_tile`.
         gate_up_proj: `[E, 2 I, H]`, contiguous, bf16 or fp16, as x.
         programs: at most so many; by default one a multiprocessor.
 

@@ -56,9 +56,10 @@ def check(layer: Layer, routing: Routing, programs: int | None = None) -> torch.
     got = gluon(layer, routing, programs)
     other = gluon(layer, routing, programs, block_m=192)
     exact = Routing(routing.chosen, routing.weights.double(), gate=None if routing.gate is None else routing.gate.double())
-    assert_close("mixture", got, outputs(layer, routing), outputs(layer.to(torch.float64), exact))
-    # Tiles of another size add up in the same order.
-    assert torch.equal(gluon(layer, routing, programs), got) and torch.equal(other, got)
+    want, exact_want = outputs(layer, routing), outputs(layer.to(torch.float64), exact)
+    for found in (got, other):
+        assert_close("mixture", found, want, exact_want)
+    assert torch.equal(gluon(layer, routing, programs), got)
     return got
 
 
