@@ -1,5 +1,6 @@
-"""The kernel of `hopper_grouped.py` with tiles of 192 pairs: three consumer warpgroups with registers for two products each, of
-128 weight rows. Most experts of up to so many pairs have one tile then, and their weights are read once.
+"""The kernel of `hopper_grouped.py` with tiles of 192 pairs: three consumer warpgroups, with two products each.
+
+Most experts of up to so many pairs have one tile then, and their weights are read once.
 """
 
 from __future__ import annotations
