@@ -225,7 +225,9 @@ CASES = {
         lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=64
     ),
     "hopper prefill, block-sparse, D = 256": Case(
-        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)), **LISTED
+        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)),
+        **LISTED,
+        spilled=64,
     ),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
