@@ -5,16 +5,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING
+
 
 @gluon.jit
-def tile_of(work, cu_seqlens, seq_lens, t, tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
-    """Row, first packed query, head slot, first token, new tokens, keys and K/V tiles of work item `t`.
-
-    Past the last item, of which there are `tiles`, those of some other.
-    """
-    b = gl.load(work + t * 4, mask=t < tiles, other=0)
-    first_query = gl.load(work + t * 4 + 1, mask=t < tiles, other=0)
-    slot = gl.load(work + t * 4 + 2, mask=t < tiles, other=0)
+def tile_of(work, cu_seqlens, seq_lens, t, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
+    """Row, first packed query, head slot, first token, new tokens, keys and K/V tiles of work item `t`."""
+    b = gl.load(work + t * 4)
+    first_query = gl.load(work + t * 4 + 1)
+    slot = gl.load(work + t * 4 + 2)
     first_token = gl.load(cu_seqlens + b)
     new = gl.load(cu_seqlens + b + 1) - first_token
     length = gl.load(seq_lens + b)
@@ -23,66 +22,56 @@ def tile_of(work, cu_seqlens, seq_lens, t, tiles, BLOCK_M: gl.constexpr, BLOCK_N
 
 
 @gluon.jit
-def lists_of(visited, t, tiles, SLOTS: gl.constexpr, LISTS: gl.constexpr):
+def lists_of(visited, t, SLOTS: gl.constexpr, LISTS: gl.constexpr):
     """Of work item `t` the list of K/V tiles, how many are seen wholly and in part, and its length in memory."""
     counts, listed, columns = visited
     item = t if LISTS > 1 else t // SLOTS
-    whole = gl.load(counts + item * 2, mask=t < tiles, other=0)
-    partly = gl.load(counts + item * 2 + 1, mask=t < tiles, other=0)
+    whole = gl.load(counts + item * 2)
+    partly = gl.load(counts + item * 2 + 1)
     return listed + item.to(gl.int64) * columns, whole, partly, columns
 
 
 @gluon.jit
-def listed_key(lists, j):
-    """The first key of the `j`-th tile of `lists_of`: those seen in part come first, the last of the row at their head."""
+def listed_tile(lists, j):
+    """The `j`-th tile of `lists_of`, marked: those seen in part come first, the last of the row at their head."""
     listed, whole, partly, columns = lists
     at = gl.where(j < partly, columns - partly + j, j - partly)
     return gl.load(listed + at, mask=whole + partly > 0, other=0)
 
 
 @gluon.jit
-def entry_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What is read of work item `t` first: row, first packed query, head slot, and its list; none of them of others."""
+def number_of(tile):
+    """The number of a marked tile."""
+    return tile & (MASK_HIDES_NOTHING - 1)
+
+
+@gluon.jit
+def item_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexpr):
+    """What a consumer has to know of work item `t`: as `tile_of`, and tiles with a mask, the first key, the list.
+
+    And whether a variant's mask hides anything of the first tile.
+    """
     work, page_table, cu_seqlens, seq_lens = pointers
     tiles, stride_table, groups, ratio, beyond = numbers
-    b = gl.load(work + t * 4, mask=t < tiles, other=0)
-    first_query = gl.load(work + t * 4 + 1, mask=t < tiles, other=0)
-    slot = gl.load(work + t * 4 + 2, mask=t < tiles, other=0)
-    if LISTS > 0:
-        lists = lists_of(visited, t, tiles, groups * ratio // CFG[6], LISTS)
-    else:
-        lists = work, 0, 0, 0
-    return b, first_query, slot, lists
-
-
-@gluon.jit
-def reads_of(entry, pointers, LISTS: gl.constexpr):
-    """What `entry_of` says where to read: first token, end of the row's tokens, keys, and the first tile of keys."""
-    b, first_query, slot, lists = entry
-    work, page_table, cu_seqlens, seq_lens = pointers
-    tile = listed_key(lists, 0) if LISTS > 0 else 0
-    return gl.load(cu_seqlens + b), gl.load(cu_seqlens + b + 1), gl.load(seq_lens + b), tile
-
-
-@gluon.jit
-def item_of(entry, reads, CFG: gl.constexpr, LISTS: gl.constexpr):
-    """What a consumer has to know of a work item: as `tile_of`, and tiles with a mask, the first key, the list."""
-    b, first_query, slot, lists = entry
-    first_token, end, length, tile = reads
     BLOCK_N: gl.constexpr = CFG[1]
-    new = end - first_token
-    first_token_of_tile = first_query // CFG[6] + length - new
+    PACKED: gl.constexpr = CFG[6]
+    b, first_query, slot, first_token, new, length, count = tile_of(work, cu_seqlens, seq_lens, t, CFG[0], BLOCK_N, PACKED)
     if LISTS > 0:
+        lists = lists_of(visited, t, groups * ratio // PACKED, LISTS)
         count = gl.maximum(lists[1] + lists[2], 1)
         masked = lists[2]
-        first_key = tile * BLOCK_N
+        tile = listed_tile(lists, 0)
+        first_key = number_of(tile) * BLOCK_N
+        hides = tile < MASK_HIDES_NOTHING
+        listed = lists[0]
     else:
-        seen = gl.minimum(length, first_token_of_tile + CFG[0] // CFG[6])
-        count = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
         # Tiles of keys that every query sees, and that end before the row does, need no mask.
-        masked = count - gl.minimum(length, gl.maximum(first_token_of_tile + 1, 0)) // BLOCK_N
+        unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
+        masked = count - unmasked
         first_key = (count - 1) * BLOCK_N
-    return b, first_query, slot, first_token, new, length, count, masked, first_key, lists[0]
+        hides = True
+        listed = work
+    return b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides
 
 
 @gluon.jit
@@ -90,6 +79,6 @@ def key_of(listed, visited, j, count, masked, BLOCK_N: gl.constexpr, LISTS: gl.c
     """The first key of the `j`-th tile of a work item, j > 0."""
     if LISTS > 0:
         counts, tiles, columns = visited
-        return gl.load(listed + gl.where(j < masked, columns - masked + j, j - masked)) * BLOCK_N
+        return number_of(gl.load(listed + gl.where(j < masked, columns - masked + j, j - masked))) * BLOCK_N
     else:
         return (count - 1 - j) * BLOCK_N

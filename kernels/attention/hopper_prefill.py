@@ -27,15 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.attention.hopper_items import (
-    entry_of,
-    item_of,
-    key_of,
-    listed_key,
-    lists_of,
-    reads_of,
-    tile_of,
-)
+from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_tile, lists_of, number_of, tile_of
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
@@ -109,15 +101,15 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
     q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, first_query, slot, first_token, new, length, count = tile_of(
-            work, cu_seqlens, seq_lens, t, tiles, BLOCK_M, BLOCK_N, PACKED
+            work, cu_seqlens, seq_lens, t, BLOCK_M, BLOCK_N, PACKED
         )
         head = slot * PACKED // ratio
         table = page_table + b * stride_table
         pages = (length + PAGE - 1) // PAGE
         if LISTS > 0:
-            lists = lists_of(visited, t, tiles, groups * ratio // PACKED, LISTS)
+            lists = lists_of(visited, t, groups * ratio // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
-            first_key = listed_key(lists, 0) * BLOCK_N
+            first_key = number_of(listed_tile(lists, 0)) * BLOCK_N
         s = done % BUFFERS
         mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
         if LISTS == 0:
@@ -136,7 +128,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         for j in range(1, count):
             if LISTS > 0:
                 key_before = first_key
-                first_key = listed_key(lists, j) * BLOCK_N
+                first_key = number_of(listed_tile(lists, j)) * BLOCK_N
             s = done % BUFFERS
             mbarrier.wait(kv_empty.index(s), ((done // BUFFERS) & 1) ^ 1)
             if LISTS == 0:
@@ -179,14 +171,25 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _first_weights(scores, given, DTYPE: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
+    """Of the scores of the first tile the weights in pairs, their partial sums, and the maxima."""
+    row_max, scale, last_key, first_key, pairs, by_distance = given
+    LAYOUT: gl.constexpr = scores.type.layout
+    seen = shown_pairs(first_key, pairs, LAYOUT, CFG[1], MASK, HOOKS)
+    weights, decay, row_max = softmax_step(
+        scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, LAYOUT, CFG[1], MASK, HOOKS
+    )
+    return pack_pairs(weights, DTYPE), partial_row_sums(weights), row_max
+
+
+@gluon.jit
 def _step(
-    acc, packed, row_max, row_sum, done, first_key, is_last, q_s, k_s, v_s, bars, scale, last_key, pairs,
+    acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key, pairs,
     WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """Scores of one tile, and meanwhile the product of weights and V of the tile before.
 
     `acc: [64, D]`; `packed: [64, BLOCK_N / 2]` are the weights of the tile before; `row_sum: [64, 4]` are partial sums.
-    Behind the last tile (`is_last`) of a work item the queries of the next one may be loaded.
     """
     q_full, q_empty, k_full, v_full, kv_empty = bars
     BLOCK_N: gl.constexpr = CFG[1]
@@ -209,8 +212,6 @@ def _step(
     by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
     seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    if is_last:
-        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
     new, decay, row_max = softmax_step(
         scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
     )
@@ -226,41 +227,11 @@ def _step(
 
 
 @gluon.jit
-def _store(
-    acc, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP: gl.constexpr, CFG: gl.constexpr, STORE: gl.constexpr
-):
-    """The output of a work item, rounded, 16 bytes a thread, and its LSE."""
-    b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
-    D: gl.constexpr = CFG[2]
-    PACKED: gl.constexpr = CFG[6]
-    LN2: gl.constexpr = 0.6931471805599453
-    mine = first_query + WARPGROUP * 64
-    # The four threads of a row exchange pairs of columns, in two steps of one shuffle each, until those of one lie together.
-    HALF: gl.constexpr = STORE[0]
-    WHOLE: gl.constexpr = STORE[1]
-    rows = gl.convert_layout(gl.convert_layout(pack_pairs(acc, out_ptr.dtype.element_ty), HALF), WHOLE)  # [64, D / 2]
-    r = mine + gl.arange(0, 64, gl.SliceLayout(1, WHOLE))
-    c = gl.arange(0, D // 2, gl.SliceLayout(0, WHOLE))
-    off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * (D // 2)  # [64]
-    inside = gl.expand_dims(r // PACKED < new, 1)
-    pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    gl.store(pairs_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
-    query = mine + gl.arange(0, 64, row_max.type.layout)
-    lse = (row_max + gl.log2(total)) * LN2
-    at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
-    gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
-
-
-@gluon.jit
 def _consumer(
     WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
-    CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr, STORE: gl.constexpr,
+    CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: 64 packed query rows of each tile.
-
-    The first scores of a work item are computed beside the last product with V of the item before, so that the matrix unit
-    goes on while outputs are stored.
-    """
+    """A consumer warpgroup: 64 packed query rows of each tile."""
     q_all, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
     tiles, stride_table, groups, ratio, beyond = numbers
@@ -270,83 +241,73 @@ def _consumer(
     PACKED: gl.constexpr = CFG[6]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    LN2: gl.constexpr = 0.6931471805599453
     q_s = q_all.index(WARPGROUP).reshape([64, D])
     dtype: gl.constexpr = q_s.dtype
     heads = groups * ratio
     done = 0
+    q_phase = 0
     if WARPGROUP == 1:
         turn_pass(0)
-    entry = entry_of(pointers, numbers, visited, gl.program_id(0), CFG, LISTS)
-    item = item_of(entry, reads_of(entry, pointers, LISTS), CFG, LISTS)
-    some = gl.program_id(0) < tiles
-    mbarrier.wait(q_full.index(WARPGROUP), 0, pred=some)
-    mbarrier.wait(k_full.index(0), 0, pred=some)
-    turn_wait(WARPGROUP)
-    scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    scores = warpgroup_mma(q_s, k_s.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
-    turn_pass(1 - WARPGROUP)
-    acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-    q_phase = 1
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count, masked, first_key, listed = item
-        after = t + gl.num_programs(0)
-        # What is needed of the next item is read long before, and in steps, so that nothing waits for memory.
-        entry = entry_of(pointers, numbers, visited, after, CFG, LISTS)
+        b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item_of(
+            pointers, numbers, visited, t, CFG, LISTS
+        )
         mine = first_query + WARPGROUP * 64
         query = mine + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))  # [64]
         q_idx = query // PACKED + (length - new)
         last_key = gl.minimum(q_idx, length - 1)
-        if LISTS > 0 and not HOOKS.causal:
-            last_key = length - 1 + query * 0
         first_position = mine // PACKED + (length - new)
         pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors, slot * PACKED, first_position)
-        # ---- the first step, on the last tile of keys: there is no product with V yet
+        if LISTS > 0 and not HOOKS.causal:
+            last_key = length - 1 + query * 0
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
-        seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, True, HOOKS)
+        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
+        mbarrier.wait(q_full.index(WARPGROUP), q_phase)
+        q_phase ^= 1
+        # ---- the first step, on the last tile of keys: there is no product with V yet
+        stage = done % BUFFERS
+        phase = (done // BUFFERS) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        turn_wait(WARPGROUP)
+        scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+        scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+        turn_pass(1 - WARPGROUP)
+        given = (row_max, scale, last_key, first_key, pairs, values_of_distances(first_key, pairs, CFG, HOOKS))
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        if count == 1:
-            mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        weights, decay, row_max = softmax_step(
-            scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, True, HOOKS
-        )
-        row_sum = partial_row_sums(weights)
-        packed = pack_pairs(weights, dtype)
+        if LISTS > 0 and HOOKS.mask_mod is not None:
+            # Of most first tiles causality alone hides something, and masks may take memory to read.
+            if hides:
+                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
+            else:
+                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 1, HOOKS)
+        else:
+            packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
         if first_key + BLOCK_N > length:
-            stage = done % BUFFERS
-            mbarrier.wait(v_full.index(stage), (done // BUFFERS) & 1)
+            mbarrier.wait(v_full.index(stage), phase)
             _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
-        reads = reads_of(entry, pointers, LISTS)
         for j in range(1, gl.maximum(masked, 1)):
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
-                WARPGROUP, CFG, True, HOOKS,
+                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                WARPGROUP, CFG, 2, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
         for j in range(gl.maximum(masked, 1), count):
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
-                acc, packed, row_max, row_sum, done + j, key, j == count - 1, q_s, k_s, v_s, bars, scale, last_key, pairs,
-                WARPGROUP, CFG, False, HOOKS,
+                acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
+                WARPGROUP, CFG, 0, HOOKS,
             )  # fmt: skip
         done += count
-        # ---- the product with V of the last step, and the first scores of the next item (without one, of what is there)
-        v_stage = (done - 1) % BUFFERS
-        stage = done % BUFFERS
-        some = after < tiles
+        # ---- the product with V of the last step, and the end of the softmax
+        stage = (done - 1) % BUFFERS
         operand = unpack_pairs(packed, dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
-        mbarrier.wait(v_full.index(v_stage), ((done - 1) // BUFFERS) & 1)
-        acc = warpgroup_mma(operand, v_s.index(v_stage), acc, is_async=True)
-        mbarrier.wait(k_full.index(stage), (done // BUFFERS) & 1, pred=some)
-        mbarrier.wait(q_full.index(WARPGROUP), q_phase, pred=some)
-        q_phase ^= 1
-        turn_wait(WARPGROUP)
-        scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-        scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
-        turn_pass(1 - WARPGROUP)
-        acc, operand = warpgroup_mma_wait(1, deps=(acc, operand))
-        mbarrier.arrive(kv_empty.index(v_stage), count=1)
+        mbarrier.wait(v_full.index(stage), ((done - 1) // BUFFERS) & 1)
+        acc = warpgroup_mma(operand, v_s.index(stage), acc, is_async=True)
+        acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
+        mbarrier.arrive(kv_empty.index(stage), count=1)
         total = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
         if HOOKS.sink is not None:
             # In the sum only, as `hooked.hooked_sink`; the values are scaled with the sum.
@@ -362,10 +323,19 @@ def _consumer(
         else:
             inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
         out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
-        _store(out, total, row_max, item, heads, out_ptr, lse_ptr, WARPGROUP, CFG, STORE)
-        acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
-        item = item_of(entry, reads, CFG, LISTS)
-    warpgroup_mma_wait(0, deps=(scores,))
+        # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
+        q_s.store(out.to(dtype))
+        rows = q_s.load(STORE)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+        r = mine + gl.arange(0, 64, gl.SliceLayout(1, STORE))
+        c = gl.arange(0, D, gl.SliceLayout(0, STORE))
+        off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D  # [64]
+        inside = gl.expand_dims(r // PACKED < new, 1)
+        gl.store(out_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
+        lse = (row_max + gl.log2(total)) * LN2
+        at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
+        gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
         turn_wait(0)
@@ -377,7 +347,7 @@ def hopper_prefill_kernel(
     stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr, STORE: gl.constexpr,
+    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
 
@@ -407,10 +377,12 @@ def hopper_prefill_kernel(
     numbers = (gl.load(tiles_ptr), stride_table, groups, ratio, beyond)
     gl.warp_specialize([
         (_consumer, (
-            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
+            0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
+            CFG, LISTS, HOOKS
         )),
         (_consumer, (
-            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors, CFG, LISTS, HOOKS, STORE
+            1, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
+            CFG, LISTS, HOOKS
         )),
         (_producer, ((q_desc, k_desc, v_desc), buffers, bars, pointers, numbers, visited, CFG, LISTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -458,18 +430,6 @@ def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: floa
 def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a box lies in shared memory; kept, since making it takes the host as long as a launch."""
     return gl.NVMMASharedLayout.get_default_for(list(box), DTYPES[dtype])
-
-
-@functools.cache
-def _store_layouts(dim: int) -> tuple[gl.DistributedLinearLayout, gl.DistributedLinearLayout]:
-    """Of pairs of columns `[64, dim / 2]` among a warpgroup that has rows as products leave them.
-
-    In the last a thread has 4 pairs that lie together. In the other, one of two bits of its lane stands for where they lie.
-    """
-    more = [[0, pair] for pair in (16, 32, 64) if pair < dim // 2] + [[8, 0]]
-    rows, warps = [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
-    half = gl.DistributedLinearLayout([[0, 1], [0, 8], *more], [[0, 4], [0, 2], *rows], warps, [], [64, dim // 2])
-    return half, gl.DistributedLinearLayout([[0, 1], [0, 2], *more], [[0, 4], [0, 8], *rows], warps, [], [64, dim // 2])
 
 
 def hopper_prefill(
@@ -546,7 +506,7 @@ def hopper_prefill(
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             LISTS=0 if visited is None else visited.counts.shape[1], HOOKS=hooks,
-            DISTANCES=power_of_2(BLOCK_M // 2 // packed + block_n - 1), STORE=_store_layouts(dim), num_warps=4, maxnreg=168,
+            DISTANCES=power_of_2(BLOCK_M // 2 // packed + block_n - 1), num_warps=4, maxnreg=168,
             ptx_options=ASSEMBLER_OPTIONS,
         )  # fmt: skip
     return out, lse

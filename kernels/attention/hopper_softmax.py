@@ -1,6 +1,7 @@
 """The softmax of a tile in the Gluon prefill, with a variant's score function and mask.
 
 `pairs` is what these get: row, query heads `[64]`, positions `[64]`, window and tensors; and the first head and position.
+MASK is 0 for a tile that is seen wholly, 1 if causality, the window and the row's end alone hide something of it, else 2.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _values_of_pairs(by_distance, LAYOUT: gl.constexpr, CFG: gl.constexpr):
 @gluon.jit
 def shown_pairs(first_key, pairs, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
     """What a variant's mask shows of a tile, `[64, BLOCK_N]`, or 0 without one; before the scores are there."""
-    if MASK and HOOKS.mask_mod is not None:
+    if MASK == 2 and HOOKS.mask_mod is not None:
         b, h, q_idx, window, tensors, head, first_position = pairs
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         return HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
@@ -77,13 +78,13 @@ def softmax_step(
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
-    if MASK and HOOKS.mask_mod is not None:
+    if MASK == 2 and HOOKS.mask_mod is not None:
         scores = gl.where(seen, scores, float("-inf"))
-    if MASK and window is not None:
+    if MASK > 0 and window is not None:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         outside = gl.expand_dims(column, 0) <= gl.expand_dims(q_idx - window - first_key, 1)
         scores = gl.where(outside, float("-inf"), scores)
-    if MASK:
+    if MASK > 0:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
         scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
     if HOOKS.sigmoid:
@@ -93,7 +94,7 @@ def softmax_step(
         return weights, new_max + 1.0, new_max
     else:
         new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
-        if MASK:
+        if MASK > 0:
             # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
             shift = gl.where(new_max == float("-inf"), 0.0, new_max)
         else:

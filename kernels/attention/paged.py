@@ -11,7 +11,7 @@ from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
 from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
-from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
+from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
 MAX_SPLIT_QUERIES = 64
@@ -136,7 +136,7 @@ def visited_tiles(
             from hf_fastattn.kernels.attention import hopper_prefill
 
             packed = hopper_prefill.packed_heads(heads[0] // heads[1], variant)
-            options |= {"heads": (heads[0], heads[0] // packed), "block_m": hopper_prefill.BLOCK_M}
+            options |= {"heads": (heads[0], heads[0] // packed), "block_m": hopper_prefill.BLOCK_M, "marked": True}
             return list_tiles(variant, cu_seqlens_q, seq_lens, block_n=hopper_prefill.TILES[q.shape[2]][0], **options)
         if not variant.hides_tiles:
             return None
@@ -157,9 +157,6 @@ def _hopper_takes(
     """Whether the Gluon kernel can take a call, of which what a mask and a window show is `listed` or not."""
     from hf_fastattn.kernels.attention.hopper_prefill import why_not_hopper, why_not_variant
 
-    if window is not None and variant.hooks == NO_HOOKS:
-        # A model's own window stays with the kernel that has served it: lists of its tiles were not compared in a model yet.
-        return False
     window = variant.window_with(window)
     hides = window is not None or variant.hides_tiles or not variant.hooks.causal
     return (listed or not hides) and why_not_hopper(q, k_pages, None, softcap) is None and why_not_variant(variant) is None

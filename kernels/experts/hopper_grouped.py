@@ -11,6 +11,7 @@ the other. Producer, consumers and launcher agree on barriers and shared memory 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
 from hf_fastattn.kernels.experts.grouped import combine
+from hf_fastattn.kernels.experts.hopper_tiles import store_rows, work_item
+from hf_fastattn.kernels.experts.hopper_wide import hopper_wide_kernel
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.sorted_rows import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
@@ -31,24 +34,11 @@ from hf_fastattn.kernels.layer.configs import PROCESSORS
 BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS = 128, 128, 64, 4
 # Tiles of pairs of one expert that are neighbours before the next weight rows.
 GROUP = 16
+# Of tiles of 192 pairs: pairs, steps that have a buffer, registers of a consumer, and the pairs an expert, on average, of
+# which they are quicker, as measured on an H200.
+WIDE_M, WIDE_BUFFERS, WIDE_REGISTERS, WIDE_PAIRS = 192, 3, 160, range(112, 177)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
-
-
-@gluon.jit
-def _work_item(work, t, TILES_N: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Expert, number of the weight rows, first pair and pairs of work item `t`."""
-    entry = work + t // TILES_N * 4
-    expert = gl.load(entry)
-    inside = t - gl.load(entry + 1) * TILES_N
-    count = gl.load(entry + 3)
-    # A group of tiles of pairs with the first weight rows, then the same with the next ones.
-    first = inside // (GROUP * TILES_N) * GROUP
-    inside -= first * TILES_N
-    width = gl.minimum((count + BLOCK_M - 1) // BLOCK_M - first, GROUP)
-    n = inside // width
-    m = (first + inside - n * width) * BLOCK_M
-    return expert, n, gl.load(entry + 2) + m, gl.minimum(count - m, BLOCK_M)
 
 
 @gluon.jit
@@ -67,7 +57,7 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, CFG: gl.constexpr):
     GROUP: gl.constexpr = CFG[8]
     done = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, n, place, size = _work_item(work, t, TILES_N, GROUP, BLOCK_M)
+        expert, n, place, size = work_item(work, t, TILES_N, GROUP, BLOCK_M)
         if GATED:
             row = expert * (2 * ROWS) + n * BLOCK_N
             other = row + ROWS
@@ -82,16 +72,6 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, CFG: gl.constexpr):
             load_box(w_desc, [other, k * BLOCK_K], full.index(s), w_s.index(s).slice(BLOCK_N, BLOCK_N, 0))
             load_box(x_desc, [place, k * BLOCK_K], full.index(s), x_s.index(s))
             done += 1
-
-
-@gluon.jit
-def _store_rows(y, y_s, y_ptr, row, inside, first, ROWS: gl.constexpr, STORE: gl.constexpr):
-    """`y: [64, BLOCK_N]` to columns from `first` on of the rows `row: [64]`, through shared memory, 16 bytes a thread."""
-    y_s.store(y.to(y_s.dtype))
-    y = y_s.load(STORE)
-    column = first + gl.arange(0, y.shape[1], gl.SliceLayout(0, STORE))
-    to = y_ptr + gl.expand_dims(row.to(gl.int64) * ROWS, 1) + gl.expand_dims(column, 0)
-    gl.store(to, y, mask=gl.expand_dims(inside, 1) & gl.expand_dims(column < ROWS, 0))
 
 
 @gluon.jit
@@ -114,7 +94,7 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
     m = gl.arange(0, 64, gl.SliceLayout(1, STORE))
     done = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, n, place, size = _work_item(work, t, TILES_N, GROUP, BLOCK_M)
+        expert, n, place, size = work_item(work, t, TILES_N, GROUP, BLOCK_M)
         mine = size - WARPGROUP * 64
         if mine > 0:
             acc = gl.zeros([64, 2 * BLOCK_N], gl.float32, LAYOUT)
@@ -140,14 +120,14 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
             place += WARPGROUP * 64
             if GATED:
                 y = first / (1.0 + gl.exp(-first)) * last
-                _store_rows(y, y_s, y_ptr, place + m, m < mine, n * BLOCK_N, ROWS, STORE)
+                store_rows(y, y_s, y_ptr, place + m, m < mine, n * BLOCK_N, ROWS, STORE)
             else:
                 pair = gl.load(order_ptr + place + m, mask=m < mine, other=0)
                 inside = gl.arange(0, 64, gl.SliceLayout(1, HALF))
                 numbers = gl.load(order_ptr + place + inside, mask=inside < mine, other=0)
                 weight = gl.expand_dims(gl.load(weights_ptr + numbers, mask=inside < mine, other=0.0), 1)
-                _store_rows(first * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N), ROWS, STORE)
-                _store_rows(last * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N) + BLOCK_N, ROWS, STORE)
+                store_rows(first * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N), ROWS, STORE)
+                store_rows(last * weight, y_s, y_ptr, pair, m < mine, n * (2 * BLOCK_N) + BLOCK_N, ROWS, STORE)
         else:
             for k in range(STEPS):
                 s = (done + k) % BUFFERS
@@ -206,18 +186,33 @@ def _product(
     experts, rows, width = weight.shape
     rows = rows // 2 if gated else rows
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    x_box, w_box = [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
+    wide = work.block_m == WIDE_M
+    x_box, w_box = [64 if wide else BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
     x_desc = TensorDescriptor.from_tensor(x, x_box, _layout(tuple(x_box), x.dtype))
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
+    grid = (min(tiles, programs or _processors(x.device)),)
+    given = (x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights)
+    options: dict[str, Any] = {
+        "ROWS": rows, "STEPS": -(-width // BLOCK_K), "GATED": gated, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "ptx_options": ASSEMBLER_OPTIONS,
+    }  # fmt: skip
     with on_device_of(x):
-        hopper_grouped_kernel[(min(tiles, programs or _processors(x.device)),)](
-            x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights,
-            ROWS=rows, STEPS=-(-width // BLOCK_K), GATED=gated, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-            BUFFERS=BUFFERS, GROUP=GROUP, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=168, ptx_options=ASSEMBLER_OPTIONS,
-        )  # fmt: skip
+        if wide:
+            hopper_wide_kernel[grid](
+                *given, x.shape[0], **options, BLOCK_M=WIDE_M, BUFFERS=WIDE_BUFFERS, CONSUMER_REGISTERS=WIDE_REGISTERS,
+                maxnreg=128,
+            )  # fmt: skip
+        else:
+            hopper_grouped_kernel[grid](
+                *given, **options, BLOCK_M=BLOCK_M, BUFFERS=BUFFERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, maxnreg=168
+            )
     return y
+
+
+def pairs_a_tile(pairs: int, experts: int) -> int:
+    """Pairs of a token and an expert that a tile should have."""
+    return WIDE_M if pairs // experts in WIDE_PAIRS else BLOCK_M
 
 
 def why_not_hopper(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> str | None:
@@ -236,7 +231,7 @@ def gate_up_silu(
     """`silu(gate) * up` of every pair, `[T * K, I]`, in sorted order.
 
     Args:
-        rows: `[T * K, H]` and the list, of `sort_rows` with tiles of BLOCK_M pairs.
+        rows: `[T * K, H]` and the list, of `sort_rows` with tiles of `pairs_a_tile`.
         gate_up_proj: `[E, 2 I, H]`, contiguous, bf16 or fp16, as x.
         programs: at most so many; by default one a multiprocessor.
 

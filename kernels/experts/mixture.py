@@ -37,7 +37,8 @@ def mixture(
         from hf_fastattn.kernels.experts import hopper_grouped
         from hf_fastattn.kernels.experts.sorted_rows import sort_rows
 
-        rows, work = sort_rows(x, routing, hopper_grouped.BLOCK_M)
+        block_m = hopper_grouped.pairs_a_tile(routing.chosen.numel(), gate_up_proj.shape[0])
+        rows, work = sort_rows(x, routing, block_m)
         states = hopper_grouped.gate_up_silu(rows, work, routing, gate_up_proj)
         # As large as what the experts give.
         del rows

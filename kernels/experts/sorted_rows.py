@@ -29,11 +29,13 @@ class WorkList(NamedTuple):
         order: `[T * K]` int32, the numbers of the pairs in the order of their experts.
         tiles: `[up to this many, 4]` int32, the list.
         tile_count: `[1]` int32, how many tiles there are.
+        block_m: the most pairs of a tile.
     """
 
     order: Tensor
     tiles: Tensor
     tile_count: Tensor
+    block_m: int
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,11 +90,11 @@ def sort_rows(x: Tensor, routing: Routing, block_m: int) -> tuple[Tensor, WorkLi
 
     rows = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
     # No expert has more than one tile that is not full.
-    work = WorkList(numbers(pairs), numbers(pairs // block_m + min(experts, pairs), 4), numbers(1))
+    work = WorkList(numbers(pairs), numbers(pairs // block_m + min(experts, pairs), 4), numbers(1), block_m)
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
         sort_rows_kernel[(tokens + experts,)](
-            x, routing.chosen, routing.ranks, routing.counts, rows, *work, tokens, x.stride(0),
+            x, routing.chosen, routing.ranks, routing.counts, rows, *work[:3], tokens, x.stride(0),
             H=hidden, E=experts, K=routing.chosen.shape[1], BLOCK_M=block_m, BLOCK_E=power_of_2(experts),
             BLOCK_H=min(power_of_2(hidden), MOST_COLUMNS), BLOCK_T=BLOCK_TILES, OVERLAP=overlap, num_warps=4,
             **({"launch_pdl": True} if overlap else {}),

@@ -93,6 +93,7 @@ ONE_SHORT = ("router_kernel", "one_gate_up_kernel", "one_down_at_once_kernel")
 SEVERAL = ("router_kernel", "several_gate_up_kernel", "several_down_kernel")
 MANY = ("choice_kernel", "sort_pairs_kernel", "grouped_kernel", "combine_kernel")
 HOPPER_MANY = {**HOPPER, "kernels": ("choice_kernel", "sort_rows_kernel", "hopper_grouped_kernel", "combine_kernel")}
+HOPPER_WIDE = {**HOPPER, "kernels": ("choice_kernel", "sort_rows_kernel", "hopper_wide_kernel", "combine_kernel")}
 
 # Rows of q, k and v in Llama-3-8B.
 QKV = (4096, 1024, 1024)
@@ -232,7 +233,9 @@ CASES = {
         lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=64
     ),
     "hopper prefill, block-sparse, D = 256": Case(
-        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)), **LISTED
+        lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)),
+        **LISTED,
+        spilled=64,
     ),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),
@@ -352,6 +355,7 @@ CASES = {
         lambda: experts_of(100, 2040, 1000, 8, 4, FP16, shared=True), MANY, programs=1
     ),
     "experts, 512 tokens, Hopper": Case(lambda: experts_of(512, 2048, 768, 8, 8, hopper=True), **HOPPER_MANY),
+    "experts, 128 tokens, Hopper": Case(lambda: experts_of(128, 2048, 768, 8, 8, hopper=True), **HOPPER_WIDE),
     "experts, 512 tokens, Hopper, shared, I = 1000": Case(
         lambda: experts_of(512, 2040, 1000, 8, 4, FP16, shared=True, hopper=True), **HOPPER_MANY
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from hf_fastattn.kernels.attention.decode import paged_decode, tile_of_decode
 from hf_fastattn.kernels.attention.paged import paged_attention, visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
-from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING, Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.variants import built_in
 from hf_fastattn.kernels.variants.compiled import compile_variant
@@ -37,13 +38,13 @@ def make(kind: str, ratio: int, device: str = "cpu") -> Batch:
     return make_batch(*BATCHES[kind], page=16, groups=28 // ratio // 2, ratio=ratio, dim=16, scattered=True, device=device)
 
 
-def lists_of(batch: Batch, kind: str, variant: Variant, block_n: int = 16) -> Visited:
+def lists_of(batch: Batch, kind: str, variant: Variant, **more: bool) -> Visited:
     compiled, heads = compile_variant(variant, 16, batch.q.device), (batch.q.shape[1], batch.k_pages.shape[2])
     options = {"heads": heads, "most_keys": batch.page_table.shape[1] * 16}
     if kind == "prefill":
         tile = tile_of_prefill(batch.q, batch.k_pages, False)
         options |= {"tokens": batch.q.shape[0], "block_m": tile.block_m, "block_n": tile.block_n}
-        return list_tiles(compiled, batch.cu_seqlens_q, batch.seq_lens, **options)
+        return list_tiles(compiled, batch.cu_seqlens_q, batch.seq_lens, **options, **more)
     most = max(batch.counts)
     tile = tile_of_decode(batch.q, batch.k_pages, len(batch.counts), most, 1, False)
     begins = None if kind == "decode" else batch.cu_seqlens_q
@@ -96,6 +97,29 @@ def test_lists_are_those_of_the_mask(name, kind):
             counts, tiles = visited.counts[item, place].tolist(), visited.tiles[item, place].tolist()
             assert tiles[: counts[0]] == whole.nonzero()[:, 0].tolist()
             assert sorted(tiles[len(tiles) - counts[1] :]) == (some & ~whole).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", VARIANTS)
+def test_marks_say_where_the_mask_hides_nothing(name):
+    variant, batch = VARIANTS[name], make("prefill", 4)
+    shown_by_all = dataclasses.replace(variant, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0)
+    plain, marked = (lists_of(batch, "prefill", variant, marked=marked) for marked in (False, True))
+    size, marks = plain.block_n, 0
+    for item, (row, first, last) in enumerate(items_of(batch, plain)):
+        seen, most = (seen_by(x, batch, row)[:, first // 4 : (last - 1) // 4 + 1] for x in (variant, shown_by_all))
+        for place, (whole, partly) in enumerate(plain.counts[item].tolist()):
+            heads = slice(place * 4, place * 4 + 4) if plain.counts.shape[1] > 1 else slice(0, 1)
+            columns = plain.tiles.shape[2]
+            for column in (*range(whole), *range(columns - partly, columns)):
+                tile, number = plain.tiles[item, place, column].item(), marked.tiles[item, place, column].item()
+                keys = slice(tile * size, (tile + 1) * size)
+                hides = bool((most[heads, :, keys] & ~seen[heads, :, keys]).any())
+                assert number == tile + (0 if hides else MASK_HIDES_NOTHING.value)
+                marks += not hides
+    items = len(items_of(batch, plain))
+    assert torch.equal(plain.counts[:items], marked.counts[:items])
+    assert bool(marks) == (name not in ("dilated window", "nothing"))
 
 
 def attend(batch: Batch, kind: str, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
