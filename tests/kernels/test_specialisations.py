@@ -34,6 +34,9 @@ MOST_OF_LOOP = 40
 # Of mixtures of experts: those of 4 shapes in two dtypes, of one token, of several, and of many.
 EXPERT_KERNELS = {*compile_cases.ONE, *compile_cases.SEVERAL, *compile_cases.MANY}
 MOST_OF_EXPERTS = 220
+# Of linear attention: those of a few shapes in three dtypes, of steps, of prompts, and of prompts that go on.
+LINEAR_KERNELS = {*compile_cases.DELTA, "delta_step_kernel"}
+MOST_OF_LINEAR = 60
 
 # What a loop of generate() changes from one step or call to the next.
 LAUNCHES = {
@@ -94,6 +97,7 @@ def test_the_sweep_needs_few_specialisations():
         (PREFIX_KERNELS, MOST_OF_PREFIXES),
         (LOOP_KERNELS, MOST_OF_LOOP),
         (EXPERT_KERNELS, MOST_OF_EXPERTS),
+        (LINEAR_KERNELS, MOST_OF_LINEAR),
     )
     for kernels, most in limits:
         assert sum(counts[name] for name in kernels) <= most, counts

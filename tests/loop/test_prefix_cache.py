@@ -11,6 +11,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.cache import prefix_groups
+from hf_fastattn.generation import prefix_call
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from tests.generation.calls import assert_same_tokens
 from tests.generation.test_prefix_rows import left_padded, questions
@@ -31,6 +32,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def anything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_groups, "WORTH_BYTES", 1)
+    monkeypatch.setattr(prefix_call, "WORTH_A_TURN", prefix_call.WORTH_ON_CPU)
 
 
 @pytest.fixture

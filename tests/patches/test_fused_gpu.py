@@ -48,7 +48,9 @@ def test_tokens_equal_stock(name: str, rows: int, launched: Counter[str]) -> Non
     batch = {key: value[:rows].to("cuda") for key, value in padded_batch().items()}
     options = {"max_new_tokens": 48, "do_sample": False}
     assert torch.equal(model.generate(**batch, **options), stock.generate(**batch, **options))
-    assert launched["matvec"] >= 47 * 3 * LAYER_COUNT and launched["silu_and_mul"] >= LAYER_COUNT
+    # A prompt of up to 64 tokens takes the same kernel for gate and up as a step.
+    assert launched["matvec"] >= 47 * 3 * LAYER_COUNT
+    assert launched["gate_up_silu"] + launched["silu_and_mul"] >= 48 * LAYER_COUNT
 
 
 @pytest.mark.parametrize("rows", [1, 3])
