@@ -53,28 +53,26 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
         not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2
     ):
         return "positions are given on several axes"
-    ids, (held, given) = _on_the_host(input_ids, None if mask is None else mask != 0, positions)
-    shown = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if held is None else held.bool()
-    if not bool(shown[:, -1].all()):
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else (mask != 0).to(input_ids.device)
+    counted = real.cumsum(1)
+    flags = [real[:, -1].all(), (real[:, 1:] >= real[:, :-1]).all()]
+    if positions is not None:
+        given = positions.to(input_ids.device).expand_as(input_ids)
+        flags.append(((given == counted - 1) | ~real).all())
+    # In one copy, for which a device is waited for.
+    copied = torch.cat((torch.stack(flags), counted[:, -1], input_ids.detach().flatten())).to("cpu", torch.int64)
+    ends, on_the_left, *counts_from_0 = copied[: len(flags)].tolist()
+    rows, columns = input_ids.shape
+    counts, ids = copied[len(flags) : len(flags) + rows], copied[len(flags) + rows :].view(rows, columns)
+    if not ends:
         return "the mask hides the last column"
-    counts = shown.sum(1)
-    on_the_left = bool((shown[:, 1:] >= shown[:, :-1]).all())
-    if given is not None:
-        columns = torch.arange(ids.shape[1], device="cpu")[None] - ids.shape[1] + counts[:, None]
-        expected = columns if on_the_left else shown.long().cumsum(1) - 1
-        if not bool((given == expected)[shown].all()):
-            return "a row's positions do not count its tokens from 0"
+    if counts_from_0 == [0]:
+        return "a row's positions do not count its tokens from 0"
     if on_the_left:
-        return [row[len(row) - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
-    return [row[real] for row, real in zip(ids.numpy(), shown.numpy(), strict=True)], shown
-
-
-def _on_the_host(ids: Tensor, *others: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-    """The tensors as int64 `[B, S]` on the host, in one copy, for which a device is waited for."""
-    given = [ids, *(other for other in others if other is not None)]
-    copied = iter(torch.stack([one.detach().to(ids.device, torch.int64).expand_as(ids) for one in given]).to("cpu"))
-    first = next(copied)
-    return first, [None if other is None else next(copied) for other in others]
+        shown = torch.arange(columns, device="cpu")[None] >= columns - counts[:, None]
+        return [row[columns - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
+    shown = real.to("cpu")
+    return [row[kept] for row, kept in zip(ids.numpy(), shown.numpy(), strict=True)], shown
 
 
 def why_not_model(model: Any, generation_config: Any) -> str | None:

@@ -118,14 +118,21 @@ class SharedPrompt:
         size, ahead = self.cache.groups.page_size, self.cache.ahead_of(self.shown.shape[1])
         followed: dict[tuple[int, bytes], int] = {}
         needed = 0
+        # Of the row before: how many columns are pages that are there, and the numbers of those to come.
+        last, first, path = None, 0, list[int]()
         for row, pages, held in [*now, *((row, [], 0) for row in waiting)]:
-            tokens, before = self.rows[row], pages[held // size - 1] if held >= size else self.root
-            for key in tokens.keys[held // size : len(tokens) // size]:
+            tokens, whole = self.rows[row], held // size
+            # Rows that go on from the same page, or from none, have the same pages to come as long as they are alike.
+            same = max(tokens.common(self.rows[last]) // size - whole, 0) if last is not None and whole == first else 0
+            path, first, last = path[:same], whole, row
+            before = path[-1] if path else (pages[whole - 1] if whole else self.root)
+            for key in tokens.keys[whole + len(path) : len(tokens) // size]:
                 if (before, key) not in followed:
                     # No page's number.
                     followed[before, key] = -(10**9) - len(followed)
                     needed += 1
                 before = followed[before, key]
+                path.append(before)
             needed += -(-(len(tokens) + ahead) // size) - len(tokens) // size
         self.cache.groups.group(None).ensure(needed)
 

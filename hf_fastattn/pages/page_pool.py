@@ -153,6 +153,16 @@ class PagePool:
                 self._held[page] = 0
                 self._in_use -= 1
 
+    def release_often(self, counts: Mapping[int, int]) -> None:
+        """Take `counts[page]` owners from each page; a page without owners is free again."""
+        for page, count in counts.items():
+            if self._owners[page] < count:
+                raise ValueError(f"page {page} has {self._owners[page]} owners; it was released {count} times")
+            self._owners[page] -= count
+            if not self._owners[page]:
+                self._held[page] = 0
+                self._in_use -= 1
+
     def shrink(self, capacity: int) -> None:
         """Forget free pages from the end until `capacity` pages, or the last held page, are reached."""
         keep = max(capacity, self._held.rfind(1) + 1)

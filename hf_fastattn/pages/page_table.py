@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.reach import BEHIND
-from hf_fastattn.pages.shared_runs import shared_runs
+from hf_fastattn.pages.shared_runs import page_counts, shared_runs
 from hf_fastattn.pages.table_mirror import TableMirror
 
 Params = ParamSpec("Params")
@@ -215,8 +213,7 @@ class PageTable:
         other = PageTable(self.pool, self.page_size, self.window)
         rows = [list(self.rows[index]) for index in indices]
         self._slack = 0
-        for pages in rows:
-            self.pool.fork(page for page in pages if page >= 0)
+        self.pool.fork_often(page_counts(rows))
         other._publish(rows, self._origin_of(indices), self._mirror.selected(indices))
         counters.pages_shared += max(other.held - self.held, 0)
         return other
@@ -232,9 +229,7 @@ class PageTable:
         held = [list(pages) for pages in rows]
         mirror = TableMirror()
         mirror.add_rows(len(held))
-        counts = Counter(chain.from_iterable(held))
-        del counts[-1]
-        self.pool.fork_often(counts)
+        self.pool.fork_often(page_counts(held))
         self._publish(held, shared_runs(held), mirror)
 
     @_noted
@@ -265,8 +260,7 @@ class PageTable:
         mirror = TableMirror()
         mirror.add_rows(len(rows))
         self._slack = 0
-        for pages in rows:
-            self.pool.fork(page for page in pages if page >= 0)
+        self.pool.fork_often(page_counts(rows))
         other._publish(rows, list(self._origin), mirror)
 
     def moved(self, pool: PagePool, places: Mapping[int, int]) -> PageTable:
@@ -355,8 +349,7 @@ class PageTable:
         """Release everything; no rows remain."""
         rows = self.rows
         self._publish([], [], TableMirror())
-        for pages in rows:
-            self.pool.release(page for page in pages if page >= 0)
+        self.pool.release_often(page_counts(rows))
 
     # ---- as arrays --------------------------------------------------------------------------------------------
 

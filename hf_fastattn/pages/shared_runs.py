@@ -1,4 +1,4 @@
-"""`shared_runs`: which neighbouring rows of a page table to read together, by the first pages that they have in common."""
+"""What neighbouring rows of a page table have in common: which of them to read together, and how often a page is there."""
 
 from __future__ import annotations
 
@@ -30,6 +30,29 @@ def common_pages(one: Sequence[int], other: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low if not low or one[0] >= 0 else 0
+
+
+def page_counts(rows: Sequence[Sequence[int]]) -> dict[int, int]:
+    """How many entries of the rows each page is; what neighbours begin with is looked at once."""
+    counts: dict[int, int] = {}
+    # Stretches of the row before: the column that each begins at, and the row since which it has stood there.
+    stretches: list[tuple[int, int]] = []
+    before: Sequence[int] = []
+    for number, row in enumerate([*rows, []]):
+        same, past = common_pages(before, row), len(before)
+        while stretches and past > same:
+            column, since = stretches.pop()
+            first = max(column, same)
+            for page in before[first:past]:
+                counts[page] = counts.get(page, 0) + number - since
+            if column < same:
+                stretches.append((column, since))
+            past = first
+        if same < len(row):
+            stretches.append((same, number))
+        before = row
+    counts.pop(-1, None)
+    return counts
 
 
 def _best(edges: Sequence[int], first: int, past: int, level: int) -> tuple[int, list[tuple[int, int, int]]]:
