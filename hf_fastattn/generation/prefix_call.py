@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
-from hf_fastattn.generation.prompt_tokens import tokens_of_rows, why_not_model, why_not_tokens
+from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -101,14 +101,14 @@ def _rows(
         # An assistant may run some of the layers alone.
         reason = "the call drafts for another one"
     reason = reason or why_not_tokens(input_ids, model_kwargs, cache, model.config)
+    size = cache.groups.page_size
+    if reason is None and not keep and not begin_alike(input_ids, model_kwargs.get("attention_mask"), size):
+        return None
     found: Any = reason
     if reason is None:
         found = tokens_of_rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     if not isinstance(found, str):
-        size, worth = cache.groups.page_size, WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
-        if not keep and len({own[:size].tobytes() for own in found[0]}) == len(found[0]):
-            # No two rows begin with the same page: the common case, and quick to see.
-            return None
+        worth = WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
         rows = rows_of_tokens(found[0], size)
         if not keep and tokens_in_common(rows, size) < worth:
             return None
