@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -131,16 +131,31 @@ def kept_prompt(model: Any, cache: Any) -> KeptPrompt | None:
     return kept if kept is not None and kept.cache is cache else None
 
 
-def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> None:
-    """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result."""
+def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran: Iterable[Any]) -> None:
+    """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result.
+
+    Args:
+        ran: processors, criteria, streamer and loop of the call. The weights are looked at if one of them may be a user's.
+    """
     kept = kept_prompt(model, cache)
     if kept is None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    if len(sequences) == len(cache.lengths) and kept.is_of(model):
+    unchanged = kept.is_of if any(map(_may_be_users, ran)) else _has_no_watchers
+    if len(sequences) == len(cache.lengths) and unchanged(model):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
+
+
+def _may_be_users(ran: Any) -> bool:
+    """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
+    own = str(getattr(ran, "__module__", "")).startswith("transformers.")
+    return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
+
+
+def _has_no_watchers(model: Any) -> bool:
+    return why_rows_differ(model) is None
 
 
 def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
