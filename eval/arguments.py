@@ -192,7 +192,7 @@ def add_attention(made: argparse.ArgumentParser) -> None:
     a result is wrong. Without a GPU the reference runs small shapes."""
     made.add_argument("--page-size", type=int, default=16, help="tokens a page")
     made.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
-    made.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill"), help="only these")
+    made.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill", "shared"), help="only these")
     made.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
     made.add_argument(
         "--variants", action="store_true", help="variants of attention instead, against plain and compiled FlexAttention"

@@ -6,7 +6,8 @@
 Each shape: its correctness first (no speed is printed on red), then ours, PyTorch's `scaled_dot_product_attention` on
 contiguous keys and values, and FlashInfer where it is installed, as CUDA-graph replays in interleaved rounds. Keys and
 values rotate through more memory than the second-level cache holds. The limit of a shape is what reading its keys and
-values takes at the measured speed of memory, or its products at that of a matrix product, whichever takes longer.
+values takes at the measured speed of memory, or its products at that of a matrix product, whichever takes longer. Rows
+that share prefixes have a table of their own.
 Without a GPU the reference runs small shapes.
 """
 
@@ -28,6 +29,7 @@ from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.kernel_speed.ceilings import Ceilings, measure_ceilings
 from hf_fastattn.eval.kernel_speed.flashinfer_peer import flashinfer_launches
 from hf_fastattn.eval.kernel_speed.graph_timer import Launch, Timer, interleaved, median_ratio
+from hf_fastattn.eval.kernel_speed.shared_speed import bench_shared, shared_table
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.reporting.report import environment_lines, write
 
@@ -174,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(shape, options.page_size, device, dtype, options.rounds, ceilings))
         print(rows[-1], flush=True)
     on_gpu = device.type == "cuda"
+    with_shared = not options.kind or "shared" in options.kind
+    shared = bench_shared(options.page_size, device, dtype, options.rounds, ceilings) if with_shared else []
     appends = []
     if on_gpu:
         appends = [measure_append(t, norm, device, dtype, options.rounds) for norm in (False, True) for t in TOKENS]
@@ -190,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "seconds": time.perf_counter() - start,
         "rows": rows,
+        "shared": shared,
         "append": appends,
         "layouts": layouts,
     }
@@ -204,12 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"TB/s, matrix product {found['matmul_tflops']:.3g} TFLOP/s. `sdpa`: contiguous keys and values, the same bytes.",
         table(rows),
     ]
+    if shared:
+        lines += ["", "### decode of rows that share prefixes", "", shared_table(shared)]
     if appends:
         lines += ["", "### [qk-norm] + RoPE + append, one launch", "", append_table(appends)]
     if layouts:
         lines += ["", "### Order of a page in memory, and tokens it holds", "", layout_table(layouts)]
     write(options.output, "attention", "\n".join(lines), record, lambda plt: draw_attention(plt, record))
-    return 0 if all(row["agrees"] for row in rows) else 1
+    return 0 if all(row["agrees"] for row in [*rows, *shared]) else 1
 
 
 if __name__ == "__main__":

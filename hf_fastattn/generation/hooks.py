@@ -203,8 +203,10 @@ class FastGenerationMixin(PlainCopies):
             result = device_sample(self, *given, streamer, model_kwargs)
             if result is not None:
                 return result
-        result = super()._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)  # type: ignore[misc]
-        keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result)
+        loop = super()._sample  # type: ignore[misc]
+        result = loop(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        ran = (*logits_processor, *stopping_criteria, *(() if streamer is None else (streamer,)), loop)
+        keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result, ran)
         return result
 
     def _beam_search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
-from hf_fastattn.generation.prompt_tokens import tokens_of_rows, why_not_model, why_not_tokens
+from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -101,14 +101,14 @@ def _rows(
         # An assistant may run some of the layers alone.
         reason = "the call drafts for another one"
     reason = reason or why_not_tokens(input_ids, model_kwargs, cache, model.config)
+    size = cache.groups.page_size
+    if reason is None and not keep and not begin_alike(input_ids, model_kwargs.get("attention_mask"), size):
+        return None
     found: Any = reason
     if reason is None:
         found = tokens_of_rows(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
     if not isinstance(found, str):
-        size, worth = cache.groups.page_size, WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
-        if not keep and len({own[:size].tobytes() for own in found[0]}) == len(found[0]):
-            # No two rows begin with the same page: the common case, and quick to see.
-            return None
+        worth = WORTH_ON_CPU if input_ids.device.type == "cpu" else WORTH_A_TURN
         rows = rows_of_tokens(found[0], size)
         if not keep and tokens_in_common(rows, size) < worth:
             return None
@@ -131,16 +131,31 @@ def kept_prompt(model: Any, cache: Any) -> KeptPrompt | None:
     return kept if kept is not None and kept.cache is cache else None
 
 
-def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any) -> None:
-    """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result."""
+def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran: Iterable[Any]) -> None:
+    """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result.
+
+    Args:
+        ran: processors, criteria, streamer and loop of the call. The weights are looked at if one of them may be a user's.
+    """
     kept = kept_prompt(model, cache)
     if kept is None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    if len(sequences) == len(cache.lengths) and kept.is_of(model):
+    unchanged = kept.is_of if any(map(_may_be_users, ran)) else _has_no_watchers
+    if len(sequences) == len(cache.lengths) and unchanged(model):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
+
+
+def _may_be_users(ran: Any) -> bool:
+    """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
+    own = str(getattr(ran, "__module__", "")).startswith("transformers.")
+    return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
+
+
+def _has_no_watchers(model: Any) -> bool:
+    return why_rows_differ(model) is None
 
 
 def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:

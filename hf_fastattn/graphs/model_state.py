@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
 from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
+from hf_fastattn.kernels.layer.weight_sum_host import host_sum
 
 # Attributes that every module has, which the fingerprint looks at, and ours.
 OWN = frozenset(vars(nn.Module())) | {"_fastattn"}
@@ -84,8 +85,10 @@ class ModelState:
             self._places = places
         with torch.inference_mode(False), torch.no_grad():
             sums = [_launched(table) for table in self._tables]
-            sums += weight_sum_reference.weight_sum(tensor for tensor in weights if not (self._triton and _is_whole(tensor)))
-            return tuple(value for one in sums for value in one.flatten().tolist())
+            others = [tensor for tensor in weights if not (self._triton and _is_whole(tensor))]
+            sums += weight_sum_reference.weight_sum(tensor for tensor in others if tensor.device.type != "cpu")
+            on_host = host_sum([tensor for tensor in others if tensor.device.type == "cpu"])
+            return *on_host, *(value for one in sums for value in one.flatten().tolist())
 
 
 def _table(tensors: list[Tensor]) -> Tensor:
@@ -164,4 +167,6 @@ def _frozen(value: Any) -> Any:
 
 
 def _sum_of(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(int(one) for one in weight_sum_reference.weight_sum((tensor,))) if tensor.device.type != "meta" else ()
+    if tensor.device.type in ("cpu", "meta"):
+        return tuple(host_sum((tensor,))) if tensor.device.type == "cpu" else ()
+    return tuple(int(one) for one in weight_sum_reference.weight_sum((tensor,)))

@@ -14,6 +14,7 @@ from transformers.activations import GELUActivation
 
 import hf_fastattn
 from hf_fastattn.generation import prefix_call
+from hf_fastattn.graphs.model_state import ModelState
 from tests.generation.calls import run
 from tests.patches.snapshots import lora
 from tests.tools.models import assert_fast, single, tiny
@@ -288,11 +289,30 @@ def negate(model: Any) -> None:
     model.get_submodule("model.layers.0.mlp.down_proj").weight.data.neg_()
 
 
-@pytest.mark.parametrize("name", ["streamer", "logits_processor"])
+class MeddlingCriterion(Meddler):
+    """The same as a stopping criterion."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> torch.Tensor:
+        self.put(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_weights_are_looked_at_once_where_no_code_of_users_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = hf_fastattn.patch(tiny("llama"), prefix_cache=True), []
+    of = ModelState.of
+    monkeypatch.setattr(ModelState, "of", lambda self, *args: looked.append(1) or of(self, *args))
+    run(model, PROMPT, 5, repetition_penalty=1.1, eos_token_id=127)
+    assert len(looked) == 1
+    run(model, PROMPT, 5, prefix_allowed_tokens_fn=lambda row, ids: list(range(100)))
+    assert len(looked) == 3
+
+
+@pytest.mark.parametrize("name", ["streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"])
 def test_tokens_of_a_model_that_changed_under_way_do_not_stay(name: str) -> None:
     stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
-    meddler = Meddler(model)
-    tokens = run(model, PROMPT, 30, **{name: meddler if name == "streamer" else [meddler]})
+    meddler = MeddlingCriterion(model) if name == "stopping_criteria" else Meddler(model)
+    given: Any = {"streamer": meddler, "prefix_allowed_tokens_fn": lambda row, ids: meddler.put(ids) or list(range(128))}
+    tokens = run(model, PROMPT, 30, **{name: given.get(name, [meddler])})
     negate(model)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     assert torch.equal(run(model, inputs, 12), run(stock, inputs, 12))

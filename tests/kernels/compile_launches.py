@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_fastattn.eval.kernel_speed.page_by_page import page_by_page
 from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
@@ -91,6 +92,11 @@ def shared_prefix(
         q, *pages(8, dim, page, dtype), page_table, lengths, begins, prefixes,
         max_group_rows=most, scale=1.0, workspace=workspace, **options,
     )  # fmt: skip
+
+
+def paged_peer(ratio: int, dim: int, *, page: int = 16, rows: int = 8) -> object:
+    q, batch = torch.zeros(rows, 8 * ratio, dim, dtype=BF16), table(rows, 16)
+    return page_by_page(q, *pages(8, dim, page, BF16), *batch, scale=1.0)
 
 
 def prefill(

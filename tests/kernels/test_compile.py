@@ -17,7 +17,8 @@ from hf_fastattn.kernels.variants import device_functions
 from tests.kernels.compile_cases import CASES, SPILLED_BYTES, Case, compile_case
 from tests.tools.resources import Resources
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("kernels", "eval/kernel_speed")
 WORKERS = 2
 WANTED = os.environ.get("FASTATTN_TARGETS", "")
 
@@ -73,9 +74,9 @@ def test_compiles(compiled: Callable[[str, str], list[Resources]], name: str, ta
 
 def jit_functions() -> dict[str, JITFunction]:
     found = {}
-    for path in KERNELS.rglob("*.py"):
-        name = ".".join(path.relative_to(KERNELS).with_suffix("").parts)
-        module = importlib.import_module(f"hf_fastattn.kernels.{name}")
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module = importlib.import_module(f"hf_fastattn.{name}")
         found.update({name: value for name, value in vars(module).items() if isinstance(value, JITFunction)})
     return found
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.graphs.model_state import ModelState
-from hf_fastattn.kernels.layer import weight_sum_reference
+from hf_fastattn.kernels.layer import weight_sum_host, weight_sum_reference
+from hf_fastattn.kernels.layer.weight_sum_host import host_sum
 
 Sum = Callable[[list[Tensor]], list[int]]
 
@@ -29,7 +30,11 @@ TRITON = pytest.param((in_triton, "cpu"), marks=pytest.mark.interpreter, id="int
 GPU = pytest.param((in_triton, "cuda"), marks=pytest.mark.gpu, id="cuda")
 
 
-@pytest.fixture(params=[pytest.param((reference, "cpu"), id="reference"), TRITON, GPU])
+REFERENCE = pytest.param((reference, "cpu"), id="reference")
+HOST = pytest.param((host_sum, "cpu"), id="host")
+
+
+@pytest.fixture(params=[REFERENCE, HOST, TRITON, GPU])
 def kind(request: pytest.FixtureRequest) -> tuple[Sum, str]:
     return request.param
 
@@ -64,17 +69,44 @@ def test_a_change_is_seen(kind: tuple[Sum, str], name: str) -> None:
     assert summed(held) != before
 
 
-def test_odd_places_and_sizes() -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_within_a_chunk_and_between_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of these tests fill many chunks of few lanes."""
+    monkeypatch.setattr(weight_sum_host, "LANES", 127)
+    monkeypatch.setattr(weight_sum_host, "PIECE", 2 * weight_sum_host.ROWS * 127)
+    test_a_change_is_seen((host_sum, "cpu"), name)
+
+
+@pytest.mark.parametrize("rows", [2, 63, 126, 300])
+def test_the_highest_bits_do_not_cancel(rows: int) -> None:
+    """Of every word, and of every other one."""
+    for step in (1, 2):
+        words = torch.randint(-(2**62), 2**62, (rows * weight_sum_host.LANES,))
+        before = host_sum([words])
+        words[::step].bitwise_xor_(torch.tensor(-(2**63)))
+        assert host_sum([words]) != before
+
+
+def test_threads_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [torch.randn(300, 1000), torch.randn(70_000)]
+    before = host_sum(held)
+    monkeypatch.setattr(weight_sum_host, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert host_sum(held) == before
+
+
+@pytest.mark.parametrize("summed", [reference, host_sum])
+def test_odd_places_and_sizes(summed: Sum) -> None:
     """Tensors that are no whole words, begin in the middle of one, or are views."""
     base = torch.randn(101, generator=torch.Generator().manual_seed(1)).bfloat16()
     held = [base[1:8], base[9:10], base[11:91].view(8, 10).T, torch.tensor([True, False, True])]
-    before = reference(held)
+    before = summed(held)
     base[5] += 1
-    after = reference(held)
+    after = summed(held)
     held[3][1] = True
-    assert len({tuple(before), tuple(after), tuple(reference(held))}) == 3
+    assert len({tuple(before), tuple(after), tuple(summed(held))}) == 3
     base[0] += 1
-    assert reference(held) == reference(held)
+    assert summed(held) == summed(held)
 
 
 def test_a_state_without_weights_looks_at_modules_alone() -> None:
