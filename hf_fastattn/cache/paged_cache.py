@@ -272,6 +272,7 @@ class PagedCache(ForwardCache):
         return (self.groups.turn.take(PATIENCE), self._copied(memo, self.groups.turn.is_mine()))[1]
 
     def _copied(self, memo: dict[int, Any], share: bool) -> PagedCache:
+        self.own_states()
         groups, tables = (self.groups, {}) if share else own_pages(self.groups, self.tables)
         if share:
             groups.settle()

@@ -60,3 +60,14 @@ class RecurrentLayer(LinearAttentionLayer):
     def restore(self, held: dict[str, Any]) -> None:
         """Put the layer back to what it was at its `snapshot`."""
         self.__dict__.update(held)
+
+
+def own_states(fields: dict[str, Any]) -> None:
+    """In the attributes of a layer, or a snapshot of them, states that are parts of larger tensors become copies."""
+    for held in (fields["conv_states"], fields["recurrent_states"]):
+        for place, state in list(held.items()):
+            if state is not None and state.untyped_storage().nbytes() > state.nbytes:
+                copy = state.clone()
+                # Another thread may have put a later one there meanwhile.
+                if held[place] is state:
+                    held[place] = copy
