@@ -64,6 +64,7 @@ class CacheState(Cache):
         room: columns that the rows are expected to have in the end; see `tokens_ahead`.
         first: columns that pages are made for at once.
         record_past: nothing is released behind a window until the next `crop()`.
+        is_for_drafts: an assistant's; where states cannot be taken back, its next draft is worse, and nothing else.
         dense: Transformers' layers, if they and not pages hold the keys and values.
         lent: a user's layers, which get their keys back after a call.
         hidden: by layer, tokens that a mask hides and pages leave out.
@@ -78,6 +79,7 @@ class CacheState(Cache):
     room: int
     first: int
     record_past: bool
+    is_for_drafts: bool
     dense: DenseLayers | None
     lent: DenseLayers | None
     hidden: dict[int, Hidden]
@@ -216,6 +218,11 @@ class CacheState(Cache):
     def has_states(self) -> bool:
         """Whether all linear-attention layers hold the states of their rows."""
         return all(layer.states is not None for layer in self.recurrent_layers.values())
+
+    @property
+    def records_states(self) -> bool:
+        """Whether linear-attention layers are to keep the states before their last tokens."""
+        return any(layer.record_past for layer in self.recurrent_layers.values())
 
     def own_states(self) -> None:
         """No state of a layer lies where recorded forwards may write."""

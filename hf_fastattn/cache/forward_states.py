@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_fastattn.cache.recurrent_layer import RecurrentLayer
+from hf_fastattn.cache.recurrent_layer import Pair, RecurrentLayer
 from hf_fastattn.cache.row_states import state_shapes, states_of
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 
 if TYPE_CHECKING:
     from hf_fastattn.cache.forward_cache import ForwardCache
-
-Pair = tuple[Tensor, Tensor]
 
 
 class ForwardStates:

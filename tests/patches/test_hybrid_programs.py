@@ -28,6 +28,10 @@ from tests.tools.reexecuted import reexecuted_loop
 
 PROGRAMS = int(os.environ.get("FASTATTN_HYBRID_PROGRAMS", "24"))
 MOVES = 10
+NAMES = (
+    "begin", "release", "tokens", "step", "step", "step", "select", "fork", "copy", "record", "crop", "crop", "generate",
+    "loop", "stop",
+)  # fmt: skip
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -95,21 +99,7 @@ class Program:
         self.begin()
         for _ in range(MOVES):
             spoil_free_places(self.model, self.open)
-            names = [
-                "tokens",
-                "step",
-                "step",
-                "step",
-                "select",
-                "fork",
-                "copy",
-                "begin",
-                "release",
-                "generate",
-                "loop",
-                "stop",
-            ]
-            move = self.chance.choice(names)
+            move = self.chance.choice(NAMES)
             if move == "begin" or not self.open:
                 self.begin()
                 continue
@@ -141,6 +131,8 @@ class Program:
         lengths = [self.chance.randrange(1, 20) for _ in range(self.chance.randrange(1, 4))]
         rows = Rows(PagedCache(self.model.config), [[] for _ in lengths])
         rows.said = [[self.chance.randrange(1, VOCAB) for _ in range(length - 1)] for length in lengths]
+        if self.chance.random() < 0.2:
+            rows.cache.activate_past_recording()
         rows.pads = [max(lengths) - length for length in lengths]
         self.open.append(rows)
         self.forward(rows, 1) if max(lengths) == 1 else self.prompt(rows)
@@ -188,7 +180,20 @@ class Program:
         """Generated in Transformers' own loop."""
         self.generate(rows, logits_processor=LogitsProcessorList([lambda ids, scores: scores.roll(1, 1)]))
         call = self.model._fastattn.runtime.counters
-        assert call.not_looped and call.graphs_replayed and not call.uncaptured
+        assert call.not_looped and (call.uncaptured if rows.cache.records_states else call.graphs_replayed)
+
+    def record(self, rows: Rows) -> None:
+        rows.cache.activate_past_recording()
+
+    def crop(self, rows: Rows) -> None:
+        """Back to the state before one of the last tokens, if it is there."""
+        reach, least = min(layer.reach for layer in rows.cache.recurrent_layers.values()), min(map(len, rows.said))
+        if reach < least - 1:
+            with pytest.raises(RuntimeError, match=f"reach back by {reach}"):
+                rows.cache.crop(-reach - 1)
+        back = self.chance.randrange(min(reach, least - 1) + 1)
+        rows.cache.crop(-back)
+        rows.said = [row[: len(row) - back] for row in rows.said]
 
     def stop(self, rows: Rows) -> None:
         """A step that fails, at the latest when its token is noted, leaves the cache as it was."""
