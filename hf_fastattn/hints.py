@@ -64,7 +64,6 @@ HINTS = (
     (" rows, there are ", "as many entries as rows"),
     ("depend on the length", LAYERED),
     ("mixture of experts", LAYERED),
-    ("a linear attention keeps a state", "let generate() run the device's loop: not_looped says what keeps it from that"),
     ("a parameter is a", "plain weights in 16 bits; quantised ones run layer by layer"),
     ("the model is on ", ONE_DEVICE),
     ("weights are offloaded", ONE_DEVICE),

@@ -22,7 +22,7 @@ from hf_fastattn.graphs.model_state import ModelState
 from hf_fastattn.hints import with_hint
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
-from hf_fastattn.pages.model_layout import is_recurrent, keys_dtype, template_layers
+from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.spans import Spans
 from hf_fastattn.pages.turn import Turn
@@ -75,13 +75,10 @@ class Runtime:
         # Calls that run as if the model were not patched.
         self._aside = Spans()
         self.groups = PageGroups(model_config, config, dtype, self.turn)
-        recurrent = any(map(is_recurrent, template_layers(model_config)))
-        reason = "a linear attention keeps a state" if recurrent else None
         stocks_draws = config.sampling == "transformers"
         recording = (stocks_draws, why_not_experts, self.variants)
-        # The states of a cache's rows have no place of their own but in the device's loop.
-        self.graphs = ForwardGraphs(config.cuda_graphs, reason, *recording)
-        self.loop_graphs = LoopGraphs(config.cuda_graphs, None, *recording)
+        self.graphs = ForwardGraphs(config.cuda_graphs, *recording)
+        self.loop_graphs = LoopGraphs(config.cuda_graphs, *recording)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None

@@ -13,11 +13,12 @@ from transformers.cache_utils import Cache
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.dense_layers import DenseLayers
 from hf_fastattn.cache.dense_tokens import dense_slots, dense_tokens
+from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.hidden_columns import Hidden
 from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_layer import PagedLayer
-from hf_fastattn.cache.recurrent_layer import RecurrentLayer
+from hf_fastattn.cache.recurrent_layer import RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
@@ -63,6 +64,7 @@ class CacheState(Cache):
         room: columns that the rows are expected to have in the end; see `tokens_ahead`.
         first: columns that pages are made for at once.
         record_past: nothing is released behind a window until the next `crop()`.
+        is_for_drafts: an assistant's; where states cannot be taken back, its next draft is worse, and nothing else.
         dense: Transformers' layers, if they and not pages hold the keys and values.
         lent: a user's layers, which get their keys back after a call.
         hidden: by layer, tokens that a mask hides and pages leave out.
@@ -77,6 +79,7 @@ class CacheState(Cache):
     room: int
     first: int
     record_past: bool
+    is_for_drafts: bool
     dense: DenseLayers | None
     lent: DenseLayers | None
     hidden: dict[int, Hidden]
@@ -103,7 +106,7 @@ class CacheState(Cache):
     # What layers read and write instead of the forward under way.
     _using: Batch | None
     # Where those steps have the states of linear-attention layers, if not in the layers.
-    _row_states: RowStates | None
+    _row_states: RowStates | ForwardStates | None
     # The rows have got pages ahead since the prompt, or since there are more of them.
     _reserved_ahead: bool
     # Memory was short: no page is made before it is needed.
@@ -131,6 +134,7 @@ class CacheState(Cache):
             return None
         groups, tables = own_pages(self.groups, self.tables)
         self._live_in(groups, tables)
+        self.own_states()
         return self.groups.turn.take(PATIENCE)
 
     def _live_in(self, groups: PageGroups, tables: dict[int | None, PageTable]) -> None:
@@ -209,6 +213,23 @@ class CacheState(Cache):
     def recurrent_layers(self) -> dict[int, RecurrentLayer]:
         """The layers with the state of a linear attention, by index."""
         return {place: self.layers[place] for place in self._recurrent_places}
+
+    @property
+    def has_states(self) -> bool:
+        """Whether all linear-attention layers hold the states of their rows."""
+        return all(layer.states is not None for layer in self.recurrent_layers.values())
+
+    @property
+    def records_states(self) -> bool:
+        """Whether linear-attention layers are to keep the states before their last tokens."""
+        return any(layer.record_past for layer in self.recurrent_layers.values())
+
+    def own_states(self) -> None:
+        """No state of a layer lies where recorded forwards may write."""
+        for layer in self.recurrent_layers.values():
+            own_states(vars(layer))
+        for _, held in self._snapshots:
+            own_states(held)
 
     @property
     def batch_size(self) -> int:

@@ -160,11 +160,20 @@ class DenseCache(CacheState):
             made.layers[index] = self.copy_of(index, template)
         return made
 
+    def copied_layer(self, layer: Any, memo: dict[int, Any]) -> Any:
+        """A copy of a layer without keys, as it was before a forward that has not been committed."""
+        self.own_states()
+        copied = copy.deepcopy(layer, memo)
+        for other, held in self._snapshots:
+            if other is layer:
+                copied.restore(copy.deepcopy(held, memo))
+        return copied
+
     def copy_of(self, index: int, template: Any = None) -> Any:
         """A layer of Transformers with copies of what layer `index` holds; `template` is an empty one."""
         layer, made = self.layers[index], template or template_layers(self._config)[index]
         if not isinstance(layer, PagedLayer):
-            vars(made).update(copy.deepcopy(vars(layer)))
+            vars(made).update(vars(self.copied_layer(layer, {})))
         elif self.dense is not None:
             return copy.deepcopy(self.dense[index])
         else:

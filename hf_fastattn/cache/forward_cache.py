@@ -13,8 +13,10 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.cache_state import in_turn
 from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.forward_batch import forward_batch
+from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.cache.recurrent_layer import Pair, RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 from hf_fastattn.pages.page_pool import CacheFullError
@@ -108,7 +110,7 @@ class ForwardCache(DenseCache):
                 group.grow_storage()
 
     @contextmanager
-    def using(self, batch: Batch, states: RowStates | None = None) -> Iterator[None]:
+    def using(self, batch: Batch, states: RowStates | ForwardStates | None = None) -> Iterator[None]:
         """Layers read and write by `batch`: instead of that of the forward under way, or with none under way.
 
         `states` are those of linear-attention layers, for steps that do not keep them in the layers.
@@ -135,6 +137,27 @@ class ForwardCache(DenseCache):
     def keep_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None:
         """The forward under way leaves a layer with these; a rollback brings back those before."""
         self.layers[index].keep(conv, recurrent)
+
+    def past_states(self, index: int) -> list[Pair] | None:
+        """States of a layer before each of its last tokens, and those that it has, if they are to be recorded; else None."""
+        layer: RecurrentLayer = self.layers[index]
+        if not layer.record_past:
+            return None
+        # Nobody writes over a past.
+        own_states(vars(layer))
+        # Columns are counted back: past those that hold no token, a token is not a column.
+        past = layer.past if self._new_stored is None else ()
+        return list(past or ([] if layer.states is None else [layer.states]))
+
+    def keep_past(self, index: int, past: list[Pair]) -> None:
+        """The forward under way leaves a layer with the last of these states, and has recorded the others."""
+        self.layers[index].keep(*past[-1], tuple(past))
+
+    def move_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None:
+        """The states of a layer, the same ones, lie here from now on; a rollback leaves them there."""
+        moved: RecurrentLayer = self.layers[index]
+        moved.keep(conv, recurrent)
+        self._snapshots = [(layer, layer.snapshot(False) if layer is moved else held) for layer, held in self._snapshots]
 
     @in_turn
     def commit(self, release: bool = True, **more: Any) -> None:

@@ -38,6 +38,7 @@ class LentCache:
         if self.paged.lent is None:
             return
         self.paged.hold_dense()
+        self.paged.own_states()
         dense: Any = self.paged.dense
         for index, layer in enumerate(self._layers):
             held = dense[index] if isinstance(self.paged.layers[index], PagedLayer) else self.paged.layers[index]

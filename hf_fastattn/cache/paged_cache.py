@@ -61,7 +61,7 @@ class PagedCache(ForwardCache):
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())
         self.counters = counters or CallCounters()
         self.room, self.first = room, 0
-        self.record_past = False
+        self.record_past = self.is_for_drafts = False
         # A user's own layers, which get their K/V back after a call, including tokens that pages leave out (`hidden`).
         self.lent = None
         layers = [self._own_layer(index, layer) for index, layer in enumerate(templates)]
@@ -170,17 +170,22 @@ class PagedCache(ForwardCache):
         self._settle()
         removed = int(tokens_to_remove)
         changes: dict[str, Any] = {"_snapshots": []}
+        reach = min((layer.reach for layer in self.recurrent_layers.values()), default=0)
         if self.dense is not None:
+            self._check_reach(-removed, reach)
             self.dense.crop(removed)
         else:
             removed = -(max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns))
             changes["_past_from"] = self._columns + removed
             if removed:
                 changes.update(self._cropped(self._columns + removed), _loose=True)
+                self._check_reach(-removed, reach)
                 self._check_croppable(changes["lengths"])
         self._snapshots = [(layer, layer.snapshot()) for layer in self.recurrent_layers.values()]
         for layer in self.layers:
-            if not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
+            if isinstance(layer, RecurrentLayer):
+                layer.crop(max(removed, -reach))
+            elif not isinstance(layer, PagedLayer) and getattr(layer, "record_past", True):
                 layer.crop(removed)
         self.__dict__.update(changes)
         if self._loose:
@@ -198,12 +203,14 @@ class PagedCache(ForwardCache):
         lengths = [length - count for length, count in zip(self.lengths, gone, strict=True)]
         return {"lengths": lengths, "_columns": keep, "_stored": stored[:, :keep], "hidden": hidden}
 
-    def _check_croppable(self, lengths: list[int]) -> None:
-        if self._recurrent_places and not self.record_past:
+    def _check_reach(self, removed: int, reach: int) -> None:
+        if self._recurrent_places and removed > reach and not self.is_for_drafts:
             raise RuntimeError(
-                "crop() was called on a cache with linear-attention layers, whose states hold no past; prefill again, "
-                "or call activate_past_recording() on the cache first"
+                f"crop() was called to remove {removed} tokens from a cache with linear-attention layers, whose states "
+                f"reach back by {reach}; prefill again, or call activate_past_recording() on the cache before the forward"
             )
+
+    def _check_croppable(self, lengths: list[int]) -> None:
         for window, table in self.tables.items():
             released = not self.record_past and window is not None and self._columns >= window
             if released or table.misses_pages(lengths):
@@ -283,12 +290,12 @@ class PagedCache(ForwardCache):
         else:
             other.tables.update(tables)
         layers = [
-            copy.deepcopy(layer, memo) if not isinstance(layer, PagedLayer) else other.layers[index]
+            other.layers[index] if isinstance(layer, PagedLayer) else self.copied_layer(layer, memo)
             for index, layer in enumerate(self.layers)
         ]
         other.__dict__.update(
             lengths=list(self.lengths), _columns=self._columns, _stored=self._stored, record_past=self.record_past,
-            _past_from=self._past_from, dense=copy.deepcopy(self.dense, memo), _known_stored=self._known_stored,
-            hidden=dict(self.hidden), layers=layers, _loose=True,
+            is_for_drafts=self.is_for_drafts, _past_from=self._past_from, dense=copy.deepcopy(self.dense, memo),
+            _known_stored=self._known_stored, hidden=dict(self.hidden), layers=layers, _loose=True,
         )  # fmt: skip
         return other

@@ -25,13 +25,13 @@ class RowStates:
     """
 
     def __init__(self, layers: Mapping[int, RecurrentLayer], slots: int) -> None:
-        self._shapes, self.count, self.moves = _shapes(layers), slots, False
+        self._shapes, self.count, self.moves = state_shapes(layers), slots, False
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
             for index, layer in layers.items():
                 conv, recurrent = (
-                    torch.zeros(slots, *held.shape[1:], dtype=held.dtype, device=held.device) for held in _states(layer)
+                    torch.zeros(slots, *held.shape[1:], dtype=held.dtype, device=held.device) for held in states_of(layer)
                 )
                 self._layers[index] = conv, recurrent
             self._numbers = torch.arange(slots, dtype=torch.int32, device=conv.device)
@@ -41,7 +41,7 @@ class RowStates:
 
     def fits(self, layers: Mapping[int, RecurrentLayer], slots: int) -> bool:
         """Whether states of these layers have room."""
-        return slots <= self.count and self._shapes == _shapes(layers)
+        return slots <= self.count and self._shapes == state_shapes(layers)
 
     def load(self, layers: Mapping[int, RecurrentLayer], lengths: Sequence[int], moves: bool) -> None:
         """Take the states of all rows over; the layers are left empty.
@@ -55,7 +55,7 @@ class RowStates:
             table.fill_(-1)
             table[:rows] = self._numbers[:rows]
         for index, layer in layers.items():
-            conv, recurrent = _states(layer)
+            conv, recurrent = states_of(layer)
             held = self._layers[index]
             held[0][:rows] = conv if moves else conv.gather(2, self._turned(lengths, conv, -1))
             held[1][:rows] = recurrent
@@ -119,12 +119,14 @@ class RowStates:
         return restore
 
 
-def _states(layer: RecurrentLayer) -> tuple[Tensor, Tensor]:
+def states_of(layer: RecurrentLayer) -> tuple[Tensor, Tensor]:
+    """The states of a layer that has some."""
     assert layer.states is not None
     return layer.states
 
 
-def _shapes(layers: Mapping[int, RecurrentLayer]) -> list[tuple[object, ...]]:
+def state_shapes(layers: Mapping[int, RecurrentLayer]) -> list[tuple[object, ...]]:
+    """Of each layer, by index, what the states of a row have in common with those of other rows."""
     return [
-        (index, *((held.shape[1:], held.dtype, held.device) for held in _states(layer))) for index, layer in layers.items()
+        (index, *((held.shape[1:], held.dtype, held.device) for held in states_of(layer))) for index, layer in layers.items()
     ]

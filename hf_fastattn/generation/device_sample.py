@@ -18,7 +18,7 @@ from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
-from hf_fastattn.patches.decoder.forward import why_not_paged
+from hf_fastattn.patches.decoder.forward import RECORDS, why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import drops_cache
@@ -112,6 +112,8 @@ def start(
     if reason is None and cache.recurrent_layers:
         # Transformers' own layers would look for their states in the cache.
         reason = why_not_walked(model._fastattn.decoder(model), {"input_ids": input_ids})
+        if cache.records_states:
+            reason = RECORDS
     rows = runtime.loop_graphs.adapter_names if request.max_new > 1 else None
     if rows is not None and reason is None:
         reason = _why_not_by_row(model, rows, input_ids.shape[0])

@@ -14,6 +14,7 @@ from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
+from hf_fastattn.generation.drafts import check_drafts, is_stateful
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
@@ -37,6 +38,11 @@ class FastGenerationMixin(PlainCopies):
     """Goes in front of a model's class; see `model_class.fast_class`."""
 
     _fastattn: Any
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether Transformers is to refuse drafts; else `_prepare_cache_for_generation` sees to it that states go back."""
+        return is_stateful(self) and self._fastattn.runtime.current is None
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -66,11 +72,14 @@ class FastGenerationMixin(PlainCopies):
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)
+            check_drafts(self, generation_mode, generation_config, cache)
             return done
         paged = runtime.new_cache(self, room, first, supplied)
         if generation_config.is_assistant and supplied is None:
+            paged.is_for_drafts = True
             paged.activate_past_recording()
         model_kwargs[CACHE] = paged
+        check_drafts(self, generation_mode, generation_config, paged)
         return done
 
     def _expand_inputs_for_generation(

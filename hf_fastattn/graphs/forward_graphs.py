@@ -14,9 +14,11 @@ from torch import Tensor
 
 from hf_fastattn.autocast import autocast_as, region_dtype
 from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
+from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.layer_variants import LayerVariants
@@ -43,6 +45,7 @@ class Entry:
     Attributes:
         groups: whose pages it reads, at `storage_version`.
         outputs: the class of the decoder's output.
+        states: of linear-attention layers, if the model has any.
     """
 
     inputs: StaticInputs
@@ -51,6 +54,7 @@ class Entry:
     groups: weakref.ref[PageGroups]
     storage_version: int = -1
     outputs: Any = None
+    states: ForwardStates | None = None
 
     def fits(self, cache: PagedCache, columns: int) -> bool:
         """Whether the graph fits this cache: the same page groups, page tensors not moved, a page table wide enough."""
@@ -65,7 +69,7 @@ class Entry:
             device = self.inputs.shape.device
             region = autocast_as(device, region_dtype(device))
             try:
-                with cache.using(self.batch), torch.inference_mode(False), torch.no_grad(), region:
+                with cache.using(self.batch, self.states), torch.inference_mode(False), torch.no_grad(), region:
                     arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
                     outputs = forward(decoder, cache, **arguments)
             finally:
@@ -93,18 +97,17 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     they may change weights in place.
 
     Args:
-        enabled: see `GraphStore`; `known_reason` and `stocks_draws` likewise.
+        enabled: see `GraphStore`; `stocks_draws` likewise.
     """
 
     def __init__(
         self,
         enabled: bool,
-        known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
         variants: LayerVariants | None = None,
     ) -> None:
-        super().__init__(enabled, known_reason, stocks_draws, why_not_experts, variants)
+        super().__init__(enabled, stocks_draws, why_not_experts, variants)
         self._seen: OrderedDict[Key, None] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
@@ -112,6 +115,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._call: Callable[[], Any] | None = None
         self._failures = 0
         self._resting = False
+        self._states: ForwardStates | None = None
         # Prompts are not recorded, and do not read static inputs: memory goes back after each call.
         self.prompts_rest = False
 
@@ -122,6 +126,17 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             call: gives None once it has ended, however it did.
         """
         self.__dict__.update(_checked=None, _call=call, _resting=False)
+
+    def drop(self) -> None:
+        """Forget all graphs, and the places of states; caches keep those that they hold."""
+        super().drop()
+        self._states = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all graphs compute in, and of states."""
+        states = self._states
+        return super().nbytes + (0 if states is None else held_bytes(states, states.device))
 
     @property
     def _in_call(self) -> bool:
@@ -135,6 +150,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         kwargs: dict[str, Any],
         forward: Callable[..., Any],
         counters: CallCounters,
+        why_not: str | None = None,
     ) -> Any | None:
         """The decoder's output; None if its layers have to be launched one by one for inputs as they are.
 
@@ -145,6 +161,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             kwargs: what else the decoder was given.
             forward: the decoder's own, called with it.
             counters: where captures and replays are counted.
+            why_not: this decode step cannot be recorded, if there is a reason that neither arguments nor modules show.
         """
         tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
         batch = cache.paged_batch
@@ -158,7 +175,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         dtype = next(iter(cache.groups)).storage.dtype or decoder.dtype
         if self.why_not_backend(cache.groups, tokens.device, dtype) is not None:
             return None
-        reason = why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
+        if cache.recurrent_layers and not (is_decode and cache.has_states):
+            return None
+        reason = why_not or why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
         if is_decode and reason is not None:
             self.count_reason(reason, counters)
         elif is_decode:
@@ -205,13 +224,22 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 counters.graphs_replayed += 1
             else:
                 counters.appends_replayed += 1
-            return entry.recorded.replay(entry.launcher(decoder, forward, cache)), entry.outputs
+            return self._replay(entry, decoder, forward, cache), entry.outputs
         if is_decode:
             return None
         entry = self._entry(key, worth_having, cache)
         self.wait()
         entry.inputs.write(arguments, cache, batch)
         return entry.launcher(decoder, forward, cache)(), entry.outputs
+
+    @staticmethod
+    def _replay(entry: Entry, decoder: Any, forward: Callable[..., Any], cache: PagedCache) -> Tensor:
+        if entry.states is not None:
+            entry.states.take(cache)
+        hidden = entry.recorded.replay(entry.launcher(decoder, forward, cache))
+        if entry.states is not None:
+            entry.states.written(cache)
+        return hidden
 
     def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
         if self._checked is None or self._checked() is not decoder or not self._in_call:
@@ -278,7 +306,21 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self.workspace = Workspace(device)
         inputs = StaticInputs(key[0], columns, cache.tables)
         batch = inputs.batch(groups.backend, groups.batch_invariant, self.workspace)
-        return Entry(inputs, batch, self.new_forward(device), self._reference(groups, key))
+        states = self._states_for(cache)
+        return Entry(inputs, batch, self.new_forward(device), self._reference(groups, key), states=states)
+
+    def _states_for(self, cache: PagedCache) -> ForwardStates | None:
+        """Places for the states of the cache's rows, with the states in them; None if it has none."""
+        layers, rows, before = cache.recurrent_layers, len(cache.lengths), self._states
+        if not layers:
+            return None
+        if before is None or not before.fits(layers, rows):
+            # What graphs read, and the memory of it, goes before there is more.
+            self._entries.clear()
+            self._states = None
+            self._states = ForwardStates(layers, max(rows, 0 if before is None else before.rows))
+        self._states.take(cache)
+        return self._states
 
     def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
         owner = weakref.ref(self)

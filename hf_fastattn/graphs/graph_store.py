@@ -34,7 +34,6 @@ class GraphStore(Generic[Key, Held]):
 
     Args:
         enabled: `FastAttnConfig.cuda_graphs`.
-        known_reason: why no forward of this model can be recorded, if there is a reason that its modules do not show.
         stocks_draws: random numbers are to be Transformers' own; recording a forward, and padding its rows, takes more.
         why_not_experts: see `why_not_capturable`; with `steps=False` it says it of other forwards than decode steps.
         variants: of the model's attention.
@@ -46,12 +45,11 @@ class GraphStore(Generic[Key, Held]):
     def __init__(
         self,
         enabled: bool,
-        known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
         variants: LayerVariants | None = None,
     ) -> None:
-        self._enabled, self._known_reason, self._stocks_draws = enabled, known_reason, stocks_draws
+        self._enabled, self._stocks_draws = enabled, stocks_draws
         self._why_not_experts = why_not_experts
         self._variants = LayerVariants() if variants is None else variants
         # The least recently used first.
@@ -108,7 +106,7 @@ class GraphStore(Generic[Key, Held]):
             now = now._replace(parts=(*now.parts, *self._variants.fingerprint()))
         if now != before:
             self._fingerprint = now
-            self._reason = self._known_reason or why_not_capturable(decoder, device, self._why_not_experts)
+            self._reason = why_not_capturable(decoder, device, self._why_not_experts)
             if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
                 self._reason = "dropout draws as Transformers does: sampling='transformers'"
             asked = self._why_not_experts if self._reason is None and has_experts(decoder) else None

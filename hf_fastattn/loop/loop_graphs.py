@@ -59,12 +59,11 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
     def __init__(
         self,
         enabled: bool,
-        known_reason: str | None = None,
         stocks_draws: bool = False,
         why_not_experts: Callable[..., str | None] | None = None,
         variants: LayerVariants | None = None,
     ) -> None:
-        super().__init__(enabled, known_reason, stocks_draws, why_not_experts, variants)
+        super().__init__(enabled, stocks_draws, why_not_experts, variants)
         self._groups: weakref.ref[PageGroups] | None = None
         self._failed: set[GraphKey] = set()
         self.state: DeviceState | None = None
@@ -94,7 +93,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         replaced = why_not_forward(model)
         if replaced is not None:
             return replaced
-        return self.why_not_backend(cache.groups, device, model.dtype) or self._known_reason
+        return self.why_not_backend(cache.groups, device, model.dtype)
 
     def why_not(self, model: Any, cache: PagedCache, by_row: bool = False) -> str | None:
         """Why the modules of the model do not allow it; None if they do.

@@ -88,6 +88,7 @@ def decoder_forward_deepstack(
 
 
 HIDES_CACHED = "the mask hides tokens that are cached"
+RECORDS = "a linear attention records its past"
 NO_TOKEN = "no row has a new token"
 # Dropout that is applied by functions instead of modules, by its name in the configuration.
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
@@ -205,11 +206,10 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         state.runtime.count_fallback(reason)
         return call_original(self, cache, **arguments, **kwargs)
     # Where its linear attention is called, a row's state must not meet another row's: the layout stays padded.
-    keeps = (
-        reason is None
-        and state.family.linear_attention
-        and _keeps_layout(self, {**arguments, **kwargs}, cache, new is not None, visible, columns)
-    )
+    why_called = None
+    if reason is None and state.family.linear_attention:
+        why_called = _why_called(self, {**arguments, **kwargs}, cache, new, visible, columns)
+    keeps = why_called is not None
     try:
         called = keeps or reason is not None
         batch = cache.begin(rows, columns, new, dense=reason is not None, in_place=called)
@@ -219,7 +219,9 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         if reason is None and not is_step and not keeps:
             arguments = _packed_arguments(arguments, padding, past, rows, columns)
         if reason is None and (is_step or not keeps):
-            outputs = _replayed(self, state, arguments, cache, kwargs)
+            outputs = _replayed(
+                self, state, arguments, cache, kwargs, why_called or (RECORDS if cache.records_states else None)
+            )
         if outputs is None:
             if keeps:
                 # Padding stays, the attention layers skip it.
@@ -239,27 +241,35 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     return outputs if padding is None else padding.restore_outputs(outputs)
 
 
-def _keeps_layout(
-    decoder: Any, arguments: dict[str, Any], cache: PagedCache, padded: bool, visible: Tensor | None, columns: int
-) -> bool:
-    """Whether a forward of a model with linear-attention layers has to be one of padded rows, in its own layers."""
+def _why_called(
+    decoder: Any, arguments: dict[str, Any], cache: PagedCache, new: Tensor | None, visible: Tensor | None, columns: int
+) -> str | None:
+    """Why a forward of a model with linear-attention layers has to be one of padded rows, in its own layers; None if not."""
     # What pads before a row's first token change is nothing; behind it Transformers forgets for each of them.
-    holes = padded and visible is not None and bool((visible[:, 1:] < visible[:, :-1]).any())
+    holes = new is not None and visible is not None and bool((visible[:, 1:] < visible[:, :-1]).any())
     if visible is not None and columns == 1:
         # No mask is made for a single column: there Transformers takes padding for a token.
         holes |= not bool(visible[:, -1].all())
-    past = any(layer.record_past for layer in cache.recurrent_layers.values())
-    return holes or past or why_not_walked(decoder, arguments) is not None
+    if holes:
+        return "padding behind a row's first token passes through a linear attention"
+    if cache.records_states and new is not None and len(set(new.sum(1).tolist())) > 1:
+        return f"{RECORDS}, and rows get different numbers of tokens"
+    return why_not_walked(decoder, arguments)
 
 
 def _replayed(
-    self: Any, state: ModuleState, arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]
+    self: Any,
+    state: ModuleState,
+    arguments: dict[str, Any],
+    cache: PagedCache,
+    kwargs: dict[str, Any],
+    why_not: str | None,
 ) -> Any | None:
     """The output by way of `ForwardGraphs`; None if layers are launched one by one, or another thread has the turn."""
     turn = state.runtime.turn
     if turn.is_mine():
-        return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters)
-    return (turn.take(0), _replayed(self, state, arguments, cache, kwargs) if turn.is_mine() else None)[1]
+        return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters, why_not)
+    return (turn.take(0), _replayed(self, state, arguments, cache, kwargs, why_not) if turn.is_mine() else None)[1]
 
 
 def _padded_arguments(arguments: dict[str, Any], padding: Padding | None, columns: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.recurrent_layer import MOST_KEPT, Pair
 from hf_fastattn.kernels.linear import delta_reference
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_sizes import why_not_sizes
@@ -67,8 +69,13 @@ def add_delta(
     weights = DeltaWeights(
         inner["conv1d"].weight.squeeze(1), module.A_log, module.dt_bias, inner["norm"].weight, norm_eps(inner["norm"])
     )
-    rule = _prefilled if cache.paged_batch is None or not cache.paged_batch.is_decode else _stepped
-    return products.add_product(inner["out_proj"], rule(inputs, weights, products, cache, module.layer_idx), x)
+    past = cache.past_states(module.layer_idx)
+    if past is not None:
+        out = _recorded(inputs, weights, products, cache, module.layer_idx, past)
+    else:
+        rule = _prefilled if cache.paged_batch is None or not cache.paged_batch.is_decode else _stepped
+        out = rule(inputs, weights, products, cache, module.layer_idx)
+    return products.add_product(inner["out_proj"], out, x)
 
 
 def _inputs(module: Any, inner: dict[str, Any], x: Tensor, products: AnyProducts) -> DeltaInputs:
@@ -92,19 +99,45 @@ def _stepped(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache
     held = cache.layer_states(index) if states is None else None
     if states is None and held is None:
         return _prefilled(x, weights, products, cache, index)
-    if held is not None and isinstance(products, PlainProducts):
-        out, *after = delta_reference.delta_update(x, weights, *held)
+    if held is not None:
+        out, *after = _updated(x, weights, products, *held)
         cache.keep_states(index, *after)
         return out
-    if held is not None:
-        (conv, recurrent), slots = held, _numbers(len(held[0]), held[0].device)
-        # The states before stay as they are until the forward has succeeded.
-        states = StepStates(conv, recurrent, slots, torch.empty_like(conv), torch.empty_like(recurrent), slots)
     assert states is not None
-    out = _step(x, weights, states, products)
-    if held is not None:
-        cache.keep_states(index, states.conv_out, states.recurrent_out)
-    return out
+    return _step(x, weights, states, products)
+
+
+def _updated(
+    x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, conv: Tensor, recurrent: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row: the output, and both states after it; those before stay as they are."""
+    if isinstance(products, PlainProducts):
+        return delta_reference.delta_update(x, weights, conv, recurrent)
+    slots = _numbers(len(conv), conv.device)
+    states = StepStates(conv, recurrent, slots, torch.empty_like(conv), torch.empty_like(recurrent), slots)
+    return _step(x, weights, states, products), states.conv_out, states.recurrent_out
+
+
+def _recorded(
+    x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache: PagedCache, index: int, past: list[Pair]
+) -> Tensor:
+    """Rows of as many tokens each, of which the last ones run one by one: the states after each of them are kept."""
+    assert cache.paged_batch is not None
+    rows = cache.paged_batch.rows
+    by_row = DeltaInputs(*(part.unflatten(0, (rows, -1)) for part in x))
+    each, outs = by_row.q.shape[1], []
+    at_once = max(each - MOST_KEPT, 0 if past else 1)
+    if at_once:
+        begun = DeltaInputs(*(part[:, :at_once].flatten(0, 1) for part in by_row))
+        before = past[-1] if past else (None, None)
+        out, conv, recurrent = _rule_of_prompts(products)(begun, weights, [at_once] * rows, *before)
+        outs, past = [out.unflatten(0, (rows, -1))], [(conv, recurrent)]
+    for number in range(at_once, each):
+        out, conv, recurrent = _updated(DeltaInputs(*(part[:, number] for part in by_row)), weights, products, *past[-1])
+        outs.append(out[:, None])
+        past.append((conv, recurrent))
+    cache.keep_past(index, past)
+    return torch.cat(outs, 1).flatten(0, 1)
 
 
 def _step(x: DeltaInputs, weights: DeltaWeights, states: StepStates, products: AnyProducts) -> Tensor:
@@ -127,12 +160,15 @@ def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cac
     before, lengths = cache.layer_states(index) or (None, None), cache.paged_batch.known.query_lens
     if before[0] is None and cache.get_seq_length():
         raise ValueError(f"layer {index} has lost its state, as an interrupt may do; use a new {CACHE}")
-    if isinstance(products, PlainProducts):
-        out, conv, recurrent = delta_reference.delta_prefill(x, weights, lengths, *before)
-    else:
-        # Not before: it imports Triton.
-        from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
-
-        out, conv, recurrent = delta_prefill(x, weights, lengths, *before)
+    out, conv, recurrent = _rule_of_prompts(products)(x, weights, lengths, *before)
     cache.keep_states(index, conv, recurrent)
     return out
+
+
+def _rule_of_prompts(products: AnyProducts) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if isinstance(products, PlainProducts):
+        return delta_reference.delta_prefill
+    # Not before: it imports Triton.
+    from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
+
+    return delta_prefill

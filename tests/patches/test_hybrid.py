@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import hf_fastattn
 from hf_fastattn import CacheFullError, PagedCache
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
-from tests.tools.models import OLD, VOCAB, assert_fast, padded_batch, pair, real_tokens, single, tiny
+from tests.tools.models import OLD, VOCAB, assert_fast, noisy, padded_batch, pair, real_tokens, single, tiny
 
 HYBRIDS = ("qwen3_next", "qwen3_5")
 
@@ -201,7 +200,7 @@ def test_a_full_cache_stays_usable() -> None:
         assert_close(model(part, **{CACHE: cache}).logits, stock(part, **{CACHE: theirs}).logits)
 
 
-def test_crop_is_refused_and_changes_nothing() -> None:
+def test_crop_without_a_past_is_refused_and_changes_nothing() -> None:
     (stock, theirs), (model, cache) = both("qwen3_next")
     ids = tokens_of(4, 2, 30)
     with torch.no_grad():
@@ -214,18 +213,102 @@ def test_crop_is_refused_and_changes_nothing() -> None:
         assert_close(model(part, **{CACHE: cache}).logits, stock(part, **{CACHE: theirs}).logits)
 
 
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "llama"}])
-def test_assisted_generation_is_refused_as_in_stock(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("back", [0, 1, 5, 32])
+def test_crop_goes_back_to_a_state_that_was_kept(back: int) -> None:
+    """Of a prompt, and of tokens after it; beyond the last 32 tokens no state is kept, nor before the crop before."""
     stock, model = pair("qwen3_next")
-    if "assistant_model" in options:
-        options = {"assistant_model": tiny(options["assistant_model"])}
+    cache, ids = PagedCache(model.config), tokens_of(4, 2, 40)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        assert_close(model(ids, **{CACHE: cache}).logits, stock(ids).logits)
+        assert cache.is_croppable
+        with pytest.raises(RuntimeError, match="reach back by 32"):
+            cache.crop(-33)
+        cache.crop(-back)
+        ids = ids[:, : 40 - back]
+        for more, then in ((1, 1), (5, 3)):
+            new = tokens_of(more, 2, more)
+            ids = torch.cat((ids, new), 1)
+            assert_close(model(new, **{CACHE: cache}).logits, stock(ids).logits[:, -more:])
+            with pytest.raises(RuntimeError, match=f"reach back by {more}"):
+                cache.crop(-more - 1)
+            cache.crop(-then)
+            ids = ids[:, :-then]
+            assert cache.get_seq_length() == ids.shape[1]
+        assert_close(model(new, **{CACHE: cache}).logits, stock(torch.cat((ids, new), 1)).logits[:, -5:])
+    assert_fast(model, held=None)
+
+
+def drafts(family: str) -> list[dict[str, Any]]:
+    return [{"prompt_lookup_num_tokens": 4}, {"assistant_model": noisy(tiny(family), 0.003)}]
+
+
+@pytest.mark.parametrize("family", [*HYBRIDS, "qwen3_5_moe"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_drafts_give_the_tokens_without_them(family: str, padding: int) -> None:
+    """Transformers refuses them; here states before each token of a draft are kept."""
+    stock, model = pair(family)
+    ids = single()["input_ids"].repeat(1, 2)
+    given = {"attention_mask": torch.ones_like(ids)}
+    ids, given["attention_mask"] = (torch.nn.functional.pad(part, (padding, 0)) for part in (ids, given["attention_mask"]))
+    want = stock.generate(ids, **given, max_new_tokens=30, do_sample=False)
+    forwards = []
+    for options in drafts(family):
+        assert torch.equal(model.generate(ids, **given, max_new_tokens=30, do_sample=False, **options), want)
+        forwards.append(assert_fast(model).forwards)
+    # The assistant is right most of the time.
+    assert forwards[1] < 26
+
+
+@pytest.mark.parametrize("kind", ["paged", "dynamic"])
+def test_drafts_over_the_turns_of_a_chat(kind: str) -> None:
+    stock, model = pair("qwen3_next")
+    cache = PagedCache(model.config) if kind == "paged" else DynamicCache(config=model.config)
+    said = single()["input_ids"]
+    for turn in range(3):
+        said = torch.cat((said, tokens_of(turn, 1, 5)), 1)
+        want = stock.generate(said, max_new_tokens=12, do_sample=False)
+        options = {} if turn else {"prompt_lookup_num_tokens": 3}
+        assert torch.equal(model.generate(said, max_new_tokens=12, do_sample=False, **options, **{CACHE: cache}), want)
+        said = want
+        assert_fast(model, held=None)
+    # Transformers gives such a cache the whole prompt again.
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(said, max_new_tokens=12, prompt_lookup_num_tokens=3, **{CACHE: cache})
+    assert cache.get_seq_length() == said.shape[1] - 1
+
+
+def test_drafts_are_refused_where_states_cannot_go_back() -> None:
+    """As Transformers refuses them, in its words."""
+    stock, model = pair("qwen3_next")
     messages = []
+    options: dict[str, Any] = {**single(), "max_new_tokens": 8, "prompt_lookup_num_tokens": 3}
+    handle = decoder_of(model).layers[0].linear_attn.register_forward_hook(lambda *args: None)
     for side in (stock, model):
         with pytest.raises(ValueError, match="stateful") as caught:
-            side.generate(**single(), max_new_tokens=8, **options)
+            side.generate(**options)
         messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    handle.remove()
+    for more in ({"cache_implementation": "offloaded"}, {"output_hidden_states": True, "return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="stateful") as caught:
+            model.generate(**options, **more)
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
     assert hf_fastattn.report(model).pages_in_use == 0
+    assert model.generate(**options).shape == (1, single()["input_ids"].shape[1] + 8)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_hybrid_drafts_for_another_model(patched: bool) -> None:
+    """In stock its states know of tokens that were not accepted: drafts are worse, and nothing else."""
+    stock, model = pair("llama")
+    assistant = noisy(tiny("qwen3_next"), 0.003)
+    if patched:
+        hf_fastattn.patch(assistant)
+    call: dict[str, Any] = {**single(), "max_new_tokens": 16, "do_sample": False}
+    want = stock.generate(**call)
+    for side in (stock, model):
+        assert torch.equal(side.generate(**call, assistant_model=assistant), want)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -271,40 +354,6 @@ def test_gradients_equal_stock() -> None:
     theirs = dict(stock.named_parameters())
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, theirs[name].grad)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_random_programs_on_pages_and_states(seed: int) -> None:
-    """Tokens, forks, rows that leave, copies, generated tokens: every row is what it would be computed anew."""
-    # Qwen3.5 adds what it remembers of the rows of an earlier forward to positions.
-    stock, model = pair("qwen3_next")
-    chance, cache = random.Random(seed), PagedCache(model.config)
-    held: list[list[int]] = [[] for _ in range(1 + seed % 3)]
-    with torch.no_grad():
-        for number in range(8):
-            move = chance.choice(["tokens", "tokens", "token", "fork", "leave", "copy", "generate"]) if number else "tokens"
-            if move in ("tokens", "token", "generate"):
-                more = tokens_of(100 * seed + number, len(held), 1 if move == "token" else chance.randrange(2, 70))
-                held = [[*row, *new] for row, new in zip(held, more.tolist(), strict=True)]
-            if move in ("tokens", "token"):
-                ours = model(more, **{CACHE: cache}).logits[:, -1]
-                assert_close(ours, stock(torch.tensor(held)).logits[:, -1])
-            elif move == "generate":
-                said = model.generate(torch.tensor(held), max_new_tokens=4, do_sample=False, **{CACHE: cache})
-                assert torch.equal(said, stock.generate(torch.tensor(held), max_new_tokens=4, do_sample=False))
-                # The cache has not seen the last one.
-                held = said[:, :-1].tolist()
-            elif move == "copy":
-                cache = copy.deepcopy(cache)
-            else:
-                count = len(held) + 1 if move == "fork" else max(len(held) - 1, 1)
-                rows = [chance.randrange(len(held)) for _ in range(count)]
-                cache.batch_select_indices(torch.tensor(rows))
-                held = [list(held[row]) for row in rows]
-            assert cache.get_seq_length() == len(held[0])
-    groups = cache.groups
-    cache.reset()
-    assert groups.pages_in_use == 0
 
 
 @pytest.mark.skipif(OLD, reason="stock fails: the mask has another size than the piece")

@@ -1,0 +1,31 @@
+"""Drafts (assisted decoding, prompt lookup) for models with linear attention, which Transformers refuses for any of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.configuration_utils import GenerationMode
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.patches.fused.forward import why_not_walked
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether Transformers says that the states of a patched model cannot be taken back."""
+    return bool(model._fastattn_base._is_stateful)
+
+
+def check_drafts(model: Any, mode: Any, generation_config: Any, cache: Any) -> None:
+    """Raise Transformers' own error where drafts would leave behind states that know of tokens that were not accepted.
+
+    Forwards over pages keep the states before the last tokens; those in which layers are called do not.
+    """
+    if mode is not GenerationMode.ASSISTED_GENERATION or not is_stateful(model):
+        return
+    given = {"input_ids": torch.empty(0, dtype=torch.int64, device=model.device), "use_cache": True}
+    called = generation_config.output_hidden_states or generation_config.output_attentions
+    called = called or why_not_walked(model._fastattn.decoder(model), given) is not None
+    # Of a filled cache Transformers forgets what it holds, and gives it the whole prompt again.
+    if called or not isinstance(cache, PagedCache) or cache.get_seq_length():
+        raise ValueError(f"assisted generation is not supported with stateful models, such as {type(model).__name__}")
