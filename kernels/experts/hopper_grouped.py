@@ -26,6 +26,7 @@ from hf_fastattn.kernels.experts.sorted_rows import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Pairs a tile, weight rows of a box (two boxes a tile), columns a step, and steps that are loaded ahead.
 BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS = 128, 128, 64, 4
@@ -211,7 +212,7 @@ def _product(
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
     with on_device_of(x):
-        hopper_grouped_kernel[(min(tiles, programs or _processors(x.device)),)](
+        prepared(hopper_grouped_kernel)[(min(tiles, programs or _processors(x.device)),)](
             x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights,
             ROWS=rows, STEPS=-(-width // BLOCK_K), GATED=gated, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             BUFFERS=BUFFERS, GROUP=GROUP, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,

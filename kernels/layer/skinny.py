@@ -22,6 +22,7 @@ from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens, sums_of_tokens
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.rehearsal import prepared
 
 
 @triton.jit
@@ -244,7 +245,7 @@ def skinny_product(
         arrived = room.arrived
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
-        skinny_kernel[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
+        prepared(skinny_kernel)[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
