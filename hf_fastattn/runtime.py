@@ -84,6 +84,8 @@ class Runtime:
         self.row_limits: list[int] | None = None
         # Whether rows of a call share pages; evaluations set it to see what that saves.
         self.shares_rows = True
+        # Sizes of forwards whose kernels were compiled ahead.
+        self.rehearsed: set[Any] = set()
         # Operations for the expert blocks of a paged forward under way whose layers are called.
         self.block_products: Any = None
         # Pages that stay for prompts to come, and how the state of the model is named that they belong to.

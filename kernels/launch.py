@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Versions of Triton whose compiled kernels take all arguments in their order, compile-time constants included, and whose
+# compiler may run in several threads.
+TESTED = ("3.6.", "3.9.")
 LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The architecture that stands for all without a row of their own in a table of launch configurations.

@@ -12,7 +12,9 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
-from hf_fastattn.kernels.relaunch import ALIGNMENT, TESTED
+from hf_fastattn.kernels.launch import TESTED
+from hf_fastattn.kernels.rehearsal import prepared
+from hf_fastattn.kernels.relaunch import ALIGNMENT
 
 # Kernels that are remembered, one for each combination of numbers: forgotten all at once, since few forwards fill them.
 MOST_KNOWN = 4096
@@ -35,9 +37,10 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
             tensor.
         options: all these constants by name, and Triton's options.
     """
-    if not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED):
+    taken = prepared(kernel)
+    if taken is not kernel or not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED):
         # The interpreter compiles nothing, and has no driver.
-        kernel[grid](*arguments, **options)
+        taken[grid](*arguments, **options)
         return
     if _Known.driver is not driver.active or len(_Known.kernels) > MOST_KNOWN:
         _Known.driver, _Known.kernels = driver.active, {}

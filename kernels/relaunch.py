@@ -14,8 +14,9 @@ from typing import Any
 import triton
 from torch import Tensor
 
-# Versions whose compiled kernels take all arguments in their order, compile-time constants included.
-TESTED = ("3.6.", "3.9.")
+from hf_fastattn.kernels.launch import TESTED
+from hf_fastattn.kernels.rehearsal import prepared
+
 # Triton compiles one kernel for pointers that are multiples of this, and another for all others.
 ALIGNMENT = 16
 
@@ -41,7 +42,7 @@ class Launch:
 
     def first(self) -> None:
         """Launch it."""
-        self._compiled = self.kernel[self.grid](*self.arguments, **self.options)
+        self._compiled = prepared(self.kernel)[self.grid](*self.arguments, **self.options)
 
     def again(self, *tensors: Tensor) -> None:
         """Launch it with these in place of its first arguments, of the same types, strides and device."""
@@ -50,7 +51,7 @@ class Launch:
         if self._call is not None and _aligned(tensors):
             self._call(*tensors, *self._rest)
         else:
-            self.kernel[self.grid](*tensors, *self.arguments[len(tensors) :], **self.options)
+            prepared(self.kernel)[self.grid](*tensors, *self.arguments[len(tensors) :], **self.options)
 
     def _prepare(self, replaced: int) -> None:
         # The interpreter compiles nothing.

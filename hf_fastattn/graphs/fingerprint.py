@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ SCALARS = frozenset((bool, int, float, str))
 PLAIN = (nn.Parameter, Tensor)
 # Attributes of modules that are looked at elsewhere, or not frozen.
 APART = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+# Attributes that every module has: of those that are scalars only `training` changes what it computes.
+COMMON = frozenset(vars(nn.Module()))
 
 
 class Fingerprint(NamedTuple):
@@ -51,10 +54,14 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     for module in submodules(decoder):
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
-        parts += kind, kind.forward, tuple(state)
+        names_of_state = tuple(state)
+        parts += kind, kind.forward, names_of_state, state.get("training")
         if "forward" in state or state.get("_compiled_call_impl") is not None:
             parts.append(why_not_called(module, device))
-        parts += [value for value in state.values() if type(value) in SCALARS]
+        for name in _own(names_of_state):
+            value = state[name]
+            if type(value) in SCALARS:
+                parts.append(value)
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
@@ -104,6 +111,12 @@ def has_experts(decoder: Any) -> bool:
     return bool(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0))
 
 
+@functools.lru_cache(maxsize=1024)
+def _own(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those attributes that not every module has."""
+    return tuple(name for name in names if name not in COMMON)
+
+
 def _options(decoder: Any) -> tuple[Any, ...]:
     matmul = torch.backends.cuda.matmul
     return (
@@ -132,7 +145,8 @@ def _tensors(state: dict[str, Any]) -> list[Any]:
     # `why_not_capturable` refuses tensor subclasses (quantised weights); some of them have no `data_ptr()`.
     return [
         (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
-        for tensor in _held(state)
+        for held in (state["_parameters"], state["_buffers"])
+        for tensor in held.values()
         if type(tensor) in PLAIN
     ]
 

@@ -24,6 +24,8 @@ CAPTURE_HOOK = "output_capturing_hook"
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
 # The hook by which PEFT tells its layers the adapter of each row, for the length of a call.
 NAMES_HOOK = ("peft.tuners.lora.model", "_adapter_names_pre_forward_hook")
+# Attributes of modules one of which torch.compile, or whoever compiled a forward before the patch, has left.
+COMPILED_SIGNS = frozenset(("_compiled_call_impl", "forward", "_old_forward", "_fastattn"))
 
 
 def submodules(decoder: nn.Module) -> Iterator[nn.Module]:
@@ -73,7 +75,14 @@ def is_compiled_module(module: Any) -> bool:
 
 def has_compiled(model: nn.Module) -> bool:
     """Whether torch.compile made anything that a call of the model runs."""
-    return "torch._dynamo" in sys.modules and any(map(is_compiled_itself, (model, *submodules(model))))
+    if "torch._dynamo" not in sys.modules:
+        return False
+    # Asked before the prompt of every call: most modules have none of the signs.
+    for module in (model, *submodules(model)):
+        signs = not vars(module).keys().isdisjoint(COMPILED_SIGNS) or type(module).__module__ == COMPILER
+        if signs and is_compiled_itself(module):
+            return True
+    return False
 
 
 def is_compiled_itself(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.module_checks import submodules
 from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.launch import power_of_2
 
@@ -86,7 +87,9 @@ class ForwardShape:
 def most_tokens(decoder: Any) -> int:
     """Tokens of the largest forward that is captured of this decoder."""
     layers = getattr(decoder, "layers", None)
-    weights = [parameter for parameter in layers.parameters()] if isinstance(layers, nn.Module) else []
+    # Not by `parameters()`, which takes the host as long as ten launches: asked before every prompt.
+    modules = submodules(layers) if isinstance(layers, nn.Module) else ()
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
     if not weights:
         return FEWEST_CAPTURED
     # In fp32 a GPU is busy for several times as long.

@@ -43,6 +43,7 @@ from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefil
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, check_pages, on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 BLOCK_M = 128
@@ -499,7 +500,7 @@ def hopper_prefill(
     q_desc = TensorDescriptor(q, list(q.shape), list(q.stride()), q_box, q_layout)
     k_desc, v_desc = (TensorDescriptor.from_tensor(x, kv_box, kv_layout) for x in flat)
     with on_device_of(q):
-        hopper_prefill_kernel[(min(work.shape[0], processors),)](
+        prepared(hopper_prefill_kernel)[(min(work.shape[0], processors),)](
             q_desc, k_desc, v_desc, out, lse, work, page_table, cu_seqlens_q, seq_lens, tiles,
             page_table.stride(0), groups, ratio, rows, factor,
             None if visited is None else visited.for_kernel(), window, variant.tensors,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 
 ROWS_PER_PROGRAM = 16
 
@@ -71,7 +72,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     rows = flat_a.shape[0]
     if rows:
         with on_device_of(out_a):
-            merge_states_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+            prepared(merge_states_kernel)[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
                 flat_a, lse_a.contiguous(), flat_b, lse_b.contiguous(), out, lse, rows, flat_a.stride(0), flat_b.stride(0),
                 D=dim, BLOCK_D=power_of_2(dim), BLOCK_R=ROWS_PER_PROGRAM, num_warps=4,
             )  # fmt: skip

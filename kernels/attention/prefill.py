@@ -18,6 +18,7 @@ from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.launch import arch_of, check_pages, matrix_precision, on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 
@@ -179,7 +180,7 @@ def paged_prefill(
     factor, cap = score_factors(scale, softcap, variant.hooks)
     window = variant.window_with(window)
     with on_device_of(q):
-        prefill_kernel[(tiles * groups,)](
+        prepared(prefill_kernel)[(tiles * groups,)](
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),

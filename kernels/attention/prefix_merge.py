@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.tile import attention_end, empty_state, merge_step, store_output
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 # Int32 numbers for each (row, kv head): row of the prefix's first state, number of its states, the same two of the suffix,
@@ -102,7 +103,7 @@ def merge_prefixes(
     ratio = rows * heads // places.shape[0]
     block_r, block_d = power_of_2(ratio), power_of_2(dim)
     with on_device_of(partial):
-        merge_prefixes_kernel[(places.shape[0],)](
+        prepared(merge_prefixes_kernel)[(places.shape[0],)](
             partial, partial_sum, places, seq_lens if variant.hooks.output_transform else None, out, lse, variant.tensors,
             RATIO=ratio, D=dim, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_S=block_s,
             MERGE_PARTS=min(max(MERGE_ELEMENTS // (block_r * block_d), 1), 8), OVERLAP=overlap,

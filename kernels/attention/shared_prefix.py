@@ -39,6 +39,7 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many (row, kv head) pairs per SM latency counts: one program per SM.
@@ -328,7 +329,7 @@ def paged_decode_shared(
     partial, partial_sum, _ = room.split_kv(triton.cdiv(states, 16), 16, block_d)
     places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     with on_device_of(q):
-        shared_prefix_kernel[(programs,)](
+        prepared(shared_prefix_kernel)[(programs,)](
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
             rows, groups, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),

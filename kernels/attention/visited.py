@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 # Pairs of queries and keys that a program evaluates at a time, and most keys of them.
@@ -229,7 +230,7 @@ def _listed(
     queries = min(power_of_2(most_tokens * (ratio if by_head else 1)), 128)
     at_once = min(max(min(PAIRS // queries, MOST_KEYS) // block_n, 1), power_of_2(columns))
     with on_device_of(seq_lens):
-        visited_kernel[(items * lists,)](
+        prepared(visited_kernel)[(items * lists,)](
             counts, tiles, cu_seqlens_q, seq_lens, seq_lens.shape[0], window or 0, columns, variant.tensors,
             LISTS=lists, RATIO=ratio, BY_HEAD=by_head, BY_ROW=block_m == 0, BLOCK_B=max(power_of_2(seq_lens.shape[0]), 16),
             TILE=block_m, QUERIES=queries, BLOCK_N=block_n, TILES=at_once,

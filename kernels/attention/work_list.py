@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 
 TILES_PER_PROGRAM = 64
 
@@ -63,7 +64,7 @@ def work_list(cu_seqlens_q: Tensor, tokens: int, slots: int, packed: int, block_
     work = torch.empty(most, 4, dtype=torch.int32, device=cu_seqlens_q.device)
     count = torch.empty(1, dtype=torch.int32, device=cu_seqlens_q.device)
     with on_device_of(cu_seqlens_q):
-        work_list_kernel[(triton.cdiv(most, TILES_PER_PROGRAM),)](
+        prepared(work_list_kernel)[(triton.cdiv(most, TILES_PER_PROGRAM),)](
             cu_seqlens_q, work, count, rows,
             SLOTS=slots, PACKED=packed, BLOCK_M=block_m, BLOCK_B=max(power_of_2(rows), 16), BLOCK_T=TILES_PER_PROGRAM,
             num_warps=4,

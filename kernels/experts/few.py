@@ -20,6 +20,7 @@ from hf_fastattn.kernels.experts.several_tokens import several_down_kernel, seve
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Rows of the matrix unit's smallest tile.
 BLOCK_T = 16
@@ -52,10 +53,10 @@ def gate_up_silu(x: Tensor, routing: Routing, gate_up_proj: Tensor, *, tile: Pro
     tiles = -(-inner // tile.block_n)
     with on_device_of(x):
         if tokens == 1:
-            one_gate_up_kernel[(tiles, top_k)](x, gate_up_proj, routing.chosen, y, VECTOR=tile.vector, **options)
+            prepared(one_gate_up_kernel)[(tiles, top_k)](x, gate_up_proj, routing.chosen, y, VECTOR=tile.vector, **options)
             return y
         assert routing.distinct is not None
-        several_gate_up_kernel[(tiles, routing.distinct.shape[0])](
+        prepared(several_gate_up_kernel)[(tiles, routing.distinct.shape[0])](
             x, gate_up_proj, routing.chosen, routing.distinct, routing.distinct_count, y, tokens, x.stride(0),
             K=top_k, BLOCK_T=BLOCK_T, PAIRS_K=power_of_2(top_k), PRECISION=dot_precision(x.dtype), **options,
         )  # fmt: skip
@@ -108,7 +109,7 @@ def down_sum(
             if tile.stages == 1 and tile.block_k >= inner:
                 kernel, options["SLOTS"] = one_down_at_once_kernel, power_of_2(top_k)
                 del options["STAGES"]
-            kernel[(tiles,)](
+            prepared(kernel)[(tiles,)](
                 states, down_proj, routing.chosen, routing.weights, residual, shared, gate, y,
                 SETTLED=weights_settled, **options,
             )  # fmt: skip
@@ -118,7 +119,7 @@ def down_sum(
         if split > 1:
             room = sums or SplitSums(states.device)
             partial, arrived = room.partial(tiles * split * tile.block_n * BLOCK_T), room.arrived
-        several_down_kernel[(tiles, split)](
+        prepared(several_down_kernel)[(tiles, split)](
             states, down_proj, routing.chosen, routing.weights, routing.distinct, routing.distinct_count,
             residual, shared, gate, y, partial, arrived, tokens, 0 if residual is None else residual.stride(0),
             0 if shared is None else shared.stride(0), SPLIT=split, BLOCK_T=BLOCK_T, PAIRS_K=power_of_2(top_k),

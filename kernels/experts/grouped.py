@@ -22,6 +22,7 @@ from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.several_tokens import add_product
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Pairs that a program of the sorting launch writes, and outputs that one of the last launch adds up.
 BLOCK_PAIRS = 64
@@ -152,7 +153,7 @@ def sort_pairs(routing: Routing) -> Tensor:
     order = torch.empty(pairs, dtype=torch.int32, device=routing.chosen.device)
     overlap = overlaps_launches(arch_of(order.device))
     with on_device_of(order):
-        sort_pairs_kernel[(-(-pairs // BLOCK_PAIRS),)](
+        prepared(sort_pairs_kernel)[(-(-pairs // BLOCK_PAIRS),)](
             routing.chosen, routing.ranks, routing.counts, order, pairs,
             E=experts, BLOCK_E=power_of_2(experts), BLOCK=BLOCK_PAIRS, OVERLAP=overlap,
             num_warps=4, **({"launch_pdl": True} if overlap else {}),
@@ -172,7 +173,7 @@ def _grouped(x: Tensor, weight: Tensor, routing: Routing, order: Tensor, gated: 
     most = pairs // tile.block_m + min(experts, pairs)
     overlap = overlaps_launches(arch)
     with on_device_of(x):
-        grouped_kernel[(-(-rows // tile.block_n), most)](
+        prepared(grouped_kernel)[(-(-rows // tile.block_n), most)](
             x, weight, y, routing.counts, order, routing.weights, x.stride(0),
             ROWS=rows, WIDTH=width, E=experts, K=top_k, GATED=gated, BLOCK_E=power_of_2(experts), BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, PRECISION=dot_precision(x.dtype),
@@ -229,7 +230,7 @@ def combine(products: Tensor, routing: Routing, residual: Tensor | None, shared:
     y = torch.empty((tokens, hidden), dtype=products.dtype, device=products.device)
     overlap = overlaps_launches(arch_of(products.device))
     with on_device_of(products):
-        combine_kernel[(tokens, -(-hidden // BLOCK_OUT))](
+        prepared(combine_kernel)[(tokens, -(-hidden // BLOCK_OUT))](
             products, residual, shared, None if shared is None else routing.gate, y,
             0 if residual is None else residual.stride(0), 0 if shared is None else shared.stride(0),
             H=hidden, K=top_k, BLOCK=min(BLOCK_OUT, power_of_2(hidden)), OVERLAP=overlap,

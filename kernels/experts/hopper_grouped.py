@@ -29,6 +29,7 @@ from hf_fastattn.kernels.experts.sorted_rows import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Pairs a tile, weight rows of a box (two boxes a tile), columns a step, and steps that are loaded ahead.
 BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS = 128, 128, 64, 4
@@ -199,12 +200,12 @@ def _product(
     }  # fmt: skip
     with on_device_of(x):
         if wide:
-            hopper_wide_kernel[grid](
+            prepared(hopper_wide_kernel)[grid](
                 *given, x.shape[0], **options, BLOCK_M=WIDE_M, BUFFERS=WIDE_BUFFERS, CONSUMER_REGISTERS=WIDE_REGISTERS,
                 maxnreg=128,
             )  # fmt: skip
         else:
-            hopper_grouped_kernel[grid](
+            prepared(hopper_grouped_kernel)[grid](
                 *given, **options, BLOCK_M=BLOCK_M, BUFFERS=BUFFERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, maxnreg=168
             )
     return y

@@ -24,6 +24,7 @@ from hf_fastattn.kernels.experts.configs import FEW_TOKENS
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.rehearsal import prepared
 
 MOST_EXPERTS = 1024
 # Elements of x that a program multiplies at once, over all tokens.
@@ -207,7 +208,7 @@ def _route_few(
     distinct, count = (numbers(min(tokens * top_k, experts)), numbers(1)) if tokens > 1 else (None, None)
     if tokens:
         block_t = power_of_2(tokens)
-        router_kernel[(experts + (gate is not None),)](
+        prepared(router_kernel)[(experts + (gate is not None),)](
             x, weight, gate_weight, values((tokens, experts)), chosen, weights, distinct, count, gate,
             (sums or SplitSums(x.device)).arrived, tokens, x.stride(0), H=x.shape[1], BLOCK_T=block_t,
             BLOCK_H=min(ELEMENTS // block_t, power_of_2(x.shape[1]), MOST_COLUMNS), STAGES=3, SETTLED=settled,
@@ -226,7 +227,7 @@ def _route_many(
     counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
     gate = None if gate_weight is None else functional.linear(x, gate_weight)[:, 0].float()
     block_t = max(SCORES // power_of_2(experts), 1)
-    choice_kernel[(-(-tokens // block_t),)](
+    prepared(choice_kernel)[(-(-tokens // block_t),)](
         functional.linear(x, weight), chosen, weights, counts, ranks, tokens, BLOCK_T=block_t, num_warps=4, **options
     )  # fmt: skip
     return Routing(chosen, weights, counts=counts, ranks=ranks, gate=gate)

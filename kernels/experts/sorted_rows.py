@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 
 BLOCK_TILES = 64
 MOST_COLUMNS = 2048
@@ -93,7 +94,7 @@ def sort_rows(x: Tensor, routing: Routing, block_m: int) -> tuple[Tensor, WorkLi
     work = WorkList(numbers(pairs), numbers(pairs // block_m + min(experts, pairs), 4), numbers(1), block_m)
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
-        sort_rows_kernel[(tokens + experts,)](
+        prepared(sort_rows_kernel)[(tokens + experts,)](
             x, routing.chosen, routing.ranks, routing.counts, rows, *work[:3], tokens, x.stride(0),
             H=hidden, E=experts, K=routing.chosen.shape[1], BLOCK_M=block_m, BLOCK_E=power_of_2(experts),
             BLOCK_H=min(power_of_2(hidden), MOST_COLUMNS), BLOCK_T=BLOCK_TILES, OVERLAP=overlap, num_warps=4,

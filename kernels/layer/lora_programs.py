@@ -261,38 +261,48 @@ def b_of_tokens(
 
 
 @triton.jit
-def _sums_of_tokens(sums_ptr, first, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`[COLUMNS, BLOCK_T]` of h from row `first` on, read until all parts are there: their programs run already, or ran."""
-    cell = (first + tl.arange(0, COLUMNS))[:, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+def sums_of_tokens(
+    which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """h from row `first` on as it is now, `[COLUMNS, BLOCK_T]`, and how many of its parts are not there, of each."""
+    t = tl.arange(0, BLOCK_T)[None, :]
+    cell = (which * (PARTS * RANK) + first + tl.arange(0, COLUMNS))[:, None] * BLOCK_T + t
     h = tl.zeros([COLUMNS, BLOCK_T], tl.float32)
-    missing = 1
-    while missing > 0:
-        h = tl.zeros([COLUMNS, BLOCK_T], tl.float32)
-        lacks = tl.zeros([COLUMNS, BLOCK_T], tl.int32)
-        for part in tl.static_range(PARTS):
-            bits = tl.load(sums_ptr + part * (RANK * BLOCK_T) + cell, volatile=True)
-            lacks += (bits == MISSING).to(tl.int32)
-            h += bits.to(tl.float32, bitcast=True)
-        missing = tl.sum(lacks)
-    return h
+    lacks = tl.zeros([COLUMNS, BLOCK_T], tl.int32)
+    for part in tl.static_range(PARTS):
+        # Padding tokens, up to half of them, cost no request.
+        bits = tl.load(lora.sums_ptr + part * (RANK * BLOCK_T) + cell, mask=t < tokens, other=0, volatile=True)
+        lacks += (bits == MISSING).to(tl.int32)
+        h += bits.to(tl.float32, bitcast=True)
+    return h, lacks
 
 
 @triton.jit
 def expand_tokens(
-    acc, which, b, n, rows, lora,
+    acc, which, b, h, lacks, n, rows, tokens, lora,
     ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`; `b: [BLOCK_N, COLUMNS]` holds the first columns of B."""
+    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`.
+
+    `b: [BLOCK_N, COLUMNS]` holds the first columns of B; `h` and `lacks` are what `sums_of_tokens` found for them. They are
+    read again until all parts are there: the programs that store them run already, or ran.
+    """
     COLUMNS: tl.constexpr = b.shape[1]
     if rank_of(which, RANKS, SAME) > 0:
-        sums_ptr = lora.sums_ptr + which * (PARTS * RANK * BLOCK_T)
-        delta = tl.zeros(acc.shape, tl.float32)
+        missing = tl.sum(lacks)
+        while missing > 0:
+            h, still = sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+            missing = tl.sum(still)
+        delta = tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
         # Not unrolled: the loads of all columns at once would need all registers.
-        for first in tl.range(0, RANK, COLUMNS, num_stages=1):
-            h = _sums_of_tokens(sums_ptr, first, RANK, PARTS, COLUMNS, BLOCK_T)
+        for first in tl.range(COLUMNS, RANK, COLUMNS, num_stages=1):
+            b = b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS)
+            h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+            missing = tl.sum(still)
+            while missing > 0:
+                h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+                missing = tl.sum(still)
             delta += tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
-            if RANK > COLUMNS:
-                b = b_of_tokens(which, n, rows, first + COLUMNS, lora, ADAPTERS, RANKS, SAME, COLUMNS)
         acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc

@@ -29,6 +29,7 @@ from hf_fastattn.kernels.layer.lora_programs import b_of_token, early_sums, expa
 from hf_fastattn.kernels.layer.skinny import skinny_product
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.rehearsal import prepared
 
 MOST_WEIGHTS = 3
 
@@ -196,7 +197,7 @@ def _product(
     # Not `triton.cdiv`, which costs the host a microsecond a call.
     programs = sum(-(-count // tile.block_n) for count in counts[:used])
     with on_device_of(x):
-        matvec_kernel[(shrinkers + programs,)](
+        prepared(matvec_kernel)[(shrinkers + programs,)](
             x, *weights, *spare, *added, y, residual, *counts, K=k, WEIGHTS=used, GATED=gated, VECTOR=tile.vector,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),

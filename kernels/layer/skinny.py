@@ -19,9 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, matrix_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens
+from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens, sums_of_tokens
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.rehearsal import prepared
 
 
 @triton.jit
@@ -142,6 +143,11 @@ def skinny_kernel(
         if GATED:
             u = _weights(w1_ptr + off_w, k, end, EVEN, BLOCK_K)
             acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
+    if lora is not None:
+        # Most programs find the sums there; they come while the last products are made and parts arrive.
+        h, lacks = sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+        if GATED:
+            h_u, lacks_u = sums_of_tokens(1, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
     # The tile loaded first is multiplied last: with this product before the loop, the loop's pipeline would start late.
     x = _tokens(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K)
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
@@ -150,11 +156,13 @@ def skinny_kernel(
     if SPLIT == 1:
         if lora is not None:
             acc = expand_tokens(
-                acc, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                acc, which, b, h, lacks, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
+                EXPAND_PRECISION,
             )  # fmt: skip
             if GATED:
                 acc_u = expand_tokens(
-                    acc_u, 1, b_u, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                    acc_u, 1, b_u, h_u, lacks_u, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
+                EXPAND_PRECISION,
                 )  # fmt: skip
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
@@ -179,11 +187,13 @@ def skinny_kernel(
                     total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
             if lora is not None:
                 total = expand_tokens(
-                    total, which, b, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                    total, which, b, h, lacks, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
+                EXPAND_PRECISION,
                 )  # fmt: skip
                 if GATED:
                     total_u = expand_tokens(
-                        total_u, 1, b_u, n, rows, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
+                        total_u, 1, b_u, h_u, lacks_u, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
+                EXPAND_PRECISION,
                     )  # fmt: skip
             _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
 
@@ -235,7 +245,7 @@ def skinny_product(
         arrived = room.arrived
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
-        skinny_kernel[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
+        prepared(skinny_kernel)[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Words of 4 bytes that a program reads at a time, and that one entry of the table has at most.
 BLOCK, CHUNK = 2048, 65536
@@ -57,7 +58,7 @@ def weight_sum(table: Tensor, out: Tensor) -> Tensor:
     if not len(table):
         return out.zero_()
     with on_device_of(table):
-        weight_sum_kernel[(len(out),)](table, out, len(table), BLOCK=BLOCK, num_warps=4)
+        prepared(weight_sum_kernel)[(len(out),)](table, out, len(table), BLOCK=BLOCK, num_warps=4)
     return out
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, FINISHED_BIT, MOST_ENDS, MOST_ROWS, LoopTensors
 
 
@@ -75,7 +76,7 @@ def advance(state: LoopTensors, page_size: int) -> None:
     overlap = overlaps_launches(arch_of(state.chosen.device))
     block = power_of_2(rows)
     with on_device_of(state.chosen):
-        advance_kernel[(1,)](
+        prepared(advance_kernel)[(1,)](
             state.chosen, state.packed, state.tokens, state.positions, state.finished, state.limits, state.seq_lens,
             state.slots, tables, state.step, state.ends, state.pad, state.drop, seen, rows,
             0 if seen is None else seen.shape[1], tables.shape[2], state.slots.stride(0), tables.stride(0),

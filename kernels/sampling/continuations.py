@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.noise import best_token
 from hf_fastattn.kernels.sampling.scores import CHUNK, LARGEST, Expected, check_choice, load_scores
 
@@ -79,10 +80,10 @@ def continuations(logits: Tensor, so_far: Tensor, kept: int) -> tuple[Tensor, Te
     best = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     mass = torch.empty((rows, chunks, 2), dtype=torch.float32, device=logits.device)
     with on_device_of(logits):
-        best_of_chunk_kernel[(chunks, rows)](
+        prepared(best_of_chunk_kernel)[(chunks, rows)](
             logits, best, tokens, mass, vocab, kept, logits.stride(0), CHUNK=CHUNK, num_warps=8
         )
-        score_kernel[(triton.cdiv(chunks * kept, ENTRIES), rows)](
+        prepared(score_kernel)[(triton.cdiv(chunks * kept, ENTRIES), rows)](
             best, mass, so_far, chunks * kept, chunks, BLOCK_C=power_of_2(chunks), ENTRIES=ENTRIES, num_warps=4
         )
     return best, tokens

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, hash_callees, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.candidates import draw_candidate, gather_candidates
 from hf_fastattn.kernels.sampling.greedy import best_of_chunks, greedy_tokens
 from hf_fastattn.kernels.sampling.noise import best_token, draw_chunk
@@ -213,11 +214,11 @@ def sample_tokens(
     overlap = overlaps_launches(arch_of(logits.device))
     options = {"launch_pdl": True} if overlap else {}
     with on_device_of(logits):
-        scan_logits_kernel[(chunks, count)](
+        prepared(scan_logits_kernel)[(chunks, count)](
             logits, maxima, mass, best, winner, params, seed, rows, step, vocab, groups, logits.stride(0),
             CHUNK=CHUNK, GROUP=GROUP, OVERLAP=overlap, num_warps=4, **options,
         )  # fmt: skip
-        draw_kernel[(count,)](
+        prepared(draw_kernel)[(count,)](
             logits, maxima, mass, best, winner, hot, candidates, candidate_tokens, params, seed, rows, step,
             out_tokens, thresholds, vocab, groups, chunks, logits.stride(0), out_tokens.stride(0),
             CHUNK=CHUNK, GROUP=GROUP, MOST_RANK=MOST_RANK, SLOTS=SLOTS, TILE_G=TILE_G,

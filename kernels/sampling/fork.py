@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 
 # Most beams of a prompt: a program compares all of them with each other.
 MOST_BEAMS = 64
@@ -127,8 +128,8 @@ def fork(state: ForkTensors) -> None:
         raise ValueError(f"{rows} rows of {beams} beams: give 1 to {MOST_BEAMS} beams, and a multiple of them in rows")
     windows, _, columns = state.tables.shape
     with on_device_of(state.parents):
-        fork_tables_kernel[(rows // beams, windows)](
+        prepared(fork_tables_kernel)[(rows // beams, windows)](
             state.parents, state.tables, state.own, state.seq_lens, state.live, state.moves, rows, columns,
             state.tables.stride(0), BEAMS=beams, BEAMS_BLOCK=power_of_2(beams), PAGE=state.page_size, BLOCK=64, num_warps=4,
         )  # fmt: skip
-        copy_pages_kernel[(rows, state.places.shape[0])](state.moves, state.places, rows, BLOCK=1024, num_warps=4)
+        prepared(copy_pages_kernel)[(rows, state.places.shape[0])](state.moves, state.places, rows, BLOCK=1024, num_warps=4)

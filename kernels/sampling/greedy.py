@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.noise import best_token
 from hf_fastattn.kernels.sampling.scores import CHUNK, check_choice, load_scores
 
@@ -75,10 +76,10 @@ def greedy_tokens(logits: Tensor, out_tokens: Tensor) -> None:
     overlap = overlaps_launches(arch_of(logits.device))
     options = {"launch_pdl": True} if overlap else {}
     with on_device_of(logits):
-        greedy_chunk_kernel[(chunks, rows)](
+        prepared(greedy_chunk_kernel)[(chunks, rows)](
             logits, best, winner, vocab, logits.stride(0), CHUNK=CHUNK, OVERLAP=overlap, num_warps=4, **options
         )
-        best_of_chunks_kernel[(rows,)](
+        prepared(best_of_chunks_kernel)[(rows,)](
             best, winner, out_tokens, chunks, out_tokens.stride(0),
             BLOCK_C=power_of_2(chunks), OVERLAP=overlap, num_warps=1, **options,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.params import PARAMS
 
 BLOCK = 2048
@@ -114,12 +115,12 @@ def process_logits(
     options = {"launch_pdl": True} if overlap else {}
     with on_device_of(logits):
         if in_place and seen is None:
-            suppress_eos_kernel[(rows,)](
+            prepared(suppress_eos_kernel)[(rows,)](
                 logits, eos, params, step, vocab, eos_count, logits.stride(0),
                 BLOCK=32, OVERLAP=overlap, num_warps=1, **options,
             )  # fmt: skip
         else:
-            process_logits_kernel[(triton.cdiv(vocab, BLOCK), rows)](
+            prepared(process_logits_kernel)[(triton.cdiv(vocab, BLOCK), rows)](
                 logits, seen, out, eos, params, step, vocab, eos_count,
                 logits.stride(0), 0 if seen is None else seen.stride(0), out.stride(0),
                 BLOCK=BLOCK, OVERLAP=overlap, num_warps=4, **options,

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.sampling.scores import LARGEST, LOG2E, load_scores
 from hf_fastattn.kernels.sampling.threshold import order_key, search_block
 
@@ -129,7 +130,7 @@ def typical_scores(scores: Tensor, mass: Tensor) -> Tensor:
         return out
     overlap = overlaps_launches(arch_of(scores.device))
     with on_device_of(scores):
-        typical_kernel[(rows,)](
+        prepared(typical_kernel)[(rows,)](
             scores, slots, out, mass, vocab, scores.stride(0), out.stride(0),
             SLOTS=SLOTS, TILE=TILE, OVERLAP=overlap, num_warps=16, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

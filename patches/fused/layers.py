@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
 from hf_fastattn.patches.fused.linear import add_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
+from hf_fastattn.patches.fused.rehearse import rehearse
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
@@ -53,12 +54,22 @@ def walk(
     position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
     products = make_products(tuple(states.shape[:-1]), states.device)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
-    x, delta = states.reshape(-1, states.shape[-1]), None
     is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
-    for layer in layers_of(decoder):
-        x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
-        x, delta = _mlp(layer, x, delta, products, is_step)
-    out, _ = products.norm(written_module(decoder.norm), x, delta)
+
+    def run(layers: Iterable[Any], products: AnyProducts) -> Tensor:
+        x, delta = states.reshape(-1, states.shape[-1]), None
+        for layer in layers:
+            x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
+            x, delta = _mlp(layer, x, delta, products, is_step)
+        return products.norm(written_module(decoder.norm), x, delta)[0]
+
+    if not isinstance(products, PlainProducts):
+
+        def rehearsed(layers: Iterable[Any]) -> Tensor:
+            return run(layers, make_products(tuple(states.shape[:-1]), states.device))
+
+        rehearse(decoder, cache, state.runtime.rehearsed, states.device, rehearsed)
+    out = run(layers_of(decoder), products)
     state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
 

@@ -20,6 +20,7 @@ HOUSE = (
 FLOORS = {
     "kernels": (
         "launch",
+        "rehearsal",
         "relaunch",
         "quick_launch",
         "gluon_spelling",

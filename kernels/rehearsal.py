@@ -1,0 +1,72 @@
+"""Rehearsals: forwards whose launches are compiled instead of made, by several threads at once.
+
+Triton compiles a kernel when it is first launched, one after the other. Most of that time it does not hold Python's lock, so
+that threads compile side by side: what comes after a rehearsal waited for the slowest of its kernels, not for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import triton
+from triton.runtime import JITFunction
+
+from hf_fastattn.kernels.launch import TESTED
+
+MOST_THREADS = 16
+# Of this thread alone: what others launch meanwhile is launched.
+_rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
+
+
+class Rehearsed:
+    """A kernel in a rehearsal: `kernel[grid](...)` has it compiled for these arguments, and launches nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def compile_for(*arguments: Any, **options: Any) -> None:
+            self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+
+        return compile_for
+
+
+def prepared(kernel: Any) -> Any:
+    """The `@triton.jit` function, as every launcher has to take it: launched by `prepared(kernel)[grid](...)`."""
+    return Rehearsed(kernel) if _rehearses.get() else kernel
+
+
+def can_rehearse() -> bool:
+    """Whether kernels are compiled, by a version of Triton whose threads were tried, and nobody else compiles ahead."""
+    if not isinstance(_probe, JITFunction) or not triton.__version__.startswith(TESTED) or (os.cpu_count() or 1) < 2:
+        return False
+    from triton.runtime._async_compile import active_mode
+
+    return active_mode.get() is None and not _rehearses.get()
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Launches inside, of this thread, are not made; their kernels are compiled at the end. Ask `can_rehearse` before.
+
+    Whatever launches would have written is arbitrary: nothing inside may read it but other launches, and the forward is to
+    run again from the same inputs.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    before = _rehearses.set(True)
+    try:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
+            yield
+    finally:
+        _rehearses.reset(before)
+
+
+@triton.jit
+def _probe():
+    """Shows whether kernels are compiled or interpreted."""

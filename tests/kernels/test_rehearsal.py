@@ -1,0 +1,66 @@
+"""A rehearsal compiles what launches inside of it need, and makes none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import hf_fastattn
+from hf_fastattn.kernels.attention.append import rope_append
+from hf_fastattn.kernels.layer.matvec import matvec
+from hf_fastattn.kernels.quick_launch import launch
+from hf_fastattn.kernels.rehearsal import can_rehearse, prepared, rehearsal
+from hf_fastattn.kernels.relaunch import Launch
+from tests.kernels.test_relaunch import copy_kernel, launched
+
+__all__ = ["launched"]
+OPTIONS = {"BLOCK": 64, "num_warps": 1}
+# A kernel that is launched without `prepared`, which alone knows of rehearsals.
+UNPREPARED = re.compile(r"(?<!prepared\()\b\w*kernel\)?\[\(")
+
+
+def run_all() -> None:
+    """Every way by which kernels are launched."""
+    arguments = (torch.zeros(64), torch.zeros(64), None, 64)
+    launch(copy_kernel, (2,), arguments, OPTIONS)
+    prepared(copy_kernel)[(2,)](*arguments, **OPTIONS)
+    one = Launch(copy_kernel, (2,), arguments, OPTIONS)
+    one.first()
+    one.again(torch.zeros(64), torch.zeros(64))
+    x = torch.zeros(1, 64)
+    matvec(x, [torch.zeros(32, 64)])
+    pages, table = torch.zeros(2, 16, 1, 64), torch.zeros(1, 64)
+    heads = torch.zeros(1, 1, 64)
+    rope_append(heads, heads, heads, table, table, pages, pages, torch.zeros(1, dtype=torch.int64))
+
+
+def test_nothing_is_launched_and_all_is_compiled(launched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_rehearse()
+    with rehearsal():
+        assert not can_rehearse()
+        run_all()
+    assert launched == [] and can_rehearse()
+    # Whatever would be compiled now was forgotten in the rehearsal.
+    monkeypatch.setattr(type(copy_kernel), "_do_compile", None)
+    run_all()
+    assert len(launched) == 6
+
+
+def test_an_error_ends_it(launched: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(ZeroDivisionError), rehearsal():
+        launch(copy_kernel, (2,), (torch.zeros(64), torch.zeros(64), None, 1 // 0), OPTIONS)
+    assert can_rehearse()
+    launch(copy_kernel, (2,), (torch.zeros(64), torch.zeros(64), None, 64), OPTIONS)
+    assert len(launched) == 1
+
+
+def test_every_launcher_knows_of_rehearsals() -> None:
+    folder = Path(hf_fastattn.__file__).parent / "kernels"
+    found = {path.name: UNPREPARED.findall(path.read_text()) for path in folder.rglob("*.py") if path.name != "quick_launch.py"}
+    assert {name: calls for name, calls in found.items() if calls} == {}
