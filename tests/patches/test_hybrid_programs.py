@@ -187,6 +187,7 @@ class Program:
 
     def crop(self, rows: Rows) -> None:
         """Back to the state before one of the last tokens, if it is there."""
+        rows.cache._settle()
         reach, least = min(layer.reach for layer in rows.cache.recurrent_layers.values()), min(map(len, rows.said))
         if reach < least - 1:
             with pytest.raises(RuntimeError, match=f"reach back by {reach}"):
