@@ -26,7 +26,7 @@ from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import VOCAB, pair_with_graphs
 from tests.tools.reexecuted import reexecuted_loop
 
-PROGRAMS = int(os.environ.get("FASTATTN_HYBRID_PROGRAMS", "24"))
+PROGRAMS = int(os.environ.get("FASTATTN_HYBRID_PROGRAMS", "16"))
 MOVES = 10
 NAMES = (
     "begin", "release", "tokens", "step", "step", "step", "select", "fork", "copy", "record", "crop", "crop", "generate",
