@@ -227,7 +227,7 @@ class CacheState(Cache):
     def own_states(self) -> None:
         """No state of a layer lies where recorded forwards may write."""
         for layer in self.recurrent_layers.values():
-            own_states(vars(layer))
+            own_states(layer.__dict__)
         for _, held in self._snapshots:
             own_states(held)
 

@@ -144,7 +144,7 @@ class ForwardCache(DenseCache):
         if not layer.record_past:
             return None
         # Nobody writes over a past.
-        own_states(vars(layer))
+        own_states(layer.__dict__)
         # Columns are counted back: past those that hold no token, a token is not a column.
         past = layer.past if self._new_stored is None else ()
         return list(past or ([] if layer.states is None else [layer.states]))

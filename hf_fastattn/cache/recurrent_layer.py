@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import LinearAttentionLayer
 
 # Tokens that a state can be taken back by, at most.
@@ -40,8 +41,9 @@ class RecurrentLayer(LinearAttentionLayer):
         conv, recurrent = self.conv_states[0], self.recurrent_states[0]
         if conv is None or recurrent is None:
             return None
-        # Transformers' own forward leaves more inputs there if it records its past.
-        return conv[..., -self.conv_kernel_size[0] :] if conv.shape[-1] > self.conv_kernel_size[0] else conv, recurrent
+        missing = self.conv_kernel_size[0] - conv.shape[-1]
+        # Transformers' own forward leaves as many inputs there as it has got, if it records its past.
+        return functional.pad(conv, (missing, 0)) if missing else conv, recurrent
 
     def keep(self, conv: Tensor, recurrent: Tensor, past: tuple[Pair, ...] = ()) -> None:
         """Hold these states, in the place of those before; `past` ends with them."""

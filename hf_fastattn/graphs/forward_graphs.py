@@ -311,16 +311,18 @@ class ForwardGraphs(GraphStore[Key, Entry]):
 
     def _states_for(self, cache: PagedCache) -> ForwardStates | None:
         """Places for the states of the cache's rows, with the states in them; None if it has none."""
-        layers, rows, before = cache.recurrent_layers, len(cache.lengths), self._states
+        layers, rows = cache.recurrent_layers, len(cache.lengths)
         if not layers:
             return None
-        if before is None or not before.fits(layers, rows):
-            # What graphs read, and the memory of it, goes before there is more.
+        states = self._states
+        if states is None or not states.fits(layers, rows):
+            # At least as many as before, so that calls of two sizes do not replace each other's.
+            states = ForwardStates(layers, max(rows, 0 if states is None else states.rows))
+            # What graphs read, and the memory of it, goes before there is more: places are made when states are taken.
             self._entries.clear()
-            self._states = None
-            self._states = ForwardStates(layers, max(rows, 0 if before is None else before.rows))
-        self._states.take(cache)
-        return self._states
+            self._states = states
+        states.take(cache)
+        return states
 
     def _reference(self, groups: PageGroups, key: Key) -> weakref.ref[PageGroups]:
         owner = weakref.ref(self)

@@ -26,7 +26,7 @@ from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import VOCAB, pair_with_graphs
 from tests.tools.reexecuted import reexecuted_loop
 
-PROGRAMS = int(os.environ.get("FASTATTN_HYBRID_PROGRAMS", "24"))
+PROGRAMS = int(os.environ.get("FASTATTN_HYBRID_PROGRAMS", "16"))
 MOVES = 10
 NAMES = (
     "begin", "release", "tokens", "step", "step", "step", "select", "fork", "copy", "record", "crop", "crop", "generate",
@@ -187,6 +187,7 @@ class Program:
 
     def crop(self, rows: Rows) -> None:
         """Back to the state before one of the last tokens, if it is there."""
+        rows.cache._settle()
         reach, least = min(layer.reach for layer in rows.cache.recurrent_layers.values()), min(map(len, rows.said))
         if reach < least - 1:
             with pytest.raises(RuntimeError, match=f"reach back by {reach}"):
