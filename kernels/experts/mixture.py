@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_fastattn.kernels.experts import few, grouped
-from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS
+from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS, pairs_a_tile
 from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.launch import arch_of
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 
 
@@ -43,9 +44,10 @@ def mixture(
         # As large as what the experts give.
         del rows
         return hopper_grouped.down_sum(states, work, routing, down_proj, **options)
-    order = grouped.sort_pairs(routing)
-    states = grouped.gate_up_silu(x, routing, order, gate_up_proj)
-    return grouped.down_sum(states, routing, order, down_proj, **options)
+    block_m = pairs_a_tile(arch_of(x.device), x.element_size(), *routing.chosen.shape, gate_up_proj.shape[0])
+    work = grouped.sort_pairs(routing, block_m)
+    states = grouped.gate_up_silu(x, routing, work, gate_up_proj)
+    return grouped.down_sum(states, routing, work, down_proj, **options)
 
 
 def _pays_on_hopper(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> bool:

@@ -18,24 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 
-BLOCK_TILES = 64
 MOST_COLUMNS = 2048
-
-
-class WorkList(NamedTuple):
-    """Tiles of pairs of one expert each.
-
-    Attributes:
-        order: `[T * K]` int32, the numbers of the pairs in the order of their experts.
-        tiles: `[up to this many, 4]` int32, the list.
-        tile_count: `[1]` int32, how many tiles there are.
-        block_m: the most pairs of a tile.
-    """
-
-    order: Tensor
-    tiles: Tensor
-    tile_count: Tensor
-    block_m: int
 
 
 @triton.jit(do_not_specialize=["tokens"])
