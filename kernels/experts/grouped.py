@@ -182,7 +182,8 @@ def _grouped(x: Tensor, weight: Tensor, routing: Routing, work: WorkList, gated:
             x, weight, y, work.tiles, work.tile_count, work.order, routing.weights, x.stride(0),
             ROWS=rows, WIDTH=width, K=top_k, GATED=gated, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             STAGES=tile.stages, NARROW=tile.narrow, NARROW_K=tile.narrow_k, NARROW_STAGES=tile.narrow_stages,
-            PRECISION=dot_precision(x.dtype), OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            PRECISION=dot_precision(x.dtype), OVERLAP=overlap, num_warps=tile.warps,
+            **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
 
