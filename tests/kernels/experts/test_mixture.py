@@ -63,7 +63,7 @@ def skewed(layer: Layer, experts: list[int]) -> Layer:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("tokens", [1, 6, 30])
+@pytest.mark.parametrize("tokens", [1, 6, 30, 70])
 def test_all_tokens_to_the_same_experts(tokens: int) -> None:
     layer = skewed(make_layer(tokens, 64, 32, 9), [7, 2])
     routing = routed(layer, 2)
