@@ -20,8 +20,9 @@ MOST_SPLITS = 16
 # Up to so many columns a row of down is one step for one token, and up to so many of all its experts are asked for at once.
 SHORT_ROW, AT_ONCE = 1024, 8192
 
-# From so many pairs an expert on, on average, the Gluon kernels of `hopper_grouped.py` are quicker.
-HOPPER_PAIRS = 64
+# From so many pairs an expert on, on average, or so many tokens, of which some experts may have many, the Gluon kernels of
+# `hopper_grouped.py` are quicker.
+HOPPER_PAIRS, HOPPER_TOKENS = 64, 1024
 
 
 # Programs of a grouped product are at most so many, and take its items in turn: as many as the list might have would be
@@ -60,7 +61,7 @@ GROUPED: dict[tuple[int, bool], tuple[int, int, int, int, int]] = {
     (24, True): (32, 64, 128, 4, 3),
     (24, False): (32, 64, 128, 4, 4),
     (96, True): (64, 64, 64, 4, 4),
-    (96, False): (64, 128, 64, 8, 3),
+    (96, False): (64, 64, 64, 4, 4),
 }
 # Columns a step of wider tiles, and stages by their pairs.
 WIDE_K, WIDE_STAGES = 64, {64: 4, 128: 3}

@@ -3,7 +3,7 @@
 A program is a producer warp, which loads 128 rows of pairs and 256 weight rows at a time, 64 columns of each, and two
 consumer warpgroups of 64 pairs each, all weight rows: 128 of gate and as many of up, so that a thread has both of an output
 and multiplies `silu(gate) * up` in its registers; or 256 of down. Programs are persistent and take their tiles from the work
-list of `sorted_rows.py`, so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so
+list of `work_list.py`, so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so
 that these are read from memory once. A warpgroup without pairs (few, or the last of an expert) leaves the matrix unit to
 the other. Producer, consumers and launcher agree on barriers and shared memory line by line, and so stand in one file.
 """
@@ -19,7 +19,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.experts.checks import check_down, check_gate_up
 from hf_fastattn.kernels.experts.grouped import combine
@@ -28,7 +27,7 @@ from hf_fastattn.kernels.experts.hopper_wide import hopper_wide_kernel
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.work_list import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
-from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS
 
 # Pairs a tile, weight rows of a box (two boxes a tile), columns a step, and steps that are loaded ahead.
@@ -43,11 +42,8 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 @gluon.jit
-def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.constexpr):
-    """The producer warp: a step of pairs and of both boxes of weight rows at a time.
-
-    Where an expert has no more pairs, TMA is sent past the last of all: it writes zeros and reads nothing.
-    """
+def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, CFG: gl.constexpr):
+    """The producer warp: a step of pairs and of both boxes of weight rows at a time."""
     x_s, w_s, _ = buffers
     full, empty = bars
     ROWS: gl.constexpr = CFG[0]
@@ -74,9 +70,7 @@ def _load_tiles(x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG: gl.const
             mbarrier.expect(full.index(s), (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2)
             load_box(w_desc, [row, k * BLOCK_K], full.index(s), w_s.index(s).slice(0, BLOCK_N, 0))
             load_box(w_desc, [other, k * BLOCK_K], full.index(s), w_s.index(s).slice(BLOCK_N, BLOCK_N, 0))
-            for w in gl.static_range(BLOCK_M // 64):
-                row_x = gl.where(w * 64 < size, place + w * 64, pairs)
-                load_box(x_desc, [row_x, k * BLOCK_K], full.index(s), x_s.index(s * (BLOCK_M // 64) + w))
+            load_box(x_desc, [place, k * BLOCK_K], full.index(s), x_s.index(s))
             done += 1
 
 
@@ -107,13 +101,13 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
             s = done % BUFFERS
             mbarrier.wait(full.index(s), (done // BUFFERS) & 1)
             # [64, BLOCK_K] times [BLOCK_K, 2 * BLOCK_N]
-            x = x_s.index(s * (BLOCK_M // 64) + WARPGROUP)
+            x = x_s.index(s).slice(WARPGROUP * 64, 64, 0)
             acc = warpgroup_mma(x, w_s.index(s).permute((1, 0)), acc, use_acc=False, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             for k in range(1, STEPS):
                 s = (done + k) % BUFFERS
                 mbarrier.wait(full.index(s), ((done + k) // BUFFERS) & 1)
-                x = x_s.index(s * (BLOCK_M // 64) + WARPGROUP)
+                x = x_s.index(s).slice(WARPGROUP * 64, 64, 0)
                 acc = warpgroup_mma(x, w_s.index(s).permute((1, 0)), acc, is_async=True)
                 # The product of the step before is complete, and its buffers are free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -142,12 +136,12 @@ def _multiply_tiles(WARPGROUP: gl.constexpr, buffers, bars, work, tiles, y_ptr, 
         done += STEPS
 
 
-@gluon.jit(do_not_specialize=["pairs"])
+@gluon.jit
 def hopper_grouped_kernel(
-    x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr, pairs,
+    x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr,
     ROWS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp."""
     TILE: gl.constexpr = BLOCK_N if GATED else 2 * BLOCK_N
@@ -156,7 +150,7 @@ def hopper_grouped_kernel(
     dtype: gl.constexpr = x_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BLOCK_N, BLOCK_K], dtype)
     Y_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_N], dtype)
-    x_s = gl.allocate_shared_memory(dtype, [BUFFERS * (BLOCK_M // 64), 64, BLOCK_K], x_desc.layout)
+    x_s = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_M, BLOCK_K], x_desc.layout)
     w_s = gl.allocate_shared_memory(dtype, [BUFFERS, 2 * BLOCK_N, BLOCK_K], LAYOUT)
     y_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_N], Y_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -166,14 +160,11 @@ def hopper_grouped_kernel(
         mbarrier.init(empty.index(i), count=2)
     buffers = (x_s, w_s, y_s)
     bars = (full, empty)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     tiles = gl.load(count_ptr) * TILES_N
     gl.warp_specialize([
         (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
         (_multiply_tiles, (1, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),
-        (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, pairs, CFG)),
+        (_load_tiles, (x_desc, w_desc, buffers, bars, work, tiles, CFG)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -196,22 +187,20 @@ def _product(
     rows = rows // 2 if gated else rows
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     wide = work.block_m == WIDE_M
-    x_box, w_box = [64, BLOCK_K], [BLOCK_N, BLOCK_K]
+    x_box, w_box = [64 if wide else BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
     x_desc = TensorDescriptor.from_tensor(x, x_box, _layout(tuple(x_box), x.dtype))
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
     grid = (min(tiles, programs or _processors(x.device)),)
-    given = (x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights, x.shape[0])
-    overlap = overlaps_launches(arch_of(x.device))
+    given = (x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights)
     options: dict[str, Any] = {
         "ROWS": rows, "STEPS": -(-width // BLOCK_K), "GATED": gated, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP": GROUP,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "ptx_options": ASSEMBLER_OPTIONS,
-        "OVERLAP": overlap, **({"launch_pdl": True} if overlap else {}),
     }  # fmt: skip
     with on_device_of(x):
         if wide:
             hopper_wide_kernel[grid](
-                *given, **options, BLOCK_M=WIDE_M, BUFFERS=WIDE_BUFFERS, CONSUMER_REGISTERS=WIDE_REGISTERS,
+                *given, x.shape[0], **options, BLOCK_M=WIDE_M, BUFFERS=WIDE_BUFFERS, CONSUMER_REGISTERS=WIDE_REGISTERS,
                 maxnreg=128,
             )  # fmt: skip
         else:

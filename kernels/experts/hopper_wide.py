@@ -8,7 +8,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.experts.hopper_tiles import store_rows, work_item
 from hf_fastattn.kernels.gluon_spelling import load_box
@@ -114,7 +113,7 @@ def hopper_wide_kernel(
     x_desc, w_desc, y_ptr, work, count_ptr, order_ptr, weights_ptr, pairs,
     ROWS: gl.constexpr, STEPS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, GROUP: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the roles: a consumer warpgroup for 64 pairs each, and a producer warp."""
     TILE: gl.constexpr = BLOCK_N if GATED else 2 * BLOCK_N
@@ -132,9 +131,6 @@ def hopper_wide_kernel(
         mbarrier.init(empty.index(i), count=BLOCK_M // 64)
     buffers = (x_s, w_s, y_s)
     bars = (full, empty)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     tiles = gl.load(count_ptr) * TILES_N
     gl.warp_specialize([
         (_multiply_tiles, (0, buffers, bars, work, tiles, y_ptr, order_ptr, weights_ptr, CFG)),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_fastattn.kernels.experts import few, grouped
-from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS, pairs_a_tile
+from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS, HOPPER_TOKENS, pairs_a_tile
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.launch import arch_of
 from hf_fastattn.kernels.layer.split_sums import SplitSums
@@ -51,8 +51,8 @@ def mixture(
 
 
 def _pays_on_hopper(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether pairs are enough, and shapes ones that the Gluon kernels take."""
-    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0]:
+    """Whether pairs or tokens are enough, and shapes ones that the Gluon kernels take."""
+    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0] and x.shape[0] < HOPPER_TOKENS:
         return False
     from hf_fastattn.kernels.experts.hopper_grouped import why_not_hopper
 

@@ -16,15 +16,14 @@ from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.work_list import WorkList, empty_list, list_tiles
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 
-# Pairs of a token that are placed at once, and elements of their rows that are stored at once.
-MOST_SLOTS, ELEMENTS = 16, 16384
+MOST_COLUMNS = 2048
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def sort_rows_kernel(
     x_ptr, chosen_ptr, ranks_ptr, counts_ptr, rows_ptr, order_ptr, tiles_ptr, count_ptr, tokens, stride_x,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The copies of a token's row; behind the last token, the tiles of an expert."""
     if OVERLAP:
@@ -34,19 +33,15 @@ def sort_rows_kernel(
     e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + e, mask=e < E, other=0)  # [BLOCK_E]
     if number < tokens:
-        for first in tl.range(0, K, SLOTS):
-            slot = first + tl.arange(0, SLOTS)
-            pair = number * K + slot  # [SLOTS]
-            expert = tl.load(chosen_ptr + pair, mask=slot < K, other=0)
-            before = tl.sum(tl.where(e[None, :] < expert[:, None], counts[None, :], 0), 1)
-            place = before + tl.load(ranks_ptr + pair, mask=slot < K, other=0)
-            tl.store(order_ptr + place, pair, mask=slot < K)
-            to = rows_ptr + place.to(tl.int64)[:, None] * H
+        for slot in tl.range(0, K):
+            pair = number * K + slot
+            before = tl.sum(tl.where(e < tl.load(chosen_ptr + pair), counts, 0), 0)
+            place = before + tl.load(ranks_ptr + pair)
+            tl.store(order_ptr + place, pair)
             for h in tl.range(0, H, BLOCK_H):
-                column = (h + tl.arange(0, BLOCK_H))[None, :]
+                column = h + tl.arange(0, BLOCK_H)
                 row = tl.load(x_ptr + number.to(tl.int64) * stride_x + column, mask=column < H, other=0.0)
-                row = tl.broadcast_to(row, [SLOTS, BLOCK_H])
-                tl.store(to + column, row, mask=(slot < K)[:, None] & (column < H))
+                tl.store(rows_ptr + place.to(tl.int64) * H + column, row, mask=column < H)
     else:
         list_tiles(counts, e, number - tokens, tiles_ptr, count_ptr, E, BLOCK_M)
 
@@ -54,16 +49,15 @@ def sort_rows_kernel(
 def sort_rows(x: Tensor, routing: Routing, block_m: int) -> tuple[Tensor, WorkList]:
     """Rows of `x: [T, H]` by expert, `[T * K, H]`, and tiles of up to `block_m` of them; the routing has `counts`."""
     assert routing.counts is not None and routing.ranks is not None
-    (tokens, hidden), (_, top_k), experts = x.shape, routing.chosen.shape, routing.counts.shape[0]
-    rows = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    (tokens, hidden), experts = x.shape, routing.counts.shape[0]
+    rows = torch.empty((routing.chosen.numel(), hidden), dtype=x.dtype, device=x.device)
     work = empty_list(routing, block_m)
-    slots = min(power_of_2(top_k), MOST_SLOTS)
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
         sort_rows_kernel[(tokens + experts,)](
             x, routing.chosen, routing.ranks, routing.counts, rows, *work[:3], tokens, x.stride(0),
-            H=hidden, E=experts, K=top_k, BLOCK_M=block_m, BLOCK_E=power_of_2(experts),
-            BLOCK_H=min(power_of_2(hidden), ELEMENTS // slots), SLOTS=slots, OVERLAP=overlap, num_warps=4,
+            H=hidden, E=experts, K=routing.chosen.shape[1], BLOCK_M=block_m, BLOCK_E=power_of_2(experts),
+            BLOCK_H=min(power_of_2(hidden), MOST_COLUMNS), OVERLAP=overlap, num_warps=4,
             **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return rows, work
