@@ -20,8 +20,14 @@ MOST_SPLITS = 16
 # Up to so many columns a row of down is one step for one token, and up to so many of all its experts are asked for at once.
 SHORT_ROW, AT_ONCE = 1024, 8192
 
-# From so many pairs an expert on, on average, the Gluon kernels of `hopper_grouped.py` are quicker.
-HOPPER_PAIRS = 64
+# From so many pairs an expert on, on average, or so many tokens, of which some experts may have many, the Gluon kernels of
+# `hopper_grouped.py` are quicker.
+HOPPER_PAIRS, HOPPER_TOKENS = 64, 1024
+
+
+# Programs of a grouped product are at most so many, and take its items in turn: as many as the list might have would be
+# thousands that find nothing, where all tokens go to few experts.
+GROUPED_PROGRAMS = 4 * PROGRAMS
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class GroupedTile:
         block_k: columns a step.
         warps: warps a program.
         stages: pipeline stages of the loads.
+        narrow: pairs a program for experts that have no more than so many; 0: `block_m` for all.
+        narrow_k, narrow_stages: columns a step and stages then.
     """
 
     block_m: int
@@ -41,19 +49,22 @@ class GroupedTile:
     block_k: int
     warps: int
     stages: int
+    narrow: int = 0
+    narrow_k: int = 64
+    narrow_stages: int = 2
 
 
-# (pairs an expert up to, gated) -> tile, for 16-bit weights on Hopper
-GROUPED: dict[tuple[int, bool], GroupedTile] = {
-    (12, True): GroupedTile(16, 64, 128, 4, 3),
-    (12, False): GroupedTile(16, 64, 128, 4, 4),
-    (24, True): GroupedTile(32, 64, 128, 4, 3),
-    (24, False): GroupedTile(32, 64, 128, 4, 4),
-    (96, True): GroupedTile(64, 64, 64, 4, 4),
-    (96, False): GroupedTile(64, 128, 64, 8, 3),
+# (pairs an expert up to, gated) -> pairs, weight rows, columns a step, warps and stages, for 16-bit weights on Hopper
+GROUPED: dict[tuple[int, bool], tuple[int, int, int, int, int]] = {
+    (12, True): (16, 64, 128, 4, 3),
+    (12, False): (16, 64, 128, 4, 4),
+    (24, True): (32, 64, 128, 4, 3),
+    (24, False): (32, 64, 128, 4, 4),
+    (96, True): (64, 64, 64, 4, 4),
+    (96, False): (64, 64, 64, 4, 4),
 }
-# Above the largest of them.
-GROUPED_MANY = GroupedTile(128, 64, 64, 4, 3)
+# Columns a step of wider tiles, and stages by their pairs.
+WIDE_K, WIDE_STAGES = 64, {64: 4, 128: 3}
 
 
 @functools.cache
@@ -101,13 +112,28 @@ def _columns(k: int) -> int:
 
 
 @functools.cache
-def grouped_tile(arch: int, itemsize: int, pairs: int, experts: int, gated: bool) -> GroupedTile:
-    """The tile of a grouped product of so many pairs of a token and one of the experts."""
-    mean = -(-pairs // experts)
+def pairs_a_tile(arch: int, itemsize: int, tokens: int, top_k: int, experts: int) -> int:
+    """Pairs of a token and one expert in a tile of the work list: all that an expert can have, if they are not too many."""
     if itemsize == 4:
-        return GroupedTile(16 if mean <= 12 else 32, 32, 32, 4, 2)
-    tile = next((tile for (most, kind), tile in GROUPED.items() if mean <= most and kind == gated), GROUPED_MANY)
-    if arch >= HOPPER:
-        return tile
-    # An estimate, whose shared memory fits desktop GPUs too.
-    return GroupedTile(min(tile.block_m, 64), 64 if not gated else 32, 64, 4, 3)
+        return 16 if tokens * top_k <= 12 * experts else 32
+    return 64 if tokens <= 64 or arch < HOPPER else 128
+
+
+@functools.cache
+def grouped_tile(arch: int, itemsize: int, tokens: int, top_k: int, experts: int, gated: bool) -> GroupedTile:
+    """The tile of a grouped product of so many tokens, each with `top_k` of the experts."""
+    block_m = pairs_a_tile(arch, itemsize, tokens, top_k, experts)
+    if itemsize == 4:
+        return GroupedTile(block_m, 32, 32, 4, 2)
+    mean = -(-tokens * top_k // experts)
+    found = next((tile for (most, kind), tile in GROUPED.items() if mean <= most and kind == gated), None)
+    if arch < HOPPER:
+        # An estimate, whose shared memory fits desktop GPUs too.
+        narrow = 0 if found is None or found[0] == block_m else found[0]
+        return GroupedTile(block_m, 32 if gated else 64, 64, 4, 3, narrow, 64, 3)
+    if found is None:
+        return GroupedTile(block_m, 64, WIDE_K, 4, WIDE_STAGES[block_m])
+    narrow, block_n, narrow_k, warps, narrow_stages = found
+    if narrow == block_m:
+        return GroupedTile(block_m, block_n, narrow_k, warps, narrow_stages)
+    return GroupedTile(block_m, block_n, WIDE_K, warps, WIDE_STAGES[block_m], narrow, narrow_k, narrow_stages)

@@ -3,7 +3,7 @@
 A program is a producer warp, which loads 128 rows of pairs and 256 weight rows at a time, 64 columns of each, and two
 consumer warpgroups of 64 pairs each, all weight rows: 128 of gate and as many of up, so that a thread has both of an output
 and multiplies `silu(gate) * up` in its registers; or 256 of down. Programs are persistent and take their tiles from the work
-list of `sorted_rows.py`, so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so
+list of `work_list.py`, so the host reads nothing back. The tiles of an expert that share weight rows are neighbours, so
 that these are read from memory once. A warpgroup without pairs (few, or the last of an expert) leaves the matrix unit to
 the other. Producer, consumers and launcher agree on barriers and shared memory line by line, and so stand in one file.
 """
@@ -25,7 +25,7 @@ from hf_fastattn.kernels.experts.grouped import combine
 from hf_fastattn.kernels.experts.hopper_tiles import store_rows, work_item
 from hf_fastattn.kernels.experts.hopper_wide import hopper_wide_kernel
 from hf_fastattn.kernels.experts.routing import Routing
-from hf_fastattn.kernels.experts.sorted_rows import WorkList
+from hf_fastattn.kernels.experts.work_list import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
 from hf_fastattn.kernels.layer.configs import PROCESSORS

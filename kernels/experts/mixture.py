@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_fastattn.kernels.experts import few, grouped
-from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS
+from hf_fastattn.kernels.experts.configs import HOPPER_PAIRS, HOPPER_TOKENS, pairs_a_tile
 from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.launch import arch_of
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 
 
@@ -43,14 +44,15 @@ def mixture(
         # As large as what the experts give.
         del rows
         return hopper_grouped.down_sum(states, work, routing, down_proj, **options)
-    order = grouped.sort_pairs(routing)
-    states = grouped.gate_up_silu(x, routing, order, gate_up_proj)
-    return grouped.down_sum(states, routing, order, down_proj, **options)
+    block_m = pairs_a_tile(arch_of(x.device), x.element_size(), *routing.chosen.shape, gate_up_proj.shape[0])
+    work = grouped.sort_pairs(routing, block_m)
+    states = grouped.gate_up_silu(x, routing, work, gate_up_proj)
+    return grouped.down_sum(states, routing, work, down_proj, **options)
 
 
 def _pays_on_hopper(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether pairs are enough, and shapes ones that the Gluon kernels take."""
-    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0]:
+    """Whether pairs or tokens are enough, and shapes ones that the Gluon kernels take."""
+    if routing.chosen.numel() < HOPPER_PAIRS * gate_up_proj.shape[0] and x.shape[0] < HOPPER_TOKENS:
         return False
     from hf_fastattn.kernels.experts.hopper_grouped import why_not_hopper
 

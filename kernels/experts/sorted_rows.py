@@ -1,13 +1,10 @@
 """Rows of x in the order of their experts, and the work list of the products behind them, made on the device in one launch.
 
 TMA reads boxes of neighbouring rows, so the kernels of `hopper_grouped.py` want a copy of x with a row for each pair of a
-token and an expert. An entry of the list is a tile of up to BLOCK_M pairs of one expert; it names the expert, the first
-tile and the first pair of the expert, and how many pairs the expert has.
+token and an expert.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,34 +13,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.experts.work_list import WorkList, empty_list, list_tiles
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
 
-BLOCK_TILES = 64
 MOST_COLUMNS = 2048
-
-
-class WorkList(NamedTuple):
-    """Tiles of pairs of one expert each.
-
-    Attributes:
-        order: `[T * K]` int32, the numbers of the pairs in the order of their experts.
-        tiles: `[up to this many, 4]` int32, the list.
-        tile_count: `[1]` int32, how many tiles there are.
-        block_m: the most pairs of a tile.
-    """
-
-    order: Tensor
-    tiles: Tensor
-    tile_count: Tensor
-    block_m: int
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def sort_rows_kernel(
-    x_ptr, chosen_ptr, ranks_ptr, counts_ptr, rows_ptr, order_ptr, work_ptr, count_ptr, tokens, stride_x,
+    x_ptr, chosen_ptr, ranks_ptr, counts_ptr, rows_ptr, order_ptr, tiles_ptr, count_ptr, tokens, stride_x,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_H: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The copies of a token's row; behind the last token, the tiles of an expert."""
     if OVERLAP:
@@ -63,41 +44,21 @@ def sort_rows_kernel(
                 row = tl.load(x_ptr + number.to(tl.int64) * stride_x + column, mask=column < H, other=0.0)
                 tl.store(rows_ptr + place.to(tl.int64) * H + column, row, mask=column < H)
     else:
-        expert = number - tokens
-        tiles = (counts + BLOCK_M - 1) // BLOCK_M
-        first = tl.sum(tl.where(e < expert, tiles, 0), 0)
-        begin = tl.sum(tl.where(e < expert, counts, 0), 0)
-        size = tl.sum(tl.where(e == expert, counts, 0), 0)
-        end = first + (size + BLOCK_M - 1) // BLOCK_M
-        for at in tl.range(first, end, BLOCK_T):
-            tile = at + tl.arange(0, BLOCK_T)
-            entry = work_ptr + tile * 4
-            ok = tile < end
-            tl.store(entry, expert, mask=ok)
-            tl.store(entry + 1, first, mask=ok)
-            tl.store(entry + 2, begin, mask=ok)
-            tl.store(entry + 3, size, mask=ok)
-        if expert == E - 1:
-            tl.store(count_ptr, end)
+        list_tiles(counts, e, number - tokens, tiles_ptr, count_ptr, E, BLOCK_M)
 
 
 def sort_rows(x: Tensor, routing: Routing, block_m: int) -> tuple[Tensor, WorkList]:
     """Rows of `x: [T, H]` by expert, `[T * K, H]`, and tiles of up to `block_m` of them; the routing has `counts`."""
     assert routing.counts is not None and routing.ranks is not None
-    (tokens, hidden), pairs, experts = x.shape, routing.chosen.numel(), routing.counts.shape[0]
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=x.device)
-
-    rows = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
-    # No expert has more than one tile that is not full.
-    work = WorkList(numbers(pairs), numbers(pairs // block_m + min(experts, pairs), 4), numbers(1), block_m)
+    (tokens, hidden), experts = x.shape, routing.counts.shape[0]
+    rows = torch.empty((routing.chosen.numel(), hidden), dtype=x.dtype, device=x.device)
+    work = empty_list(routing, block_m)
     overlap = overlaps_launches(arch_of(x.device))
     with on_device_of(x):
         prepared(sort_rows_kernel)[(tokens + experts,)](
             x, routing.chosen, routing.ranks, routing.counts, rows, *work[:3], tokens, x.stride(0),
             H=hidden, E=experts, K=routing.chosen.shape[1], BLOCK_M=block_m, BLOCK_E=power_of_2(experts),
-            BLOCK_H=min(power_of_2(hidden), MOST_COLUMNS), BLOCK_T=BLOCK_TILES, OVERLAP=overlap, num_warps=4,
+            BLOCK_H=min(power_of_2(hidden), MOST_COLUMNS), OVERLAP=overlap, num_warps=4,
             **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return rows, work

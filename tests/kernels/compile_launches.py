@@ -208,10 +208,10 @@ def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtyp
 
 def experts_of(
     tokens: int, hidden: int, inner: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False,
-    hopper: bool = False,
+    hopper: bool = False, kept: int = 4,
 ) -> object:  # fmt: skip
     # Of as many experts as there have to be: their weights are real memory.
-    x, few = torch.zeros(tokens, hidden, dtype=dtype), min(experts, max(top_k, 4))
+    x, few = torch.zeros(tokens, hidden, dtype=dtype), min(experts, max(top_k, kept))
     routing = routed(tokens, hidden, few, top_k, dtype, shared=shared)
     weights = torch.zeros(few, 2 * inner, hidden, dtype=dtype), torch.zeros(few, hidden, inner, dtype=dtype)
     options: dict[str, Any] = {"residual": x, "shared": x if shared else None, "weights_settled": True}

@@ -96,6 +96,17 @@ def routed(layer: Layer, top_k: int, **options: Any) -> Routing:
     return got
 
 
+def tiles_of(counts: list[int], block_m: int) -> list[list[int]]:
+    """The work list of experts with so many pairs."""
+    found: list[list[int]] = []
+    begin = 0
+    for expert, count in enumerate(counts):
+        first = len(found)
+        found += [[expert, first, begin, count]] * -(-count // block_m)
+        begin += count
+    return found
+
+
 def outputs(layer: Layer, routing: Routing) -> Tensor:
     """The reference's output."""
     states = reference.gate_up_silu(layer.x, routing, layer.gate_up_proj)

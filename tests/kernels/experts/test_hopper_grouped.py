@@ -13,13 +13,13 @@ from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.sorted_rows import sort_rows
 from tests.kernels.cases import assert_close
-from tests.kernels.experts.shapes import Layer, make_layer, outputs, routed
+from tests.kernels.experts.shapes import Layer, make_layer, outputs, routed, tiles_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("experts", "top_k", "block_m"), [(5, 3, 8), (1, 1, 16), (7, 7, 4)])
+@pytest.mark.parametrize(("experts", "top_k", "block_m"), [(5, 3, 8), (1, 1, 16), (7, 7, 4), (24, 20, 16)])
 def test_rows_and_tiles(experts: int, top_k: int, block_m: int) -> None:
     layer = make_layer(37, 40, 8, experts, strided=True)
     routing = routed(layer, top_k)
@@ -29,11 +29,7 @@ def test_rows_and_tiles(experts: int, top_k: int, block_m: int) -> None:
     assert torch.equal(rows, layer.x[order // top_k])
     assert routing.chosen.flatten()[order].tolist() == sorted(routing.chosen.flatten().tolist())
     assert routing.counts is not None
-    want, first, begin = [], 0, 0
-    for expert, count in enumerate(routing.counts.tolist()):
-        want += [[expert, first, begin, count]] * -(-count // block_m)
-        first, begin = len(want), begin + count
-    assert work.tiles[: int(work.tile_count)].tolist() == want
+    assert work.tiles[: int(work.tile_count)].tolist() == tiles_of(routing.counts.tolist(), block_m)
 
 
 @pytest.fixture

@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.experts import few, grouped, router
-from hf_fastattn.kernels.experts.configs import FEW_TOKENS, GroupedTile, down_tile, gate_up_tile
+from hf_fastattn.kernels.experts.configs import (
+    FEW_TOKENS,
+    GroupedTile,
+    down_tile,
+    gate_up_tile,
+    grouped_tile,
+    pairs_a_tile,
+)
 from hf_fastattn.kernels.experts.mixture import mixture
+from hf_fastattn.kernels.experts.routing import Routing
+from hf_fastattn.kernels.experts.work_list import empty_list
 from hf_fastattn.kernels.layer.configs import HOPPER, ProductTile
 from hf_fastattn.kernels.layer.split_sums import SplitSums
-from tests.kernels.experts.shapes import Layer, check, make_layer, routed, with_wide_tiles
+from tests.kernels.experts.shapes import Layer, check, make_layer, routed, tiles_of, with_wide_tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # By the kernels that they take: those of one token, of several, and of many.
@@ -54,7 +63,7 @@ def skewed(layer: Layer, experts: list[int]) -> Layer:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("tokens", [1, 6, 30])
+@pytest.mark.parametrize("tokens", [1, 6, 30, 70])
 def test_all_tokens_to_the_same_experts(tokens: int) -> None:
     layer = skewed(make_layer(tokens, 64, 32, 9), [7, 2])
     routing = routed(layer, 2)
@@ -114,17 +123,65 @@ def test_rows_of_one_token_asked_for_at_once(inner: int, top_k: int, shared: boo
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
 
 
+TILES = {
+    "one kind": GroupedTile(16, 32, 32, 4, 2),
+    "wide": GroupedTile(128, 64, 64, 4, 3),
+    "narrow for few": GroupedTile(32, 16, 32, 4, 2, narrow=16, narrow_k=64),
+    "narrow for most": GroupedTile(64, 32, 64, 4, 2, narrow=32, narrow_k=32),
+}
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("tile", [GroupedTile(16, 32, 32, 4, 2), GroupedTile(128, 64, 64, 4, 3)])
-def test_tiles_of_grouped_products(tile: GroupedTile) -> None:
-    layer = make_layer(90, 72, 40, 4)
+@pytest.mark.parametrize("programs", [3, 1000])
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_tiles_of_grouped_products(tile: GroupedTile, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "GROUPED_PROGRAMS", programs)
+    layer = make_layer(60, 72, 40, 6)
+    # A bias of the router: one expert takes every token, the others 4 to 20 each.
+    layer.x[:, 0] = 2.0
+    layer.weight[5, 0] = 4.0
     routing = routed(layer, 2)
-    order = grouped.sort_pairs(routing)
-    assert sorted(order.tolist()) == list(range(180))
-    assert routing.chosen.flatten()[order.long()].tolist() == sorted(routing.chosen.flatten().tolist())
-    states = grouped.gate_up_silu(layer.x, routing, order, layer.gate_up_proj, tile=tile)
-    got = grouped.down_sum(states, routing, order, layer.down_proj, residual=layer.residual, tile=tile)
+    assert routing.counts is not None
+    counts = routing.counts.tolist()
+    assert counts[5] == 60 and min(counts) < 16 <= max(counts[:5])
+    work = grouped.sort_pairs(routing, tile.block_m)
+    assert sorted(work.order.tolist()) == list(range(120))
+    assert routing.chosen.flatten()[work.order.long()].tolist() == sorted(routing.chosen.flatten().tolist())
+    assert work.tiles[: int(work.tile_count)].tolist() == tiles_of(counts, tile.block_m)
+    states = grouped.gate_up_silu(layer.x, routing, work, layer.gate_up_proj, tile=tile)
+    got = grouped.down_sum(states, routing, work, layer.down_proj, residual=layer.residual, tile=tile)
     torch.testing.assert_close(got, check(layer, routing), rtol=2e-2, atol=2e-2)
+
+
+def test_a_list_has_room_for_any_choice() -> None:
+    for tokens, top_k, experts, block_m in (
+        (64, 8, 128, 64),
+        (100, 2, 3, 32),
+        (17, 10, 512, 16),
+        (1, 1, 1, 64),
+        (65, 4, 4, 64),
+    ):
+        chosen = torch.zeros(tokens, top_k, dtype=torch.int32)
+        work = empty_list(Routing(chosen, chosen.float(), counts=torch.zeros(experts, dtype=torch.int32)), block_m)
+        # All to the same, and to as many as can be with one pair more than full tiles.
+        same = top_k * -(-tokens // block_m)
+        spread, left = 0, tokens * top_k
+        for _ in range(experts):
+            count = min(left, tokens, block_m * ((tokens - 1) // block_m) + 1)
+            spread, left = spread + -(-count // block_m), left - count
+        assert max(same, spread) <= work.tiles.shape[0] <= experts * -(-tokens // block_m)
+
+
+def test_tiles_of_sorted_pairs() -> None:
+    """An expert's weights are read once wherever all its pairs fit into one tile; most experts have few pairs."""
+    for tokens, wide in ((17, 64), (64, 64), (65, 128), (128, 128)):
+        for gated in (True, False):
+            tile = grouped_tile(HOPPER, 2, tokens, 8, 128, gated)
+            assert (tile.block_m, tile.narrow) == (wide, 16)
+            assert tile.block_m == pairs_a_tile(HOPPER, 2, tokens, 8, 128)
+    assert grouped_tile(HOPPER, 2, 4096, 2, 8, True).narrow == 0
+    assert [pairs_a_tile(80, 2, tokens, 8, 128) for tokens in (17, 4096)] == [64, 64]
+    assert pairs_a_tile(HOPPER, 4, 300, 2, 8) == 32 and grouped_tile(HOPPER, 4, 300, 2, 8, True).narrow == 0
 
 
 @pytest.mark.interpreter
