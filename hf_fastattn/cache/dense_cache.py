@@ -14,6 +14,7 @@ from hf_fastattn.cache.cache_state import CacheState, in_turn
 from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_lent, write_pages
 from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer
 from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.cache.recurrent_layer import stock_fields
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.pages.model_layout import template_layers
 
@@ -173,7 +174,7 @@ class DenseCache(CacheState):
         """A layer of Transformers with copies of what layer `index` holds; `template` is an empty one."""
         layer, made = self.layers[index], template or template_layers(self._config)[index]
         if not isinstance(layer, PagedLayer):
-            vars(made).update(vars(self.copied_layer(layer, {})))
+            vars(made).update(stock_fields(self.copied_layer(layer, {})))
         elif self.dense is not None:
             return copy.deepcopy(self.dense[index])
         else:

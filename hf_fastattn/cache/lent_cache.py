@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from hf_fastattn.cache.dense_layers import DenseLayers
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.paged_layer import PagedLayer
+from hf_fastattn.cache.recurrent_layer import stock_fields
 
 
 class LentCache:
@@ -43,7 +44,7 @@ class LentCache:
         for index, layer in enumerate(self._layers):
             held = dense[index] if isinstance(self.paged.layers[index], PagedLayer) else self.paged.layers[index]
             if held is not layer:
-                vars(layer).update(vars(held))
+                vars(layer).update(stock_fields(held))
         self.dynamic.layers = self._layers
         self.paged.lent = None
         self.paged.reset()

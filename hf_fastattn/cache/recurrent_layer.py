@@ -105,6 +105,11 @@ class RecurrentLayer(LinearAttentionLayer):
         self.__dict__.update(held)
 
 
+def stock_fields(layer: Any) -> dict[str, Any]:
+    """What a layer of Transformers would have as its attributes."""
+    return {name: value for name, value in vars(layer).items() if name != "past"}
+
+
 def own_states(fields: dict[str, Any]) -> None:
     """In the attributes of a layer, or a snapshot of them, states that are parts of larger tensors become copies."""
     for held in (fields["conv_states"], fields["recurrent_states"]):
