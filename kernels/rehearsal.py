@@ -2,25 +2,40 @@
 
 Triton compiles a kernel when it is first launched, one after the other. Most of that time it does not hold Python's lock, so
 that threads compile side by side: what comes after a rehearsal waited for the slowest of its kernels, not for all of them.
+The same holds for the launcher that Triton has a C compiler make for each list of arguments.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import triton
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 from hf_fastattn.kernels.launch import TESTED
 
 MOST_THREADS = 16
 # Of this thread alone: what others launch meanwhile is launched.
 _rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that compile kernels, as Triton hands them over, and their launchers."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        return super().submit(_with_launcher, compile_kernel)
+
+
+def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    # The first launch finds it on disk: making it takes the C compiler as long as a small kernel takes Triton.
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 class Rehearsed:
@@ -61,7 +76,7 @@ def rehearsal() -> Iterator[None]:
 
     before = _rehearses.set(True)
     try:
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
+        with _Threads(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
             yield
     finally:
         _rehearses.reset(before)
