@@ -7,6 +7,7 @@ The same holds for the launcher that Triton has a C compiler make for each list 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,12 +15,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
 from triton.runtime import JITFunction, driver
 
 from hf_fastattn.kernels.launch import TESTED
 
+logger = logging.getLogger("hf_fastattn")
+
 MOST_THREADS = 16
+# Where launches are of compiled kernels; tests add the CPU.
+DEVICES = ("cuda",)
 # Of this thread alone: what others launch meanwhile is launched.
 _rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
 
@@ -63,6 +69,18 @@ def can_rehearse() -> bool:
     from triton.runtime._async_compile import active_mode
 
     return active_mode.get() is None and not _rehearses.get()
+
+
+def compile_ahead(device: torch.device, run: Callable[[], Any]) -> None:
+    """Have the kernels compiled that `run` launches on the device, if that can be done ahead; see `rehearsal`."""
+    if device.type not in DEVICES or not can_rehearse():
+        return
+    try:
+        with rehearsal():
+            run()
+    except Exception as error:
+        # Whoever launches them next finds the same fault, or there is none.
+        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ One layer of each kind is walked without launching anything: what it would launc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,9 +20,6 @@ from hf_fastattn.graphs.module_checks import submodules, why_not_module
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import layers_of
-
-logger = logging.getLogger("hf_fastattn")
-
 
 Walk = Callable[[Iterable[Any], Tensor, dict[str, Any]], None]
 
@@ -45,27 +41,26 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
         return
     rehearsed.add(size)
     # Not before: it imports Triton.
-    from hf_fastattn.kernels.rehearsal import can_rehearse, rehearsal
+    from hf_fastattn.kernels.rehearsal import compile_ahead
 
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     # A linear attention leaves its states in the cache.
-    if capturing or cache.recurrent_layers or not can_rehearse():
+    if capturing or cache.recurrent_layers:
         return
     layers = one_of_each_kind(decoder, cache)
     if any(why_not_module(module, device) for layer in layers for module in submodules(layer)):
         # Somebody else's code is called once.
         return
-    try:
-        with unmoved_offset(device), rehearsal():
-            walk(layers, states, positions)
-            if steps:
-                _step(decoder, cache, layers, states, walk)
-    except Exception as error:
-        # The forward itself fails then, or it does not.
-        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
-    finally:
-        # What one layer makes for the others was not made.
-        batch.forget_tables()
+
+    def run() -> None:
+        walk(layers, states, positions)
+        if steps:
+            _step(decoder, cache, layers, states, walk)
+
+    with unmoved_offset(device):
+        compile_ahead(device, run)
+    # What one layer makes for the others was not made.
+    batch.forget_tables()
 
 
 def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk) -> None:

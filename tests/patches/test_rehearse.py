@@ -21,6 +21,7 @@ Walks = list[tuple[list[Any], tuple[int, ...], bool]]
 
 @pytest.fixture(autouse=True)
 def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fastattn.kernels.rehearsal.DEVICES", ("cpu",))
     monkeypatch.setattr("hf_fastattn.kernels.rehearsal.can_rehearse", lambda: True)
     monkeypatch.setattr("hf_fastattn.kernels.rehearsal.rehearsal", contextlib.nullcontext)
 
@@ -74,8 +75,9 @@ def test_a_prompt_and_its_steps(decoder: Any) -> None:
 
 
 def test_one_layer_of_each_kind() -> None:
-    decoder = hf_fastattn.patch(tiny("qwen2", layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2, sliding_window=4,
-                                     num_hidden_layers=4, use_sliding_window=True).eval()).model  # fmt: skip
+    types = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    options = {"layer_types": types, "num_hidden_layers": 4, "sliding_window": 4, "use_sliding_window": True}
+    decoder = hf_fastattn.patch(tiny("qwen2", **options).eval()).model
     with forward(decoder, 1, 5) as cache:
         assert [found[0] for found in walks(decoder, cache, 5)] == [[decoder.layers[0], decoder.layers[2]]]
 
