@@ -53,20 +53,21 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
         not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2
     ):
         return "positions are given on several axes"
-    ids, (held, given) = _on_the_host(input_ids, None if mask is None else mask != 0, positions)
-    shown = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if held is None else held.bool()
-    if not bool(shown[:, -1].all()):
+    copied, (held, given) = _on_the_host(input_ids, None if mask is None else mask != 0, positions)
+    # By numpy, which takes the host a fraction of the time for as few elements.
+    ids, columns = copied.numpy(), copied.shape[1]
+    shown = np.ones(ids.shape, bool) if held is None else held.numpy().astype(bool)
+    if not shown[:, -1].all():
         return "the mask hides the last column"
     counts = shown.sum(1)
     on_the_left = bool((shown[:, 1:] >= shown[:, :-1]).all())
     if given is not None:
-        columns = torch.arange(ids.shape[1], device="cpu")[None] - ids.shape[1] + counts[:, None]
-        expected = columns if on_the_left else shown.long().cumsum(1) - 1
-        if not bool((given == expected)[shown].all()):
+        expected = np.arange(columns) - columns + counts[:, None] if on_the_left else shown.cumsum(1) - 1
+        if ((given.numpy() != expected) & shown).any():
             return "a row's positions do not count its tokens from 0"
     if on_the_left:
-        return [row[len(row) - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
-    return [row[real] for row, real in zip(ids.numpy(), shown.numpy(), strict=True)], shown
+        return [row[columns - count :] for row, count in zip(ids, counts.tolist(), strict=True)], torch.from_numpy(shown)
+    return [row[real] for row, real in zip(ids, shown, strict=True)], torch.from_numpy(shown)
 
 
 def _on_the_host(ids: Tensor, *others: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
