@@ -2,25 +2,46 @@
 
 Triton compiles a kernel when it is first launched, one after the other. Most of that time it does not hold Python's lock, so
 that threads compile side by side: what comes after a rehearsal waited for the slowest of its kernels, not for all of them.
+The same holds for the launcher that Triton has a C compiler make for each list of arguments.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
-from triton.runtime import JITFunction
+from triton.runtime import JITFunction, driver
 
 from hf_fastattn.kernels.launch import TESTED
 
+logger = logging.getLogger("hf_fastattn")
+
 MOST_THREADS = 16
+# Where launches are of compiled kernels; tests add the CPU.
+DEVICES = ("cuda",)
 # Of this thread alone: what others launch meanwhile is launched.
 _rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that compile kernels, as Triton hands them over, and their launchers."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        return super().submit(_with_launcher, compile_kernel)
+
+
+def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    # The first launch finds it on disk: making it takes the C compiler as long as a small kernel takes Triton.
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 class Rehearsed:
@@ -50,6 +71,18 @@ def can_rehearse() -> bool:
     return active_mode.get() is None and not _rehearses.get()
 
 
+def compile_ahead(device: torch.device, run: Callable[[], Any]) -> None:
+    """Have the kernels compiled that `run` launches on the device, if that can be done ahead; see `rehearsal`."""
+    if device.type not in DEVICES or not can_rehearse():
+        return
+    try:
+        with rehearsal():
+            run()
+    except Exception as error:
+        # Whoever launches them next finds the same fault, or there is none.
+        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
+
+
 @contextmanager
 def rehearsal() -> Iterator[None]:
     """Launches inside, of this thread, are not made; their kernels are compiled at the end. Ask `can_rehearse` before.
@@ -61,7 +94,7 @@ def rehearsal() -> Iterator[None]:
 
     before = _rehearses.set(True)
     try:
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
+        with _Threads(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
             yield
     finally:
         _rehearses.reset(before)

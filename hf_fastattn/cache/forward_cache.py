@@ -210,6 +210,11 @@ class ForwardCache(DenseCache):
             return self._using
         return self._batch if self._open and not self._dense else None
 
+    @property
+    def steps_to_come(self) -> int:
+        """Forwards of a token a row that the call under way makes after this one, at most."""
+        return max(self.room - self._columns - self._query_length - 1, 0)
+
     @in_turn
     def reserve_more(self, tokens: int) -> None:
         """Give every row that was not released pages for `tokens` more.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_groups import PrefixGroups, sharing_order
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.module_checks import why_not_module
+from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
 from hf_fastattn.loop.device_state import DeviceState, bucket_of
@@ -137,6 +140,7 @@ class DecodeLoop:
         try:
             self._take_states()
             self._reserve()
+            self._rehearse(logits)
             packed = self._finish_step(self._key_for(len(self._numbers)), logits)
             self._launched = 1
             self._counters.fast_loops += 1
@@ -170,6 +174,27 @@ class DecodeLoop:
         self._is_changing = True
         self._states = self._graphs.row_states_for(self._cache, self._used, self._moves)
         self._is_changing = False
+
+    def _rehearse(self, logits: Tensor) -> None:
+        """Have the kernels of the choice compiled, and the output layer's, if it is the first of its kind."""
+        first, rehearsed = self._key_for(len(self._numbers)), self._model._fastattn.runtime.rehearsed
+        kind = (first, self._key, logits.dtype, logits.shape[-1], self._most > 1)
+        if kind in rehearsed:
+            return
+        rehearsed.add(kind)
+        head = self._model.lm_head
+        # What is not launched is arbitrary: only kernels may read it, and nobody else's code is called once more.
+        if self._moves or self._recorded or self._history or why_not_module(head, logits.device) is not None:
+            return
+
+        def run() -> None:
+            self._finish_step(first, logits)
+            if self._most > 1:
+                width = self._model.config.get_text_config(decoder=True).hidden_size
+                hidden = torch.zeros(self._used, width, dtype=self._model.dtype, device=logits.device)
+                self._finish_step(self._key, self._logits_of(head, hidden))
+
+        compile_ahead(logits.device, run)
 
     # ---- the device's part ------------------------------------------------------------------------------------
 

@@ -249,7 +249,7 @@ def shrink_tokens(
 
 
 @triton.jit
-def b_of_tokens(
+def _b_of_tokens(
     which, n, rows, first, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rows n of an adapter's B, from column `first` on: `[BLOCK_N, COLUMNS]`."""
@@ -261,7 +261,7 @@ def b_of_tokens(
 
 
 @triton.jit
-def sums_of_tokens(
+def _sums_of_tokens(
     which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """h from row `first` on as it is now, `[COLUMNS, BLOCK_T]`, and how many of its parts are not there, of each."""
@@ -279,30 +279,25 @@ def sums_of_tokens(
 
 @triton.jit
 def expand_tokens(
-    acc, which, b, h, lacks, n, rows, tokens, lora,
+    acc, which, n, rows, tokens, lora,
     ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`.
+    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`, COLUMNS of B at a time.
 
-    `b: [BLOCK_N, COLUMNS]` holds the first columns of B; `h` and `lacks` are what `sums_of_tokens` found for them. They are
-    read again until all parts are there: the programs that store them run already, or ran.
+    The parts of h are read until all are there: the programs that store them have the first numbers of the launch, so they
+    run already, or ran. They are asked for before B, whose loads take longer: the compiler waits for these at once.
     """
-    COLUMNS: tl.constexpr = b.shape[1]
     if rank_of(which, RANKS, SAME) > 0:
-        missing = tl.sum(lacks)
-        while missing > 0:
-            h, still = sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-            missing = tl.sum(still)
-        delta = tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
+        delta = tl.zeros(acc.shape, tl.float32)
         # Not unrolled: the loads of all columns at once would need all registers.
-        for first in tl.range(COLUMNS, RANK, COLUMNS, num_stages=1):
-            b = b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS)
-            h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-            missing = tl.sum(still)
+        for first in tl.range(0, RANK, COLUMNS, num_stages=1):
+            h, lacks = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+            b = _b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS).to(tl.float32)
+            missing = tl.sum(lacks)
             while missing > 0:
-                h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+                h, still = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
                 missing = tl.sum(still)
-            delta += tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
+            delta += tl.dot(b, h, input_precision=PRECISION)
         acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, matrix_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora_programs import b_of_tokens, expand_tokens, shrink_tokens, sums_of_tokens
+from hf_fastattn.kernels.layer.lora_programs import expand_tokens, shrink_tokens
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
@@ -125,11 +125,6 @@ def skinny_kernel(
     w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
-    if lora is not None:
-        # Each part of a split product reads B, since any may be the last to arrive, which adds what the adapter does.
-        b = b_of_tokens(which, n, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
-        if GATED:
-            b_u = b_of_tokens(1, n, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -143,27 +138,22 @@ def skinny_kernel(
         if GATED:
             u = _weights(w1_ptr + off_w, k, end, EVEN, BLOCK_K)
             acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
-    if lora is not None:
-        # Most programs find the sums there; they come while the last products are made and parts arrive.
-        h, lacks = sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-        if GATED:
-            h_u, lacks_u = sums_of_tokens(1, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
     # The tile loaded first is multiplied last: with this product before the loop, the loop's pipeline would start late.
     x = _tokens(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K)
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
-    if SPLIT == 1:
-        if lora is not None:
+    if lora is not None:
+        # The first part adds what the adapter does: for all others, and for the sum of the parts, nothing changes.
+        if part == 0:
             acc = expand_tokens(
-                acc, which, b, h, lacks, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
-                EXPAND_PRECISION,
+                acc, which, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T, EXPAND_PRECISION
             )  # fmt: skip
             if GATED:
                 acc_u = expand_tokens(
-                    acc_u, 1, b_u, h_u, lacks_u, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
-                EXPAND_PRECISION,
+                    acc_u, 1, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T, EXPAND_PRECISION
                 )  # fmt: skip
+    if SPLIT == 1:
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_T
@@ -185,16 +175,6 @@ def skinny_kernel(
                 total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
                 if GATED:
                     total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
-            if lora is not None:
-                total = expand_tokens(
-                    total, which, b, h, lacks, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
-                EXPAND_PRECISION,
-                )  # fmt: skip
-                if GATED:
-                    total_u = expand_tokens(
-                        total_u, 1, b_u, h_u, lacks_u, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
-                EXPAND_PRECISION,
-                    )  # fmt: skip
             _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
 
 

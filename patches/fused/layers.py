@@ -54,24 +54,34 @@ def walk(
     position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
     products = make_products(tuple(states.shape[:-1]), states.device)
     positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
-    is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
-
-    def run(layers: Iterable[Any], products: AnyProducts) -> Tensor:
-        x, delta = states.reshape(-1, states.shape[-1]), None
-        for layer in layers:
-            x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
-            x, delta = _mlp(layer, x, delta, products, is_step)
-        return products.norm(written_module(decoder.norm), x, delta)[0]
-
     if not isinstance(products, PlainProducts):
 
-        def rehearsed(layers: Iterable[Any]) -> Tensor:
-            return run(layers, make_products(tuple(states.shape[:-1]), states.device))
+        def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
+            again = make_products(tuple(states.shape[:-1]), states.device)
+            _run(decoder, layers, states, again, cache, positions, attention_mask)
 
-        rehearse(decoder, cache, state.runtime.rehearsed, states.device, rehearsed)
-    out = run(layers_of(decoder), products)
+        rehearse(decoder, cache, states, positions, rehearsed)
+    out = _run(decoder, layers_of(decoder), states, products, cache, positions, attention_mask)
     state.runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
+
+
+def _run(
+    decoder: Any,
+    layers: Iterable[Any],
+    states: Tensor,
+    products: AnyProducts,
+    cache: PagedCache,
+    positions: dict[str, Any],
+    attention_mask: Any,
+) -> Tensor:
+    """What layers of the decoder and its last norm make of `states: [B, S, hidden]`, `[T, hidden]`."""
+    x, delta = states.reshape(-1, states.shape[-1]), None
+    is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
+    for layer in layers:
+        x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
+        x, delta = _mlp(layer, x, delta, products, is_step)
+    return products.norm(written_module(decoder.norm), x, delta)[0]
 
 
 def _on_three_axes(position_ids: Tensor) -> Tensor:

@@ -5,59 +5,85 @@ One layer of each kind is walked without launching anything: what it would launc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_fastattn.autocast import region_dtype
+from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.drawn_offset import unmoved_offset
 from hf_fastattn.graphs.module_checks import submodules, why_not_module
 from hf_fastattn.kernels.launch import power_of_2
+from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import layers_of
 
-logger = logging.getLogger("hf_fastattn")
+Walk = Callable[[Iterable[Any], Tensor, dict[str, Any]], None]
 
 
-def rehearse(
-    decoder: Any, cache: PagedCache, rehearsed: set[Any], device: torch.device, walk: Callable[[Iterable[Any]], Any]
-) -> None:
-    """Have the kernels compiled that `walk` launches, if it is the first forward of about this size.
+def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[str, Any], walk: Walk) -> None:
+    """Have the kernels compiled that a forward launches, and the steps after it, if it is the first of about this size.
 
     Args:
         cache: with a paged batch under way.
-        rehearsed: the sizes so far.
-        device: of the tokens.
-        walk: runs layers on the forward's input, and changes nothing that the forward reads but by launches.
+        states: `[B, S, hidden]` that the layers are given.
+        positions: of the tokens, as attention takes them.
+        walk: runs layers on states and positions, and changes nothing that the forward reads but by launches.
     """
-    batch = cache.paged_batch
+    batch, device, rehearsed = cache.paged_batch, states.device, vars(decoder)[STATE].runtime.rehearsed
     assert batch is not None
-    size = (batch.is_decode, power_of_2(batch.tokens), power_of_2(batch.rows), device, region_dtype(device))
+    steps = not batch.is_decode and cache.steps_to_come > 0
+    size = (steps, batch.is_decode, power_of_2(batch.tokens), power_of_2(batch.rows), device, region_dtype(device))
     if size in rehearsed:
         return
     rehearsed.add(size)
     # Not before: it imports Triton.
-    from hf_fastattn.kernels.rehearsal import can_rehearse, rehearsal
+    from hf_fastattn.kernels.rehearsal import compile_ahead
 
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     # A linear attention leaves its states in the cache.
-    if capturing or cache.recurrent_layers or not can_rehearse():
+    if capturing or cache.recurrent_layers:
         return
     layers = one_of_each_kind(decoder, cache)
     if any(why_not_module(module, device) for layer in layers for module in submodules(layer)):
         # Somebody else's code is called once.
         return
-    try:
-        with unmoved_offset(device), rehearsal():
-            walk(layers)
-    except Exception as error:
-        # The forward itself fails then, or it does not.
-        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
-    finally:
-        # What one layer makes for the others was not made.
-        batch.forget_tables()
+
+    def run() -> None:
+        walk(layers, states, positions)
+        if steps:
+            _step(decoder, cache, layers, states, walk)
+
+    with unmoved_offset(device):
+        compile_ahead(device, run)
+    # What one layer makes for the others was not made.
+    batch.forget_tables()
+
+
+def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk) -> None:
+    """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing."""
+    from hf_fastattn.kernels.attention.workspace import Workspace
+    from hf_fastattn.loop.device_state import bucket_of
+
+    device, rows = states.device, bucket_of(len(cache.lengths))
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    columns = -(-cache.room // cache.groups.page_size)
+    tensors = BatchTensors(
+        slots={window: numbers(rows) for window in cache.tables},
+        page_tables={window: numbers(rows, columns) for window in cache.tables},
+        seq_lens=numbers(rows),
+    )
+    options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
+    tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
+    embeddings = decoder.rotary_emb(tokens, position_ids=position_ids)
+    with cache.using(Batch.static(tensors, rows, options)):
+        walk(layers, tokens, {"position_embeddings": embeddings, "position_ids": position_ids})
 
 
 def one_of_each_kind(decoder: Any, cache: PagedCache) -> list[Any]:

@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime import driver
+
 import hf_fastattn
 from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.layer.matvec import matvec
@@ -46,6 +48,9 @@ def test_nothing_is_launched_and_all_is_compiled(launched: list[tuple[Any, ...]]
         assert not can_rehearse()
         run_all()
     assert launched == [] and can_rehearse()
+    # Launchers too: the driver was asked for each.
+    active = driver.active
+    assert {function.__name__ for function in active.launched} >= {"copy_kernel", "matvec_kernel", "rope_append_kernel"}
     # Whatever would be compiled now was forgotten in the rehearsal.
     monkeypatch.setattr(type(copy_kernel), "_do_compile", None)
     run_all()
@@ -62,7 +67,6 @@ def test_an_error_ends_it(launched: list[tuple[Any, ...]]) -> None:
 
 def test_every_launcher_knows_of_rehearsals() -> None:
     folder = Path(hf_fastattn.__file__).parent / "kernels"
-    found = {
-        path.name: UNPREPARED.findall(path.read_text()) for path in folder.rglob("*.py") if path.name != "quick_launch.py"
-    }
+    files = [path for path in folder.rglob("*.py") if path.name != "quick_launch.py"]
+    found = {path.name: UNPREPARED.findall(path.read_text()) for path in files}
     assert {name: calls for name, calls in found.items() if calls} == {}
