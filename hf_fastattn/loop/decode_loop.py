@@ -113,8 +113,8 @@ class DecodeLoop:
         self._numbered = model._fastattn.runtime.variants.reads_row
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
         alone = cache.groups.batch_invariant or self._numbered
-        # The states of linear attention stay where they are.
-        stays = alone or None not in cache.tables or bool(cache.recurrent_layers)
+        # The states of linear attention stay where they are, and the beams of a prompt side by side.
+        stays = alone or self._moves or None not in cache.tables or bool(cache.recurrent_layers)
         self._order = None if stays else sharing_order(cache.tables[None])
         self._prefixes = PrefixGroups() if alone or self._order else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
