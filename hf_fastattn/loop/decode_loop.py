@@ -177,7 +177,8 @@ class DecodeLoop:
         request, worth = self._request, (shared or PrefixGroups()).worthwhile()
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
-            worth.sharers, worth.group_count, self._recorded, self._history, self._adapters,
+            worth.sharers, worth.group_count, len(worth.levels) if worth.groups else 0, self._recorded, self._history,
+            self._adapters,
         )  # fmt: skip
 
     def _launch(self) -> None:
