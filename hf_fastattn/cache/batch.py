@@ -25,8 +25,8 @@ class SharedPrefixes:
     """Groups of rows on a device; see `kernels.attention.shared_prefix.paged_decode_shared`.
 
     Attributes:
-        group_starts: `[groups + 1]` int32.
-        prefix_lens: `[groups]` int32 tokens.
+        group_starts: `[levels, groups + 1]` int32.
+        prefix_lens: `[levels, groups]` int32 tokens.
         max_group_rows: about how many rows the largest group has.
     """
 

@@ -9,11 +9,15 @@ from torch import Tensor
 
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.pages.page_table import PageTable
-from hf_fastattn.pages.shared_runs import shared_runs
+from hf_fastattn.pages.shared_runs import Run, nested_runs, saved_reads
 
 # Bytes of K/V of one layer that sharing has to save. On an H200 the shared-prefix kernel has 8 us more overhead than plain
 # decode; reading this many bytes takes 14 us from memory, less from the L2 cache.
 WORTH_BYTES = 64 << 20
+# The same of each further level of prefixes within prefixes: it adds states to merge, and no launch.
+WORTH_LEVEL = 16 << 20
+# Levels that the kernel takes.
+MOST_LEVELS = 3
 # Above this group size the kernel's tiles are the same.
 MOST_SHARERS = 64
 # Prefix groups are padded to at least this many, so that the kernel is not recompiled for every number.
@@ -27,10 +31,17 @@ class PrefixGroups:
     Attributes:
         groups: `(first row, row past the last, tokens)`: two rows or more, in order, and the tokens whose pages they share.
         token_bytes: of a token's keys and values in one layer.
+        inner: levels of groups within these, and so on; their tokens include those of the groups around them.
     """
 
-    groups: tuple[tuple[int, int, int], ...] = ()
+    groups: tuple[Run, ...] = ()
     token_bytes: int = 0
+    inner: tuple[tuple[Run, ...], ...] = ()
+
+    @property
+    def levels(self) -> tuple[tuple[Run, ...], ...]:
+        """The groups of all levels, the outermost first."""
+        return (self.groups, *self.inner)
 
     @staticmethod
     def of(table: PageTable | None, keys: Tensor | None, lengths: Sequence[int]) -> PrefixGroups:
@@ -45,28 +56,30 @@ class PrefixGroups:
             return PrefixGroups()
         size = table.page_size
         groups = tuple((first, past, columns * size) for first, past, columns in table.prefixes(lengths))
-        return PrefixGroups(groups, 2 * keys[0, 0].nbytes)
+        found = PrefixGroups(groups, 2 * keys[0, 0].nbytes)
+        # Only full pages stay shared, since a writer copies its partial page.
+        whole = [row[: length // size] for row, length in zip(table.rows, lengths, strict=True)] if groups else []
+        for count in range(2, MOST_LEVELS + 1 if groups else 2):
+            nested = nested_runs(whole, count)
+            levels = [tuple((first, past, columns * size) for first, past, columns in runs) for runs in nested]
+            more = saved_reads(levels) - saved_reads(found.levels)
+            if len(levels) < count or more * found.token_bytes < WORTH_LEVEL:
+                break
+            found = PrefixGroups(levels[0], found.token_bytes, tuple(levels[1:]))
+        return found
 
     def keep(self, kept: Sequence[int]) -> PrefixGroups:
         """The groups that are left where row b is what row `kept[b]` was; `kept` ascends.
 
         Rows of a group stay neighbours when others of it leave.
         """
-        found, place = [], 0
-        for first, past, tokens in self.groups:
-            while place < len(kept) and kept[place] < first:
-                place += 1
-            start = place
-            while place < len(kept) and kept[place] < past:
-                place += 1
-            if place - start > 1:
-                found.append((start, place, tokens))
-        return PrefixGroups(tuple(found), self.token_bytes)
+        levels = [_kept(groups, kept) for groups in self.levels]
+        # A level within an empty one is empty.
+        return PrefixGroups(levels[0], self.token_bytes, tuple(groups for groups in levels[1:] if groups))
 
     def worthwhile(self) -> PrefixGroups:
         """These groups if it pays to read their prefixes once, otherwise none."""
-        saved = sum((past - first - 1) * tokens for first, past, tokens in self.groups)
-        return self if saved * self.token_bytes >= WORTH_BYTES else PrefixGroups()
+        return self if saved_reads(self.levels) * self.token_bytes >= WORTH_BYTES else PrefixGroups()
 
     @property
     def sharers(self) -> int:
@@ -77,18 +90,35 @@ class PrefixGroups:
     @property
     def group_count(self) -> int:
         """Entries of `layout()` that there has to be room for: a power of two, 0 without a group."""
-        return max(power_of_2(len(self.layout()[1])), MIN_GROUPS) if self.groups else 0
+        return max(power_of_2(max(len(lengths) for _, lengths in self.layout())), MIN_GROUPS) if self.groups else 0
 
-    def layout(self) -> tuple[list[int], list[int]]:
-        """`group_starts` and `prefix_lens`, rows between groups in groups that share nothing."""
-        starts, lengths = [0], []
-        for first, past, tokens in self.groups:
-            if first > starts[-1]:
-                starts.append(first)
-                lengths.append(0)
-            starts.append(past)
-            lengths.append(tokens)
-        return starts, lengths
+    def layout(self) -> list[tuple[list[int], list[int]]]:
+        """`group_starts` and `prefix_lens` of each level, rows between groups in groups that share nothing."""
+        return [_layout(groups) for groups in self.levels]
+
+
+def _kept(groups: Sequence[Run], kept: Sequence[int]) -> tuple[Run, ...]:
+    found, place = [], 0
+    for first, past, tokens in groups:
+        while place < len(kept) and kept[place] < first:
+            place += 1
+        start = place
+        while place < len(kept) and kept[place] < past:
+            place += 1
+        if place - start > 1:
+            found.append((start, place, tokens))
+    return tuple(found)
+
+
+def _layout(groups: Sequence[Run]) -> tuple[list[int], list[int]]:
+    starts, lengths = [0], []
+    for first, past, tokens in groups:
+        if first > starts[-1]:
+            starts.append(first)
+            lengths.append(0)
+        starts.append(past)
+        lengths.append(tokens)
+    return starts, lengths
 
 
 def sharing_order(table: PageTable) -> list[int] | None:
@@ -102,4 +132,4 @@ def sharing_order(table: PageTable) -> list[int] | None:
 
 def _saved(rows: Sequence[list[int]]) -> int:
     """Reads of pages that runs of neighbouring rows save."""
-    return sum(columns for row, (first, columns) in enumerate(shared_runs(rows)) if row > first)
+    return saved_reads(nested_runs(rows, MOST_LEVELS))

@@ -116,8 +116,8 @@ class DecodeLoop:
         self._numbered = model._fastattn.runtime.variants.reads_row
         # In batch-invariant mode the order of a row's sums may not depend on other rows.
         alone = cache.groups.batch_invariant or self._numbered
-        # The states of linear attention stay where they are.
-        stays = alone or None not in cache.tables or bool(cache.recurrent_layers)
+        # The states of linear attention stay where they are, and the beams of a prompt side by side.
+        stays = alone or self._moves or None not in cache.tables or bool(cache.recurrent_layers)
         self._order = None if stays else sharing_order(cache.tables[None])
         self._prefixes = PrefixGroups() if alone or self._order else _prefix_groups(cache)
         self._key = self._key_for(self._used, self._prefixes)
@@ -202,7 +202,8 @@ class DecodeLoop:
         request, worth = self._request, (shared or PrefixGroups()).worthwhile()
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
-            worth.sharers, worth.group_count, self._recorded, self._history, self._adapters,
+            worth.sharers, worth.group_count, len(worth.levels) if worth.groups else 0, self._recorded, self._history,
+            self._adapters,
         )  # fmt: skip
 
     def _launch(self) -> None:

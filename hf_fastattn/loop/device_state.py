@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
 from hf_fastattn.cache.batch_tensors import BatchTensors
-from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.cache.prefix_groups import MOST_LEVELS, PrefixGroups
 from hf_fastattn.graphs.upload_ring import UploadRing
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
@@ -88,7 +88,8 @@ class DeviceState:
             self.thresholds = zeros(rows, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
-            self._group_starts, self._prefix_lens = zeros(rows + 1), zeros(rows)
+            # Of all levels, one after the other.
+            self._group_starts, self._prefix_lens = zeros(MOST_LEVELS * (rows + 1)), zeros(MOST_LEVELS * rows)
             # Transformers passes a 4-D mask on as it is; our attention ignores it.
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._staging = UploadRing(count * rows * self.columns, device)
@@ -150,8 +151,10 @@ class DeviceState:
         """A batch of one new token a row whose tensors are these."""
         rows, shared = key.rows, None
         if key.sharers:
-            groups = key.groups
-            shared = SharedPrefixes(self._group_starts[: groups + 1], self._prefix_lens[:groups], key.sharers)
+            levels, groups = key.levels, key.groups
+            starts = self._group_starts[: levels * (groups + 1)].view(levels, groups + 1)
+            lens = self._prefix_lens[: levels * groups].view(levels, groups)
+            shared = SharedPrefixes(starts, lens, key.sharers)
         held, places = self._all, range(len(self.windows))
         tensors = BatchTensors(
             slots=dict(zip(self.windows, (held.slots[place, :rows] for place in places), strict=True)),
@@ -221,10 +224,14 @@ class DeviceState:
 
     def write_groups(self, key: GraphKey, shared: PrefixGroups) -> None:
         """Write the prefix groups of a step with sharers; unused entries become empty groups."""
-        starts, lengths = shared.layout()
-        empty = key.groups - len(lengths)
-        self._write(self._group_starts, starts + [starts[-1]] * empty)
-        self._write(self._prefix_lens, lengths + [0] * empty)
+        starts: list[int] = []
+        lengths: list[int] = []
+        for level_starts, level_lengths in shared.layout():
+            empty = key.groups - len(level_lengths)
+            starts += level_starts + [level_starts[-1]] * empty
+            lengths += level_lengths + [0] * empty
+        self._write(self._group_starts, starts)
+        self._write(self._prefix_lens, lengths)
 
     def keep(self, kept: Sequence[int], used: int) -> None:
         """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""

@@ -21,7 +21,8 @@ class GraphKey:
         penalised: there is a repetition penalty.
         suppressed: end tokens are not chosen at first.
         sharers: rows of the largest prefix group, rounded up to a power of two; 0 where every row reads its own prefix.
-        groups: prefix groups that the tensors have entries for, a power of two.
+        groups: prefix groups that the tensors have entries for in each level, a power of two.
+        levels: of prefixes within prefixes; 0 without sharers.
         processors: logits processors that have no kernel, in their order; their parameters are in tensors.
         history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
         adapters: those that rows choose from; None if none are chosen by row.
@@ -34,6 +35,7 @@ class GraphKey:
     suppressed: bool
     sharers: int = 0
     groups: int = 0
+    levels: int = 0
     processors: tuple[Recorded, ...] = ()
     history: int = 0
     adapters: tuple[str, ...] | None = None

@@ -9,51 +9,8 @@ from hf_fastattn.kernels.attention.shares import program_of
 
 
 @triton.jit
-def prefix_list(
-    group_starts_ptr, prefix_lens_ptr, prefix_groups,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The list of prefixes: prefix groups, in each the kv heads, in each the query blocks, in each the tiles of keys.
-
-    Returns:
-        Which of BLOCK_P prefix groups there are; how many tiles of one kv head those up to and with each have; and the
-        number of triples (prefix group, kv head, query block) with keys, at least 1.
-    """
-    group = tl.arange(0, BLOCK_P)
-    is_group = group < prefix_groups
-    shared = tl.load(prefix_lens_ptr + group, mask=is_group, other=0)  # [BLOCK_P]
-    sharers = tl.load(group_starts_ptr + group + 1, mask=is_group, other=0)
-    sharers -= tl.load(group_starts_ptr + group, mask=is_group, other=0)
-    blocks = (sharers + TILE_ROWS - 1) // TILE_ROWS
-    upto = tl.cumsum((shared + BLOCK_N - 1) // BLOCK_N * blocks, 0)
-    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
-    return is_group, upto, triples
-
-
-@triton.jit
-def prefix_entry(
-    position, upto, is_group, group_starts_ptr, prefix_lens_ptr,
-    GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The triple that the tile `position` of the list of prefixes belongs to.
-
-    Returns:
-        The first row of its prefix group, and the row past the last; the first row of its query block; its kv head; tokens
-        of the prefix, and tiles of them; and the tile's number among these.
-    """
-    g, tile = entry_at(position, upto, is_group, GROUPS)
-    first_row = tl.load(group_starts_ptr + g)
-    past_row = tl.load(group_starts_ptr + g + 1)
-    length = tl.load(prefix_lens_ptr + g)
-    count = (length + BLOCK_N - 1) // BLOCK_N
-    blocks = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
-    tile_row = first_row + tile // count % blocks * TILE_ROWS
-    return first_row, past_row, tile_row, tile // count // blocks, length, count, tile % count
-
-
-@triton.jit
 def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
-    """Tokens that each row shares, by binary search for its prefix group; 0 past the last one."""
+    """Tokens that each row shares in one level, by binary search for its prefix group; 0 past the last one."""
     group = tl.zeros_like(row)
     for i in tl.static_range(STEPS):
         middle = group + (1 << (STEPS - 1 - i))
@@ -65,14 +22,93 @@ def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups,
 
 
 @triton.jit
-def suffix_list(
-    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr, BLOCK_N: tl.constexpr
+def shared_above(
+    group_starts_ptr, prefix_lens_ptr, row, valid, level, prefix_groups, STEPS: tl.constexpr, LEVELS: tl.constexpr
 ):  # fmt: skip
-    """`[BLOCK_B]`: where each row's suffix begins, and the running count of tiles of suffixes, each of at least one."""
+    """Tokens that each row shares in the levels before `level`."""
+    found = tl.zeros_like(row)
+    for above in tl.static_range(LEVELS - 1):
+        starts_ptr = group_starts_ptr + above * (prefix_groups + 1)
+        lens_ptr = prefix_lens_ptr + above * prefix_groups
+        tokens = prefix_of_rows(starts_ptr, lens_ptr, row, valid & (level > above), prefix_groups, STEPS)
+        found = tl.maximum(found, tokens)
+    return found
+
+
+@triton.jit
+def prefix_list(
+    group_starts_ptr, prefix_lens_ptr, prefix_groups,
+    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
+    STEPS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """The list of prefixes: levels, in each the prefix groups, in each the kv heads, the query blocks, the tiles of keys.
+
+    Returns:
+        Which of BLOCK_P prefix groups of all levels there are; how many tiles of one kv head those up to and with each have;
+        and the number of triples (prefix group, kv head, query block) with keys, at least 1.
+    """
+    group = tl.arange(0, BLOCK_P)
+    is_group = group < prefix_groups * LEVELS
+    # A level has one more start than groups.
+    level = group // prefix_groups if LEVELS > 1 else 0
+    starts_ptr = group_starts_ptr + group + level
+    first = tl.load(starts_ptr, mask=is_group, other=0)
+    sharers = tl.load(starts_ptr + 1, mask=is_group, other=0) - first
+    shared = tl.load(prefix_lens_ptr + group, mask=is_group, other=0)  # [BLOCK_P]
+    if LEVELS > 1:
+        above = shared_above(group_starts_ptr, prefix_lens_ptr, first, is_group, level, prefix_groups, STEPS, LEVELS)
+        shared = tl.maximum(shared - above, 0)
+    blocks = (sharers + TILE_ROWS - 1) // TILE_ROWS
+    upto = tl.cumsum((shared + BLOCK_N - 1) // BLOCK_N * blocks, 0)
+    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
+    return is_group, upto, triples
+
+
+@triton.jit
+def prefix_entry(
+    position, upto, is_group, group_starts_ptr, prefix_lens_ptr, prefix_groups,
+    GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """The triple that the tile `position` of the list of prefixes belongs to.
+
+    Returns:
+        The level of its prefix group; the group's first row, and the row past the last; the first row of its query block;
+        its kv head; where the prefix begins and ends; its tiles, and the tile's number among these.
+    """
+    g, tile = entry_at(position, upto, is_group, GROUPS)
+    level = g // prefix_groups if LEVELS > 1 else 0
+    first_row = tl.load(group_starts_ptr + g + level)
+    past_row = tl.load(group_starts_ptr + g + level + 1)
+    stop = tl.load(prefix_lens_ptr + g)
+    begin = 0
+    if LEVELS > 1:
+        begin = shared_above(
+            group_starts_ptr, prefix_lens_ptr, first_row, first_row >= 0, level, prefix_groups, STEPS, LEVELS
+        )  # fmt: skip
+    count = (stop - begin + BLOCK_N - 1) // BLOCK_N
+    blocks = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
+    tile_row = first_row + tile // count % blocks * TILE_ROWS
+    return level, first_row, past_row, tile_row, tile // count // blocks, begin, stop, count, tile % count
+
+
+@triton.jit
+def suffix_list(
+    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK_B]`: where each row's suffix begins; the running count of tiles of suffixes, each of at least one; and in
+    which levels the row shares a prefix, a bit each."""
     starts = prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS)
+    shares = (starts > 0).to(tl.int32)
+    for level in tl.static_range(1, LEVELS):
+        starts_ptr = group_starts_ptr + level * (prefix_groups + 1)
+        lens_ptr = prefix_lens_ptr + level * prefix_groups
+        tokens = prefix_of_rows(starts_ptr, lens_ptr, row, valid, prefix_groups, STEPS)
+        shares += (tokens > starts).to(tl.int32) << level
+        starts = tl.maximum(starts, tokens)
     lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
     tiles = tl.maximum((lengths - starts + BLOCK_N - 1) // BLOCK_N, 1)
-    return starts, tl.cumsum(tl.where(valid, tiles, 0), 0)
+    return starts, tl.cumsum(tl.where(valid, tiles, 0), 0), shares
 
 
 @triton.jit

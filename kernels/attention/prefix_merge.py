@@ -17,9 +17,11 @@ from hf_fastattn.kernels.launch import on_device_of, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
-# Int32 numbers for each (row, kv head): row of the prefix's first state, number of its states, the same two of the suffix,
-# and whether there is a prefix. Padded for alignment.
-PLACE = tl.constexpr(8)
+# Levels of prefixes within prefixes.
+MOST_LEVELS = 3
+# Int32 numbers for each (row, kv head): of every level the row of the prefix's first state and the number of its states, the
+# same two of the suffix, and which of the levels have a prefix, a bit each. Padded for alignment.
+PLACE = tl.constexpr(16)
 # Fp32 elements of partial states that a program has in flight.
 MERGE_ELEMENTS = 4096
 
@@ -29,7 +31,7 @@ def merge_prefixes_kernel(
     partial_ptr, partial_sum_ptr, places_ptr, seq_lens_ptr, out_ptr, lse_ptr, tensors,
     RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-    GROUPS: tl.constexpr, HOOKS: tl.constexpr,
+    GROUPS: tl.constexpr, HOOKS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The R query heads of one (row, kv head)."""
     if OVERLAP:
@@ -37,12 +39,13 @@ def merge_prefixes_kernel(
         gdc_wait()
     pair = tl.program_id(0)
     place = places_ptr + pair * PLACE
-    suffix = tl.load(place + 2)
-    suffix_parts = tl.load(place + 3)
-    # Without a prefix its two numbers were not written.
-    has_prefix = tl.load(place + 4) > 0
-    prefix = tl.load(place, mask=has_prefix, other=0)
-    prefix_parts = tl.load(place + 1, mask=has_prefix, other=0)
+    suffix = tl.load(place + LEVELS * 2)
+    suffix_parts = tl.load(place + LEVELS * 2 + 1)
+    shares = tl.load(place + LEVELS * 2 + 2)
+    first, parts = prefix_place(place, shares, 0, LEVELS)
+    first_1, parts_1 = prefix_place(place, shares, 1, LEVELS)
+    first_2, parts_2 = prefix_place(place, shares, 2, LEVELS)
+    prefix_parts = parts + parts_1 + parts_2
     r = tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
@@ -52,7 +55,13 @@ def merge_prefixes_kernel(
             i = number + u
             j = i - prefix_parts
             # A split item starts in the second block of its first program, and goes on in the first block of the others.
-            start = tl.where(j < 0, prefix + tl.maximum(2 * i - 1, 0) * BLOCK_M, suffix + tl.maximum(2 * j - 1, 0) * BLOCK_S)
+            start = tl.where(j < 0, first + tl.maximum(2 * i - 1, 0) * BLOCK_M, suffix + tl.maximum(2 * j - 1, 0) * BLOCK_S)
+            if LEVELS > 1:
+                k = i - parts
+                start = tl.where((k >= 0) & (j < 0), first_1 + tl.maximum(2 * k - 1, 0) * BLOCK_M, start)
+            if LEVELS > 2:
+                k = i - parts - parts_1
+                start = tl.where((k >= 0) & (j < 0), first_2 + tl.maximum(2 * k - 1, 0) * BLOCK_M, start)
             ok = r < tl.where(j < suffix_parts, RATIO, 0)
             at = start + r  # [BLOCK_R]
             part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"))
@@ -67,6 +76,18 @@ def merge_prefixes_kernel(
     store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + r, r < RATIO, out, lse, D)
 
 
+@triton.jit
+def prefix_place(place, shares, LEVEL: tl.constexpr, LEVELS: tl.constexpr):
+    """Row of a prefix's first state, and the number of its states; where there is none, they were not written."""
+    first = 0
+    parts = 0
+    if LEVEL < LEVELS:
+        has_prefix = (shares >> LEVEL) % 2 > 0
+        first = tl.load(place + LEVEL * 2, mask=has_prefix, other=0)
+        parts = tl.load(place + LEVEL * 2 + 1, mask=has_prefix, other=0)
+    return first, parts
+
+
 def merge_prefixes(
     partial: Tensor,
     partial_sum: Tensor,
@@ -77,6 +98,7 @@ def merge_prefixes(
     block_m: int,
     block_s: int,
     *,
+    levels: int,
     overlap: bool,
     variant: CompiledVariant,
 ) -> tuple[Tensor, Tensor]:
@@ -85,12 +107,13 @@ def merge_prefixes(
     Args:
         partial: `[states, BLOCK_D]` fp32, sums of weighted values, not normalised.
         partial_sum: `[states, 2]` fp32, maximum (base 2) and sum of the weights of each.
-        places: `[B * G, 8]` int32; see `PLACE`.
+        places: `[B * G, PLACE]` int32; see `PLACE`.
         seq_lens: `[B]` int32, keys of each row.
         shape: B, H and D.
         dtype: of the output.
         block_m: states from a program's block to its next, of prefixes.
         block_s: the same of suffixes.
+        levels: of prefixes.
         overlap: start before the launch ahead ends, and wait for it inside.
         variant: its sinks, normaliser and transform of the output.
 
@@ -107,7 +130,7 @@ def merge_prefixes(
             partial, partial_sum, places, seq_lens if variant.hooks.output_transform else None, out, lse, variant.tensors,
             RATIO=ratio, D=dim, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_S=block_s,
             MERGE_PARTS=min(max(MERGE_ELEMENTS // (block_r * block_d), 1), 8), OVERLAP=overlap,
-            GROUPS=places.shape[0] // max(rows, 1), HOOKS=variant.hooks_for(dtype),
+            GROUPS=places.shape[0] // max(rows, 1), LEVELS=levels, HOOKS=variant.hooks_for(dtype),
             num_warps=min(max(block_r * block_d // 128, 1), 4), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, lse

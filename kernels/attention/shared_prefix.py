@@ -1,11 +1,13 @@
 """Paged decode of rows that share prefixes: each prefix is read once for all of its rows, in two launches.
 
-A prefix group is a run of neighbouring rows whose first tokens lie in the same pages. The queries of its rows and of the R
-heads of a key/value head are the rows of one matrix product over the prefix (Ye et al., 2024, "Cascade Inference";
-Juravsky et al., 2024, "Hydragen"); every row then reads its own suffix as in `decode.py`. There are two work lists of tiles
-of keys: the prefixes, by (prefix group, kv head, query block), and the suffixes, by (row, kv head). Each program computes
-its range of both from tensors on the device ("Stream-K", Osama et al., 2023), so a captured graph follows lengths and
-groups that changed. The second launch, `prefix_merge.py`, merges the parts of a row's prefix and suffix.
+A prefix group is a run of neighbouring rows whose first tokens lie in the same pages. Of prefixes within prefixes (a system
+prompt, below it questions, below each of them samples) every level has groups of its own, which begin where those above
+them end. The queries of a group's rows and of the R heads of a key/value head are the rows of one matrix product over the
+prefix (Ye et al., 2024, "Cascade Inference"; Juravsky et al., 2024, "Hydragen"); every row then reads its own suffix as in
+`decode.py`. There are two work lists of tiles of keys: the prefixes, by (prefix group, kv head, query block), and the
+suffixes, by (row, kv head). Each program computes its range of both from tensors on the device ("Stream-K", Osama et al.,
+2023), so a captured graph follows lengths and groups that changed. The second launch, `prefix_merge.py`, merges the parts of
+a row's prefixes and suffix.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from hf_fastattn.kernels.attention.prefix_lists import (
     store_state,
     suffix_list,
 )
-from hf_fastattn.kernels.attention.prefix_merge import PLACE, merge_prefixes
+from hf_fastattn.kernels.attention.prefix_merge import MOST_LEVELS, PLACE, merge_prefixes
 from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import (
@@ -59,7 +61,7 @@ def shared_prefix_kernel(
     rows, prefix_groups, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
@@ -77,34 +79,35 @@ def shared_prefix_kernel(
     whole_base = suffix_base + 2 * programs * BLOCK_S
 
     is_group, prefix_upto, triples = prefix_list(
-        group_starts_ptr, prefix_lens_ptr, prefix_groups, GROUPS, BLOCK_P, BLOCK_N, BLOCK_M // RATIO
+        group_starts_ptr, prefix_lens_ptr, prefix_groups, GROUPS, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
     )  # fmt: skip
     prefix_total = tl.max(prefix_upto, 0) * GROUPS
     row = tl.arange(0, BLOCK_B)
     is_row = row < rows
     suffix_total = 0
     if ORDER != IN_TURN:
-        _, suffix_upto = suffix_list(
-            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N
+        _, suffix_upto, _ = suffix_list(
+            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
         )  # fmt: skip
         suffix_total = tl.max(suffix_upto, 0) * GROUPS
     prefix_programs, suffix_first = divide_programs(programs, triples, prefix_total, suffix_total, rows * GROUPS, ORDER)
     attend_prefixes(
         q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
         partial_ptr, partial_sum_ptr, places_ptr,
-        pid, prefix_programs, prefix_total, prefix_upto, is_group, row, whole_base, scale, softcap,
+        pid, prefix_programs, prefix_total, prefix_upto, is_group, prefix_groups, row, rows, whole_base, scale, softcap,
         stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
         GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION, HOOKS,
+        STEPS, LEVELS,
     )  # fmt: skip
     # Computed a second time: kept over the prefixes, it would take registers that their loop needs.
-    starts, suffix_upto = suffix_list(
-        seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N
+    starts, suffix_upto, shares = suffix_list(
+        seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
     )  # fmt: skip
     attend_suffixes(
         q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
-        pid - suffix_first, programs - suffix_first, starts, suffix_upto, row, is_row, rows,
+        pid - suffix_first, programs - suffix_first, starts, suffix_upto, shares, row, is_row, rows,
         suffix_base, whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
-        tensors, GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION, HOOKS,
+        tensors, GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION, HOOKS, LEVELS,
     )  # fmt: skip
 
 
@@ -137,11 +140,12 @@ def divide_programs(programs, triples, prefix_total, suffix_total, pairs, ORDER:
 def attend_prefixes(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
-    number, programs, total, upto, is_group, row, whole_base, scale, softcap,
+    number, programs, total, upto, is_group, prefix_groups, row, rows, whole_base, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    STEPS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of prefixes, the range of program `number` of `programs`: states of the queries of all rows that share them.
 
@@ -152,8 +156,9 @@ def attend_prefixes(
     d = tl.arange(0, BLOCK_D)
     position, end, share, extra = equal_range(number, programs, total)
     while position < end:
-        first_row, past_row, tile_row, head, length, count, unit = prefix_entry(
-            position, upto, is_group, group_starts_ptr, prefix_lens_ptr, GROUPS, BLOCK_N, TILE_ROWS
+        level, first_row, past_row, tile_row, head, begin, length, count, unit = prefix_entry(
+            position, upto, is_group, group_starts_ptr, prefix_lens_ptr, prefix_groups, GROUPS, BLOCK_N, TILE_ROWS,
+            STEPS, LEVELS,
         )  # fmt: skip
         take = tl.minimum(count - unit, end - position)
         token = tile_row + m // RATIO  # [BLOCK_M], a token a row
@@ -171,11 +176,11 @@ def attend_prefixes(
             row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
             last_key = tl.full([BLOCK_M], 0, tl.int32) + length
             table = page_table_ptr + reader.to(tl.int64) * stride_table
-            lo = unit * BLOCK_N
+            lo = begin + unit * BLOCK_N
             hi = tl.minimum(lo + take * BLOCK_N, length)
             # Only a last tile that is not full needs a mask. With SKIP_MASKS the full tiles get a loop of their own, without
             # masks: that pays where matrix products may take the time.
-            edge = hi // BLOCK_N * BLOCK_N if SKIP_MASKS else lo
+            edge = lo + (hi - lo) // BLOCK_N * BLOCK_N if SKIP_MASKS else lo
             if SKIP_MASKS:
                 row_max, row_sum, acc = attend_tiles(
                     q, row_max, row_sum, acc, lo, edge, k_ptr, v_ptr, table, head * stride_head, last_key, 0, length,
@@ -188,13 +193,12 @@ def attend_prefixes(
                 D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
             )  # fmt: skip
             pair = token * GROUPS + head
-            at, begin, parts = part_rows(
-                number, position, unit, count, take, share, extra, 0, whole_base + pair * RATIO + m % RATIO, m, BLOCK_M
-            )
+            whole = whole_base + (level * rows * GROUPS + pair) * RATIO + m % RATIO
+            at, first, parts = part_rows(number, position, unit, count, take, share, extra, 0, whole, m, BLOCK_M)
             store_state(partial_ptr, partial_sum_ptr, at, ok_m, row_max, row_sum, acc)
             if unit == 0:
-                place_ptr = places_ptr + pair * PLACE
-                tl.store(place_ptr, begin, mask=ok_m & (m % RATIO == 0))
+                place_ptr = places_ptr + pair * PLACE + level * 2
+                tl.store(place_ptr, first, mask=ok_m & (m % RATIO == 0))
                 tl.store(place_ptr + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
         position += take
 
@@ -202,15 +206,16 @@ def attend_prefixes(
 @triton.jit
 def attend_suffixes(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
-    number, programs, starts, upto, row, is_row, rows, suffix_base, whole_base, scale, softcap,
+    number, programs, starts, upto, shares, row, is_row, rows, suffix_base, whole_base, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    HOOKS: tl.constexpr,
+    HOOKS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of suffixes, the range of program `number` of `programs`: states of each row's queries over its own keys.
 
-    `starts: [BLOCK_B]` says where each row's suffix begins, `upto: [BLOCK_B]` where it ends in the list.
+    `starts: [BLOCK_B]` says where each row's suffix begins, `upto: [BLOCK_B]` where it ends in the list, `shares: [BLOCK_B]`
+    in which levels it has a prefix.
     """
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -239,14 +244,14 @@ def attend_suffixes(
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
         pair = b * GROUPS + head
-        whole = whole_base + (rows * GROUPS + pair) * RATIO + s
+        whole = whole_base + (LEVELS * rows * GROUPS + pair) * RATIO + s
         at, begin, parts = part_rows(number, position, unit, count, take, share, extra, suffix_base, whole, s, BLOCK_S)
         store_state(partial_ptr, partial_sum_ptr, at, ok_s, row_max, row_sum, acc)
         if unit == 0:
-            place_ptr = places_ptr + pair * PLACE
-            tl.store(place_ptr + 2 + tl.zeros_like(s), begin, mask=s == 0)
-            tl.store(place_ptr + 3, parts)
-            tl.store(place_ptr + 4, ((start > 0) & (length > 0)).to(tl.int32))
+            place_ptr = places_ptr + pair * PLACE + LEVELS * 2
+            tl.store(place_ptr + tl.zeros_like(s), begin, mask=s == 0)
+            tl.store(place_ptr + 1, parts)
+            tl.store(place_ptr + 2, tl.where(length > 0, tl.sum(tl.where(row == b, shares, 0), 0), 0))
         position += take
 
 
@@ -283,8 +288,10 @@ def paged_decode_shared(
         page_table: `[B, columns]` int32; rows of a group that have keys agree in the columns of its prefix.
         seq_lens: `[B]` int32, keys of each row after the append, its prefix included; 0 for a row without any.
         group_starts: `[groups + 1]` int32, not decreasing from 0: group i is the rows from `group_starts[i]` to before
-            `group_starts[i + 1]`; groups may be empty, rows past the last one share nothing.
-        prefix_lens: `[groups]` int32, tokens that a group's rows share, a multiple of P or 0; a row with keys has as many.
+            `group_starts[i + 1]`; groups may be empty, rows past the last one share nothing. Of prefixes within prefixes
+            `[levels, groups + 1]`: a group with a prefix lies within one of each level above, or outside of all.
+        prefix_lens: `[groups]` or `[levels, groups]` int32, tokens that a group's rows share, those of the levels above
+            included, a multiple of P or 0; a row with keys has as many.
         max_group_rows: about how many rows the largest group has, known on the host.
         scale: factor on the scores.
         softcap: scores become `softcap * tanh(score / softcap)`.
@@ -299,15 +306,19 @@ def paged_decode_shared(
     """
     check_pages(q, k_pages, v_pages)
     rows, heads, dim = q.shape
-    page, kv_heads, groups = k_pages.shape[1], k_pages.shape[2], prefix_lens.shape[0]
+    page, kv_heads, groups = k_pages.shape[1], k_pages.shape[2], prefix_lens.shape[-1]
+    levels = prefix_lens.shape[0] if prefix_lens.ndim == 2 else 1
     if page_table.shape[0] != rows or seq_lens.shape[0] != rows:
         raise ValueError(
             f"page_table has {page_table.shape[0]} rows, seq_lens {seq_lens.shape[0]} and q {rows}; expected one a row"
         )
-    if group_starts.shape[0] != groups + 1 or not groups:
+    if group_starts.shape != (*prefix_lens.shape[:-1], groups + 1) or not groups:
         raise ValueError(
-            f"group_starts has {group_starts.shape[0]} entries and prefix_lens {groups}; expected one more, and a group"
+            f"group_starts has shape {tuple(group_starts.shape)} and prefix_lens {tuple(prefix_lens.shape)}; expected one "
+            "more in a level, and a group"
         )
+    if not 1 <= levels <= MOST_LEVELS or not (group_starts.is_contiguous() and prefix_lens.is_contiguous()):
+        raise ValueError(f"prefix_lens has {levels} levels; expected 1 to {MOST_LEVELS}, and both contiguous")
     if max_group_rows < 1:
         raise ValueError(f"max_group_rows={max_group_rows} must be positive")
     if variant.window is not None:
@@ -321,11 +332,13 @@ def paged_decode_shared(
     tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, pairs <= FEW_ROWS * room.processors)
     block_s = max(power_of_2(ratio), 16)
     block_m = max(min(power_of_2(queries), tile.block_m), block_s)
-    block_p = max(power_of_2(groups), 16)
+    # Of one level, and of all of them.
+    steps = max(power_of_2(groups), 16).bit_length() - 1
+    block_p = max(power_of_2(groups * levels), 16)
     programs = max(tile.programs * room.processors, 2)
     factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
-    states = 2 * programs * (block_m + block_s) + 2 * rows * heads
+    states = 2 * programs * (block_m + block_s) + (levels + 1) * rows * heads
     partial, partial_sum, _ = room.split_kv(triton.cdiv(states, 16), 16, block_d)
     places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     with on_device_of(q):
@@ -335,7 +348,7 @@ def paged_decode_shared(
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=block_p.bit_length() - 1,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=steps, LEVELS=levels,
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
             STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
@@ -345,5 +358,5 @@ def paged_decode_shared(
         )  # fmt: skip
     return merge_prefixes(
         partial, partial_sum, places, seq_lens, (rows, heads, dim), q.dtype, block_m, block_s,
-        overlap=overlap, variant=variant,
+        levels=levels, overlap=overlap, variant=variant,
     )  # fmt: skip

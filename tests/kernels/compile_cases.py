@@ -149,6 +149,15 @@ CASES = {
     "shared prefix, many groups": Case(
         lambda: shared_prefix(4, 128, rows=256, groups=64, most=8), SHARED_PREFIX, programs=2
     ),
+    "shared prefix, two levels": Case(
+        lambda: shared_prefix(4, 128, groups=16, most=64, levels=2), SHARED_PREFIX, programs=1
+    ),
+    "shared prefix, three levels, few rows": Case(
+        lambda: shared_prefix(4, 128, groups=16, most=8, levels=3, rows=16), SHARED_PREFIX, programs=1
+    ),
+    "shared prefix, three levels, many rows": Case(
+        lambda: shared_prefix(4, 128, groups=64, most=64, levels=3, rows=256), SHARED_PREFIX, programs=1
+    ),
     "shared prefix, R = 1": Case(lambda: shared_prefix(1, 64, FP16, most=100), SHARED_PREFIX, programs=1),
     # Elsewhere what lies around the loops spills.
     "shared prefix, R = 7": Case(lambda: shared_prefix(7, 128, most=64), SHARED_PREFIX, programs=1, targets=("sm_90",)),

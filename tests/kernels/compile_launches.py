@@ -82,10 +82,10 @@ def decode(
 def shared_prefix(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
     page: int = 16, rows: int = 64, columns: int = 16, groups: int = 1, most: int = 16, processors: int = 132,
-    **options: Any,
+    levels: int = 1, **options: Any,
 ) -> object:  # fmt: skip
     q, (page_table, lengths) = torch.zeros(rows, 8 * ratio, dim, dtype=dtype), table(rows, columns)
-    begins, prefixes = (torch.zeros(count, dtype=torch.int32) for count in (groups + 1, groups))
+    begins, prefixes = (torch.zeros(levels, count, dtype=torch.int32) for count in (groups + 1, groups))
     workspace = Workspace(q.device)
     workspace.processors = processors
     return paged_decode_shared(

@@ -185,6 +185,23 @@ def test_the_prompt_is_read_once_for_its_beams(device: str, family: str, monkeyp
     assert sharers == {8} and call.pages_shared
 
 
+@pytest.mark.parametrize("prompts", [(0, 1, 0, 1), (0, 0, 1, 1)], ids=["apart", "side by side"])
+def test_prompts_that_begin_alike(device: str, prompts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams keep their places, whatever pages their prompts share with those of others."""
+    monkeypatch.setattr(prefix_groups, "WORTH_BYTES", 1)
+    stock, model = both("llama", device, {"page_size": 4})
+    ids = torch.randint(1, VOCAB, (4, 80), generator=torch.Generator().manual_seed(5))
+    for row, document in enumerate(prompts):
+        ids[row, :72] = ids[prompts.index(document), :72]
+    asked = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    for more in ({}, {"num_return_sequences": 3, "eos_token_id": ENDS}):
+        assert torch.equal(run(model, **asked, **more), run(stock, **asked, **more)), more
+        call = assert_fast(model)
+        # The prompts take two forwards: rows that begin a document, then those that go on from its pages.
+        assert call.fast_loops == 1 and not call.not_looped and call.forwards - call.graphs_replayed == 2
+        assert call.tokens_reused == 2 * 72
+
+
 def test_many_shapes_of_searches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_state, "MAX_BEAMS", 1)
     stock, model = both("llama", device)

@@ -13,6 +13,7 @@ import torch
 from hf_fastattn.cache import prefix_groups
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.kernels.attention import prefix_merge
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.loop.graph_key import GraphKey
@@ -20,7 +21,7 @@ from hf_fastattn.loop.readback import Readback
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
 from tests.loop.test_decode_loop_gpu import strictly
 from tests.tools import reexecuted
-from tests.tools.models import padded_batch, pair_with_graphs, patch_with_graphs, tiny
+from tests.tools.models import VOCAB, assert_fast, padded_batch, pair_with_graphs, patch_with_graphs, tiny
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 SAMPLES: dict[str, Any] = {"do_sample": True, "top_k": 1}
@@ -53,11 +54,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     attend, through = Batch._attend_shared, reexecuted.through_first_rows
 
     def attend_shared(self: Batch, *args: Any) -> torch.Tensor:
-        seen.append(len(args[3].prefix_lens))
+        seen.append(args[3].prefix_lens.shape[1])
         return attend(self, *args)
 
     def through_first_rows(table: Any, lengths: Any, shared: Any, size: int) -> torch.Tensor:
-        seen.append(len(shared.prefix_lens))
+        seen.append(shared.prefix_lens.shape[1])
         return through(table, lengths, shared, size)
 
     monkeypatch.setattr(Batch, "_attend_shared", attend_shared)
@@ -155,11 +156,11 @@ def test_a_fault_changes_tokens(device: str, fault: str, monkeypatch: pytest.Mon
     ours, _ = draws(device, 4)
     layout = PrefixGroups.layout
 
-    def faulty(self: PrefixGroups) -> tuple[list[int], list[int]]:
-        starts, lengths = layout(self)
+    def faulty(self: PrefixGroups) -> list[tuple[list[int], list[int]]]:
+        ((starts, lengths),) = layout(self)
         if fault == "a page too many":
-            return starts, [tokens + 4 for tokens in lengths]
-        return [0, *(start + 1 for start in starts[1:-1]), starts[-1]], [min(lengths)] * len(lengths)
+            return [(starts, [tokens + 4 for tokens in lengths])]
+        return [([0, *(start + 1 for start in starts[1:-1]), starts[-1]], [min(lengths)] * len(lengths))]
 
     monkeypatch.setattr(PrefixGroups, "layout", faulty)
     assert not torch.equal(draws(device, 4)[0], ours)
@@ -247,14 +248,86 @@ def test_the_host_never_waits(device: str, kinds: list[GraphKey], monkeypatch: p
     assert {kind.sharers for kind in kinds} == {16, 8, 4, 2, 0}
 
 
+def nested_prompts(device: str) -> dict[str, torch.Tensor]:
+    """Two documents, each with questions that begin alike in pairs: three levels with the samples of a question."""
+    ids = torch.randint(1, VOCAB, (8, 90), generator=torch.Generator().manual_seed(3))
+    for row in range(8):
+        ids[row, :40] = ids[row // 4 * 4, :40]
+        ids[row, :64] = ids[row // 2 * 2, :64]
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+@pytest.fixture
+def any_level_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_groups, "WORTH_LEVEL", 1)
+
+
+@pytest.mark.usefixtures("any_level_pays")
+@pytest.mark.parametrize("order", [range(8), (0, 4, 2, 6, 1, 5, 3, 7)], ids=["side by side", "apart"])
+def test_prefixes_within_prefixes(device: str, order: Any, kinds: list[GraphKey], reads: list[int]) -> None:
+    stock, model = both("llama", device, {"page_size": 4})
+    batch = {name: value[list(order)] for name, value in nested_prompts(device).items()}
+    for kwargs in ({}, {"eos_token_id": ENDS}, {**SAMPLES, "num_return_sequences": 3}):
+        assert torch.equal(run(model, **batch, **kwargs), run(stock, **batch, **kwargs)), kwargs
+        assert assert_fast(model).fast_loops == 1
+    assert {(kind.levels, kind.sharers) for kind in kinds} == {(2, 4), (3, 16)} and reads
+
+
+@pytest.mark.usefixtures("any_level_pays")
+def test_rows_leave_groups_within_groups(device: str, kinds: list[GraphKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_loop, "WORTH_CAPTURING", 1)
+    stock, model = both("llama", device, {"page_size": 4})
+    asked = {**nested_prompts(device), **SAMPLES, "num_return_sequences": 3}
+    want = run(stock, **asked)
+    lengths = [40, 3, 5, 30, 17, 2, 30, 30, 11, 4, 9, 6, 12, 6, 3, 30, 20, 5, 30, 17, 2, 9, 9, 20]
+    for row, length in enumerate(lengths):
+        want[row, 90 + length :] = 0
+    model._fastattn.runtime.row_limits = lengths
+    assert torch.equal(run(model, **asked), want)
+    levels = list(dict.fromkeys((kind.rows, kind.levels) for kind in kinds))
+    assert levels[0] == (24, 3) and levels[-1] == (1, 0) and len(levels) > 3
+
+
+@pytest.mark.usefixtures("any_level_pays")
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_fault_in_a_level_changes_tokens(device: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = both("llama", device, {"page_size": 4})
+    asked = {**nested_prompts(device), **DRAWS, "num_return_sequences": 3}
+    ours = run(model, **asked)
+    layout = PrefixGroups.layout
+
+    def faulty(self: PrefixGroups) -> list[tuple[list[int], list[int]]]:
+        found = layout(self)
+        starts, lengths = found[level]
+        found[level] = starts, [tokens + 4 * (tokens > 0) for tokens in lengths]
+        # What a level below holds begins behind it.
+        return found if level == 2 else [*found[: level + 1], *([*found[level + 1 :]] if level else found[1:])]
+
+    monkeypatch.setattr(PrefixGroups, "layout", faulty)
+    assert not torch.equal(run(model, **asked), ours)
+
+
+def test_levels_that_lose_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = PrefixGroups(((0, 6, 32),), 8, (((0, 3, 48), (4, 6, 64)), ((1, 3, 96),)))
+    assert shared.layout() == [([0, 6], [32]), ([0, 3, 4, 6], [48, 0, 64]), ([0, 1, 3], [0, 96])]
+    assert (shared.sharers, shared.group_count) == (8, 16)
+    assert shared.keep([0, 2, 4, 5]) == PrefixGroups(((0, 4, 32),), 8, (((0, 2, 48), (2, 4, 64)),))
+    assert shared.keep([0, 4]) == PrefixGroups(((0, 2, 32),), 8) and shared.keep([3]) == PrefixGroups((), 8)
+    assert prefix_groups.MOST_LEVELS == prefix_merge.MOST_LEVELS
+    saved = 5 * 32 + 2 * 16 + 32 + 48
+    for worth, pays in ((saved * 8, True), (saved * 8 + 1, False)):
+        monkeypatch.setattr(prefix_groups, "WORTH_BYTES", worth)
+        assert bool(shared.worthwhile().groups) == pays
+
+
 def test_groups_that_lose_rows() -> None:
     shared = PrefixGroups(((0, 4, 32), (5, 7, 16), (9, 12, 48)), 8)
-    assert shared.layout() == ([0, 4, 5, 7, 9, 12], [32, 0, 16, 0, 48])
+    assert shared.layout() == [([0, 4, 5, 7, 9, 12], [32, 0, 16, 0, 48])]
     assert (shared.sharers, shared.group_count) == (4, 16)
     assert shared.keep(range(13)) == shared
     assert shared.keep([0, 3, 5, 6, 8, 10]) == PrefixGroups(((0, 2, 32), (2, 4, 16)), 8)
     assert shared.keep([4, 6, 7, 9, 11]) == PrefixGroups(((3, 5, 48),), 8)
-    assert shared.keep([4, 6, 7, 9, 11]).layout() == ([0, 3, 5], [0, 48])
+    assert shared.keep([4, 6, 7, 9, 11]).layout() == [([0, 3, 5], [0, 48])]
     assert shared.keep([1, 4, 5, 12]) == PrefixGroups((), 8)
     none = PrefixGroups()
     assert (none.sharers, none.group_count, none.worthwhile(), none.keep([0, 2])) == (0, 0, none, none)

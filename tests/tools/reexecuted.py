@@ -103,11 +103,16 @@ class ReadBack(Batch):
 def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
     """`[B, columns]` pages as shared_prefix.py reads them: a prefix by those of its first row with keys."""
     table = table.clone()
-    starts = shared.group_starts.tolist()
-    for first, past, tokens in zip(starts, starts[1:], shared.prefix_lens.tolist(), strict=False):
-        readers = [row for row in range(first, past) if lengths[row] > 0]
-        if readers:
-            table[first:past, : tokens // page_size] = table[readers[0], : tokens // page_size].clone()
+    above = torch.zeros(len(table), dtype=torch.int64)
+    for starts, lens in zip(shared.group_starts.tolist(), shared.prefix_lens.tolist(), strict=True):
+        found = above.clone()
+        for first, past, tokens in zip(starts, starts[1:], lens, strict=False):
+            readers = [row for row in range(first, past) if lengths[row] > 0]
+            if readers:
+                begin, end = int(above[first]) // page_size, tokens // page_size
+                table[first:past, begin:end] = table[readers[0], begin:end].clone()
+                found[first:past] = found[first:past].clamp(min=tokens)
+        above = found
     return table
 
 

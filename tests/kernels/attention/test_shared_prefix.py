@@ -169,6 +169,103 @@ def test_what_does_not_fit_is_refused(change):
         )
 
 
+def make_nested(
+    tree: Sequence[tuple[int, Sequence[Group]]], empty: int = 0, /, **options
+) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Groups within groups: of each `(prefix, groups)` all rows share a prefix, and the rows of each group one more.
+
+    `empty` groups without rows or prefix follow in each level.
+    """
+    inner = [(above + prefix, suffixes) for above, groups in tree for prefix, suffixes in groups]
+    batch, starts, lens = make_shared(inner, **options)
+    page, row = batch.k_pages.shape[1], 0
+    outer = [0]
+    for above, groups in tree:
+        rows = range(row, row + sum(len(suffixes) for _, suffixes in groups))
+        active = [other for other in rows if batch.lengths[other]]
+        for other in active[1:]:
+            was = batch.table[other][: above // page]
+            if was != batch.table[active[0]][: above // page]:
+                for pages in (batch.k_pages, batch.v_pages):
+                    pages[was] = math.nan
+            batch.table[other][: above // page] = batch.table[active[0]][: above // page]
+            for own, common in zip(batch.rows[other], batch.rows[active[0]], strict=True):
+                own[:above] = common[:above]
+        row = rows.stop
+        outer.append(row)
+    # Entries without a group: rows past the last one share nothing.
+    size = max(len(inner), len(tree)) + empty
+    outer += [outer[-1]] * (size + 1 - len(outer))
+    inner_starts = starts.tolist() + [row] * (size + 1 - len(starts))
+    lens_outer = [above for above, _ in tree] + [0] * (size - len(tree))
+    lens_inner = lens.tolist() + [0] * (size - len(inner))
+    device = batch.q.device
+    return (
+        batch,
+        torch.tensor([outer, inner_starts], dtype=torch.int32, device=device),
+        torch.tensor([lens_outer, lens_inner], dtype=torch.int32, device=device),
+    )
+
+
+def check_nested(tree: Sequence[tuple[int, Sequence[Group]]], most: int = 8, empty: int = 0, /, **options) -> None:
+    batch, starts, lens = make_nested(tree, empty, **options)
+    for levels in ((starts, lens), (starts[1].clone(), lens[1].clone())):
+        got = paged_decode_shared(
+            batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, *levels,
+            max_group_rows=most, scale=batch.scale,
+        )  # fmt: skip
+        assert_attention(batch, got)
+
+
+NESTED: list[tuple[int, list[Group]]] = [
+    (48, [(32, [3, 20, 1]), (0, [5]), (16, [0, 0, None])]),
+    (0, [(16, [9, 4])]),
+    (32, [(64, [None, 40])]),
+    (16, [(0, [None])]),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("order", ORDERS)
+def test_prefixes_within_prefixes(order, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+    check_nested(NESTED, page=16, dim=32, dtype=BF16)
+    monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
+    check_nested(NESTED, 2, 5, groups=1, ratio=5, page=16, dim=32, dtype=FP32)
+    # Each level in many parts.
+    check_nested([(160, [(240, [70, 3]), (64, [20])])], groups=1, page=16, dim=32, dtype=BF16)
+
+
+@pytest.mark.interpreter
+def test_three_levels():
+    """A prompt of all rows above the groups of two levels: what the second of them holds is that of the first."""
+    batch, starts, lens = make_nested([(96, [(32, [3, 20]), (16, [5, 1, 40])])], page=16, dim=32, dtype=BF16)
+    starts = torch.cat((starts[:1], starts))
+    lens = torch.cat((torch.tensor([[64, 0]], dtype=torch.int32), lens))
+    got = paged_decode_shared(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, starts, lens,
+        max_group_rows=5, scale=batch.scale,
+    )  # fmt: skip
+    assert_attention(batch, got)
+    with pytest.raises(ValueError, match="4 levels"):
+        paged_decode_shared(
+            batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens,
+            torch.cat((starts[:1], starts)), torch.cat((lens[:1], lens)), max_group_rows=5, scale=batch.scale,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ratio", "dtype"), [(4, BF16), (7, FP16), (1, FP32)])
+def test_prefixes_within_prefixes_on_a_gpu(ratio, dtype):
+    tree: list[tuple[int, list[Group]]] = [
+        (4096, [(512, [100, 5, 0, 1]), (48, [None, 7, 300, 3]), (0, [50]), (1024, [3] * 40)]),
+        (0, [(2048, [9, 4])]),
+        (1024, [(0, [None, 70]), (16, [1, 2])]),
+    ]
+    for most in (1, 64):
+        check_nested(tree, most, 3, ratio=ratio, dim=128, page=16, dtype=dtype, device="cuda")
+
+
 def random_groups(random: Random, page: int, rows: int, longest: int) -> list[Group]:
     """Groups of 0 to 40 rows, and now and then no prefix, no suffix or no keys at all."""
     groups: list[Group] = []
