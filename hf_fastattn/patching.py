@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fastattn.batching.hooks import forget_manager
 from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.generation.model_class import fast_class
@@ -123,6 +124,7 @@ def unpatch(model: Model) -> Model:
 
 
 def _take_back(model: Any, scope: PatchScope) -> None:
+    forget_manager(model)
     for module in scope.targets():
         if module is not model and STATE in vars(module):
             release_slots(module)

@@ -1,0 +1,145 @@
+"""`FastBatchingManager`: Transformers' manager of continuous batching, whose thread runs our `Engine`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
+from transformers.generation.continuous_batching.utils import drain_queue
+
+from hf_fastattn.batching.choice import Choice
+from hf_fastattn.batching.engine import Engine
+from hf_fastattn.batching.engine_parts import EngineParts
+from hf_fastattn.batching.requests import Request
+
+# Seconds that the thread waits for its turn at a time, and for new requests.
+PATIENCE, IDLE = 0.05, 0.1
+
+
+class FastBatchingManager(ContinuousBatchingManager):
+    """Takes requests, and gives outputs, as Transformers' own does.
+
+    The thread has the model's turn while it works, and gives it to a `generate()` of another thread between two steps.
+
+    Args:
+        choice: how tokens are chosen.
+        model, generation_config, continuous_batching_config, workload_hints: as of Transformers' own.
+    """
+
+    def __init__(self, choice: Choice, model: Any, **options: Any) -> None:
+        super().__init__(model=model, **options)
+        self._choice, self._hints = choice, options.get("workload_hints")
+        self._parts: EngineParts | None = None
+
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """The model's attention stays what it is."""
+
+    def warmup(self) -> None:
+        """Compile kernels, and record the steps of as many rows as are expected."""
+        self._in_turn(lambda: self._parts_made().warm_up(self._hints))
+        self.warmed_up = True
+
+    def _parts_made(self) -> EngineParts:
+        if self._parts is None:
+            self._parts = EngineParts(self.model, self._choice, self.continuous_batching_config)
+        return self._parts
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _run_generation_loop(self, use_inference_mode: bool = False) -> None:
+        engine: Engine | None = None
+        with torch.inference_mode(use_inference_mode):
+            try:
+                device = self.model.device
+                if device.type == "cuda" and device.index is not None:
+                    torch.cuda.set_device(device)
+                self.batch_processor = self
+                engine = self._in_turn(lambda: self._parts_made().engine(self._deliver, self._hints))
+                while self._goes_on(engine):
+                    self._in_turn(lambda: self._work(engine))
+                self._end(engine, RuntimeError("the manager was stopped before this request was done"))
+            except Exception as error:
+                status = self.background_thread_status
+                status.request_stop(BackgroundThreadStatus.HARD_STOP, self.distributed_helper.global_rank)
+                self._end(engine, error)
+                status.record_fatal_error(error)
+            finally:
+                self.background_thread_status.mark_as_stopped()
+
+    def _in_turn(self, work: Any) -> Any:
+        """What `work` returns, done while no other thread works with the model."""
+        turn = self.model._fastattn.runtime.turn
+        while True:
+            done = (turn.take(PATIENCE), [work()] if turn.is_mine() else [])[1]
+            if done:
+                return done[0]
+            time.sleep(PATIENCE / 10)
+
+    def _goes_on(self, engine: Engine) -> bool:
+        """Whether there is work; waits for it, or for a stop."""
+        status = self.background_thread_status
+        while True:
+            self._pause_if_asked(engine)
+            status.update_with_tp_status(status.local_status)
+            if status.tp_status == BackgroundThreadStatus.HARD_STOP:
+                return False
+            if not engine.is_idle or not self.input_queue.empty():
+                return True
+            if status.tp_status == BackgroundThreadStatus.FLUSH_AND_STOP:
+                return False
+            wake = self._wake_up()
+            wake.wait(IDLE)
+            wake.clear()
+
+    def _wake_up(self) -> Any:
+        return getattr(self, "_wake_up_loop", None) or self._has_new_requests
+
+    def _pause_if_asked(self, engine: Engine) -> None:
+        status = self.background_thread_status
+        if getattr(status, "is_pause_requested", bool)():
+            self._in_turn(engine.settle)
+            status.pause_and_wait()
+            # Whoever asked has probably written to the weights.
+            self._in_turn(lambda: self._parts_made().renew())
+
+    def _work(self, engine: Engine) -> None:
+        """Rounds, until there is no work, or somebody else wants the model, or the thread to stop."""
+        parts, status = self._parts_made(), self.background_thread_status
+        parts.check()
+        turn = self.model._fastattn.runtime.turn
+        while True:
+            for state in drain_queue(self.input_queue):
+                self._add(engine, state)
+            engine.cancel(drain_queue(self.cancel_queue))
+            if engine.is_idle:
+                return
+            engine.run()
+            stops = status.local_status == BackgroundThreadStatus.HARD_STOP
+            if stops or turn.is_wanted() or getattr(status, "is_pause_requested", bool)():
+                engine.settle()
+                return
+
+    def _add(self, engine: Engine, state: Any) -> None:
+        try:
+            self.logit_processor.check_kwargs(state.logit_processor_kwargs)
+        except (TypeError, ValueError) as error:
+            self.output_router.fail_and_deliver(state, error)
+            return
+        engine.add(state)
+
+    def _deliver(self, requests: list[Request]) -> None:
+        self.output_router.deliver_batch([request.state.to_generation_output() for request in requests])
+
+    def _end(self, engine: Engine | None, error: Exception) -> None:
+        for state in drain_queue(self.input_queue):
+            self.output_router.fail_and_deliver(state, error)
+        if engine is not None:
+            self._in_turn(lambda: self._release(engine, error))
+
+    def _release(self, engine: Engine, error: Exception) -> None:
+        engine.fail_all(error)
+        self._parts_made().release(engine)
