@@ -82,9 +82,7 @@ class EngineParts:
         # Not before: it imports Triton.
         from hf_fastattn.batching.device_steps import DeviceSteps
 
-        return DeviceSteps(
-            self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device
-        )
+        return DeviceSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
 
     def _why_not_recorded(self) -> str | None:
         assert self._graphs is not None and self._cache is not None

@@ -19,7 +19,7 @@ Array = NDArray[np.int64]
 class RowTokens:
     """Tokens by place; a place belongs to one request from `open` to `close`.
 
-    What a step chose for a request that has ended meanwhile comes with a serial number that its place does not have any more.
+    What a step chose for a request that has ended meanwhile comes with a serial number that its place has no more.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,7 @@ class RowTokens:
             self._more_places()
         place, wanted = self._free.pop(), sorted(ends)
         if len(wanted) > self._ends.shape[1]:
-            self._ends = np.pad(
-                self._ends, ((0, 0), (0, len(wanted) - self._ends.shape[1])), constant_values=NO_TOKEN
-            )
+            self._ends = np.pad(self._ends, ((0, 0), (0, len(wanted) - self._ends.shape[1])), constant_values=NO_TOKEN)
         self._ends[place] = NO_TOKEN
         self._ends[place, : len(wanted)] = wanted
         self._limits[place], self._counts[place], self._streams[place] = limit, 0, streams

@@ -31,9 +31,7 @@ class SlotPages:
         root: for its index.
     """
 
-    def __init__(
-        self, cache: PagedCache, slots: int, most_tokens: int | None, store: PrefixStore | None, root: int
-    ) -> None:
+    def __init__(self, cache: PagedCache, slots: int, most_tokens: int | None, store: PrefixStore | None, root: int) -> None:
         self.cache, self.counters, self.page_size = cache, cache.counters, cache.groups.page_size
         self.store, self.root = store, root
         self._most = None if most_tokens is None else max(most_tokens // self.page_size, 1)
