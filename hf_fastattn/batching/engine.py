@@ -174,13 +174,14 @@ class Engine:
             request.done += count
         if logits is not None:
             self._begin([taken[place][0] for place in ends], logits)
-        self._pages.release_behind(self._lengths())
+        self._release_behind()
 
-    def _lengths(self) -> Any:
-        lengths = self._batch.rows.lengths.copy()
-        for request in self._batch.prompts:
-            lengths[request.slot] = request.done
-        return lengths
+    def _release_behind(self) -> None:
+        if self._pages.has_windows:
+            lengths = self._batch.rows.lengths.copy()
+            for request in self._batch.prompts:
+                lengths[request.slot] = request.done
+            self._pages.release_behind(lengths)
 
     def _begin(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose the first tokens of requests whose prompts are computed."""
@@ -237,7 +238,7 @@ class Engine:
         self._pieces = 0
         for slot in rows.step():
             batch.vacate(batch.by_slot[slot])
-        self._pages.release_behind(self._lengths())
+        self._release_behind()
 
     def _bucket(self) -> int:
         """Rows of the next step; rows move to lower slots if that makes it smaller, and nobody is to come."""
@@ -265,9 +266,8 @@ class Engine:
                 if not batch.extend(slot):
                     self._make_room()
                     break
-        longest = max(map(self._pages.columns, batch.by_slot), default=0) if self._pages.changes else 0
-        if longest and self._steps is not None:
-            self._make_columns(longest)
+        longest = int(batch.rows.room.max(initial=0, where=batch.rows.alive))
+        self._make_columns(longest // self._pages.page_size)
 
     def _make_room(self) -> None:
         """Take the youngest request out of the batch."""

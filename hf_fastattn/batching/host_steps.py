@@ -88,8 +88,8 @@ class HostSteps:
         self._pages.changes.clear()
 
     def bucket(self, used: int, steps: int) -> int:
-        """Rows of a step."""
-        return used
+        """Rows of what a step returns: slots that take no part cost nothing."""
+        return len(self._tokens)
 
     def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
         """One step of `slots`, which hold `lengths` tokens; returns the tokens of the first `rows` slots."""

@@ -34,6 +34,7 @@ class SlotPages:
     def __init__(self, cache: PagedCache, slots: int, most_tokens: int | None, store: PrefixStore | None, root: int) -> None:
         self.cache, self.counters, self.page_size = cache, cache.counters, cache.groups.page_size
         self.store, self.root = store, root
+        self.has_windows = any(window is not None for window in cache.tables)
         self._most = None if most_tokens is None else max(most_tokens // self.page_size, 1)
         for table in cache.tables.values():
             table.add_rows(slots)
@@ -84,10 +85,19 @@ class SlotPages:
         first = self.columns(slot)
         for group, table in zip(self._groups(), self.cache.tables.values(), strict=True):
             if pages > group.pool.free:
-                most = group.pool.in_use + pages + int(group.pool.capacity * GROWTH)
-                group.ensure(max((most if self.most is None else min(most, self.most)) - group.pool.in_use, pages))
+                self._make_free(group, pages)
             table.extend_row(slot, pages, self.counters)
         self._note(slot, first)
+
+    def _make_free(self, group: PageGroup, pages: int) -> None:
+        """Have so many free pages: those that only prompts to come might read, or new ones."""
+        pool = group.pool
+        idle = 0 if self.store is None else sum(pool.owners(page) == 1 for page in self.store.index.rows[0])
+        if idle >= pages and self.store is not None:
+            self.store.index.evict(max(pages - pool.free, idle // 4))
+        if pages > pool.free:
+            most = pool.in_use + pages + int(pool.capacity * GROWTH)
+            group.ensure(max((most if self.most is None else min(most, self.most)) - pool.in_use, pages))
 
     def release(self, slots: Sequence[int]) -> None:
         """These slots are empty."""
@@ -102,10 +112,9 @@ class SlotPages:
 
     def release_behind(self, lengths: NDArray[np.int64]) -> None:
         """Release pages that no query from `lengths[slot]` on can see through a window."""
-        if any(window is not None for window in self.cache.tables):
-            held = lengths.tolist()
-            for table in self.cache.tables.values():
-                table.release_behind(held)
+        held = lengths.tolist()
+        for table in self.cache.tables.values():
+            table.release_behind(held)
 
     def keep_prompt(self, slot: int, tokens: Any, found: Sequence[int]) -> list[int]:
         """Prompts to come find the pages of this one; returns those that hold it."""
