@@ -32,7 +32,7 @@ from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
-from hf_fastattn.runtime import Runtime
+from hf_fastattn.runtime import PATIENCE, Runtime
 from hf_fastattn.transformers_version import is_tested, supported_versions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -119,12 +119,14 @@ def unpatch(model: Model) -> Model:
     """
     target = find_model(model)
     if isinstance(target, FastGenerationMixin):
-        _take_back(target, target._fastattn.scope)
+        forget_manager(target)
+        # Not amid the step of another thread's running batch.
+        turn = target._fastattn.runtime.turn
+        return (turn.take(PATIENCE), _take_back(target, target._fastattn.scope), model)[2]  # type: ignore[func-returns-value]
     return model
 
 
 def _take_back(model: Any, scope: PatchScope) -> None:
-    forget_manager(model)
     for module in scope.targets():
         if module is not model and STATE in vars(module):
             release_slots(module)

@@ -151,7 +151,7 @@ class Engine:
 
     def record(self, rows: int) -> None:
         """Record the step of so many rows, none of which takes part."""
-        self._pages.cache.grow_tensors()
+        self._write()
         self._steps.record(rows)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
@@ -227,11 +227,7 @@ class Engine:
             return
         steps, slots = self._steps, np.flatnonzero(rows.alive)
         used = int(slots[-1]) + 1
-        if rows.changed or self._pages.changes:
-            changed = np.array(sorted(rows.changed), np.int64)
-            rows.changed.clear()
-            steps.write(changed, rows.alive[changed], rows.lengths[changed], rows.numbers[changed])
-        self._pages.cache.grow_tensors()
+        self._write()
         packed = steps.launch(bucket, slots, rows.lengths[slots])
         steps.send(packed[:used], rows.tickets[:used].copy())
         batch.counters.batch_steps += 1
@@ -239,6 +235,15 @@ class Engine:
         for slot in rows.step():
             batch.vacate(batch.by_slot[slot])
         self._release_behind()
+
+    def _write(self) -> None:
+        """What the device has to know before its next step."""
+        rows = self._batch.rows
+        if rows.changed or self._pages.changes:
+            changed = np.array(sorted(rows.changed), np.int64)
+            rows.changed.clear()
+            self._steps.write(changed, rows.alive[changed], rows.lengths[changed], rows.numbers[changed])
+        self._pages.cache.grow_tensors()
 
     def _bucket(self) -> int:
         """Rows of the next step; rows move to lower slots if that makes it smaller, and nobody is to come."""

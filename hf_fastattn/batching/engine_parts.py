@@ -118,19 +118,29 @@ class EngineParts:
 
     def check(self) -> None:
         """Raise if the model was changed so that the batch cannot go on; graphs of a changed model are forgotten."""
-        state = getattr(self._model, "_fastattn", None)
-        reason = "it is not patched any more"
-        if getattr(state, "runtime", None) is self._runtime:
-            reason = why_not_model(self._model) or ""
-        if not reason and self._cache is not None:
-            if self._runtime.groups_for(self._model) is not self._cache.groups:
-                reason = "its keys have another dtype, window or device"
-            else:
-                self._why_not_recorded()
-        if reason:
+        reason = self._why_changed()
+        if reason is not None:
             raise RuntimeError(
                 f"the model was changed while requests were under way: {reason}; stop the manager before, and start another"
             )
+
+    def cause_of(self, error: Exception) -> Exception:
+        """What an error of a running batch comes from."""
+        reason = self._why_changed()
+        return error if reason is None else RuntimeError(f"the model was changed while requests were under way: {reason}")
+
+    def _why_changed(self) -> str | None:
+        state = getattr(self._model, "_fastattn", None)
+        if getattr(state, "runtime", None) is not self._runtime:
+            return "it is not patched any more"
+        reason = why_not_model(self._model)
+        if reason is not None or self._cache is None:
+            return reason
+        if self._runtime.groups_for(self._model) is not self._cache.groups:
+            return "its keys have another dtype, window or device"
+        # Graphs of what is not as it was are forgotten.
+        self._why_not_recorded()
+        return None
 
     def renew(self) -> None:
         """The weights may be others: prompts to come find none of the pages so far."""

@@ -31,6 +31,7 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     def __init__(self, choice: Choice, model: Any, **options: Any) -> None:
         super().__init__(model=model, **options)
+        self._turn = model._fastattn.runtime.turn
         self._choice, self._hints = choice, options.get("workload_hints")
         self._parts: EngineParts | None = None
 
@@ -65,14 +66,15 @@ class FastBatchingManager(ContinuousBatchingManager):
             except Exception as error:
                 status = self.background_thread_status
                 status.request_stop(BackgroundThreadStatus.HARD_STOP, self.distributed_helper.global_rank)
-                self._end(engine, error)
-                status.record_fatal_error(error)
+                cause = self._in_turn(lambda: self._parts_made().cause_of(error))
+                self._end(engine, cause)
+                status.record_fatal_error(cause)
             finally:
                 self.background_thread_status.mark_as_stopped()
 
     def _in_turn(self, work: Any) -> Any:
         """What `work` returns, done while no other thread works with the model."""
-        turn = self.model._fastattn.runtime.turn
+        turn = self._turn
         while True:
             done = (turn.take(PATIENCE), [work()] if turn.is_mine() else [])[1]
             if done:
@@ -110,7 +112,7 @@ class FastBatchingManager(ContinuousBatchingManager):
         """Rounds, until there is no work, or somebody else wants the model, or the thread to stop."""
         parts, status = self._parts_made(), self.background_thread_status
         parts.check()
-        turn = self.model._fastattn.runtime.turn
+        turn = self._turn
         while True:
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)
