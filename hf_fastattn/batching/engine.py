@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_fastattn.batching.prompts import compute_pieces
@@ -18,6 +19,8 @@ from hf_fastattn.pages.page_pool import CacheFullError
 PIECE, MOST_TOKENS = 256, 8192
 # Pieces of MOST_TOKENS that rows wait for at most.
 MOST_PIECES = 8
+# Times that memory may run out before a step succeeds.
+MOST_FAILURES = 4
 
 
 class Engine:
@@ -43,6 +46,8 @@ class Engine:
         self._arrived = 0
         # Of prompts, computed since the last step.
         self._pieces = 0
+        # Times that memory ran out since the last step.
+        self._failures = 0
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
@@ -85,7 +90,31 @@ class Engine:
     # ---- a round ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """One round: admit requests, compute pieces of prompts, launch a step, take what has arrived."""
+        """One round: admit requests, compute pieces of prompts, launch a step, take what has arrived.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory, even for little at a time.
+        """
+        try:
+            self._round()
+            return
+        except torch.OutOfMemoryError:
+            self._failures += 1
+            if self._failures > MOST_FAILURES:
+                raise
+        # Not while the error is handled, whose frames hold tensors.
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Memory ran out: all requests wait again, and go on with fewer pages and shorter pieces."""
+        if self._steps is not None:
+            self._drain()
+        for request in list(self._batch.by_slot.values()):
+            self._batch.preempt(request)
+        self._pages.give_up_memory()
+        self._most_tokens = max(self._most_tokens // 2, PIECE)
+
+    def _round(self) -> None:
         for request, error in self._batch.admit():
             self._fail(request, error)
         if self._steps is not None and not self._steps.is_current():
@@ -231,7 +260,7 @@ class Engine:
         packed = steps.launch(bucket, slots, rows.lengths[slots])
         steps.send(packed[:used], rows.tickets[:used].copy())
         batch.counters.batch_steps += 1
-        self._pieces = 0
+        self._pieces = self._failures = 0
         for slot in rows.step():
             batch.vacate(batch.by_slot[slot])
         self._release_behind()

@@ -86,7 +86,9 @@ class RunningBatch:
         if found:
             self.pages.begin(slot, found)
         needed = -(-(prompt + 1) // size) - len(found)
-        if not self.pages.can_take(needed + (self.rows.count + len(self.prompts) if self.by_slot else 0)):
+        # One page more for each row that goes on.
+        spare, alone = self.rows.count + len(self.prompts), not self.by_slot
+        if not self.pages.can_take(needed + (0 if alone else spare), alone):
             self.pages.release([slot])
             return False
         self.pages.extend(slot, needed)
@@ -170,7 +172,7 @@ class RunningBatch:
         likely = min(held + AHEAD, int(self.rows.most[slot])) - held
         for tokens in (likely, needed):
             pages = -(-tokens // size)
-            if self.pages.can_take(pages):
+            if self.pages.can_take(pages, len(self.by_slot) == 1):
                 self.pages.extend(slot, pages)
                 self.rows.room[slot] = held + pages * size
                 return True

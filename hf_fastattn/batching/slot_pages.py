@@ -36,6 +36,8 @@ class SlotPages:
         self.store, self.root = store, root
         self.has_windows = any(window is not None for window in cache.tables)
         self._most = None if most_tokens is None else max(most_tokens // self.page_size, 1)
+        # As many pages as there was memory for.
+        self._likely: int | None = None
         for table in cache.tables.values():
             table.add_rows(slots)
         cache.lengths = [0] * slots
@@ -48,18 +50,26 @@ class SlotPages:
         limits = [group.pool.max_pages for group in self.cache.groups] + [self._most]
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def limit_to_held(self) -> None:
-        """There is no memory for more pages than there are."""
-        self._most = min(group.storage.capacity for group in self.cache.groups)
+    def give_up_memory(self) -> None:
+        """There was no memory for more pages than there are; no slot holds any. A request alone may try again."""
+        if self.store is not None:
+            self.store.index.clear()
+        for group in self._groups():
+            group.pool.shrink(group.storage.capacity)
+            self._likely = group.storage.capacity if self._likely is None else min(self._likely, group.storage.capacity)
 
-    def can_take(self, pages: int) -> bool:
-        """Whether every page group has so many pages for the taking, after letting go of those kept for prompts to come."""
-        return all(self._can_take(group, pages) for group in self._groups())
+    def can_take(self, pages: int, alone: bool = False) -> bool:
+        """Whether every page group has so many pages for the taking, after letting go of those kept for prompts to come.
 
-    def _can_take(self, group: PageGroup, pages: int) -> bool:
+        Args:
+            alone: nobody else would make place.
+        """
         most = self.most
-        if most is None:
-            return True
+        if not alone and self._likely is not None:
+            most = self._likely if most is None else min(most, self._likely)
+        return most is None or all(self._can_take(group, pages, most) for group in self._groups())
+
+    def _can_take(self, group: PageGroup, pages: int, most: int) -> bool:
         missing = group.pool.in_use + pages - most
         if missing > 0 and self.store is not None:
             self.store.index.evict(missing)

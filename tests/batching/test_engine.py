@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hf_fastattn.batching import engine as engine_module
 from hf_fastattn.batching import running_batch
@@ -192,4 +193,30 @@ def test_new_pages_move_nothing_that_is_read(device: str) -> None:
         driven.run(3)
     driven.run()
     assert [driven.tokens(str(place)) for place in range(10)] == [twins.alone(prompt) for prompt in given]
+    driven.release()
+
+
+def test_memory_runs_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost where there is memory again for less."""
+    twins, given = Twins("llama", device, page_size=PAGE), prompts(8, 12)
+    driven, plain, calls = Driven(twins), engine_module.compute_pieces, []
+
+    def scarce(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (1, 3, 4, 9):
+            raise torch.OutOfMemoryError("planted")
+        return plain(*args)
+
+    monkeypatch.setattr(engine_module, "compute_pieces", scarce)
+    for place, prompt in enumerate(given):
+        driven.add(str(place), prompt)
+        driven.run(1)
+    driven.run()
+    assert [driven.tokens(str(place)) for place in range(8)] == [twins.alone(prompt) for prompt in given]
+    driven.release()
+    monkeypatch.setattr(engine_module, "compute_pieces", lambda *args: scarce(*calls.clear() or args))
+    driven = Driven(twins)
+    driven.add("hopeless", given[0])
+    with pytest.raises(torch.OutOfMemoryError):
+        driven.run()
     driven.release()
