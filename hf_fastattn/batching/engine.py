@@ -17,6 +17,8 @@ from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens of prompts computed between two steps: so many for each prompt, and at most.
 PIECE, MOST_TOKENS = 256, 8192
+# Prompts come first if there is one for so many running rows.
+BURST = 4
 # Pieces of MOST_TOKENS that rows wait for at most.
 MOST_PIECES = 8
 # Times that memory may run out before a step succeeds.
@@ -120,8 +122,8 @@ class Engine:
         if self._steps is not None and not self._steps.is_current():
             self._restart(0)
         rows, prompts = self._batch.rows.count, len(self._batch.prompts)
-        # Where more requests wait for their first token than for the next one, they come first, for a while.
-        burst = prompts > rows and self._pieces < MOST_PIECES
+        # Where many requests wait for their first token, they come first, for a while.
+        burst = BURST * prompts > rows and self._pieces < MOST_PIECES
         self._pieces += 1
         if prompts:
             self._compute(self._most_tokens if burst else min(PIECE * prompts, self._most_tokens))

@@ -16,6 +16,7 @@ from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.runtime import Runtime
 
@@ -92,7 +93,9 @@ class EngineParts:
         """Tokens that pages may hold, as the manager's options say, or the device's free memory."""
         blocks, device = getattr(self._config, "num_blocks", None), self._model.device
         if blocks is not None:
-            return int(blocks * self._config.page_size)
+            # Older releases call it by the other name.
+            size = getattr(self._config, "page_size", None) or self._config.block_size
+            return int(blocks * size)
         if device.type != "cuda":
             return None
         free, _ = torch.cuda.mem_get_info(device)
@@ -151,16 +154,26 @@ class EngineParts:
     def warm_up(self, hints: Any) -> None:
         """Serve a request to nobody, so that kernels are compiled and steps recorded; on a CPU there is neither."""
         engine = self.engine(lambda requests: None, hints)
+        rows = min(self.slots, getattr(hints, "num_requests", 0) or LIKELY_ROWS)
         try:
-            if self._why_not_recorded() is not None:
+            if self._why_not_recorded() is not None or self._is_warm(rows):
                 return
             tokens = [0] * min(WARM_PROMPT, _longest(hints) or WARM_PROMPT)
             engine.add(RequestState("warm-up", tokens, max_new_tokens=WARM_TOKENS))
             while not engine.is_idle:
                 engine.run()
-            engine.record(min(self.slots, getattr(hints, "num_requests", 0) or LIKELY_ROWS))
+            engine.record(rows)
         finally:
             self.release(engine)
+
+    def _is_warm(self, rows: int) -> bool:
+        """Whether the step of so many rows is recorded."""
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.device_state import bucket_of
+
+        assert self._graphs is not None and self._cache is not None
+        key = GraphKey(bucket_of(rows), self._choice.do_sample, False, False)
+        return self._graphs.has(key, self._cache.groups.storage_version)
 
     def release(self, engine: Engine) -> None:
         """Give back what the engine held."""

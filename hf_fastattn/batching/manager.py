@@ -17,6 +17,8 @@ from hf_fastattn.batching.requests import Request
 
 # Seconds that the thread waits for its turn at a time, and for new requests.
 PATIENCE, IDLE = 0.05, 0.1
+# Seconds that it waits at first for as many as are expected.
+GATHER = 0.02
 
 
 class FastBatchingManager(ContinuousBatchingManager):
@@ -34,6 +36,7 @@ class FastBatchingManager(ContinuousBatchingManager):
         self._turn = model._fastattn.runtime.turn
         self._choice, self._hints = choice, options.get("workload_hints")
         self._parts: EngineParts | None = None
+        self._expected = (getattr(self._hints, "num_requests", 0) or 0) // max(self.num_return_sequences, 1)
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """The model's attention stays what it is."""
@@ -42,6 +45,31 @@ class FastBatchingManager(ContinuousBatchingManager):
         """Compile kernels, and record the steps of as many rows as are expected."""
         self._in_turn(lambda: self._parts_made().warm_up(self._hints))
         self.warmed_up = True
+
+    def stop(
+        self, block: bool = True, timeout: float | None = None, keep_for_next_session: bool = False, hard_stop: bool = False
+    ) -> None:
+        """Stop the thread; memory stays as after `generate()`, for the next manager.
+
+        Args:
+            block: wait for the thread, `timeout` seconds at most.
+            keep_for_next_session: the model keeps the manager.
+            hard_stop: requests that are not done fail.
+        """
+        status = self.background_thread_status
+        if self._generation_thread is None:
+            return
+        if getattr(status, "is_pause_requested", _never)(local=True):
+            raise RuntimeError("the manager was to be stopped inside pause(), where its thread waits; leave pause() before")
+        how = BackgroundThreadStatus.HARD_STOP if hard_stop else BackgroundThreadStatus.FLUSH_AND_STOP
+        status.request_stop(how, self.distributed_helper.global_rank)
+        self._wake_up().set()
+        if block:
+            self.join(time.perf_counter(), timeout)
+        if keep_for_next_session:
+            self.model._cached_continuous_batching_manager = self
+        else:
+            self.batch_processor = None
 
     def _parts_made(self) -> EngineParts:
         if self._parts is None:
@@ -102,7 +130,7 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     def _pause_if_asked(self, engine: Engine) -> None:
         status = self.background_thread_status
-        if getattr(status, "is_pause_requested", bool)():
+        if getattr(status, "is_pause_requested", _never)():
             self._in_turn(engine.settle)
             status.pause_and_wait()
             # Whoever asked has probably written to the weights.
@@ -113,6 +141,7 @@ class FastBatchingManager(ContinuousBatchingManager):
         parts, status = self._parts_made(), self.background_thread_status
         parts.check()
         turn = self._turn
+        self._gather()
         while True:
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)
@@ -121,9 +150,16 @@ class FastBatchingManager(ContinuousBatchingManager):
                 return
             engine.run()
             stops = status.local_status == BackgroundThreadStatus.HARD_STOP
-            if stops or turn.is_wanted() or getattr(status, "is_pause_requested", bool)():
+            if stops or turn.is_wanted() or getattr(status, "is_pause_requested", _never)():
                 engine.settle()
                 return
+
+    def _gather(self) -> None:
+        """Whoever said how many requests will come adds them at once: they begin together."""
+        expected, self._expected = self._expected, 0
+        until = time.monotonic() + GATHER
+        while self.input_queue.qsize() < expected and time.monotonic() < until:
+            time.sleep(GATHER / 50)
 
     def _add(self, engine: Engine, state: Any) -> None:
         try:
@@ -145,3 +181,8 @@ class FastBatchingManager(ContinuousBatchingManager):
     def _release(self, engine: Engine, error: Exception) -> None:
         engine.fail_all(error)
         self._parts_made().release(engine)
+
+
+def _never(local: bool = False) -> bool:
+    """For a Transformers whose managers cannot be paused."""
+    return False

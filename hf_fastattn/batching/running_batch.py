@@ -13,6 +13,8 @@ from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens that a running row gets pages for at a time.
 AHEAD = 64
+# Tokens after its prompt that it has place for side by side, where pages are free: a backend may read them in one piece.
+ROOM = 1024
 
 
 class RunningBatch:
@@ -91,7 +93,7 @@ class RunningBatch:
         if not self.pages.can_take(needed + (0 if alone else spare), alone):
             self.pages.release([slot])
             return False
-        self.pages.extend(slot, needed)
+        self.pages.extend(slot, needed, -(-min(request.most_stored, prompt + ROOM) // size) - len(found))
         self._free.pop()
         request.slot, request.done, request.found = slot, held, found
         self.by_slot[slot] = request

@@ -323,15 +323,16 @@ class PageTable:
                 del pages[keep:]
 
     @_noted
-    def extend_row(self, row: int, count: int, counters: CallCounters) -> None:
-        """Append `count` new pages to one row.
+    def extend_row(self, row: int, count: int, room: int, counters: CallCounters) -> None:
+        """Append `count` new pages to one row, followed by free ones up to `room`, if there are, so that it can grow in place.
 
         Raises:
             CacheFullError: the pool is full. The row is as before.
         """
         self._slack = 0
         pages = self.rows[row]
-        fresh = self._take(count, pages[-1] if pages else -1, counters)
+        fresh = self.pool.allocate(count, pages[-1] if pages else None, room)
+        counters.pages_allocated += count
         self._mirror.changed(row, len(pages))
         pages.extend(fresh)
 

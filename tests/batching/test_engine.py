@@ -81,7 +81,7 @@ def test_random_arrivals_cancellations_and_page_pressure(seed: int, device: str)
     family = FAMILIES[seed % 3]
     twins, given = Twins(family, device, page_size=PAGE), prompts(16, seed, 40)
     needed = sum(len(prompt) + NEW for prompt in given)
-    driven = Driven(twins, num_blocks=max(needed // 3 // PAGE, 20), page_size=PAGE, max_batch_tokens=24)
+    driven = Driven(twins, max(needed // 3, 20 * PAGE), max_batch_tokens=24)
     cancelled, waiting = set(), list(enumerate(given))
     while waiting or not driven.engine.is_idle:
         for place, prompt in waiting[: rng.integers(0, 4)]:
@@ -102,7 +102,7 @@ def test_random_arrivals_cancellations_and_page_pressure(seed: int, device: str)
 
 def test_oldest_first_under_page_pressure(device: str) -> None:
     twins, given = Twins("llama", device, page_size=PAGE), prompts(8, 3, 20)
-    driven = Driven(twins, num_blocks=24, page_size=PAGE)
+    driven = Driven(twins, 24 * PAGE)
     for place, prompt in enumerate(given):
         driven.add(str(place), prompt)
     driven.run()
@@ -112,7 +112,7 @@ def test_oldest_first_under_page_pressure(device: str) -> None:
 
 def test_what_never_fits_fails_alone(device: str) -> None:
     twins = Twins("llama", device, page_size=PAGE)
-    driven = Driven(twins, num_blocks=12, page_size=PAGE)
+    driven = Driven(twins, 12 * PAGE)
     driven.add("long", list(range(1, 60)))
     driven.add("grows", [3, 4, 5], 80)
     driven.add("fits", [7, 8, 9])
