@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -94,7 +95,7 @@ class FastBatchingManager(ContinuousBatchingManager):
             except Exception as error:
                 status = self.background_thread_status
                 status.request_stop(BackgroundThreadStatus.HARD_STOP, self.distributed_helper.global_rank)
-                cause = self._in_turn(lambda: self._parts_made().cause_of(error))
+                cause = self._in_turn(functools.partial(self._parts_made().cause_of, error))
                 self._end(engine, cause)
                 status.record_fatal_error(cause)
             finally:

@@ -324,7 +324,7 @@ class PageTable:
 
     @_noted
     def extend_row(self, row: int, count: int, room: int, counters: CallCounters) -> None:
-        """Append `count` new pages to one row, followed by free ones up to `room`, if there are, so that it can grow in place.
+        """Append `count` new pages to one row, in a free run of `room` pages if there is one, so that it can grow in place.
 
         Raises:
             CacheFullError: the pool is full. The row is as before.

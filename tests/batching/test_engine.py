@@ -1,4 +1,4 @@
-"""Running batches: every request gets the tokens that generate() gives its prompt alone, whoever comes and goes beside it."""
+"""Running batches: every request gets the tokens that generate() gives its prompt alone, whoever else comes and goes."""
 
 from __future__ import annotations
 
