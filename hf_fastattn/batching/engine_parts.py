@@ -24,6 +24,8 @@ from hf_fastattn.runtime import Runtime
 MOST_SLOTS = 512
 # Rows that steps are recorded for before anybody knows how many there will be.
 LIKELY_ROWS = 16
+# Bytes of pages that are made at once where nobody says how many there may be.
+EXPECTED = 2 * 2**30
 WARM_PROMPT, WARM_TOKENS = 64, 3
 
 
@@ -64,10 +66,8 @@ class EngineParts:
         self._pages = pages
         asked = getattr(self._config, "max_batch_tokens", None) or MOST_TOKENS
         columns = -(-_longest(hints) // pages.page_size)
-        if self._why_not_recorded() is None:
-            most = None if pages.most is None else pages.most // 2
-            expected = min(self.slots, getattr(hints, "num_requests", 0) or 0) * columns
-            pages.expect(expected if most is None else min(expected, most))
+        most = EXPECTED // max(cache.groups.page_bytes, 1) if pages.most is None else pages.most // 2
+        pages.expect(min(min(self.slots, getattr(hints, "num_requests", 0) or 0) * columns, most))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver,
             min(asked, MOST_TOKENS),

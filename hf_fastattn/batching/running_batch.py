@@ -13,7 +13,7 @@ from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens that a running row gets pages for at a time.
 AHEAD = 64
-# Tokens after its prompt that it has place for side by side, where pages are free: a backend may read them in one piece.
+# Tokens after its prompt that a request gets pages for at once where their number has no limit.
 ROOM = 1024
 
 
@@ -93,7 +93,10 @@ class RunningBatch:
         if not self.pages.can_take(needed + (0 if alone else spare), alone):
             self.pages.release([slot])
             return False
-        self.pages.extend(slot, needed, -(-min(request.most_stored, prompt + ROOM) // size) - len(found))
+        if self.pages.most is None:
+            # Side by side, they are read in one piece.
+            needed = -(-min(request.most_stored, prompt + ROOM) // size) - len(found)
+        self.pages.extend(slot, max(needed, 1))
         self._free.pop()
         request.slot, request.done, request.found = slot, held, found
         self.by_slot[slot] = request

@@ -90,13 +90,13 @@ class SlotPages:
         self.cache.tables[None].share_row(slot, pages, self.counters)
         self._note(slot, 0)
 
-    def extend(self, slot: int, pages: int, room: int = 0) -> None:
-        """Give a slot so many pages more, which `can_take` has found, with room to grow in place if there is."""
+    def extend(self, slot: int, pages: int) -> None:
+        """Give a slot so many pages more, which `can_take` has found."""
         first = self.columns(slot)
         for group, table in zip(self._groups(), self.cache.tables.values(), strict=True):
             if pages > group.pool.free:
                 self._make_free(group, pages)
-            table.extend_row(slot, pages, room, self.counters)
+            table.extend_row(slot, pages, self.counters)
         self._note(slot, first)
 
     def _make_free(self, group: PageGroup, pages: int) -> None:

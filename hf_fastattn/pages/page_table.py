@@ -323,15 +323,15 @@ class PageTable:
                 del pages[keep:]
 
     @_noted
-    def extend_row(self, row: int, count: int, room: int, counters: CallCounters) -> None:
-        """Append `count` new pages to one row, in a free run of `room` pages if there is one, so that it can grow in place.
+    def extend_row(self, row: int, count: int, counters: CallCounters) -> None:
+        """Append `count` new pages to one row.
 
         Raises:
             CacheFullError: the pool is full. The row is as before.
         """
         self._slack = 0
         pages = self.rows[row]
-        fresh = self.pool.allocate(count, pages[-1] if pages else None, room)
+        fresh = self.pool.allocate(count, pages[-1] if pages else None)
         counters.pages_allocated += count
         self._mirror.changed(row, len(pages))
         pages.extend(fresh)

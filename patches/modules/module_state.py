@@ -66,7 +66,7 @@ def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_foreign_caches(ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Transformers' continuous batching gives attention its own cache by the new name, where the parameter has the old one."""
+    """Transformers' continuous batching gives attention its own cache by the new name; the parameter has the old one."""
 
     @functools.wraps(ours)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
