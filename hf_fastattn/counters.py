@@ -27,6 +27,9 @@ class CallCounters:
         fast_loops: `generate()` calls whose loop ran on the device.
         uncaptured: decode steps launched layer by layer although graphs are on, by reason.
         not_looped: `generate()` calls whose loop was Transformers' own, by reason; a nested call counts too.
+        requests_batched: requests of `generate_batch()` and its managers that were served to their end in running batches.
+        requests_preempted: of these, those that made way for older ones when pages ran out, and were computed again.
+        batch_steps: decode steps of running batches.
         adapters_fused: LoRA layers computed by the launch of the product that they change, in forwards that were launched
             or recorded; a replay repeats them uncounted.
     """
@@ -47,4 +50,7 @@ class CallCounters:
     fast_loops: int = 0
     uncaptured: Counter[str] = field(default_factory=Counter)
     not_looped: Counter[str] = field(default_factory=Counter)
+    requests_batched: int = 0
+    requests_preempted: int = 0
+    batch_steps: int = 0
     adapters_fused: int = 0

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fastattn.batching.hooks import forget_manager
 from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.generation.model_class import fast_class
@@ -31,7 +32,7 @@ from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
-from hf_fastattn.runtime import Runtime
+from hf_fastattn.runtime import PATIENCE, Runtime
 from hf_fastattn.transformers_version import is_tested, supported_versions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -118,7 +119,10 @@ def unpatch(model: Model) -> Model:
     """
     target = find_model(model)
     if isinstance(target, FastGenerationMixin):
-        _take_back(target, target._fastattn.scope)
+        forget_manager(target)
+        # Not amid the step of another thread's running batch.
+        turn = target._fastattn.runtime.turn
+        return (turn.take(PATIENCE), _take_back(target, target._fastattn.scope), model)[2]  # type: ignore[func-returns-value]
     return model
 
 

@@ -66,11 +66,20 @@ class Report:
                 f"graphs        {call.graphs_captured} captured, {call.graphs_replayed} replayed{layered}",
                 f"appends       {call.appends_captured} captured, {call.appends_replayed} replayed",
                 f"loop          {loops}",
+                *_batches(call),
                 f"fallbacks     {falls}",
                 f"now           {self.pages_in_use} pages in use, {self.pages_kept} of them kept for prompts to come, "
                 f"{self.page_bytes_allocated / 2**20:.1f} MiB allocated",
             )
         )
+
+
+def _batches(call: CallCounters) -> list[str]:
+    """The line about running batches, if there was one."""
+    if not call.requests_batched:
+        return []
+    again = f", {call.requests_preempted} times one made way for others" if call.requests_preempted else ""
+    return [f"batch         {call.requests_batched} requests in {call.batch_steps} steps{again}"]
 
 
 def report(model: Any) -> Report:

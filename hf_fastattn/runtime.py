@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ class Runtime:
         recording = (stocks_draws, why_not_experts, self.variants)
         self.graphs = ForwardGraphs(config.cuda_graphs, *recording)
         self.loop_graphs = LoopGraphs(config.cuda_graphs, *recording)
+        # Those of running batches, which generate() may be called beside; None while a manager has them.
+        self._batch_graphs: LoopGraphs | None = None
+        self._new_batch_graphs = functools.partial(LoopGraphs, config.cuda_graphs, *recording)
         self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
@@ -145,6 +149,20 @@ class Runtime:
             # Graphs read pages that are gone, and memory is wanted.
             self.graphs.drop()
             self.loop_graphs.drop()
+            self._batch_graphs = None
+
+    def take_batch_graphs(self) -> LoopGraphs:
+        """The graphs of running batches, for one manager."""
+        held, self._batch_graphs = self._batch_graphs, None
+        return held or self._new_batch_graphs()
+
+    def give_batch_graphs(self, graphs: LoopGraphs) -> None:
+        """A manager needs them no more, nor pages: what is not to be kept goes."""
+        version = self.groups.storage_version
+        self.groups.settle()
+        if not self._calls:
+            self.groups.shrink(self.config.keep_memory)
+        self._batch_graphs = graphs if self.groups.storage_version == version else None
 
     def prefix_store(self, groups: PageGroups) -> PrefixStore:
         """The pages that stay for prompts to come, of the call's groups."""
@@ -179,6 +197,7 @@ class Runtime:
         self._close_prefixes()
         self.graphs.drop()
         self.loop_graphs.drop()
+        self._batch_graphs = None
         self.model_state.drop()
         self.groups.shrink(0.0)
         self.groups.workspaces.clear()
@@ -187,6 +206,7 @@ class Runtime:
     def _keep_small(self) -> bool:
         """Whether pages and graphs are small; graphs of prompts are dropped if the others are without them."""
         held = self.groups.nbytes + self.loop_graphs.nbytes
+        held += 0 if self._batch_graphs is None else self._batch_graphs.nbytes
         if held + self.graphs.nbytes <= KEPT_IN_TRAINING:
             return True
         self.graphs.drop()

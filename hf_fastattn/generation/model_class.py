@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from hf_fastattn.batching.hooks import FastBatchingMixin
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.runtime import Runtime
 
@@ -22,4 +23,5 @@ def fast_class(base: Any) -> type:
         return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (FastGenerationMixin, base), {**names, "generate": generate, "_fastattn_base": base})
+    bases = (FastGenerationMixin, FastBatchingMixin, base)
+    return type(base.__name__, bases, {**names, "generate": generate, "_fastattn_base": base})

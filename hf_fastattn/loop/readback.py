@@ -39,14 +39,15 @@ class Readback:
     Args:
         rows: most rows of a step.
         device: where they come from.
+        depth: how many steps may be under way when another one is sent.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, depth: int = DEPTH) -> None:
         cuda = device.type == "cuda"
         with torch.inference_mode(False):
-            self._host = torch.zeros(DEPTH + 1, rows, dtype=torch.int64, device="cpu", pin_memory=cuda)
+            self._host = torch.zeros(depth + 1, rows, dtype=torch.int64, device="cpu", pin_memory=cuda)
         self._device = device
-        self._events = [torch.cuda.Event() for _ in range(DEPTH + 1)] if cuda else []
+        self._events = [torch.cuda.Event() for _ in range(depth + 1)] if cuda else []
         self._under_way: deque[tuple[int, Sequence[int]]] = deque()
         self._turn = 0
 
@@ -55,8 +56,8 @@ class Readback:
 
     def send(self, packed: Tensor, numbers: Sequence[int]) -> None:
         """Start the copy of a step's `packed` `[>= rows]`, of which the first rows count."""
-        assert len(self._under_way) <= DEPTH
-        self._turn = (self._turn + 1) % (DEPTH + 1)
+        assert len(self._under_way) < len(self._host)
+        self._turn = (self._turn + 1) % len(self._host)
         count = len(numbers)
         self._host[self._turn, :count].copy_(packed if len(packed) == count else packed[:count], non_blocking=True)
         if self._events:

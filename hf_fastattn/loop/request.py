@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop.known_class import why_not_class
 from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
 from hf_fastattn.loop.step_processor import StepProcessor
-from hf_fastattn.wrappers import PREPARING, origin_of, prepared_by
 
-# Packages whose forwards compute what Transformers' own do; `functools.wraps` and PyTorch's decorators stand around some.
-EQUIVALENT = ("transformers.", "liger_kernel.", "torch.")
 CRITERIA = (criteria.MaxLengthCriteria, criteria.EosTokenCriteria, criteria.StopStringCriteria)
 
 
@@ -69,21 +66,9 @@ def loop_request(
         rows_are_private: nobody sees the cache after the call.
     """
     config = generation_config
-    name = model._fastattn_base.__name__
-    known = model._fastattn.family.causal_lm
-    known = (known,) if isinstance(known, str) else known
-    if name not in known or not model._fastattn_base.__module__.startswith("transformers."):
-        return f"a {name} may do more than its decoder and lm_head"
-    for kind in _classes_around_decoder(model):
-        if not origin_of(kind.forward).startswith(EQUIVALENT):
-            return f"the forward of class {kind.__name__} was replaced: undo that, or do the same in a LogitsProcessor"
-    for method in PREPARING:
-        if getattr(model._fastattn_base, method) is not getattr(GenerationMixin, method):
-            return f"{name}.{method} is its own"
-    # PEFT's are looked at when the first step is prepared.
-    prepared = prepared_by(model)
-    if not prepared.startswith(("transformers.", "peft.")):
-        return f"the model's inputs are prepared by {prepared}"
+    unknown = why_not_class(model)
+    if unknown is not None:
+        return unknown
     if config.is_assistant:
         return "the model drafts for another"
     for wish in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
@@ -149,15 +134,6 @@ def loop_request(
         stop_strings=strings,
         processors=steps,
     )
-
-
-def _classes_around_decoder(model: Any) -> Iterator[Any]:
-    """Of the model and of what stands in it around its decoder."""
-    yield model._fastattn_base
-    module = model
-    for name in model._fastattn.decoder_name.split(".")[:-1]:
-        module = module._modules[name]
-        yield type(module)
 
 
 def _suppressed(found: dict[type, Any], prompt: int) -> tuple[tuple[int, ...], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.sampling.draw import choose_tokens
@@ -45,3 +46,18 @@ def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:
         ends = {"eos": state.suppressed, "step": tensors.step} if key.suppressed else {}
         logits = process_logits(logits, state.params, seen=tensors.seen, **ends)
     return state.processors.apply(key.processors, MIDDLE, logits, tensors.step)
+
+
+def choose_first(state: DeviceState, do_sample: bool, logits: Tensor, numbers: Tensor) -> Tensor:
+    """The tokens `[n]` that follow prompts with these `logits [n, V]`, whose rows take no part in steps yet.
+
+    Args:
+        numbers: `[n]` int32, which random numbers each row draws with; others than in steps.
+    """
+    chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if not do_sample:
+        choose_tokens(logits, chosen)
+        return chosen
+    step = state.tensors(1, False).step
+    choose_tokens(logits, chosen, params=state.params, seed=state.seed, rows=numbers, step=step)
+    return chosen

@@ -192,7 +192,11 @@ class PagePool:
         return None
 
     def _scattered(self, count: int) -> list[int]:
-        free = [page for page, held in enumerate(self._held) if not held]
-        if len(free) < count:
-            raise CacheFullError(f"{count} pages were asked for and {len(free)} of at most {self.max_pages} are free")
-        return free[:count]
+        pages: list[int] = []
+        page = self._held.find(0)
+        while page >= 0 and len(pages) < count:
+            pages.append(page)
+            page = self._held.find(0, page + 1)
+        if len(pages) < count:
+            raise CacheFullError(f"{count} pages were asked for and {len(pages)} of at most {self.max_pages} are free")
+        return pages

@@ -317,6 +317,36 @@ class PageTable:
                 del pages[keep:]
 
     @_noted
+    def extend_row(self, row: int, count: int, counters: CallCounters) -> None:
+        """Append `count` new pages to one row.
+
+        Raises:
+            CacheFullError: the pool is full. The row is as before.
+        """
+        self._slack = 0
+        pages = self.rows[row]
+        fresh = self.pool.allocate(count, pages[-1] if pages else None)
+        counters.pages_allocated += count
+        self._mirror.changed(row, len(pages))
+        pages.extend(fresh)
+
+    @_noted
+    def share_row(self, row: int, pages: Sequence[int], counters: CallCounters) -> None:
+        """An empty row begins with whole pages that others hold too."""
+        self.pool.fork(pages)
+        self._mirror.changed(row, 0)
+        self.rows[row] = list(pages)
+        counters.pages_shared += len(pages)
+
+    @_noted
+    def move_row(self, source: int, target: int) -> None:
+        """An empty row becomes what another one is, which is empty then."""
+        for row in (source, target):
+            self._mirror.changed(row, 0)
+        self.rows[source], self.rows[target] = self.rows[target], self.rows[source]
+        self._origin[source], self._origin[target] = (source, 0), (target, 0)
+
+    @_noted
     def release_rows(self, rows: Sequence[int]) -> None:
         """Release all pages of `rows`."""
         self._slack = self._release_at = 0

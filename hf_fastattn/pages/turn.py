@@ -30,6 +30,10 @@ class Turn(Spans):
             return first.thread == threading.get_ident() and first.token() is not None
         return False
 
+    def is_wanted(self) -> bool:
+        """Whether another thread waits for the turn that this one has."""
+        return len(self._spans) > 1
+
     def take(self, seconds: float) -> Token | None:
         """Wait for the turn; `is_mine()` tells whether it came.
 

@@ -22,7 +22,7 @@ from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.plain_copies import STATE, PlainCopies, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.runtime import Runtime
-from hf_fastattn.transformers_version import CACHE, spelled_as_here, supported_versions
+from hf_fastattn.transformers_version import CACHE, NEW_NAME, spelled_as_here, supported_versions
 from hf_fastattn.wrappers import compiled_from, is_class_forward
 
 # Where a module keeps a forward of its own: `_old_forward` is what accelerate's hook calls, and puts into `forward` again
@@ -59,8 +59,22 @@ class ModuleState:
 def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, spelled as this Transformers does, and known as ours wherever it is found."""
     ours = spelled_as_here(forward)
+    if CACHE != NEW_NAME:
+        ours = _without_foreign_caches(ours)
     ours.patched_forward = ours  # type: ignore[attr-defined]
     return ours
+
+
+def _without_foreign_caches(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Transformers' continuous batching gives attention its own cache by the new name; the parameter has the old one."""
+
+    @functools.wraps(ours)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if NEW_NAME in kwargs:
+            return original_forward(self)(*args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return forward
 
 
 def call_original(module: Any, cache: Any, **kwargs: Any) -> Any:

@@ -143,6 +143,7 @@ def reexecuted_loop() -> Iterator[None]:
         patch.setattr(DeviceState, "batch", batch)
         if not knobs.runtime.interpret:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.batching.device_steps.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.beam_loop.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.beam_loop.fork", fork_reference.fork)
             patch.setattr("hf_fastattn.loop.beam_step.continuations", continuations_reference.continuations)

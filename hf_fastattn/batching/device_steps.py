@@ -1,0 +1,207 @@
+"""`DeviceSteps`: decode steps of a running batch, replayed over static tensors that the host changes row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fastattn.batching.choice import Choice
+from hf_fastattn.batching.row_tokens import UNLIMITED, Array
+from hf_fastattn.batching.slot_pages import SlotPages
+from hf_fastattn.kernels.sampling.advance import advance
+from hf_fastattn.kernels.sampling.loop_tensors import ABSENT
+from hf_fastattn.loop.device_state import BUCKETS, DeviceState, bucket_of
+from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.loop.readback import Readback
+from hf_fastattn.loop.token_choice import choose, choose_first
+from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+
+# Steps and prompts that may be under way when another one is launched.
+DEPTH = 3
+# Capture a graph for a smaller batch only if at least this many steps may still follow; a larger one serves until then.
+WORTH_CAPTURING = 128
+# Random numbers of a request's first token are those of another row, since a step may have the same number.
+FIRST = 2**30
+
+
+class DeviceSteps:
+    """The device's part of a running batch.
+
+    Args:
+        model: patched; `graphs` are its own for batches.
+        pages: of the slots.
+        slots: how many there are.
+        columns: pages that a slot may have.
+        vocabulary: size of the logits.
+        choice: how tokens are chosen.
+        device: of the model.
+    """
+
+    depth = DEPTH
+
+    def __init__(
+        self, model: Any, graphs: LoopGraphs, pages: SlotPages, slots: int, columns: int, vocabulary: int, choice: Choice,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._model, self._graphs, self._pages, self._choice = model, graphs, pages, choice
+        self._decoder = model._fastattn.decoder(model)
+        self._size = (slots, vocabulary)
+        self._device = device
+        seed = torch.randint(2**62, (1,)) if choice.seed is None else torch.tensor([choice.seed])
+        self._seed = seed.to(device)
+        self._readback = Readback(slots, device, DEPTH)
+        self._start(columns)
+
+    def _start(self, columns: int) -> None:
+        slots, vocabulary = self._size
+        self._state: DeviceState = self._graphs.state_for(
+            self._device, bucket_of(slots), columns, self._pages.cache, vocabulary
+        )
+        held = self._state.tensors(self._state.rows, False)
+        held.finished.fill_(ABSENT)
+        held.limits.fill_(UNLIMITED)
+        held.ends.fill_(-1)
+        held.slots.fill_(-1)
+        held.drop.fill_(1)
+        for tensor in (held.seq_lens, held.tokens, held.positions, held.chosen, held.pad):
+            tensor.zero_()
+        self._state.params.copy_(self._choice.params.tensor(self._device))
+        self._state.seed.copy_(self._seed)
+        self._state.adapters.zero_()
+
+    @property
+    def columns(self) -> int:
+        """Pages that a slot may have."""
+        return self._state.columns
+
+    def restart(self, columns: int, slots: Array, tokens: Array) -> None:
+        """Anew, with nothing under way, with room for more pages a slot: `write` tells it of every slot.
+
+        Args:
+            slots: those that are alive, and `tokens` that they have chosen last.
+        """
+        self._start(max(columns, self.columns))
+        self.join(slots.tolist(), torch.from_numpy(tokens).to(self._device))
+
+    def is_current(self) -> bool:
+        """Whether the static tensors are still those of the graphs; not if the model was changed."""
+        return self._graphs.state is self._state
+
+    # ---- tokens -----------------------------------------------------------------------------------------------
+
+    def first(self, logits: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The tokens `[n]` that follow prompts with these `logits [n, V]`."""
+        numbers_held = torch.tensor([number % FIRST + FIRST for number in numbers], dtype=torch.int32)
+        rows = numbers_held.to(self._device, non_blocking=True)
+        return choose_first(self._state, self._choice.do_sample, logits, rows)
+
+    def join(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """These slots' next input is `tokens [n]`."""
+        index = torch.tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True)
+        self._state.tensors(self._state.rows, False).tokens[:, 0].index_copy_(0, index, tokens)
+
+    def send(self, tokens: Tensor, tickets: Array) -> None:
+        """Start the copy of what was chosen; `tickets` say for whom."""
+        self._readback.send(tokens, tickets)  # type: ignore[arg-type]
+
+    def receive(self, wait: bool) -> tuple[Array, Array] | None:
+        """Tickets and tokens of the oldest step under way; None if there is none, or it has not arrived."""
+        arrived = self._readback.receive(wait)
+        return None if arrived is None else (arrived.numbers, arrived.tokens)  # type: ignore[return-value]
+
+    @property
+    def under_way(self) -> int:
+        """Steps and prompts whose tokens have not arrived."""
+        return len(self._readback)
+
+    def forget(self) -> None:
+        """Nobody reads what is under way."""
+        self._readback.clear()
+
+    def settle(self) -> None:
+        """Wait for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    # ---- rows -------------------------------------------------------------------------------------------------
+
+    def write(self, slots: Array, alive: NDArray[np.bool_], lengths: Array, numbers: Array) -> None:
+        """What the host knows better of these slots.
+
+        Args:
+            alive: whether each takes part in steps.
+            lengths: tokens stored of each.
+            numbers: of their requests.
+        """
+        held, count = self._state.tensors(self._state.rows, False), len(slots)
+        if count:
+            windows = len(self._pages.cache.tables)
+            host = np.zeros((5 + windows, count), np.int64)
+            host[0], host[1], host[2] = slots, np.where(alive, 0, ABSENT), np.where(alive, lengths + 1, 0)
+            host[3], host[4] = np.where(alive, lengths, 0), numbers % FIRST
+            host[5:] = -1
+            for place in np.flatnonzero(alive).tolist():
+                host[5:, place] = self._pages.place_of(int(slots[place]), int(lengths[place]))
+            device = torch.from_numpy(host).to(self._device, non_blocking=True)
+            narrow, index = device.int(), device[0]
+            held.finished.index_copy_(0, index, narrow[1])
+            held.seq_lens.index_copy_(0, index, narrow[2])
+            held.positions[:, 0].index_copy_(0, index, device[3])
+            self._state.numbers.index_copy_(0, index, narrow[4])
+            held.slots.index_copy_(1, index, narrow[5:])
+        self._write_tables(held.tables)
+
+    def _write_tables(self, tables: Tensor) -> None:
+        changes, rows, columns = self._pages.changes, tables.shape[1], tables.shape[2]
+        if not changes:
+            return
+        places = [np.arange(len(pages)) + (place * rows + slot) * columns + first for place, slot, first, pages in changes]
+        host = np.stack((np.concatenate(places), np.concatenate([pages for *_, pages in changes])))
+        changes.clear()
+        device = torch.from_numpy(host.astype(np.int64)).to(self._device, non_blocking=True)
+        tables.view(-1).index_copy_(0, device[0], device[1].int())
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def bucket(self, used: int, steps: int) -> int:
+        """Rows of the step for the first `used` slots, after which about `steps` more follow."""
+        wanted, version = bucket_of(used), self._pages.cache.groups.storage_version
+        if self._graphs.has(self._key(wanted), version) or steps >= WORTH_CAPTURING:
+            return wanted
+        larger = [rows for rows in self._buckets() if rows > wanted and self._graphs.has(self._key(rows), version)]
+        return larger[0] if larger and larger[0] <= 4 * wanted else wanted
+
+    def _buckets(self) -> list[int]:
+        return [*BUCKETS, *range(2 * BUCKETS[-1], self._state.rows + 1, BUCKETS[-1])]
+
+    def _key(self, rows: int) -> GraphKey:
+        return GraphKey(rows, self._choice.do_sample, False, False)
+
+    def record(self, rows: int) -> None:
+        """Record the step of `rows` slots, none of which takes part in any."""
+        none = np.zeros(0, np.int64)
+        self.launch(bucket_of(rows), none, none)
+
+    def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
+        """One step of the first `rows` slots; returns their tokens, which the next step writes to."""
+        key, cache = self._key(rows), self._pages.cache
+        return self._graphs.replay(key, cache.groups, lambda: self._run(key), self._pages.counters)
+
+    def _run(self, key: GraphKey) -> Tensor:
+        state, cache, workspace = self._state, self._pages.cache, self._graphs.workspace
+        assert workspace is not None
+        batch = state.batch(key, cache.groups.backend, cache.groups.batch_invariant, workspace)
+        with cache.using(batch):
+            arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
+            hidden = fused_forward(self._decoder, cache, **arguments).last_hidden_state
+        batch.forget_tables()
+        choose(state, key, fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
+        tensors = state.tensors(key.rows, False)
+        advance(tensors, cache.groups.page_size)
+        return tensors.packed

@@ -1,0 +1,195 @@
+"""`EngineParts`: what an `Engine` is made of for a patched model: pages, static tensors, graphs, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.requests import RequestState
+
+from hf_fastattn.batching.choice import Choice, why_not_model
+from hf_fastattn.batching.engine import MOST_TOKENS, Engine
+from hf_fastattn.batching.host_steps import HostSteps
+from hf_fastattn.batching.requests import Request
+from hf_fastattn.batching.slot_pages import SlotPages
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.prefix_store import PrefixStore
+from hf_fastattn.counters import CallCounters
+from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.runtime import Runtime
+
+# Most requests that take part in a step.
+MOST_SLOTS = 512
+# Rows that steps are recorded for before anybody knows how many there will be.
+LIKELY_ROWS = 16
+# Bytes of pages that are made at once where nobody says how many there may be.
+EXPECTED = 2 * 2**30
+WARM_PROMPT, WARM_TOKENS = 64, 3
+
+
+class EngineParts:
+    """For one manager; engines are made one after the other.
+
+    Args:
+        model: patched.
+        choice: how tokens are chosen.
+        config: Transformers' of the manager, resolved.
+    """
+
+    def __init__(self, model: Any, choice: Choice, config: Any) -> None:
+        self._model, self._choice, self._config = model, choice, config
+        self._runtime: Runtime = model._fastattn.runtime
+        self._graphs: LoopGraphs | None = None
+        self._cache: PagedCache | None = None
+        self._pages: SlotPages | None = None
+        self._own_store: PrefixStore | None = None
+        self._epoch = 0
+
+    @property
+    def slots(self) -> int:
+        """Requests in the running batch, at most."""
+        asked = getattr(self._config, "max_requests_per_batch", None) or MOST_SLOTS
+        return min(asked, MOST_SLOTS)
+
+    def engine(self, deliver: Callable[[list[Request]], None], hints: Any = None) -> Engine:
+        """A new engine, with nothing in it."""
+        runtime, model = self._runtime, self._model
+        runtime.settle()
+        runtime.counters = CallCounters()
+        self.check()
+        config = model.config.get_text_config(decoder=True)
+        cache = PagedCache(config, groups=runtime.groups_for(model), counters=runtime.counters)
+        self._graphs, self._cache = runtime.take_batch_graphs(), cache
+        pages = SlotPages(cache, self.slots, self._most_tokens(cache), *self._store(cache))
+        self._pages = pages
+        asked = getattr(self._config, "max_batch_tokens", None) or MOST_TOKENS
+        columns = -(-_longest(hints) // pages.page_size)
+        most = EXPECTED // max(cache.groups.page_bytes, 1) if pages.most is None else pages.most // 2
+        pages.expect(min(min(self.slots, getattr(hints, "num_requests", 0) or 0) * columns, most))
+        return Engine(
+            model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver,
+            min(asked, MOST_TOKENS),
+        )  # fmt: skip
+
+    def _steps(self, columns: int, vocabulary: int) -> Any:
+        assert self._graphs is not None and self._pages is not None
+        device, reason = self._model.device, self._why_not_recorded()
+        if reason is not None:
+            if device.type != "cpu":
+                self._runtime.counters.uncaptured[reason] += 1
+            return HostSteps(self._model, self._pages, self.slots, self._choice, device)
+        # Not before: it imports Triton.
+        from hf_fastattn.batching.device_steps import DeviceSteps
+
+        return DeviceSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
+
+    def _why_not_recorded(self) -> str | None:
+        assert self._graphs is not None and self._cache is not None
+        return self._graphs.why_not_here(self._model, self._cache) or self._graphs.why_not(self._model, self._cache)
+
+    def _most_tokens(self, cache: PagedCache) -> int | None:
+        """Tokens that pages may hold, as the manager's options say, or the device's free memory."""
+        blocks, device = getattr(self._config, "num_blocks", None), self._model.device
+        if blocks is not None:
+            # Older releases call it by the other name.
+            size = getattr(self._config, "page_size", None) or self._config.block_size
+            return int(blocks * size)
+        if device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        share = getattr(self._config, "max_memory_percent", None) or 0.8
+        memory = int((free + idle) * share) + cache.groups.nbytes
+        return memory // max(cache.groups.page_bytes, 1) * cache.groups.page_size
+
+    def _store(self, cache: PagedCache) -> tuple[PrefixStore | None, int]:
+        """What finds pages that prompts begin with, and the root of those of the model as it is."""
+        if set(cache.tables) != {None} or not getattr(self._config, "allow_block_sharing", True):
+            return None, 0
+        if self._runtime.prefixes is not None and self._runtime.prefixes.groups is cache.groups:
+            # Pages that stay are those of generate(), by the state of its weights.
+            return self._runtime.prefixes, self._runtime.prefixes.root_of(self._root())
+        self._own_store = PrefixStore(cache.groups)
+        return self._own_store, self._own_store.root_of(self._root())
+
+    def _root(self) -> Any:
+        return id(self), self._epoch
+
+    # ---- while it runs ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise if the model was changed so that the batch cannot go on; graphs of a changed model are forgotten."""
+        reason = self._why_changed()
+        if reason is not None:
+            raise RuntimeError(
+                f"the model was changed while requests were under way: {reason}; stop the manager before, and start another"
+            )
+
+    def cause_of(self, error: Exception) -> Exception:
+        """What an error of a running batch comes from."""
+        reason = self._why_changed()
+        return error if reason is None else RuntimeError(f"the model was changed while requests were under way: {reason}")
+
+    def _why_changed(self) -> str | None:
+        state = getattr(self._model, "_fastattn", None)
+        if getattr(state, "runtime", None) is not self._runtime:
+            return "it is not patched any more"
+        reason = why_not_model(self._model)
+        if reason is not None or self._cache is None:
+            return reason
+        if self._runtime.groups_for(self._model) is not self._cache.groups:
+            return "its keys have another dtype, window or device"
+        # Graphs of what is not as it was are forgotten.
+        self._why_not_recorded()
+        return None
+
+    def renew(self) -> None:
+        """The weights may be others: prompts to come find none of the pages so far."""
+        self._epoch += 1
+        if self._pages is not None and self._pages.store is not None:
+            self._pages.root = self._pages.store.root_of(self._root())
+
+    def warm_up(self, hints: Any) -> None:
+        """Serve a request to nobody, so that kernels are compiled and steps recorded; on a CPU there is neither."""
+        engine = self.engine(lambda requests: None, hints)
+        rows = min(self.slots, getattr(hints, "num_requests", 0) or LIKELY_ROWS)
+        try:
+            if self._why_not_recorded() is not None or self._is_warm(rows):
+                return
+            tokens = [0] * min(WARM_PROMPT, _longest(hints) or WARM_PROMPT)
+            engine.add(RequestState("warm-up", tokens, max_new_tokens=WARM_TOKENS))
+            while not engine.is_idle:
+                engine.run()
+            engine.record(rows)
+        finally:
+            self.release(engine)
+
+    def _is_warm(self, rows: int) -> bool:
+        """Whether the step of so many rows is recorded."""
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.device_state import bucket_of
+
+        assert self._graphs is not None and self._cache is not None
+        key = GraphKey(bucket_of(rows), self._choice.do_sample, False, False)
+        return self._graphs.has(key, self._cache.groups.storage_version)
+
+    def release(self, engine: Engine) -> None:
+        """Give back what the engine held."""
+        engine.close()
+        cache, store, graphs = self._cache, self._own_store, self._graphs
+        self._cache = self._pages = self._own_store = self._graphs = None
+        if store is not None:
+            store.close()
+        if cache is not None:
+            cache.reset()
+        if graphs is not None:
+            self._runtime.give_batch_graphs(graphs)
+
+
+def _longest(hints: Any) -> int:
+    """Tokens that a request has at most, as somebody expects; 0 if nobody does."""
+    if hints is None or not hints.max_prompt_length:
+        return 0
+    return int(hints.max_prompt_length + (hints.max_generated_length or 0))

@@ -1,0 +1,89 @@
+"""`RowTokens`: the new tokens of the requests under way, as arrays, so that a step of many rows costs no loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Stands for no limit, and is no token.
+UNLIMITED = 2**31 - 1
+NO_TOKEN = -1
+# Smallest arrays; they double.
+MIN_PLACES, MIN_COLUMNS, MIN_ENDS = 64, 64, 1
+
+Array = NDArray[np.int64]
+
+
+class RowTokens:
+    """Tokens by place; a place belongs to one request from `open` to `close`.
+
+    What a step chose for a request that has ended meanwhile comes with a serial number that its place has no more.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: Array = np.zeros((MIN_PLACES, MIN_COLUMNS), np.int64)
+        self._ends: Array = np.full((MIN_PLACES, MIN_ENDS), NO_TOKEN, np.int64)
+        self._limits: Array = np.zeros(MIN_PLACES, np.int64)
+        self._counts: Array = np.zeros(MIN_PLACES, np.int64)
+        self.serials: Array = np.full(MIN_PLACES, -1, np.int64)
+        self._streams: NDArray[np.bool_] = np.zeros(MIN_PLACES, np.bool_)
+        self._free = list(range(MIN_PLACES - 1, -1, -1))
+        self._next = 0
+
+    def open(self, limit: int, ends: Iterable[int], streams: bool) -> int:
+        """A place for a request that gets `limit` tokens at most, and none after one of `ends`."""
+        if not self._free:
+            self._more_places()
+        place, wanted = self._free.pop(), sorted(ends)
+        if len(wanted) > self._ends.shape[1]:
+            self._ends = np.pad(self._ends, ((0, 0), (0, len(wanted) - self._ends.shape[1])), constant_values=NO_TOKEN)
+        self._ends[place] = NO_TOKEN
+        self._ends[place, : len(wanted)] = wanted
+        self._limits[place], self._counts[place], self._streams[place] = limit, 0, streams
+        self.serials[place] = self._next
+        self._next += 1
+        return place
+
+    def close(self, place: int) -> list[int]:
+        """The tokens of a place, which is free then."""
+        tokens = self.of(place)
+        self.serials[place] = -1
+        self._free.append(place)
+        return tokens
+
+    def of(self, place: int) -> list[int]:
+        """The tokens of a place so far."""
+        found: list[int] = self._tokens[place, : self._counts[place]].tolist()
+        return found
+
+    def take(self, tickets: Array, tokens: Array) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Add what a step chose.
+
+        Args:
+            tickets: `[rows, 2]` place and serial number of each row, a place of -1 for none.
+            tokens: `[rows]`.
+
+        Returns:
+            Places that have got a token: their first one; that have ended with it; that are streamed and go on.
+        """
+        places, serials = tickets[:, 0], tickets[:, 1]
+        fresh = (places >= 0) & (self.serials[places] == serials)
+        places, tokens = places[fresh], tokens[fresh]
+        counts = self._counts[places]
+        if len(counts) and counts.max() >= self._tokens.shape[1]:
+            self._tokens = np.pad(self._tokens, ((0, 0), (0, self._tokens.shape[1])))
+        self._tokens[places, counts] = tokens
+        self._counts[places] = counts + 1
+        ended = (counts + 1 >= self._limits[places]) | (tokens[:, None] == self._ends[places]).any(1)
+        streamed = self._streams[places] & ~ended
+        return places[counts == 0].tolist(), places[ended].tolist(), places[streamed].tolist()
+
+    def _more_places(self) -> None:
+        count = len(self.serials)
+        for name in ("_tokens", "_ends", "_limits", "_counts", "_streams", "serials"):
+            held = getattr(self, name)
+            setattr(self, name, np.concatenate((held, np.zeros_like(held))))
+        self.serials[count:] = -1
+        self._free.extend(range(2 * count - 1, count - 1, -1))

@@ -1,0 +1,76 @@
+"""`RunningRows`: what the host knows of the slots whose requests take part in decode steps, as arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_fastattn.batching.row_tokens import Array
+
+
+class RunningRows:
+    """One entry a slot.
+
+    Args:
+        slots: how many there are.
+
+    Attributes:
+        alive: the slot takes part in the next step.
+        lengths: tokens stored, counting steps that are under way.
+        room: tokens that its pages hold.
+        left: steps that it may yet take part in.
+        most: tokens that it stores at most.
+        tickets: `[slots, 2]` place and serial number of its request's tokens; a place of -1 for none.
+        numbers: of the requests.
+        changed: slots of which the device does not know yet.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.alive: NDArray[np.bool_] = np.zeros(slots, np.bool_)
+        self.lengths: Array = np.zeros(slots, np.int64)
+        self.room: Array = np.zeros(slots, np.int64)
+        self.left: Array = np.zeros(slots, np.int64)
+        self.most: Array = np.zeros(slots, np.int64)
+        self.numbers: Array = np.zeros(slots, np.int64)
+        self.tickets: Array = np.full((slots, 2), -1, np.int64)
+        self.changed: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Slots that take part."""
+        return int(self.alive.sum())
+
+    def join(self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any) -> None:
+        """A slot takes part from the next step on."""
+        self.alive[slot], self.lengths[slot], self.room[slot] = True, length, room
+        self.left[slot], self.most[slot], self.numbers[slot], self.tickets[slot] = left, most, number, ticket
+        self.changed.add(slot)
+
+    def leave(self, slot: int) -> None:
+        """A slot takes part no more."""
+        if self.alive[slot]:
+            self.changed.add(slot)
+        self.alive[slot], self.lengths[slot], self.tickets[slot] = False, 0, -1
+
+    def move(self, source: int, target: int) -> None:
+        """A slot that takes no part becomes what another one is."""
+        for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets"):
+            held = getattr(self, name)
+            held[target] = held[source]
+        self.changed.add(target)
+        self.leave(source)
+
+    def short(self) -> list[int]:
+        """Slots whose pages do not reach to the token after the next one, for which a step computes the place."""
+        wanted = np.minimum(self.lengths + 2, self.most)
+        found: list[int] = np.flatnonzero(self.alive & (wanted > self.room)).tolist()
+        return found
+
+    def step(self) -> list[int]:
+        """A step was launched; returns the slots for which it was the last one."""
+        self.lengths += self.alive
+        self.left -= self.alive
+        ended: list[int] = np.flatnonzero(self.alive & (self.left <= 0)).tolist()
+        return ended

@@ -1,0 +1,16 @@
+"""Where a test of running batches runs: by forwards on the CPU, by steps over static tensors there, and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.tools.reexecuted import reexecuted_loop
+
+
+@pytest.fixture(params=["host", "steps", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with reexecuted_loop() if request.param == "steps" else contextlib.nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
