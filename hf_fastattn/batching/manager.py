@@ -87,7 +87,7 @@ class FastBatchingManager(ContinuousBatchingManager):
                 device = self.model.device
                 if device.type == "cuda" and device.index is not None:
                     torch.cuda.set_device(device)
-                self.batch_processor = self
+                self.batch_processor = self  # type: ignore[assignment]
                 engine = self._in_turn(lambda: self._parts_made().engine(self._deliver, self._hints))
                 while self._goes_on(engine):
                     self._in_turn(lambda: self._work(engine))
