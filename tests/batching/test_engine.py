@@ -137,6 +137,28 @@ def test_equal_prompts_are_computed_once(device: str) -> None:
     assert counters.prompt_tokens < 1.5 * len(prompt) and counters.tokens_reused > 3 * len(prompt)
 
 
+def test_prompts_of_generate_are_found(device: str) -> None:
+    """With `prefix_cache`, batches and generate() find each other's pages, as long as the weights are the same."""
+    twins, prompt = Twins("llama", device, page_size=PAGE, prefix_cache=True), prompts(1, 5, 60)[0] * 3
+    ids = torch.tensor([prompt], device=twins.model.device)
+    twins.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for scale, reused in ((1.0, True), (-1.0, False)):
+        for model in (twins.stock, twins.model):
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight.mul_(scale)
+        twins._known.clear()
+        driven = Driven(twins)
+        driven.add("again", prompt)
+        driven.run()
+        assert driven.tokens("again") == twins.alone(prompt)
+        counters = twins.report.last_call
+        driven.parts.release(driven.engine)
+        assert (counters.tokens_reused > len(prompt) // 2) == reused
+        assert twins.report.pages_in_use == twins.report.pages_kept
+    twins.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert twins.report.last_call.tokens_reused > len(prompt) // 2
+
+
 def test_rows_move_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When many rows have ended, the others go on in a smaller step."""
     from hf_fastattn.batching import device_steps
