@@ -79,7 +79,7 @@ def test_random_arrivals_cancellations_and_page_pressure(seed: int, device: str)
     """Pages for a third of what all requests need: some start over, and none loses a token."""
     rng = np.random.default_rng(seed)
     family = FAMILIES[seed % 3]
-    twins, given = Twins(family, device, page_size=PAGE), prompts(16, seed, 40)
+    twins, given = Twins(family, device, page_size=PAGE), prompts(12, seed % 3, 40)
     needed = sum(len(prompt) + NEW for prompt in given)
     driven = Driven(twins, max(needed // 3, 20 * PAGE), max_batch_tokens=24)
     cancelled, waiting = set(), list(enumerate(given))
@@ -146,7 +146,7 @@ def test_prompts_of_generate_are_found(device: str) -> None:
         for model in (twins.stock, twins.model):
             with torch.no_grad():
                 model.model.layers[1].mlp.up_proj.weight.mul_(scale)
-        twins._known.clear()
+        twins.changed()
         driven = Driven(twins)
         driven.add("again", prompt)
         driven.run()
