@@ -12,7 +12,7 @@ from hf_fastattn.batching import engine as engine_module
 from hf_fastattn.batching import running_batch
 from tests.batching.served import NEW, Driven, Twins, prompts
 
-FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3_moe")
+FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3_moe", "qwen2_vl", "exaone4")
 PAGE = 4
 
 
