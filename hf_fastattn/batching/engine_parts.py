@@ -108,13 +108,23 @@ class EngineParts:
         """What finds pages that prompts begin with, and the root of those of the model as it is."""
         if set(cache.tables) != {None} or not getattr(self._config, "allow_block_sharing", True):
             return None, 0
-        if self._runtime.prefixes is not None and self._runtime.prefixes.groups is cache.groups:
-            # Pages that stay are those of generate(), by the state of its weights.
-            return self._runtime.prefixes, self._runtime.prefixes.root_of(self._root())
+        if self._keeps_prefixes:
+            # Pages that stay are generate()'s too.
+            store = self._runtime.prefix_store(cache.groups)
+            return store, store.root_of(self._state_now())
         self._own_store = PrefixStore(cache.groups)
-        return self._own_store, self._own_store.root_of(self._root())
+        return self._own_store, self._own_store.root_of(self._state_now())
 
-    def _root(self) -> Any:
+    @property
+    def _keeps_prefixes(self) -> bool:
+        return self._runtime.config.prefix_cache and not self._model.training
+
+    def _state_now(self) -> Any:
+        """What pages depend on but for their tokens."""
+        decoder, states = self._model._fastattn.decoder(self._model), self._runtime.model_state
+        towers = self._model.config.get_text_config(decoder=True) is not self._model.config
+        if self._keeps_prefixes and not towers and states.why_not(decoder) is None:
+            return states.of(decoder, decoder.device)
         return id(self), self._epoch
 
     # ---- while it runs ----------------------------------------------------------------------------------------
@@ -126,6 +136,8 @@ class EngineParts:
             raise RuntimeError(
                 f"the model was changed while requests were under way: {reason}; stop the manager before, and start another"
             )
+        if self._keeps_prefixes:
+            self._name_state()
 
     def cause_of(self, error: Exception) -> Exception:
         """What an error of a running batch comes from."""
@@ -148,8 +160,11 @@ class EngineParts:
     def renew(self) -> None:
         """The weights may be others: prompts to come find none of the pages so far."""
         self._epoch += 1
+        self._name_state()
+
+    def _name_state(self) -> None:
         if self._pages is not None and self._pages.store is not None:
-            self._pages.root = self._pages.store.root_of(self._root())
+            self._pages.root = self._pages.store.root_of(self._state_now())
 
     def warm_up(self, hints: Any) -> None:
         """Serve a request to nobody, so that kernels are compiled and steps recorded; on a CPU there is neither."""
@@ -184,6 +199,8 @@ class EngineParts:
             store.close()
         if cache is not None:
             cache.reset()
+        if store is None and self._runtime.prefixes is not None:
+            self._runtime.prefixes.trim()
         if graphs is not None:
             self._runtime.give_batch_graphs(graphs)
 

@@ -156,13 +156,10 @@ class SlotPages:
             rows = tables[window].rows
             return ReadPlan([rows[slot] for slot in slots], list(counts), after, size, window)
 
-        def places(window: int | None) -> list[int]:
+        def places(window: int | None) -> Any:
             rows = tables[window].rows
-            return [
-                rows[slot][token // size] * size + token % size
-                for slot, first, last in zip(slots, before, after, strict=True)
-                for token in range(first, last)
-            ]
+            found = [_places(rows[slot], have, last, size) for slot, have, last in zip(slots, before, after, strict=True)]
+            return np.concatenate(found)
 
         host = HostBatch(list(counts), after, ByWindow(tables, plan), ByWindow(tables, places))
         return Batch.from_host(host, BatchOptions(groups.backend, groups.batch_invariant, groups.workspaces))
@@ -171,3 +168,11 @@ class SlotPages:
         """By window, where a token of a slot is written: `page * P + offset`."""
         column, offset = divmod(token, self.page_size)
         return [table.rows[slot][column] * self.page_size + offset for table in self.cache.tables.values()]
+
+
+def _places(pages: Sequence[int], first: int, last: int, size: int) -> NDArray[np.int64]:
+    """Where tokens `first` to `last - 1` of a row are written: `page * P + offset`."""
+    tokens = np.arange(first, last)
+    held = np.asarray(pages[first // size : -(-last // size)], np.int64)
+    place: NDArray[np.int64] = held[tokens // size - first // size] * size + tokens % size
+    return place

@@ -19,6 +19,8 @@ from hf_fastattn.batching.requests import Request
 from tests.tools.models import VOCAB, tiny
 
 NEW = 24
+# By model and prompt.
+_KNOWN: dict[tuple[Any, ...], list[int]] = {}
 
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -39,16 +41,20 @@ class Twins:
     def __init__(self, family: str, device: str, **options: Any) -> None:
         self.stock = tiny(family).to(device)
         self.model = hf_fastattn.patch(copy.deepcopy(self.stock), **options)
-        self._known: dict[tuple[Any, ...], list[int]] = {}
+        self._weights: Any = (family, device)
 
     def alone(self, prompt: list[int], new: int = NEW, ends: tuple[int, ...] = ()) -> list[int]:
         """The greedy tokens of one prompt, by the unpatched model."""
-        key = (tuple(prompt), new, ends)
-        if key not in self._known:
+        key = (self._weights, tuple(prompt), new, ends)
+        if key not in _KNOWN:
             ids = torch.tensor([prompt], device=self.stock.device)
             given = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(ends) or None}
-            self._known[key] = self.stock.generate(ids, **given)[0, len(prompt) :].tolist()
-        return self._known[key]
+            _KNOWN[key] = self.stock.generate(ids, **given)[0, len(prompt) :].tolist()
+        return _KNOWN[key]
+
+    def changed(self) -> None:
+        """The weights of both are others now."""
+        self._weights = object()
 
     @property
     def report(self) -> Any:

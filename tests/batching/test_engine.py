@@ -12,7 +12,7 @@ from hf_fastattn.batching import engine as engine_module
 from hf_fastattn.batching import running_batch
 from tests.batching.served import NEW, Driven, Twins, prompts
 
-FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3_moe")
+FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3_moe", "qwen2_vl", "exaone4")
 PAGE = 4
 
 
@@ -79,7 +79,7 @@ def test_random_arrivals_cancellations_and_page_pressure(seed: int, device: str)
     """Pages for a third of what all requests need: some start over, and none loses a token."""
     rng = np.random.default_rng(seed)
     family = FAMILIES[seed % 3]
-    twins, given = Twins(family, device, page_size=PAGE), prompts(16, seed, 40)
+    twins, given = Twins(family, device, page_size=PAGE), prompts(12, seed % 3, 40)
     needed = sum(len(prompt) + NEW for prompt in given)
     driven = Driven(twins, max(needed // 3, 20 * PAGE), max_batch_tokens=24)
     cancelled, waiting = set(), list(enumerate(given))
@@ -135,6 +135,28 @@ def test_equal_prompts_are_computed_once(device: str) -> None:
     assert [driven.tokens(name) for name in names] == [twins.alone(prompt)] * 5
     counters = driven.release()
     assert counters.prompt_tokens < 1.5 * len(prompt) and counters.tokens_reused > 3 * len(prompt)
+
+
+def test_prompts_of_generate_are_found(device: str) -> None:
+    """With `prefix_cache`, batches and generate() find each other's pages, as long as the weights are the same."""
+    twins, prompt = Twins("llama", device, page_size=PAGE, prefix_cache=True), prompts(1, 5, 60)[0] * 3
+    ids = torch.tensor([prompt], device=twins.model.device)
+    twins.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    for scale, reused in ((1.0, True), (-1.0, False)):
+        for model in (twins.stock, twins.model):
+            with torch.no_grad():
+                model.model.layers[1].mlp.up_proj.weight.mul_(scale)
+        twins.changed()
+        driven = Driven(twins)
+        driven.add("again", prompt)
+        driven.run()
+        assert driven.tokens("again") == twins.alone(prompt)
+        counters = twins.report.last_call
+        driven.parts.release(driven.engine)
+        assert (counters.tokens_reused > len(prompt) // 2) == reused
+        assert twins.report.pages_in_use == twins.report.pages_kept
+    twins.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert twins.report.last_call.tokens_reused > len(prompt) // 2
 
 
 def test_rows_move_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

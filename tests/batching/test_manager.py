@@ -73,6 +73,15 @@ def test_its_options(device: str) -> None:
     assert twins.model.generate_batch([]) == {}
 
 
+def test_in_inference_mode(device: str) -> None:
+    twins, given = Twins("llama", device), prompts(4)
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            outputs = twins.model.generate_batch(given, generation_config=greedy())
+        assert [one.generated_tokens for one in outputs.values()] == [twins.alone(prompt) for prompt in given]
+        assert_served(twins, 4)
+
+
 def test_streams_limits_and_cancellation(device: str) -> None:
     twins, given = Twins("llama", device), prompts(5)
     with twins.model.continuous_batching_context_manager(generation_config=greedy()) as manager:
@@ -276,6 +285,6 @@ def test_weights_change_in_a_pause(device: str) -> None:
         second = manager.add_request(given)
         found = collect(manager, 1)
     assert first != second
-    twins._known.clear()
+    twins.changed()
     assert found[second][-1].generated_tokens == twins.alone(given)
     assert twins.report.last_call.tokens_reused == 0
