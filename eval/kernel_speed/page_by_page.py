@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_fastattn.kernels.launch import LOG2E, check_pages, on_device_of, power_of_2
 
 # Keys that a program reads at a time, and its warps: enough bytes in flight on an H200 with many programs.
-KEYS, WARPS = 32, 4
+KEYS, WARPS = 64, 4
 
 
 @triton.jit(do_not_specialize=["stride_table"])

@@ -76,7 +76,7 @@ class _Nested:
         if depth == MOST_NESTED:
             return saved, runs
         cuts = [row + 1 for row in range(first, past - 1) if self._edges[row] == columns]
-        parts = list(zip([first, *cuts], [*cuts, past], strict=True))
+        parts = [part for part in zip([first, *cuts], [*cuts, past], strict=True) if part[1] - part[0] > 1]
         without = [self.best(*part, outer, levels, depth + 1) for part in parts]
         if runs:
             inside = [self.best(*part, columns, levels - 1, depth + 1) for part in parts]

@@ -85,6 +85,14 @@ SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
 }
+# For at least MANY_QUERIES of them, if there are not many (row, kv head) pairs, or keys are transformed, which is done again
+# for each block of queries.
+SHARED_PREFIX_MANY: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 128): Tile(128, 64, 8, 5, programs=1),
+}
+MANY_QUERIES = 256
+# Above this many pairs per multiprocessor long prefixes are bound by matrix products, not by reading keys.
+MANY_PAIRS = 8
 # For few rows, where latency counts, and more than 16 packed query rows.
 SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
@@ -157,13 +165,20 @@ def _fill(tile: Tile, pairs: int, processors: int) -> float:
     return programs // pairs * pairs / programs if pairs <= programs else pairs / (2 * programs)
 
 
-def shared_prefix_tile(arch: int, itemsize: int, block_d: int, queries: int, few: bool) -> Tile:
+def shared_prefix_tile(
+    arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int, transformed: bool = False
+) -> Tile:
     """The tile of a decode of rows that share prefixes, of `queries` packed query rows a (prefix group, kv head) pair.
 
     Args:
-        few: no more (row, kv head) pairs than multiprocessors.
+        pairs: (row, kv head) pairs; if no more than multiprocessors, latency counts.
+        processors: multiprocessors.
+        transformed: a variant transforms keys.
     """
-    tables = [SHARED_PREFIX_FEW, SHARED_PREFIX] if queries > 16 else [SPLIT_KV_FEW, SPLIT_KV]
-    found = (tile_of(tables[0], arch, itemsize, block_d) if few else None) or tile_of(tables[1], arch, itemsize, block_d)
-    assert found is not None
-    return found
+    few, usual = (SHARED_PREFIX_FEW, SHARED_PREFIX) if queries > 16 else (SPLIT_KV_FEW, SPLIT_KV)
+    tables = [usual]
+    if pairs <= processors:
+        tables = [few, usual]
+    elif queries >= MANY_QUERIES and (transformed or pairs <= MANY_PAIRS * processors):
+        tables = [SHARED_PREFIX_MANY, usual]
+    return next(tile for table in tables if (tile := tile_of(table, arch, itemsize, block_d)) is not None)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.configs import MANY_PAIRS, shared_prefix_tile, stages_with
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
     entry_at,
@@ -46,8 +46,6 @@ from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many (row, kv head) pairs per SM latency counts: one program per SM.
 FEW_ROWS = 1
-# Above this many pairs per SM long prefixes are bound by matrix products, not by reading keys.
-MANY_ROWS = 8
 # BESIDE: some programs take prefixes, the others suffixes (fewest prologues). IN_TURN: all take prefixes, then all suffixes
 # (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
 BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -257,7 +255,7 @@ def attend_suffixes(
 
 def order_of_work(pairs: int, queries: int, processors: int) -> tl.constexpr:
     """BESIDE, IN_TURN or BY_LENGTH for `pairs` (row, kv head) pairs, and `queries` packed query rows a prefix group."""
-    if queries > 16 and pairs <= MANY_ROWS * processors:
+    if queries > 16 and pairs <= MANY_PAIRS * processors:
         return BY_LENGTH
     return BESIDE if pairs <= FEW_ROWS * processors else IN_TURN
 
@@ -329,7 +327,8 @@ def paged_decode_shared(
     room = workspace or Workspace(q.device)
     queries = max_group_rows * ratio
     pairs = rows * kv_heads
-    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, pairs <= FEW_ROWS * room.processors)
+    transformed = variant.hooks.key_transform is not None
+    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, pairs, room.processors, transformed)
     block_s = max(power_of_2(ratio), 16)
     block_m = max(min(power_of_2(queries), tile.block_m), block_s)
     # Of one level, and of all of them.

@@ -190,6 +190,13 @@ CASES = {
         SHARED_PREFIX,
         programs=1,
     ),
+    "shared prefix, RoPE inside": Case(
+        lambda: shared_prefix(4, 128, rows=256, most=256, variant=varied(query_transform=rope, key_transform=rope)),
+        SHARED_PREFIX,
+        programs=1,
+        spilled=128,
+        targets=("sm_90",),
+    ),
     "prefill, variant": Case(
         lambda: prefill(4, 128, variant=varied(score_mod="relative_bias_table", mask_mod="sinks_and_window")),
         ("prefill_kernel",),

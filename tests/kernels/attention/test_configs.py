@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_fastattn.kernels.attention import configs
-from hf_fastattn.kernels.attention.configs import Tile, split_kv_tile, tile_of
+from hf_fastattn.kernels.attention.configs import Tile, shared_prefix_tile, split_kv_tile, tile_of
 
 TABLES = {name: table for name, table in vars(configs).items() if name.isupper() and isinstance(table, dict)}
 
@@ -45,3 +45,15 @@ def test_decode_on_hopper_takes_what_was_measured(dim):
     for pairs in (1, 64, 384, 512, None):
         assert split_kv_tile(90, 2, dim, 32, pairs, 132) == Tile(64, 64, 4, 5), "appends"
         assert split_kv_tile(80, 2, dim, 4, pairs, 108) == Tile(64, 64, 4, 5), "another architecture"
+
+
+def test_shared_prefixes_on_hopper_take_what_was_measured():
+    """Rows of one prompt and 8 kv heads of 4 query heads; 256 rows without grouped heads; the same with keys transformed."""
+    usual, many, few = Tile(64, 64, 4, 5), Tile(128, 64, 8, 5, programs=1), Tile(64, 64, 4, 7, programs=1)
+    for rows, tile in {16: few, 64: many, 256: usual}.items():
+        assert shared_prefix_tile(90, 2, 128, min(rows, 64) * 4, rows * 8, 132) == tile, rows
+    assert shared_prefix_tile(90, 2, 128, 256, 256 * 32, 132) == usual
+    assert shared_prefix_tile(90, 2, 128, 256, 256 * 8, 132, transformed=True) == many
+    assert shared_prefix_tile(90, 2, 128, 4 * 4, 64 * 8, 132) == split_kv_tile(90, 2, 128, 4, None, 132), "groups of 4"
+    for itemsize, dim in ((2, 256), (4, 128)):
+        assert shared_prefix_tile(90, itemsize, dim, 256, 512, 132) == shared_prefix_tile(90, itemsize, dim, 64, 512, 132)
