@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.cache.by_window import ByWindow
@@ -45,7 +47,7 @@ class HostBatch:
     query_lens: list[int]
     seq_lens: list[int]
     plans: Mapping[int | None, ReadPlan]
-    slots: Mapping[int | None, list[int]]
+    slots: Mapping[int | None, NDArray[np.int64]]
 
     def on(self, device: torch.device) -> BatchTensors:
         """These numbers on a device; tables and slots of a window when they are first asked for."""
