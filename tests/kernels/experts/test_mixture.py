@@ -240,3 +240,15 @@ def test_sweep(name: str, dtype: torch.dtype) -> None:
         routing = router.route(layer.x, layer.weight, top_k, sums=sums, weights_settled=True, gate_weight=layer.gate_weight)
         check(layer, routing, repeats=3, sums=sums, weights_settled=True)
     assert not sums.arrived.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("tokens", [40, 100, 300])
+def test_an_expert_of_all_tokens_among_others(tokens: int, dtype: torch.dtype) -> None:
+    layer = make_layer(tokens, 512, 256, 24, dtype, device="cuda")
+    layer.x[:, 0] = 2.0
+    layer.weight[5, 0] = 4.0
+    routing = router.route(layer.x, layer.weight, 2)
+    assert routing.counts is not None and routing.counts[5] == tokens and routing.counts.count_nonzero() > 8
+    check(layer, routing, repeats=3)
