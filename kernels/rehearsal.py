@@ -62,6 +62,11 @@ def prepared(kernel: Any) -> Any:
     return Rehearsed(kernel) if _rehearses.get() else kernel
 
 
+def is_under_way() -> bool:
+    """Whether this thread rehearses."""
+    return _rehearses.get()
+
+
 def can_rehearse() -> bool:
     """Whether kernels are compiled, by a version of Triton whose threads were tried, and nobody else compiles ahead."""
     if not isinstance(_probe, JITFunction) or not triton.__version__.startswith(TESTED) or (os.cpu_count() or 1) < 2:

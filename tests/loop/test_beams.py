@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 import hf_fastattn
 from hf_fastattn.cache import prefix_groups
-from hf_fastattn.generation import columns_at_once
+from hf_fastattn.generation import columns_at_once, prefix_call
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop import beam_loop, decode_loop, device_state
 from hf_fastattn.loop.beam_request import BeamRequest
@@ -189,6 +189,7 @@ def test_the_prompt_is_read_once_for_its_beams(device: str, family: str, monkeyp
 def test_prompts_that_begin_alike(device: str, prompts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beams keep their places, whatever pages their prompts share with those of others."""
     monkeypatch.setattr(prefix_groups, "WORTH_BYTES", 1)
+    monkeypatch.setattr(prefix_call, "WORTH_A_TURN", prefix_call.WORTH_ON_CPU)
     stock, model = both("llama", device, {"page_size": 4})
     ids = torch.randint(1, VOCAB, (4, 80), generator=torch.Generator().manual_seed(5))
     for row, document in enumerate(prompts):
