@@ -75,8 +75,8 @@ class RecurrentLayer(LinearAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether states before the last tokens are there."""
-        return self.reach > 0
+        """Whether states were kept from where the past began to be recorded, or from a `crop` on."""
+        return bool(self.past)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Go back by `-tokens_to_remove` tokens, to a state of the `past`, which is the only one that is kept."""
