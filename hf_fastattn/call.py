@@ -28,6 +28,8 @@ class Call:
     why_dense: str | None = None
     # Whether torch.compile made parts of the model, which run as they were written; None until somebody looked.
     compiled: bool | None = None
+    # The layers of a hybrid are walked through, as was seen at its prompt.
+    walks: bool = False
     encoded_from: dict[str, Any] = field(default_factory=dict)
     # What the prompt's rows consist of, where their pages are to stay after the call.
     prompt: Any = None

@@ -217,7 +217,7 @@ class CacheState(Cache):
     @property
     def has_states(self) -> bool:
         """Whether all linear-attention layers hold the states of their rows."""
-        return all(layer.states is not None for layer in self.recurrent_layers.values())
+        return all(layer.recurrent_states[0] is not None for layer in self.recurrent_layers.values())
 
     @property
     def records_states(self) -> bool:

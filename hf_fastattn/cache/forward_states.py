@@ -71,9 +71,11 @@ class ForwardStates:
         first = next(iter(layers))
         there = self._views.get((1, rows), {}).get(first)
         self._turn = 1 if there is not None and layers[first].recurrent_states[0] is there[1] else 0
+        views = self._views.setdefault((self._turn, rows), {})
         with torch.inference_mode(False), torch.no_grad():
             for index, layer in layers.items():
-                self._bring(index, layer, rows, cache)
+                if not layer.lies_at(views.get(index)):
+                    self._bring(index, layer, rows, cache)
             self._slots.copy_(self._turns[self._turn])
 
     def _bring(self, index: int, layer: RecurrentLayer, rows: int, cache: Holder) -> None:
@@ -83,27 +85,23 @@ class ForwardStates:
             # When they are needed, and the layer's own go at once: never are the states of all layers there three times.
             conv, recurrent = (state.new_empty(2 * self.rows, *state.shape[1:]) for state in held)
             self._layers[index] = conv, recurrent
-        places = self._view(index, self._turn, rows)
-        if held[0] is not places[0] or held[1] is not places[1]:
-            for place, state in zip(places, held, strict=True):
+        for turn in (0, 1):
+            begin = turn * self.rows
+            conv, recurrent = (places[begin : begin + rows] for places in self._layers[index])
+            self._views.setdefault((turn, rows), {}).setdefault(index, (conv, recurrent))
+        places = self._views[self._turn, rows][index]
+        for place, state in zip(places, held, strict=True):
+            if place is not state:
                 place.copy_(state)
-            cache.move_states(index, *places)
+        cache.move_states(index, *places)
 
     def written(self, cache: Holder) -> None:
         """The forward has run: the layers hold what it has written."""
-        rows = len(cache.lengths)
+        views = self._views[1 - self._turn, len(cache.lengths)]
         for index, layer in cache.recurrent_layers.items():
-            layer.keep(*self._view(index, 1 - self._turn, rows))
+            layer.lie_at(views[index])
 
     def of(self, index: int, rows: int, seq_lens: Tensor) -> StepStates:
         """What a forward of the first `rows` rows reads and writes of a layer, whatever their lengths are."""
         conv, recurrent = self._layers[index]
         return StepStates(conv, recurrent, self._slots[0, :rows], conv, recurrent, self._slots[1, :rows])
-
-    def _view(self, index: int, turn: int, rows: int) -> Pair:
-        views, begin = self._views.setdefault((turn, rows), {}), turn * self.rows
-        if index not in views:
-            conv, recurrent = self._layers[index]
-            with torch.inference_mode(False):
-                views[index] = conv[begin : begin + rows], recurrent[begin : begin + rows]
-        return views[index]

@@ -54,6 +54,14 @@ class RecurrentLayer(LinearAttentionLayer):
         for flags in (self.is_conv_states_initialized, self.is_recurrent_states_initialized, self.has_previous_state):
             flags[0] = True
 
+    def lies_at(self, places: Pair | None) -> bool:
+        """Whether these very tensors are the states."""
+        return places is not None and self.conv_states[0] is places[0] and self.recurrent_states[0] is places[1]
+
+    def lie_at(self, places: Pair) -> None:
+        """`keep`, of a layer that lies elsewhere in tensors like these: at every step of every layer."""
+        self.conv_states[0], self.recurrent_states[0] = places
+
     def reset(self) -> None:
         """Forget the states, and with them for how many rows they were."""
         record_past = self.record_past
@@ -67,8 +75,8 @@ class RecurrentLayer(LinearAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether states before the last tokens are there."""
-        return self.reach > 0
+        """Whether states were kept from where the past began to be recorded, or from a `crop` on."""
+        return bool(self.past)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Go back by `-tokens_to_remove` tokens, to a state of the `past`, which is the only one that is kept."""

@@ -11,9 +11,12 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.patches.fused.forward import why_not_walked
 
 
-def is_stateful(model: Any) -> bool:
-    """Whether Transformers says that the states of a patched model cannot be taken back."""
-    return bool(model._fastattn_base._is_stateful)
+class Stateful:
+    """`_is_stateful` of a patched model's class: False in its calls, of which `check_drafts` is asked; else as in stock."""
+
+    def __get__(self, model: Any, kind: Any = None) -> bool:
+        stateful = bool((type(model) if kind is None else kind)._fastattn_base._is_stateful)
+        return stateful and (model is None or model._fastattn.runtime.current is None)
 
 
 def check_drafts(model: Any, mode: Any, generation_config: Any, cache: Any) -> None:
@@ -21,7 +24,7 @@ def check_drafts(model: Any, mode: Any, generation_config: Any, cache: Any) -> N
 
     Forwards over pages keep the states before the last tokens; those in which layers are called do not.
     """
-    if mode is not GenerationMode.ASSISTED_GENERATION or not is_stateful(model):
+    if mode is not GenerationMode.ASSISTED_GENERATION or not type(model)._is_stateful:
         return
     given = {"input_ids": torch.empty(0, dtype=torch.int64, device=model.device), "use_cache": True}
     called = generation_config.output_hidden_states or generation_config.output_attentions

@@ -14,7 +14,7 @@ from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
-from hf_fastattn.generation.drafts import check_drafts, is_stateful
+from hf_fastattn.generation.drafts import Stateful, check_drafts
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
@@ -38,11 +38,7 @@ class FastGenerationMixin(PlainCopies):
     """Goes in front of a model's class; see `model_class.fast_class`."""
 
     _fastattn: Any
-
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether Transformers is to refuse drafts; else `_prepare_cache_for_generation` sees to it that states go back."""
-        return is_stateful(self) and self._fastattn.runtime.current is None
+    _is_stateful = Stateful()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int

@@ -32,6 +32,8 @@ logger = logging.getLogger("hf_fastattn")
 MAX_GRAPHS, MAX_EXTENDS = 8, 16
 # Shapes seen once that are remembered; a shape is captured when it is seen again.
 MAX_SHAPES = 256
+# Bytes of states that are let go when another loop needs as many.
+LARGE_STATES = 128 * 2**20
 # Failed captures after which no more are tried, until the model changes.
 MAX_FAILURES = 3
 
@@ -131,6 +133,11 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """Forget all graphs, and the places of states; caches keep those that they hold."""
         super().drop()
         self._states = None
+
+    def make_room(self) -> None:
+        """The device's loop is about to hold states too: large ones are not kept twice."""
+        if self._states is not None and held_bytes(self._states, self._states.device) > LARGE_STATES:
+            self.drop()
 
     @property
     def nbytes(self) -> int:

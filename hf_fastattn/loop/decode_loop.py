@@ -171,6 +171,7 @@ class DecodeLoop:
         if not self._private and (self._request.ends or self._request.stop_strings):
             # A state cannot be cut back to an earlier token: no step may run after the last one.
             self._depth = 0
+        self._model._fastattn.runtime.graphs.make_room()
         self._is_changing = True
         self._states = self._graphs.row_states_for(self._cache, self._used, self._moves)
         self._is_changing = False

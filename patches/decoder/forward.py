@@ -20,7 +20,7 @@ from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_walked
+from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_these, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -254,7 +254,14 @@ def _why_called(
         return "padding behind a row's first token passes through a linear attention"
     if cache.records_states and new is not None and len(set(new.sum(1).tolist())) > 1:
         return f"{RECORDS}, and rows get different numbers of tokens"
-    return why_not_walked(decoder, arguments)
+    call = vars(decoder)[STATE].runtime.current
+    if call is not None and call.walks and columns == 1:
+        # To look at all layers at every step would take longer than many a step.
+        return why_not_these(decoder, arguments)
+    reason = why_not_walked(decoder, arguments)
+    if call is not None:
+        call.walks = reason is None
+    return reason
 
 
 def _replayed(

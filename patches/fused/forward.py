@@ -119,7 +119,7 @@ def _blocks(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> Abstr
     if names is None or cache.paged_batch is None or _backend(decoder)[0] == "reference":
         return nullcontext()
     unwanted = has_global_hooks() or torch.is_grad_enabled() or region_dtype(decoder.device) is not None
-    if unwanted or _asked_for(decoder) is not None or _why_not_these(decoder, arguments) is not None:
+    if unwanted or _asked_for(decoder) is not None or why_not_these(decoder, arguments) is not None:
         return nullcontext()
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
@@ -162,7 +162,7 @@ def _why_not_walked(decoder: Any) -> str | None:
 
 def why_not_walked(decoder: Any, arguments: dict[str, Any]) -> str | None:
     """Why a paged forward with these arguments calls the layers of a patched decoder; None if we walk through them."""
-    return _why_not_walked(decoder) or _why_not_these(decoder, arguments)
+    return _why_not_walked(decoder) or why_not_these(decoder, arguments)
 
 
 def _asked_for(decoder: Any) -> str | None:
@@ -201,10 +201,11 @@ def fused_logits(
 
 def why_not_fused(decoder: Any, arguments: dict[str, Any]) -> str | None:
     """Why a paged forward of the decoder with these arguments needs the original."""
-    return fused_reason(decoder) or _why_not_these(decoder, arguments)
+    return fused_reason(decoder) or why_not_these(decoder, arguments)
 
 
-def _why_not_these(decoder: Any, arguments: dict[str, Any]) -> str | None:
+def why_not_these(decoder: Any, arguments: dict[str, Any]) -> str | None:
+    """What of these arguments the walk over the layers does not take, as a reason."""
     for name, value in arguments.items():
         if name not in TAKEN and value is not None and value is not False and (name, value) != ("is_causal", True):
             return f"{name} is given"

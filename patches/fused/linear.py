@@ -123,6 +123,7 @@ def _recorded(
 ) -> Tensor:
     """Rows of as many tokens each, of which the last ones run one by one: the states after each of them are kept."""
     assert cache.paged_batch is not None
+    _check_held(bool(past), cache, index)
     rows = cache.paged_batch.rows
     by_row = DeltaInputs(*(part.unflatten(0, (rows, -1)) for part in x))
     each, outs = by_row.q.shape[1], []
@@ -158,11 +159,15 @@ def _numbers(rows: int, device: torch.device) -> Tensor:
 def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cache: PagedCache, index: int) -> Tensor:
     assert cache.paged_batch is not None
     before, lengths = cache.layer_states(index) or (None, None), cache.paged_batch.known.query_lens
-    if before[0] is None and cache.get_seq_length():
-        raise ValueError(f"layer {index} has lost its state, as an interrupt may do; use a new {CACHE}")
+    _check_held(before[0] is not None, cache, index)
     out, conv, recurrent = _rule_of_prompts(products)(x, weights, lengths, *before)
     cache.keep_states(index, conv, recurrent)
     return out
+
+
+def _check_held(held: bool, cache: PagedCache, index: int) -> None:
+    if not held and cache.get_seq_length():
+        raise ValueError(f"layer {index} has lost its state, as an interrupt may do; use a new {CACHE}")
 
 
 def _rule_of_prompts(products: AnyProducts) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_fastattn import PagedCache
+from hf_fastattn.graphs import forward_graphs
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.loop.readback import Readback
 from hf_fastattn.transformers_version import CACHE
@@ -159,6 +160,19 @@ def test_memory_of_states_is_given_back(device: str) -> None:
     assert torch.equal(run(model, 6), run(stock, 6)) and assert_looped(model)
     assert model._fastattn.runtime.loop_graphs.row_states is None
     del stock
+
+
+@pytest.mark.parametrize("large", [0, 2**27])
+def test_large_states_are_not_kept_for_two_loops(device: str, monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    """Those of steps in Transformers' own loop go when the device's loop takes states, and are made anew."""
+    monkeypatch.setattr(forward_graphs, "LARGE_STATES", large)
+    stock, model = both("qwen3_next", device)
+    for _ in range(2):
+        own = {"logits_processor": [lambda ids, scores: scores.roll(1, 1)]}
+        assert torch.equal(run(model, 6, **own), run(stock, 6, **own)) and assert_fast(model).graphs_replayed
+        assert model._fastattn.runtime.graphs.nbytes
+        assert torch.equal(run(model, 6), run(stock, 6)) and assert_looped(model)
+        assert (model._fastattn.runtime.graphs._states is None) == (large == 0)
 
 
 @pytest.mark.parametrize("targets", [["in_proj_qkv", "in_proj_z", "out_proj"], ["in_proj_a", "q_proj", "down_proj"]])

@@ -260,6 +260,13 @@ def test_drafts_give_the_tokens_without_them(family: str, padding: int) -> None:
     assert forwards[1] < 26
 
 
+def test_drafts_from_a_prompt_of_one_token() -> None:
+    stock, model = pair("qwen3_next")
+    call: dict[str, Any] = {"input_ids": torch.tensor([[5]]), "max_new_tokens": 30, "do_sample": False}
+    assert torch.equal(model.generate(**call, prompt_lookup_num_tokens=3), stock.generate(**call))
+    assert_fast(model)
+
+
 @pytest.mark.parametrize("kind", ["paged", "dynamic"])
 def test_drafts_over_the_turns_of_a_chat(kind: str) -> None:
     stock, model = pair("qwen3_next")
