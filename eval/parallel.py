@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             measured = _turns(model, length, options) if kind == "turns" else _case(model, kind, count, length, options)
             rows.append({"name": name, "kind": kind, "rows": count, "length": length, **measured})
-            said = ", ".join(rows[-1]["red"]) or "green"
+            said = f"{', '.join(rows[-1]['red']) or 'green'}; {_briefly(rows[-1]['systems'])}"
         except Exception as error:
             traceback.print_exc()
             failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
@@ -68,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.write(options.output, "parallel", markdown(record), record, lambda pyplot: draw(pyplot, record))
     print(json.dumps(report.finite(record)))
     return 1 if failed or any(row["red"] for row in rows) else 0
+
+
+def _briefly(systems: dict[str, dict[str, Any]]) -> str:
+    """What a run that is cut short leaves behind."""
+    return "; ".join(
+        f"{name} first {found['first']:.1f}, a token {found['token']:.2f} ms" for name, found in systems.items()
+    )
 
 
 def _model(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
