@@ -8,6 +8,7 @@ exactly as many programs as the GPU runs at once. `MEASURED` holds the exception
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -125,6 +126,17 @@ def product_tile(
         return _skinny_tile(bucket, k, rows, gated, SKINNY if itemsize == 2 else SKINNY_FP32)
     tile = _ampere_tile(bucket, k, rows, gated)
     return replace(tile, block_k=tile.block_k // 2) if itemsize == 4 else tile
+
+
+def room_beside(arch: int, tokens: int, tile: ProductTile, counts: Sequence[int]) -> int:
+    """Programs that a GPU runs at once beside those of a product of few tokens; 0 where that was not measured.
+
+    Args:
+        counts: rows of each weight, those of gate alone for gate and up.
+    """
+    if arch != HOPPER or not 1 < tokens <= FEW_TOKENS:
+        return 0
+    return max(2 * PROCESSORS - tile.split * sum(-(-count // tile.block_n) for count in counts), 0)
 
 
 def _vector_tile(itemsize: int, k: int, rows: int, gated: bool) -> ProductTile:

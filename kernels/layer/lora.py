@@ -131,17 +131,23 @@ def check_adapters(
             raise ValueError(f"{tuple(of.scales.shape)} scales, {of.scales.dtype}, for A of {rank} rows; must be fp32")
 
 
-def lora_tile(block_t: int, k: int, rank: int) -> LoraTile:
-    """The tile for `block_t` tokens, padded, and A of `rank` rows, padded."""
+def lora_tile(block_t: int, k: int, rank: int, room: int = 0) -> LoraTile:
+    """The tile for `block_t` tokens, padded, and A of `rank` rows, padded.
+
+    Args:
+        room: programs for each A that a GPU runs at once beside those that multiply with W. Up to so many the sums are there
+            sooner, and W takes no longer (H200, 8 tokens, q, k, v and o of 1B: 256 columns a program instead of 512).
+    """
     # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
     block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32 if block_t <= 32 else 16
     columns, most = (PART_COLUMNS, MOST_PARTS) if block_t == 1 else (PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS)
-    return LoraTile(block_k, max(min(k // columns, most), 1))
+    parts = min(k // columns, most) if room <= most or block_t == 1 else min(k // PART_COLUMNS, room, MOST_PARTS)
+    return LoraTile(block_k, max(parts, 1))
 
 
 def operands(
     x: Tensor, adapters: Sequence[Adapter | None], block_t: int, sums: LoraSums | None, tile: LoraTile | None,
-    numbers: Tensor | None = None,
+    numbers: Tensor | None = None, room: int = 0,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
     """The shrinking programs of a launch, and its keywords for LoRA.
 
@@ -152,10 +158,13 @@ def operands(
         sums: where the sums go; made if None.
         tile: for measuring; by default `lora_tile`'s.
         numbers: `[T]` int32, of the tokens' adapters, where these are stacked.
+        room: programs that a GPU runs at once beside those that multiply with W.
     """
     ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
     rank = power_of_2(max(*ranks, LEAST_RANK))
-    constants = _constants(x.shape[1], ranks, rank, block_t, tile or lora_tile(block_t, x.shape[1], rank))
+    constants = _constants(
+        x.shape[1], ranks, rank, block_t, tile or lora_tile(block_t, x.shape[1], rank, room // len(ranks))
+    )
     spare = next(adapter for adapter in adapters if adapter is not None)
     if block_t > 1:
         wide = spare.a.dtype == torch.float32

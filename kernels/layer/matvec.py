@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile
+from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile, room_beside
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, check_adapters, operands
 from hf_fastattn.kernels.layer.lora_programs import b_of_token, early_sums, expand_token, shrink_token
 from hf_fastattn.kernels.layer.skinny import skinny_product
@@ -185,7 +185,10 @@ def _product(
     rounds = weights[0].dtype is not x.dtype
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
-    shrinkers, adapted = (0, {}) if lora is None else operands(x, lora, block_t, lora_sums, lora_tile, lora_numbers)
+    shrinkers, adapted = 0, {}
+    if lora is not None:
+        room = room_beside(arch, tokens, tile, counts[:1] if gated else counts)
+        shrinkers, adapted = operands(x, lora, block_t, lora_sums, lora_tile, lora_numbers, room)
     if tokens > 1:
         skinny_product(x, weights, biases, residual, y, gated, sums, weights_settled, tile, shrinkers, adapted)
         return y
