@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,18 @@ from hf_fastattn.cache.recurrent_layer import Pair, RecurrentLayer
 from hf_fastattn.cache.row_states import state_shapes, states_of
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 
-if TYPE_CHECKING:
-    from hf_fastattn.cache.forward_cache import ForwardCache
+
+class Stepped(Protocol):
+    """What is asked of a cache, a `ForwardCache`."""
+
+    lengths: list[int]
+
+    @property
+    def recurrent_layers(self) -> dict[int, RecurrentLayer]: ...
+
+    def own_states(self) -> None: ...
+
+    def move_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None: ...
 
 
 class ForwardStates:
@@ -34,7 +44,7 @@ class ForwardStates:
         self._layers: dict[int, Pair] = {}
         # By turn and number of rows: the states of each layer, as its cache holds them.
         self._views: dict[tuple[int, int], dict[int, Pair]] = {}
-        self._holder: weakref.ref[ForwardCache] | None = None
+        self._holder: weakref.ref[Stepped] | None = None
         self.device = states_of(next(iter(layers.values())))[0].device
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
@@ -46,7 +56,7 @@ class ForwardStates:
         """Whether states of these layers have room."""
         return rows <= self.rows and self._shapes == state_shapes(layers)
 
-    def take(self, cache: ForwardCache) -> None:
+    def take(self, cache: Stepped) -> None:
         """The layers of the cache, with a forward under way, hold their states here; the forward will read them."""
         layers, rows = cache.recurrent_layers, len(cache.lengths)
         before = None if self._holder is None else self._holder()
@@ -63,7 +73,7 @@ class ForwardStates:
                     self._bring(index, layer, rows, cache)
             self._slots.copy_(self._turns[self._turn])
 
-    def _bring(self, index: int, layer: RecurrentLayer, rows: int, cache: ForwardCache) -> None:
+    def _bring(self, index: int, layer: RecurrentLayer, rows: int, cache: Stepped) -> None:
         """The layer holds its states in the places that are read."""
         held = states_of(layer)
         if index not in self._layers:
@@ -80,7 +90,7 @@ class ForwardStates:
                 place.copy_(state)
         cache.move_states(index, *places)
 
-    def written(self, cache: ForwardCache) -> None:
+    def written(self, cache: Stepped) -> None:
         """The forward has run: the layers hold what it has written."""
         views = self._views[1 - self._turn, len(cache.lengths)]
         for index, layer in cache.recurrent_layers.items():
