@@ -8,7 +8,7 @@ states where they lie. A cache that comes in between brings its own, and the one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -19,22 +19,17 @@ from hf_fastattn.cache.row_states import state_shapes, states_of
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 
 
-class Holder(Protocol):
-    """A cache whose layers hold states here."""
+class Stepped(Protocol):
+    """What is asked of a cache, a `ForwardCache`."""
+
+    lengths: list[int]
 
     @property
-    def recurrent_layers(self) -> dict[int, RecurrentLayer]:
-        """By index."""
+    def recurrent_layers(self) -> dict[int, RecurrentLayer]: ...
 
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each row."""
+    def own_states(self) -> None: ...
 
-    def move_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None:
-        """The states of a layer lie in these tensors now, which hold the same."""
-
-    def own_states(self) -> None:
-        """No state of a layer lies where recorded forwards may write."""
+    def move_states(self, index: int, conv: Tensor, recurrent: Tensor) -> None: ...
 
 
 class ForwardStates:
@@ -49,7 +44,7 @@ class ForwardStates:
         self._layers: dict[int, Pair] = {}
         # By turn and number of rows: the states of each layer, as its cache holds them.
         self._views: dict[tuple[int, int], dict[int, Pair]] = {}
-        self._holder: weakref.ref[Holder] | None = None
+        self._holder: weakref.ref[Stepped] | None = None
         self.device = states_of(next(iter(layers.values())))[0].device
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
@@ -61,7 +56,7 @@ class ForwardStates:
         """Whether states of these layers have room."""
         return rows <= self.rows and self._shapes == state_shapes(layers)
 
-    def take(self, cache: Holder) -> None:
+    def take(self, cache: Stepped) -> None:
         """The layers of the cache, with a forward under way, hold their states here; the forward will read them."""
         layers, rows = cache.recurrent_layers, len(cache.lengths)
         before = None if self._holder is None else self._holder()
@@ -78,7 +73,7 @@ class ForwardStates:
                     self._bring(index, layer, rows, cache)
             self._slots.copy_(self._turns[self._turn])
 
-    def _bring(self, index: int, layer: RecurrentLayer, rows: int, cache: Holder) -> None:
+    def _bring(self, index: int, layer: RecurrentLayer, rows: int, cache: Stepped) -> None:
         """The layer holds its states in the places that are read."""
         held = states_of(layer)
         if index not in self._layers:
@@ -95,7 +90,7 @@ class ForwardStates:
                 place.copy_(state)
         cache.move_states(index, *places)
 
-    def written(self, cache: Holder) -> None:
+    def written(self, cache: Stepped) -> None:
         """The forward has run: the layers hold what it has written."""
         views = self._views[1 - self._turn, len(cache.lengths)]
         for index, layer in cache.recurrent_layers.items():
