@@ -139,6 +139,10 @@ class EngineParts:
         if self._keeps_prefixes:
             self._name_state()
 
+    def enter(self, works: bool) -> None:
+        """From now on the model is as `check` has found it, or nobody has looked."""
+        self._runtime.graphs.enter_call((lambda: self) if works else None)
+
     def cause_of(self, error: Exception) -> Exception:
         """What an error of a running batch comes from."""
         reason = self._why_changed()
