@@ -32,6 +32,9 @@ class FastBatchingManager(ContinuousBatchingManager):
         model, generation_config, continuous_batching_config, workload_hints: as of Transformers' own.
     """
 
+    # Transformers asks whether there is one.
+    batch_processor: Any
+
     def __init__(self, choice: Choice, model: Any, **options: Any) -> None:
         super().__init__(model=model, **options)
         self._turn = model._fastattn.runtime.turn

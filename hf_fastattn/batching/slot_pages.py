@@ -17,7 +17,7 @@ from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.pages.page_group import PageGroup
 
 # Pages that move cost a copy of all of them, and steps recorded anew: the pool grows by this share at least.
-GROWTH = 0.25
+GROWTH = 0.5
 
 
 class SlotPages:
