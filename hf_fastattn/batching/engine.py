@@ -16,7 +16,9 @@ from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens of prompts computed between two steps: so many for each prompt, and at most.
-PIECE, MOST_TOKENS = 256, 8192
+PIECE, MOST_TOKENS = 192, 8192
+# So many prompts are computed one by one, by recorded forwards of PIECE tokens.
+FEW = 4
 # Prompts come first if there is one for so many running rows.
 BURST = 4
 # Pieces of MOST_TOKENS that rows wait for at most.
@@ -125,8 +127,14 @@ class Engine:
         # Where many requests wait for their first token, they come first, for a while.
         burst = BURST * prompts > rows and self._pieces < MOST_PIECES
         self._pieces += 1
-        if prompts:
-            self._compute(self._most_tokens if burst else min(PIECE * prompts, self._most_tokens))
+        if burst:
+            self._compute(self._most_tokens)
+        elif prompts > FEW or PIECE > self._most_tokens:
+            self._compute(min(PIECE * prompts, self._most_tokens))
+        else:
+            # One by one, since they are recorded.
+            for request in list(self._batch.prompts):
+                self._append([(request, min(len(request.prompt) - request.done, PIECE))], PIECE)
         if self._batch.rows.count and not (burst and self._batch.prompts):
             self._launch()
         self._receive()
@@ -188,20 +196,25 @@ class Engine:
     # ---- prompts ----------------------------------------------------------------------------------------------
 
     def _compute(self, tokens: int) -> None:
-        """Compute so many tokens of the prompts that came first; where one ends, its first token is chosen."""
-        batch, taken = self._batch, []
-        for request in batch.prompts:
+        """Compute so many tokens of the prompts that came first, together."""
+        taken = []
+        for request in self._batch.prompts:
             count = min(len(request.prompt) - request.done, tokens)
-            taken.append((request, request.done, count))
+            taken.append((request, count))
             tokens -= count
             if not tokens:
                 break
-        ends = [place for place, (request, first, count) in enumerate(taken) if first + count == len(request.prompt)]
+        self._append(taken)
+
+    def _append(self, taken: list[tuple[Request, int]], size: int = 0) -> None:
+        """Compute so many tokens of each of these prompts; where one ends, its first token is chosen."""
+        ends = [place for place, (request, count) in enumerate(taken) if request.done + count == len(request.prompt)]
         logits = compute_pieces(
-            self._model, self._pages, [request.slot for request, *_ in taken], [first for _, first, _ in taken],
-            [request.prompt[first : first + count] for request, first, count in taken], ends, self._model.device,
+            self._model, self._pages, [request.slot for request, _ in taken], [request.done for request, _ in taken],
+            [request.prompt[request.done : request.done + count] for request, count in taken], ends,
+            self._model.device, size,
         )  # fmt: skip
-        for request, _, count in taken:
+        for request, count in taken:
             request.done += count
         if logits is not None:
             self._begin([taken[place][0] for place in ends], logits)

@@ -24,7 +24,7 @@ from hf_fastattn.runtime import Runtime
 MOST_SLOTS = 512
 # Rows that steps are recorded for before anybody knows how many there will be.
 LIKELY_ROWS = 16
-# Bytes of pages that are made at once where nobody says how many there may be.
+# Bytes of pages that are made at once where nobody says how many there will be, or may be.
 EXPECTED = 2 * 2**30
 WARM_PROMPT, WARM_TOKENS = 64, 3
 
@@ -66,12 +66,19 @@ class EngineParts:
         self._pages = pages
         asked = getattr(self._config, "max_batch_tokens", None) or MOST_TOKENS
         columns = -(-_longest(hints) // pages.page_size)
-        most = EXPECTED // max(cache.groups.page_bytes, 1) if pages.most is None else pages.most // 2
-        pages.expect(min(min(self.slots, getattr(hints, "num_requests", 0) or 0) * columns, most))
+        pages.expect(self._expected(pages, hints, columns))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver,
             min(asked, MOST_TOKENS),
         )  # fmt: skip
+
+    def _expected(self, pages: SlotPages, hints: Any, columns: int) -> int:
+        """Pages to make at once: those made later move all others, and steps are recorded anew."""
+        by_default = EXPECTED // max(pages.cache.groups.page_bytes, 1)
+        most = by_default if pages.most is None else pages.most // 2
+        if columns:
+            return min(self.slots * columns, hints.num_requests * columns, most)
+        return min(by_default, most) if self._model.device.type == "cuda" else 0
 
     def _steps(self, columns: int, vocabulary: int) -> Any:
         assert self._graphs is not None and self._pages is not None
@@ -138,6 +145,10 @@ class EngineParts:
             )
         if self._keeps_prefixes:
             self._name_state()
+
+    def enter(self, works: bool) -> None:
+        """From now on the model is as `check` has found it, or nobody has looked."""
+        self._runtime.graphs.enter_call((lambda: self) if works else None)
 
     def cause_of(self, error: Exception) -> Exception:
         """What an error of a running batch comes from."""

@@ -32,6 +32,9 @@ class FastBatchingManager(ContinuousBatchingManager):
         model, generation_config, continuous_batching_config, workload_hints: as of Transformers' own.
     """
 
+    # Transformers asks whether there is one.
+    batch_processor: Any
+
     def __init__(self, choice: Choice, model: Any, **options: Any) -> None:
         super().__init__(model=model, **options)
         self._turn = model._fastattn.runtime.turn
@@ -139,10 +142,17 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     def _work(self, engine: Engine) -> None:
         """Rounds, until there is no work, or somebody else wants the model, or the thread to stop."""
-        parts, status = self._parts_made(), self.background_thread_status
+        parts = self._parts_made()
         parts.check()
-        turn = self._turn
         self._gather()
+        parts.enter(True)
+        try:
+            self._rounds(engine)
+        finally:
+            parts.enter(False)
+
+    def _rounds(self, engine: Engine) -> None:
+        turn, status = self._turn, self.background_thread_status
         while True:
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)

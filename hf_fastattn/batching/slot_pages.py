@@ -17,7 +17,7 @@ from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.pages.page_group import PageGroup
 
 # Pages that move cost a copy of all of them, and steps recorded anew: the pool grows by this share at least.
-GROWTH = 0.25
+GROWTH = 0.5
 
 
 class SlotPages:
@@ -147,10 +147,16 @@ class SlotPages:
 
     # ---- what a forward reads and writes ----------------------------------------------------------------------
 
+    @property
+    def options(self) -> BatchOptions:
+        """What forwards run on."""
+        groups = self.cache.groups
+        return BatchOptions(groups.backend, groups.batch_invariant, groups.workspaces)
+
     def batch(self, slots: Sequence[int], before: Sequence[int], counts: Sequence[int]) -> Batch:
         """The batch of a forward of `counts[i]` new tokens of slot `slots[i]`, which holds `before[i]`."""
         after = [have + count for have, count in zip(before, counts, strict=True)]
-        groups, tables, size = self.cache.groups, self.cache.tables, self.page_size
+        tables, size = self.cache.tables, self.page_size
 
         def plan(window: int | None) -> ReadPlan:
             rows = tables[window].rows
@@ -162,7 +168,7 @@ class SlotPages:
             return np.concatenate(found)
 
         host = HostBatch(list(counts), after, ByWindow(tables, plan), ByWindow(tables, places))
-        return Batch.from_host(host, BatchOptions(groups.backend, groups.batch_invariant, groups.workspaces))
+        return Batch.from_host(host, self.options)
 
     def place_of(self, slot: int, token: int) -> list[int]:
         """By window, where a token of a slot is written: `page * P + offset`."""

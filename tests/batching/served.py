@@ -83,6 +83,7 @@ class Driven:
         self._hold = functools.partial(torch.no_grad)
         with self._hold():
             self.engine: Engine = self.parts.engine(self._deliver)
+        self._cache = self.engine._pages.cache
 
     def _deliver(self, requests: list[Request]) -> None:
         for request in requests:
@@ -104,6 +105,9 @@ class Driven:
     def release(self) -> Any:
         """The engine ends; returns the counters. No page is held any more."""
         counters = self.twins.report.last_call
+        if self.engine.is_idle:
+            # Whoever has ended holds no page.
+            assert not any(pages for table in self._cache.tables.values() for pages in table.rows)
         self.parts.release(self.engine)
         assert self.twins.report.pages_in_use == 0
         return counters

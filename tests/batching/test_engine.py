@@ -188,6 +188,27 @@ def test_rows_longer_than_the_tables(device: str, monkeypatch: pytest.MonkeyPatc
     driven.release()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_window", "qwen2_vl"])
+def test_a_long_prompt_beside_rows(family: str, device: str, request: pytest.FixtureRequest) -> None:
+    """Its pieces are recorded, the last one filled up, and rows go on between them."""
+    twins, given = Twins(family, device, page_size=PAGE), prompts(10, 13, 20)
+    driven, long = Driven(twins), prompts(1, 5, 60)[0] * 4 + [7, 8, 9]
+    for place, prompt in enumerate(given):
+        driven.add(str(place), prompt, 60)
+    driven.run(3)
+    for place in range(2):
+        driven.add(f"long {place}", [place + 1, *long], 5)
+    driven.run()
+    for place, prompt in enumerate(given):
+        assert driven.tokens(str(place)) == twins.alone(prompt, 60)
+    for place in range(2):
+        assert driven.tokens(f"long {place}") == twins.alone([place + 1, *long], 5)
+    counters = driven.release()
+    assert counters.batch_steps > len(long) // 8 and not counters.uncaptured
+    if "host" not in request.node.name:
+        assert counters.appends_replayed > len(long) // 8
+
+
 @pytest.mark.parametrize("watched", ["streaming", "record_timestamps"])
 def test_watched_requests(device: str, watched: str) -> None:
     twins, given = Twins("llama", device), prompts(4, 9)

@@ -218,6 +218,23 @@ def test_generate_beside(device: str) -> None:
     assert twins.report.pages_in_use == 0
 
 
+def test_generate_need_not_wait_for_the_end(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However patient it is, and although there is always another step."""
+    monkeypatch.setattr("hf_fastattn.runtime.PATIENCE", 60.0)
+    twins = Twins("llama", device)
+    ids = torch.tensor([[5, 6, 7]], device=twins.model.device)
+    with twins.model.continuous_batching_context_manager(generation_config=greedy()) as manager:
+        manager.add_request([8, 9], request_id="endless", max_new_tokens=10**6, streaming=True)
+        assert manager.get_result(timeout=30) is not None
+        begun = time.monotonic()
+        tokens = twins.model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        assert time.monotonic() - begun < 30
+        assert not twins.report.last_call.fallbacks
+        manager.cancel_request("endless")
+    assert tokens[0, 3:].tolist() == twins.alone([5, 6, 7])
+    assert twins.report.pages_in_use == 0
+
+
 def test_an_error_fails_what_is_under_way_and_nothing_else(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     twins, given = Twins("llama", device), prompts(4)
     plain, rounds = Engine.run, []
