@@ -18,7 +18,6 @@ from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.launch import arch_of, check_pages, matrix_precision, on_device_of, power_of_2
-from hf_fastattn.kernels.quick_launch import launch
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
@@ -180,25 +179,18 @@ def paged_prefill(
         check_visited(visited, tiles, tile.block_m, tile.block_n)
     factor, cap = score_factors(scale, softcap, variant.hooks)
     window = variant.window_with(window)
-    arguments = (
-        q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
-        rows, window or 0, factor, cap,
-        q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
-        variant.tensors, None if visited is None else visited.for_kernel(),
-    )  # fmt: skip
-    options = dict(
-        GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-        BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
-        WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
-        LISTS=1 if visited is None else visited.counts.shape[1],
-        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION=matrix_precision(q.dtype, tile.block_m), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
-    )  # fmt: skip
     with on_device_of(q):
-        if variant is PLAIN and visited is None:
-            launch(prefill_kernel, (tiles * groups,), arguments, options)
-        else:
-            # Tuples of tensors are for Triton's binder.
-            prepared(prefill_kernel)[(tiles * groups,)](*arguments, **options)
+        prepared(prefill_kernel)[(tiles * groups,)](
+            q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
+            rows, window or 0, factor, cap,
+            q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+            variant.tensors, None if visited is None else visited.for_kernel(),
+            GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+            BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
+            WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
+            LISTS=1 if visited is None else visited.counts.shape[1],
+            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=matrix_precision(q.dtype, tile.block_m), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
+        )  # fmt: skip
     return out, lse
