@@ -172,10 +172,10 @@ def operands(
         constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
     held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
     copies = SUMS.value if block_t == 1 else 1
-    room = (sums or LoraSums(x.device)).take(copies * len(ranks) * constants["PARTS"] * block_t * rank)
+    summed = (sums or LoraSums(x.device)).take(copies * len(ranks) * constants["PARTS"] * block_t * rank)
     tensors = (*(one.a for one in held), *(one.b for one in held))
     scales = (float(one.scale) for one in held)
-    lora = Operands._make((*tensors, *scales, room))
+    lora = Operands._make((*tensors, *scales, summed))
     members = None
     if numbers is not None:
         of = [one.members for one in held if one.members is not None]

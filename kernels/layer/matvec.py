@@ -14,6 +14,7 @@ versions are in `reference.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -185,7 +186,7 @@ def _product(
     rounds = weights[0].dtype is not x.dtype
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
-    shrinkers, adapted = 0, {}
+    shrinkers, adapted = 0, dict[str, Any]()
     if lora is not None:
         room = room_beside(arch, tokens, tile, counts[:1] if gated else counts)
         shrinkers, adapted = operands(x, lora, block_t, lora_sums, lora_tile, lora_numbers, room)
