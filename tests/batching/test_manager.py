@@ -56,6 +56,7 @@ def test_generate_batch(device: str) -> None:
         assert output.created_time <= output.lifespan[0] <= output.lifespan[1]
     call = assert_served(twins, 8)
     assert call.batch_steps == NEW - 1
+    assert f"8 requests in {NEW - 1} steps" in str(twins.report)
 
 
 def test_its_options(device: str) -> None:
