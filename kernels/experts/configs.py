@@ -63,8 +63,8 @@ GROUPED: dict[tuple[int, bool], tuple[int, int, int, int, int]] = {
     (96, True): (64, 64, 64, 4, 4),
     (96, False): (64, 128, 64, 8, 3),
 }
-# For so many pairs an expert on average, of more tokens than so many, tiles of 64 pairs alone are quicker than with wider ones
-# in the same kernel, which take twice the registers.
+# For so many pairs an expert on average, of more tokens than so many, tiles of 64 pairs alone are quicker than with wider
+# ones in the same kernel, which take twice the registers.
 SEVERAL_PAIRS, SEVERAL_TOKENS = range(25, 97), 256
 # Columns a step of wider tiles, and stages by their pairs.
 WIDE_K, WIDE_STAGES = 64, {64: 4, 128: 3}
