@@ -369,6 +369,7 @@ CASES = {
     "experts, 24 tokens, few an expert": Case(lambda: experts_of(24, 2048, 768, 128, 2), MANY, programs=2),
     "experts, 66 tokens, few an expert": Case(lambda: experts_of(66, 2048, 768, 128, 2, kept=11), MANY, programs=1),
     "experts, 66 tokens, several an expert": Case(lambda: experts_of(66, 2048, 768, 128, 2, kept=6), MANY, programs=1),
+    "experts, 300 tokens, several an expert": Case(lambda: experts_of(300, 2048, 768, 128, 2, kept=16), MANY, programs=2),
     "experts, 512 tokens": Case(lambda: experts_of(512, 2048, 768, 8, 8), MANY, programs=1),
     "experts, 64 tokens, fp32": Case(lambda: experts_of(64, 512, 768, 8, 8, FP32), MANY, programs=1, exact=True),
     "experts, 100 tokens, shared, I = 1000": Case(

@@ -180,6 +180,8 @@ def test_tiles_of_sorted_pairs() -> None:
             assert (tile.block_m, tile.narrow) == (wide, 16)
             assert tile.block_m == pairs_a_tile(HOPPER, 2, tokens, 8, 128)
     assert grouped_tile(HOPPER, 2, 4096, 2, 8, True).narrow == 0
+    for tokens, block_m in ((128, 128), (512, 64)):
+        assert grouped_tile(HOPPER, 2, tokens, 2, 1 + tokens // 16, False).block_m == block_m
     assert [pairs_a_tile(80, 2, tokens, 8, 128) for tokens in (17, 4096)] == [64, 64]
     assert pairs_a_tile(HOPPER, 4, 300, 2, 8) == 32 and grouped_tile(HOPPER, 4, 300, 2, 8, True).narrow == 0
 
