@@ -16,6 +16,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.batch_tensors import HostBatch
 from hf_fastattn.cache.by_window import ByWindow
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.recurrent_layer import RecurrentLayer
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.table_mirror import TableMirror
 from hf_fastattn.patches.fused.forward import fused_forward
@@ -49,11 +50,19 @@ class _OneSlot:
         return self.cache.groups
 
     @property
+    def lengths(self) -> list[int]:
+        return self.cache.lengths
+
+    @property
+    def recurrent_layers(self) -> dict[int, RecurrentLayer]:
+        return self.cache.recurrent_layers
+
+    @property
     def paged_batch(self) -> Batch | None:
         return self.cache.paged_batch
 
-    def using(self, batch: Batch) -> Any:
-        return self.cache.using(batch)
+    def using(self, batch: Batch, states: Any = None) -> Any:
+        return self.cache.using(batch, states)
 
     def grow_tensors(self) -> None:
         self.cache.grow_tensors()
