@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import triton
-from triton.runtime import JITFunction, driver
+from triton import knobs
+from triton.runtime import driver
 
 from hf_fastattn.kernels.launch import TESTED
 
@@ -70,7 +71,7 @@ def is_under_way() -> bool:
 
 def can_rehearse() -> bool:
     """Whether kernels are compiled, by a version of Triton whose threads were tried, and nobody else compiles ahead."""
-    if not isinstance(_probe, JITFunction) or not triton.__version__.startswith(TESTED) or (os.cpu_count() or 1) < 2:
+    if knobs.runtime.interpret or not triton.__version__.startswith(TESTED) or (os.cpu_count() or 1) < 2:
         return False
     from triton.runtime._async_compile import active_mode
 
@@ -104,8 +105,3 @@ def rehearsal() -> Iterator[None]:
             yield
     finally:
         _rehearses.reset(before)
-
-
-@triton.jit
-def _probe():
-    """Shows whether kernels are compiled or interpreted."""

@@ -384,8 +384,8 @@ CASES = {
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),
     "sample, fp32, V = 262144": Case(lambda: chosen(FP32, vocab=262144), SAMPLED, programs=1),
     # The benchmark's peer: many programs, since nothing but their number hides the latency of memory.
-    "page by page": Case(lambda: paged_peer(1, 128), ("page_by_page_kernel",), programs=4),
-    "page by page, R = 4": Case(lambda: paged_peer(4, 128), ("page_by_page_kernel",), programs=4),
+    "page by page": Case(lambda: paged_peer(1, 128), ("page_by_page_kernel",), programs=2),
+    "page by page, R = 4": Case(lambda: paged_peer(4, 128), ("page_by_page_kernel",), programs=2),
     "greedy": Case(lambda: chosen(greedy=True), GREEDY, programs=6),
     "greedy, fp32": Case(lambda: chosen(FP32, greedy=True), GREEDY, programs=6),
     "repetition penalty": Case(processed, ("process_logits_kernel",), programs=6),
