@@ -165,7 +165,10 @@ CASES = {
         lambda: shared_prefix(7, 96, FP16, page=64, softcap=50.0), SHARED_PREFIX, programs=1, targets=("sm_90",)
     ),
     "shared prefix, D = 256": Case(lambda: shared_prefix(8, 256, rows=16), SHARED_PREFIX, programs=1),
-    "shared prefix, fp32": Case(lambda: shared_prefix(4, 128, FP32, rows=16), SHARED_PREFIX, programs=1, exact=True),
+    # Triton 3.6: 36 bytes, outside of the loop over keys.
+    "shared prefix, fp32": Case(
+        lambda: shared_prefix(4, 128, FP32, rows=16), SHARED_PREFIX, programs=1, exact=True, spilled=48
+    ),
     "prefill": Case(lambda: prefill(4, 128), ("prefill_kernel",), programs=1),
     "prefill, short": Case(lambda: prefill(4, 128, tokens=16), ("prefill_kernel",), programs=2),
     # Measured: smaller tiles spill nothing, and take half again as long.
