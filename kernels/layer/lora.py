@@ -135,8 +135,8 @@ def lora_tile(block_t: int, k: int, rank: int, room: int = 0) -> LoraTile:
     """The tile for `block_t` tokens, padded, and A of `rank` rows, padded.
 
     Args:
-        room: programs for each A that a GPU runs at once beside those that multiply with W. Up to so many the sums are there
-            sooner, and W takes no longer (H200, 8 tokens, q, k, v and o of 1B: 256 columns a program instead of 512).
+        room: programs for each A that a GPU runs at once beside those that multiply with W: up to so many do not make the
+            launch longer than the wave of these, and the sums are there sooner.
     """
     # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
     block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32 if block_t <= 32 else 16
