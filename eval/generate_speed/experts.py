@@ -81,6 +81,7 @@ def count_distinct(system: System, case: Case) -> Distinct:
 def counting(device: torch.device, rows: int) -> Iterator[Tensor]:
     """`[2, layers]` on the device: distinct experts that up to `rows` tokens chose, and how often, while in the block."""
     # Not before: it imports Triton.
+    from hf_fastattn.kernels import rehearsal
     from hf_fastattn.patches.fused import mixture
 
     sums = torch.zeros(2, MOST_LAYERS, dtype=torch.int64, device=device)
@@ -89,7 +90,8 @@ def counting(device: torch.device, rows: int) -> Iterator[Tensor]:
 
     def counted(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         routing = route(x, weight, *args, **kwargs)
-        if x.shape[0] <= rows:
+        # In a rehearsal nothing was chosen: what is there are any numbers.
+        if x.shape[0] <= rows and not rehearsal.is_under_way():
             place = places.setdefault(weight.data_ptr(), len(places))
             seen = torch.zeros(len(weight), dtype=torch.int64, device=x.device)
             seen.index_fill_(0, routing.chosen.flatten().long(), 1)

@@ -32,7 +32,8 @@ from tests.tools.models import (
 
 pytestmark = pytest.mark.gpu
 
-NOT_CAPTURED = ("next", "qwen3_5")
+# Families whose states lie in two places, read and written in turn: a step is recorded for each.
+TWO_PLACES = ("next", "qwen3_5")
 CALLS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 4},
@@ -81,10 +82,8 @@ def test_tokens_equal_stock(family: str, call: str) -> None:
     for _ in range(2):
         assert torch.equal(run(model, **CALLS[call]), want)
         captured, replayed = replays(model)
-        if any(part in family for part in NOT_CAPTURED):
-            assert replayed == 0
-        else:
-            assert replayed >= 46 and captured <= 4 and not assert_fast(model).uncaptured
+        most = 8 if any(part in family for part in TWO_PLACES) else 4
+        assert replayed >= 46 and captured <= most and not assert_fast(model).uncaptured
 
 
 @pytest.mark.parametrize("family", CORE)

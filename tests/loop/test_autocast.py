@@ -111,6 +111,7 @@ def test_tokens(family: str, how: str, device: str) -> None:
 
 def test_only_products_are_narrow(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The residual stream behind each layer is fp32, and as near to fp32's as autocast's: one in bf16 would be further."""
+    from hf_fastattn.kernels import rehearsal
     from hf_fastattn.patches.fused import layers
 
     stock = tiny("qwen3", **SMALL).to(device)
@@ -126,7 +127,8 @@ def test_only_products_are_narrow(device: str, monkeypatch: pytest.MonkeyPatch) 
 
     def noted(*args: Any) -> Any:
         x, delta = mlp(*args)
-        streams.append(x if delta is None else x + delta)
+        if not rehearsal.is_under_way():
+            streams.append(x if delta is None else x + delta)
         return x, delta
 
     monkeypatch.setattr(layers, "_mlp", noted)

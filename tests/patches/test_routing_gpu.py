@@ -75,13 +75,15 @@ def stock_routes(model: Any, ids: Tensor) -> Routed:
 
 @contextmanager
 def routes_kept(kept: list[Tensor]) -> Iterator[None]:
+    from hf_fastattn.kernels import rehearsal
     from hf_fastattn.patches.fused import mixture
 
     route = mixture.route
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         found = route(*args, **kwargs)
-        kept.append(found.chosen)
+        if not rehearsal.is_under_way():
+            kept.append(found.chosen)
         return found
 
     mixture.route = keep  # type: ignore[assignment]

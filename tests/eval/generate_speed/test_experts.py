@@ -65,6 +65,15 @@ def test_counted(alike: bool) -> None:
     assert (sum(want) / 4 < 0.9 * expected_experts(9, 2, 4)) == alike
 
 
+@pytest.mark.interpreter
+def test_rehearsals_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_fastattn.patch(mixture(num_hidden_layers=1))
+    monkeypatch.setattr("hf_fastattn.kernels.rehearsal.is_under_way", lambda: True)
+    with counting(torch.device("cpu"), 4) as sums:
+        steps(model, torch.ones(4, 4, dtype=torch.long), None, [3, 4], hf_fastattn.PagedCache(model.config))
+    assert not sums.any()
+
+
 def bench(folder: Path, output: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     status = cli.main(["bench", "generate", "--model", str(folder), *SIZE, *options, "--output", str(output)])
     return status, json.loads((output / "speed.json").read_text()), (output / "speed.md").read_text()
