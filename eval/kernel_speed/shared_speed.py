@@ -38,6 +38,7 @@ def shared_launches(inputs: SharedInputs) -> dict[str, Launch]:
     from hf_fastattn.kernels.attention.decode import paged_decode
     from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
     from hf_fastattn.kernels.attention.workspace import Workspace
+    from hf_fastattn.kernels.backends import choose_backend
     from hf_fastattn.kernels.variants.compiled import compile_variant
     from hf_fastattn.kernels.variants.hooks import PLAIN
 
@@ -45,10 +46,11 @@ def shared_launches(inputs: SharedInputs) -> dict[str, Launch]:
     device, batch = inputs.page_table.device, (inputs.page_table, inputs.seq_lens)
     variant = PLAIN if inputs.variant is None else compile_variant(inputs.variant, DIM, device)
     options: dict[str, Any] = {"scale": SCALE, "workspace": Workspace(device), "variant": variant}
+    hopper = choose_backend("auto", device, inputs.q[0].dtype, DIM)[0] == "hopper"
     groups = (inputs.group_starts, inputs.prefix_lens)
     found: dict[str, Launch] = {
         "ours": lambda i: paged_decode_shared(
-            *sets[i % len(sets)], *batch, *groups, max_group_rows=inputs.shape.samples, **options
+            *sets[i % len(sets)], *batch, *groups, max_group_rows=inputs.shape.samples, hopper=hopper, **options
         )[0],
         "not shared": lambda i: paged_decode(*sets[i % len(sets)], *batch, **options)[0],
     }

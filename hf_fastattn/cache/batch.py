@@ -222,7 +222,8 @@ class Batch:
         out, _ = paged_decode_shared(
             q, k_pages, v_pages, held.page_tables[None], held.seq_lens, shared.group_starts, shared.prefix_lens,
             max_group_rows=shared.max_group_rows, scale=scale, workspace=self._workspace(q.device),
-            variant=_compiled(variant, q.device),
+            variant=_compiled(variant, q.device), hopper=self._backend_of(q) == "hopper",
+            work_lists=self._work_lists,
         )  # fmt: skip
         return out
 

@@ -5,20 +5,44 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from hf_fastattn.kernels.attention.prefix_items import ITEM
 from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING
 
 
 @gluon.jit
-def tile_of(work, cu_seqlens, seq_lens, t, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PACKED: gl.constexpr):
-    """Row, first packed query, head slot, first token, new tokens, keys and K/V tiles of work item `t`."""
-    b = gl.load(work + t * 4)
-    first_query = gl.load(work + t * 4 + 1)
-    slot = gl.load(work + t * 4 + 2)
-    first_token = gl.load(cu_seqlens + b)
-    new = gl.load(cu_seqlens + b + 1) - first_token
-    length = gl.load(seq_lens + b)
-    seen = gl.minimum(length, first_query // PACKED + BLOCK_M // PACKED + length - new)
-    return b, first_query, slot, first_token, new, length, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
+def items_of_program(items_ptr, PREFIXES: gl.constexpr):
+    """`(first, past, step)`: the work items of this program. `items_ptr` says how many there are, of prefixes which."""
+    program = gl.program_id(0)
+    if PREFIXES:
+        return gl.load(items_ptr + program * 2), gl.load(items_ptr + program * 2 + 1), 1
+    else:
+        return program, gl.load(items_ptr), gl.num_programs(0)
+
+
+@gluon.jit
+def tile_of(work, cu_seqlens, seq_lens, t, CFG: gl.constexpr):
+    """Work item `t`: row, first packed query, head slot, first token, new tokens, keys, K/V tiles, and the first key.
+
+    Of a part of a prefix: the row whose page table is read, and for tokens the rows that share the prefix.
+    """
+    BLOCK_M: gl.constexpr = CFG[0]
+    BLOCK_N: gl.constexpr = CFG[1]
+    PACKED: gl.constexpr = CFG[6]
+    if CFG[8]:
+        item = work + t * ITEM
+        b = gl.load(item)
+        length = gl.load(item + 5)
+        count = (length + BLOCK_N - 1) // BLOCK_N
+        return b, b * 0, gl.load(item + 3), gl.load(item + 1), gl.load(item + 2), length, count, gl.load(item + 4)
+    else:
+        b = gl.load(work + t * 4)
+        first_query = gl.load(work + t * 4 + 1)
+        slot = gl.load(work + t * 4 + 2)
+        first_token = gl.load(cu_seqlens + b)
+        new = gl.load(cu_seqlens + b + 1) - first_token
+        length = gl.load(seq_lens + b)
+        seen = gl.minimum(length, first_query // PACKED + BLOCK_M // PACKED + length - new)
+        return b, first_query, slot, first_token, new, length, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1), b * 0
 
 
 @gluon.jit
@@ -52,10 +76,10 @@ def item_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexp
     And whether a variant's mask hides anything of the first tile.
     """
     work, page_table, cu_seqlens, seq_lens = pointers
-    tiles, stride_table, groups, ratio, beyond = numbers
+    items, stride_table, groups, ratio, beyond = numbers
     BLOCK_N: gl.constexpr = CFG[1]
     PACKED: gl.constexpr = CFG[6]
-    b, first_query, slot, first_token, new, length, count = tile_of(work, cu_seqlens, seq_lens, t, CFG[0], BLOCK_N, PACKED)
+    b, first_query, slot, first_token, new, length, count, origin = tile_of(work, cu_seqlens, seq_lens, t, CFG)
     if LISTS > 0:
         lists = lists_of(visited, t, groups * ratio // PACKED, LISTS)
         count = gl.maximum(lists[1] + lists[2], 1)
@@ -66,7 +90,9 @@ def item_of(pointers, numbers, visited, t, CFG: gl.constexpr, LISTS: gl.constexp
         listed = lists[0]
     else:
         # Tiles of keys that every query sees, and that end before the row does, need no mask.
-        unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
+        unmasked = length // BLOCK_N
+        if not CFG[8]:
+            unmasked = gl.minimum(length, gl.maximum(first_query // PACKED + length - new + 1, 0)) // BLOCK_N
         masked = count - unmasked
         first_key = (count - 1) * BLOCK_N
         hides = True

@@ -14,6 +14,7 @@ in one file.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_tile, lists_of, number_of, tile_of
+from hf_fastattn.kernels.attention.hopper_items import (
+    item_of,
+    items_of_program,
+    key_of,
+    listed_tile,
+    lists_of,
+    number_of,
+    tile_of,
+)
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
@@ -38,6 +47,7 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     unpack_pairs,
 )
 from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, shown_pairs, softmax_step, values_of_distances
+from hf_fastattn.kernels.attention.prefix_items import ITEM
 from hf_fastattn.kernels.attention.tile import score_factors
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.attention.work_list import WorkLists, work_list
@@ -90,7 +100,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
     q_s, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
     work, page_table, cu_seqlens, seq_lens = pointers
-    tiles, stride_table, groups, ratio, beyond = numbers
+    items, stride_table, groups, ratio, beyond = numbers
     BLOCK_M: gl.constexpr = CFG[0]
     BLOCK_N: gl.constexpr = CFG[1]
     D: gl.constexpr = CFG[2]
@@ -100,13 +110,11 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
     PACKED: gl.constexpr = CFG[6]
     done = 0
     q_phase = 1
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, first_query, slot, first_token, new, length, count = tile_of(
-            work, cu_seqlens, seq_lens, t, BLOCK_M, BLOCK_N, PACKED
-        )
+    for t in range(items[0], items[1], items[2]):
+        b, first_query, slot, first_token, new, length, count, origin = tile_of(work, cu_seqlens, seq_lens, t, CFG)
         head = slot * PACKED // ratio
         table = page_table + b * stride_table
-        pages = (length + PAGE - 1) // PAGE
+        pages = (origin + length + PAGE - 1) // PAGE
         if LISTS > 0:
             lists = lists_of(visited, t, groups * ratio // PACKED, LISTS)
             count = gl.maximum(lists[1] + lists[2], 1)
@@ -116,7 +124,7 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
         if LISTS == 0:
             first_key = (count - 1) * BLOCK_N
         _load_pages(
-            k_desc, k_full.index(s), k_s.index(s), table, first_key, pages, head, groups, beyond,
+            k_desc, k_full.index(s), k_s.index(s), table, origin + first_key, pages, head, groups, beyond,
             PAGE, BLOCK_N, D, HEADS_FIRST,
         )  # fmt: skip
         done += 1
@@ -135,20 +143,21 @@ def _producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexp
             if LISTS == 0:
                 first_key = (count - 1 - j) * BLOCK_N
             _load_pages(
-                k_desc, k_full.index(s), k_s.index(s), table, first_key, pages, head, groups, beyond,
+                k_desc, k_full.index(s), k_s.index(s), table, origin + first_key, pages, head, groups, beyond,
                 PAGE, BLOCK_N, D, HEADS_FIRST,
             )  # fmt: skip
             s = (done - 1) % BUFFERS
             if LISTS == 0:
                 key_before = (count - j) * BLOCK_N
             _load_pages(
-                v_desc, v_full.index(s), v_s.index(s), table, key_before, pages, head, groups, beyond,
+                v_desc, v_full.index(s), v_s.index(s), table, origin + key_before, pages, head, groups, beyond,
                 PAGE, BLOCK_N, D, HEADS_FIRST,
             )  # fmt: skip
             done += 1
         s = (done - 1) % BUFFERS
+        last_loaded = origin + (first_key if LISTS > 0 else 0)
         _load_pages(
-            v_desc, v_full.index(s), v_s.index(s), table, first_key if LISTS > 0 else 0, pages, head, groups, beyond,
+            v_desc, v_full.index(s), v_s.index(s), table, last_loaded, pages, head, groups, beyond,
             PAGE, BLOCK_N, D, HEADS_FIRST,
         )  # fmt: skip
 
@@ -228,6 +237,24 @@ def _step(
 
 
 @gluon.jit
+def _store_state(
+    partial_ptr, sums_ptr, item, acc, row_max, row_sum, WARPGROUP: gl.constexpr, new, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The state of a part of a prefix, as `prefix_lists.store_state`: its rows lie where the work item says."""
+    D: gl.constexpr = acc.shape[1]
+    at = gl.load(item + 6)
+    stride = gl.load(item + 7)
+    r = WARPGROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, acc.type.layout))
+    off = (at + r // PACKED * stride + r % PACKED).to(gl.int64) * D  # [64]
+    gl.store(partial_ptr + gl.expand_dims(off, 1) + gl.expand_dims(d, 0), acc, mask=gl.expand_dims(r // PACKED < new, 1))
+    r = WARPGROUP * 64 + gl.arange(0, 64, row_max.type.layout)
+    off = (at + r // PACKED * stride + r % PACKED) * 2
+    gl.store(sums_ptr + off, row_max, mask=r // PACKED < new)
+    gl.store(sums_ptr + off + 1, row_sum, mask=r // PACKED < new)
+
+
+@gluon.jit
 def _consumer(
     WARPGROUP: gl.constexpr, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
     CFG: gl.constexpr, LISTS: gl.constexpr, HOOKS: gl.constexpr,
@@ -235,11 +262,12 @@ def _consumer(
     """A consumer warpgroup: 64 packed query rows of each tile."""
     q_all, k_s, v_s = buffers
     q_full, q_empty, k_full, v_full, kv_empty = bars
-    tiles, stride_table, groups, ratio, beyond = numbers
+    items, stride_table, groups, ratio, beyond = numbers
     BLOCK_N: gl.constexpr = CFG[1]
     D: gl.constexpr = CFG[2]
     BUFFERS: gl.constexpr = CFG[3]
     PACKED: gl.constexpr = CFG[6]
+    PREFIXES: gl.constexpr = CFG[8]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -251,7 +279,7 @@ def _consumer(
     q_phase = 0
     if WARPGROUP == 1:
         turn_pass(0)
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for t in range(items[0], items[1], items[2]):
         b, first_query, slot, first_token, new, length, count, masked, first_key, listed, hides = item_of(
             pointers, numbers, visited, t, CFG, LISTS
         )
@@ -261,7 +289,7 @@ def _consumer(
         last_key = gl.minimum(q_idx, length - 1)
         first_position = mine // PACKED + (length - new)
         pairs = (b, slot * PACKED + query % PACKED, q_idx, window, tensors, slot * PACKED, first_position)
-        if LISTS > 0 and not HOOKS.causal:
+        if PREFIXES or (LISTS > 0 and not HOOKS.causal):
             last_key = length - 1 + query * 0
         row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([64, D], gl.float32, O_LAYOUT)
@@ -310,33 +338,37 @@ def _consumer(
         acc, operand = warpgroup_mma_wait(0, deps=(acc, operand))
         mbarrier.arrive(kv_empty.index(stage), count=1)
         total = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, S_LAYOUT), assert_trivial=True)
-        if HOOKS.sink is not None:
-            # In the sum only, as `hooked.hooked_sink`; the values are scaled with the sum.
-            sink = HOOKS.sink(slot * PACKED + query % PACKED, tensors) * LOG2E
-            most = gl.maximum(row_max, sink)
-            shift = gl.where(most == float("-inf"), 0.0, most)
-            decay = gl.exp2(row_max - shift)
-            total = total * decay + gl.exp2(sink - shift)
-            row_max = most
-            inverse = gl.where(total > 0.0, decay / total, 0.0)
-        elif HOOKS.sigmoid:
-            inverse = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        if PREFIXES:
+            mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+            _store_state(out_ptr, lse_ptr, pointers[0] + t * ITEM, acc, row_max, total, WARPGROUP, new, PACKED)
         else:
-            inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
-        out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
-        # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
-        q_s.store(out.to(dtype))
-        rows = q_s.load(STORE)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-        r = mine + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-        c = gl.arange(0, D, gl.SliceLayout(0, STORE))
-        off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D  # [64]
-        inside = gl.expand_dims(r // PACKED < new, 1)
-        gl.store(out_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
-        lse = (row_max + gl.log2(total)) * LN2
-        at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
-        gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
+            if HOOKS.sink is not None:
+                # In the sum only, as `hooked.hooked_sink`; the values are scaled with the sum.
+                sink = HOOKS.sink(slot * PACKED + query % PACKED, tensors) * LOG2E
+                most = gl.maximum(row_max, sink)
+                shift = gl.where(most == float("-inf"), 0.0, most)
+                decay = gl.exp2(row_max - shift)
+                total = total * decay + gl.exp2(sink - shift)
+                row_max = most
+                inverse = gl.where(total > 0.0, decay / total, 0.0)
+            elif HOOKS.sigmoid:
+                inverse = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+            else:
+                inverse = gl.where(total > 0.0, 1.0 / total, 0.0)
+            out = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True), 1)
+            # ---- the output goes through the shared memory of the queries, to be stored 16 bytes a thread
+            q_s.store(out.to(dtype))
+            rows = q_s.load(STORE)
+            fence_async_shared()
+            mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
+            r = mine + gl.arange(0, 64, gl.SliceLayout(1, STORE))
+            c = gl.arange(0, D, gl.SliceLayout(0, STORE))
+            off_out = ((first_token + r // PACKED) * heads + slot * PACKED + r % PACKED).to(gl.int64) * D  # [64]
+            inside = gl.expand_dims(r // PACKED < new, 1)
+            gl.store(out_ptr + gl.expand_dims(off_out, 1) + gl.expand_dims(c, 0), rows, mask=inside)
+            lse = (row_max + gl.log2(total)) * LN2
+            at = (first_token + query // PACKED) * heads + slot * PACKED + query % PACKED
+            gl.store(lse_ptr + at, lse, mask=query // PACKED < new)
     if WARPGROUP == 0:
         # Each turn that was passed must be waited for, also the last one, so that the barrier is left as it was found.
         turn_wait(0)
@@ -344,17 +376,20 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["stride_table", "groups", "ratio", "beyond"])
 def hopper_prefill_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, tiles_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, work, page_table, cu_seqlens, seq_lens, items_ptr,
     stride_table, groups, ratio, beyond, scale, visited, window, tensors,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, BUFFERS: gl.constexpr, PAGE: gl.constexpr,
     HEADS_FIRST: gl.constexpr, PACKED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr,
+    LISTS: gl.constexpr, HOOKS: gl.constexpr, DISTANCES: gl.constexpr, PREFIXES: gl.constexpr = False,
 ):  # fmt: skip
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
 
+    With PREFIXES the work items are parts of prefixes (`prefix_items.py`), all of whose keys every query sees, and what is
+    stored are their states, not normalised.
+
     `visited` is a `Visited` of LISTS lists an item, or None; `window` is None without one.
     """
-    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES)
+    CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES, PREFIXES)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
     q_s = gl.allocate_shared_memory(dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -375,7 +410,7 @@ def hopper_prefill_kernel(
     buffers = (q_s, k_s, v_s)
     bars = (q_full, q_empty, k_full, v_full, kv_empty)
     pointers = (work, page_table, cu_seqlens, seq_lens)
-    numbers = (gl.load(tiles_ptr), stride_table, groups, ratio, beyond)
+    numbers = (items_of_program(items_ptr, PREFIXES), stride_table, groups, ratio, beyond)
     gl.warp_specialize([
         (_consumer, (
             0, buffers, bars, pointers, numbers, out_ptr, lse_ptr, scale, visited, window, tensors,
@@ -427,6 +462,25 @@ def why_not_hopper(q: Tensor, k_pages: Tensor, window: int | None, softcap: floa
     return None
 
 
+def descriptors(q: Tensor, k_pages: Tensor, v_pages: Tensor, packed: int) -> tuple[Any, Any, Any, int]:
+    """What TMA is to know of queries, keys and values, and the row past the last one of keys, where it reads zeros.
+
+    Args:
+        q: `[T, H, D]` queries.
+        k_pages: `[N, P, G, D]` pages of keys; `v_pages` of values.
+        packed: as `packed_heads`.
+    """
+    pages, page, groups, dim = k_pages.shape
+    order, block_n = heads_first(k_pages), TILES[dim][0]
+    rows = pages * page * (groups if order else 1)
+    flat = [(x.transpose(1, 2) if order else x).view(rows, -1) for x in (k_pages, v_pages)]
+    q_box, kv_box = [BLOCK_M // 2 // packed, packed, dim], [min(page, block_n), dim]
+    q_layout, kv_layout = (_layout(tuple(box), q.dtype) for box in (q_box, kv_box))
+    q_desc = TensorDescriptor(q, list(q.shape), list(q.stride()), q_box, q_layout)
+    k_desc, v_desc = (TensorDescriptor.from_tensor(x, kv_box, kv_layout) for x in flat)
+    return q_desc, k_desc, v_desc, rows
+
+
 @functools.cache
 def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a box lies in shared memory; kept, since making it takes the host as long as a launch."""
@@ -474,7 +528,7 @@ def hopper_prefill(
     if reason or scale <= 0:
         raise ValueError(f"the Hopper kernel cannot take {reason or f'scale={scale}'}; use paged_prefill")
     tokens, heads, dim = q.shape
-    pages, page, groups = k_pages.shape[:3]
+    page, groups = k_pages.shape[1:3]
     ratio, order = heads // groups, heads_first(k_pages)
     packed = packed_heads(ratio, variant)
     block_n, buffers = TILES[dim]
@@ -493,16 +547,11 @@ def hopper_prefill(
     if key not in lists:
         lists[key] = work_list(cu_seqlens_q, tokens, heads // packed, packed, BLOCK_M)
     work, tiles = lists[key]
-    rows = pages * page * (groups if order else 1)
-    flat = [(x.transpose(1, 2) if order else x).view(rows, -1) for x in (k_pages, v_pages)]
-    q_box, kv_box = [BLOCK_M // 2 // packed, packed, dim], [min(page, block_n), dim]
-    q_layout, kv_layout = (_layout(tuple(box), q.dtype) for box in (q_box, kv_box))
-    q_desc = TensorDescriptor(q, list(q.shape), list(q.stride()), q_box, q_layout)
-    k_desc, v_desc = (TensorDescriptor.from_tensor(x, kv_box, kv_layout) for x in flat)
+    q_desc, k_desc, v_desc, beyond = descriptors(q, k_pages, v_pages, packed)
     with on_device_of(q):
         prepared(hopper_prefill_kernel)[(min(work.shape[0], processors),)](
             q_desc, k_desc, v_desc, out, lse, work, page_table, cu_seqlens_q, seq_lens, tiles,
-            page_table.stride(0), groups, ratio, rows, factor,
+            page_table.stride(0), groups, ratio, beyond, factor,
             None if visited is None else visited.for_kernel(), window, variant.tensors,
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=packed,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,

@@ -38,14 +38,13 @@ def shared_above(
 @triton.jit
 def prefix_list(
     group_starts_ptr, prefix_lens_ptr, prefix_groups,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr,
-    STEPS: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILE_ROWS: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The list of prefixes: levels, in each the prefix groups, in each the kv heads, the query blocks, the tiles of keys.
 
     Returns:
         Which of BLOCK_P prefix groups of all levels there are; how many tiles of one kv head those up to and with each have;
-        and the number of triples (prefix group, kv head, query block) with keys, at least 1.
+        and how many query blocks each has, 0 without keys.
     """
     group = tl.arange(0, BLOCK_P)
     is_group = group < prefix_groups * LEVELS
@@ -60,8 +59,17 @@ def prefix_list(
         shared = tl.maximum(shared - above, 0)
     blocks = (sharers + TILE_ROWS - 1) // TILE_ROWS
     upto = tl.cumsum((shared + BLOCK_N - 1) // BLOCK_N * blocks, 0)
-    triples = tl.maximum(tl.sum(tl.where(shared > 0, blocks, 0), 0) * GROUPS, 1)
-    return is_group, upto, triples
+    return is_group, upto, tl.where(shared > 0, blocks, 0)
+
+
+@triton.jit
+def used_programs(programs, triples):
+    """How many of the programs work on prefixes: as many for each of the triples, if at most 1/16 of the programs idle.
+
+    The query blocks of a kv head then read the same keys at the same time.
+    """
+    alike = programs // tl.maximum(triples, 1) * triples
+    return tl.where(alike * 16 >= programs * 15, alike, programs)
 
 
 @triton.jit

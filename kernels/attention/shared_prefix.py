@@ -7,7 +7,8 @@ prefix (Ye et al., 2024, "Cascade Inference"; Juravsky et al., 2024, "Hydragen")
 `decode.py`. There are two work lists of tiles of keys: the prefixes, by (prefix group, kv head, query block), and the
 suffixes, by (row, kv head). Each program computes its range of both from tensors on the device ("Stream-K", Osama et al.,
 2023), so a captured graph follows lengths and groups that changed. The second launch, `prefix_merge.py`, merges the parts of
-a row's prefixes and suffix.
+a row's prefixes and suffix. On Hopper the prefixes of large groups are a launch of their own, `hopper_prefixes.py`: there
+matrix products take the time.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from hf_fastattn.kernels.attention.prefix_lists import (
     prefix_list,
     store_state,
     suffix_list,
+    used_programs,
 )
 from hf_fastattn.kernels.attention.prefix_merge import MOST_LEVELS, PLACE, merge_prefixes
 from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors
+from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import (
     ASSEMBLER_OPTIONS,
@@ -50,53 +53,59 @@ FEW_ROWS = 1
 # (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
 BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LONGER_PREFIXES = tl.constexpr(2)
+# The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled, and rows times the keys that
+# a row may have are at least so many.
+GLUON_ROWS, GLUON_FILLED, GLUON_KEYS = 128, 0.75, 160 * 1024
 
 
-@triton.jit(do_not_specialize=["rows", "prefix_groups", "stride_table"])
+@triton.jit(do_not_specialize=["rows", "prefix_groups", "suffix_base", "whole_base", "stride_table"])
 def shared_prefix_kernel(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
-    rows, prefix_groups, scale, softcap,
+    rows, prefix_groups, suffix_base, whole_base, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    PREFIXES: tl.constexpr,
 ):  # fmt: skip
-    """One persistent program: a share of the tiles of prefixes, and one of the tiles of suffixes.
+    """One persistent program: a share of the tiles of prefixes (if PREFIXES), and one of the tiles of suffixes.
 
-    A tile of a prefix holds the queries of BLOCK_M // RATIO rows.
+    A tile of a prefix holds the queries of BLOCK_M // RATIO rows. The partial states: two blocks a program of prefixes, from
+    `suffix_base` on two a program of suffixes, from `whole_base` on unsplit prefixes and suffixes.
     """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    # The partial states: two blocks a program of prefixes, two a program of suffixes, then unsplit prefixes and suffixes.
-    suffix_base = 2 * programs * BLOCK_M
-    whole_base = suffix_base + 2 * programs * BLOCK_S
-
-    is_group, prefix_upto, triples = prefix_list(
-        group_starts_ptr, prefix_lens_ptr, prefix_groups, GROUPS, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
-    )  # fmt: skip
-    prefix_total = tl.max(prefix_upto, 0) * GROUPS
     row = tl.arange(0, BLOCK_B)
     is_row = row < rows
-    suffix_total = 0
-    if ORDER != IN_TURN:
-        _, suffix_upto, _ = suffix_list(
-            seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
+    suffix_first = 0
+    if PREFIXES:
+        is_group, prefix_upto, blocks = prefix_list(
+            group_starts_ptr, prefix_lens_ptr, prefix_groups, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
         )  # fmt: skip
-        suffix_total = tl.max(suffix_upto, 0) * GROUPS
-    prefix_programs, suffix_first = divide_programs(programs, triples, prefix_total, suffix_total, rows * GROUPS, ORDER)
-    attend_prefixes(
-        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
-        partial_ptr, partial_sum_ptr, places_ptr,
-        pid, prefix_programs, prefix_total, prefix_upto, is_group, prefix_groups, row, rows, whole_base, scale, softcap,
-        stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
-        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION, HOOKS,
-        STEPS, LEVELS,
-    )  # fmt: skip
+        triples = tl.maximum(tl.sum(blocks, 0) * GROUPS, 1)
+        prefix_total = tl.max(prefix_upto, 0) * GROUPS
+        suffix_total = 0
+        if ORDER != IN_TURN:
+            _, suffix_upto, _ = suffix_list(
+                seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
+            )  # fmt: skip
+            suffix_total = tl.max(suffix_upto, 0) * GROUPS
+        prefix_programs, suffix_first = divide_programs(
+            programs, triples, prefix_total, suffix_total, rows * GROUPS, ORDER
+        )  # fmt: skip
+        attend_prefixes(
+            q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+            partial_ptr, partial_sum_ptr, places_ptr,
+            pid, prefix_programs, prefix_total, prefix_upto, is_group, prefix_groups, row, rows, whole_base, scale, softcap,
+            stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+            GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION,
+            HOOKS, STEPS, LEVELS,
+        )  # fmt: skip
     # Computed a second time: kept over the prefixes, it would take registers that their loop needs.
     starts, suffix_upto, shares = suffix_list(
         seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
@@ -115,10 +124,7 @@ def divide_programs(programs, triples, prefix_total, suffix_total, pairs, ORDER:
 
     `triples` is the number of (prefix group, kv head, query block), `pairs` that of (row, kv head).
     """
-    # The same number of programs for each triple, if at most 1/16 of them idle: the query blocks of a kv head then read the
-    # same keys at the same time.
-    alike = programs // triples * triples
-    prefix_programs = tl.where(alike * 16 >= programs * 15, alike, programs)
+    prefix_programs = used_programs(programs, triples)
     suffix_first = 0
     if ORDER != IN_TURN:
         # A suffix costs about one tile more than it has: its first tile is loaded with no work to hide the latency.
@@ -260,6 +266,21 @@ def order_of_work(pairs: int, queries: int, processors: int) -> tl.constexpr:
     return BESIDE if pairs <= FEW_ROWS * processors else IN_TURN
 
 
+def worth_gluon(
+    q: Tensor, k_pages: Tensor, most_keys: int, queries: int, softcap: float | None, variant: CompiledVariant
+) -> bool:
+    """Whether the Gluon kernel can take the prefixes, and its tiles are full enough to be worth two more launches.
+
+    `queries` is the number of packed query rows of a prefix group.
+    """
+    filled = queries / (triton.cdiv(queries, GLUON_ROWS) * GLUON_ROWS)
+    if filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
+        return False
+    from hf_fastattn.kernels.attention.hopper_prefixes import why_not_prefixes
+
+    return why_not_prefixes(q, k_pages, variant) is None
+
+
 def paged_decode_shared(
     q: Tensor,
     k_pages: Tensor,
@@ -274,6 +295,8 @@ def paged_decode_shared(
     softcap: float | None = None,
     workspace: Workspace | None = None,
     variant: CompiledVariant = PLAIN,
+    hopper: bool = False,
+    work_lists: WorkLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one new token a row over paged keys and values, where groups of rows share their first pages.
 
@@ -295,6 +318,10 @@ def paged_decode_shared(
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
         variant: what attention does besides; without a window.
+        hopper: take the Gluon kernel for the prefixes where it is quicker, in a launch of its own and one for its work
+            list; see `backends.choose_backend`.
+        work_lists: what earlier calls for the same lengths and groups have made, and this one adds to: the work of the Gluon
+            kernel. To be emptied before lengths or groups change.
 
     Returns:
         Output `[B, H, D]` in q's dtype and LSE `[B, H]` fp32, natural logarithm; 0 and -inf for a row without keys.
@@ -328,22 +355,35 @@ def paged_decode_shared(
     queries = max_group_rows * ratio
     pairs = rows * kv_heads
     transformed = variant.hooks.key_transform is not None
-    tile = shared_prefix_tile(arch, q.element_size(), block_d, queries, pairs, room.processors, transformed)
+    gluon = hopper and worth_gluon(q, k_pages, page_table.shape[1] * page, queries, softcap, variant)
+    tile = shared_prefix_tile(
+        arch, q.element_size(), block_d, ratio if gluon else queries, pairs, room.processors, transformed
+    )
     block_s = max(power_of_2(ratio), 16)
-    block_m = max(min(power_of_2(queries), tile.block_m), block_s)
+    block_m = GLUON_ROWS if gluon else max(min(power_of_2(queries), tile.block_m), block_s)
     # Of one level, and of all of them.
     steps = max(power_of_2(groups), 16).bit_length() - 1
     block_p = max(power_of_2(groups * levels), 16)
     programs = max(tile.programs * room.processors, 2)
+    prefix_programs = room.processors if gluon else programs
     factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
-    states = 2 * programs * (block_m + block_s) + (levels + 1) * rows * heads
-    partial, partial_sum, _ = room.split_kv(triton.cdiv(states, 16), 16, block_d)
-    places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
+    suffix_base = 2 * prefix_programs * block_m
+    whole_base = suffix_base + 2 * programs * block_s
+    partial, partial_sum, _ = room.split_kv(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 16, block_d)
+    if gluon:
+        from hf_fastattn.kernels.attention.hopper_prefixes import hopper_prefixes
+
+        places = hopper_prefixes(
+            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, scale=scale,
+            programs=prefix_programs, whole_base=whole_base, work_lists={} if work_lists is None else work_lists,
+        )  # fmt: skip
+    else:
+        places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     with on_device_of(q):
         prepared(shared_prefix_kernel)[(programs,)](
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
-            rows, groups, factor, cap,
+            rows, groups, suffix_base, whole_base, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
@@ -351,7 +391,7 @@ def paged_decode_shared(
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
             STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
-            PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
+            PREFIXES=not gluon, PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
             **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
         )  # fmt: skip

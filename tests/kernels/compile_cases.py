@@ -83,6 +83,10 @@ HOPPER: dict[str, Any] = {
     "overlapped": True,
 }
 LISTED: dict[str, Any] = {**HOPPER, "kernels": ("visited_kernel", *HOPPER["kernels"])}
+PREFIXES: dict[str, Any] = {
+    **HOPPER,
+    "kernels": ("prefix_items_kernel", "hopper_prefill_kernel", "shared_prefix_kernel", "merge_prefixes_kernel"),
+}
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")
 DELTA = ("delta_conv_kernel", "conv_tail_kernel", "delta_chunk_kernel", "delta_scan_kernel", "gated_norm_kernel")
@@ -256,6 +260,13 @@ CASES = {
         lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)),
         **LISTED,
         spilled=64,
+    ),
+    "shared prefix, Gluon": Case(lambda: shared_prefix(4, 128, columns=2048, most=64, hopper=True), **PREFIXES),
+    "shared prefix, Gluon, three levels": Case(
+        lambda: shared_prefix(1, 128, columns=2048, most=128, hopper=True, levels=3, page=256), **PREFIXES
+    ),
+    "shared prefix, Gluon, D = 256": Case(
+        lambda: shared_prefix(8, 256, columns=2048, most=16, hopper=True, page=64), **PREFIXES
     ),
     "work list": Case(lambda: tiles(64), ("work_list_kernel",), programs=2),
     "merge": Case(lambda: merge(128, BF16), ("merge_states_kernel",), programs=4),

@@ -57,13 +57,14 @@ def check(
     workspace: Workspace | None = None,
     /,
     most: int | None = None,
+    hopper: bool = False,
     **options,
 ) -> State:
     batch, starts, prefixes = make_shared(rows_of, **options)
     most = most or max(len(suffixes) for _, suffixes in rows_of)
     got = paged_decode_shared(
         batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, starts, prefixes,
-        max_group_rows=most, scale=batch.scale, softcap=softcap, workspace=workspace,
+        max_group_rows=most, scale=batch.scale, softcap=softcap, workspace=workspace, hopper=hopper,
     )  # fmt: skip
     assert_attention(batch, got, softcap=softcap)
     return got
@@ -207,12 +208,14 @@ def make_nested(
     )
 
 
-def check_nested(tree: Sequence[tuple[int, Sequence[Group]]], most: int = 8, empty: int = 0, /, **options) -> None:
+def check_nested(
+    tree: Sequence[tuple[int, Sequence[Group]]], most: int = 8, empty: int = 0, /, hopper: bool = False, **options
+) -> None:
     batch, starts, lens = make_nested(tree, empty, **options)
     for levels in ((starts, lens), (starts[1].clone(), lens[1].clone())):
         got = paged_decode_shared(
             batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, *levels,
-            max_group_rows=most, scale=batch.scale,
+            max_group_rows=most, scale=batch.scale, hopper=hopper,
         )  # fmt: skip
         assert_attention(batch, got)
 
