@@ -21,7 +21,16 @@ from torch import Tensor
 SECONDS = 300.0
 WRONG, FAILED, NO_DEVICE = 3, 4, 5
 _OUTCOMES = {0: "right", WRONG: "wrong results", FAILED: "an error"}
-SOURCES = ("hopper_prefill.py", "hopper_registers.py", "../gluon_spelling.py", "work_list.py", "hopper_trial.py")
+SOURCES = (
+    "hopper_prefill.py",
+    "hopper_roles.py",
+    "hopper_items.py",
+    "hopper_softmax.py",
+    "hopper_registers.py",
+    "../gluon_spelling.py",
+    "work_list.py",
+    "hopper_trial.py",
+)
 # New and past tokens of the rows: one of several tiles, one of few tokens, one that ends inside a page.
 COUNTS, PASTS = (300, 3, 129), (0, 260, 70)
 PAGE, GROUPS, RATIO = 16, 2, 4

@@ -23,7 +23,7 @@ DRAW = {
     "speed": draw_speed,
 }
 # These are tables alone.
-NOT_DRAWN = ("matrix", "rollouts")
+NOT_DRAWN = ("matrix", "rollouts", "experts")
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith(NOT_DRAWN))
 
 
