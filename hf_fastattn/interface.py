@@ -36,7 +36,6 @@ MAX_ROW_ELEMENTS = 2**31
 logger = logging.getLogger("hf_fastattn")
 
 
-
 def register() -> None:
     """Make `attn_implementation="fastattn"` known to Transformers in this process; again is a no-op.
 
@@ -186,7 +185,8 @@ def _layer_of_batch(module: Any, key: Tensor, value: Tensor, kwargs: dict[str, A
 @torch.compiler.disable
 def _attend_batched(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """`[1, T, H, D]` of a layer of the above."""
-    if LAYER in kwargs and (key is not layer.key or value is not layer.value or kwargs.get("position_bias") is not None):
+    changed = not layer.is_gathered and (key is not layer.key or value is not layer.value)
+    if changed or kwargs.get("position_bias") is not None:
         raise RuntimeError(
             "continuous batching with attn_implementation='fastattn' needs a model whose attention takes keys and values as "
             "its cache gave them, and no position_bias; load this one with attn_implementation='sdpa'"

@@ -36,16 +36,26 @@ _manager = threading.local()
 def open_doors() -> None:
     """Wrap Transformers' functions; again is a no-op."""
     with _opening:
-        if hasattr(continuous_api.ContinuousBatchingManager.switch_to_cb_friendly_attn, "__wrapped__"):
-            return
-        _wrap(cache_module, "is_flash_attention_requested", _is_flash)
-        _wrap(initialization, "is_flash_attention_requested", _is_flash_to_resolve)
-        _wrap(initialization, "ensure_decode_fast_path_is_available", _keep_block_table)
-        _wrap(continuous_api, "PagedAttentionCache", _make_cache)
-        _wrap(model_runner.ModelRunner, "compute_batch", _compute_batch)
-        _wrap(continuous_api.ContinuousBatchingManager, "_create_batch_processor", _create_batch_processor)
-        # Last, since it tells whether all are wrapped.
-        _wrap(continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch)
+        _wrap_all()
+
+
+@functools.cache
+def _wrap_all() -> None:
+    doors: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (cache_module, "is_flash_attention_requested", _is_flash),
+        (initialization, "is_flash_attention_requested", _is_flash_to_resolve),
+        (initialization, "ensure_decode_fast_path_is_available", _keep_block_table),
+        (continuous_api, "PagedAttentionCache", _make_cache),
+        (model_runner.ModelRunner, "compute_batch", _compute_batch),
+        (continuous_api.ContinuousBatchingManager, "_create_batch_processor", _create_batch_processor),
+        (continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch),
+    )
+    missing = [name for owner, name, _ in doors if not hasattr(owner, name)]
+    if missing:
+        logger.warning("continuous batching does not take attn_implementation=%r: no %s in this Transformers", NAME, missing)
+        return
+    for owner, name, function in doors:
+        _wrap(owner, name, function)
 
 
 def is_ours(config: Any) -> bool:

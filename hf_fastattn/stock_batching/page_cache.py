@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
@@ -62,6 +63,7 @@ class StockPages(PagedAttentionCache):
 
     # ---- one layer ---------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def layer(self, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> PagedLayer:
         """The layer in the forward that is under way.
 
@@ -109,4 +111,3 @@ class StockPages(PagedAttentionCache):
 def _of_kind(given: Any, kind: str) -> Any:
     """Of one kind of layers; where all are of one kind, some versions hand it over by itself."""
     return given[kind] if isinstance(given, dict) else given
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import SlidingAttentionCacheAllocator
@@ -65,7 +64,6 @@ class NewPages(StockPages):
         # The stock update edits the arguments.
         return PagedAttentionCache.update(self, key, value, layer_idx, dict(kwargs))
 
-    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,12 @@ def fill_ring(row: Tensor, pages: list[int], past: int, window: int, page_size: 
 
 
 def prompt_step(
-    read_index: Tensor, write_index: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, lengths: tuple[int, int], page_size: int
+    read_index: Tensor,
+    write_index: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    lengths: tuple[int, int],
+    page_size: int,
 ) -> PagedStep:
     """Several new tokens a row, over the pages that hold them and those before; a page's first token tells its number.
 
