@@ -67,7 +67,7 @@ def padded_as_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_padding(name: str) -> None:
     stock, model = pair(name)
     given = prompts(5, 60)
-    config = batching(8, 1024, q_padding_interval_size=16, kv_padding_interval_size=64)
+    config = batching(8, 1024, max_requests_per_batch=8, q_padding_interval_size=16, kv_padding_interval_size=64)
     assert batched(model, given, config=config) == alone(stock, given)
     assert counters.batches["decode: pages in place"] > 0, counters
 
@@ -78,7 +78,7 @@ def test_padding(name: str) -> None:
 def test_padding_in_the_interpreter(name: str) -> None:
     stock, model = pair(name)
     given = prompts(3, 30)
-    config = batching(8, 512, 64, q_padding_interval_size=16, kv_padding_interval_size=64)
+    config = batching(8, 512, 64, max_requests_per_batch=4, q_padding_interval_size=16, kv_padding_interval_size=64)
     assert batched(model, given, 8, config) == alone(stock, given, 8)
     assert counters.batches["decode: pages in place"] > 0 and set(counters.kernels) == {"triton"}, counters
 
