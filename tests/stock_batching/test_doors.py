@@ -125,7 +125,7 @@ def test_models_at_once_in_threads() -> None:
 
 def test_layers_of_a_recorded_forward_share_nothing_with_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that is recorded has the tensors of the one before it, and must compute from them again."""
-    _, model = pair("gemma3")
+    _, model = pair("llama")
     layer = StockPages.layer
     steps: dict[int, list[Any]] = {}
 
@@ -136,6 +136,6 @@ def test_layers_of_a_recorded_forward_share_nothing_with_the_one_before(monkeypa
 
     monkeypatch.setattr(StockPages, "layer", noted)
     batched(model, prompts(2))
-    # Layers 0 and 1 slide, and share; layer 2 does not.
-    assert all(a is b for a, b in zip(steps[0], steps[1], strict=True))
-    assert len({id(step) for step in steps[0]}) == len(steps[0]) and not set(map(id, steps[0])) & set(map(id, steps[2]))
+    for later in (steps[1], steps[2]):
+        assert all(a is b for a, b in zip(steps[0], later, strict=True))
+    assert len({id(step) for step in steps[0]}) == len(steps[0])
