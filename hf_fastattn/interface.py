@@ -13,8 +13,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,35 +23,17 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from hf_fastattn.dense.causal_layout import CausalLayout, layout_of, with_layout
 from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock, why_stock_is_enough
 from hf_fastattn.dense.dense_attention import dense_attention
+from hf_fastattn.dense.interface_counters import InterfaceCounters, counters
 from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.stock_batching.attention import PagedLayer, paged_layer_attention
+from hf_fastattn.stock_batching.doors import NAME, NAMES, open_doors
+from hf_fastattn.stock_batching.page_cache import LAYER, StockPages
 
-NAME = "fastattn"
+__all__ = ["NAME", "InterfaceCounters", "attention_forward", "attention_mask", "counters", "register"]
 # Inside a row the kernels count elements in 32 bits.
 MAX_ROW_ELEMENTS = 2**31
 logger = logging.getLogger("hf_fastattn")
-
-
-@dataclass
-class InterfaceCounters:
-    """Calls of the attention function, one a layer and forward, since `reset()`; those in compiled graphs do not count.
-
-    Attributes:
-        kernels: calls that ran our kernels, by backend.
-        fallbacks: calls that ran Transformers' attention instead, by reason; one is that ours would not be quicker.
-    """
-
-    kernels: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-
-    def reset(self) -> None:
-        """Count from zero."""
-        self.kernels.clear()
-        self.fallbacks.clear()
-
-
-# The registry of attention functions is one a process, and so are its counters.
-counters = InterfaceCounters()
 
 
 def register() -> None:
@@ -61,8 +41,10 @@ def register() -> None:
 
     Call it before a model is loaded with that name, which is a `ValueError` of Transformers otherwise.
     """
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    open_doors()
+    for name in NAMES:
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, attention_mask)
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
@@ -157,6 +139,9 @@ def attention_forward(
         Output `[B, S, H, D]`, and None for the weights unless `output_attentions` is set.
     """
     mask = attention_mask
+    batched = _layer_of_batch(module, key, value, kwargs)
+    if batched is not None:
+        return _attend_batched(batched, query, key, value, kwargs), None
     if _is_known_to_suffice(query, key, mask, kwargs):
         counters.fallbacks[ONE_LAUNCH] += 1
         return stock_attention(module, query, key, value, None, **kwargs)
@@ -186,6 +171,31 @@ def attention_forward(
     if mask is not None and mask.ndim == 2:
         mask = _dense_mask(mask, query, key, causal, window) if layout is None else layout.dense_mask(query.shape[2])
     return stock_attention(module, query, key, value, mask, **kwargs)
+
+
+def _layer_of_batch(module: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> PagedLayer | None:
+    """The layer in a forward of Transformers' continuous batching; None in any other."""
+    if LAYER in kwargs:
+        return kwargs[LAYER]
+    # Before 5.24 not the model but its attention function calls the cache.
+    cache = kwargs.get("cache")
+    return cache.layer(key, value, module.layer_idx, kwargs) if isinstance(cache, StockPages) else None
+
+
+@torch.compiler.disable
+def _attend_batched(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """`[1, T, H, D]` of a layer of the above."""
+    changed = not layer.is_gathered and (key is not layer.key or value is not layer.value)
+    if changed or kwargs.get("position_bias") is not None:
+        raise RuntimeError(
+            "continuous batching with attn_implementation='fastattn' needs a model whose attention takes keys and values as "
+            "its cache gave them, and no position_bias; load this one with attn_implementation='sdpa'"
+        )
+    backend, _ = choose_backend("auto", query.device, query.dtype, query.shape[-1])
+    counters.kernels[backend] += 1
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    options = {"scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    return paged_layer_attention(layer, query, backend=backend, **options)
 
 
 def _is_known_to_suffice(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

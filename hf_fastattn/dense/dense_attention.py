@@ -57,7 +57,7 @@ def _decode(
         out = torch.empty((rows, 1, heads, dim), dtype=q.dtype, device=q.device)
         with on_device_of(q):
             launch.again(q, k, v, out)
-        return out if sinks is None else _with_sinks(out[:, 0], lse, sinks)[:, None]
+        return out if sinks is None else with_sinks(out[:, 0], lse, sinks)[:, None]
     from hf_fastattn.kernels.attention.decode import decode_launch
 
     in_place = q.stride(3) == 1 and _strides(k) == _strides(v) and _is_token_storage(k)
@@ -70,7 +70,7 @@ def _decode(
     )  # fmt: skip
     if in_place and made is not None:
         layout.launches[like] = made, lse
-    return _with_sinks(first, lse, sinks)[:, None]
+    return with_sinks(first, lse, sinks)[:, None]
 
 
 def _append(
@@ -86,7 +86,7 @@ def _append(
         max_query_len=queries, scale=scale, window=layout.window if layout.is_narrow else None, softcap=softcap,
         workspace=layout.workspace(q.device, _stream(q.device)),
     )  # fmt: skip
-    return _with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
+    return with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
 
 
 def _reference(
@@ -100,7 +100,7 @@ def _reference(
     count = (rows - 1) * row_step + k.shape[2]
     plan = layout.plan(queries, row_step)
     out, lse = reference.paged_attention(packed, _pages(k, count), _pages(v, count), plan, scale=scale, softcap=softcap)
-    out = _with_sinks(out, lse, sinks)
+    out = with_sinks(out, lse, sinks)
     if real is None:
         return out.view(rows, queries, heads, dim)
     padded = out.new_zeros(rows, queries, heads, dim)
@@ -108,7 +108,7 @@ def _reference(
     return padded
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """`[T, H, D]` as if the sink had been in the softmax: its share of the weight is `sigmoid(sink - lse)`."""
     if sinks is None:
         return out
