@@ -9,6 +9,7 @@ wraps one with `functools.wraps` gives the wrapper its name, its module and its 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,6 +101,14 @@ def moves_nothing(hook: Any, device: torch.device) -> bool:
     return kind.__name__ == "ModelHook"
 
 
+def align_hooks(module: Any) -> Iterator[Any]:
+    """The hooks of accelerate on a module, in their order, that send what it is given to a device."""
+    hook = vars(module).get("_hf_hook")
+    for held in getattr(hook, "hooks", (hook,)):
+        if type(held).__name__ == "AlignDevicesHook":
+            yield held
+
+
 def origin_of(forward: Any) -> str:
     """The module in which the code of a forward stands, whatever the function says of itself."""
     function = _function(forward)
@@ -140,7 +149,8 @@ def _is_device(wanted: Any, device: torch.device) -> bool:
         return False
     if place.index is None and device.type == "cuda" == place.type:
         return device.index == torch.cuda.current_device()
-    return place == device
+    # A processor is one device, by whatever number.
+    return place == device or device.type == "cpu" == place.type
 
 
 def _function(forward: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, has_experts, why_not_capturable
 from hf_fastattn.graphs.module_checks import draws, submodules
+from hf_fastattn.graphs.placement import devices_of
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
@@ -61,6 +62,8 @@ class GraphStore(Generic[Key, Held]):
         self._reason: str | None = None
         # Decode steps can be recorded, other forwards cannot.
         self._steps_alone = False
+        # Layers are on other devices than the first one.
+        self.is_spread = False
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
@@ -107,6 +110,7 @@ class GraphStore(Generic[Key, Held]):
         if now != before:
             self._fingerprint = now
             self._reason = why_not_capturable(decoder, device, self._why_not_experts)
+            self.is_spread = len(devices_of(decoder, device)) > 1
             if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
                 self._reason = "dropout draws as Transformers does: sampling='transformers'"
             asked = self._why_not_experts if self._reason is None and has_experts(decoder) else None

@@ -18,6 +18,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.module_checks import why_not_kind
+from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -95,10 +96,11 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             return replaced
         return self.why_not_backend(cache.groups, device, model.dtype)
 
-    def why_not(self, model: Any, cache: PagedCache, by_row: bool = False) -> str | None:
+    def why_not(self, model: Any, cache: PagedCache, by_row: bool = False, spread: bool = False) -> str | None:
         """Why the modules of the model do not allow it; None if they do.
 
-        `by_row`: steps know which adapter each row has, if PEFT was asked for several.
+        `by_row`: steps know which adapter each row has, if PEFT was asked for several. `spread`: they know on which device
+        each layer is.
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
@@ -108,7 +110,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self.drop()
             self._groups = weakref.ref(cache.groups)
         chosen = None if by_row or self.adapter_names is None else BY_ROW
-        return why_not_kind(model) or self._reason or chosen
+        return why_not_kind(model) or self._reason or chosen or (SEVERAL if self.is_spread and not spread else None)
 
     @property
     def nbytes(self) -> int:
