@@ -65,7 +65,8 @@ def walk(
         def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
             again = make_products(tuple(states.shape[:-1]), states.device)
             x, delta = _run(layers, states.flatten(0, -2), None, again, cache, positions, attention_mask)
-            again.norm(written_module(decoder.norm), x, delta)
+            if place_of(decoder.norm, place) == place:
+                again.norm(written_module(decoder.norm), x, delta)
 
         rehearse(decoder, cache, states, positions, rehearsed)
     x, delta = states.flatten(0, -2), None
