@@ -55,9 +55,7 @@ def device_sample(
         return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
 
     request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask)
-    started = None if request is None else start(
-        model, input_ids, request, generation_config, model_kwargs, spread=True
-    )
+    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs, spread=True)
     if started is None:
         return None
     assert request is not None and cache is not None

@@ -39,7 +39,7 @@ def place_of(module: Any, given: torch.device) -> torch.device:
 
 
 def placed_submodules(root: nn.Module, given: torch.device) -> Iterator[tuple[nn.Module, torch.device]]:
-    """All modules below `root`, each with the device that it computes on: its own hook's, or that of the module around it."""
+    """All modules below `root`, each with the device that it computes on: its own hook's, or that of what it is in."""
     stack = [(root, given)]
     while stack:
         parent, place = stack.pop()

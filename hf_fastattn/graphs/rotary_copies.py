@@ -30,15 +30,17 @@ class RotaryCopies:
         if not runs_class_forward(rotary, home):
             cos, sin = rotary(states, position_ids=position_ids)
             return cos.to(states.device, non_blocking=True), sin.to(states.device, non_blocking=True)
-        cos, sin = self._on(rotary, states.device, device)(states, position_ids=position_ids)
+        held = self._on(rotary, states.device, device)
+        # A recorded forward holds no copies between devices; its caller has this done before each call.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _follow(rotary, held)
+        cos, sin = held(states, position_ids=position_ids)
         return cos, sin
 
     def refresh(self) -> None:
-        """Read the buffers anew, which nobody but the user writes to; where steps are recorded over them, before each call."""
+        """Read the buffers anew, which the user may have written to."""
         for rotary, held in self._held.values():
-            for name, buffer in rotary._buffers.items():
-                if buffer is not None:
-                    held._buffers[name].copy_(buffer, non_blocking=True)
+            _follow(rotary, held)
 
     def _on(self, rotary: Any, device: torch.device, place: torch.device) -> Any:
         known = self._held.get(place)
@@ -54,6 +56,13 @@ class RotaryCopies:
             }
         self._held[place] = (rotary, made)
         return made
+
+
+def _follow(rotary: Any, held: Any) -> None:
+    with torch.no_grad():
+        for name, buffer in rotary._buffers.items():
+            if buffer is not None:
+                held._buffers[name].copy_(buffer, non_blocking=True)
 
 
 def _are_alike(given: dict[str, Tensor | None], held: dict[str, Tensor | None]) -> bool:

@@ -108,9 +108,7 @@ class DecodeLoop:
             self._route = route_of(self._decoder, None, model.device)
         device = place_of(model.lm_head, self._route[-1])
         columns = -(-(max(cache.lengths) + self._most) // page_size)
-        self._state: DeviceState = self._graphs.state_for(
-            device, self._used, columns, cache, vocabulary, self._route
-        )
+        self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary, self._route)
         assert self._graphs.readback is not None
         self._readback = self._graphs.readback
         self._drop = private and bool(request.ends or request.stop_strings or limits is not None)

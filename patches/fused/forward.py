@@ -167,9 +167,7 @@ def _why_not_spread(decoder: Any, route: tuple[torch.device, ...]) -> str | None
     if vars(decoder)[STATE].family.linear_attention or has_experts(decoder):
         return SEVERAL
     options, heads = vars(decoder)[STATE].runtime.config, key_shape(decoder.config)[1]
-    backends = {
-        choose_backend(options.backend, place, decoder.dtype, heads, options.batch_invariant)[0] for place in route
-    }
+    backends = {choose_backend(options.backend, place, decoder.dtype, heads, options.batch_invariant)[0] for place in route}
     return "the devices that the layers are on take different kernels" if len(backends) > 1 else None
 
 
