@@ -1,4 +1,4 @@
-"""On which device the modules of a model compute: accelerate's hooks send what a module is given to where its weights are."""
+"""On which device modules compute: accelerate's hooks send what a module is given to where its weights are."""
 
 from __future__ import annotations
 
