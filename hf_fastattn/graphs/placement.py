@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fastattn.wrappers import align_hooks
+from hf_fastattn.wrappers import align_hooks, device_named
 
 SEVERAL = "the layers are on several devices"
 
@@ -22,16 +22,12 @@ def place_of(module: Any, given: torch.device) -> torch.device:
     """
     if "_hf_hook" not in vars(module):
         return given
-    place = given
+    place: torch.device | None = given
     for hook in align_hooks(module):
         # One that sends outputs back leaves no trace of where it computed.
         if hook.execution_device is not None and not hook.io_same_device:
-            try:
-                place = torch.device(hook.execution_device)
-            except RuntimeError:
-                # A number, without an accelerator, or a name such as "disk".
-                return given
-    if place.type != given.type:
+            place = device_named(hook.execution_device)
+    if place is None or place == given or place.type != given.type:
         return given
     if place.type == "cuda" and place.index is None:
         return torch.device("cuda", torch.cuda.current_device())
