@@ -144,7 +144,7 @@ def _below_hook(module: Any, forward: Any, device: torch.device) -> Any:
 
 
 def _is_hooked_once(module: Any, forward: Any, device: torch.device) -> bool:
-    """Whether the forward is that of the class, below a hook that moves nothing: of hundreds of modules, before each call."""
+    """Whether the forward is that of the class, below a hook that moves nothing: asked of hundreds of modules a call."""
     state = vars(module)
     held = state.get("_old_forward")
     if type(forward) is not functools.partial or getattr(held, "__func__", None) is not type(module).forward:

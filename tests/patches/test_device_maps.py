@@ -24,8 +24,9 @@ from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from tests.loop.test_decode_loop import ENDS, assert_looped, run
 from tests.patches.snapshots import lora, snapshot
+from tests.tools.fused_layers import assert_logits, build, count_launches, expected, steps
 from tests.tools.models import assert_fast, patch_with_graphs, single, tiny
-from tests.tools.reexecuted import reexecuted_loop
+from tests.tools.reexecuted import ReadBack, reexecuted_loop
 from tests.tools.spread import spread
 
 NEW = 12
@@ -104,6 +105,41 @@ def test_layers_are_not_called(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert_looped(model)
     # Arguments and keywords of the embedding, one rotary embedding and the output layer, and what the model gives back.
     assert moved.total() <= (20 if gpus else 8 * (NEW + 2))
+
+
+def test_each_layer_reads_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[int] = Counter()
+    attend = ReadBack.attend
+
+    def noted(self: ReadBack, q: Any, *pages: Any, **options: Any) -> Any:
+        read[self.on(q.device).page_tables[None].data_ptr()] += 1
+        return attend(self, q, *pages, **options)
+
+    with reexecuted_loop():
+        _, model = both(cut=1)
+        monkeypatch.setattr(ReadBack, "attend", noted)
+        run(model, NEW)
+    first, second = (model._fastattn.runtime.loop_graphs.state.inputs[torch.device(place)] for place in ("cpu", "cpu:0"))
+    # One that warms up, and the steps.
+    assert read == {first.tables.data_ptr(): NEW, second.tables.data_ptr(): 2 * NEW}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_our_kernels(patched_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = count_launches(monkeypatch)
+    stock, model = build("llama"), build("llama")
+    if patched_first:
+        hf_fastattn.patch(model)
+    hf_fastattn.patch(spread(model))
+    ids = torch.randint(1, 128, (1, 4), generator=torch.Generator().manual_seed(2))
+    outs = []
+    cache = hf_fastattn.PagedCache(model.config)
+    for begin, end in ((0, 3), (3, 4)):
+        launched.clear()
+        outs += steps(model, ids[:, begin:end], None, [end - begin], cache)
+        assert dict(launched) == expected(end - begin)
+    assert_logits("spread", stock, torch.cat(outs, 1), ids, None, [3, 4])
 
 
 CALLS: dict[str, dict[str, Any]] = {
