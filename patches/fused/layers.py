@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
+from hf_fastattn.kernels.launch import on_device_of
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
@@ -78,7 +79,9 @@ def walk(
             if layers:
                 positions = _positions(decoder, x.view(*leading, -1), cache.positions_on(wanted, position_ids), wanted)
                 attention_mask = _mask_on(x.device, attention_mask)
-        x, delta = _run(layers, x, delta, products, cache, positions, attention_mask)
+        # Each launch would look for its device and switch to it.
+        with on_device_of(x):
+            x, delta = _run(layers, x, delta, products, cache, positions, attention_mask)
     out = products.norm(written_module(decoder.norm), x, delta)[0]
     runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)

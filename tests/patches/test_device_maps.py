@@ -142,6 +142,16 @@ def test_our_kernels(patched_first: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert_logits("spread", stock, torch.cat(outs, 1), ids, None, [3, 4])
 
 
+@pytest.mark.interpreter
+def test_our_kernels_in_steps() -> None:
+    stock, model = spread(build("llama")), patch_with_graphs(spread(build("llama")))
+    ids = torch.randint(1, 128, (2, 5), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 4, "do_sample": True, "top_k": 1, "num_return_sequences": 2, "pad_token_id": 0}
+    with reexecuted_loop():
+        assert torch.equal(model.generate(ids, **options), stock.generate(ids, **options))
+    assert assert_looped(model).pages_shared
+
+
 CALLS: dict[str, dict[str, Any]] = {
     "ends": {"eos_token_id": ENDS},
     "penalty": {"repetition_penalty": 1.3, "min_new_tokens": 4},
