@@ -8,6 +8,7 @@ UNWRAP = "take the wrapper off; change logits by a LogitsProcessor, and look at 
 HOOKS = "remove them for the call (handle.remove()); look at states with output_hidden_states in a forward after it"
 ROWS = "remove it for the call, or set hook.takes_packed_rows = True on a hook that takes rows without padding"
 ONE_DEVICE = "load the model on one device, without offloading (device_map={'': 0})"
+SPREAD = "greedy search or sampling of dense layers, or all layers on one device (device_map={'': 0})"
 OWN_CACHE = "leave the cache to generate(), or pass a hf_fastattn.PagedCache or a DynamicCache(config=model.config)"
 CACHE_OPTION = "leave cache_implementation and use_cache alone; with 'static' also return_dict_in_generate"
 MASK = "pad on the left, with a mask of ones and zeros [rows, columns]"
@@ -48,6 +49,8 @@ HINTS = (
         "may change or move tensors",
         ONE_DEVICE,
     ),
+    ("on several devices", SPREAD),
+    ("take different kernels", SPREAD),
     ("has hooks", HOOKS),
     ("was replaced", UNWRAP),
     ("is called by a function of its own", "model.compile() is known; else set module._compiled_call_impl = None"),

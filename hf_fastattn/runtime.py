@@ -20,6 +20,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.model_state import ModelState
+from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.hints import with_hint
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
@@ -90,6 +91,8 @@ class Runtime:
         self.shares_rows = True
         # Sizes of forwards whose kernels were compiled ahead.
         self.rehearsed: set[Any] = set()
+        # Rotary embeddings on the devices of layers that are not where the model's own is.
+        self.rotary_copies = RotaryCopies()
         # Operations for the expert blocks of a paged forward under way whose layers are called.
         self.block_products: Any = None
         # Pages that stay for prompts to come, and how the state of the model is named that they belong to.

@@ -9,6 +9,7 @@ wraps one with `functools.wraps` gives the wrapper its name, its module and its 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def runs_class_forward(module: Any, device: torch.device) -> bool:
         device: on which everything is that the module is given.
     """
     forward = vars(module).get("forward")
-    own = forward is None or is_class_forward(module, below_wrappers(module, forward, device))
-    return own and is_called_as_ever(module)
+    own = forward is None or _is_hooked_once(module, forward, device)
+    return (own or is_class_forward(module, below_wrappers(module, forward, device))) and is_called_as_ever(module)
 
 
 def is_called_as_ever(module: Any) -> bool:
@@ -91,13 +92,31 @@ def moves_nothing(hook: Any, device: torch.device) -> bool:
     kind: Any = type(hook)
     if not _is_accelerates(kind, getattr(kind, "pre_forward", None), getattr(kind, "post_forward", None)) or hook.no_grad:
         return False
-    if not vars(hook).keys().isdisjoint(("pre_forward", "post_forward")):
+    own = vars(hook)
+    if "pre_forward" in own or "post_forward" in own:
         return False
     if kind.__name__ == "SequentialHook":
         return all(moves_nothing(inner, device) for inner in hook.hooks)
     if kind.__name__ == "AlignDevicesHook":
         return not hook.offload and _is_device(hook.execution_device, device)
     return kind.__name__ == "ModelHook"
+
+
+def align_hooks(module: Any) -> Sequence[Any]:
+    """The hooks of accelerate on a module, in their order, that send what it is given to a device."""
+    hook = vars(module).get("_hf_hook")
+    if type(hook).__name__ == "AlignDevicesHook":
+        return (hook,)
+    return [held for held in getattr(hook, "hooks", ()) if type(held).__name__ == "AlignDevicesHook"]
+
+
+@functools.lru_cache(maxsize=64)
+def device_named(name: Any) -> torch.device | None:
+    """The device by a name or number; None for a number without an accelerator, or a name such as "disk"."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        return None
 
 
 def origin_of(forward: Any) -> str:
@@ -124,6 +143,17 @@ def _below_hook(module: Any, forward: Any, device: torch.device) -> Any:
     return state.get("_old_forward") if origin_of(forward) == HOOKS and moves_nothing(hook, device) else None
 
 
+def _is_hooked_once(module: Any, forward: Any, device: torch.device) -> bool:
+    """Whether the forward is that of the class, below a hook that moves nothing: asked of hundreds of modules a call."""
+    state = vars(module)
+    held = state.get("_old_forward")
+    if type(forward) is not functools.partial or getattr(held, "__func__", None) is not type(module).forward:
+        return False
+    arguments, names = forward.args, getattr(forward.func, "__globals__", {})
+    own = held.__self__ is module and len(arguments) == 1 and arguments[0] is module and names.get("__name__") == HOOKS
+    return own and moves_nothing(state.get("_hf_hook"), device)
+
+
 @functools.lru_cache(maxsize=64)
 def _is_accelerates(kind: Any, before: Any, after: Any) -> bool:
     return all(getattr(known, "__module__", "") == HOOKS for known in (kind, before, after))
@@ -133,14 +163,13 @@ def _is_device(wanted: Any, device: torch.device) -> bool:
     """Whether what is sent to `wanted` stays on the device."""
     if wanted is None:
         return True
-    try:
-        place = torch.device(wanted)
-    except RuntimeError:
-        # A number, without an accelerator, or a name such as "disk".
-        return False
+    place = device_named(wanted)
+    if place is None or place == device:
+        return place is not None
     if place.index is None and device.type == "cuda" == place.type:
         return device.index == torch.cuda.current_device()
-    return place == device
+    # A processor is one device, by whatever number.
+    return device.type == "cpu" == place.type
 
 
 def _function(forward: Any) -> Any:

@@ -103,5 +103,7 @@ class HostSteps:
                 self._decoder, cache, input_ids=self._tokens[index][:, None], inputs_embeds=None, use_cache=True,
                 position_ids=positions[:, None], attention_mask=self._mask, return_dict=True,
             ).last_hidden_state  # fmt: skip
-        self._tokens[index] = self._chosen(fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
+        logits = fused_logits(self._model.lm_head, hidden.flatten(0, 1))
+        # The output layer may be on another device.
+        self._tokens[index] = self._chosen(logits.to(self._device))
         return self._tokens[:rows].clone()

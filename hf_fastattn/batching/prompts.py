@@ -53,4 +53,5 @@ def compute_pieces(
         return None
     last = [end - 1 for end in accumulate(counts)]
     index = torch.tensor([last[place] for place in ends], dtype=torch.int64).to(device, non_blocking=True)
-    return fused_logits(model.lm_head, hidden[0].index_select(0, index))
+    # The last layers, and the output layer, may be on other devices.
+    return fused_logits(model.lm_head, hidden[0].to(device).index_select(0, index)).to(device)

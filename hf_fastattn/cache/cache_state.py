@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.dense_layers import DenseLayers
 from hf_fastattn.cache.dense_tokens import dense_slots, dense_tokens
 from hf_fastattn.cache.forward_states import ForwardStates
@@ -107,6 +108,8 @@ class CacheState(Cache):
     _using: Batch | None
     # Where those steps have the states of linear-attention layers, if not in the layers.
     _row_states: RowStates | ForwardStates | None
+    # How those steps go on from device to device, if layers are on several.
+    _crossing: Crossing | None
     # The rows have got pages ahead since the prompt, or since there are more of them.
     _reserved_ahead: bool
     # Memory was short: no page is made before it is needed.
@@ -157,7 +160,7 @@ class CacheState(Cache):
         return {
             "_open": False, "_batch": None, "_new_stored": None, "padding": None, "_snapshots": [], "_wrote": set(),
             "_replaced": {}, "_created_rows": False, "_loose": False, "_using": None,
-            "_row_states": None,
+            "_row_states": None, "_crossing": None,
         }  # fmt: skip
 
     def _fit_tables(self, keep_states: bool = False) -> None:

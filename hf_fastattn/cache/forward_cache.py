@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.cache_state import in_turn
+from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.forward_batch import forward_batch
 from hf_fastattn.cache.forward_states import ForwardStates
@@ -110,17 +111,33 @@ class ForwardCache(DenseCache):
                 group.grow_storage()
 
     @contextmanager
-    def using(self, batch: Batch, states: RowStates | ForwardStates | None = None) -> Iterator[None]:
+    def using(
+        self, batch: Batch, states: RowStates | ForwardStates | None = None, crossing: Crossing | None = None
+    ) -> Iterator[None]:
         """Layers read and write by `batch`: instead of that of the forward under way, or with none under way.
 
-        `states` are those of linear-attention layers, for steps that do not keep them in the layers.
+        `states` are those of linear-attention layers, for steps that do not keep them in the layers. `crossing` says how
+        layers on other devices go on.
         """
-        before = {"_using": self._using, "_row_states": self._row_states}
-        self.__dict__.update(_using=batch, _row_states=states)
+        before = {"_using": self._using, "_row_states": self._row_states, "_crossing": self._crossing}
+        self.__dict__.update(_using=batch, _row_states=states, _crossing=crossing)
         try:
             yield
         finally:
             self.__dict__.update(before)
+
+    def go_on(self, place: torch.device, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states, and what is to be added to them, on another device, where the layers that follow are."""
+        crossing, states = self._crossing, (x,) if delta is None else (x, delta)
+        if crossing is None:
+            moved = [tensor.to(place, non_blocking=True) for tensor in states]
+        else:
+            self._using, moved = crossing.batches[place], crossing.send(states, place)
+        return moved[0], None if delta is None else moved[1]
+
+    def positions_on(self, place: torch.device, position_ids: Tensor) -> Tensor:
+        """Positions of the forward's tokens on another device."""
+        return position_ids.to(place, non_blocking=True) if self._crossing is None else self._crossing.positions[place]
 
     def step_states(self, index: int) -> StepStates | None:
         """Where a step under way has the states of a layer, if they are in slots."""

@@ -16,6 +16,7 @@ from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.generation.prefix_call import keep_row, keep_streamed, kept_prompt
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.module_checks import has_compiled
+from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import RECORDS, why_not_paged
@@ -54,7 +55,7 @@ def device_sample(
         return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
 
     request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask)
-    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs)
+    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs, spread=True)
     if started is None:
         return None
     assert request is not None and cache is not None
@@ -98,9 +99,17 @@ class Start:
 
 
 def start(
-    model: Any, input_ids: Tensor, request: LoopRequest, generation_config: Any, model_kwargs: dict[str, Any]
+    model: Any,
+    input_ids: Tensor,
+    request: LoopRequest,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    spread: bool = False,
 ) -> Start | None:
-    """Compute the prompt; None, and the reason is counted, if Transformers' own loop has to go on from there."""
+    """Compute the prompt; None, and the reason is counted, if Transformers' own loop has to go on from there.
+
+    `spread`: the loop may have layers on several devices.
+    """
     runtime, cache = model._fastattn.runtime, model_kwargs[CACHE]
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
     positions = None
@@ -108,15 +117,15 @@ def start(
         positions = _first_positions(model, input_ids, outputs, dict(model_kwargs))
     logits = outputs.logits[:, -1]
     # Asked while the device computes the prompt, since it takes the host some milliseconds; a single token needs no step.
-    reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache, by_row=True)
-    if reason is None and cache.recurrent_layers:
+    reason = None if request.max_new == 1 else runtime.loop_graphs.why_not(model, cache, by_row=True, spread=spread)
+    if reason is None and (cache.recurrent_layers or runtime.loop_graphs.is_spread):
         # Transformers' own layers would look for their states in the cache.
         reason = why_not_walked(model._fastattn.decoder(model), {"input_ids": input_ids})
         if cache.records_states:
             reason = RECORDS
     rows = runtime.loop_graphs.adapter_names if request.max_new > 1 else None
     if rows is not None and reason is None:
-        reason = _why_not_by_row(model, rows, input_ids.shape[0])
+        reason = SEVERAL if runtime.loop_graphs.is_spread else _why_not_by_row(model, rows, input_ids.shape[0])
     if not request.fits(logits.shape[-1]):
         reason = "a logits processor names a token that the head does not have"
     if positions is None or reason is not None:
@@ -149,8 +158,11 @@ def _parts_of_a_step(
     """
     dtype = forward_dtype(model)
     graphs, copies, stacks = model._fastattn.runtime.loop_graphs, None, None
-    # Layers that are called cast their weights, and add their adapters, themselves.
-    if fused_reason(model._fastattn.decoder(model)) is None:
+    # Layers that are called cast their weights, and add their adapters, themselves; copies and stacks are on one device.
+    if graphs.is_spread:
+        # What a call before may have written to is read again.
+        model._fastattn.runtime.rotary_copies.refresh()
+    elif fused_reason(model._fastattn.decoder(model)) is None:
         to_come = len(cache.lengths) * -(-steps // cache.groups.page_size) * cache.groups.page_bytes
         copies = _copies(model, dtype, steps, to_come, names)
         stacks = _stacks(model, to_come, names)

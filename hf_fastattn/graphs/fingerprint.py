@@ -16,10 +16,10 @@ from hf_fastattn.graphs.module_checks import (
     has_foreign_hooks,
     has_global_hooks,
     names_by_row,
-    submodules,
     why_not_called,
     why_not_module,
 )
+from hf_fastattn.graphs.placement import is_there, placed_submodules
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SCALARS = frozenset((bool, int, float, str))
@@ -51,13 +51,13 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
     """
     parts: list[Any] = [device, region_dtype(device), _options(decoder), *_tensors(vars(decoder))]
     hooked, names = has_global_hooks(), None
-    for module in submodules(decoder):
+    for module, place in placed_submodules(decoder, device):
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
         names_of_state = tuple(state)
         parts += kind, kind.forward, names_of_state, state.get("training")
         if "forward" in state or state.get("_compiled_call_impl") is not None:
-            parts.append(why_not_called(module, device))
+            parts += why_not_called(module, place), place
         for name in _own(names_of_state):
             value = state[name]
             if type(value) in SCALARS:
@@ -89,19 +89,19 @@ def why_not_capturable(
             return reason
     if has_global_hooks():
         return "hooks on all modules are registered"
-    held = list(_held(vars(decoder)))
-    for module in submodules(decoder):
-        reason = why_not_module(module, device)
+    held = [(tensor, device) for tensor in _held(vars(decoder))]
+    for module, place in placed_submodules(decoder, device):
+        reason = why_not_module(module, place)
         if reason is not None:
             return reason
         state = vars(module)
         if state["_parameters"] or state["_buffers"]:
-            held += _held(state)
-    for tensor in held:
+            held += [(tensor, place) for tensor in _held(state)]
+    for tensor, place in held:
         if type(tensor) not in PLAIN:
             return f"a parameter is a {type(tensor).__name__}"
-        if tensor.device != device:
-            return f"the model is on {tensor.device} and {device}"
+        if not is_there(tensor.device, place):
+            return f"the model is on {tensor.device} and {place}"
     return None
 
 

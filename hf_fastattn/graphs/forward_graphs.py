@@ -19,6 +19,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
+from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.layer_variants import LayerVariants
@@ -254,7 +255,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 self.drop()
                 self._failures, self._resting = 0, False
             self._checked = weakref.ref(decoder) if self._in_call else None
-        return BY_ROW if self._reason is None and self.adapter_names is not None else self._reason
+        if self._reason is None and self.adapter_names is not None:
+            return BY_ROW
+        return SEVERAL if self._reason is None and self.is_spread else self._reason
 
     def _is_due(self, key: Key) -> bool:
         if self._resting or self._failures >= MAX_FAILURES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,7 +12,9 @@ import torch
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, has_experts, why_not_capturable
 from hf_fastattn.graphs.module_checks import draws, submodules
+from hf_fastattn.graphs.placement import devices_of
 from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.staged_forward import StagedForward
 from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.layer_variants import LayerVariants
@@ -41,6 +43,7 @@ class GraphStore(Generic[Key, Held]):
 
     # Tests replace it by a type that runs the forward again, on the CPU.
     forward_type: ClassVar[type[RecordedForward]] = RecordedForward
+    staged_type: ClassVar[type[StagedForward] | type[RecordedForward]] = StagedForward
 
     def __init__(
         self,
@@ -61,6 +64,8 @@ class GraphStore(Generic[Key, Held]):
         self._reason: str | None = None
         # Decode steps can be recorded, other forwards cannot.
         self._steps_alone = False
+        # Layers are on other devices than the first one.
+        self.is_spread = False
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
@@ -89,10 +94,18 @@ class GraphStore(Generic[Key, Held]):
             self._pool = self.forward_type.make_pool(device)
         return self.forward_type(self._pool)
 
+    def new_staged_forward(self, devices: Sequence[torch.device]) -> Any:
+        """The same of a forward that passes through several devices, the first one first."""
+        kind: Any = self.staged_type
+        if self._pool is None:
+            self._pool = kind.make_pool(devices)
+        return kind(self._pool)
+
     def wait(self) -> None:
         """Make the current stream wait for what graphs still do on another one."""
         if self._pool is not None:
-            self.forward_type.enter(self._pool)
+            kind: Any = self.staged_type if self.is_spread else self.forward_type
+            kind.enter(self._pool)
 
     def why_not_backend(self, groups: PageGroups, device: torch.device, dtype: torch.dtype) -> str | None:
         """The backend of forwards over these pages, as a reason; None if its launches can be recorded."""
@@ -107,8 +120,12 @@ class GraphStore(Generic[Key, Held]):
         if now != before:
             self._fingerprint = now
             self._reason = why_not_capturable(decoder, device, self._why_not_experts)
-            if self._reason is None and self._stocks_draws and any(map(draws, submodules(decoder))):
-                self._reason = "dropout draws as Transformers does: sampling='transformers'"
+            self.is_spread = len(devices_of(decoder, device)) > 1
+            if self._reason is None and (self._stocks_draws or self.is_spread) and any(map(draws, submodules(decoder))):
+                self._reason = (
+                    "dropout draws on several devices" if self.is_spread
+                    else "dropout draws as Transformers does: sampling='transformers'"
+                )  # fmt: skip
             asked = self._why_not_experts if self._reason is None and has_experts(decoder) else None
             self._steps_alone = asked is not None and asked(decoder, steps=False) is not None
         return before is not None and now.parts == before.parts

@@ -39,10 +39,10 @@ class CapturePool:
         self.nbytes = 0
         self.stream = capture_stream(device)
         self._handle: Any = None
-        self._forwards: weakref.WeakSet[RecordedForward] = weakref.WeakSet()
+        self._forwards: weakref.WeakSet[Any] = weakref.WeakSet()
         self._last: torch.cuda.Stream | None = None
 
-    def handle_for(self, forward: RecordedForward) -> Any:
+    def handle_for(self, forward: Any) -> Any:
         """The memory pool that a forward is to be captured in."""
         if not self._forwards:
             self._handle = torch.cuda.graph_pool_handle()
@@ -68,6 +68,52 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class GraphCapture:
+    """A CUDA graph while it is recorded, on the current stream of the current device, which is its pool's.
+
+    Args:
+        pool: whose memory the graph computes in.
+        owner: the forward that the graph belongs to; the pool's memory is kept while one exists.
+    """
+
+    def __init__(self, pool: CapturePool, owner: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._device, self._handle = pool.device, pool.handle_for(owner)
+
+    def begin(self) -> None:
+        """Launches from here on are recorded."""
+        # Other threads may go on using the device meanwhile.
+        self._graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+
+    def end(self) -> torch.cuda.CUDAGraph:
+        """The graph of the launches since `begin()`."""
+        try:
+            self._graph.capture_end()
+        except RuntimeError:
+            self._clean_up()
+            raise
+        return self._graph
+
+    def abandon(self) -> None:
+        """What was recorded is not wanted; PyTorch may go on as before."""
+        try:
+            self._graph.capture_end()
+        except RuntimeError:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Undo what PyTorch leaves behind when a launch or a wait that cannot be recorded broke the capture."""
+        with contextlib.suppress(RuntimeError):
+            # The allocator would go on serving the stream from the pool of the capture.
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._handle)
+        with contextlib.suppress(RuntimeError):
+            # The random generator stays in capture mode until a capture succeeds.
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)
+            graph.capture_end()
 
 
 class RecordedForward:
@@ -104,7 +150,6 @@ class RecordedForward:
             warmed_up: called between the two.
         """
         pool = self._pool
-        graph = torch.cuda.CUDAGraph()
         # Uploads to the static tensors are queued on the current stream.
         current = pool.enter()
         pool.stream.wait_stream(current)
@@ -115,11 +160,10 @@ class RecordedForward:
                     run()
                 warmed_up()
                 with no_garbage_collection():
-                    self._output = self._record(graph, run)
+                    self._output = self._record(run)
         finally:
             current.wait_stream(pool.stream)
             pool.nbytes += max(torch.cuda.memory_reserved(pool.device) - reserved, 0)
-        self._graph = graph
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         """Run the recorded launches on the current stream; returns the output.
@@ -133,33 +177,13 @@ class RecordedForward:
         self._graph.replay()
         return self._output.clone() if copy else self._output
 
-    def _record(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
-        # Other threads may go on using the device meanwhile.
-        handle = self._pool.handle_for(self)
-        graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+    def _record(self, run: Callable[[], Tensor]) -> Tensor:
+        graph = GraphCapture(self._pool, self)
+        graph.begin()
         try:
             output = run()
         except BaseException:
-            try:
-                graph.capture_end()
-            except RuntimeError:
-                self._clean_up(handle)
+            graph.abandon()
             raise
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            self._clean_up(handle)
-            raise
+        self._graph = graph.end()
         return output
-
-    def _clean_up(self, handle: Any) -> None:
-        """Undo what PyTorch leaves behind when a launch or a wait that cannot be recorded broke the capture."""
-        with contextlib.suppress(RuntimeError):
-            # The allocator would go on serving the stream from the pool of the capture.
-            torch._C._cuda_endAllocateToPool(self._pool.device.index or 0, handle)
-        with contextlib.suppress(RuntimeError):
-            # The random generator stays in capture mode until a capture succeeds.
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            torch.zeros(1, device=self._pool.device)
-            graph.capture_end()

@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_groups import PrefixGroups, sharing_order
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.module_checks import why_not_module
+from hf_fastattn.graphs.placement import place_of, route_of
 from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
@@ -99,9 +101,14 @@ class DecodeLoop:
         self._appended = 0
         self._reserved = 0
         self._graphs = graphs
-        device, page_size = input_ids.device, cache.groups.page_size
+        page_size = cache.groups.page_size
+        # The devices of the layers in their order, and where tokens are chosen, which is where they are given if it is one.
+        self._route: tuple[torch.device, ...] = (input_ids.device,)
+        if graphs.is_spread:
+            self._route = route_of(self._decoder, None, model.device)
+        device = place_of(model.lm_head, self._route[-1])
         columns = -(-(max(cache.lengths) + self._most) // page_size)
-        self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary)
+        self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary, self._route)
         assert self._graphs.readback is not None
         self._readback = self._graphs.readback
         self._drop = private and bool(request.ends or request.stop_strings or limits is not None)
@@ -137,6 +144,7 @@ class DecodeLoop:
         Raises:
             CacheFullError: no pages are left. The cache holds what was generated so far.
         """
+        logits = logits.to(self._state.device, non_blocking=True)
         try:
             self._take_states()
             self._reserve()
@@ -218,14 +226,24 @@ class DecodeLoop:
 
     def _step(self, key: GraphKey) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            state, cache, workspace = self._state, self._cache, self._graphs.workspace
+            state, cache, graphs, first = self._state, self._cache, self._graphs, self._route[0]
             groups, decoder = cache.groups, self._decoder
-            assert workspace is not None
-            batch = state.batch(key, groups.backend, groups.batch_invariant, workspace)
-            with cache.using(batch, self._states):
-                arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
+            batches = {
+                place: state.batch(key, groups.backend, groups.batch_invariant, graphs.workspace_on(place), place)
+                for place in state.inputs
+            }
+            crossing = None
+            if len(batches) > 1:
+                graphs.ahead(state.follow)
+                positions = {place: inputs.positions[: key.rows] for place, inputs in state.inputs.items()}
+                crossing = Crossing(batches, positions, graphs.send)
+            with cache.using(batches[first], self._states, crossing):
+                arguments = {**state.arguments(key.rows, first), "use_cache": True, "return_dict": True}
                 hidden = self._forward(decoder, cache, **arguments).last_hidden_state
-            batch.forget_tables()
+            for batch in batches.values():
+                batch.forget_tables()
+            if self._route[-1] != state.device:
+                hidden = graphs.send([hidden], state.device)[0]
             return self._finish_step(key, self._logits_of(self._model.lm_head, hidden.flatten(0, 1)))
 
         return run

@@ -12,10 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
-from hf_fastattn.cache.batch_tensors import BatchTensors
-from hf_fastattn.cache.prefix_groups import MOST_LEVELS, PrefixGroups
-from hf_fastattn.graphs.upload_ring import UploadRing
+from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.kernels.sampling.fork import ForkTensors
@@ -25,6 +23,7 @@ from hf_fastattn.loop.beam_state import BeamShape, BeamState
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
+from hf_fastattn.loop.step_inputs import StepInputs, write
 
 # Smallest allocation: a larger batch or longer rows need new tensors, and graphs over the old ones are dropped.
 MIN_ROWS, MIN_COLUMNS = 64, 1024
@@ -44,35 +43,46 @@ class DeviceState:
     """Static tensors for up to `rows` rows; a bucket's step works on the first rows of each.
 
     Args:
-        device: of the model.
+        device: of the model, or of its output layer.
         rows: there is room for.
         columns: of the page tables.
         windows: attention windows of the model.
         vocabulary: size of the logits.
+        elsewhere: other devices that layers are on.
     """
 
     def __init__(
-        self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int
+        self,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        windows: Iterable[int | None],
+        vocabulary: int,
+        elsewhere: Sequence[torch.device] = (),
     ) -> None:
         self.device, self.windows, self.vocabulary = device, tuple(windows), vocabulary
         self.rows, self.columns = max(power_of_2(rows), MIN_ROWS), max(power_of_2(columns), MIN_COLUMNS)
-        rows, count = self.rows, len(self.windows)
+        rows = self.rows
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
+            places = (device, *elsewhere)
+            # What layers read, on each of the devices; steps change that of the first.
+            self.inputs = {place: StepInputs(place, rows, self.columns, self.windows) for place in places}
+            inputs = self.inputs[device]
             self._all = LoopTensors(
                 chosen=zeros(rows, dtype=torch.int64),
                 packed=zeros(rows, dtype=torch.int64),
-                tokens=zeros(rows, 1, dtype=torch.int64),
-                positions=zeros(rows, 1, dtype=torch.int64),
+                tokens=inputs.tokens,
+                positions=inputs.positions,
                 finished=zeros(rows),
                 limits=zeros(rows),
-                seq_lens=zeros(rows),
-                slots=zeros(count, rows),
-                tables=zeros(count, rows, self.columns),
+                seq_lens=inputs.seq_lens,
+                slots=inputs.slots,
+                tables=inputs.tables,
                 step=zeros(1),
                 ends=zeros(MOST_ENDS, dtype=torch.int64),
                 pad=zeros(1, dtype=torch.int64),
@@ -88,19 +98,23 @@ class DeviceState:
             self.thresholds = zeros(rows, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
-            # Of all levels, one after the other.
-            self._group_starts, self._prefix_lens = zeros(MOST_LEVELS * (rows + 1)), zeros(MOST_LEVELS * rows)
-            # Transformers passes a 4-D mask on as it is; our attention ignores it.
-            self.mask = torch.zeros(1, 1, 1, 1, device=device)
-            self._staging = UploadRing(count * rows * self.columns, device)
             self._seen: Tensor | None = None
             self._own: Tensor | None = None
             self._beams: OrderedDict[BeamShape, BeamState] = OrderedDict()
             self.processors = ProcessorState(device, rows, vocabulary)
 
-    def fits(self, device: torch.device, rows: int, columns: int, windows: Iterable[int | None], vocabulary: int) -> bool:
+    def fits(
+        self,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        windows: Iterable[int | None],
+        vocabulary: int,
+        elsewhere: Sequence[torch.device] = (),
+    ) -> bool:
         """Whether a call of this size has room."""
         same = (device, tuple(windows), vocabulary) == (self.device, self.windows, self.vocabulary)
+        same &= (device, *elsewhere) == tuple(self.inputs)
         return same and rows <= self.rows and columns <= self.columns
 
     # ---- the first rows of each tensor ------------------------------------------------------------------------
@@ -138,30 +152,28 @@ class DeviceState:
             state.moves, state.places, pages, state.shape.beams, page_size,
         )  # fmt: skip
 
-    def arguments(self, rows: int) -> dict[str, Any]:
-        """The arguments of the decoder's forward."""
+    def arguments(self, rows: int, place: torch.device | None = None) -> dict[str, Any]:
+        """The arguments of the decoder's forward, which begins on the device `place`, or on the only one."""
+        inputs = self.inputs[self.device if place is None else place]
         return {
-            "input_ids": self._all.tokens[:rows],
+            "input_ids": inputs.tokens[:rows],
             "inputs_embeds": None,
-            "position_ids": self._all.positions[:rows],
-            "attention_mask": self.mask,
+            "position_ids": inputs.positions[:rows],
+            "attention_mask": inputs.mask,
         }
 
-    def batch(self, key: GraphKey, backend: str, batch_invariant: bool, workspace: Workspace) -> Batch:
-        """A batch of one new token a row whose tensors are these."""
-        rows, shared = key.rows, None
-        if key.sharers:
-            levels, groups = key.levels, key.groups
-            starts = self._group_starts[: levels * (groups + 1)].view(levels, groups + 1)
-            lens = self._prefix_lens[: levels * groups].view(levels, groups)
-            shared = SharedPrefixes(starts, lens, key.sharers)
-        held, places = self._all, range(len(self.windows))
-        tensors = BatchTensors(
-            slots=dict(zip(self.windows, (held.slots[place, :rows] for place in places), strict=True)),
-            page_tables=dict(zip(self.windows, (held.tables[place, :rows] for place in places), strict=True)),
-            seq_lens=held.seq_lens[:rows],
-        )
-        return Batch.static(tensors, rows, BatchOptions(backend, batch_invariant, workspace=workspace), shared)
+    def batch(
+        self, key: GraphKey, backend: str, batch_invariant: bool, workspace: Workspace, place: torch.device | None = None
+    ) -> Batch:
+        """A batch of one new token a row whose tensors are these: on the device `place`, or on the only one."""
+        options = BatchOptions(backend, batch_invariant, workspace=workspace)
+        return self.inputs[self.device if place is None else place].batch(key, options)
+
+    def follow(self) -> None:
+        """Have layers elsewhere read what the step before has left; nobody waits on the host."""
+        for place, inputs in self.inputs.items():
+            if place != self.device:
+                inputs.follow(self.inputs[self.device])
 
     # ---- what the host writes ---------------------------------------------------------------------------------
 
@@ -179,16 +191,16 @@ class DeviceState:
             adapters: the numbers of the rows' adapters, if rows choose theirs.
         """
         held, rows, used = self._all, len(seq_lens), bucket_of(len(seq_lens))
-        self._write(held.seq_lens, [*seq_lens, *[0] * (used - rows)])
-        self._write(held.finished, [0] * rows + [ABSENT] * (used - rows))
-        self._write(held.limits, [*limits, *[0] * (used - rows)])
-        self._write(self.numbers, list(range(used)))
-        self._write(self.adapters, [*adapters, *[-1] * (used - rows)] if adapters else [0] * used)
-        self._write(held.ends, [*request.ends, *[-1] * (MOST_ENDS - len(request.ends))])
-        self._write(self.suppressed, [*request.suppressed, *[-1] * (MOST_ENDS - len(request.suppressed))])
-        self._write(held.pad, [request.pad])
-        self._write(held.drop, [int(drop)])
-        self._write(self.params, request.choice.values())
+        write(held.seq_lens, [*seq_lens, *[0] * (used - rows)])
+        write(held.finished, [0] * rows + [ABSENT] * (used - rows))
+        write(held.limits, [*limits, *[0] * (used - rows)])
+        write(self.numbers, list(range(used)))
+        write(self.adapters, [*adapters, *[-1] * (used - rows)] if adapters else [0] * used)
+        write(held.ends, [*request.ends, *[-1] * (MOST_ENDS - len(request.ends))])
+        write(self.suppressed, [*request.suppressed, *[-1] * (MOST_ENDS - len(request.suppressed))])
+        write(held.pad, [request.pad])
+        write(held.drop, [int(drop)])
+        write(self.params, request.choice.values())
         if request.do_sample:
             self.seed.copy_(torch.randint(2**62, (1,)), non_blocking=True)
         # advance() after the first choice adds one to both.
@@ -214,24 +226,13 @@ class DeviceState:
 
     def write_tables(self, tables: Sequence[NDArray[np.int32]], own: bool = False) -> None:
         """Upload `[B, columns]` page tables by window, those that steps read or those of `own_tables`."""
-        host, used = self._staging.next(), 0
-        for place, pages in enumerate(tables):
-            rows, columns = pages.shape[0], min(pages.shape[1], self.columns)
-            place_in_host = host[place * self.rows * self.columns :][: rows * self.columns]
-            place_in_host.reshape(rows, self.columns)[:, :columns] = pages[:, :columns]
-            used = (place * self.rows + rows) * self.columns
-        self._staging.send((self.own_tables if own else self._all.tables).view(-1), used)
+        for inputs in self.inputs.values():
+            inputs.write_tables(tables, self.own_tables if own else inputs.tables)
 
     def write_groups(self, key: GraphKey, shared: PrefixGroups) -> None:
-        """Write the prefix groups of a step with sharers; unused entries become empty groups."""
-        starts: list[int] = []
-        lengths: list[int] = []
-        for level_starts, level_lengths in shared.layout():
-            empty = key.groups - len(level_lengths)
-            starts += level_starts + [level_starts[-1]] * empty
-            lengths += level_lengths + [0] * empty
-        self._write(self._group_starts, starts)
-        self._write(self._prefix_lens, lengths)
+        """Write the prefix groups of a step with sharers."""
+        for inputs in self.inputs.values():
+            inputs.write_groups(key, shared)
 
     def keep(self, kept: Sequence[int], used: int) -> None:
         """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""
@@ -271,8 +272,3 @@ class DeviceState:
                 tensor.copy_(value)
 
         return restore
-
-    def _write(self, target: Tensor, values: Sequence[float]) -> None:
-        host = torch.tensor(values, dtype=target.dtype, device="cpu")
-        # From pageable memory this returns once the data is staged, without waiting for the device.
-        target[: len(values)].copy_(host, non_blocking=True)

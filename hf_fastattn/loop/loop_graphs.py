@@ -18,7 +18,9 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.module_checks import why_not_kind
+from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.staged_forward import StagedForward
 from hf_fastattn.graphs.weight_copies import WORTH_COPYING, WeightCopies, copies_fit
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.layer_variants import LayerVariants
@@ -49,7 +51,7 @@ class Refreshed(Protocol):
 class RecordedStep:
     """One captured step; it is captured again when pages have moved."""
 
-    recorded: RecordedForward
+    recorded: RecordedForward | StagedForward
     storage_version: int
 
 
@@ -71,6 +73,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self.row_states: RowStates | None = None
         self.copies: WeightCopies | None = None
         self._stacks: dict[Names, Refreshed | None] = {}
+        # Of layers on other devices than that of `state`.
+        self._workspaces: dict[torch.device, Workspace] = {}
+        # The devices that steps pass through.
+        self._route: tuple[torch.device, ...] = ()
 
     def drop(self) -> None:
         """Forget all steps and their memory."""
@@ -78,6 +84,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self._failed.clear()
         self.state = self.readback = self.copies = self.row_states = None
         self._stacks = {}
+        self._workspaces = {}
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
@@ -95,10 +102,11 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             return replaced
         return self.why_not_backend(cache.groups, device, model.dtype)
 
-    def why_not(self, model: Any, cache: PagedCache, by_row: bool = False) -> str | None:
+    def why_not(self, model: Any, cache: PagedCache, by_row: bool = False, spread: bool = False) -> str | None:
         """Why the modules of the model do not allow it; None if they do.
 
-        `by_row`: steps know which adapter each row has, if PEFT was asked for several.
+        `by_row`: steps know which adapter each row has, if PEFT was asked for several. `spread`: they know on which device
+        each layer is.
 
         Forgets the steps if anything that they depend on, beside their inputs, is not as it was.
         """
@@ -108,7 +116,7 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self.drop()
             self._groups = weakref.ref(cache.groups)
         chosen = None if by_row or self.adapter_names is None else BY_ROW
-        return why_not_kind(model) or self._reason or chosen
+        return why_not_kind(model) or self._reason or chosen or (SEVERAL if self.is_spread and not spread else None)
 
     @property
     def nbytes(self) -> int:
@@ -160,12 +168,26 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             held.refresh()
         return held
 
-    def state_for(self, device: torch.device, rows: int, columns: int, cache: PagedCache, vocabulary: int) -> DeviceState:
-        """Static tensors for a call of `rows` rows of up to `columns` pages."""
+    def state_for(
+        self,
+        device: torch.device,
+        rows: int,
+        columns: int,
+        cache: PagedCache,
+        vocabulary: int,
+        route: tuple[torch.device, ...] = (),
+    ) -> DeviceState:
+        """Static tensors for a call of `rows` rows of up to `columns` pages.
+
+        Args:
+            device: where tokens are chosen.
+            route: the devices that steps pass through before, if there are others.
+        """
         # Not before: it imports Triton.
         from hf_fastattn.loop.device_state import DeviceState
 
-        size = (device, rows, columns, cache.tables, vocabulary)
+        elsewhere = tuple(place for place in dict.fromkeys(route) if place != device)
+        size = (device, rows, columns, cache.tables, vocabulary, elsewhere)
         if self.state is None or not self.state.fits(*size):
             before, copies, stacks, row_states = self.state, self.copies, self._stacks, self.row_states
             self.drop()
@@ -173,12 +195,36 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             self.copies, self._stacks, self.row_states = copies, stacks, row_states
             if before is not None:
                 # At least as large as before, so that calls of two sizes do not replace each other's tensors.
-                size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary)
+                size = (device, max(rows, before.rows), max(columns, before.columns), cache.tables, vocabulary, elsewhere)
             self.state = DeviceState(*size)
             self.readback, self.workspace = Readback(self.state.rows, device), Workspace(device)
+            self._workspaces = {place: Workspace(place) for place in elsewhere}
+        self._route = (*route, device)
         # The last steps of the call before may be under way on another stream.
         self.wait()
         return self.state
+
+    def workspace_on(self, place: torch.device) -> Workspace:
+        """The workspace of a step's layers on one of its devices."""
+        held = self._workspaces.get(place, self.workspace)
+        assert held is not None
+        return held
+
+    def ahead(self, launch: Callable[[], None]) -> None:
+        """Launch what comes before a step's first graph."""
+        recording = getattr(self._pool, "recording", None)
+        if recording is None:
+            launch()
+        else:
+            recording.ahead(launch)
+
+    def send(self, states: Sequence[Tensor], place: torch.device) -> list[Tensor]:
+        """Hidden states of a step on another device."""
+        recording = getattr(self._pool, "recording", None)
+        if recording is None:
+            return [tensor.to(place, non_blocking=True) for tensor in states]
+        sent: list[Tensor] = recording.cut(states, place)
+        return sent
 
     def row_states_for(self, cache: PagedCache, rows: int, moves: bool) -> RowStates:
         """Slots for the states that the layers of a cache hold, taken out of it, for steps of up to `rows` rows.
@@ -223,7 +269,8 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
     def _capture(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> None:
         assert self.state is not None
         self._entries.pop(key, None)
-        step = self.new_forward(self.state.device)
+        route = tuple(dict.fromkeys(self._route))
+        step = self.new_staged_forward(route) if len(route) > 1 else self.new_forward(self.state.device)
         restore_state = self.state.snapshot(key.beams)
         restore_rows = None if self.row_states is None else self.row_states.hold_back()
 

@@ -12,7 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.fingerprint import has_experts
 from hf_fastattn.graphs.module_checks import has_global_hooks
+from hf_fastattn.graphs.placement import SEVERAL, place_of, route_of
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.backends import choose_backend, gluon_experts
 from hf_fastattn.kernels.launch import DTYPES, MIN_HEAD_DIM
@@ -146,18 +148,27 @@ def _why_not_walked(decoder: Any) -> str | None:
     asked = _asked_for(decoder)
     if asked is not None:
         return asked
-    device = decoder.device
+    place, dtype = decoder.device, decoder.dtype
     for layer in layers_of(decoder):
-        if not is_plain_layer(layer, names.layer, device):
+        place = place_of(layer, place)
+        if not is_plain_layer(layer, names.layer, place):
             return f"a {type(layer).__name__} was replaced or has hooks"
         linear = layer._modules.get("linear_attn")
         if linear is not None:
-            reason = (
-                "a linear attention" if names.delta is None else why_not_delta(linear, names.delta, device, decoder.dtype)
-            )
+            reason = "a linear attention" if names.delta is None else why_not_delta(linear, names.delta, place, dtype)
             if reason is not None:
                 return reason
-    return None
+    route = route_of(decoder, None, decoder.device)
+    return _why_not_spread(decoder, route) if len(route) > 1 else None
+
+
+def _why_not_spread(decoder: Any, route: tuple[torch.device, ...]) -> str | None:
+    """Why layers on several devices are called; None if we walk through them."""
+    if vars(decoder)[STATE].family.linear_attention or has_experts(decoder):
+        return SEVERAL
+    options, heads = vars(decoder)[STATE].runtime.config, key_shape(decoder.config)[1]
+    backends = {choose_backend(options.backend, place, decoder.dtype, heads, options.batch_invariant)[0] for place in route}
+    return "the devices that the layers are on take different kernels" if len(backends) > 1 else None
 
 
 def why_not_walked(decoder: Any, arguments: dict[str, Any]) -> str | None:

@@ -1,8 +1,12 @@
-"""A decoder's layers, walked: embedding, RoPE tables, then norm, attention, norm, MLP of every layer, and the last norm."""
+"""A decoder's layers, walked: embedding, RoPE tables, then norm, attention, norm, MLP of every layer, and the last norm.
+
+Layers may be on several devices: hidden states go on from one to the next as accelerate's hooks would send them, and
+everything else that layers need is made on each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.placement import place_of
+from hf_fastattn.kernels.launch import on_device_of
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
@@ -45,43 +51,86 @@ def walk(
     Returns:
         `[B, S, hidden]`.
     """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    assert given is not None
     states = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    place = place_of(decoder.embed_tokens, given.device) if inputs_embeds is None else given.device
     if position_ids is None:
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
-    state: ModuleState = vars(decoder)[STATE]
-    rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
-    position_embeddings = decoder.rotary_emb(states, position_ids=rotated)
-    products = make_products(tuple(states.shape[:-1]), states.device)
-    positions = {"position_embeddings": position_embeddings, "position_ids": position_ids}
+    leading, runtime = tuple(states.shape[:-1]), vars(decoder)[STATE].runtime
+    products = make_products(leading, states.device)
+    positions = _positions(decoder, states, position_ids, place)
     if not isinstance(products, PlainProducts):
 
         def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
             again = make_products(tuple(states.shape[:-1]), states.device)
-            _run(decoder, layers, states, again, cache, positions, attention_mask)
+            x, delta = _run(layers, states.flatten(0, -2), None, again, cache, positions, attention_mask)
+            if place_of(decoder.norm, place) == place:
+                again.norm(written_module(decoder.norm), x, delta)
 
         rehearse(decoder, cache, states, positions, rehearsed)
-    out = _run(decoder, layers_of(decoder), states, products, cache, positions, attention_mask)
-    state.runtime.counters.adapters_fused += products.adapters_fused
+    x, delta = states.flatten(0, -2), None
+    for wanted, layers in _by_place(decoder, place):
+        if wanted != place:
+            runtime.counters.adapters_fused += products.adapters_fused
+            place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
+            products = make_products(leading, x.device)
+            if layers:
+                positions = _positions(decoder, x.view(*leading, -1), cache.positions_on(wanted, position_ids), wanted)
+                attention_mask = _mask_on(x.device, attention_mask)
+        # Each launch would look for its device and switch to it.
+        with on_device_of(x):
+            x, delta = _run(layers, x, delta, products, cache, positions, attention_mask)
+    out = products.norm(written_module(decoder.norm), x, delta)[0]
+    runtime.counters.adapters_fused += products.adapters_fused
     return out.view(*states.shape)
 
 
+def _by_place(decoder: Any, given: torch.device) -> Iterator[tuple[torch.device, list[Any]]]:
+    """Layers that stand behind each other on one device, with it; at last the device of the last norm, with those before."""
+    place, layers = given, list[Any]()
+    for layer in layers_of(decoder):
+        wanted = place_of(layer, place)
+        if wanted != place and layers:
+            yield place, layers
+            layers = []
+        place = wanted
+        layers.append(layer)
+    yield place, layers
+    wanted = place_of(written_module(decoder.norm), place)
+    if wanted != place:
+        yield wanted, []
+
+
+def _positions(decoder: Any, states: Tensor, position_ids: Tensor, place: torch.device) -> dict[str, Any]:
+    """What attention takes of the positions of `states: [B, S, hidden]`, for layers on the device `place`."""
+    state: ModuleState = vars(decoder)[STATE]
+    rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
+    tables = state.runtime.rotary_copies.tables(decoder.rotary_emb, states, rotated, place)
+    return {"position_embeddings": tables, "position_ids": position_ids}
+
+
+def _mask_on(device: torch.device, mask: Any) -> Any:
+    """A mask that nobody reads, on another device; those of a forward over pages have one element."""
+    return mask.new_zeros(mask.shape, device=device) if isinstance(mask, Tensor) else mask
+
+
 def _run(
-    decoder: Any,
     layers: Iterable[Any],
-    states: Tensor,
+    x: Tensor,
+    delta: Tensor | None,
     products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
-) -> Tensor:
-    """What layers of the decoder and its last norm make of `states: [B, S, hidden]`, `[T, hidden]`."""
-    x, delta = states.reshape(-1, states.shape[-1]), None
+) -> tuple[Tensor, Tensor | None]:
+    """What layers of the decoder make of `x: [T, hidden]` and of what the next norm is to add to it."""
     is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
     for layer in layers:
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products, is_step)
-    return products.norm(written_module(decoder.norm), x, delta)[0]
+    return x, delta
 
 
 def _on_three_axes(position_ids: Tensor) -> Tensor:

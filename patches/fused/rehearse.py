@@ -81,7 +81,8 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     )
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
-    embeddings = decoder.rotary_emb(tokens, position_ids=position_ids)
+    copies = vars(decoder)[STATE].runtime.rotary_copies
+    embeddings = copies.tables(decoder.rotary_emb, tokens, position_ids, device)
     with cache.using(Batch.static(tensors, rows, options)):
         walk(layers, tokens, {"position_embeddings": embeddings, "position_ids": position_ids})
 

@@ -134,12 +134,15 @@ def reexecuted_loop() -> Iterator[None]:
     """The fast loop runs on the CPU too, and for the reference backend."""
     make = DeviceState.batch
 
-    def batch(self: DeviceState, kind: GraphKey, backend: str, batch_invariant: bool, workspace: Any) -> Batch:
-        made = make(self, kind, backend, batch_invariant, workspace)
+    def batch(
+        self: DeviceState, kind: GraphKey, backend: str, batch_invariant: bool, workspace: Any, place: Any = None
+    ) -> Batch:
+        made = make(self, kind, backend, batch_invariant, workspace, place)
         return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
 
     with pytest.MonkeyPatch.context() as patch, reexecuted():
         patch.setattr(LoopGraphs, "forward_type", ReexecutedLoopStep)
+        patch.setattr(LoopGraphs, "staged_type", ReexecutedLoopStep)
         patch.setattr(DeviceState, "batch", batch)
         if not knobs.runtime.interpret:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
