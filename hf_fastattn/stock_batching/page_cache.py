@@ -80,7 +80,8 @@ class StockPages(PagedAttentionCache):
         if step.slots is None:
             key, value = self.gather(key, value, layer_idx, kwargs)
         self._steps[group] = (layer_idx, step)
-        self.reads.add(GATHERED if step.slots is None else IN_PLACE)
+        copies = step.slots is None and kwargs["read_index"][group].numel()
+        self.reads.add(GATHERED if copies else IN_PLACE)
         return PagedLayer(step, key, value, *self.pages_of(layer_idx), self._workspaces)
 
     def _step(self, layer_idx: int, group: int, kind: str, kwargs: dict[str, Any]) -> PagedStep:
