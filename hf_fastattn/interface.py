@@ -6,6 +6,9 @@ model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fastattn"
 Nothing of the model or its cache is replaced. As for `sdpa`, the mask alone says what a query sees (a `sliding_window`
 that a model passes beside its mask is not needed): for causal and sliding attention behind left padding it is the 2-D
 padding mask with a `CausalLayout`, made once a forward; anything else is Transformers' 4-D mask, and runs on its sdpa.
+
+In Transformers' own continuous batching there is no mask: the pages of its cache are read where they lie
+(`hf_fastattn/stock_batching/`).
 """
 
 from __future__ import annotations

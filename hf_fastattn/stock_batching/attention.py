@@ -22,7 +22,8 @@ class PagedLayer:
 
     Attributes:
         step: what it reads and writes, shared with other layers.
-        key: `[1, G, T, D]` new keys, to be written to the pages; or `[1, G, L, D]`, what `step.window` layers gathered.
+        key: `[1, G, T, D]` new keys, to be written to the pages; or `[1, G, L, D]` all that a step with a window reads,
+            new ones, which have been written, included.
         value: likewise.
         k_pages: `[N, P, G, D]` pages of the layer's keys; `v_pages` of values, with the same strides.
         workspaces: by stream; live with the cache.
@@ -37,7 +38,7 @@ class PagedLayer:
 
     @property
     def is_gathered(self) -> bool:
-        """Whether keys and values were copied out of the pages."""
+        """Whether `key` and `value` are all that is read, row after row."""
         return self.step.slots is None
 
 

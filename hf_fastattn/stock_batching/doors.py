@@ -146,9 +146,10 @@ def why_not_pages(model: Any) -> str | None:
     if config.model_type in CHANGES_KEYS:
         return f"a model of type {config.model_type} changes keys between its cache and its attention"
     heads = config.num_attention_heads
-    if heads % (getattr(config, "num_key_value_heads", None) or heads):
-        return "query heads are no multiple of key heads"
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups, dim = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None)
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        return f"{heads} query heads and {groups} key heads"
+    dim = dim or config.hidden_size // heads
     device: torch.device = model.device
     backend, reason = choose_backend("auto", device, model.dtype, dim)
     return reason if backend == "reference" and device.type != "cpu" else None

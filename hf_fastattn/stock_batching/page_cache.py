@@ -80,16 +80,16 @@ class StockPages(PagedAttentionCache):
         if step.slots is None:
             key, value = self.gather(key, value, layer_idx, kwargs)
         self._steps[group] = (layer_idx, step)
-        self.reads.add(GATHERED if step.slots is None else IN_PLACE)
+        copies = step.slots is None and kwargs["read_index"][group].numel()
+        self.reads.add(GATHERED if copies else IN_PLACE)
         return PagedLayer(step, key, value, *self.pages_of(layer_idx), self._workspaces)
 
     def _step(self, layer_idx: int, group: int, kind: str, kwargs: dict[str, Any]) -> PagedStep:
         keys, page_size = _of_kind(kwargs["cu_seq_lens_k"], kind), self.pages_of(layer_idx)[0].shape[1]
         if kwargs.get("block_table") is not None:
             return decode_step(kwargs["block_table"][group], keys, page_size, self.trash_of(layer_idx), kind == SLIDING)
-        # 5.17 calls them `max_seqlen`.
-        queries, max_queries = kwargs["cu_seq_lens_q"], kwargs.get("max_length_q", kwargs.get("max_seqlen_q"))
-        lengths = (max_queries, _of_kind(kwargs.get("max_length_k", kwargs.get("max_seqlen_k")), kind))
+        queries = kwargs["cu_seq_lens_q"]
+        lengths = (_most(kwargs, "q"), _of_kind(_most(kwargs, "k"), kind))
         read, written = kwargs["read_index"][group], kwargs["write_index"][group]
         if kind == SLIDING:
             tokens = read.shape[0] or written.shape[0]
@@ -100,7 +100,7 @@ class StockPages(PagedAttentionCache):
 
     def take_reads(self, batch: dict[str, Any]) -> str:
         """What a forward over `batch` did; of the replay of a graph, what the forward did that was recorded."""
-        is_decode = batch["block_table"] is not None or batch.get("max_length_q", batch.get("max_seqlen_q")) == 1
+        is_decode = batch["block_table"] is not None or _most(batch, "q") == 1
         kind = (batch["block_table"] is not None, bool(batch["read_index"][0].numel()))
         seen, self.reads = self.reads, set()
         if seen:
@@ -111,3 +111,9 @@ class StockPages(PagedAttentionCache):
 def _of_kind(given: Any, kind: str) -> Any:
     """Of one kind of layers; where all are of one kind, some versions hand it over by itself."""
     return given[kind] if isinstance(given, dict) else given
+
+
+def _most(given: dict[str, Any], of: str) -> Any:
+    """The most queries or keys of a row, by its name in this version or in older ones."""
+    name = f"max_length_{of}"
+    return given[name] if name in given else given[f"max_seqlen_{of}"]

@@ -114,9 +114,10 @@ def prompt_step(
     """
     max_queries, max_keys = lengths
     index = read_index if read_index.numel() else write_index
-    columns = torch.arange(0, max(max_keys, 1), page_size, device=index.device)
+    # 32 bits: where Transformers warms up, a row may have as many columns as the whole cache has pages.
+    columns = torch.arange(0, max(max_keys, 1), page_size, device=index.device, dtype=torch.int32)
     first = (cu_seqlens_k[:-1, None] + columns).clamp(max=index.shape[0] - 1)
-    table = (index[first] // page_size).to(torch.int32)
+    table = (index // page_size).to(torch.int32)[first]
     return PagedStep(
         table, cu_seqlens_k.diff().to(torch.int32), _or_none(cu_seqlens_q, write_index, max_queries), max_queries, page_size,
         write_index,

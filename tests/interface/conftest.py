@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import hf_fastattn
 from hf_fastattn import interface
 from hf_fastattn.interface import counters
+from hf_fastattn.stock_batching.doors import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,8 @@ def registered() -> Iterator[None]:
     counters.reset()
     yield
     for registry in (AttentionInterface, AttentionMaskInterface):
-        registry._global_mapping.pop("fastattn")
+        for name in NAMES:
+            registry._global_mapping.pop(name)
 
 
 @pytest.fixture(autouse=True)

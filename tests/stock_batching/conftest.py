@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_fastattn
 from hf_fastattn.interface import counters
+from hf_fastattn.stock_batching.doors import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -18,5 +19,5 @@ def registered() -> Iterator[None]:
     counters.reset()
     yield
     for registry in (AttentionInterface, AttentionMaskInterface):
-        for name in ("fastattn", "paged|fastattn"):
+        for name in NAMES:
             registry._global_mapping.pop(name)
