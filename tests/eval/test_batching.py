@@ -1,8 +1,9 @@
-"""The batching benchmark: every case runs on a tiny model; what is wrong is red, and what was not timed is scaled and said."""
+"""The batching benchmark: every case runs on a tiny model; faults are red, and what was not timed is scaled and said."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ContinuousBatchingConfig
 
 import hf_fastattn
 from hf_fastattn import cli
-from hf_fastattn.batching import hooks
 from hf_fastattn.batching.requests import Request
 from hf_fastattn.eval import batching
-from hf_fastattn.eval.batching_calls import figures
+from hf_fastattn.eval.batching_calls import figures, ways
 from hf_fastattn.eval.batching_calls.cases import ON_CPU, ON_GPU, Ask, Case, arriving
 from hf_fastattn.eval.batching_calls.padded import Padded
 from hf_fastattn.eval.batching_calls.plot import COLOURS
@@ -29,6 +30,8 @@ from tests.tools.models import COMMON
 
 TINY = {**COMMON, "model_type": "llama"}
 OURS = ("ours", "stock_padded", "patched_padded")
+SMALL_POOL = ContinuousBatchingConfig(num_blocks=64)
+FALLS_BACK = ContinuousBatchingConfig(num_blocks=64, scheduler_type="prefill_first")
 SMALL = ("--shape", "llama-3-8b", "--device", "cpu", "--requests", "3", "--most-new", "5", "--pairs", "1", "--rates", "1")
 
 
@@ -60,8 +63,10 @@ def test_all_cases(tmp_path: Path) -> None:
     assert record["cases"][3]["whole_s"] == pytest.approx(0.512 * held["long"]["ours"]["gap_ms"]["median"])
 
 
-def test_stock_in_every_way(tmp_path: Path) -> None:
+def test_stock_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its running batches take the attention that is quickest here, and stop when time is up."""
+    # By default they take a share of the memory, and seconds for it.
+    monkeypatch.setattr(ways.Ways, "batching", lambda self, model: None if model is self.patched else SMALL_POOL)
     system = ("stock_batch", "stock_padded", "ours")
     status, record, table = run(tmp_path, "--case", "ragged", "--stock-new", "1", "--stock-batches", "1", system=system)
     found = record["cases"][0]["systems"]
@@ -95,15 +100,17 @@ def test_16_bits_agree(tmp_path: Path) -> None:
     assert status == 0 and "miss the likeliest by" in record["cases"][0]["detail"]
 
 
-def test_what_falls_back_or_is_slower_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "choice_of", lambda *arguments: "it is a test")
-    status, record, table = run(tmp_path, "--case", "ragged", system=("ours",))
-    assert status == 1 and "fell back: continuous batching: it is a test" in record["cases"][0]["red"]
-    monkeypatch.undo()
-    monkeypatch.setitem(SHAPES, "llama-3-8b", TINY)
+def test_what_is_slower_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(batching.SLOWER, "cpu", 0.0)
     status, record, table = run(tmp_path, "--case", "ragged")
-    assert status == 1 and "patched_padded takes" in record["cases"][0]["red"][0]
+    assert status == 1 and "patched_padded takes" in record["cases"][0]["red"][0] and "**RED** ragged" in table
+
+
+def test_what_falls_back_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "serve", functools.partial(serve, batching=FALLS_BACK))
+    status, record, table = run(tmp_path, "--case", "load", system=("ours",))
+    assert status == 1 and "fell back: continuous batching: scheduler_type='prefill_first'" in table.split("RED")[1]
+    assert "0 of 3 requests were served in running batches" in record["cases"][0]["red"]
 
 
 def test_a_case_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
