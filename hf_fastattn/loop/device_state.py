@@ -63,15 +63,18 @@ class DeviceState:
 
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
+            # Of each row whether it has finished, its length, its number, and by window where its token is written: side by
+            # side, so that a batch whose rows come and go writes them in one launch.
+            self.by_row = zeros(3 + count, rows)
             self._all = LoopTensors(
                 chosen=zeros(rows, dtype=torch.int64),
                 packed=zeros(rows, dtype=torch.int64),
                 tokens=zeros(rows, 1, dtype=torch.int64),
                 positions=zeros(rows, 1, dtype=torch.int64),
-                finished=zeros(rows),
+                finished=self.by_row[0],
                 limits=zeros(rows),
-                seq_lens=zeros(rows),
-                slots=zeros(count, rows),
+                seq_lens=self.by_row[1],
+                slots=self.by_row[3:],
                 tables=zeros(count, rows, self.columns),
                 step=zeros(1),
                 ends=zeros(MOST_ENDS, dtype=torch.int64),
@@ -79,7 +82,7 @@ class DeviceState:
                 drop=zeros(1),
             )
             # The row's number in the call: random numbers depend on it, not on the row's index on the device.
-            self.numbers = zeros(rows)
+            self.numbers = self.by_row[2]
             # Of the row's adapter among those that rows choose from, -1 for none; 0 where none are chosen.
             self.adapters = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
