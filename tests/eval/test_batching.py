@@ -30,8 +30,8 @@ from tests.tools.models import COMMON
 
 TINY = {**COMMON, "model_type": "llama"}
 OURS = ("ours", "stock_padded", "patched_padded")
-SMALL_POOL = ContinuousBatchingConfig(num_blocks=64)
-FALLS_BACK = ContinuousBatchingConfig(num_blocks=64, scheduler_type="prefill_first")
+SMALL_POOL = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+FALLS_BACK = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, scheduler_type="prefill_first")
 SMALL = ("--shape", "llama-3-8b", "--device", "cpu", "--requests", "3", "--most-new", "5", "--pairs", "1", "--rates", "1")
 
 
