@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hf_fastattn.eval.choices import (
+    BATCHING,
     DTYPES,
     FAULTS,
     KINDS,
@@ -17,6 +18,7 @@ from hf_fastattn.eval.choices import (
     ROLLOUTS,
     ROUTING_FAULTS,
     ROUTINGS,
+    SERVED,
     SHAPES,
     SHIPPED,
     WINDOWS_16,
@@ -281,6 +283,46 @@ def add_parallel(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for parallel.md, .json and .png")
 
 
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return float(text)
+
+
+def add_batching(made: argparse.ArgumentParser) -> None:
+    """Requests of different lengths: generate_batch() of stock and of the patched model, and generate() of both on padded
+    batches; the time between tokens while requests arrive. Exits with 1 if ours is slower than stock, falls back, chooses
+    other tokens, keeps pages, or a case fails."""
+    cases = "; ".join(f"{name}: {words}" for name, words in BATCHING.items())
+    made.add_argument("--case", nargs="+", choices=BATCHING, default=list(BATCHING), help=f"{cases} (fewer on a CPU)")
+    made.add_argument(
+        "--model", type=checkpoint, help="hub id or path (default: the case's shape on a GPU, else the shipped checkpoint)"
+    )
+    made.add_argument("--shape", choices=sorted(SHAPES), help="random weights of a known shape instead")
+    made.add_argument("--layers", type=positive, help="of such a shape (default: as many as it has)")
+    made.add_argument("--system", nargs="+", choices=SERVED, default=list(SERVED), help="only these, and ours")
+    made.add_argument("--requests", type=positive, help="at most so many of a case's requests")
+    made.add_argument("--most-new", type=positive, help="at most so many of a case's new tokens, in proportion")
+    made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--stock-rounds", type=positive, help="of stock's systems (default: 1 on a GPU, else as many)")
+    seconds = "of stock's generate_batch() in a round; its time is then a lower bound (default: until it is done)"
+    made.add_argument("--stock-seconds", type=above_zero, help=seconds)
+    token = "tokens after the first that stock's padded calls are timed for; the rest is scaled (default: all)"
+    made.add_argument("--stock-new", type=positive, help=token)
+    made.add_argument("--stock-batches", type=positive, help="padded calls of stock that are timed (default: all)")
+    made.add_argument(
+        "--sizes", type=positive, nargs="+", help="rows of padded calls to try (default: 64 and 256 on a GPU, else 8 and 32)"
+    )
+    attention = "of stock's generate_batch() (default: the quickest of those that are there)"
+    made.add_argument("--attention", help=attention)
+    rates = "of the load, as shares of what is done where all requests are there at once (default: %(default)s)"
+    made.add_argument("--rates", type=above_zero, nargs="+", default=[0.25, 0.5, 0.75, 1.0], help=rates)
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--output", type=Path, help="folder for batching.md, .json and .png")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
 
@@ -314,6 +356,11 @@ COMMANDS = {
         "hf_fastattn.eval.parallel",
         "time calls whose rows, or which themselves, begin alike, with and without sharing",
         add_parallel,
+    ),
+    "bench batching": Command(
+        "hf_fastattn.eval.batching",
+        "time requests of different lengths, all at once and arriving: generate_batch() and padded generate()",
+        add_batching,
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention

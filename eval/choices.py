@@ -29,6 +29,17 @@ KINDS = {
 # The kinds of calls whose rows begin alike.
 PARALLEL = ("samples", "questions", "groups", "nested", "turns")
 
+# The cases of the batching benchmark, and the ways to serve requests that are all there at once.
+BATCHING = {
+    "ragged": "64 ragged prompts, 128 new tokens each",
+    "outputs": "the same prompts, outputs of 16 to 512 tokens",
+    "mixed": "512 requests, outputs log-uniform from 16 to 1,024 tokens",
+    "long": "32 requests of 8k new tokens",
+    "arrival": "a long prompt that arrives while 64 rows decode",
+    "load": "requests that arrive at random, at several rates",
+}
+SERVED = ("stock_batch", "stock_padded", "patched_padded", "rows_kept", "ours")
+
 # What GRPO's rollouts run on: TRL's default with and without checkpointing, 16-bit weights, LoRA on both.
 ROLLOUTS = (
     "fp32+accelerate+train",
@@ -59,6 +70,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
     },

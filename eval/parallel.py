@@ -21,7 +21,6 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.eval.arguments import parser
-from hf_fastattn.eval.choices import SHAPES
 from hf_fastattn.eval.generate_speed.bench import free_memory
 from hf_fastattn.eval.parallel_calls.prompts import Prompts, most_to_compute
 from hf_fastattn.eval.parallel_calls.systems import Way, timed, ways
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     auto = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     start = time.perf_counter()
-    model, rows, failed = _model(options, device, dtype), [], []
+    model, rows, failed = random_model(options.shape, device, dtype, options.layers), [], []
     for kind, count, length in _cases(options):
         name = f"{kind}, {count} x {length}"
         try:
@@ -75,17 +74,6 @@ def _briefly(systems: dict[str, dict[str, Any]]) -> str:
     return "; ".join(
         f"{name} first {found['first']:.1f}, a token {found['token']:.2f} ms" for name, found in systems.items()
     )
-
-
-def _model(options: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    entries = SHAPES[options.shape]
-    if options.layers is None:
-        return random_model(options.shape, device, dtype)
-    SHAPES[options.shape] = {**entries, "num_hidden_layers": options.layers}
-    try:
-        return random_model(options.shape, device, dtype)
-    finally:
-        SHAPES[options.shape] = entries
 
 
 def _cases(options: Any) -> list[tuple[str, int, int]]:

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_fastattn.eval.choices import SHAPES
 
 
-def random_model(shape: str, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """A model of one of `SHAPES`, built on the device.
+def random_model(shape: str, device: str | torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A model of one of `SHAPES`, built on the device, with so many layers if they are given.
 
     Raises:
         ValueError: the shape is unknown.
@@ -19,6 +19,8 @@ def random_model(shape: str, device: str | torch.device, dtype: torch.dtype) -> 
     if shape not in SHAPES:
         raise ValueError(f"shape={shape!r} is unknown; choose one of {sorted(SHAPES)}")
     entries = dict(SHAPES[shape])
+    if layers is not None:
+        entries["num_hidden_layers"] = layers
     config = AutoConfig.for_model(entries.pop("model_type"), **entries)
     torch.manual_seed(0)
     with torch.device(device):

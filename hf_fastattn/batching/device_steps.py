@@ -63,7 +63,8 @@ class DeviceSteps:
         self._state: DeviceState = self._graphs.state_for(
             self._device, bucket_of(slots), columns, self._pages.cache, vocabulary
         )
-        held = self._state.tensors(self._state.rows, False)
+        # Of all slots: views of them take a while to make.
+        held = self._held = self._state.tensors(self._state.rows, False)
         held.finished.fill_(ABSENT)
         held.limits.fill_(UNLIMITED)
         held.ends.fill_(-1)
@@ -97,14 +98,15 @@ class DeviceSteps:
 
     def first(self, logits: Tensor, numbers: Sequence[int]) -> Tensor:
         """The tokens `[n]` that follow prompts with these `logits [n, V]`."""
-        numbers_held = torch.tensor([number % FIRST + FIRST for number in numbers], dtype=torch.int32)
-        rows = numbers_held.to(self._device, non_blocking=True)
-        return choose_first(self._state, self._choice.do_sample, logits, rows)
+        if not self._choice.do_sample:
+            return choose_first(self._state, False, logits, self._state.numbers)
+        held = torch.tensor([number % FIRST + FIRST for number in numbers], dtype=torch.int32)
+        return choose_first(self._state, True, logits, held.to(self._device, non_blocking=True))
 
     def join(self, slots: Sequence[int], tokens: Tensor) -> None:
         """These slots' next input is `tokens [n]`."""
         index = torch.tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True)
-        self._state.tensors(self._state.rows, False).tokens[:, 0].index_copy_(0, index, tokens)
+        self._held.tokens[:, 0].index_copy_(0, index, tokens)
 
     def send(self, tokens: Tensor, tickets: Array) -> None:
         """Start the copy of what was chosen; `tickets` say for whom."""
@@ -139,33 +141,33 @@ class DeviceSteps:
             lengths: tokens stored of each.
             numbers: of their requests.
         """
-        held, count = self._state.tensors(self._state.rows, False), len(slots)
-        if count:
-            windows = len(self._pages.cache.tables)
-            host = np.zeros((5 + windows, count), np.int64)
-            host[0], host[1], host[2] = slots, np.where(alive, 0, ABSENT), np.where(alive, lengths + 1, 0)
-            host[3], host[4] = np.where(alive, lengths, 0), numbers % FIRST
-            host[5:] = -1
-            for place in np.flatnonzero(alive).tolist():
-                host[5:, place] = self._pages.place_of(int(slots[place]), int(lengths[place]))
-            device = torch.from_numpy(host).to(self._device, non_blocking=True)
-            narrow, index = device.int(), device[0]
-            held.finished.index_copy_(0, index, narrow[1])
-            held.seq_lens.index_copy_(0, index, narrow[2])
-            held.positions[:, 0].index_copy_(0, index, device[3])
-            self._state.numbers.index_copy_(0, index, narrow[4])
-            held.slots.index_copy_(1, index, narrow[5:])
-        self._write_tables(held.tables)
-
-    def _write_tables(self, tables: Tensor) -> None:
-        changes, rows, columns = self._pages.changes, tables.shape[1], tables.shape[2]
-        if not changes:
+        count, windows, changes = len(slots), len(self._pages.cache.tables), self._pages.changes
+        if not count and not changes:
             return
+        host = np.full((5 + windows, count), -1, np.int64)
+        host[0], host[1] = slots, np.where(alive, lengths, 0)
+        # As `by_row` has them.
+        host[2], host[3], host[4] = np.where(alive, 0, ABSENT), np.where(alive, lengths + 1, 0), numbers % FIRST
+        for place in np.flatnonzero(alive).tolist():
+            host[5:, place] = self._pages.place_of(int(slots[place]), int(lengths[place]))
+        # One copy for all.
+        flat = np.concatenate((host.ravel(), *self._table_entries()))
+        device = torch.from_numpy(flat).to(self._device, non_blocking=True)
+        narrow, size = device.int(), host.size
+        if count:
+            self._held.positions[:, 0].index_copy_(0, device[:count], device[count : 2 * count])
+            self._state.by_row.index_copy_(1, device[:count], narrow[2 * count : size].view(-1, count))
+        if changes:
+            places, pages = device[size:].view(2, -1)[0], narrow[size:].view(2, -1)[1]
+            self._held.tables.view(-1).index_copy_(0, places, pages)
+            changes.clear()
+
+    def _table_entries(self) -> list[Array]:
+        """Entries of the page tables that have changed: where they are, and then what."""
+        _, rows, columns = self._held.tables.shape
+        changes = self._pages.changes
         places = [np.arange(len(pages)) + (place * rows + slot) * columns + first for place, slot, first, pages in changes]
-        host = np.stack((np.concatenate(places), np.concatenate([pages for *_, pages in changes])))
-        changes.clear()
-        device = torch.from_numpy(host.astype(np.int64)).to(self._device, non_blocking=True)
-        tables.view(-1).index_copy_(0, device[0], device[1].int())
+        return [*places, *(np.asarray(pages, np.int64) for *_, pages in changes)]
 
     # ---- steps ------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ class Engine:
         deliver: Callable[[list[Request]], None], most_tokens: int = MOST_TOKENS,
     ) -> None:  # fmt: skip
         self._model, self._pages, self._make_steps, self._deliver = model, pages, make_steps, deliver
+        # While requests are under way the model stays where it is.
+        self._device = model.device
         self._most_tokens = most_tokens
         self._steps: Any = None
         self._batch = RunningBatch(pages, slots)
@@ -176,8 +178,9 @@ class Engine:
         for place in started:
             batch.by_place[place].started()
         shown = [batch.by_place[place] for place in (*ended, *streamed)]
-        for request in shown:
-            request.set_tokens(batch.tokens.of(request.place))
+        for place, request in enumerate(shown):
+            if place < len(ended) or request.state.streaming:
+                request.set_tokens(batch.tokens.of(request.place))
             request.note_time()
         for request in shown[: len(ended)]:
             request.finished()
@@ -212,7 +215,7 @@ class Engine:
         logits = compute_pieces(
             self._model, self._pages, [request.slot for request, _ in taken], [request.done for request, _ in taken],
             [request.prompt[request.done : request.done + count] for request, count in taken], ends,
-            self._model.device, size,
+            self._device, size,
         )  # fmt: skip
         for request, count in taken:
             request.done += count
@@ -292,10 +295,10 @@ class Engine:
     def _bucket(self) -> int:
         """Rows of the next step; rows move to lower slots if that makes it smaller, and nobody is to come."""
         batch, rows = self._batch, self._batch.rows
-        left = int(rows.left.max(initial=0, where=rows.alive))
-        used = int(np.flatnonzero(rows.alive)[-1]) + 1
+        slots = np.flatnonzero(rows.alive)
+        left, used = int(rows.left[slots].max()), int(slots[-1]) + 1
         bucket: int = self._steps.bucket(used, left)
-        if batch.waiting or batch.prompts or self._steps.bucket(rows.count, left) >= bucket:
+        if batch.waiting or batch.prompts or rows.count == used or self._steps.bucket(rows.count, left) >= bucket:
             return bucket
         self._drain()
         if not rows.count:
@@ -307,16 +310,18 @@ class Engine:
 
     def _reserve(self) -> None:
         """Pages for the next step; if there are none, the requests that came last start over when there are some."""
-        batch = self._batch
+        batch, extended = self._batch, False
         while short := batch.rows.short():
+            extended = True
             for slot in sorted(short, key=lambda one: batch.by_slot[one].number):
                 if slot not in batch.by_slot or not batch.rows.alive[slot]:
                     break
                 if not batch.extend(slot):
                     self._make_room()
                     break
-        longest = int(batch.rows.room.max(initial=0, where=batch.rows.alive))
-        self._make_columns(longest // self._pages.page_size)
+        if extended:
+            longest = int(batch.rows.room.max(initial=0, where=batch.rows.alive))
+            self._make_columns(longest // self._pages.page_size)
 
     def _make_room(self) -> None:
         """Take the youngest request out of the batch."""

@@ -41,6 +41,7 @@ class Request:
     found: Sequence[int] = ()
     is_over: bool = False
     earlier: list[int] = field(default_factory=list)
+    _row_tokens: RowTokens | None = None
 
     @staticmethod
     def of(state: Any, number: int, after: Request | None = None) -> Request:
@@ -66,11 +67,13 @@ class Request:
 
     def row_tokens(self, page_size: int) -> RowTokens:
         """Its prompt as an index of pages takes it."""
-        return RowTokens(self.prompt, page_size)
+        if self._row_tokens is None:
+            self._row_tokens = RowTokens(self.prompt, page_size)
+        return self._row_tokens
 
     def leave(self) -> None:
         """It is in no slot."""
-        self.slot, self.done, self.found = -1, 0, ()
+        self.slot, self.done, self.found, self._row_tokens = -1, 0, (), None
 
     def start_over(self, chosen: list[int]) -> None:
         """Out of the batch, it has to be computed again, with what was `chosen` so far."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_fastattn.batching.row_tokens import Array
+from hf_fastattn.batching.row_tokens import UNLIMITED, Array
 
 
 class RunningRows:
@@ -25,6 +25,7 @@ class RunningRows:
         tickets: `[slots, 2]` place and serial number of its request's tokens; a place of -1 for none.
         numbers: of the requests.
         changed: slots of which the device does not know yet.
+        count: slots that take part.
     """
 
     def __init__(self, slots: int) -> None:
@@ -36,15 +37,16 @@ class RunningRows:
         self.numbers: Array = np.zeros(slots, np.int64)
         self.tickets: Array = np.full((slots, 2), -1, np.int64)
         self.changed: set[int] = set()
-
-    @property
-    def count(self) -> int:
-        """Slots that take part."""
-        return int(self.alive.sum())
+        self.count = 0
+        # Steps, the next one included, for which no row can be short of pages.
+        self._enough = 0
 
     def join(self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any) -> None:
         """A slot takes part from the next step on."""
         self.alive[slot], self.lengths[slot], self.room[slot] = True, length, room
+        self.count += 1
+        if room < most:
+            self._enough = min(self._enough, room - length - 1)
         self.left[slot], self.most[slot], self.numbers[slot], self.tickets[slot] = left, most, number, ticket
         self.changed.add(slot)
 
@@ -52,6 +54,7 @@ class RunningRows:
         """A slot takes part no more."""
         if self.alive[slot]:
             self.changed.add(slot)
+            self.count -= 1
         self.alive[slot], self.lengths[slot], self.tickets[slot] = False, 0, -1
 
     def move(self, source: int, target: int) -> None:
@@ -59,17 +62,23 @@ class RunningRows:
         for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets"):
             held = getattr(self, name)
             held[target] = held[source]
+        self.count += int(self.alive[target])
         self.changed.add(target)
         self.leave(source)
 
     def short(self) -> list[int]:
         """Slots whose pages do not reach to the token after the next one, for which a step computes the place."""
-        wanted = np.minimum(self.lengths + 2, self.most)
-        found: list[int] = np.flatnonzero(self.alive & (wanted > self.room)).tolist()
+        if self._enough > 0:
+            return []
+        # Of rows that get no more pages there is none to wait for.
+        over = np.where(self.alive & (self.room < self.most), self.room - self.lengths - 2, UNLIMITED)
+        found: list[int] = np.flatnonzero(over < 0).tolist()
+        self._enough = int(over.min()) + 1
         return found
 
     def step(self) -> list[int]:
         """A step was launched; returns the slots for which it was the last one."""
+        self._enough -= 1
         self.lengths += self.alive
         self.left -= self.alive
         ended: list[int] = np.flatnonzero(self.alive & (self.left <= 0)).tolist()

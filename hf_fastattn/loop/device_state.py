@@ -78,7 +78,7 @@ class DeviceState:
                 packed=zeros(rows, dtype=torch.int64),
                 tokens=inputs.tokens,
                 positions=inputs.positions,
-                finished=zeros(rows),
+                finished=inputs.by_row[0],
                 limits=zeros(rows),
                 seq_lens=inputs.seq_lens,
                 slots=inputs.slots,
@@ -89,7 +89,8 @@ class DeviceState:
                 drop=zeros(1),
             )
             # The row's number in the call: random numbers depend on it, not on the row's index on the device.
-            self.numbers = zeros(rows)
+            self.by_row = inputs.by_row
+            self.numbers = inputs.by_row[2]
             # Of the row's adapter among those that rows choose from, -1 for none; 0 where none are chosen.
             self.adapters = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)

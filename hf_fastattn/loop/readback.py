@@ -46,7 +46,7 @@ class Readback:
         cuda = device.type == "cuda"
         with torch.inference_mode(False):
             self._host = torch.zeros(depth + 1, rows, dtype=torch.int64, device="cpu", pin_memory=cuda)
-        self._device = device
+        self._device, self._depth = device, depth
         self._events = [torch.cuda.Event() for _ in range(depth + 1)] if cuda else []
         self._under_way: deque[tuple[int, Sequence[int]]] = deque()
         self._turn = 0
@@ -56,10 +56,10 @@ class Readback:
 
     def send(self, packed: Tensor, numbers: Sequence[int]) -> None:
         """Start the copy of a step's `packed` `[>= rows]`, of which the first rows count."""
-        assert len(self._under_way) < len(self._host)
-        self._turn = (self._turn + 1) % len(self._host)
+        assert len(self._under_way) <= self._depth
+        self._turn = (self._turn + 1) % (self._depth + 1)
         count = len(numbers)
-        self._host[self._turn, :count].copy_(packed if len(packed) == count else packed[:count], non_blocking=True)
+        self._host[self._turn, :count].copy_(packed[:count], non_blocking=True)
         if self._events:
             self._events[self._turn].record(torch.cuda.current_stream(self._device))
         self._under_way.append((self._turn, numbers))

@@ -30,6 +30,8 @@ class StepInputs:
         positions: `[rows, 1]` int64.
         seq_lens: `[rows]` int32, keys a row.
         slots: `[W, rows]` int32, where the next key of a row goes.
+        by_row: `[3 + W, rows]` int32: whether a row has finished, its length, its number in the call, and its slots: side by
+            side, so that a batch whose rows come and go writes them in one launch.
         tables: `[W, rows, columns]` int32 page tables.
     """
 
@@ -42,11 +44,11 @@ class StepInputs:
 
         # Tensors made inside inference mode could not be written outside of it later.
         with torch.inference_mode(False):
-            # Of each row two numbers of 64 bits, and one of 32 for its length and for each of its slots.
-            self._changing = zeros(2 * rows + (1 + count) * rows // 2, dtype=torch.int64)
+            # Of each row two numbers of 64 bits, and those of 32 of `by_row`.
+            self._changing = zeros(2 * rows + (3 + count) * rows // 2, dtype=torch.int64)
             self.tokens, self.positions = self._changing[:rows, None], self._changing[rows : 2 * rows, None]
-            narrow = self._changing[2 * rows :].view(torch.int32)
-            self.seq_lens, self.slots = narrow[:rows], narrow[rows:].view(count, rows)
+            self.by_row = self._changing[2 * rows :].view(torch.int32).view(3 + count, rows)
+            self.seq_lens, self.slots = self.by_row[1], self.by_row[3:]
             self.tables = zeros(count, rows, columns)
             # Of all levels, one after the other.
             self._group_starts, self._prefix_lens = zeros(MOST_LEVELS * (rows + 1)), zeros(MOST_LEVELS * rows)

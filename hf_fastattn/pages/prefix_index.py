@@ -81,6 +81,8 @@ class PrefixIndex:
         self.evicted = 0
         # By page, or by a negative number for a beginning: the pages that follow it, by their tokens.
         self._after: dict[int, dict[bytes, int]] = {}
+        # Pages, or beginnings, that a page with less than it has place for has ever followed.
+        self._before_parts: set[int] = set()
         # By page what it follows and its tokens; the least recently used one first, none before the pages that follow it.
         self._held: OrderedDict[int, tuple[int, bytes]] = OrderedDict()
         # Pages of rows whose insertion does not count as use yet.
@@ -171,6 +173,7 @@ class PrefixIndex:
         if partial and rest and len(path) == tokens // size and path:
             key = row.keys[len(path)][: rest * row.ids.itemsize]
             if len(path) < len(pages) and not any(other.startswith(key) for other in self._after.get(before, {})):
+                self._before_parts.add(before)
                 last = self._added(before, key, pages[len(path)])
                 path += [] if last is None else [last]
         self._inserted.append(path)
@@ -188,7 +191,8 @@ class PrefixIndex:
             return known[key]
         if page < 0 or page in self._held:
             return None
-        parts = [other for other in known if key.startswith(other)]
+        # Whole pages with other tokens are no parts of this one.
+        parts = [other for other in known if key.startswith(other)] if before in self._before_parts else []
         noted, self.pool.unsettled = self.pool.unsettled, True
         self.pool.fork([page])
         # Pages that follow it now follow what it held before.
@@ -235,4 +239,5 @@ class PrefixIndex:
         while self._held:
             self._drop(next(iter(self._held)))
         self._after.clear()
+        self._before_parts.clear()
         self._inserted.clear()
