@@ -45,7 +45,8 @@ def hopper_prefill_kernel(
     """Shared memory, barriers, and the three roles: two consumer warpgroups and a producer warp.
 
     With PREFIXES the work items are parts of prefixes (`prefix_items.py`), all of whose keys every query sees, and what is
-    stored are their states, not normalised. `visited` is a `Visited` of LISTS lists an item, or None; `window` is None without one.
+    stored are their states, not normalised. `visited` is a `Visited` of LISTS lists an item, or None; `window` is None
+    without one.
     """
     CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES, PREFIXES)
     dtype: gl.constexpr = q_desc.dtype
