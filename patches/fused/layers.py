@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.parallel.all_reduce import embedding
+from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
@@ -18,7 +20,7 @@ from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.fused.rehearse import rehearse
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
+from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, plain_shard, written_module
 from hf_fastattn.patches.modules.product_layers import runs_our_forward
 from hf_fastattn.transformers_version import CACHE
 
@@ -45,7 +47,7 @@ def walk(
     Returns:
         `[B, S, hidden]`.
     """
-    states = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    states = _embedded(decoder.embed_tokens, input_ids) if inputs_embeds is None else inputs_embeds
     if position_ids is None:
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
@@ -82,6 +84,14 @@ def _run(
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products, is_step)
     return products.norm(written_module(decoder.norm), x, delta)[0]
+
+
+def _embedded(module: Any, input_ids: Tensor | None) -> Any:
+    """`module(input_ids)`, `[B, S, hidden]`; of a vocabulary that is spread over ranks without DTensors on the way."""
+    part = plain_shard(module)
+    if part is None or part.kind != VOCABULARY or input_ids is None:
+        return module(input_ids)
+    return embedding(input_ids, part.weight, part.size, part.group)
 
 
 def _on_three_axes(position_ids: Tensor) -> Tensor:

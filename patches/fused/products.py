@@ -27,10 +27,13 @@ from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.rehearsal import is_under_way
+from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
+from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
-from hf_fastattn.patches.modules.plain_modules import is_silu, norm_eps, norm_weight
+from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, norm_eps, norm_weight, plain_shard
 
 
 class Held(NamedTuple):
@@ -148,6 +151,9 @@ class Products:
 
     def add_product(self, linear: Any, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The residual stream with the product of `states: [T, K]` in it, or as it was and the product beside it."""
+        part = plain_shard(linear)
+        if part is not None and part.kind == ROWS:
+            return x, self._summed(part, states)
         dtype = self._dtype_of(states)
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
         if held is None:
@@ -156,11 +162,36 @@ class Products:
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
         """The product of `x: [T, K]` with the weight of a layer, `[T, N]`."""
+        part = plain_shard(linear)
+        if part is not None and part.kind == GATHERED:
+            return self._gathered(part, x)
         held = self._parameters((linear,), x)
         if held is None or held.adapters is not None:
             return self._apply(linear, x)
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
         return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
+
+    def _summed(self, part: Shard, states: Tensor) -> Tensor:
+        """The sum over ranks of the products of their `states: [T, K]`, and the bias once; `[T, N]`."""
+        product = self._product_of(part.weight, states)
+        # In a rehearsal nothing is launched, so nothing may wait for other ranks.
+        total = product if is_under_way() else all_reduce(product, part.group)
+        return total if part.bias is None else total + part.bias.to(total.dtype)
+
+    def _gathered(self, part: Shard, x: Tensor) -> Tensor:
+        """The products of `x: [T, K]` with all ranks' columns, `[T, N]`."""
+        product = self._product_of(part.weight, x, part.bias, splits=False)
+        return product.repeat(1, part.group.size()) if is_under_way() else gather_columns(product, part.group)
+
+    def _product_of(self, weight: Tensor, x: Tensor, bias: Tensor | None = None, splits: bool = True) -> Tensor:
+        """`x weight^T + bias` of a part of a layer, by our product where that pays; it `splits` sums if rows are few."""
+        dtype = self._dtype_of(x)
+        ours = self.tokens <= MOST_TOKENS and x.dtype is dtype and is_plain_tensor(weight, x.device, (dtype,))
+        if ours and beats_cublas(self.arch, dtype.itemsize, self.tokens, x.shape[1], weight.shape[0], 1, False):
+            options = self._launch if splits else {"weights_settled": True}
+            return matvec(x, [weight], None if bias is None else [bias], **options)[0]
+        # Autocast, if it is on, casts all three.
+        return functional.linear(x, weight, bias)
 
     def _dtype_of(self, x: Tensor) -> torch.dtype:
         """The dtype of a product of x."""
@@ -211,6 +242,9 @@ class Products:
 
     def _apply(self, linear: Any, x: Tensor) -> Tensor:
         """The layer's product, `[T, N]`: with the copy of its weight if there is one, else by calling it."""
+        part = plain_shard(linear)
+        if part is not None and part.kind in (ROWS, GATHERED):
+            return self._summed(part, x) if part.kind == ROWS else self._gathered(part, x)
         dtype = self._dtype_of(x)
         held = None if self._copies is None and self._by_row is None else self._adapted(linear, x.device, dtype)
         if held is not None and self._by_row is not None and "base_layer" in linear._modules:
