@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-ELSEWHERE = "another rank runs Transformers' own loop; its report has the reason"
+ELSEWHERE = "another rank runs Transformers' own loop: its report has the reason"
 
 
 def agreed_request(runtime: Any, request: Any, input_ids: Tensor, limits: Sequence[int] | None) -> Any:
     """`request`, or the reason that there is none, if that is so on every rank; a reason where only some ranks have one.
 
-    What ranks recorded so far is compared too: where they differ, all forget it, so that they record the same forwards anew.
+    What ranks recorded so far, and their pages, are compared too: where they differ, all let go of them, so that they record
+    the same forwards anew.
 
     Args:
         runtime: of a model that is spread over ranks.
@@ -23,33 +24,50 @@ def agreed_request(runtime: Any, request: Any, input_ids: Tensor, limits: Sequen
         limits: new tokens a row, if they are set.
 
     Raises:
-        ValueError: ranks were asked for different things.
+        ValueError: ranks were patched with other options, or asked for different things.
     """
     able = not isinstance(request, str)
-    stores = runtime.graphs, runtime.loop_graphs
-    history = [number for store in stores for number in store.history]
-    places = input_ids.flatten().cumsum(0).sum() if input_ids.numel() else 0
-    asked = [_digest(request, limits) if able else 0, *input_ids.shape, int(places)]
-    found = runtime.ranks.gathered([int(able), *history, *asked])
-    if any(values[1 : 1 + len(history)] != history for values in found):
-        for store in stores:
-            store.forget()
-    mine = found[0] if not able else [int(able), *history, *asked]
-    others = [rank for rank, values in enumerate(found) if values[0] and values[1 + len(history) :] != mine[1 + len(history) :]]
-    if able and others:
+    history = [*runtime.graphs.history, *runtime.loop_graphs.history, *(group.storage.capacity for group in runtime.groups)]
+    asked = [_digest(request, limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
+    mine = [int(able), zlib.crc32(repr(runtime.config).encode()), *history, *asked]
+    found = runtime.ranks.gathered(mine)
+    other = _other(found, mine, slice(1, 2))
+    if other is not None:
         raise ValueError(
-            f"generate() was called on rank {others[0]} with another prompt or other options than on this one; processes that "
-            "compute one model together need the same call on each (every rank's input_ids, seed and options alike)"
+            f"the model was patched with other options on rank {other} than on this one; give patch() the same on every rank"
         )
-    return request if not able or all(values[0] for values in found) else ELSEWHERE
+    if _other(found, mine, slice(2, -4)) is not None:
+        # Where pages are made anew, the next forward is not recorded.
+        runtime.graphs.forget()
+        runtime.loop_graphs.forget()
+        runtime.groups.shrink(0.0)
+    if not able or not all(values[0] for values in found):
+        return request if not able else ELSEWHERE
+    other = _other(found, mine, slice(-4, None))
+    if other is not None:
+        raise ValueError(
+            f"generate() was called with another prompt or other options on rank {other} than on this one; processes that "
+            "compute one model together need the same call on each: give every rank the same input_ids and options"
+        )
+    return request
+
+
+def _other(found: Sequence[Sequence[int]], mine: Sequence[int], part: slice) -> int | None:
+    """The first rank whose values differ there from this one's."""
+    return next((rank for rank, values in enumerate(found) if list(values[part]) != list(mine[part])), None)
+
+
+def _sum_of(input_ids: Tensor) -> int:
+    """A number that depends on the tokens and their places."""
+    return int(input_ids.flatten().cumsum(0).sum())
 
 
 def _digest(request: Any, limits: Sequence[int] | None) -> int:
     """A number for what a call asks for, the same in every process."""
     loop = getattr(request, "loop", request)
-    search = {name: value for name, value in vars(request).items() if isinstance(value, bool | int | float | str)}
+    plain = sorted((name, value) for name, value in vars(request).items() if isinstance(value, bool | int | float | str))
     held = (
-        sorted(search.items()), loop.do_sample, loop.max_new, loop.ends, loop.suppressed, loop.pad, loop.choice.values(),
+        plain, loop.do_sample, loop.max_new, loop.ends, loop.suppressed, loop.pad, loop.choice.values(),
         loop.stop_strings is not None, [(type(one).__name__, one.sizes()) for one in loop.processors], limits,
     )  # fmt: skip
     return zlib.crc32(repr(held).encode())

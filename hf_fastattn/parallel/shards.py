@@ -123,7 +123,7 @@ def _plan_variables(module: nn.Module, forward: Any) -> dict[str, Any] | None:
     if code is None or code.co_name != "tp_forward" or origin_of(forward) != PLAN:
         return None
     held = _variables(forward)
-    if held.keys() < {"self", "module", "mesh", "original_forward"} or held["module"] is not module:
+    if not {"self", "module", "mesh", "original_forward"} <= held.keys() or held["module"] is not module:
         return None
     return held if is_class_forward(module, held["original_forward"]) else None
 
