@@ -98,7 +98,8 @@ class Watch:
                 self._give_up(trouble)
                 break
         # Of a short call nobody has seen a beat.
-        state = self._state or (DONE if beat else None)
+        failed = None if self.failure is None else f"{FAILED}{RankFailedError.__name__}: {self.failure}"
+        state = self._state or failed or (DONE if beat else None)
         if state is not None:
             try:
                 self._store.set(str(self._rank), state)

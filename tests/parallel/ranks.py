@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import warnings
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import hf_fastattn
-from hf_fastattn.parallel import all_reduce
+from hf_fastattn.loop.decode_loop import DecodeLoop
+from hf_fastattn.parallel import all_reduce, watch
 from hf_fastattn.parallel.shards import shards_of, why_not_understood
 from hf_fastattn.patches.fused import products
 from tests.tools.fused_in_torch import fused_in_torch
@@ -172,3 +175,31 @@ def patched_and_unpatched(path: str) -> bool:
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, do_sample=False)
     after = [(type(module), dict(vars(module))) for module in model.modules()]
     return [(kind, state.get("forward")) for kind, state in before] == [(kind, state.get("forward")) for kind, state in after]
+
+
+def generate_and_fail(path: str, how: str) -> str:
+    """What a call of many steps, and the next one, raise when rank 1 fails in it: `how` is "raises", "is killed" or "stops"."""
+    watch.POLL, watch.GRACE, watch.SILENT = 0.1, 1.0, 3.0
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
+        take, steps = DecodeLoop._take, 0
+
+        def failing(self: Any, step: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 10 and rank() == 1:
+                if how != "raises":
+                    os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
+                raise KeyError("somebody's mistake")
+            take(self, step)
+
+        patch.setattr(DecodeLoop, "_take", failing)
+        try:
+            one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 400, "do_sample": False})
+        except Exception as error:
+            first = f"{type(error).__name__}: {error}"
+            try:
+                one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 4, "do_sample": False})
+            except Exception as error:
+                return f"{first}; then {type(error).__name__}"
+    return "nothing"

@@ -17,10 +17,12 @@ PATIENCE = 90.0
 
 
 class Processes:
-    """`count` processes that wait for functions to run, until `close()`."""
+    """`count` processes that wait for functions to run, until `close()`; what they write to stderr goes to a file."""
 
-    def __init__(self, count: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, count: int, errors: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # Imported once, by the process that all others are forked from.
+        context.set_forkserver_preload(["tests.parallel.ranks"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -28,7 +30,7 @@ class Processes:
         self.processes: list[Any] = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, count, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, count, port, theirs, errors), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -74,16 +76,19 @@ class Failure:
 
 
 @contextmanager
-def processes(count: int = 2) -> Iterator[Processes]:
+def processes(count: int = 2, errors: str = os.devnull) -> Iterator[Processes]:
     """Processes for the length of a `with` block."""
-    started = Processes(count)
+    started = Processes(count, errors)
     try:
         yield started
     finally:
         started.close()
 
 
-def _serve(rank: int, count: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, count: int, port: int, connection: Connection, errors: str) -> None:
+    # That of the process which all are forked from may be closed by now.
+    with open(errors, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
     import torch
