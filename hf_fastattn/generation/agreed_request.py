@@ -11,24 +11,24 @@ from torch import Tensor
 ELSEWHERE = "another rank runs Transformers' own loop: its report has the reason"
 
 
-def agreed_request(runtime: Any, request: Any, input_ids: Tensor, limits: Sequence[int] | None) -> Any:
+def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
     """`request`, or the reason that there is none, if that is so on every rank; a reason where only some ranks have one.
 
     What ranks recorded so far, and their pages, are compared too: where they differ, all let go of them, so that they record
     the same forwards anew.
 
     Args:
-        runtime: of a model that is spread over ranks.
+        model: patched, and spread over ranks.
         request: what the call asks for, or why no loop can serve it.
         input_ids: `[B, S]`.
-        limits: new tokens a row, if they are set.
 
     Raises:
         ValueError: ranks were patched with other options, or asked for different things.
     """
+    runtime = model._fastattn.runtime
     able = not isinstance(request, str)
     history = [*runtime.graphs.history, *runtime.loop_graphs.history, *(group.storage.capacity for group in runtime.groups)]
-    asked = [_digest(request, limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
+    asked = [_digest(request, runtime.row_limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
     mine = [int(able), zlib.crc32(repr(runtime.config).encode()), *history, *asked]
     found = runtime.ranks.gathered(mine)
     other = _other(found, mine, slice(1, 2))
@@ -49,6 +49,8 @@ def agreed_request(runtime: Any, request: Any, input_ids: Tensor, limits: Sequen
             f"generate() was called with another prompt or other options on rank {other} than on this one; processes that "
             "compute one model together need the same call on each: give every rank the same input_ids and options"
         )
+    if runtime.config.backend != "reference":
+        runtime.ranks.set_up_peers(model)
     return request
 
 

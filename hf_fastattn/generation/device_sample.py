@@ -225,7 +225,7 @@ def requested(model: Any, input_ids: Tensor, cache: Any, positions: Any, ask: Ca
         # Its forwards count why they keep nothing.
         request = "forwards drop the cache"
     if runtime.ranks is not None:
-        request = agreed_request(runtime, request, input_ids, runtime.row_limits)
+        request = agreed_request(model, request, input_ids)
     if not isinstance(request, str):
         return request
     runtime.count_not_looped(request)

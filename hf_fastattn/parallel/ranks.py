@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_fastattn.parallel.all_reduce import all_gather
-from hf_fastattn.parallel.shards import group_of, why_not_understood
+from hf_fastattn.parallel.peer_memory import PeerMemory, is_right, places_of, why_not_peers
+from hf_fastattn.parallel.shards import ROWS, group_of, shards_of, why_not_understood
 from hf_fastattn.parallel.watch import RankFailedError, Watch
+
+logger = logging.getLogger("hf_fastattn")
 
 # Processes make the models that they compute together in one order, so numbers name the same model on each.
 _numbers = itertools.count()
@@ -34,6 +38,10 @@ class Ranks:
         self._watch: Watch | None = None
         # Why there can be no more calls.
         self.failure: str | None = None
+        # In which sums of few rows are made, and why there is none.
+        self.peers: PeerMemory | None = None
+        self.why_no_peers: str | None = None
+        self._asked = False
 
     def watched(self, call: Callable[[], Any]) -> Any:
         """What the call returns.
@@ -51,7 +59,10 @@ class Ranks:
         watch = self._watch = Watch(store, dist.get_rank(self._group), self.count, self._group.abort)
         try:
             with watch:
-                return call()
+                result = call()
+                if self.peers is not None and bool(self.peers.late):
+                    raise RankFailedError("a rank did not come to a sum: what was generated is worth nothing")
+                return result
         finally:
             self.failure, self._watch = watch.failure, None
 
@@ -69,6 +80,31 @@ class Ranks:
             return receive()
         finally:
             watch.end_waiting()
+
+    def set_up_peers(self, model: Any) -> None:
+        """Have sums of few rows made in memory that all ranks read, if they can; once, by all ranks at the same time."""
+        if self._asked:
+            return
+        self._asked = True
+        places = self.gathered(places_of(self._device))
+        rows = sum(shard.kind == ROWS for shard in shards_of(model))
+        reason = why_not_peers(places, self._device)
+        if reason is None and (rows % 2 or model.dtype not in (torch.bfloat16, torch.float16, torch.float32)):
+            # Slots take turns, also from the last sum of a forward to the first one of the next.
+            reason = "an odd number of sums"
+        memory = None
+        if self.everywhere(reason is None):
+            try:
+                hidden = model.config.get_text_config(decoder=True).hidden_size
+                memory = PeerMemory(self._group, self._device, hidden, model.dtype)
+                reason = None if is_right(memory, self._group) else "its sums are wrong"
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        if self.everywhere(reason is None and memory is not None):
+            self.peers = memory
+        else:
+            self.why_no_peers = reason or "it failed on another rank"
+            logger.info("hf_fastattn sums over ranks by the process group alone: %s", self.why_no_peers)
 
     def gathered(self, values: Sequence[int]) -> list[list[int]]:
         """The values of every rank, as many of each; waits for them."""

@@ -29,9 +29,8 @@ LOOKS = 1 << 28
 @triton.jit
 def summed_norm_kernel(
     parts_ptr, flags_ptr, launch_ptr, late_ptr, x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr, sum_ptr, eps, stride_r,
-    rank,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, LOOKS: tl.constexpr,
-    UNIT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
+    rank, most_looks,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, UNIT_OFFSET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row of `[T, HIDDEN]`; `parts_ptr` and `flags_ptr` are addresses by rank, `x_ptr` is this rank's part."""
     column = tl.arange(0, BLOCK)  # [BLOCK], as all below
@@ -51,9 +50,9 @@ def summed_norm_kernel(
     for other in tl.static_range(RANKS):
         looks = 0
         # A difference, so that numbers may wrap.
-        while (tl.atomic_add(here_ptr + row * RANKS + other, 0, sem="acquire", scope="sys") - number < 0) & (looks < LOOKS):
+        while (tl.atomic_add(here_ptr + row * RANKS + other, 0, sem="acquire", scope="sys") - number < 0) & (looks < most_looks):
             looks += 1
-        if looks >= LOOKS:
+        if looks >= most_looks:
             tl.store(late_ptr, 1)
     total = tl.zeros([BLOCK], tl.float32)
     for other in tl.static_range(RANKS):
@@ -138,8 +137,8 @@ def summed_norm(
     block, overlap = power_of_2(hidden), overlaps_launches(arch_of(x.device))
     with on_device_of(x):
         prepared(summed_norm_kernel)[(tokens,)](
-            parts, flags, launches, late, x, residual, bias, weight, out, total, eps, residual.stride(0), rank,
-            HIDDEN=hidden, BLOCK=block, RANKS=len(parts), LOOKS=looks, UNIT_OFFSET=unit_offset, OVERLAP=overlap,
+            parts, flags, launches, late, x, residual, bias, weight, out, total, eps, residual.stride(0), rank, looks,
+            HIDDEN=hidden, BLOCK=block, RANKS=len(parts), UNIT_OFFSET=unit_offset, OVERLAP=overlap,
             num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return out, total
