@@ -41,7 +41,6 @@ def summed_norm_kernel(
     if OVERLAP:
         gdc_wait()
     number = tl.load(launch_ptr + row) + 1
-    tl.store(launch_ptr + row, number)
     for other in tl.static_range(RANKS):
         there_ptr = tl.load(flags_ptr + other).to(tl.pointer_type(tl.int32))
         tl.atomic_xchg(there_ptr + row * RANKS + rank, number, sem="release", scope="sys")
@@ -54,9 +53,12 @@ def summed_norm_kernel(
             looks += 1
         if looks >= most_looks:
             tl.store(late_ptr, 1)
+    # Not before every thread has read it: none is past the first look at a flag until all have come to it.
+    tl.store(launch_ptr + row, number)
     total = tl.zeros([BLOCK], tl.float32)
     for other in tl.static_range(RANKS):
-        part_ptr = tl.load(parts_ptr + other).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        # Without the hint nothing is known of an address that was loaded, and each element is read by itself.
+        part_ptr = tl.multiple_of(tl.load(parts_ptr + other).to(tl.pointer_type(x_ptr.dtype.element_ty)), 16)
         # Not from the L1 cache, which may hold what was there before.
         total += tl.load(part_ptr + row * HIDDEN + column, mask=ok, other=0.0, volatile=True).to(tl.float32)
     if OVERLAP:
@@ -94,7 +96,7 @@ def summed_norm(
     """RMSNorm of the sum of every rank's x and the residual, and that sum.
 
     Args:
-        x: `[T, hidden]` bf16, fp16 or fp32, contiguous: this rank's part, which the others read.
+        x: `[T, hidden]` bf16, fp16 or fp32, contiguous: this rank's part, which the others read; at multiples of 16 bytes.
         parts: `[ranks]` int64, where each rank's x is, as this device sees it.
         flags: `[ranks]` int64, where each rank's flags are: at least `[T, ranks]` int32, zeros at first.
         launches: `[>= T]` int32, zeros at first; counted by the kernel.
