@@ -43,7 +43,9 @@ def is_called_as_ever(module: Any) -> bool:
 def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
     """A forward of the module without what changes nothing around it."""
     while not is_class_forward(module, forward):
-        below = compiled_from(forward) or _below_hook(module, forward, device) or below_trl(forward) or below_replicated(forward)
+        below = (
+            compiled_from(forward) or _below_hook(module, forward, device) or below_trl(forward) or below_replicated(forward)
+        )
         if below is None:
             break
         forward = below

@@ -42,4 +42,6 @@ def why_not_here(model: Any) -> str | None:
     if not is_spread(model):
         return None
     reason = why_not_understood(model)
-    return reason or ("tensor parallel: the model was spread after patch()" if model._fastattn.runtime.ranks is None else None)
+    return reason or (
+        "tensor parallel: the model was spread after patch()" if model._fastattn.runtime.ranks is None else None
+    )

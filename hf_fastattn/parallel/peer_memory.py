@@ -72,7 +72,8 @@ class PeerMemory:
             self._held.zero_()
             starts = [int(address) for address in self._handle.buffer_ptrs]
             self._slots = [
-                self._held[slot * slot_bytes : (slot + 1) * slot_bytes].view(dtype).view(MOST_ROWS, hidden) for slot in (0, 1)
+                self._held[slot * slot_bytes : (slot + 1) * slot_bytes].view(dtype).view(MOST_ROWS, hidden)
+                for slot in (0, 1)
             ]
             self._parts = [
                 torch.tensor([start + slot * slot_bytes for start in starts], dtype=torch.int64, device=device)
@@ -110,8 +111,8 @@ def is_right(memory: PeerMemory, group: Any) -> bool:
             want = part.clone()
             torch.distributed.all_reduce(want, group=group)
             _, total = summed_norm(
-                part, memory.parts(slot), memory.flags, memory.launches, memory.late, memory.rank, residual, residual[0], 1e-5,
-                looks=LOOKS_IN_TRIAL,
+                part, memory.parts(slot), memory.flags, memory.launches, memory.late, memory.rank, residual, residual[0],
+                1e-5, looks=LOOKS_IN_TRIAL,
             )  # fmt: skip
             right &= torch.equal(total, want + 1)
     return right and not bool(memory.late)

@@ -1,8 +1,9 @@
 """What a rank holds of a module that Transformers' tensor parallelism has spread over processes, and what calling it does.
 
 Transformers replaces `forward` of a sharded module by a function that calls the original one on the shard and then sums or
-gathers over the ranks; weights are DTensors. The function's variables say which style of the plan it belongs to. A style that
-is not known here, or known with other layouts, is not understood: `shard_of` has None for it, `why_not_understood` a reason.
+gathers over the ranks; weights are DTensors. The function's variables say which style of the plan it belongs to. A style
+that is not known here, or known with other layouts, is not understood: `shard_of` has None for it, `why_not_understood` a
+reason.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROWS = "rows"  # some input features: gives the sum of all ranks' products, and 
 GATHERED = "gathered"  # some output features: gives those of all ranks, side by side;
 VOCABULARY = "vocabulary"  # some rows of an embedding: gives the sum of what all ranks find.
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Dimension of the weight that is cut.
 CUT = {COLUMNS: 0, ROWS: 1, GATHERED: 0, VOCABULARY: 0}
 
@@ -67,7 +69,8 @@ def shard_of(module: nn.Module) -> Shard | None:
     if held is None or kind is None or not is_called_as_ever(module):
         return None
     mesh = held["mesh"]
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight: Any = module._parameters.get("weight")
+    bias: Any = module._parameters.get("bias")
     if mesh.ndim != 1 or not _is_cut(weight, mesh, CUT[kind]):
         return None
     if bias is not None and not (_is_cut(bias, mesh, 0) if kind != ROWS else _is_same_everywhere(bias, mesh)):
@@ -136,7 +139,8 @@ def _variables(function: Any) -> dict[str, Any]:
 def _kind(kind: Any, style: Any) -> str | None:
     """Which part a style leaves a rank of a layer of this class."""
     # Not before: it imports DTensors.
-    from torch.distributed.tensor import Replicate, Shard as Cut
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Cut
 
     name = type(style).__name__ if type(style).__module__ == PLAN else ""
     if not getattr(style, "use_local_output", False):
@@ -169,27 +173,23 @@ def _is_same_everywhere(tensor: Any, mesh: Any) -> bool:
 
 def _why_not_heads(module: nn.Module) -> str | None:
     """Whether an attention has whole heads on this rank, as many for each key head as on one device."""
-    inner, dim = module._modules, getattr(module, "head_dim", None)
-    if not isinstance(dim, int) or not {"q_proj", "k_proj", "v_proj", "o_proj"} <= inner.keys():
+    dim = getattr(module, "head_dim", None)
+    linears: list[Any] = [module._modules.get(name) for name in PROJECTIONS]
+    if not isinstance(dim, int) or None in linears:
         return None
-    shards = {name: None if inner[name] is None else shard_of(inner[name]) for name in inner}
-    kinds = tuple(shards[name].kind if shards[name] else None for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    if kinds == (None,) * 4:
+    shards = [shard for linear in linears if (shard := shard_of(linear)) is not None]
+    if not shards:
         return None
-    if kinds != (COLUMNS, COLUMNS, COLUMNS, ROWS):
+    if [shard.kind for shard in shards] != [COLUMNS, COLUMNS, COLUMNS, ROWS]:
         return f"tensor parallel: of the projections of a {type(module).__name__} only some are cut"
-    q, k, v = (shards[name].weight.shape[0] for name in ("q_proj", "k_proj", "v_proj"))
-    groups = getattr(module, "num_key_value_groups", q // max(k, 1))
+    q, k, v, o = (shard.weight.shape[CUT[shard.kind]] for shard in shards)
+    ratio = getattr(module, "num_key_value_groups", 1)
     # A head with an output gate has it beside its queries.
-    per_head = inner["q_proj"].out_features // max(inner["k_proj"].out_features * groups, 1) * dim
-    wholes = k % dim == 0 and k > 0 and v == k and q == k // dim * groups * per_head
-    if not wholes or shards["o_proj"].weight.shape[1] != k // dim * groups * dim:
-        return f"tensor parallel: {inner['k_proj'].out_features // dim} key heads over {_size(shards['k_proj'].group)} ranks"
+    gated = linears[0].out_features // (linears[1].out_features * ratio)
+    if k % dim or not v == k or not q == k * ratio * gated or not o == k * ratio:
+        ranks = shards[0].group.size()
+        return f"tensor parallel: {linears[1].out_features // dim} key heads over {ranks} ranks"
     return None
-
-
-def _size(group: Any) -> int:
-    return int(group.size())
 
 
 def _described(module: nn.Module, forward: Any) -> str:

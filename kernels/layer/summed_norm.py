@@ -2,8 +2,8 @@
 
 `s = sum over ranks of x_r + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`. Each rank has written its x to its part of
 symmetric memory; a program takes one row: it tells its counterparts on the other ranks that this rank's row is there, waits
-for theirs, reads all of them, in the same order on every rank, and goes on as `norm.py`. The sum over ranks is rounded to the
-dtype of x, as an all-reduce would, and so is the sum with a bias.
+for theirs, reads all of them, in the same order on every rank, and goes on as `norm.py`. The sum over ranks is rounded to
+the dtype of x, as an all-reduce would, and so is the sum with a bias.
 
 Ranks count the launches of each row; a flag holds the number of the latest launch that its writer has reached. A part may be
 written again once the next launch but one is reached, if launches use two parts in turn: the one in between says that every
@@ -49,7 +49,9 @@ def summed_norm_kernel(
     for other in tl.static_range(RANKS):
         looks = 0
         # A difference, so that numbers may wrap.
-        while (tl.atomic_add(here_ptr + row * RANKS + other, 0, sem="acquire", scope="sys") - number < 0) & (looks < most_looks):
+        while (tl.atomic_add(here_ptr + row * RANKS + other, 0, sem="acquire", scope="sys") - number < 0) & (
+            looks < most_looks
+        ):
             looks += 1
         if looks >= most_looks:
             tl.store(late_ptr, 1)

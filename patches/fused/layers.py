@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.parallel.all_reduce import embedding
+from hf_fastattn.parallel.peer_memory import Delta
 from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
@@ -103,12 +104,12 @@ def _on_three_axes(position_ids: Tensor) -> Tensor:
 def _attention(
     layer: Any,
     x: Tensor,
-    delta: Tensor | None,
+    delta: Delta,
     products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Delta]:
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
     if "linear_attn" in modules:
@@ -133,7 +134,7 @@ def _attention(
     return products.add_product(inner["o_proj"], out, x)
 
 
-def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts, is_step: bool) -> tuple[Tensor, Tensor | None]:
+def _mlp(layer: Any, x: Tensor, delta: Delta, products: AnyProducts, is_step: bool) -> tuple[Tensor, Delta]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
     if not isinstance(products, PlainProducts):
         held = None if products.narrowed else held_experts(mlp, products.names, x.device, x.dtype)

@@ -135,9 +135,7 @@ class Products:
             return rms_norm(x, weight, norm_eps(module), **options), x
         return add_rms_norm(delta, x, weight, norm_eps(module), **options)
 
-    def project(
-        self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
@@ -147,9 +145,7 @@ class Products:
         """The products of `x: [T, K]`, in the dtype of a product, with several weights, `[T, N_i]` each."""
         return self._multiply(linears, self._parameters(linears, x), x)
 
-    def gated(
-        self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta
-    ) -> tuple[Tensor, Tensor]:
+    def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)

@@ -81,6 +81,8 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
     held = module._parameters
     if "bias" not in held:
         return None
+    weight: Tensor | None
+    bias: Tensor | None
     if is_plain(module, "Linear", device):
         weight, bias = held.get("weight"), held["bias"]
     else:

@@ -70,7 +70,12 @@ def traced(path: str, call: dict[str, Any]) -> tuple[int, int, set[Any], set[Any
     model, seen = load(path), set()
     counts = {"all_reduce": 0, "gather_columns": 0}
     held = {shard.weight.data_ptr() for shard in shards_of(model)}
-    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for place, name in ((products, "all_reduce"), (products, "gather_columns"), (all_reduce, "all_reduce")):
             patch.setattr(place, name, _counting(getattr(place, name), name, counts))
         matvec = products.matvec
@@ -117,12 +122,19 @@ class Slots:
         self.sums += 1
         total = all_reduce.all_reduce(part.clone(), self.group)
         part.fill_(float("nan"))
-        return products.add_rms_norm(total if bias is None else total + bias, x, weight, eps, unit_offset=unit_offset, dtype=dtype)
+        return products.add_rms_norm(
+            total if bias is None else total + bias, x, weight, eps, unit_offset=unit_offset, dtype=dtype
+        )
 
 
 def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
     model = load(path)
-    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         ranks = model._fastattn.runtime.ranks
         slots = Slots(ranks._group, model.config.hidden_size)
         patch.setattr(ranks, "peers", slots)
@@ -213,11 +225,13 @@ def patched_and_unpatched(path: str) -> bool:
     with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
         model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, do_sample=False)
     after = [(type(module), dict(vars(module))) for module in model.modules()]
-    return [(kind, state.get("forward")) for kind, state in before] == [(kind, state.get("forward")) for kind, state in after]
+    return [(kind, state.get("forward")) for kind, state in before] == [
+        (kind, state.get("forward")) for kind, state in after
+    ]
 
 
 def generate_and_fail(path: str, how: str) -> str:
-    """What a call of many steps, and the next one, raise when rank 1 fails in it: `how` is "raises", "is killed" or "stops"."""
+    """What a call, and the next one, raise when rank 1 fails in the first: `how` is "raises", "is killed" or "stops"."""
     watch.POLL, watch.GRACE, watch.SILENT = 0.1, 1.0, 3.0
     model = load(path)
     with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:

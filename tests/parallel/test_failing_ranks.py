@@ -35,7 +35,7 @@ def test_the_other_rank_ends(tmp_path: Path, how: str) -> None:
         return
     assert other is None
     assert "hf_fastattn ends this process, rank 0: rank 1" in said
-    assert ("KeyError: \"somebody's mistake\"" if how == "raises" else "was not heard of for 3 s") in said
+    assert ('KeyError: "somebody\'s mistake"' if how == "raises" else "was not heard of for 3 s") in said
     if how == "raises":
         assert failed.startswith("KeyError")
 

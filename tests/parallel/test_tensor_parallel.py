@@ -11,7 +11,7 @@ import torch
 
 import hf_fastattn
 from tests.parallel import ranks
-from tests.tools.models import VOCAB, pair_with_graphs, padded_batch, single, tiny
+from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, single, tiny
 from tests.tools.processes import Processes, processes
 from tests.tools.reexecuted import reexecuted_loop
 

@@ -14,8 +14,8 @@ WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
-    "kernels", "parallel", "layer_variants", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches",
-    "batching", "generation", "patching", "memory", "search", "report", "warming", "eval", "cli", "__main__",
+    "kernels", "parallel", "layer_variants", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime",
+    "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (

@@ -1,4 +1,4 @@
-"""The sum over ranks with residual and norm in one kernel, for ranks that are all in one process: theirs is there already."""
+"""The sum over ranks with residual and norm in one kernel, for ranks in one process, whose parts are there already."""
 
 from __future__ import annotations
 
