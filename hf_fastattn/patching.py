@@ -22,6 +22,7 @@ from hf_fastattn.kernels.variants.prepared import PreparedVariant
 from hf_fastattn.kernels.variants.variant import Variant
 from hf_fastattn.layer_variants import LayerVariants, asked_variants
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
+from hf_fastattn.parallel.ranks import ranks_of
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
@@ -98,7 +99,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     _warn_outside_tested_range()
     scope = PatchScope()
     variants = _prepared(target, family, asked_variants(variant, _attention_layers(target, family)), resolved)
-    runtime = Runtime(resolved, target.config, target.dtype, why_not_captured, variants)
+    runtime = Runtime(resolved, target.config, target.dtype, why_not_captured, variants, ranks_of(target))
     try:
         names, decoder = _replace_forwards(target, scope, runtime, family)
         # Not through the scope: scope and model would then refer to each other, a cycle.

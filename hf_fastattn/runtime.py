@@ -28,6 +28,7 @@ from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.spans import Spans
 from hf_fastattn.pages.turn import Turn
+from hf_fastattn.parallel.ranks import Ranks
 
 logger = logging.getLogger("hf_fastattn")
 
@@ -58,6 +59,7 @@ class Runtime:
         dtype: the model's dtype, for the memory limit.
         why_not_experts: why a decoder's mixtures of experts cannot be recorded, if there is a reason.
         variants: of attention, by layer.
+        ranks: processes that compute the model together, if it is spread over several.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class Runtime:
         dtype: Any,
         why_not_experts: Callable[..., str | None] | None = None,
         variants: LayerVariants | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.ranks = config, ranks
+        # Key heads are spread evenly, or the model is not understood.
+        self._key_ranks = 1 if ranks is None else ranks.count
         self.variants = LayerVariants() if variants is None else variants
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
@@ -76,11 +81,12 @@ class Runtime:
         self.turn = Turn()
         # Calls that run as if the model were not patched.
         self._aside = Spans()
-        self.groups = PageGroups(model_config, config, dtype, self.turn)
+        self.groups = PageGroups(model_config, config, dtype, self.turn, self._key_ranks)
         stocks_draws = config.sampling == "transformers"
         recording = (stocks_draws, why_not_experts, self.variants)
         self.graphs = ForwardGraphs(config.cuda_graphs, *recording)
         self.loop_graphs = LoopGraphs(config.cuda_graphs, *recording)
+        self.graphs.ranks = self.loop_graphs.ranks = ranks
         # Those of running batches, which generate() may be called beside; None while a manager has them.
         self._batch_graphs: LoopGraphs | None = None
         self._new_batch_graphs = functools.partial(LoopGraphs, config.cuda_graphs, *recording)
@@ -108,7 +114,12 @@ class Runtime:
 
         Args:
             training: the model is in train mode, where no memory is kept.
+
+        Raises:
+            RankFailedError: another process that computes the model failed.
         """
+        if self.ranks is not None:
+            generate = functools.partial(self.ranks.watched, generate)
         if self.is_aside:
             return generate()
         return (self.turn.take(PATIENCE), self._call(training, generate))[1]
@@ -143,6 +154,10 @@ class Runtime:
             self.graphs.enter_call(self._calls[-1].token)
             return
         self.graphs.enter_call(None)
+        if self.ranks is not None and self.ranks.failure is not None:
+            # They sum over ranks that are gone.
+            self.graphs.drop()
+            self.loop_graphs.drop()
         self._end_prefixes(training)
         keeps_all = not training or self.config.keep_in_training
         kept = keeps_all or self._keep_small()
@@ -332,7 +347,7 @@ class Runtime:
             self._made_for = wanted
         if self._made_for != wanted:
             self._close_prefixes()
-            groups = PageGroups(model.config, self.config, wanted[0], self.turn)
+            groups = PageGroups(model.config, self.config, wanted[0], self.turn, self._key_ranks)
             self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups
 

@@ -1,4 +1,5 @@
-"""What stands around a module's forward and changes no result: accelerate's hooks that move nothing, torch.compile, TRL.
+"""What stands around a module's forward and changes no result: accelerate's hooks that move nothing, torch.compile, TRL,
+Transformers' tensor parallelism on modules that are the same on every rank.
 
 accelerate puts a partial function in the place of `forward`; it calls the hook, `_old_forward`, and the hook again. A hook
 that sends tensors to the device where they are, as `dispatch_model` leaves on every module, does nothing. A compiled
@@ -18,6 +19,7 @@ HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
 FRAMES = "torch._dynamo.external_utils"
 TRL_UTILS = "trl.trainer.utils"
+RANKS = "transformers.distributed.tensor_parallel"
 # By which a model prepares the inputs of a forward, and those of the next from its outputs.
 PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -42,7 +44,9 @@ def is_called_as_ever(module: Any) -> bool:
 def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
     """A forward of the module without what changes nothing around it."""
     while not is_class_forward(module, forward):
-        below = compiled_from(forward) or _below_hook(module, forward, device) or below_trl(forward)
+        below = (
+            compiled_from(forward) or _below_hook(module, forward, device) or below_trl(forward) or below_replicated(forward)
+        )
         if below is None:
             break
         forward = below
@@ -65,6 +69,18 @@ def below_trl(forward: Any) -> Any:
         return None
     held = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     return held["original_forward"].cell_contents if "original_forward" in held else None
+
+
+def below_replicated(forward: Any) -> Any:
+    """What Transformers' forward of a module that is the same on every rank calls; None if it is no such forward.
+
+    With gradients it sums those of the parameters over the ranks; it changes no output.
+    """
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_name != "tp_forward" or origin_of(forward) != RANKS:
+        return None
+    held = dict(zip(code.co_freevars, forward.__closure__ or (), strict=True))
+    return held["original_forward"].cell_contents if "is_already_hooked" in held else None
 
 
 def compiled_from(function: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
+from hf_fastattn.generation.agreed_request import agreed_request
 from hf_fastattn.generation.prefix_call import keep_row, keep_streamed, kept_prompt
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.module_checks import has_compiled
@@ -235,6 +236,8 @@ def requested(model: Any, input_ids: Tensor, cache: Any, positions: Any, ask: Ca
     if not isinstance(request, str) and drops_cache(model._fastattn.decoder(model)):
         # Its forwards count why they keep nothing.
         request = "forwards drop the cache"
+    if runtime.ranks is not None:
+        request = agreed_request(model, request, input_ids)
     if not isinstance(request, str):
         return request
     runtime.count_not_looped(request)

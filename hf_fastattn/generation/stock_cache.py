@@ -8,6 +8,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.parallel.ranks import is_spread
+from hf_fastattn.parallel.shards import why_not_understood
 
 
 def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
@@ -37,4 +39,9 @@ def why_not_here(model: Any) -> str | None:
     """Why no pages will do for a model where its weights are."""
     if model.device.type == "meta":
         return "the weights are offloaded: a device_map with all of them on one device needs no offloading"
-    return None
+    if not is_spread(model):
+        return None
+    reason = why_not_understood(model)
+    return reason or (
+        "tensor parallel: the model was spread after patch()" if model._fastattn.runtime.ranks is None else None
+    )

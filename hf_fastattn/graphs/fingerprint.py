@@ -20,6 +20,7 @@ from hf_fastattn.graphs.module_checks import (
     why_not_module,
 )
 from hf_fastattn.graphs.placement import is_there, placed_submodules
+from hf_fastattn.parallel.shards import is_distributed, local_of, shard_of
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SCALARS = frozenset((bool, int, float, str))
@@ -96,7 +97,10 @@ def why_not_capturable(
             return reason
         state = vars(module)
         if state["_parameters"] or state["_buffers"]:
-            held += [(tensor, place) for tensor in _held(state)]
+            parts = list(_held(state))
+            # Of a layer that is spread over ranks a graph reads this rank's part.
+            known = any(map(is_distributed, parts)) and shard_of(module) is not None
+            held += [(local_of(tensor) if known else tensor, place) for tensor in parts]
     for tensor, place in held:
         if type(tensor) not in PLAIN:
             return f"a parameter is a {type(tensor).__name__}"
@@ -146,7 +150,7 @@ def _tensors(state: dict[str, Any]) -> list[Any]:
     return [
         (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
         for held in (state["_parameters"], state["_buffers"])
-        for tensor in held.values()
+        for tensor in map(local_of, held.values())
         if type(tensor) in PLAIN
     ]
 

@@ -282,18 +282,23 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._entries.pop(key, None)
         groups, batch = cache.groups, cache.paged_batch
         assert batch is not None
+        warmed_up, entry, failure = False, None, None
         try:
             entry = self._entry(key, columns, cache)
             entry.inputs.write(arguments, cache, batch)
 
-            def warmed_up() -> None:
-                entry.storage_version = groups.storage_version
+            def after_first() -> None:
+                nonlocal warmed_up
+                warmed_up, entry.storage_version = True, groups.storage_version
 
             with uncompiled():
-                entry.recorded.capture(entry.launcher(decoder, forward, cache), warmed_up)
+                entry.recorded.capture(entry.launcher(decoder, forward, cache), after_first)
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
-        except Exception as error:
+        except Exception as raised:
+            failure = raised
+        error = self.agreed(failure, warmed_up)
+        if entry is None or error is not None:
             # The forward then runs layer by layer; if the cause was not the capture, it fails there.
             self.drop()
             self._failures, self._resting = self._failures + 1, True

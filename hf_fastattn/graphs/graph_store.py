@@ -19,6 +19,8 @@ from hf_fastattn.hints import with_hint
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.parallel.ending import dropped_before_end
+from hf_fastattn.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
@@ -67,14 +69,44 @@ class GraphStore(Generic[Key, Held]):
         # Layers are on other devices than the first one.
         self.is_spread = False
         self._logged: set[str] = set()
+        # Of a model that is spread over processes: all of them record the same forwards.
+        self.ranks: Ranks | None = None
+        self._captured = self._dropped = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def drop(self) -> None:
         """Forget all graphs; their memory is free."""
+        self._dropped += 1
         self._entries.clear()
         self._pool = self.workspace = None
+
+    @property
+    def history(self) -> tuple[int, int]:
+        """How often a forward was recorded, and all were dropped; other numbers on another rank mean other graphs there."""
+        return self._captured, self._dropped
+
+    def forget(self) -> None:
+        """`drop`, and begin to count anew."""
+        self.drop()
+        self._captured = self._dropped = 0
+
+    def agreed(self, failure: Exception | None, warmed_up: bool) -> Exception | None:
+        """Why a capture counts as failed: because it has, or on another rank; None if it worked on all.
+
+        Args:
+            warmed_up: the forward has run once, so that no other rank waits for this one in it.
+
+        Raises:
+            Exception: `failure`, where other ranks do.
+        """
+        if self.ranks is None:
+            return failure
+        if failure is not None and not warmed_up:
+            raise failure
+        worked = self.ranks.everywhere(failure is None)
+        return None if worked else failure or RuntimeError("it failed on another rank")
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +116,9 @@ class GraphStore(Generic[Key, Held]):
     def keep(self, key: Key, held: Held, most: int, alike: Callable[[Key], bool] = lambda key: True) -> None:
         """Hold a recorded forward; of more than `most` with keys `alike`, the least recently used one is evicted."""
         self._entries[key] = held
+        self._captured += 1
+        if self.ranks is not None:
+            dropped_before_end(self)
         others = [other for other in self._entries if alike(other)]
         if len(others) > most:
             del self._entries[others[0]]

@@ -115,6 +115,9 @@ class DecodeLoop:
         self._adapters = None if adapters is None else adapters.names
         numbers = () if adapters is None else adapters.numbers
         self._state.begin(request, cache.lengths, positions, self._limits, self._drop, numbers)
+        self._ranks = self._graphs.ranks
+        if self._ranks is not None and request.do_sample:
+            self._ranks.take_first(self._state.seed)
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
         self._history = self._state.processors.begin(request.processors, input_ids, self._most)
@@ -158,14 +161,20 @@ class DecodeLoop:
             while not self._rows.done:
                 if self._launched < self._most and len(self._readback) <= self._depth:
                     self._launch()
-                waits = len(self._readback) > self._depth or self._launched == self._most
-                arrived = self._readback.receive(waits)
+                arrived = self._receive(len(self._readback) > self._depth or self._launched == self._most)
                 while arrived is not None and not self._rows.done:
                     self._take(arrived)
-                    arrived = self._readback.receive(False)
+                    arrived = self._receive(False)
         finally:
             self._close()
         return self._rows.tokens()
+
+    def _receive(self, waits: bool) -> StepTokens | None:
+        """The oldest step under way, if it has arrived or the loop is to wait for it."""
+        if self._ranks is None:
+            return self._readback.receive(waits)
+        # Whether a step has arrived early differs from rank to rank, and what follows from it must not.
+        return self._ranks.waits(lambda: self._readback.receive(True)) if waits else None
 
     @property
     def steps(self) -> int:

@@ -284,11 +284,21 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             with torch.inference_mode(False), torch.no_grad():
                 return run()
 
-        try:
-            step.capture(recorded, restore)
-        except Exception as error:
-            # The step then runs launch by launch; if the cause was not the capture, it fails there.
+        warmed_up, failure = False, None
+
+        def restore_after_first() -> None:
+            nonlocal warmed_up
+            warmed_up = True
             restore()
+
+        try:
+            step.capture(recorded, restore_after_first)
+        except Exception as raised:
+            restore()
+            failure = raised
+        error = self.agreed(failure, warmed_up)
+        if error is not None:
+            # The step then runs launch by launch; if the cause was not the capture, it fails there.
             self._failed.add(key)
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return

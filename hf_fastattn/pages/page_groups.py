@@ -29,10 +29,16 @@ class PageGroups:
         fastattn: page size and memory limit.
         dtype: dtype that keys will have, for the memory limit; the configuration's by default.
         turn: of whatever else goes with these pages; one of their own by default.
+        ranks: processes that the key heads are spread over, for the memory limit.
     """
 
     def __init__(
-        self, config: Any, fastattn: FastAttnConfig, dtype: torch.dtype | None = None, turn: Turn | None = None
+        self,
+        config: Any,
+        fastattn: FastAttnConfig,
+        dtype: torch.dtype | None = None,
+        turn: Turn | None = None,
+        ranks: int = 1,
     ) -> None:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
@@ -43,13 +49,13 @@ class PageGroups:
         # Holders whose caches were garbage-collected. That happens inside any statement of any thread, so the callback only
         # appends here; `settle()` releases their pages.
         self._ended: deque[Any] = deque()
-        self._config, self._fastattn, self._dtype = config, fastattn, dtype
+        self._config, self._fastattn, self._dtype, self._ranks = config, fastattn, dtype, ranks
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
         heads, head_dim = key_shape(config)
         self.head_dim = head_dim
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
-        self.page_bytes = 2 * len(windows) * self.page_size * heads * head_dim * itemsize
+        self.page_bytes = 2 * len(windows) * self.page_size * (heads // ranks) * head_dim * itemsize
         self._largest: dict[int | None, int] = {}
         self._groups = {
             window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
@@ -147,7 +153,7 @@ class PageGroups:
 
     def emptied(self) -> PageGroups:
         """Other groups of the same kind, without pages."""
-        return PageGroups(self._config, self._fastattn, self._dtype)
+        return PageGroups(self._config, self._fastattn, self._dtype, ranks=self._ranks)
 
     @property
     def nbytes(self) -> int:

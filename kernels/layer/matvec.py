@@ -170,7 +170,7 @@ def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
     gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
     lora: Sequence[Adapter | None] | None, lora_sums: LoraSums | None, lora_tile: LoraTile | None,
-    lora_numbers: Tensor | None,
+    lora_numbers: Tensor | None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """All products side by side in `[T, rows of all weights]`, or `[T, rows of one weight]` if gated."""
     _check(x, weights, biases, residual)
@@ -179,7 +179,10 @@ def _product(
     tokens, k = x.shape
     counts = [weight.shape[0] for weight in weights]
     dtype = x.dtype if residual is None else residual.dtype
-    y = torch.empty((tokens, counts[0] if gated else sum(counts)), dtype=dtype, device=x.device)
+    shape = (tokens, counts[0] if gated else sum(counts))
+    if out is not None and (out.shape != shape or out.dtype is not dtype or not out.is_contiguous()):
+        raise ValueError(f"out {tuple(out.shape)}, {out.dtype}, must be {list(shape)}, {dtype}, contiguous")
+    y = torch.empty(shape, dtype=dtype, device=x.device) if out is None else out
     if not y.numel():
         return y
     arch = arch_of(x.device)
@@ -222,6 +225,7 @@ def matvec(
     lora_sums: LoraSums | None = None,
     lora_tile: LoraTile | None = None,
     lora_numbers: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`x W^T + b`, and what an adapter adds, for up to three weights in one launch.
 
@@ -238,6 +242,7 @@ def matvec(
         lora_sums: room for the sums of one forward's launches; made by the call if needed and not given.
         lora_tile: as `tile`; by default `lora.lora_tile`'s.
         lora_numbers: `[T]` int32, which of the adapters stacked in `lora` each token has; None if they are not stacked.
+        out: `[T, N_0 + N_1 + N_2]`, contiguous, where the products go; a new tensor by default.
 
     Returns:
         `[T, N_i]` of each weight in the dtype of the residual, or else of x; views of one tensor `[T, N_0 + N_1 + N_2]`.
@@ -246,7 +251,7 @@ def matvec(
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
     options = (sums, weights_settled, tile, lora, lora_sums, lora_tile, lora_numbers)
-    y = _product(x, weights, biases, residual, False, *options)
+    y = _product(x, weights, biases, residual, False, *options, out)
     return y.split([weight.shape[0] for weight in weights], -1)
 
 

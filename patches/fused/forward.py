@@ -112,7 +112,9 @@ def _maker(
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
-    return lambda leading, device: Products(names, leading, device, copies, adapters, gluon_experts(backend))
+    ranks = vars(decoder)[STATE].runtime.ranks
+    peers = None if ranks is None else ranks.peers
+    return lambda leading, device: Products(names, leading, device, copies, adapters, gluon_experts(backend), peers)
 
 
 def _blocks(decoder: Any, cache: PagedCache, arguments: dict[str, Any]) -> AbstractContextManager[None]:

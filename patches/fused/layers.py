@@ -16,6 +16,9 @@ from torch import Tensor
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import on_device_of
+from hf_fastattn.parallel.all_reduce import embedding
+from hf_fastattn.parallel.peer_memory import Delta
+from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
@@ -24,7 +27,7 @@ from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.fused.rehearse import rehearse
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
-from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, written_module
+from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, plain_shard, written_module
 from hf_fastattn.patches.modules.product_layers import runs_our_forward
 from hf_fastattn.transformers_version import CACHE
 
@@ -53,7 +56,7 @@ def walk(
     """
     given = input_ids if inputs_embeds is None else inputs_embeds
     assert given is not None
-    states = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    states = _embedded(decoder.embed_tokens, input_ids) if inputs_embeds is None else inputs_embeds
     place = place_of(decoder.embed_tokens, given.device) if inputs_embeds is None else given.device
     if position_ids is None:
         past = cache.get_seq_length()
@@ -119,18 +122,26 @@ def _mask_on(device: torch.device, mask: Any) -> Any:
 def _run(
     layers: Iterable[Any],
     x: Tensor,
-    delta: Tensor | None,
+    delta: Delta,
     products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Delta]:
     """What layers of the decoder make of `x: [T, hidden]` and of what the next norm is to add to it."""
     is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
     for layer in layers:
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products, is_step)
     return x, delta
+
+
+def _embedded(module: Any, input_ids: Tensor | None) -> Any:
+    """`module(input_ids)`, `[B, S, hidden]`; of a vocabulary that is spread over ranks without DTensors on the way."""
+    part = plain_shard(module)
+    if part is None or part.kind != VOCABULARY or input_ids is None:
+        return module(input_ids)
+    return embedding(input_ids, part.weight, part.size, part.group)
 
 
 def _on_three_axes(position_ids: Tensor) -> Tensor:
@@ -142,12 +153,12 @@ def _on_three_axes(position_ids: Tensor) -> Tensor:
 def _attention(
     layer: Any,
     x: Tensor,
-    delta: Tensor | None,
+    delta: Delta,
     products: AnyProducts,
     cache: PagedCache,
     positions: dict[str, Any],
     attention_mask: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Delta]:
     # Not by attribute, which costs the host half a microsecond each.
     modules = layer._modules
     if "linear_attn" in modules:
@@ -172,7 +183,7 @@ def _attention(
     return products.add_product(inner["o_proj"], out, x)
 
 
-def _mlp(layer: Any, x: Tensor, delta: Tensor | None, products: AnyProducts, is_step: bool) -> tuple[Tensor, Tensor | None]:
+def _mlp(layer: Any, x: Tensor, delta: Delta, products: AnyProducts, is_step: bool) -> tuple[Tensor, Delta]:
     mlp, norm = layer._modules["mlp"], layer._modules["post_attention_layernorm"]
     if not isinstance(products, PlainProducts):
         held = None if products.narrowed else held_experts(mlp, products.names, x.device, x.dtype)

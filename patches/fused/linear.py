@@ -16,6 +16,7 @@ from hf_fastattn.cache.recurrent_layer import MOST_KEPT, Pair
 from hf_fastattn.kernels.linear import delta_reference
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_sizes import why_not_sizes
+from hf_fastattn.parallel.peer_memory import Delta
 from hf_fastattn.patches.family import DeltaNames
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.plain_products import PlainProducts
@@ -54,8 +55,8 @@ def why_not_delta(module: Any, names: DeltaNames, device: torch.device, dtype: t
 
 
 def add_delta(
-    module: Any, norm: Any, x: Tensor, delta: Tensor | None, products: AnyProducts, cache: PagedCache
-) -> tuple[Tensor, Tensor | None]:
+    module: Any, norm: Any, x: Tensor, delta: Delta, products: AnyProducts, cache: PagedCache
+) -> tuple[Tensor, Delta]:
     """The residual stream with the output of a linear attention in it, or as it was and the output beside it.
 
     Args:

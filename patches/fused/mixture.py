@@ -10,14 +10,15 @@ from hf_fastattn.kernels.experts.configs import FEW_TOKENS
 from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.experts.router import route
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
+from hf_fastattn.parallel.peer_memory import Delta
 from hf_fastattn.patches.fused.experts import HeldExperts
 from hf_fastattn.patches.fused.products import Products
 from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, linear_parameters
 
 
 def add_mixture(
-    block: Any, held: HeldExperts, norm: Any, x: Tensor, delta: Tensor | None, products: Products
-) -> tuple[Tensor, Tensor | None]:
+    block: Any, held: HeldExperts, norm: Any, x: Tensor, delta: Delta, products: Products
+) -> tuple[Tensor, Delta]:
     """The residual stream with the block's output in it, or as it was and the output beside it.
 
     Args:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight
 
@@ -41,8 +42,10 @@ class PlainProducts:
         out = module(x.view(*self.leading, -1))
         return (out[0] if isinstance(out, tuple) else out).reshape(self.tokens, -1)
 
-    def norm(self, module: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def norm(self, module: Any, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """The norm of `x + delta`, and that sum."""
+        # Sums over ranks are made by the layers that are called.
+        assert not isinstance(delta, PeerSum)
         x = x if delta is None else x + delta
         weight = None if self.names.unit_offset else norm_weight(module, self.names.norm, x.device, (x.dtype,))
         if weight is None or x.dtype not in (*NARROW, torch.float32):
@@ -52,9 +55,7 @@ class PlainProducts:
         # Rounded before the weight is multiplied in, as Transformers does.
         return weight * functional.rms_norm(x.float(), (x.shape[1],), None, norm_eps(module)).to(x.dtype), x
 
-    def project(
-        self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         normed, x = self.norm(norm, x, delta)
         return tuple(self._linear(linear, normed) for linear in linears), x
@@ -63,9 +64,7 @@ class PlainProducts:
         """The products of `x: [T, K]` with several weights, `[T, N_i]` each."""
         return tuple(self._linear(linear, x) for linear in linears)
 
-    def gated(
-        self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         normed, x = self.norm(norm, x, delta)
         left = self._linear(gate, normed)

@@ -27,10 +27,15 @@ from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.layer.summed_norm import summed_norm
+from hf_fastattn.kernels.rehearsal import is_under_way
+from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
+from hf_fastattn.parallel.peer_memory import Delta, PeerMemory, PeerSum
+from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
-from hf_fastattn.patches.modules.plain_modules import is_silu, norm_eps, norm_weight
+from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, norm_eps, norm_weight, plain_shard
 
 
 class Held(NamedTuple):
@@ -54,6 +59,7 @@ class Products:
         copies: of weights that autocast would cast, if there are any.
         adapters: of the tokens, if they have more than the layers' single ones.
         hopper: experts may take Gluon kernels.
+        peers: memory in which sums over ranks are made, if there is any.
 
     Attributes:
         adapters_fused: LoRA layers that our products took in so far.
@@ -67,6 +73,7 @@ class Products:
         copies: WeightCopies | None = None,
         adapters: TokenAdapters | None = None,
         hopper: bool = False,
+        peers: PeerMemory | None = None,
     ) -> None:
         self.names = names
         self.leading = leading
@@ -80,6 +87,7 @@ class Products:
         self._lora_sums = LoraSums(device)
         self.device = device
         self.adapters_fused = 0
+        self._peers, self._slot = peers, 0
 
     @property
     def narrowed(self) -> bool:
@@ -108,9 +116,17 @@ class Products:
         out = module(x.view(*self.leading, -1))
         return (out[0] if isinstance(out, tuple) else out).reshape(self.tokens, -1)
 
-    def norm(self, module: Any, x: Tensor, delta: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def norm(self, module: Any, x: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The norm of `x + delta`, in `dtype` where given and possible, and that sum."""
         weight = norm_weight(module, self.names.norm, x.device, (x.dtype,)) if x.shape[1] <= MAX_HIDDEN else None
+        if isinstance(delta, PeerSum):
+            if weight is not None and x.dtype in (delta.part.dtype, torch.float32):
+                memory = delta.memory
+                return summed_norm(
+                    delta.part, memory.parts(delta.slot), memory.flags, memory.launches, memory.late, memory.rank, x, weight,
+                    norm_eps(module), bias=delta.bias, unit_offset=self.names.unit_offset, dtype=dtype,
+                )  # fmt: skip
+            delta = self._sum_of(delta.part.clone(), delta.bias, delta.group)
         if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
             x = x if delta is None else x + delta
             return self.call(module, x), x
@@ -119,9 +135,7 @@ class Products:
             return rms_norm(x, weight, norm_eps(module), **options), x
         return add_rms_norm(delta, x, weight, norm_eps(module), **options)
 
-    def project(
-        self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
@@ -131,9 +145,7 @@ class Products:
         """The products of `x: [T, K]`, in the dtype of a product, with several weights, `[T, N_i]` each."""
         return self._multiply(linears, self._parameters(linears, x), x)
 
-    def gated(
-        self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
@@ -146,8 +158,11 @@ class Products:
             return silu_and_mul(left, right), x
         return self.call(act_fn, left) * right, x
 
-    def add_product(self, linear: Any, states: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def add_product(self, linear: Any, states: Tensor, x: Tensor) -> tuple[Tensor, Delta]:
         """The residual stream with the product of `states: [T, K]` in it, or as it was and the product beside it."""
+        part = plain_shard(linear)
+        if part is not None and part.kind == ROWS:
+            return x, self._by_peers(part, states) or self._summed(part, states)
         dtype = self._dtype_of(states)
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
         if held is None:
@@ -156,11 +171,58 @@ class Products:
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
         """The product of `x: [T, K]` with the weight of a layer, `[T, N]`."""
+        part = plain_shard(linear)
+        if part is not None and part.kind == GATHERED:
+            return self._gathered(part, x)
         held = self._parameters((linear,), x)
         if held is None or held.adapters is not None:
             return self._apply(linear, x)
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
         return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
+
+    def _summed(self, part: Shard, states: Tensor) -> Tensor:
+        """The sum over ranks of the products of their `states: [T, K]`, and the bias once; `[T, N]`."""
+        return self._sum_of(self._product_of(part.weight, states), part.bias, part.group)
+
+    @staticmethod
+    def _sum_of(product: Tensor, bias: Tensor | None, group: Any) -> Tensor:
+        # In a rehearsal nothing is launched, so nothing may wait for other ranks.
+        total = product if is_under_way() else all_reduce(product, group)
+        return total if bias is None else total + bias.to(total.dtype)
+
+    def _by_peers(self, part: Shard, states: Tensor) -> PeerSum | None:
+        """The same, left to the norm that adds it; None if it is to be made at once."""
+        memory, weight = self._peers, part.weight
+        if memory is None or self.narrowed or not memory.takes(self.tokens, weight.shape[0], states.dtype):
+            return None
+        slot, self._slot = self._slot, 1 - self._slot
+        out = memory.part(slot, self.tokens)
+        product = self._product_of(weight, states, out=out)
+        # Nor may anything be written in a rehearsal, while another rank reads the slot.
+        if product.data_ptr() != out.data_ptr() and not is_under_way():
+            out.copy_(product)
+        return PeerSum(memory, out, slot, part.bias, part.group)
+
+    def _gathered(self, part: Shard, x: Tensor) -> Tensor:
+        """The products of `x: [T, K]` with all ranks' columns, `[T, N]`."""
+        product = self._product_of(part.weight, x, part.bias, splits=False)
+        return product.repeat(1, part.group.size()) if is_under_way() else gather_columns(product, part.group)
+
+    def _product_of(
+        self, weight: Tensor, x: Tensor, bias: Tensor | None = None, splits: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        """`x weight^T + bias` of a part of a layer, by our product, to `out`, where that pays.
+
+        Args:
+            splits: its sums, if there are few rows of the weight.
+        """
+        dtype = self._dtype_of(x)
+        ours = self.tokens <= MOST_TOKENS and x.dtype is dtype and is_plain_tensor(weight, x.device, (dtype,))
+        if ours and beats_cublas(self.arch, dtype.itemsize, self.tokens, x.shape[1], weight.shape[0], 1, False):
+            options = self._launch if splits else {"weights_settled": True}
+            return matvec(x, [weight], None if bias is None else [bias], **options, out=out)[0]
+        # Autocast, if it is on, casts all three.
+        return functional.linear(x, weight, bias)
 
     def _dtype_of(self, x: Tensor) -> torch.dtype:
         """The dtype of a product of x."""
@@ -211,6 +273,9 @@ class Products:
 
     def _apply(self, linear: Any, x: Tensor) -> Tensor:
         """The layer's product, `[T, N]`: with the copy of its weight if there is one, else by calling it."""
+        part = plain_shard(linear)
+        if part is not None and part.kind in (ROWS, GATHERED):
+            return self._summed(part, x) if part.kind == ROWS else self._gathered(part, x)
         dtype = self._dtype_of(x)
         held = None if self._copies is None and self._by_row is None else self._adapted(linear, x.device, dtype)
         if held is not None and self._by_row is not None and "base_layer" in linear._modules:

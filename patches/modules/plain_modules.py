@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, is_compiled_module
+from hf_fastattn.parallel.shards import COLUMNS, Shard, shard_of
 from hf_fastattn.wrappers import runs_class_forward
 
 LIBRARIES = ("transformers.", "torch.nn.")
@@ -69,20 +70,37 @@ def is_plain_tensor(tensor: Any, device: torch.device, dtypes: Dtypes) -> bool:
 def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that calling is `x weight^T + bias` with plain tensors; None if it is anything else.
 
+    Of a layer whose columns are spread over ranks they are this rank's.
+
     Args:
         dtypes: that the product takes: under autocast those that it would cast.
     """
-    if type(module) is not nn.Linear or not is_plain(module, "Linear", device):
+    if type(module) is not nn.Linear:
         return None
     # Not by attribute, which costs the host half a microsecond each.
     held = module._parameters
-    weight, bias = held.get("weight"), held.get("bias")
-    if not is_plain_tensor(weight, device, dtypes) or "bias" not in held:
+    if "bias" not in held:
+        return None
+    weight: Tensor | None
+    bias: Tensor | None
+    if is_plain(module, "Linear", device):
+        weight, bias = held.get("weight"), held["bias"]
+    else:
+        part = plain_shard(module)
+        if part is None or part.kind != COLUMNS:
+            return None
+        weight, bias = part.weight, part.bias
+    if not is_plain_tensor(weight, device, dtypes):
         return None
     if bias is not None and not is_plain_tensor(bias, device, dtypes):
         return None
     assert weight is not None
     return weight, bias
+
+
+def plain_shard(module: nn.Module) -> Shard | None:
+    """This rank's part of a layer that is spread over ranks, if calling it does nothing but what its kind says."""
+    return None if module._forward_hooks or module._forward_pre_hooks else shard_of(module)
 
 
 def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtypes) -> Tensor | None:

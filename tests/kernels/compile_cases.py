@@ -37,6 +37,7 @@ from tests.kernels.compile_launches import (
     rope,
     routed,
     shared_prefix,
+    summed,
     tiles,
     typical,
     varied,
@@ -281,6 +282,11 @@ CASES = {
     "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
     "add, norm, 16 tokens": Case(lambda: add_norm(4096, tokens=16), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
+    "sum over ranks, norm": Case(lambda: summed(4096), ("summed_norm_kernel",), programs=1),
+    "sum over 8 ranks, norm": Case(
+        lambda: summed(8192, tokens=16, ranks=8), ("summed_norm_kernel",), programs=1, spilled=96
+    ),
+    "sum over ranks, norm, fp32": Case(lambda: summed(16384, FP32), ("summed_norm_kernel",), programs=1, spilled=48),
     "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
     "weights summed": Case(weights_summed, ("weight_sum_kernel",), programs=4),
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),

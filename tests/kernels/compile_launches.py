@@ -24,6 +24,7 @@ from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
+from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
 from hf_fastattn.kernels.linear.delta_step import delta_step
@@ -148,6 +149,12 @@ def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **opti
 def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
     x, residual = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=stream or dtype)
     return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype)
+
+
+def summed(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, ranks: int = 2) -> object:
+    x, addresses = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(ranks, dtype=torch.int64)
+    counts = torch.zeros(tokens, dtype=torch.int32)
+    return summed_norm(x, addresses, addresses, counts, counts, 0, x, x[0], 1e-5)
 
 
 def weights_summed() -> object:

@@ -14,9 +14,9 @@ WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
-    "kernels", "layer_variants", "dense", "stock_batching", "interface", "pages", "cache", "call", "graphs", "loop",
-    "runtime", "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "eval", "cli",
-    "__main__",
+    "kernels", "parallel", "layer_variants", "dense", "stock_batching", "interface", "pages", "cache", "call", "graphs",
+    "loop", "runtime", "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "eval",
+    "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (

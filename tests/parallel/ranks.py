@@ -1,0 +1,258 @@
+"""What runs in each of the processes that share a tiny model: generate() with the loop that is a GPU's otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+import hf_fastattn
+from hf_fastattn.loop.decode_loop import DecodeLoop
+from hf_fastattn.parallel import all_reduce, watch
+from hf_fastattn.parallel.shards import shards_of, why_not_understood
+from hf_fastattn.patches.fused import products
+from tests.tools.fused_in_torch import fused_in_torch
+from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
+
+_models: dict[Any, Any] = {}
+
+
+def load(path: str, **options: Any) -> Any:
+    """The model in `path`, with this rank's shards of the weights."""
+    key = (path, tuple(options.items()))
+    if key not in _models:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _models[key] = AutoModelForCausalLM.from_pretrained(path, **{"tp_plan": "auto", **options}).eval()
+    return _models[key]
+
+
+def generate(path: str, calls: list[dict[str, Any]], fused: bool, **loading: Any) -> list[tuple[Any, Any]]:
+    """Tokens and counters of each call, of a model patched for it all."""
+    model = load(path, **loading)
+    found = []
+    with reexecuted_loop(), fused_in_torch() if fused else contextlib.nullcontext():
+        hf_fastattn.patch(model, cuda_graphs=True)
+        try:
+            for call in calls:
+                torch.manual_seed(call.pop("seed", 0))
+                with torch.no_grad():
+                    tokens = model.generate(**call)
+                report = hf_fastattn.report(model)
+                assert report.pages_in_use == 0
+                found.append((tokens, report.last_call))
+        finally:
+            hf_fastattn.unpatch(model)
+    return found
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def one(model: Any, call: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokens and counters of a call of a patched model."""
+    options = dict(call)
+    torch.manual_seed(options.pop("seed", 0))
+    with torch.no_grad():
+        tokens = model.generate(**options)
+    return tokens, hf_fastattn.report(model).last_call
+
+
+def traced(path: str, call: dict[str, Any]) -> tuple[int, int, set[Any], set[Any]]:
+    """Sums and gathers of a call; where the weights of products lay, and where this rank's shards do."""
+    model, seen = load(path), set()
+    counts = {"all_reduce": 0, "gather_columns": 0}
+    held = {shard.weight.data_ptr() for shard in shards_of(model)}
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for place, name in ((products, "all_reduce"), (products, "gather_columns"), (all_reduce, "all_reduce")):
+            patch.setattr(place, name, _counting(getattr(place, name), name, counts))
+        matvec = products.matvec
+
+        def seeing(x: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.update(weight.data_ptr() for weight in weights)
+            return matvec(x, weights, *args, **kwargs)
+
+        patch.setattr(products, "matvec", seeing)
+        one(model, call)
+    return counts["all_reduce"], counts["gather_columns"], seen, held
+
+
+def _counting(function: Any, name: str, counts: dict[str, int]) -> Any:
+    def counted(*args: Any) -> Any:
+        counts[name] += 1
+        return function(*args)
+
+    return counted
+
+
+class Slots:
+    """Stands for peer memory: sums are gloo's, and a slot must be free again before it is written."""
+
+    flags = launches = late = None
+    rank = 0
+
+    def __init__(self, group: Any, hidden: int) -> None:
+        self.group, self.slots, self.sums = group, [torch.full((64, hidden), float("nan")) for _ in range(2)], 0
+
+    def takes(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
+        return rows <= 64
+
+    def part(self, slot: int, rows: int) -> Any:
+        # Slots take turns.
+        assert slot == self.sums % 2
+        return self.slots[slot][:rows]
+
+    def parts(self, slot: int) -> int:
+        return slot
+
+    def summed_norm(self, part: Any, slot: int, *others: Any, bias: Any, unit_offset: bool, dtype: Any) -> Any:
+        *_, x, weight, eps = others
+        self.sums += 1
+        total = all_reduce.all_reduce(part.clone(), self.group)
+        part.fill_(float("nan"))
+        return products.add_rms_norm(
+            total if bias is None else total + bias, x, weight, eps, unit_offset=unit_offset, dtype=dtype
+        )
+
+
+def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
+    model = load(path)
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        ranks = model._fastattn.runtime.ranks
+        slots = Slots(ranks._group, model.config.hidden_size)
+        patch.setattr(ranks, "peers", slots)
+        slots.late = torch.zeros(1)
+        patch.setattr(products, "summed_norm", slots.summed_norm)
+        return *one(model, call), slots.sums
+
+
+def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
+    """A call with another seed on each rank: that of the call on rank 0."""
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True):
+        return one(model, {**call, "seed": call["seed"] + rank()})
+
+
+def generate_and_stock(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
+    """A call patched, and unpatched."""
+    found = generate(path, [dict(call)], False)
+    with torch.no_grad():
+        return found, load(path).generate(**call)
+
+
+def why_not(path: str) -> str | None:
+    return why_not_understood(load(path))
+
+
+def error_of_other_prompts(path: str, ids: Any, vocabulary: int) -> str:
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
+        try:
+            model.generate((ids + rank()) % vocabulary, max_new_tokens=4, do_sample=False)
+        except ValueError as error:
+            # The group can be used as before.
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class Same(LogitsProcessor):
+    """Changes nothing, but no loop knows that."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores
+
+
+def generate_with_a_processor_on_rank_1(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True):
+        return one(model, {**call, "logits_processor": [Same()] * rank()})
+
+
+def error_of_other_options(path: str, call: dict[str, Any]) -> str:
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=rank() == 0):
+        try:
+            one(model, call)
+        except ValueError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def generate_with_a_failing_capture(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
+        capture = ReexecutedLoopStep.capture
+
+        def failing(self: Any, run: Any, warmed_up: Any) -> None:
+            capture(self, run, warmed_up)
+            if rank() == 1:
+                raise RuntimeError("no memory")
+
+        patch.setattr(ReexecutedLoopStep, "capture", failing)
+        return one(model, call)
+
+
+def generate_after_rank_1_released(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True):
+        one(model, call)
+        if rank() == 1:
+            hf_fastattn.release_memory(model)
+        return one(model, call)
+
+
+def patched_and_unpatched(path: str) -> bool:
+    model = load(path)
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3, do_sample=False)
+    after = [(type(module), dict(vars(module))) for module in model.modules()]
+    return [(kind, state.get("forward")) for kind, state in before] == [
+        (kind, state.get("forward")) for kind, state in after
+    ]
+
+
+def generate_and_fail(path: str, how: str) -> str:
+    """What a call, and the next one, raise when rank 1 fails in the first: `how` is "raises", "is killed" or "stops"."""
+    watch.POLL, watch.GRACE, watch.SILENT = 0.1, 1.0, 3.0
+    model = load(path)
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
+        take, steps = DecodeLoop._take, 0
+
+        def failing(self: Any, step: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 10 and rank() == 1:
+                if how != "raises":
+                    os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
+                raise KeyError("somebody's mistake")
+            take(self, step)
+
+        patch.setattr(DecodeLoop, "_take", failing)
+        try:
+            one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 400, "do_sample": False})
+        except Exception as error:
+            first = f"{type(error).__name__}: {error}"
+            try:
+                one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 4, "do_sample": False})
+            except Exception as error:
+                return f"{first}; then {type(error).__name__}"
+    return "nothing"

@@ -1,0 +1,124 @@
+"""When one of the processes that compute a model fails, the others end with an error that says so, and soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from hf_fastattn.parallel import watch
+from hf_fastattn.parallel.watch import RankFailedError, Watch
+from tests.parallel import ranks
+from tests.tools.models import tiny
+from tests.tools.processes import processes
+
+# The times that a watch waits, in tests.
+QUICK = {"POLL": 0.02, "GRACE": 0.2, "SILENT": 0.5, "LONGEST_STEP": 1.0}
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed", "stops"])
+def test_the_other_rank_ends(tmp_path: Path, how: str) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    errors = tmp_path / "errors"
+    with processes(2, str(errors)) as two:
+        two.run(ranks.why_not, str(tmp_path))
+        two.send(ranks.generate_and_fail, str(tmp_path), how)
+        # gloo sees at once that a process has gone, and never that one is late: its process is ended then.
+        other = two.receive(0, 30)
+        failed = None if how == "stops" else two.receive(1, 30)
+    said = errors.read_text()
+    if how == "is killed":
+        assert failed is None and other.startswith("RuntimeError") and "remote worker" in other
+        return
+    assert other is None
+    assert "hf_fastattn ends this process, rank 0: rank 1" in said
+    assert ('KeyError: "somebody\'s mistake"' if how == "raises" else "was not heard of for 3 s") in said
+    if how == "raises":
+        assert failed.startswith("KeyError")
+
+
+class Store(dict[str, bytes]):
+    """As that of a process group."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in QUICK.items():
+        monkeypatch.setattr(watch, name, seconds)
+
+
+def call(store: Any, seconds: float, receives: bool = False) -> tuple[list[str], RankFailedError | None]:
+    """A call on rank 0 of two that waits, by the device or in a step; whether it was aborted, and what it raised."""
+    aborted: list[str] = []
+    one = Watch(store, 0, 2, lambda: aborted.append("aborted"))
+    try:
+        with one:
+            if receives:
+                one.begin_to_wait()
+            until = time.monotonic() + seconds
+            # An abort ends the wait.
+            while time.monotonic() < until and not aborted:
+                time.sleep(0.01)
+            if receives:
+                one.end_waiting()
+    except RankFailedError as error:
+        return aborted, error
+    return aborted, None
+
+
+def test_a_failed_rank_ends_the_call(quick: None) -> None:
+    store = Store()
+    store.set("1", "failed: ValueError: no")
+    aborted, error = call(store, 10)
+    assert aborted and "rank 1 has failed with ValueError: no" in str(error)
+    assert store["0"].startswith(b"failed: RankFailedError")
+
+
+def test_a_call_that_ends_by_itself_is_not_given_up(quick: None) -> None:
+    store = Store()
+    store.set("1", "failed: ValueError: no")
+    assert call(store, 0.1) == ([], None)
+    assert store["0"] == b"done"
+
+
+def test_a_silent_rank_ends_the_call(quick: None) -> None:
+    aborted, error = call(Store(), 10)
+    assert aborted and "rank 1 was not heard of" in str(error)
+
+
+def test_a_rank_that_is_done_may_be_silent(quick: None) -> None:
+    store = Store()
+    store.set("1", "done")
+    assert call(store, 1.0) == ([], None)
+
+
+def test_a_step_that_does_not_end(quick: None) -> None:
+    store = Store()
+    store.set("1", "done")
+    aborted, error = call(store, 10, receives=True)
+    assert aborted and "a step has not ended" in str(error)
+
+
+def test_a_store_that_is_gone(quick: None) -> None:
+    class Gone(Store):
+        def set(self, key: str, value: str) -> None:
+            raise dist.DistNetworkError("connection reset")
+
+    aborted, error = call(Gone(), 10)
+    assert aborted and "the store of the process group does not answer" in str(error)
+
+
+def test_the_error_of_the_call_itself_is_told_to_the_others(quick: None) -> None:
+    store = Store()
+    with pytest.raises(KeyError), Watch(store, 0, 2, lambda: None):
+        raise KeyError("mine")
+    assert store["0"] == b"failed: KeyError: 'mine'"

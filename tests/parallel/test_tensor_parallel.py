@@ -1,0 +1,174 @@
+"""A model that Transformers spread over two processes, patched: the device's loop on each rank, one process's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from tests.parallel import ranks
+from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, single, tiny
+from tests.tools.processes import Processes, processes
+from tests.tools.reexecuted import reexecuted_loop
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# End tokens that some rows meet early.
+ENDS = list(range(10, 18))
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 24, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    with processes(2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a tiny model, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("models"), set()
+
+    def path(family: str, **over: Any) -> str:
+        name = "-".join((family, *(f"{key}{value}" for key, value in over.items())))
+        if name not in made:
+            tiny(family, **over).save_pretrained(folder / name)
+            made.add(name)
+        return str(Path(folder) / name)
+
+    return path
+
+
+def calls_of(family: str) -> list[dict[str, Any]]:
+    return [
+        {**padded_batch(), "max_new_tokens": 24, "do_sample": False},
+        {**padded_batch(9, 37), "max_new_tokens": 40, "do_sample": False, "eos_token_id": ENDS},
+        {**padded_batch(), **SAMPLED},
+        {**single(), **SAMPLED, "num_return_sequences": 5, "eos_token_id": ENDS},
+        {**padded_batch(2), "max_new_tokens": 12, "num_beams": 3, "do_sample": False},
+    ]
+
+
+def one_process(family: str, calls: list[dict[str, Any]], **over: Any) -> list[torch.Tensor]:
+    """Stock's tokens, and of samples, which are not stock's, those of a patched model."""
+    stock, model = pair_with_graphs(family, **over)
+    found = []
+    with reexecuted_loop(), torch.no_grad():
+        for call in calls:
+            options = dict(call)
+            torch.manual_seed(options.pop("seed", 0))
+            found.append((model if options["do_sample"] else stock).generate(**options))
+    return found
+
+
+def assert_looped(call: Any) -> None:
+    assert call.fast_loops == 1 and call.graphs_replayed > 0
+    assert not call.fallbacks and not call.uncaptured and not call.not_looped, call
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["called", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_have_one_process_s_tokens(two: Processes, saved: Any, family: str, fused: bool) -> None:
+    calls = calls_of(family)
+    want = one_process(family, calls)
+    for found in two.run(ranks.generate, saved(family), calls, fused):
+        for (tokens, call), expected in zip(found, want, strict=True):
+            assert torch.equal(tokens, expected)
+            assert_looped(call)
+
+
+def test_products_are_of_this_rank_s_weights(two: Processes, saved: Any) -> None:
+    calls = [{**single(), "max_new_tokens": 6, "do_sample": False}]
+    layers, forwards = 3, 6 + 1
+    for sums, gathers, seen, held in two.run(ranks.traced, saved("llama"), calls[0]):
+        # Two sums a layer, and the embedding's where the plan cuts that; a step is run once before it is captured.
+        assert sums in (2 * layers * forwards, (2 * layers + 1) * forwards)
+        # The prompt's head is called.
+        assert gathers == forwards - 1
+        assert seen <= held
+
+
+def test_sums_in_peer_memory(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    for tokens, counted, sums in two.run(ranks.generate_by_peers, saved("llama"), call):
+        assert torch.equal(tokens, want)
+        assert_looped(counted)
+        # Two of each of three layers, in eleven steps, one of them twice; the prompt of 69 tokens is too long.
+        assert sums == 2 * 3 * 12
+
+
+def test_tied_embeddings(two: Processes, saved: Any) -> None:
+    calls = [{**padded_batch(), "max_new_tokens": 12, "do_sample": False}]
+    want = one_process("llama", calls, tie_word_embeddings=True)
+    for found in two.run(ranks.generate, saved("llama", tie_word_embeddings=True), calls, True):
+        tokens, call = found[0]
+        assert torch.equal(tokens, want[0])
+        assert call.fast_loops == 1 or "tensor parallel" in str(call.fallbacks)
+
+
+def test_ranks_draw_by_rank_0_s_seed(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), **SAMPLED}
+    want = one_process("llama", [call])[0]
+    (first, call_0), (second, call_1) = two.run(ranks.generate_with_own_seed, saved("llama"), dict(call))
+    assert torch.equal(first, want) and torch.equal(second, want)
+    assert call_0.fast_loops == call_1.fast_loops == 1
+
+
+def test_a_plan_with_experts_runs_transformers_own_path(two: Processes, saved: Any) -> None:
+    calls = [{**padded_batch(), "max_new_tokens": 8, "do_sample": False}]
+    for (found,), stock in two.run(ranks.generate_and_stock, saved("qwen3_moe"), calls[0]):
+        assert torch.equal(found[0], stock)
+        reasons = list(found[1].fallbacks)
+        assert len(reasons) == 1 and "tensor parallel" in reasons[0] and "Experts" in reasons[0]
+        assert found[1].fast_loops == 0
+
+
+def test_a_head_that_is_cut_is_refused(two: Processes, saved: Any) -> None:
+    for reason in two.run(ranks.why_not, saved("llama", num_key_value_heads=1)):
+        assert reason == "tensor parallel: 1 key heads over 2 ranks"
+
+
+def test_other_prompts_on_another_rank_are_an_error(two: Processes, saved: Any) -> None:
+    for text in two.run(ranks.error_of_other_prompts, saved("llama"), single()["input_ids"], VOCAB):
+        assert text.startswith("ValueError: generate() was called with another prompt") and "same call" in text
+
+
+def test_other_options_on_another_rank_are_an_error(two: Processes, saved: Any) -> None:
+    call = {**single(), "max_new_tokens": 4, "do_sample": False}
+    for text in two.run(ranks.error_of_other_options, saved("llama"), call):
+        assert text.startswith("ValueError: the model was patched with other options on rank")
+
+
+def test_a_rank_that_cannot_loop_keeps_the_others_from_it(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    (first, call_0), (second, call_1) = two.run(ranks.generate_with_a_processor_on_rank_1, saved("llama"), call)
+    assert torch.equal(first, want) and torch.equal(second, want)
+    assert call_0.fast_loops == call_1.fast_loops == 0
+    assert "another rank" in next(iter(call_0.not_looped)) and "Same" in next(iter(call_1.not_looped))
+
+
+def test_a_capture_that_fails_on_one_rank_fails_on_all(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    for tokens, counted in two.run(ranks.generate_with_a_failing_capture, saved("llama"), call):
+        assert torch.equal(tokens, want)
+        assert counted.fast_loops == 1 and counted.graphs_captured == 0
+        assert "capturing it failed" in next(iter(counted.uncaptured))
+
+
+def test_graphs_dropped_on_one_rank_are_dropped_on_all(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    for tokens, counted in two.run(ranks.generate_after_rank_1_released, saved("llama"), call):
+        assert torch.equal(tokens, want)
+        assert counted.graphs_captured == 1
+
+
+def test_unpatched_is_as_before(two: Processes, saved: Any) -> None:
+    assert two.run(ranks.patched_and_unpatched, saved("llama")) == [True, True]
+    assert hf_fastattn.__version__
