@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import on_device_of
 from hf_fastattn.parallel.all_reduce import embedding
-from hf_fastattn.parallel.peer_memory import Delta
+from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
@@ -73,10 +73,12 @@ def walk(
                 again.norm(written_module(decoder.norm), x, delta)
 
         rehearse(decoder, cache, states, positions, rehearsed)
-    x, delta = states.flatten(0, -2), None
+    x, delta = states.flatten(0, -2), cast(Delta, None)
     for wanted, layers in _by_place(decoder, place):
         if wanted != place:
             runtime.counters.adapters_fused += products.adapters_fused
+            # A model that is spread over ranks is on one device in each.
+            assert not isinstance(delta, PeerSum)
             place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
             products = make_products(leading, x.device)
             if layers:
