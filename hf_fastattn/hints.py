@@ -50,7 +50,6 @@ HINTS = (
         ONE_DEVICE,
     ),
     ("on several devices", SPREAD),
-    ("take different kernels", SPREAD),
     ("has hooks", HOOKS),
     ("was replaced", UNWRAP),
     ("is called by a function of its own", "model.compile() is known; else set module._compiled_call_impl = None"),

@@ -47,6 +47,7 @@ def _wrap_all() -> None:
         (initialization, "ensure_decode_fast_path_is_available", _keep_block_table),
         (continuous_api, "PagedAttentionCache", _make_cache),
         (model_runner.ModelRunner, "compute_batch", _compute_batch),
+        (model_runner.ModelRunner, "run_one_warmup", _run_one_warmup),
         (continuous_api.ContinuousBatchingManager, "_create_batch_processor", _create_batch_processor),
         (continuous_api.ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switch),
     )
@@ -111,9 +112,16 @@ def _compute_batch(original: Any, self: Any, model: Any, batch_data: dict[str, A
         return original(self, model, batch_data)
     if batch_data.get("attention_mask") is None:
         # Before 5.24 models make masks that nobody reads, unless there is one of four dimensions.
-        batch_data["attention_mask"] = batch_data["input_ids"].new_ones(1, 1, 1, 1)
+        batch_data["attention_mask"] = self.cache.unread_mask
     original(self, model, batch_data)
     counters.batches[self.cache.take_reads(batch_data)] += 1
+
+
+def _run_one_warmup(original: Any, self: Any, model: Any, num_q_tokens: int, max_kv_read: int | None) -> float:
+    if isinstance(self.cache, StockPages) and max_kv_read is not None:
+        # A request that fills the cache would take seconds to compute, and asks for no more memory: nothing is gathered.
+        max_kv_read = min(max_kv_read, self.cache.pages_of(0)[0].shape[1])
+    return original(self, model=model, num_q_tokens=num_q_tokens, max_kv_read=max_kv_read)
 
 
 def _create_batch_processor(original: Any, self: Any) -> Any:

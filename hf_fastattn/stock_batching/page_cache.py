@@ -31,6 +31,7 @@ class StockPages(PagedAttentionCache):
 
     Attributes:
         reads: what layers read since `take_reads`: `IN_PLACE`, `GATHERED`.
+        unread_mask: of four dimensions, which models hand on as it is.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,6 +40,7 @@ class StockPages(PagedAttentionCache):
         self._workspaces: dict[int, Workspace] = {}
         self._read_by: dict[tuple[bool, bool], str] = {}
         self.reads: set[str] = set()
+        self.unread_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
     # ---- what differs between versions -------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ def test_steady_state() -> None:
     head = model.get_output_embeddings().weight.nbytes
     weights = head + sum(one.nbytes for one in model.model.layers.parameters()) + model.model.norm.weight.nbytes
     # Keys and values of the tokens before each step's, and of its own: 6 to 9, and 4 and 5.
-    assert state.limit == pytest.approx((4 * weights + a_token * (6 + 7 + 8 + 9 + 4 + 5)) / 1e9)
+    assert state.limit is not None and state.limit == pytest.approx((4 * weights + a_token * (6 + 7 + 8 + 9 + 4 + 5)) / 1e9)
     assert state.share == pytest.approx(state.limit / 4)
     assert steady(model, served, None).share is None  # type: ignore[union-attr]
 

@@ -72,6 +72,20 @@ def test_padding(name: str) -> None:
     assert counters.batches["decode: pages in place"] > 0, counters
 
 
+@pytest.mark.usefixtures("padded_as_for_graphs")
+def test_warming_up_reads_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.24 Transformers warms up with a request that fills the cache, which takes seconds on a large GPU."""
+    create, pasts = model_runner.create_warmup_future_states, []
+
+    def noted(num: int, status: Any, num_q_tokens: int, past: int, cache: Any) -> Any:
+        pasts.append(past)
+        return create(num, status, num_q_tokens, past, cache)
+
+    monkeypatch.setattr(model_runner, "create_warmup_future_states", noted)
+    batched(pair("llama")[1], prompts(2), config=batching(8, 1024, max_requests_per_batch=4))
+    assert pasts and max(pasts) <= 8, pasts
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.usefixtures("padded_as_for_graphs")
