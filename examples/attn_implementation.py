@@ -7,7 +7,7 @@ python examples/attn_implementation.py [--model HUB_ID_OR_FOLDER]
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Gemma2Config, GenerationConfig
 
 import hf_fastattn
 from hf_fastattn.interface import counters
@@ -31,6 +31,12 @@ model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 prompt = torch.arange(3, 40, device=model.device)[None]
 fast = model.generate(prompt, max_new_tokens=24, do_sample=False)
 print(f"calls of our kernels: {dict(counters.kernels)}; of Transformers' attention: {dict(counters.fallbacks)}")
+
+greedy = GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=-1)
+batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)
+requests = [prompt[0, :count].tolist() for count in (5, 20, 37)]
+model.generate_batch(requests, generation_config=greedy, continuous_batching_config=batching)
+print(f"forwards of Transformers' generate_batch: {dict(counters.batches)}")
 
 model.set_attn_implementation("eager")
 stock = model.generate(prompt, max_new_tokens=24, do_sample=False)

@@ -91,8 +91,9 @@ def test_attn_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     left = run("attn_implementation.py", monkeypatch)
     # So small a model gains nothing from our kernels on a CPU.
     calls = interface.counters.kernels if torch.cuda.is_available() else interface.counters.fallbacks
-    assert sum(calls.values()) == 3 * 24
+    assert sum(calls.values()) >= 3 * 24
     assert torch.equal(left["fast"], left["stock"])
+    assert interface.counters.batches["decode: pages in place"] >= 23
 
 
 def test_own_decode_loop(monkeypatch: pytest.MonkeyPatch) -> None:
