@@ -29,7 +29,7 @@ NAMES = (NAME, f"paged|{NAME}")
 CHANGES_KEYS = ("jetmoe",)
 logger = logging.getLogger("hf_fastattn")
 _opening = threading.Lock()
-# The device of the model whose manager is being made, in this thread.
+# Whether CUDA graphs may be made of the model whose manager is being made, in this thread.
 _manager = threading.local()
 
 
@@ -81,8 +81,7 @@ def _is_flash(original: Any, config: Any = None, *args: Any, **kwargs: Any) -> b
 
 def _is_flash_to_resolve(original: Any, config: Any = None, *args: Any, **kwargs: Any) -> bool:
     if is_ours(config):
-        # On a CPU nothing is recorded, though there be a GPU in the machine.
-        return getattr(_manager, "device", "cpu") != "cpu"
+        return getattr(_manager, "records", False)
     return original(config, *args, **kwargs)
 
 
@@ -135,7 +134,7 @@ def _switch(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> 
     name = model.config._attn_implementation
     if name not in NAMES:
         return original(self, model, *args, **kwargs)
-    _manager.device = model.device.type
+    _manager.records = _can_be_recorded(model)
     why = why_not_pages(model)
     if why is None:
         return None
@@ -146,6 +145,14 @@ def _switch(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> 
     # As the manager ends, the model gets its own back.
     self._original_attn_impl = name
     return None
+
+
+def _can_be_recorded(model: Any) -> bool:
+    """Whether CUDA graphs may be made unasked. On a CPU not, though there be a GPU in the machine."""
+    config = model.config.get_text_config()
+    has_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    # PyTorch's grouped product of experts in fp32 waits for the device.
+    return model.device.type != "cpu" and not (has_experts and model.dtype == torch.float32)
 
 
 def why_not_pages(model: Any) -> str | None:
