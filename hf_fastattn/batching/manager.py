@@ -175,10 +175,9 @@ class FastBatchingManager(ContinuousBatchingManager):
     def _add(self, engine: Engine, state: Any) -> None:
         try:
             self.logit_processor.check_kwargs(state.logit_processor_kwargs)
+            engine.add(state)
         except (TypeError, ValueError) as error:
             self.output_router.fail_and_deliver(state, error)
-            return
-        engine.add(state)
 
     def _deliver(self, requests: list[Request]) -> None:
         self.output_router.deliver_batch([request.state.to_generation_output() for request in requests])

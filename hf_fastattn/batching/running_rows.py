@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_fastattn.batching.row_tokens import Array
+from hf_fastattn.kernels.sampling.params import SamplingParams
 
 
 class RunningRows:
@@ -24,6 +25,7 @@ class RunningRows:
         most: tokens that it stores at most.
         tickets: `[slots, 2]` place and serial number of its request's tokens; a place of -1 for none.
         numbers: of the requests.
+        params: `[slots, PARAMS]` of their draws.
         changed: slots of which the device does not know yet.
     """
 
@@ -35,6 +37,7 @@ class RunningRows:
         self.most: Array = np.zeros(slots, np.int64)
         self.numbers: Array = np.zeros(slots, np.int64)
         self.tickets: Array = np.full((slots, 2), -1, np.int64)
+        self.params: NDArray[np.float64] = np.tile(np.array(SamplingParams().values()), (slots, 1))
         self.changed: set[int] = set()
 
     @property
@@ -42,10 +45,13 @@ class RunningRows:
         """Slots that take part."""
         return int(self.alive.sum())
 
-    def join(self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any) -> None:
+    def join(
+        self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any, params: SamplingParams
+    ) -> None:
         """A slot takes part from the next step on."""
         self.alive[slot], self.lengths[slot], self.room[slot] = True, length, room
         self.left[slot], self.most[slot], self.numbers[slot], self.tickets[slot] = left, most, number, ticket
+        self.params[slot] = params.values()
         self.changed.add(slot)
 
     def leave(self, slot: int) -> None:
@@ -56,7 +62,7 @@ class RunningRows:
 
     def move(self, source: int, target: int) -> None:
         """A slot that takes no part becomes what another one is."""
-        for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets"):
+        for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets", "params"):
             held = getattr(self, name)
             held[target] = held[source]
         self.changed.add(target)

@@ -167,8 +167,7 @@ def test_draws(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "batching", "reason"),
     [
-        ({}, {"return_logprobs": True}, "return_logprobs"),
-        ({"temperature": 0.5, "do_sample": True}, {"per_request_processors": True}, "per_request_processors"),
+        ({}, {"return_logprobs": True, "scheduler_type": "prefill_first"}, "scheduler_type"),
         ({"suppress_tokens": [3]}, {}, "SuppressTokensLogitsProcessor"),
     ],
 )
