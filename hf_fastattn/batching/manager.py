@@ -75,6 +75,18 @@ class FastBatchingManager(ContinuousBatchingManager):
         else:
             self.batch_processor = None
 
+    def register_result_handler(self, request_id: str, callback: Any) -> None:
+        """Transformers' own; what has arrived already, since the request was added before, goes to the callback too."""
+        super().register_result_handler(request_id, callback)
+        router = self.output_router
+        with router._lock:
+            handler, loop = router.result_handlers[request_id]
+            for output in drain_queue(router.output_queue):
+                if output.request_id == request_id:
+                    loop.call_soon_threadsafe(handler, output)
+                else:
+                    router.output_queue.put(output)
+
     def _parts_made(self) -> EngineParts:
         if self._parts is None:
             self._parts = EngineParts(self.model, self._choice, self.continuous_batching_config)
@@ -82,10 +94,10 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _run_generation_loop(self, use_inference_mode: bool = False) -> None:
         engine: Engine | None = None
-        with torch.inference_mode(use_inference_mode):
+        # In this order: to leave inference mode is to have gradients, whatever was said before.
+        with torch.inference_mode(use_inference_mode), torch.no_grad():
             try:
                 device = self.model.device
                 if device.type == "cuda" and device.index is not None:
@@ -156,7 +168,7 @@ class FastBatchingManager(ContinuousBatchingManager):
         while True:
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)
-            engine.cancel(drain_queue(self.cancel_queue))
+            self._cancel(engine, drain_queue(self.cancel_queue))
             if engine.is_idle:
                 return
             engine.run()
@@ -164,6 +176,15 @@ class FastBatchingManager(ContinuousBatchingManager):
             if stops or turn.is_wanted() or getattr(status, "is_pause_requested", _never)():
                 engine.settle()
                 return
+
+    def _cancel(self, engine: Engine, names: list[str]) -> None:
+        """Nobody listens to these requests any more: their handlers, which nothing else would take away, go too."""
+        if not names:
+            return
+        engine.cancel(names)
+        with self.output_router._lock:
+            for name in names:
+                self.output_router.result_handlers.pop(name, None)
 
     def _gather(self) -> None:
         """Whoever said how many requests will come adds them at once: they begin together."""

@@ -38,10 +38,10 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         if key.logprobs:
             token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows])
         return
-    thresholds = state.thresholds[: key.rows] if key.logprobs else None
-    choose_tokens(logits, tensors.chosen, params=params, thresholds=thresholds, **draw)
+    least = state.thresholds[: key.rows] if key.logprobs else None
+    choose_tokens(logits, tensors.chosen, params=params, thresholds=least, **draw)
     if key.logprobs:
-        token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows], params=params, thresholds=thresholds)
+        token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows], params=params, thresholds=least)
 
 
 def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ WHOLE = ("kernels", "patches", "eval")
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
     "kernels", "layer_variants", "dense", "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches",
-    "batching", "generation", "patching", "memory", "search", "report", "warming", "eval", "cli", "__main__",
+    "batching", "generation", "patching", "memory", "search", "report", "warming", "serving", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (
