@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as hf
 
-from hf_fastattn.autocast import accelerate_region, why_not_forward
+from hf_fastattn.autocast import why_not_forward
 from hf_fastattn.graphs.module_checks import has_compiled, why_not_kind
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.graph_key import GraphKey
@@ -130,8 +130,6 @@ def why_not_model(model: Any) -> str | None:
         return "the model is sharded over several processes"
     if model.device.type == "meta":
         return "the weights are offloaded"
-    if accelerate_region(model) is not None:
-        return "accelerate casts what its forward computes"
     if has_compiled(model):
         return "torch.compile made parts of the model"
     if drops_cache(decoder):

@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
 from transformers.generation.continuous_batching.utils import drain_queue
 
+from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.batching.choice import Choice
 from hf_fastattn.batching.engine import Engine
 from hf_fastattn.batching.engine_parts import EngineParts
@@ -117,13 +118,17 @@ class FastBatchingManager(ContinuousBatchingManager):
                 self.background_thread_status.mark_as_stopped()
 
     def _in_turn(self, work: Any) -> Any:
-        """What `work` returns, done while no other thread works with the model."""
+        """What `work` returns, done while no other thread works with the model, in the autocast of accelerate's wrapper."""
         turn = self._turn
         while True:
-            done = (turn.take(PATIENCE), [work()] if turn.is_mine() else [])[1]
+            done = (turn.take(PATIENCE), [self._cast(work)] if turn.is_mine() else [])[1]
             if done:
                 return done[0]
             time.sleep(PATIENCE / 10)
+
+    def _cast(self, work: Any) -> Any:
+        with autocast_as(self.model.device, forward_dtype(self.model)):
+            return work()
 
     def _goes_on(self, engine: Engine) -> bool:
         """Whether there is work; waits for it, or for a stop."""
