@@ -51,7 +51,8 @@ class Served:
 
     @property
     def model(self) -> Any:
-        return self._server._model_manager.loaded_models[self.name].model
+        (loaded,) = self._server._model_manager.loaded_models.values()
+        return loaded.model
 
     @property
     def manager(self) -> Any:
