@@ -77,6 +77,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[trl]' || \
 	  echo "TRL does not install here: the test that trains with it is skipped"
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[serve]' || \
+	  echo "what Transformers' server needs does not install here: the tests over HTTP are skipped"
+	@$(VENV)/bin/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e '.[eval]' || \
+	  echo "lm-evaluation-harness does not install here: the test of its example is skipped"
 	@touch $@
 
 $(VENV517)/.installed: pyproject.toml constraints-517.txt

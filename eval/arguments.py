@@ -225,6 +225,12 @@ def add_warmup(made: argparse.ArgumentParser) -> None:
     made.add_argument("--workers", type=positive, help="processes at once (default: one a core, at most 8)")
 
 
+def add_serve(made: argparse.ArgumentParser) -> None:
+    """`transformers serve` with every model patched that it loads. Model and all other options are those of `transformers
+    serve` (its `--help` lists them); `--continuous-batching` has requests share the steps of one running batch."""
+    made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="options of patch()")
+
+
 def add_matrix(made: argparse.ArgumentParser) -> None:
     """Small cases of every kind of call, family and state, stock and ours in turn. Exits with 1 if ours is slower or larger
     than stock anywhere, computes something else, or fails."""
@@ -324,11 +330,13 @@ def add_batching(made: argparse.ArgumentParser) -> None:
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main(argv)` runs it, one line of help, and what adds its options."""
+    """A command: the module whose `main(argv)` runs it, one line of help, what adds its options, and whether it hands on
+    options that it does not know."""
 
     module: str
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None]
+    hands_on: bool = False
 
 
 COMMANDS = {
@@ -336,6 +344,7 @@ COMMANDS = {
         "hf_fastattn.eval.demo", "generate with stock Transformers and with the patched model, side by side", add_demo
     ),
     "warmup": Command("hf_fastattn.eval.warmup", "compile ahead what generate() needs for a model", add_warmup),
+    "serve": Command("hf_fastattn.eval.serve", "transformers serve, with patched models", add_serve, hands_on=True),
     "eval perplexity": Command(
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),

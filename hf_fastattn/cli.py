@@ -1,4 +1,4 @@
-"""The `hf-fastattn` command: `demo`, the accuracy evaluations as `eval ...`, the benchmarks as `bench ...`."""
+"""The `hf-fastattn` command: `demo`, `serve`, the accuracy evaluations as `eval ...`, the benchmarks as `bench ...`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that `argv` (default: the process's arguments) begins with; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(words)
+    top = parser()
+    arguments, others = top.parse_known_args(words)
     if arguments.command is None:
         arguments.shown.exit(2, arguments.shown.format_help())
+    if others and not COMMANDS[arguments.command].hands_on:
+        top.error(f"unrecognized arguments: {' '.join(others)}")
     # The module takes seconds to import: only once its options are known to be right.
     module = importlib.import_module(COMMANDS[arguments.command].module)
     return module.main(words[len(arguments.command.split()) :])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.generation import logits_process as hf
 
-from hf_fastattn.autocast import accelerate_region, why_not_forward
+from hf_fastattn.autocast import why_not_forward
 from hf_fastattn.graphs.module_checks import has_compiled, why_not_kind
 from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.known_class import why_not_class
 from hf_fastattn.pages.model_layout import is_pageable, template_layers
 from hf_fastattn.patches.modules.checkpointing import drops_cache
@@ -19,10 +20,10 @@ from hf_fastattn.patches.modules.watched import why_watched
 
 # In Transformers' order.
 WARPERS = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper)
+# As many tokens kept as there are, whatever the vocabulary.
+ALL_TOKENS = 1 << 24
 # Options of ContinuousBatchingConfig that ask for something of Transformers' own manager, and the values that do not.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "return_logprobs": (False,),
-    "per_request_processors": (False,),
     "cpu_offload_space": (0.0, 0),
     "scheduler_type": ("fifo",),
     "varlen_compile_config": (None,),
@@ -39,11 +40,36 @@ class Choice:
         do_sample: draw, or take the likeliest.
         params: of the draw.
         seed: of the draws; None for one from torch's generator.
+        own_params: requests may have parameters of their own.
+        logprobs: outputs say how likely their tokens were.
     """
 
     do_sample: bool
     params: SamplingParams
     seed: int | None
+    own_params: bool = False
+    logprobs: bool = False
+
+    def params_of(self, asked: dict[str, Any]) -> SamplingParams:
+        """Of a request that asks for these, as Transformers' processors of a request take them.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        if not self.own_params or not asked:
+            return self.params
+        top_k, top_p = asked.get("top_k", self.params.top_k), asked.get("top_p", self.params.top_p)
+        return replace(
+            self.params,
+            temperature=asked.get("temperature", self.params.temperature),
+            top_k=min(max(top_k, 1), ALL_TOKENS) if "top_k" in asked else top_k,
+            top_p=min(max(top_p, 0.0), 1.0),
+        )
+
+    def graph_key(self, rows: int) -> GraphKey:
+        """Of the step of so many rows."""
+        draws_alike = not (self.do_sample and self.own_params)
+        return GraphKey(rows, self.do_sample, False, False, own_params=not draws_alike, logprobs=self.logprobs)
 
 
 def choice_of(model: Any, generation_config: Any, batching_config: Any) -> Choice | str:
@@ -61,7 +87,13 @@ def choice_of(model: Any, generation_config: Any, batching_config: Any) -> Choic
     if do_sample and model._fastattn.runtime.config.sampling == "transformers":
         return "sampling='transformers': patch with sampling='fast' for draws on the device"
     params = _params(model._get_logits_processor(generation_config), batching_config.drop_unsupported_processors)
-    return params if isinstance(params, str) else Choice(do_sample, params, batching_config.seed)
+    if isinstance(params, str):
+        return params
+    # Older releases lack one or the other.
+    own_params = bool(getattr(batching_config, "per_request_processors", False))
+    return Choice(
+        do_sample, params, batching_config.seed, own_params, bool(getattr(batching_config, "return_logprobs", False))
+    )
 
 
 def _params(given: Any, drops: bool) -> SamplingParams | str:
@@ -98,8 +130,6 @@ def why_not_model(model: Any) -> str | None:
         return "the model is sharded over several processes"
     if model.device.type == "meta":
         return "the weights are offloaded"
-    if accelerate_region(model) is not None:
-        return "accelerate casts what its forward computes"
     if has_compiled(model):
         return "torch.compile made parts of the model"
     if drops_cache(decoder):

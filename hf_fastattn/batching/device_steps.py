@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.batching.choice import Choice
+from hf_fastattn.batching.packed_tokens import Arrived, pack, tokens_of, unpack
 from hf_fastattn.batching.row_tokens import UNLIMITED, Array
 from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.kernels.sampling.advance import advance
@@ -72,7 +73,9 @@ class DeviceSteps:
         held.drop.fill_(1)
         for tensor in (held.seq_lens, held.tokens, held.positions, held.chosen, held.pad):
             tensor.zero_()
-        self._state.params.copy_(self._choice.params.tensor(self._device))
+        shared = self._choice.params.tensor(self._device)
+        self._state.params.copy_(shared)
+        self._state.own_params.copy_(shared)
         self._state.seed.copy_(self._seed)
         self._state.adapters.zero_()
 
@@ -96,26 +99,29 @@ class DeviceSteps:
 
     # ---- tokens -----------------------------------------------------------------------------------------------
 
-    def first(self, logits: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The tokens `[n]` that follow prompts with these `logits [n, V]`."""
-        if not self._choice.do_sample:
-            return choose_first(self._state, False, logits, self._state.numbers)
-        held = torch.tensor([number % FIRST + FIRST for number in numbers], dtype=torch.int32)
-        return choose_first(self._state, True, logits, held.to(self._device, non_blocking=True))
+    def first(self, logits: Tensor, numbers: Sequence[int], params: NDArray[np.float64]) -> Tensor:
+        """The tokens `[n]`, packed, that follow prompts with `logits [n, V]` and are drawn by `params [n, PARAMS]`."""
+        numbers_held = torch.tensor([number % FIRST + FIRST for number in numbers], dtype=torch.int32)
+        rows, key = numbers_held.to(self._device, non_blocking=True), self._key(1)
+        held = self._state.params if key.do_sample else None
+        if key.own_params:
+            held = torch.from_numpy(params).float().to(self._device, non_blocking=True)
+        logprobs = torch.empty(len(logits), device=self._device) if key.logprobs else None
+        return pack(choose_first(self._state, logits, rows, held, logprobs), logprobs)
 
-    def join(self, slots: Sequence[int], tokens: Tensor) -> None:
-        """These slots' next input is `tokens [n]`."""
+    def join(self, slots: Sequence[int], packed: Tensor) -> None:
+        """These slots' next input is `packed [n]`."""
         index = torch.tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True)
-        self._held.tokens[:, 0].index_copy_(0, index, tokens)
+        self._held.tokens[:, 0].index_copy_(0, index, tokens_of(packed))
 
-    def send(self, tokens: Tensor, tickets: Array) -> None:
+    def send(self, packed: Tensor, tickets: Array) -> None:
         """Start the copy of what was chosen; `tickets` say for whom."""
-        self._readback.send(tokens, tickets)  # type: ignore[arg-type]
+        self._readback.send(packed, tickets)  # type: ignore[arg-type]
 
-    def receive(self, wait: bool) -> tuple[Array, Array] | None:
-        """Tickets and tokens of the oldest step under way; None if there is none, or it has not arrived."""
-        arrived = self._readback.receive(wait)
-        return None if arrived is None else (arrived.numbers, arrived.tokens)  # type: ignore[return-value]
+    def receive(self, wait: bool) -> Arrived | None:
+        """Tickets, tokens and logprobs of the oldest step under way; None if there is none, or it has not arrived."""
+        arrived = self._readback.take(wait)
+        return None if arrived is None else (arrived[1], *unpack(arrived[0], self._choice.logprobs))  # type: ignore[return-value]
 
     @property
     def under_way(self) -> int:
@@ -133,13 +139,16 @@ class DeviceSteps:
 
     # ---- rows -------------------------------------------------------------------------------------------------
 
-    def write(self, slots: Array, alive: NDArray[np.bool_], lengths: Array, numbers: Array) -> None:
+    def write(
+        self, slots: Array, alive: NDArray[np.bool_], lengths: Array, numbers: Array, params: NDArray[np.float64]
+    ) -> None:
         """What the host knows better of these slots.
 
         Args:
             alive: whether each takes part in steps.
             lengths: tokens stored of each.
             numbers: of their requests.
+            params: `[n, PARAMS]` of their draws.
         """
         count, windows, changes = len(slots), len(self._pages.cache.tables), self._pages.changes
         if not count and not changes:
@@ -157,6 +166,9 @@ class DeviceSteps:
         if count:
             self._held.positions[:, 0].index_copy_(0, device[:count], device[count : 2 * count])
             self._state.by_row.index_copy_(1, device[:count], narrow[2 * count : size].view(-1, count))
+            if self._key(1).own_params:
+                own = torch.from_numpy(params).float().to(self._device, non_blocking=True)
+                self._state.own_params.index_copy_(0, device[:count], own)
         if changes:
             places, pages = device[size:].view(2, -1)[0], narrow[size:].view(2, -1)[1]
             self._held.tables.view(-1).index_copy_(0, places, pages)
@@ -183,7 +195,7 @@ class DeviceSteps:
         return [*BUCKETS, *range(2 * BUCKETS[-1], self._state.rows + 1, BUCKETS[-1])]
 
     def _key(self, rows: int) -> GraphKey:
-        return GraphKey(rows, self._choice.do_sample, False, False)
+        return self._choice.graph_key(rows)
 
     def record(self, rows: int) -> None:
         """Record the step of `rows` slots, none of which takes part in any."""
@@ -191,7 +203,7 @@ class DeviceSteps:
         self.launch(bucket_of(rows), none, none)
 
     def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
-        """One step of the first `rows` slots; returns their tokens, which the next step writes to."""
+        """One step of the first `rows` slots; returns their tokens, packed, which the next step writes to."""
         key, cache = self._key(rows), self._pages.cache
         return self._graphs.replay(key, cache.groups, lambda: self._run(key), self._pages.counters)
 
@@ -206,4 +218,7 @@ class DeviceSteps:
         choose(state, key, fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
         tensors = state.tensors(key.rows, False)
         advance(tensors, cache.groups.page_size)
+        if key.logprobs:
+            # Which rows have finished the host knows.
+            tensors.packed.copy_(pack(tensors.chosen, state.logprobs[: key.rows]))
         return tensors.packed

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_fastattn.batching.choice import Choice
 from hf_fastattn.batching.prompts import compute_pieces
 from hf_fastattn.batching.requests import Request
 from hf_fastattn.batching.running_batch import RunningBatch
@@ -36,19 +37,20 @@ class Engine:
         slots: how many.
         make_steps: makes `DeviceSteps` or `HostSteps` for logits of a size.
         deliver: called with requests that are over, or have got tokens and are streamed.
+        choice: how tokens are chosen.
         most_tokens: of prompts, computed at once.
     """
 
     def __init__(
         self, model: Any, pages: SlotPages, slots: int, make_steps: Callable[[int], Any],
-        deliver: Callable[[list[Request]], None], most_tokens: int = MOST_TOKENS,
+        deliver: Callable[[list[Request]], None], choice: Choice, most_tokens: int = MOST_TOKENS,
     ) -> None:  # fmt: skip
         self._model, self._pages, self._make_steps, self._deliver = model, pages, make_steps, deliver
         # While requests are under way the model stays where it is.
         self._device = model.device
-        self._most_tokens = most_tokens
+        self._choice, self._most_tokens = choice, most_tokens
         self._steps: Any = None
-        self._batch = RunningBatch(pages, slots)
+        self._batch = RunningBatch(pages, slots, choice.logprobs)
         self._arrived = 0
         # Of prompts, computed since the last step.
         self._pieces = 0
@@ -58,12 +60,17 @@ class Engine:
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def add(self, state: Any) -> None:
-        """A request has arrived, with as many more of the same prompt as it asks for."""
-        first = Request.of(state, self._number())
+        """A request has arrived, with as many more of the same prompt as it asks for.
+
+        Raises:
+            ValueError: its parameters of a draw are out of their range.
+        """
+        params = self._choice.params_of(state.logit_processor_kwargs)
+        first = Request.of(state, self._number(), params)
         self._batch.waiting.append(first)
         for child in range(state.num_children):
             twin = state.fork(f"{state.request_id}__child#{child}")
-            self._batch.waiting.append(Request.of(twin, self._number(), first))
+            self._batch.waiting.append(Request.of(twin, self._number(), params, first))
 
     def _number(self) -> int:
         self._arrived += 1
@@ -83,7 +90,7 @@ class Engine:
             self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        request.set_tokens(self._batch.tokens.of(request.place) if request.place >= 0 else [])
+        request.set_tokens(*self._batch.chosen(request))
         self._batch.remove(request)
         request.failed(error)
         self._deliver([request])
@@ -131,7 +138,7 @@ class Engine:
         self._pieces += 1
         if burst:
             self._compute(self._most_tokens)
-        elif prompts > FEW or PIECE > self._most_tokens:
+        elif prompts > FEW or (prompts and PIECE > self._most_tokens):
             self._compute(min(PIECE * prompts, self._most_tokens))
         else:
             # One by one, since they are recorded.
@@ -180,7 +187,7 @@ class Engine:
         shown = [batch.by_place[place] for place in (*ended, *streamed)]
         for place, request in enumerate(shown):
             if place < len(ended) or request.state.streaming:
-                request.set_tokens(batch.tokens.of(request.place))
+                request.set_tokens(*batch.chosen(request))
             request.note_time()
         for request in shown[: len(ended)]:
             request.finished()
@@ -239,9 +246,10 @@ class Engine:
         steps, slots = self._steps, [request.slot for request in requests]
         self._wait()
         tickets = np.array([batch.start(request) for request in requests], np.int64)
-        tokens = steps.first(logits, [request.number for request in requests])
-        steps.join(slots, tokens)
-        steps.send(tokens, tickets)
+        params = np.array([request.params.values() for request in requests])
+        packed = steps.first(logits, [request.number for request in requests], params)
+        steps.join(slots, packed)
+        steps.send(packed, tickets)
         for request in requests:
             if request.limit <= 1:
                 batch.vacate(request)
@@ -289,7 +297,8 @@ class Engine:
         if rows.changed or self._pages.changes:
             changed = np.array(sorted(rows.changed), np.int64)
             rows.changed.clear()
-            self._steps.write(changed, rows.alive[changed], rows.lengths[changed], rows.numbers[changed])
+            held = (rows.alive, rows.lengths, rows.numbers, rows.params)
+            self._steps.write(changed, *(values[changed] for values in held))
         self._pages.cache.grow_tensors()
 
     def _bucket(self) -> int:

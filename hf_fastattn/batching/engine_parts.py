@@ -16,7 +16,6 @@ from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.runtime import Runtime
 
@@ -68,7 +67,7 @@ class EngineParts:
         columns = -(-_longest(hints) // pages.page_size)
         pages.expect(self._expected(pages, hints, columns))
         return Engine(
-            model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver,
+            model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver, self._choice,
             min(asked, MOST_TOKENS),
         )  # fmt: skip
 
@@ -198,7 +197,7 @@ class EngineParts:
         from hf_fastattn.loop.device_state import bucket_of
 
         assert self._graphs is not None and self._cache is not None
-        key = GraphKey(bucket_of(rows), self._choice.do_sample, False, False)
+        key = self._choice.graph_key(bucket_of(rows))
         return self._graphs.has(key, self._cache.groups.storage_version)
 
     def release(self, engine: Engine) -> None:

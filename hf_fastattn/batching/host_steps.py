@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.batching.choice import Choice
+from hf_fastattn.batching.packed_tokens import Arrived, pack, tokens_of, unpack
 from hf_fastattn.batching.row_tokens import UNLIMITED, Array
 from hf_fastattn.batching.slot_pages import SlotPages
-from hf_fastattn.kernels.sampling.reference import probabilities
+from hf_fastattn.kernels.sampling.reference import probabilities, token_logprobs
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
 
 
@@ -36,7 +37,8 @@ class HostSteps:
         self._model, self._pages, self._choice, self._device = model, pages, choice, device
         self._decoder = model._fastattn.decoder(model)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._ready: deque[tuple[Array, Array]] = deque()
+        self._params = torch.tensor([choice.params.values()], dtype=torch.float64).repeat(slots, 1)
+        self._ready: deque[Arrived] = deque()
         self._generator = torch.Generator(device)
         self._generator.manual_seed(int(torch.randint(2**62, (1,))) if choice.seed is None else choice.seed)
         self._mask = torch.zeros(1, 1, 1, 1, device=device)
@@ -49,26 +51,30 @@ class HostSteps:
         """Nothing is recorded."""
         return True
 
-    def first(self, logits: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The tokens `[n]` that follow prompts with these `logits [n, V]`."""
-        return self._chosen(logits)
+    def first(self, logits: Tensor, numbers: Sequence[int], params: NDArray[np.float64]) -> Tensor:
+        """The tokens `[n]`, packed, that follow prompts with `logits [n, V]` and are drawn by `params [n, PARAMS]`."""
+        return self._chosen(logits, torch.from_numpy(params))
 
-    def _chosen(self, logits: Tensor) -> Tensor:
-        if not self._choice.do_sample:
-            return logits.argmax(-1)
-        likely = probabilities(logits, self._choice.params)
-        return torch.multinomial(likely.float(), 1, generator=self._generator)[:, 0]
+    def _chosen(self, logits: Tensor, params: Tensor) -> Tensor:
+        """Packed tokens `[n]`."""
+        choice = self._choice
+        if not choice.do_sample:
+            tokens = logits.argmax(-1)
+            return pack(tokens, token_logprobs(logits, tokens) if choice.logprobs else None)
+        likely = probabilities(logits, params if choice.own_params else choice.params)
+        tokens = torch.multinomial(likely.float(), 1, generator=self._generator)
+        return pack(tokens[:, 0], likely.gather(-1, tokens)[:, 0].log().float() if choice.logprobs else None)
 
-    def join(self, slots: Sequence[int], tokens: Tensor) -> None:
-        """These slots' next input is `tokens [n]`."""
-        self._tokens[torch.tensor(slots, dtype=torch.int64, device=self._device)] = tokens
+    def join(self, slots: Sequence[int], packed: Tensor) -> None:
+        """These slots' next input is `packed [n]`."""
+        self._tokens[torch.tensor(slots, dtype=torch.int64, device=self._device)] = packed
 
-    def send(self, tokens: Tensor, tickets: Array) -> None:
+    def send(self, packed: Tensor, tickets: Array) -> None:
         """What was chosen is there; `tickets` say for whom."""
-        self._ready.append((tickets, tokens.cpu().numpy()))
+        self._ready.append((tickets, *unpack(packed.cpu().numpy(), self._choice.logprobs)))
 
-    def receive(self, wait: bool) -> tuple[Array, Array] | None:
-        """Tickets and tokens of the oldest step; None if all were taken."""
+    def receive(self, wait: bool) -> Arrived | None:
+        """Tickets, tokens and logprobs of the oldest step; None if all were taken."""
         return self._ready.popleft() if self._ready else None
 
     @property
@@ -83,8 +89,11 @@ class HostSteps:
     def settle(self) -> None:
         """Nothing is under way."""
 
-    def write(self, slots: Array, alive: NDArray[np.bool_], lengths: Array, numbers: Array) -> None:
-        """Steps are told of their rows."""
+    def write(
+        self, slots: Array, alive: NDArray[np.bool_], lengths: Array, numbers: Array, params: NDArray[np.float64]
+    ) -> None:
+        """Steps are told of their rows, but for the parameters `[n, PARAMS]` of their draws."""
+        self._params[torch.from_numpy(slots)] = torch.from_numpy(params)
         self._pages.changes.clear()
 
     def bucket(self, used: int, steps: int) -> int:
@@ -92,7 +101,7 @@ class HostSteps:
         return len(self._tokens)
 
     def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
-        """One step of `slots`, which hold `lengths` tokens; returns the tokens of the first `rows` slots."""
+        """One step of `slots`, which hold `lengths` tokens; returns the tokens, packed, of the first `rows` slots."""
         index = torch.from_numpy(slots).to(self._device)
         before = lengths.tolist()
         batch = self._pages.batch(slots.tolist(), before, [1] * len(before))
@@ -100,10 +109,10 @@ class HostSteps:
         positions = torch.tensor(before, dtype=torch.int64).to(self._device)
         with cache.using(batch):
             hidden = fused_forward(
-                self._decoder, cache, input_ids=self._tokens[index][:, None], inputs_embeds=None, use_cache=True,
+                self._decoder, cache, input_ids=tokens_of(self._tokens[index])[:, None], inputs_embeds=None, use_cache=True,
                 position_ids=positions[:, None], attention_mask=self._mask, return_dict=True,
             ).last_hidden_state  # fmt: skip
         logits = fused_logits(self._model.lm_head, hidden.flatten(0, 1))
         # The output layer may be on another device.
-        self._tokens[index] = self._chosen(logits.to(self._device))
+        self._tokens[index] = self._chosen(logits.to(self._device), self._params[torch.from_numpy(slots)])
         return self._tokens[:rows].clone()

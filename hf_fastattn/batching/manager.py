@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus
 from transformers.generation.continuous_batching.utils import drain_queue
 
+from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.batching.choice import Choice
 from hf_fastattn.batching.engine import Engine
 from hf_fastattn.batching.engine_parts import EngineParts
@@ -75,6 +76,18 @@ class FastBatchingManager(ContinuousBatchingManager):
         else:
             self.batch_processor = None
 
+    def register_result_handler(self, request_id: str, callback: Any) -> None:
+        """Transformers' own; what has arrived already, since the request was added before, goes to the callback too."""
+        super().register_result_handler(request_id, callback)
+        router = self.output_router
+        with router._lock:
+            handler, loop = router.result_handlers[request_id]
+            for output in drain_queue(router.output_queue):
+                if output.request_id == request_id:
+                    loop.call_soon_threadsafe(handler, output)
+                else:
+                    router.output_queue.put(output)
+
     def _parts_made(self) -> EngineParts:
         if self._parts is None:
             self._parts = EngineParts(self.model, self._choice, self.continuous_batching_config)
@@ -82,10 +95,10 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _run_generation_loop(self, use_inference_mode: bool = False) -> None:
         engine: Engine | None = None
-        with torch.inference_mode(use_inference_mode):
+        # In this order: to leave inference mode is to have gradients, whatever was said before.
+        with torch.inference_mode(use_inference_mode), torch.no_grad():
             try:
                 device = self.model.device
                 if device.type == "cuda" and device.index is not None:
@@ -105,13 +118,17 @@ class FastBatchingManager(ContinuousBatchingManager):
                 self.background_thread_status.mark_as_stopped()
 
     def _in_turn(self, work: Any) -> Any:
-        """What `work` returns, done while no other thread works with the model."""
+        """What `work` returns, done while no other thread works with the model, in the autocast of accelerate's wrapper."""
         turn = self._turn
         while True:
-            done = (turn.take(PATIENCE), [work()] if turn.is_mine() else [])[1]
+            done = (turn.take(PATIENCE), [self._cast(work)] if turn.is_mine() else [])[1]
             if done:
                 return done[0]
             time.sleep(PATIENCE / 10)
+
+    def _cast(self, work: Any) -> Any:
+        with autocast_as(self.model.device, forward_dtype(self.model)):
+            return work()
 
     def _goes_on(self, engine: Engine) -> bool:
         """Whether there is work; waits for it, or for a stop."""
@@ -156,7 +173,7 @@ class FastBatchingManager(ContinuousBatchingManager):
         while True:
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)
-            engine.cancel(drain_queue(self.cancel_queue))
+            self._cancel(engine, drain_queue(self.cancel_queue))
             if engine.is_idle:
                 return
             engine.run()
@@ -164,6 +181,15 @@ class FastBatchingManager(ContinuousBatchingManager):
             if stops or turn.is_wanted() or getattr(status, "is_pause_requested", _never)():
                 engine.settle()
                 return
+
+    def _cancel(self, engine: Engine, names: list[str]) -> None:
+        """Nobody listens to these requests any more: their handlers, which nothing else would take away, go too."""
+        if not names:
+            return
+        engine.cancel(names)
+        with self.output_router._lock:
+            for name in names:
+                self.output_router.result_handlers.pop(name, None)
 
     def _gather(self) -> None:
         """Whoever said how many requests will come adds them at once: they begin together."""
@@ -175,10 +201,9 @@ class FastBatchingManager(ContinuousBatchingManager):
     def _add(self, engine: Engine, state: Any) -> None:
         try:
             self.logit_processor.check_kwargs(state.logit_processor_kwargs)
+            engine.add(state)
         except (TypeError, ValueError) as error:
             self.output_router.fail_and_deliver(state, error)
-            return
-        engine.add(state)
 
     def _deliver(self, requests: list[Request]) -> None:
         self.output_router.deliver_batch([request.state.to_generation_output() for request in requests])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from hf_fastattn.batching.row_tokens import UNLIMITED
+from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.pages.prefix_index import RowTokens
 
 
@@ -23,6 +24,7 @@ class Request:
         state: Transformers' own, which becomes the output.
         number: of its arrival; the lower one comes first.
         prompt: `[n]` tokens to compute before the next one is chosen: after a preemption also those chosen before.
+        params: by which its tokens are drawn.
         after: a request with the same prompt, whose pages this one waits for.
         done: tokens of the prompt that are computed.
         slot: in the running batch; -1 outside of it.
@@ -34,6 +36,7 @@ class Request:
     state: Any
     number: int
     prompt: NDArray[np.int64]
+    params: SamplingParams
     after: Request | None = None
     done: int = 0
     slot: int = -1
@@ -41,12 +44,13 @@ class Request:
     found: Sequence[int] = ()
     is_over: bool = False
     earlier: list[int] = field(default_factory=list)
+    earlier_logprobs: list[float] = field(default_factory=list)
     _row_tokens: RowTokens | None = None
 
     @staticmethod
-    def of(state: Any, number: int, after: Request | None = None) -> Request:
+    def of(state: Any, number: int, params: SamplingParams, after: Request | None = None) -> Request:
         """A request that has just arrived."""
-        return Request(state, number, np.asarray(state.initial_tokens, np.int64), after)
+        return Request(state, number, np.asarray(state.initial_tokens, np.int64), params, after)
 
     @property
     def limit(self) -> int:
@@ -75,16 +79,18 @@ class Request:
         """It is in no slot."""
         self.slot, self.done, self.found, self._row_tokens = -1, 0, (), None
 
-    def start_over(self, chosen: list[int]) -> None:
+    def start_over(self, chosen: list[int], logprobs: list[float]) -> None:
         """Out of the batch, it has to be computed again, with what was `chosen` so far."""
         self.earlier += chosen
+        self.earlier_logprobs += logprobs
         self.prompt = np.concatenate((self.prompt, np.asarray(chosen, np.int64)))
         self.place = -1
         self.leave()
 
-    def set_tokens(self, chosen: list[int]) -> None:
+    def set_tokens(self, chosen: list[int], logprobs: list[float]) -> None:
         """What its output shows."""
         self.state.generated_tokens = (self.earlier + chosen)[: self.state.max_new_tokens]
+        self.state.logprobs = (self.earlier_logprobs + logprobs)[: self.state.max_new_tokens]
 
     def note_time(self) -> None:
         """A token has arrived now."""

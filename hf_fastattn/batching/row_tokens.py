@@ -20,10 +20,16 @@ class RowTokens:
     """Tokens by place; a place belongs to one request from `open` to `close`.
 
     What a step chose for a request that has ended meanwhile comes with a serial number that its place has no more.
+
+    Args:
+        with_logprobs: with each token comes the logarithm of its probability.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, with_logprobs: bool = False) -> None:
         self._tokens: Array = np.zeros((MIN_PLACES, MIN_COLUMNS), np.int64)
+        self._logprobs: NDArray[np.float32] | None = (
+            np.zeros((MIN_PLACES, MIN_COLUMNS), np.float32) if with_logprobs else None
+        )
         self._ends: Array = np.full((MIN_PLACES, MIN_ENDS), NO_TOKEN, np.int64)
         self._limits: Array = np.zeros(MIN_PLACES, np.int64)
         self._counts: Array = np.zeros(MIN_PLACES, np.int64)
@@ -46,24 +52,32 @@ class RowTokens:
         self._next += 1
         return place
 
-    def close(self, place: int) -> list[int]:
-        """The tokens of a place, which is free then."""
-        tokens = self.of(place)
+    def close(self, place: int) -> None:
+        """The place is free."""
         self.serials[place] = -1
         self._free.append(place)
-        return tokens
 
     def of(self, place: int) -> list[int]:
         """The tokens of a place so far."""
         found: list[int] = self._tokens[place, : self._counts[place]].tolist()
         return found
 
-    def take(self, tickets: Array, tokens: Array) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    def logprobs_of(self, place: int) -> list[float]:
+        """The logarithms of their probabilities, if these come."""
+        if self._logprobs is None:
+            return []
+        found: list[float] = self._logprobs[place, : self._counts[place]].tolist()
+        return found
+
+    def take(
+        self, tickets: Array, tokens: Array, logprobs: NDArray[np.float32] | None = None
+    ) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         """Add what a step chose.
 
         Args:
             tickets: `[rows, 2]` place and serial number of each row, a place of -1 for none.
             tokens: `[rows]`.
+            logprobs: `[rows]` logarithms of their probabilities, if these come.
 
         Returns:
             Places that have got a token: their first one; that have ended with it; that are streamed and go on.
@@ -73,8 +87,12 @@ class RowTokens:
         places, tokens = places[fresh], tokens[fresh]
         counts = self._counts[places]
         if len(counts) and counts.max() >= self._tokens.shape[1]:
-            self._tokens = np.pad(self._tokens, ((0, 0), (0, self._tokens.shape[1])))
+            more = ((0, 0), (0, self._tokens.shape[1]))
+            self._tokens = np.pad(self._tokens, more)
+            self._logprobs = None if self._logprobs is None else np.pad(self._logprobs, more)
         self._tokens[places, counts] = tokens
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs[places, counts] = logprobs[fresh]
         self._counts[places] = counts + 1
         ended = (counts + 1 >= self._limits[places]) | (tokens[:, None] == self._ends[places]).any(1)
         streamed = self._streams[places] & ~ended
@@ -82,8 +100,9 @@ class RowTokens:
 
     def _more_places(self) -> None:
         count = len(self.serials)
-        for name in ("_tokens", "_ends", "_limits", "_counts", "_streams", "serials"):
+        for name in ("_tokens", "_logprobs", "_ends", "_limits", "_counts", "_streams", "serials"):
             held = getattr(self, name)
-            setattr(self, name, np.concatenate((held, np.zeros_like(held))))
+            if held is not None:
+                setattr(self, name, np.concatenate((held, np.zeros_like(held))))
         self.serials[count:] = -1
         self._free.extend(range(2 * count - 1, count - 1, -1))

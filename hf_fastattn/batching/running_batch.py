@@ -23,11 +23,12 @@ class RunningBatch:
     Args:
         pages: of the slots, all empty.
         slots: how many.
+        with_logprobs: with each token comes the logarithm of its probability.
     """
 
-    def __init__(self, pages: SlotPages, slots: int) -> None:
+    def __init__(self, pages: SlotPages, slots: int, with_logprobs: bool = False) -> None:
         self.pages, self.counters = pages, pages.counters
-        self.tokens, self.rows = RowTokens(), RunningRows(slots)
+        self.tokens, self.rows = RowTokens(with_logprobs), RunningRows(slots)
         # Both in the order of arrival.
         self.waiting: list[Request] = []
         self.prompts: list[Request] = []
@@ -128,7 +129,7 @@ class RunningBatch:
         ticket = place, int(self.tokens.serials[place])
         slot, length = request.slot, len(request.prompt)
         room = self.pages.columns(slot) * self.pages.page_size
-        self.rows.join(slot, length, room, request.limit - 1, request.most_stored, request.number, ticket)
+        self.rows.join(slot, length, room, request.limit - 1, request.most_stored, request.number, ticket, request.params)
         return ticket
 
     # ---- out --------------------------------------------------------------------------------------------------
@@ -146,13 +147,17 @@ class RunningBatch:
         bisect.insort(self._free, slot, key=lambda free: -free)
         request.leave()
 
-    def close(self, request: Request) -> list[int]:
-        """Its tokens are not collected any more; returns them."""
+    def chosen(self, request: Request) -> tuple[list[int], list[float]]:
+        """The tokens that have arrived of it since it got its slot, and the logarithms of their probabilities."""
+        place = request.place
+        return ([], []) if place < 0 else (self.tokens.of(place), self.tokens.logprobs_of(place))
+
+    def close(self, request: Request) -> None:
+        """Its tokens are not collected any more."""
         place, request.place = request.place, -1
-        if place < 0:
-            return []
-        del self.by_place[place]
-        return self.tokens.close(place)
+        if place >= 0:
+            del self.by_place[place]
+            self.tokens.close(place)
 
     def remove(self, request: Request) -> None:
         """It is in no list, slot or place."""
@@ -164,7 +169,9 @@ class RunningBatch:
     def preempt(self, request: Request) -> None:
         """It waits again, the tokens that it has chosen, all of which have arrived, being part of its prompt."""
         self.vacate(request)
-        request.start_over(self.close(request))
+        chosen = self.chosen(request)
+        self.close(request)
+        request.start_over(*chosen)
         bisect.insort(self.waiting, request, key=lambda one: one.number)
         self.counters.requests_preempted += 1
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_fastattn.batching.row_tokens import UNLIMITED, Array
+from hf_fastattn.kernels.sampling.params import SamplingParams
 
 
 class RunningRows:
@@ -24,6 +25,7 @@ class RunningRows:
         most: tokens that it stores at most.
         tickets: `[slots, 2]` place and serial number of its request's tokens; a place of -1 for none.
         numbers: of the requests.
+        params: `[slots, PARAMS]` of their draws.
         changed: slots of which the device does not know yet.
         count: slots that take part.
     """
@@ -36,18 +38,22 @@ class RunningRows:
         self.most: Array = np.zeros(slots, np.int64)
         self.numbers: Array = np.zeros(slots, np.int64)
         self.tickets: Array = np.full((slots, 2), -1, np.int64)
+        self.params: NDArray[np.float64] = np.tile(np.array(SamplingParams().values()), (slots, 1))
         self.changed: set[int] = set()
         self.count = 0
         # Steps, the next one included, for which no row can be short of pages.
         self._enough = 0
 
-    def join(self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any) -> None:
+    def join(
+        self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any, params: SamplingParams
+    ) -> None:
         """A slot takes part from the next step on."""
         self.alive[slot], self.lengths[slot], self.room[slot] = True, length, room
         self.count += 1
         if room < most:
             self._enough = min(self._enough, room - length - 1)
         self.left[slot], self.most[slot], self.numbers[slot], self.tickets[slot] = left, most, number, ticket
+        self.params[slot] = params.values()
         self.changed.add(slot)
 
     def leave(self, slot: int) -> None:
@@ -59,7 +65,7 @@ class RunningRows:
 
     def move(self, source: int, target: int) -> None:
         """A slot that takes no part becomes what another one is."""
-        for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets"):
+        for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets", "params"):
             held = getattr(self, name)
             held[target] = held[source]
         self.count += int(self.alive[target])

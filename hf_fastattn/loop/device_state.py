@@ -94,6 +94,8 @@ class DeviceState:
             # Of the row's adapter among those that rows choose from, -1 for none; 0 where none are chosen.
             self.adapters = zeros(rows)
             self.params = zeros(PARAMS, dtype=torch.float32)
+            # Of rows that draw by parameters of their own, and logarithms of the probabilities that tokens were chosen with.
+            self.own_params, self.logprobs = zeros(rows, PARAMS, dtype=torch.float32), zeros(rows, dtype=torch.float32)
             # Those of a draw from scores that filters have been applied to, and the least scores that these kept.
             self.no_filters = SamplingParams().tensor(device)
             self.thresholds = zeros(rows, dtype=torch.float32)

@@ -27,6 +27,8 @@ class GraphKey:
         history: columns of the tensor with the rows' tokens; 0 if no processor reads it.
         adapters: those that rows choose from; None if none are chosen by row.
         beams: the tensors of a beam search; None if tokens are chosen row by row.
+        own_params: each row draws by parameters of its own.
+        logprobs: the step says how likely each token was.
     """
 
     rows: int
@@ -40,6 +42,8 @@ class GraphKey:
     history: int = 0
     adapters: tuple[str, ...] | None = None
     beams: BeamState | None = None
+    own_params: bool = False
+    logprobs: bool = False
 
     def of_beams(self, beams: BeamState) -> GraphKey:
         """The same for a step of a beam search."""

@@ -70,6 +70,14 @@ class Readback:
 
     def receive(self, wait: bool) -> StepTokens | None:
         """The oldest step under way; None if there is none, or it has not arrived and nobody wants to `wait`."""
+        taken = self.take(wait)
+        if taken is None:
+            return None
+        packed, numbers = taken
+        return StepTokens(packed & ((1 << FINISHED_BIT) - 1), (packed >> FINISHED_BIT) > 0, numbers)
+
+    def take(self, wait: bool) -> tuple[NDArray[np.int64], Sequence[int]] | None:
+        """What was sent of it, as it is, and the numbers: in a buffer that a step sent later overwrites."""
         if not self._under_way:
             return None
         turn, numbers = self._under_way[0]
@@ -80,6 +88,4 @@ class Readback:
                     return None
                 event.synchronize()
         self._under_way.popleft()
-        packed = self._host[turn, : len(numbers)].numpy()
-        finished = (packed >> FINISHED_BIT) > 0
-        return StepTokens(packed & ((1 << FINISHED_BIT) - 1), finished, numbers)
+        return self._host[turn, : len(numbers)].numpy(), numbers

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.sampling.draw import choose_tokens
+from hf_fastattn.kernels.sampling.logprobs import token_logprobs
 from hf_fastattn.kernels.sampling.penalty import process_logits
 from hf_fastattn.kernels.sampling.processors import kept_scores
 from hf_fastattn.loop.device_state import DeviceState
@@ -14,7 +15,7 @@ from hf_fastattn.loop.step_processor import FIRST, LAST, MIDDLE
 
 
 def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
-    """Write the next token of every row to `chosen`.
+    """Write the next token of every row to `chosen`, and to `state.logprobs` how likely it was if the key says so.
 
     Args:
         state: parameters, seed, step and row numbers; tokens seen so far.
@@ -24,7 +25,7 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
     tensors = state.tensors(key.rows, key.penalised)
     logits = processed(state, key, logits)
     draw = {"seed": state.seed, "rows": state.numbers[: key.rows], "step": tensors.step}
-    params = state.params
+    params = state.own_params[: key.rows] if key.own_params else state.params
     if any(kind.place == LAST for kind, _ in key.processors):
         # What a draw would keep, and then the processors that come after temperature, top-k, top-p and min-p.
         thresholds = state.thresholds[: key.rows]
@@ -34,8 +35,13 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         params = state.no_filters
     if not key.do_sample:
         choose_tokens(logits, tensors.chosen)
+        if key.logprobs:
+            token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows])
         return
-    choose_tokens(logits, tensors.chosen, params=params, **draw)
+    least = state.thresholds[: key.rows] if key.logprobs else None
+    choose_tokens(logits, tensors.chosen, params=params, thresholds=least, **draw)
+    if key.logprobs:
+        token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows], params=params, thresholds=least)
 
 
 def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:
@@ -48,16 +54,24 @@ def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:
     return state.processors.apply(key.processors, MIDDLE, logits, tensors.step)
 
 
-def choose_first(state: DeviceState, do_sample: bool, logits: Tensor, numbers: Tensor) -> Tensor:
+def choose_first(
+    state: DeviceState, logits: Tensor, numbers: Tensor, params: Tensor | None, logprobs: Tensor | None
+) -> Tensor:
     """The tokens `[n]` that follow prompts with these `logits [n, V]`, whose rows take no part in steps yet.
 
     Args:
         numbers: `[n]` int32, which random numbers each row draws with; others than in steps.
+        params: `[PARAMS]` or `[n, PARAMS]` of the draw; None for the likeliest tokens.
+        logprobs: `[n]` fp32, gets how likely they were.
     """
     chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    if not do_sample:
+    thresholds = None
+    if params is None:
         choose_tokens(logits, chosen)
-        return chosen
-    step = state.tensors(1, False).step
-    choose_tokens(logits, chosen, params=state.params, seed=state.seed, rows=numbers, step=step)
+    else:
+        thresholds = None if logprobs is None else torch.empty_like(logprobs)
+        step = state.tensors(1, False).step
+        choose_tokens(logits, chosen, params=params, seed=state.seed, rows=numbers, step=step, thresholds=thresholds)
+    if logprobs is not None:
+        token_logprobs(logits, chosen, logprobs, params=params, thresholds=thresholds)
     return chosen

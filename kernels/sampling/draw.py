@@ -62,9 +62,12 @@ def _write_group_maxima(row_ptr, out_ptr, vocab, begin, GROUP: tl.constexpr, CHU
 @triton.jit(do_not_specialize=["groups"])
 def scan_logits_kernel(
     logits_ptr, maxima_ptr, mass_ptr, best_ptr, winner_ptr, params_ptr, seed_ptr, rows_ptr, step_ptr,
-    vocab, groups, stride_b, CHUNK: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
+    vocab, groups, stride_b, CHUNK: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row of `[B, vocab]`. `mass_ptr: [B, chunks, 2]` gets the peak and the mass relative to it."""
+    """One chunk of one row of `[B, vocab]`. `mass_ptr: [B, chunks, 2]` gets the peak and the mass relative to it.
+
+    A row has OWN parameters of its own; of 0, all rows share them.
+    """
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -72,6 +75,7 @@ def scan_logits_kernel(
     b = tl.program_id(1).to(tl.int64)
     cell = b * tl.num_programs(0) + tl.program_id(0)
     row_ptr = logits_ptr + b * stride_b
+    params_ptr += b * OWN
     inverse = inverse_temperature(params_ptr)
     top_k, top_p, _, filtered = filter_params(params_ptr, vocab)
     if filtered:
@@ -109,13 +113,15 @@ def draw_kernel(
     logits_ptr, maxima_ptr, mass_ptr, best_ptr, winner_ptr, hot_ptr, candidate_ptr, candidate_token_ptr,
     params_ptr, seed_ptr, rows_ptr, step_ptr, out_ptr, threshold_ptr, vocab, groups, chunks, stride_b, stride_out,
     CHUNK: tl.constexpr, GROUP: tl.constexpr, MOST_RANK: tl.constexpr, SLOTS: tl.constexpr, TILE_G: tl.constexpr,
-    TILE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, OWN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row: without filters from the best of its chunks, else from the candidates, or from the whole row if need be."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
     b = tl.program_id(0).to(tl.int64)
+    params_ptr += b * OWN
     inverse = inverse_temperature(params_ptr)
     top_k, top_p, min_p, filtered = filter_params(params_ptr, vocab)
     least = tl.full([], float("-inf"), tl.float32)
@@ -181,7 +187,7 @@ def sample_tokens(
     Args:
         logits: `[B, V]` bf16, fp16 or fp32, any stride between rows; penalties applied (`process_logits`).
         out_tokens: `[B]` int64, written; any stride.
-        params: `[PARAMS]` fp32, of `SamplingParams`.
+        params: `[PARAMS]` fp32, of `SamplingParams`; or `[B, PARAMS]`, each row's own.
         seed: `[1]` int64.
         rows: `[B]` int32, the number of each row, on which its random numbers depend.
         step: `[1]` int32 or int64, on which they depend too.
@@ -192,7 +198,7 @@ def sample_tokens(
     """
     count, vocab = logits.shape if logits.ndim == 2 else (0, 0)
     inputs: dict[str, Expected] = {
-        "params": (params, (PARAMS,), (torch.float32,)),
+        "params": (params, (count, PARAMS) if params.ndim == 2 else (PARAMS,), (torch.float32,)),
         "seed": (seed, (1,), (torch.int64,)),
         "rows": (rows, (count,), (torch.int32,)),
         "step": (step, (1,), (torch.int32, torch.int64)),
@@ -211,19 +217,19 @@ def sample_tokens(
     mass, best, winner = scratch(chunks, 2), scratch(chunks), scratch(chunks, dtype=torch.int32)
     candidates, candidate_tokens = scratch(SLOTS), scratch(SLOTS, dtype=torch.int32)
     aligned = vocab % 16 == 0 and logits.stride(0) % 16 == 0
-    overlap = overlaps_launches(arch_of(logits.device))
+    overlap, own = overlaps_launches(arch_of(logits.device)), PARAMS if params.ndim == 2 else 0
     options = {"launch_pdl": True} if overlap else {}
     with on_device_of(logits):
         prepared(scan_logits_kernel)[(chunks, count)](
             logits, maxima, mass, best, winner, params, seed, rows, step, vocab, groups, logits.stride(0),
-            CHUNK=CHUNK, GROUP=GROUP, OVERLAP=overlap, num_warps=4, **options,
+            CHUNK=CHUNK, GROUP=GROUP, OWN=own, OVERLAP=overlap, num_warps=4, **options,
         )  # fmt: skip
         prepared(draw_kernel)[(count,)](
             logits, maxima, mass, best, winner, hot, candidates, candidate_tokens, params, seed, rows, step,
             out_tokens, thresholds, vocab, groups, chunks, logits.stride(0), out_tokens.stride(0),
             CHUNK=CHUNK, GROUP=GROUP, MOST_RANK=MOST_RANK, SLOTS=SLOTS, TILE_G=TILE_G,
             TILE=TILE if aligned else TILE // 4, SHIFT=SHIFTS[logits.dtype], BLOCK_G=power_of_2(groups),
-            BLOCK_C=power_of_2(chunks), OVERLAP=overlap, num_warps=16, **options,
+            BLOCK_C=power_of_2(chunks), OWN=own, OVERLAP=overlap, num_warps=16, **options,
         )  # fmt: skip
 
 

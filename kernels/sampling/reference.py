@@ -25,34 +25,44 @@ def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None, 
     return x
 
 
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Scores: fp32 logits times the reciprocal of the temperature."""
+def scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Scores: fp32 logits times the reciprocal of the temperature, one for all rows or `[B, 1]`."""
     x = logits if logits.dtype == torch.float64 else logits.float()
-    return x * torch.tensor(temperature, dtype=x.dtype, device=x.device).reciprocal()
+    return x * torch.as_tensor(temperature, dtype=x.dtype, device=x.device).reciprocal()
 
 
-def kept_tokens(logits: Tensor, params: SamplingParams) -> Tensor:
+def kept_tokens(logits: Tensor, params: SamplingParams | Tensor) -> Tensor:
     """Which tokens are kept by temperature, top-k, top-p and min-p, `[B, V]` bool.
 
     Top-p and min-p are computed in fp64. Unlike in Transformers, tokens that tie are kept or dropped together.
+    `params` may be `[B, PARAMS]`, each row's own.
     """
-    scores = scaled(logits, params.temperature)
-    vocab = scores.shape[-1]
+    temperature, top_k, top_p, min_p = _columns(params, logits.device)
+    scores = scaled(logits, temperature)
+    rows, vocab = scores.shape
     ordered = torch.sort(scores, descending=True).values
     kept = torch.ones_like(scores, dtype=torch.bool)
-    if 0 < params.top_k < vocab:
-        kept &= scores >= ordered[:, params.top_k - 1, None]
-    if params.top_p < 1:
+    limited = (top_k > 0) & (top_k < vocab)
+    if limited.any():
+        last = torch.where(limited, top_k, vocab).long() - 1
+        kept &= (scores >= ordered.gather(-1, last.expand(rows, 1))) | ~limited
+    if (top_p < 1).any():
         left = ordered.double().masked_fill(ordered < scores.masked_fill(~kept, math.inf).amin(-1, keepdim=True), -math.inf)
         mass = left.softmax(-1)
         # The first of a run of equal scores: its cumulative mass is that of all strictly likelier tokens.
         likelier = mass.cumsum(-1) - mass
         first = torch.searchsorted(-ordered, -ordered)
-        ok = (likelier.gather(-1, first) < params.top_p) | (ordered == ordered[:, :1])
-        kept &= scores >= ordered.masked_fill(~ok, math.inf).amin(-1, keepdim=True)
-    if params.min_p > 0:
-        kept &= (scores.double() - ordered[:, :1].double()).exp() >= params.min_p
+        ok = (likelier.gather(-1, first) < top_p) | (ordered == ordered[:, :1])
+        kept &= (scores >= ordered.masked_fill(~ok, math.inf).amin(-1, keepdim=True)) | (top_p >= 1)
+    if (min_p > 0).any():
+        kept &= ((scores.double() - ordered[:, :1].double()).exp() >= min_p) | (min_p <= 0)
     return kept
+
+
+def _columns(params: SamplingParams | Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Temperature, top-k, top-p and min-p, `[B, 1]` fp64, or `[1, 1]` for all rows."""
+    table = params if isinstance(params, Tensor) else torch.tensor([params.values()], dtype=torch.float64)
+    return table.to(device, torch.float64)[:, :4, None].unbind(1)
 
 
 def typical_scores(scores: Tensor, mass: Tensor) -> Tensor:
@@ -66,10 +76,16 @@ def typical_scores(scores: Tensor, mass: Tensor) -> Tensor:
     return scores.masked_fill(distances > ordered.gather(-1, last), -math.inf)
 
 
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The probabilities that a token is drawn with, `[B, V]` fp64."""
-    scores = scaled(logits, params.temperature).double()
+def probabilities(logits: Tensor, params: SamplingParams | Tensor) -> Tensor:
+    """The probabilities that a token is drawn with, `[B, V]` fp64; `params` as of `kept_tokens`."""
+    scores = scaled(logits, _columns(params, logits.device)[0]).double()
     return scores.masked_fill(~kept_tokens(logits, params), -math.inf).softmax(-1)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, params: SamplingParams | Tensor | None = None) -> Tensor:
+    """Logarithms of the probabilities that `tokens [B]` are chosen with, `[B]` fp32; without `params` of the softmax."""
+    logs = logits.float().log_softmax(-1) if params is None else probabilities(logits, params).log()
+    return logs.gather(-1, tokens[:, None])[:, 0].float()
 
 
 def greedy_tokens(logits: Tensor) -> Tensor:

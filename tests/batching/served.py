@@ -68,15 +68,18 @@ class Driven:
     Args:
         twins: whose patched model it serves.
         tokens: that pages may hold.
+        generation: how tokens are chosen; greedy if it is not said.
         options: of `ContinuousBatchingConfig`.
     """
 
-    def __init__(self, twins: Twins, tokens: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, twins: Twins, tokens: int | None = None, generation: GenerationConfig | None = None, **options: Any
+    ) -> None:
         if tokens is not None:
             known = ContinuousBatchingConfig.__dataclass_fields__
             options |= {"num_blocks": tokens // 4, "page_size" if "page_size" in known else "block_size": 4}
         self.twins, self.config = twins, ContinuousBatchingConfig(**options)
-        choice = choice_of(twins.model, GenerationConfig(do_sample=False), self.config)
+        choice = choice_of(twins.model, generation or GenerationConfig(do_sample=False), self.config)
         assert isinstance(choice, Choice), choice
         self.parts = EngineParts(twins.model, choice, self.config)
         self.outputs: dict[str, list[Any]] = {}

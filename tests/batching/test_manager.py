@@ -74,13 +74,16 @@ def test_its_options(device: str) -> None:
     assert twins.model.generate_batch([]) == {}
 
 
-def test_in_inference_mode(device: str) -> None:
+def test_in_inference_mode(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     twins, given = Twins("llama", device), prompts(4)
+    plain, with_gradients = Engine.run, []
+    monkeypatch.setattr(Engine, "run", lambda self: (with_gradients.append(torch.is_grad_enabled()), plain(self))[1])
     for inference in (True, False):
         with torch.inference_mode(inference):
             outputs = twins.model.generate_batch(given, generation_config=greedy())
         assert [one.generated_tokens for one in outputs.values()] == [twins.alone(prompt) for prompt in given]
         assert_served(twins, 4)
+    assert with_gradients and not any(with_gradients)
 
 
 def test_streams_limits_and_cancellation(device: str) -> None:
@@ -167,8 +170,7 @@ def test_draws(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "batching", "reason"),
     [
-        ({}, {"return_logprobs": True}, "return_logprobs"),
-        ({"temperature": 0.5, "do_sample": True}, {"per_request_processors": True}, "per_request_processors"),
+        ({}, {"return_logprobs": True, "scheduler_type": "prefill_first"}, "scheduler_type"),
         ({"suppress_tokens": [3]}, {}, "SuppressTokensLogitsProcessor"),
     ],
 )

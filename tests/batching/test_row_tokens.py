@@ -16,7 +16,8 @@ def test_tokens_of_requests_that_have_ended_are_dropped() -> None:
     first = held.open(5, {7}, False)
     before = tickets(held, [first, -1])
     assert held.take(before, np.array([3, 4])) == ([first], [], [])
-    assert held.close(first) == [3]
+    assert held.of(first) == [3]
+    held.close(first)
     second = held.open(5, set(), True)
     assert second == first
     assert held.take(before, np.array([9, 9])) == ([], [], [])

@@ -29,6 +29,7 @@ from tests.kernels.compile_launches import (
     forked,
     gated,
     hopper,
+    logprobs,
     merge,
     paged_peer,
     prefill,
@@ -403,6 +404,11 @@ CASES = {
     "sample": Case(chosen, SAMPLED, programs=1),
     "sample, fp16, V = 32003": Case(lambda: chosen(FP16, vocab=32003), SAMPLED, programs=1),
     "sample, fp32, V = 262144": Case(lambda: chosen(FP32, vocab=262144), SAMPLED, programs=1),
+    "sample, each row its own": Case(lambda: chosen(by_row=True), SAMPLED, programs=1),
+    "log-probabilities": Case(logprobs, ("token_logprobs_kernel",), programs=2),
+    "log-probabilities of a draw, fp32, V = 32003": Case(
+        lambda: logprobs(FP32, vocab=32003, drawn=True), ("token_logprobs_kernel",), programs=2
+    ),
     # The benchmark's peer: many programs, since nothing but their number hides the latency of memory.
     "page by page": Case(lambda: paged_peer(1, 128), ("page_by_page_kernel",), programs=2),
     "page by page, R = 4": Case(lambda: paged_peer(4, 128), ("page_by_page_kernel",), programs=2),

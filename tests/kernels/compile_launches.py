@@ -33,6 +33,7 @@ from hf_fastattn.kernels.sampling.continuations import continuations
 from hf_fastattn.kernels.sampling.draw import sample_tokens
 from hf_fastattn.kernels.sampling.fork import ForkTensors, fork
 from hf_fastattn.kernels.sampling.greedy import greedy_tokens
+from hf_fastattn.kernels.sampling.logprobs import token_logprobs
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
@@ -225,12 +226,22 @@ def experts_of(
     return mixture(x, routing, *weights, hopper=hopper, **options)
 
 
-def chosen(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False) -> object:
+def chosen(
+    dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, greedy: bool = False, by_row: bool = False
+) -> object:
     x, out = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     if greedy:
         return greedy_tokens(x, out)
     one, numbers = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
-    return sample_tokens(x, out, SamplingParams().tensor("cpu"), one, numbers, one)
+    params = SamplingParams().tensor("cpu")
+    return sample_tokens(x, out, params.repeat(rows, 1) if by_row else params, one, numbers, one)
+
+
+def logprobs(dtype: torch.dtype = BF16, *, rows: int = 8, vocab: int = 128256, drawn: bool = False) -> object:
+    x, tokens, least = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    params = SamplingParams().tensor("cpu").repeat(rows, 1)
+    given = {"params": params, "thresholds": least} if drawn else {}
+    return token_logprobs(x, tokens, torch.zeros(rows), **given)
 
 
 def processed(dtype: torch.dtype = BF16, *, rows: int = 8, eos: int = 2, penalty: bool = True) -> object:

@@ -31,7 +31,7 @@ from tests.kernels.attention import (
 from tests.kernels.cases import make_batch
 from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm
 from tests.kernels.linear import test_delta_prefill, test_delta_step
-from tests.kernels.sampling import test_advance, test_greedy, test_typical
+from tests.kernels.sampling import test_advance, test_greedy, test_logprobs, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
 from tests.kernels.sampling import test_penalty as test_sampling_penalty
 from tests.kernels.sweep import Shape
@@ -111,6 +111,8 @@ def sampling() -> None:
     test_sampling_penalty.check(3, 9001, BF16, "cuda", 1.3, 5, 9)
     for x in (test_typical.filtered(2, 9001, "cuda"), test_typical.scores(2, 9001, "cuda")):
         test_typical.check(x, 0.9)
+    test_logprobs.check_likeliest(test_sampling.logits(3, 9001, BF16, "cuda"))
+    test_logprobs.check_draws(test_sampling.logits(5, 9001, FP32, "cuda"))
 
 
 def advance() -> None:

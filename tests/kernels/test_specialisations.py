@@ -22,6 +22,7 @@ SAMPLING_KERNELS = {
     "process_logits_kernel",
     "suppress_eos_kernel",
     "typical_kernel",
+    "token_logprobs_kernel",
 }
 MOST_OF_SAMPLING = 100
 # Of the shared prefixes: those of 5 shapes with few and with many rows, and of the long prompts.

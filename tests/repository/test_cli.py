@@ -44,7 +44,7 @@ def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFix
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: hf-fastattn {command} ")
-    assert "--output" in shown or command in ("demo", "warmup")
+    assert "--output" in shown or command in ("demo", "warmup", "serve")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, hint: str, capsys
     assert shown.count("\n") == 1 and message in shown and hint in shown
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "warmup")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "warmup", "serve")])
 def test_an_output_that_cannot_be_made_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as ended:

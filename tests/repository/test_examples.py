@@ -148,6 +148,23 @@ def test_sinks_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(logits[0, first - 1 : -1].argmax(-1), tokens[0, first:])
 
 
+def test_evaluate_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    left = run("evaluate_in_batches.py", monkeypatch)
+    stock = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).to(left["device"])
+    plain = HFLM(pretrained=stock, tokenizer=AutoTokenizer.from_pretrained(SHIPPED), batch_size=5)
+    # It writes to the options that it is given.
+    asked = {"until": ["\n", ". "], "max_gen_toks": 32}
+    for request in left["requests"]:
+        request.arguments = (request.args[0], dict(asked))
+    assert left["answers"] == plain.generate_until(left["requests"]) and len(set(left["answers"])) > 3
+    call, report = left["call"], hf_fastattn.report(left["model"])
+    assert 0 < call.batch_steps < 32 and not call.not_looped and not call.fallbacks and report.pages_in_use == 0
+    assert call.prompt_tokens > 0 and call.batch_steps < sum(map(len, left["answers"]))
+
+
 def test_every_example_is_tested_and_short() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
     assert files and not [path.name for path in files if f"test_{path.stem}" not in globals()]

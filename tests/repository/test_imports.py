@@ -15,8 +15,8 @@ WHOLE = ("kernels", "patches", "eval")
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
     "kernels", "parallel", "layer_variants", "dense", "stock_batching", "interface", "pages", "cache", "call", "graphs",
-    "loop", "runtime", "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "eval",
-    "cli", "__main__",
+    "loop", "runtime", "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "serving",
+    "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (

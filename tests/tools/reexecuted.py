@@ -22,7 +22,7 @@ from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
-from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
@@ -151,6 +151,7 @@ def reexecuted_loop() -> Iterator[None]:
             patch.setattr("hf_fastattn.loop.beam_loop.fork", fork_reference.fork)
             patch.setattr("hf_fastattn.loop.beam_step.continuations", continuations_reference.continuations)
             patch.setattr("hf_fastattn.loop.token_choice.choose_tokens", choose_in_torch)
+            patch.setattr("hf_fastattn.loop.token_choice.token_logprobs", logprobs_in_torch)
             patch.setattr("hf_fastattn.loop.token_choice.process_logits", process_in_torch)
             patch.setattr("hf_fastattn.kernels.sampling.typical.typical_scores", sampling_reference.typical_scores)
         yield
@@ -164,14 +165,22 @@ def choose_in_torch(
     if params is None:
         out_tokens.copy_(sampling_reference.greedy_tokens(logits))
         return
+    held = params if params.ndim == 2 else SamplingParams(*_values(params))
     if thresholds is not None:
-        held = SamplingParams(*_values(params))
-        scores = sampling_reference.scaled(logits, held.temperature).float()
+        scores = sampling_reference.scaled(logits, params.view(-1, PARAMS)[:, :1]).float()
         thresholds.copy_(scores.masked_fill(~sampling_reference.kept_tokens(logits, held), float("inf")).amin(-1))
-    likely = sampling_reference.probabilities(logits, SamplingParams(*_values(params)))
+    likely = sampling_reference.probabilities(logits, held)
     for row, number in enumerate(rows.tolist()):
         generator = torch.Generator().manual_seed(hash((int(seed), number, int(step))) % 2**62)
         out_tokens[row] = torch.multinomial(likely[row], 1, generator=generator)[0]
+
+
+def logprobs_in_torch(
+    logits: Tensor, tokens: Tensor, out: Tensor, params: Tensor | None = None, thresholds: Tensor | None = None
+) -> None:
+    """`kernels.sampling.logprobs.token_logprobs`."""
+    held = None if params is None else params.view(-1, PARAMS)
+    out.copy_(sampling_reference.token_logprobs(logits, tokens, held))
 
 
 def process_in_torch(logits: Tensor, params: Tensor, seen: Any = None, eos: Any = None, step: Any = None) -> Tensor:
