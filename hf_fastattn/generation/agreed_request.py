@@ -27,7 +27,8 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
     """
     runtime = model._fastattn.runtime
     able = not isinstance(request, str)
-    history = [*runtime.graphs.history, *runtime.loop_graphs.history, *(group.storage.capacity for group in runtime.groups)]
+    pages = (group.storage.capacity for group in runtime.groups)
+    history = [*runtime.graphs.history, *runtime.loop_graphs.history, *pages, int(runtime.graphs.prompts_rest)]
     asked = [_digest(request, runtime.row_limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
     mine = [int(able), zlib.crc32(repr(runtime.config).encode()), *history, *asked]
     found = runtime.ranks.gathered(mine)
@@ -41,6 +42,7 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
         runtime.graphs.forget()
         runtime.loop_graphs.forget()
         runtime.groups.shrink(0.0)
+        runtime.graphs.prompts_rest = True
     if not able or not all(values[0] for values in found):
         return request if not able else ELSEWHERE
     other = _other(found, mine, slice(-4, None))

@@ -145,7 +145,9 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             return None
         if self.copies is None and steps >= WORTH_COPYING:
             found = weights()
-            if copies_fit(device, WeightCopies.bytes_needed(found, dtype), to_come):
+            fit = copies_fit(device, WeightCopies.bytes_needed(found, dtype), to_come)
+            # Steps are recorded anew where copies are made, which ranks have to do together.
+            if fit if self.ranks is None else self.ranks.everywhere(fit):
                 # Steps recorded before read the weights themselves.
                 self._entries.clear()
                 self.copies = WeightCopies(found, dtype)

@@ -9,6 +9,7 @@ reason.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -60,25 +61,60 @@ def is_distributed(tensor: Any) -> bool:
 
 def shard_of(module: nn.Module) -> Shard | None:
     """The rank's part of a linear layer or an embedding; None if it is whole, or not understood."""
-    # Asked of every module of a model: hardly any has a forward of its own.
+    # Asked of every module of a model, before each call: hardly any has a forward of its own.
     forward = vars(module).get("forward")
-    if forward is None:
+    if forward is None or getattr(forward, "__code__", None) is None:
         return None
-    held = _plan_variables(module, forward)
-    kind = None if held is None else _kind(type(module), held["self"])
-    if held is None or kind is None or not is_called_as_ever(module):
-        return None
-    mesh = held["mesh"]
     weight: Any = module._parameters.get("weight")
     bias: Any = module._parameters.get("bias")
+    if not is_distributed(weight) or not is_called_as_ever(module):
+        return None
+    looked_at = _looked_at.get(forward)
+    if looked_at is None or not looked_at.is_of(type(module).forward, weight, bias):
+        looked_at = _looked_at[forward] = _Look(
+            type(module).forward, weakref.ref(weight), None if bias is None else weakref.ref(bias),
+            *_understood(module, forward, weight, bias),
+        )  # fmt: skip
+    if looked_at.kind is None:
+        return None
+    return Shard(looked_at.kind, local_of(weight), local_of(bias), looked_at.size, looked_at.mesh.get_group())
+
+
+class _Look(NamedTuple):
+    """What was found of a module, for as long as its class's forward, weight and bias are what they were."""
+
+    forward: Any
+    weight: weakref.ref[Any]
+    bias: weakref.ref[Any] | None
+    kind: str | None
+    size: int
+    mesh: Any
+
+    def is_of(self, forward: Any, weight: Any, bias: Any) -> bool:
+        same = self.forward is forward and self.weight() is weight
+        return same and (bias is None if self.bias is None else self.bias() is bias)
+
+
+# By the function that stands in the place of a module's forward. What it finds in a module takes the host microseconds.
+_looked_at: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
+
+
+def _understood(module: nn.Module, forward: Any, weight: Any, bias: Any) -> tuple[str | None, int, Any]:
+    """Kind of a module's shard, None if it is not understood; size of the dimension that is cut; mesh of the ranks."""
+    nothing = None, 0, None
+    held = _plan_variables(module, forward)
+    kind = None if held is None else _kind(type(module), held["self"])
+    if held is None or kind is None:
+        return nothing
+    mesh = held["mesh"]
     if mesh.ndim != 1 or not _is_cut(weight, mesh, CUT[kind]):
-        return None
+        return nothing
     if bias is not None and not (_is_cut(bias, mesh, 0) if kind != ROWS else _is_same_everywhere(bias, mesh)):
-        return None
-    size, part = weight.shape[CUT[kind]], local_of(weight)
-    if not part.numel() or (kind == GATHERED and size % mesh.size()) or getattr(module, "max_norm", None) is not None:
-        return None
-    return Shard(kind, part, local_of(bias), size, mesh.get_group())
+        return nothing
+    size = weight.shape[CUT[kind]]
+    if not local_of(weight).numel() or (kind == GATHERED and size % mesh.size()):
+        return nothing
+    return nothing if getattr(module, "max_norm", None) is not None else (kind, size, mesh)
 
 
 def why_not_understood(model: nn.Module) -> str | None:

@@ -21,6 +21,8 @@ logger = logging.getLogger("hf_fastattn")
 POLL = 0.5
 # Seconds without a beat of a rank after which it counts as failed: compiling a kernel may keep Python busy for some.
 SILENT = 30.0
+# Seconds that a rank may come to a call after the others, which one that is still at other work does: PyTorch's own timeout.
+LATE = 600.0
 # Seconds that a call goes on after another rank's has failed: ranks that were given the same bad argument end by themselves.
 GRACE = 5.0
 # Seconds that a step may take.
@@ -116,8 +118,10 @@ class Watch:
                 return f"rank {other} has failed with {state.removeprefix(FAILED)}"
             if state != before or state == DONE:
                 heard[other] = state, now
-            elif now - since > SILENT:
-                return f"rank {other} was not heard of for {SILENT:.0f} s: its process was ended, or does something else"
+            elif state is None and now - since > LATE:
+                return f"rank {other} has not come to the call for {LATE:.0f} s"
+            elif state is not None and now - since > SILENT:
+                return f"rank {other} was not heard of for {SILENT:.0f} s: its process was ended or stopped"
         waits = self._waits_since
         if waits is not None and now - waits > LONGEST_STEP:
             return f"a step has not ended for {LONGEST_STEP:.0f} s: the ranks may compute different things"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 import warnings
 from typing import Any
 
@@ -242,6 +243,8 @@ def generate_and_fail(path: str, how: str) -> str:
             steps += 1
             if steps == 10 and rank() == 1:
                 if how != "raises":
+                    # The others have heard of it.
+                    time.sleep(1.0)
                     os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
                 raise KeyError("somebody's mistake")
             take(self, step)

@@ -16,7 +16,7 @@ from tests.tools.models import tiny
 from tests.tools.processes import processes
 
 # The times that a watch waits, in tests.
-QUICK = {"POLL": 0.02, "GRACE": 0.2, "SILENT": 0.5, "LONGEST_STEP": 1.0}
+QUICK = {"POLL": 0.02, "GRACE": 0.2, "SILENT": 0.5, "LATE": 1.0, "LONGEST_STEP": 1.0}
 
 
 @pytest.mark.parametrize("how", ["raises", "is killed", "stops"])
@@ -91,8 +91,16 @@ def test_a_call_that_ends_by_itself_is_not_given_up(quick: None) -> None:
 
 
 def test_a_silent_rank_ends_the_call(quick: None) -> None:
-    aborted, error = call(Store(), 10)
+    store = Store()
+    store.set("1", "7")
+    aborted, error = call(store, 10)
     assert aborted and "rank 1 was not heard of" in str(error)
+
+
+def test_a_rank_may_be_late(quick: None) -> None:
+    assert call(Store(), 0.8) == ([], None)
+    aborted, error = call(Store(), 10)
+    assert aborted and "rank 1 has not come to the call" in str(error)
 
 
 def test_a_rank_that_is_done_may_be_silent(quick: None) -> None:

@@ -75,7 +75,7 @@ def test_every_reason_has_a_hint() -> None:
 
 def test_no_hint_is_for_nothing() -> None:
     """Parts of reasons that nobody gives."""
-    sources = "".join(path.read_text() for place in (*PLACES, "pages") for path in files(place))
+    sources = "".join(path.read_text() for place in (*PLACES, "pages", "parallel") for path in files(place))
     named = [part for part, _ in HINTS if not part.startswith(("cache ", "past_key_values ", "of ", "("))]
     assert [part for part in named if part.strip() not in sources and "past_key_values" not in part] == []
 
