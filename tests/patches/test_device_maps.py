@@ -22,7 +22,7 @@ import hf_fastattn
 from hf_fastattn.graphs.placement import SEVERAL, route_of
 from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.loop.loop_graphs import LoopGraphs
-from tests.loop.test_decode_loop import ENDS, assert_looped, run
+from tests.loop.test_decode_loop import ENDS, Collect, assert_looped, run
 from tests.patches.snapshots import lora, snapshot
 from tests.tools.fused_layers import assert_logits, build, count_launches, expected, steps
 from tests.tools.models import assert_fast, patch_with_graphs, single, tiny
@@ -279,6 +279,44 @@ def test_beside_adapters(gpus: bool) -> None:
     patch_with_graphs(model)
     assert torch.equal(run(model, NEW), run(stock, NEW))
     assert hf_fastattn.report(model).last_call.forwards == NEW
+
+
+def test_prompts_that_begin_alike(gpus: bool) -> None:
+    stock, model = both(gpus=gpus)
+    hf_fastattn.unpatch(model)
+    patch_with_graphs(model, prefix_cache=True)
+    for known in (0, 79):
+        assert torch.equal(run(model, NEW, **single(80)), run(stock, NEW, **single(80)))
+        call = hf_fastattn.report(model).last_call
+        assert call.tokens_reused == known and call.fast_loops == 1
+
+
+def test_an_interrupted_call(gpus: bool) -> None:
+    stock, model = both(gpus=gpus)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, NEW, **single(), streamer=Collect(3))
+    assert hf_fastattn.report(model).pages_in_use == 0
+    with torch.inference_mode():
+        assert torch.equal(run(model, NEW), run(stock, NEW))
+    assert_looped(model)
+
+
+def test_a_returned_cache(gpus: bool) -> None:
+    stock, model = both(gpus=gpus)
+    want, got = (run(side, NEW, return_dict_in_generate=True, **single()) for side in (stock, model))
+    assert torch.equal(got.sequences, want.sequences) and hf_fastattn.report(model).last_call.fast_loops == 1
+    with torch.no_grad():
+        more = [
+            side(out.sequences[:, -1:], past_key_values=out.past_key_values).logits
+            for side, out in ((stock, want), (model, got))
+        ]
+    torch.testing.assert_close(*more)
+
+
+def test_tied_weights(gpus: bool) -> None:
+    stock, model = both(gpus=gpus, over={"tie_word_embeddings": True}, head=False)
+    assert torch.equal(run(model, NEW), run(stock, NEW))
+    assert_looped(model)
 
 
 def test_mixtures_of_experts(gpus: bool) -> None:
