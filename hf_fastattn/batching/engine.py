@@ -79,6 +79,9 @@ class Engine:
     def cancel(self, names: Iterable[str]) -> None:
         """Requests of these names are not wanted any more; nothing is delivered for them."""
         wanted = set(names)
+        if not wanted:
+            # Asked in every round.
+            return
         for request in self._batch.all():
             if request.state.request_id in wanted:
                 request.is_over = True
@@ -262,7 +265,7 @@ class Engine:
         """The device's tensors are made anew, with room for longer rows, or since the model has changed."""
         self._drain()
         batch = self._batch
-        alive = np.flatnonzero(batch.rows.alive)
+        alive = batch.rows.slots
         tokens = [batch.tokens.of(batch.by_slot[slot].place)[-1] for slot in alive.tolist()]
         self._steps.restart(columns, alive, np.array(tokens, np.int64))
         batch.rows.changed.update(alive.tolist())
@@ -280,7 +283,7 @@ class Engine:
         bucket = self._bucket()
         if not rows.count:
             return
-        steps, slots = self._steps, np.flatnonzero(rows.alive)
+        steps, slots = self._steps, rows.slots
         used = int(slots[-1]) + 1
         self._write()
         packed = steps.launch(bucket, slots, rows.lengths[slots])
@@ -304,8 +307,7 @@ class Engine:
     def _bucket(self) -> int:
         """Rows of the next step; rows move to lower slots if that makes it smaller, and nobody is to come."""
         batch, rows = self._batch, self._batch.rows
-        slots = np.flatnonzero(rows.alive)
-        left, used = int(rows.left[slots].max()), int(slots[-1]) + 1
+        left, used = int(rows.left[rows.slots].max()), int(rows.slots[-1]) + 1
         bucket: int = self._steps.bucket(used, left)
         if batch.waiting or batch.prompts or rows.count == used or self._steps.bucket(rows.count, left) >= bucket:
             return bucket
@@ -314,7 +316,7 @@ class Engine:
             return bucket
         batch.compact(rows.count)
         self._restart(0)
-        smaller: int = self._steps.bucket(int(np.flatnonzero(rows.alive)[-1]) + 1, left)
+        smaller: int = self._steps.bucket(int(rows.slots[-1]) + 1, left)
         return smaller
 
     def _reserve(self) -> None:

@@ -41,15 +41,23 @@ class RunningRows:
         self.params: NDArray[np.float64] = np.tile(np.array(SamplingParams().values()), (slots, 1))
         self.changed: set[int] = set()
         self.count = 0
-        # Steps, the next one included, for which no row can be short of pages.
-        self._enough = 0
+        # Steps, the next one included, for which no row can be short of pages; and steps until the first one ends.
+        self._enough, self._first_end = 0, UNLIMITED
+        self._slots: Array | None = None
+
+    @property
+    def slots(self) -> Array:
+        """Slots that take part, in ascending order; not to be written to."""
+        if self._slots is None:
+            self._slots = np.flatnonzero(self.alive)
+        return self._slots
 
     def join(
         self, slot: int, length: int, room: int, left: int, most: int, number: int, ticket: Any, params: SamplingParams
     ) -> None:
         """A slot takes part from the next step on."""
         self.alive[slot], self.lengths[slot], self.room[slot] = True, length, room
-        self.count += 1
+        self.count, self._slots, self._first_end = self.count + 1, None, min(self._first_end, left)
         if room < most:
             self._enough = min(self._enough, room - length - 1)
         self.left[slot], self.most[slot], self.numbers[slot], self.tickets[slot] = left, most, number, ticket
@@ -60,7 +68,7 @@ class RunningRows:
         """A slot takes part no more."""
         if self.alive[slot]:
             self.changed.add(slot)
-            self.count -= 1
+            self.count, self._slots = self.count - 1, None
         self.alive[slot], self.lengths[slot], self.tickets[slot] = False, 0, -1
 
     def move(self, source: int, target: int) -> None:
@@ -68,7 +76,7 @@ class RunningRows:
         for name in ("alive", "lengths", "room", "left", "most", "numbers", "tickets", "params"):
             held = getattr(self, name)
             held[target] = held[source]
-        self.count += int(self.alive[target])
+        self.count, self._slots = self.count + int(self.alive[target]), None
         self.changed.add(target)
         self.leave(source)
 
@@ -84,8 +92,12 @@ class RunningRows:
 
     def step(self) -> list[int]:
         """A step was launched; returns the slots for which it was the last one."""
-        self._enough -= 1
+        self._enough, self._first_end = self._enough - 1, self._first_end - 1
         self.lengths += self.alive
         self.left -= self.alive
-        ended: list[int] = np.flatnonzero(self.alive & (self.left <= 0)).tolist()
+        if self._first_end > 0:
+            return []
+        left = self.left[self.slots]
+        ended: list[int] = self.slots[left <= 0].tolist()
+        self._first_end = int(left[left > 0].min(initial=UNLIMITED))
         return ended
