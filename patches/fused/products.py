@@ -197,10 +197,9 @@ class Products:
             return None
         slot, self._slot = self._slot, 1 - self._slot
         out = memory.part(slot, self.tokens)
+        product = self._product_of(weight, states, out=out)
         # Nor may anything be written in a rehearsal, while another rank reads the slot.
-        if is_under_way():
-            self._product_of(weight, states)
-        elif (product := self._product_of(weight, states, out=out)).data_ptr() != out.data_ptr():
+        if product.data_ptr() != out.data_ptr() and not is_under_way():
             out.copy_(product)
         return PeerSum(memory, out, slot, part.bias, part.group)
 
@@ -212,19 +211,16 @@ class Products:
     def _product_of(
         self, weight: Tensor, x: Tensor, bias: Tensor | None = None, splits: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        """`x weight^T + bias` of a part of a layer, by our product where that pays; autocast is off if `out` is given.
+        """`x weight^T + bias` of a part of a layer, by our product, to `out`, where that pays.
 
         Args:
             splits: its sums, if there are few rows of the weight.
-            out: `[T, N]` where it may go; what is returned lies elsewhere if it does not.
         """
         dtype = self._dtype_of(x)
         ours = self.tokens <= MOST_TOKENS and x.dtype is dtype and is_plain_tensor(weight, x.device, (dtype,))
         if ours and beats_cublas(self.arch, dtype.itemsize, self.tokens, x.shape[1], weight.shape[0], 1, False):
             options = self._launch if splits else {"weights_settled": True}
             return matvec(x, [weight], None if bias is None else [bias], **options, out=out)[0]
-        if out is not None and bias is None and x.dtype is weight.dtype:
-            return torch.mm(x, weight.t(), out=out)
         # Autocast, if it is on, casts all three.
         return functional.linear(x, weight, bias)
 
