@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hf_fastattn.batching.running_rows import RunningRows
+from hf_fastattn.kernels.sampling.params import SamplingParams
 
 SLOTS = 7
 
@@ -19,7 +20,7 @@ def test_random_programs(seed: int) -> None:
         if free and what < 3:
             length, left = int(rng.integers(1, 9)), int(rng.integers(0, 12))
             room = length + int(rng.integers(0, 6))
-            rows.join(int(rng.choice(free)), length, room, left, length + left, number, (number, number))
+            rows.join(int(rng.choice(free)), length, room, left, length + left, number, (number, number), SamplingParams())
         elif rows.count and what == 3:
             rows.leave(int(rng.choice(rows.slots)))
         elif free and rows.count and what == 4:

@@ -82,8 +82,8 @@ def test_stock_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_tokens_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_tokens = Request.set_tokens
 
-    def wrong(self: Request, chosen: list[int]) -> None:
-        set_tokens(self, [1, *chosen[1:]])
+    def wrong(self: Request, chosen: list[int], logprobs: list[float]) -> None:
+        set_tokens(self, [1, *chosen[1:]], logprobs)
 
     monkeypatch.setattr(Request, "set_tokens", wrong)
     for dtype, words in (("float32", "are not stock's"), ("bfloat16", "miss the likeliest by")):

@@ -217,10 +217,13 @@ def test_crop_without_a_past_is_refused_and_changes_nothing() -> None:
 def test_crop_goes_back_to_a_state_that_was_kept(back: int) -> None:
     """Of a prompt, and of tokens after it; beyond the last 32 tokens no state is kept, nor before the crop before."""
     stock, model = pair("qwen3_next")
+    # In fp32 its own error is now and then above what ours may differ by.
+    exact = stock.double()
+    exact.set_experts_implementation("eager")
     cache, ids = PagedCache(model.config), tokens_of(4, 2, 40)
     cache.activate_past_recording()
     with torch.no_grad():
-        assert_close(model(ids, **{CACHE: cache}).logits, stock(ids).logits)
+        assert_close(model(ids, **{CACHE: cache}).logits, exact(ids).logits.float())
         assert cache.is_croppable
         with pytest.raises(RuntimeError, match="reach back by 32"):
             cache.crop(-33)
@@ -229,13 +232,13 @@ def test_crop_goes_back_to_a_state_that_was_kept(back: int) -> None:
         for more, then in ((1, 1), (5, 3)):
             new = tokens_of(more, 2, more)
             ids = torch.cat((ids, new), 1)
-            assert_close(model(new, **{CACHE: cache}).logits, stock(ids).logits[:, -more:])
+            assert_close(model(new, **{CACHE: cache}).logits, exact(ids).logits.float()[:, -more:])
             with pytest.raises(RuntimeError, match=f"reach back by {more}"):
                 cache.crop(-more - 1)
             cache.crop(-then)
             ids = ids[:, :-then]
             assert cache.get_seq_length() == ids.shape[1]
-        assert_close(model(new, **{CACHE: cache}).logits, stock(torch.cat((ids, new), 1)).logits[:, -5:])
+        assert_close(model(new, **{CACHE: cache}).logits, exact(torch.cat((ids, new), 1)).logits.float()[:, -5:])
     assert_fast(model, held=None)
 
 
