@@ -15,17 +15,26 @@ COLOURS = {
     "ours": "#1f77b4",
 }
 
+# Panels that cases of a kind take.
+KINDS = {"offline": 1, "load": 2, "arrival": 1}
+
 
 def draw(pyplot: Any, record: dict[str, Any]) -> Any:
-    """Left: tokens a second of the offline cases. Middle and right: the same, and gaps, against requests a second."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    """A panel for what there is: tokens a second of offline cases; these and gaps against the load; gaps beside a prompt."""
+    by_kind = {kind: [row for row in record["cases"] if row["kind"] == kind and row["agrees"]] for kind in KINDS}
+    count = max(sum(KINDS[kind] for kind, rows in by_kind.items() if rows), 1)
+    figure, axes = pyplot.subplots(1, count, figsize=(8, 3.6), constrained_layout=True, squeeze=False)
+    axes, left = axes[0], list(axes[0])
     figure.suptitle(f"Requests of different lengths, {record['dtype']}, on {record['environment']['device']}", fontsize=11)
-    _bars(axes[0], [row for row in record["cases"] if row["kind"] == "offline" and row["agrees"]])
-    for row in record["cases"]:
-        if row["kind"] == "load" and row["agrees"]:
-            _lines(axes[1], axes[2], row["systems"])
-    axes[1].set(title="tokens/s against requests/s offered", xlabel="requests/s")
-    axes[2].set(title="ms between tokens (solid: median, dashed: p99)", xlabel="requests/s")
+    if by_kind["offline"]:
+        _bars(left.pop(0), by_kind["offline"])
+    for row in by_kind["load"]:
+        done, gaps = left[:2]
+        _lines(done, gaps, row["systems"])
+        done.set(title="tokens/s against\nrequests/s offered", xlabel="requests/s")
+        gaps.set(title="ms between tokens\n(solid: median, dashed: p99)", xlabel="requests/s")
+    if by_kind["arrival"]:
+        _gaps(left[-1], by_kind["arrival"][0])
     for panel in axes:
         panel.title.set_fontsize(9)
         panel.tick_params(labelsize=8)
@@ -39,8 +48,24 @@ def draw(pyplot: Any, record: dict[str, Any]) -> Any:
     return figure
 
 
+def _gaps(panel: Any, row: dict[str, Any]) -> None:
+    panel.set_title(f"ms between tokens, a prompt of {row['long_prompt']:,} arriving")
+    words = [
+        ("alone_ms", "median", "before, median"),
+        ("beside_ms", "median", "beside, median"),
+        ("beside_ms", "p99", "beside, p99"),
+    ]
+    for index, (name, held) in enumerate(row["systems"].items()):
+        values = [held[when][word] for when, word, _ in words]
+        places = [place + index * 0.3 for place in range(len(words))]
+        panel.bar(places, values, 0.28, color=COLOURS[name], label=NAMES[name].replace("`", ""))
+        for place, value in zip(places, values, strict=True):
+            panel.annotate(measured(value), (place, value), ha="center", va="bottom", fontsize=7)
+    panel.set_xticks(range(len(words)), [label for *_, label in words])
+
+
 def _bars(panel: Any, rows: list[dict[str, Any]]) -> None:
-    panel.set_title("tokens/s, all requests there at once")
+    panel.set_title("tokens/s, all requests at once")
     for index, name in enumerate(COLOURS):
         found = [(place, row["systems"][name]["tokens_s"]) for place, row in enumerate(rows) if name in row["systems"]]
         if not found:

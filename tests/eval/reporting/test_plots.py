@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hf_fastattn.eval.batching_calls.plot import draw as draw_batching
 from hf_fastattn.eval.generate_speed.plot import draw_speed
 from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.reporting import plot_words
@@ -17,6 +18,7 @@ from hf_fastattn.eval.reporting.plots import draw_faults, draw_parity, draw_perp
 RESULTS = Path(__file__).resolve().parents[3] / "eval" / "results"
 DRAW = {
     "attention": draw_attention,
+    "batching": draw_batching,
     "faults": draw_faults,
     "parity": draw_parity,
     "perplexity": draw_perplexity,
@@ -52,7 +54,7 @@ def test_records_are_drawn_in_plain_words(name: str, plt: Any) -> None:
     assert 7.5 <= figure.get_figwidth() <= 8.5
     # No powers of ten, no options as the command line has them, no names of our own for limits.
     assert not [text for text in shown if "$" in text or "=" in text or text in ("sdpa", "bar", "aim", "stays")]
-    quantities = ("ms", "%", "nat", "limit", "their size")
+    quantities = ("ms", "%", "nat", "limit", "their size", "tokens/s")
     assert [text for text in shown if any(text.endswith(word) or word in text for word in quantities)]
     for axes in figure.axes:
         assert axes.get_xlabel() or axes.get_title() or axes.get_shared_x_axes().get_siblings(axes)[1:]
