@@ -10,11 +10,11 @@ falls back, chooses other tokens, keeps pages, or a case fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
 from hf_fastattn.eval.matrix_cells.measure import SLOWER
 from hf_fastattn.eval.models import load
 from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.case_loop import measured_cases
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.shapes import random_model
 
@@ -56,16 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     auto = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     start = time.perf_counter()
-    bench, rows, failed = _Bench(options, device, dtype), [], []
-    for name in options.case:
-        try:
-            rows.append({"name": name, **bench.measure(name)})
-            said = f"{', '.join(rows[-1]['red']) or 'green'}; {briefly(rows[-1])}"
-        except Exception as error:
-            traceback.print_exc()
-            failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
-            said = "FAILED"
-        print(f"{time.perf_counter() - start:6.1f} s  {name}: {said}", flush=True)
+    bench = _Bench(options, device, dtype)
+    cases = ((name, functools.partial(bench.measure, name)) for name in options.case)
+    rows, failed = measured_cases(cases, briefly, start)
     record = {
         "command": command("hf_fastattn.eval.batching", argv),
         "environment": environment(device),

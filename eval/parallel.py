@@ -9,11 +9,11 @@ fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_fastattn.eval.parallel_calls.prompts import Prompts, most_to_compute
 from hf_fastattn.eval.parallel_calls.systems import Way, timed, ways
 from hf_fastattn.eval.parallel_calls.table import draw, markdown
 from hf_fastattn.eval.reporting import report
+from hf_fastattn.eval.reporting.case_loop import measured_cases
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.shapes import random_model
 
@@ -43,18 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     auto = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     start = time.perf_counter()
-    model, rows, failed = random_model(options.shape, device, dtype, options.layers), [], []
-    for kind, count, length in _cases(options):
-        name = f"{kind}, {count} x {length}"
-        try:
-            measured = _turns(model, length, options) if kind == "turns" else _case(model, kind, count, length, options)
-            rows.append({"name": name, "kind": kind, "rows": count, "length": length, **measured})
-            said = f"{', '.join(rows[-1]['red']) or 'green'}; {_briefly(rows[-1]['systems'])}"
-        except Exception as error:
-            traceback.print_exc()
-            failed.append({"name": name, "error": f"{type(error).__name__}: {error}"})
-            said = "FAILED"
-        print(f"{time.perf_counter() - start:6.1f} s  {name}: {said}", flush=True)
+    model = random_model(options.shape, device, dtype, options.layers)
+
+    def measure(kind: str, count: int, length: int) -> dict[str, Any]:
+        measured = _turns(model, length, options) if kind == "turns" else _case(model, kind, count, length, options)
+        return {"kind": kind, "rows": count, "length": length, **measured}
+
+    cases = ((f"{case[0]}, {case[1]} x {case[2]}", functools.partial(measure, *case)) for case in _cases(options))
+    rows, failed = measured_cases(cases, lambda row: _briefly(row["systems"]), start)
     record = {
         "command": command("hf_fastattn.eval.parallel", argv),
         "environment": environment(device),

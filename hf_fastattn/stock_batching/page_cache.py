@@ -7,6 +7,7 @@ from them again, inside the graph, what its layers share.)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ LAYER = "fastattn_layer"
 IN_PLACE, GATHERED = "pages in place", "windows gathered"
 
 
-class StockPages(PagedAttentionCache):
+class StockPages(PagedAttentionCache, ABC):
     """What all supported versions of Transformers have in common; `page_cache_new` and `page_cache_old` know their own.
 
     Attributes:
@@ -44,21 +45,21 @@ class StockPages(PagedAttentionCache):
 
     # ---- what differs between versions -------------------------------------------------------------------------
 
+    @abstractmethod
     def group_of(self, layer_idx: int) -> tuple[int, str]:
         """Which block table and indices are the layer's, and whether it is full or sliding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pages_of(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, `[N, P, G, D]` views."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trash_of(self, layer_idx: int) -> int:
         """A slot of the layer's pages that is written but never read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[1, G, T, D]`, and copy out what their windows show: `[1, G, L, D]`."""
-        raise NotImplementedError
 
     def limit_scheduler(self, scheduler: Any) -> None:
         """Where rings of pages need a column of the block table: keep requests that leave none from decoding with it."""
