@@ -31,7 +31,7 @@ from tests.loop.test_autocast import nearly_best, prepared
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.patches.snapshots import generate, lora, snapshot
 from tests.tools.accelerator import own_accelerator
-from tests.tools.fused_layers import assert_logits, build, count_launches, expected, steps
+from tests.tools.fused_layers import assert_fused, build, count_launches
 from tests.tools.models import assert_fast, padded_batch, patch_with_graphs, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
@@ -240,14 +240,7 @@ def test_layers_are_fused(hook: Callable[[Any], None], patched_first: bool, monk
         hf_fastattn.patch(model)
     hook(model)
     hf_fastattn.patch(model)
-    ids = torch.randint(1, 128, (1, 4), generator=torch.Generator().manual_seed(2))
-    outs = []
-    cache = hf_fastattn.PagedCache(model.config)
-    for begin, end in ((0, 3), (3, 4)):
-        launched.clear()
-        outs += steps(model, ids[:, begin:end], None, [end - begin], cache)
-        assert dict(launched) == expected(end - begin)
-    assert_logits("hooked", stock, torch.cat(outs, 1), ids, None, [3, 4])
+    assert_fused("hooked", stock, model, launched)
 
 
 @pytest.mark.gpu

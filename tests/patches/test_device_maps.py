@@ -24,7 +24,7 @@ from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from tests.loop.test_decode_loop import ENDS, Collect, assert_looped, run
 from tests.patches.snapshots import lora, snapshot
-from tests.tools.fused_layers import assert_logits, build, count_launches, expected, steps
+from tests.tools.fused_layers import assert_fused, build, count_launches
 from tests.tools.models import assert_fast, patch_with_graphs, single, tiny
 from tests.tools.reexecuted import ReadBack, reexecuted_loop
 from tests.tools.spread import spread
@@ -132,14 +132,7 @@ def test_our_kernels(patched_first: bool, monkeypatch: pytest.MonkeyPatch) -> No
     if patched_first:
         hf_fastattn.patch(model)
     hf_fastattn.patch(spread(model))
-    ids = torch.randint(1, 128, (1, 4), generator=torch.Generator().manual_seed(2))
-    outs = []
-    cache = hf_fastattn.PagedCache(model.config)
-    for begin, end in ((0, 3), (3, 4)):
-        launched.clear()
-        outs += steps(model, ids[:, begin:end], None, [end - begin], cache)
-        assert dict(launched) == expected(end - begin)
-    assert_logits("spread", stock, torch.cat(outs, 1), ids, None, [3, 4])
+    assert_fused("spread", stock, model, launched)
 
 
 @pytest.mark.interpreter

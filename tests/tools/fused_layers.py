@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.kernels.cases import assert_close
 from tests.tools.models import QUERY_SCALE, tiny
@@ -88,3 +89,15 @@ def assert_logits(name: str, stock: Any, ours: Tensor, ids: Tensor, mask: Tensor
         plains.append(torch.cat(steps(stock, ids, mask, cuts, DynamicCache(config=stock.config)), 1)[seen])
     worst = max(plains, key=lambda plain: float((plain.double() - exact).abs().max()))
     assert_close(name, ours[seen], worst, exact)
+
+
+def assert_fused(name: str, stock: Any, model: Any, launched: Counter[str]) -> None:
+    """A prompt and a step of the patched model launch what fused layers do (`count_launches`), within the criterion."""
+    ids = torch.randint(1, 128, (1, 4), generator=torch.Generator().manual_seed(2))
+    outs = []
+    cache = hf_fastattn.PagedCache(model.config)
+    for begin, end in ((0, 3), (3, 4)):
+        launched.clear()
+        outs += steps(model, ids[:, begin:end], None, [end - begin], cache)
+        assert dict(launched) == expected(end - begin)
+    assert_logits(name, stock, torch.cat(outs, 1), ids, None, [3, 4])
