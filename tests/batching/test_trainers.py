@@ -19,7 +19,16 @@ from tests.batching.test_manager import greedy
 from tests.tools.accelerator import own_accelerator
 
 SAMPLES, COUNT, LENGTH = 4, 2, 8
+# Of scores whose standard deviation is 2.4; of a wrong token 4 and more.
+ROUNDING = 0.15
 TEXTS = ["The cat", "One day a little girl went", "It was late", "Tim and his dog saw a big"]
+
+
+def shortfall(model: Any, prompt: list[int], tokens: list[int]) -> float:
+    """How far the scores of greedy tokens stay below the best ones, at most, in a forward without a cache."""
+    scores = model(torch.tensor([prompt + tokens], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
+    chosen = scores.gather(1, torch.tensor(tokens, device=model.device)[:, None])[:, 0]
+    return float((scores.amax(dim=1) - chosen).max())
 
 
 def test_the_autocast_of_accelerate(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +46,11 @@ def test_the_autocast_of_accelerate(device: str, monkeypatch: pytest.MonkeyPatch
         for prompt, output in zip(given, outputs.values(), strict=True):
             ids = torch.tensor([prompt], device=model.device)
             alone = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
-            assert output.error is None and output.generated_tokens == alone
+            assert output.error is None and len(output.generated_tokens) == len(alone)
+            # On a GPU the sums of a batch are others, and scores that are nearly equal may change places in 16 bits.
+            assert output.generated_tokens == alone or device != "cpu"
+            with torch.no_grad():
+                assert shortfall(twins.stock, prompt, output.generated_tokens) < ROUNDING
 
 
 def lengths(completions: list[str], **_: Any) -> list[float]:
