@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.dense_layers import DenseLayers
@@ -253,8 +254,7 @@ class CacheState(Cache):
     def _stored_until(self, columns: int) -> Tensor:
         held = torch.ones(len(self.lengths), 0, dtype=torch.bool, device="cpu") if self._stored is None else self._stored
         # All columns since then hold tokens.
-        missing = max(columns - held.shape[1], 0)
-        return torch.nn.functional.pad(held, (0, missing), value=True)[:, :columns]
+        return host_masks.longer(held, max(columns - held.shape[1], 0), True)[:, :columns]
 
     def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.cache_state import CacheState, in_turn
 from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_lent, write_pages
 from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer
@@ -40,7 +41,7 @@ class DenseCache(CacheState):
         """What Transformers would hold of the layer, which has written its part of the forward under way."""
         columns, stored = self._columns + self._query_length, self.stored
         if self._new_stored is not None:
-            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+            stored = host_masks.beside(self._stored_until(self._columns), self._new_stored.cpu())
         elif stored is not None:
             stored = self._stored_until(columns)
         first = 0 if layer.window is None else max(columns - layer.window + 1, 0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.cache_state import in_turn
 from hf_fastattn.cache.crossing import Crossing
@@ -187,7 +188,7 @@ class ForwardCache(DenseCache):
         batch, columns, stored = self._batch, self._columns + self._query_length, self._stored
         assert batch is not None
         if self._new_stored is not None:
-            stored = torch.cat((self._stored_until(self._columns), self._new_stored.cpu()), 1)
+            stored = host_masks.beside(self._stored_until(self._columns), self._new_stored.cpu())
         replaced = self._replaced
         self.__dict__.update({**self._closed(), "lengths": batch.known.seq_lens, "_columns": columns, "_stored": stored})
         for (index, name), states in replaced.items():
@@ -278,7 +279,7 @@ class ForwardCache(DenseCache):
         changes["hidden"] = {index: hidden.select(list(rows)) for index, hidden in self.hidden.items()}
         if stored is not None:
             changes["_stored"] = stored[list(rows)]
-            if not torch.equal(stored, changes["_stored"]):
+            if not host_masks.equal(stored, changes["_stored"]):
                 changes["known_mask"] = KnownMask()
         self._snapshots = [(layer, layer.snapshot(False)) for layer in self.recurrent_layers.values()]
         for layer in self.layers:

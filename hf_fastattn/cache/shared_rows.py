@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.forward_cache import ForwardCache
 
 
@@ -17,10 +17,7 @@ def begin_on(cache: ForwardCache, pages: Sequence[Sequence[int]], tokens: Sequen
     Its columns are as many as the longest row has tokens; shorter rows have padding before theirs.
     """
     columns = max(tokens)
-    stored = None
-    if min(tokens) < columns:
-        first = columns - torch.tensor(tokens, device="cpu")
-        stored = torch.arange(columns, device="cpu")[None] >= first[:, None]
+    stored = host_masks.after_padding(tokens, columns) if min(tokens) < columns else None
     cache.groups.settle()
     # Until the lengths are noted, the pages are let go of if an exception comes.
     cache.__dict__.update(_loose=True)
@@ -38,7 +35,7 @@ def gather(cache: ForwardCache, parts: Sequence[tuple[ForwardCache, int]], store
     cache.groups.settle()
     others = list({id(other): other for other, _ in parts}.values())
     changes: dict[str, Any] = {"lengths": [other.lengths[row] for other, row in parts], "_columns": stored.shape[1]}
-    changes["_stored"] = None if bool(stored.all()) else stored
+    changes["_stored"] = None if host_masks.all_shown(stored) else stored
     for held in (cache, *others):
         # Until the lengths are noted, the pages are let go of if an exception comes.
         held.__dict__.update(_loose=True)

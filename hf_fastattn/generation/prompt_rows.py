@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.generation.encoded import ENCODED, encoded_lengths, select_encoded
+from hf_fastattn.generation.equal_rows import numbers_of_keys, numbers_of_rows
 from hf_fastattn.generation.media import INPUTS, MODALITIES, Unknown, media_of, owners, placeholders, repeats_whole
 from hf_fastattn.transformers_version import CACHE
 
@@ -106,7 +106,7 @@ def distinct_rows(
     if others and expansion is not None:
         # Which inputs belong to a row is unknown, but copies of a row stand next to it.
         return PromptRows(list(range(0, count, expansion.copies)), [row // expansion.copies for row in range(count)], others)
-    found = _equal_rows(_bytes_of_rows(tensors))
+    found = _computed_once(numbers_of_rows(tensors))
     if found is None or not media:
         return found
     try:
@@ -145,7 +145,7 @@ def _with_media(
     lost = [name for name in media if name != ENCODED and not any(name in found.inputs for found in held)]
     if lost:
         raise Unknown(f"{lost} belong to no images, videos or sounds that are given")
-    rows = _equal_rows(keys)
+    rows = _computed_once(numbers_of_keys(keys))
     if rows is None:
         return None
     others: dict[str, Any] = {}
@@ -157,15 +157,7 @@ def _with_media(
     return PromptRows(rows.first, rows.copies, others)
 
 
-def _bytes_of_rows(tensors: list[Tensor]) -> list[tuple[bytes, ...]]:
-    """For each row its bytes in all of `tensors`, `[B, ...]` each."""
-    host = [tensor.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy() for tensor in tensors if tensor.numel()]
-    return [tuple(rows[row].tobytes() for rows in host) for row in range(tensors[0].shape[0])]
-
-
-def _equal_rows(keys: Sequence[Hashable]) -> PromptRows | None:
-    """The rows of different `keys`; None if all are."""
-    numbers: dict[Hashable, int] = {}
-    copies = [numbers.setdefault(key, len(numbers)) for key in keys]
-    first = [copies.index(number) for number in range(len(numbers))]
-    return PromptRows(first, copies, {}) if len(first) < len(keys) else None
+def _computed_once(copies: list[int]) -> PromptRows | None:
+    """The first of the rows with each number; None if all are different."""
+    first = [copies.index(number) for number in range(max(copies) + 1)]
+    return PromptRows(first, copies, {}) if len(first) < len(copies) else None

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import names_by_row, submodules, why_not_kind
 from hf_fastattn.patches.modules.checkpointing import drops_cache
@@ -69,8 +70,9 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
     if counts_from_0 == [0]:
         return "a row's positions do not count its tokens from 0"
     if on_the_left:
-        shown = torch.arange(columns, device="cpu")[None] >= columns - counts[:, None]
-        return [row[columns - count :] for row, count in zip(ids.numpy(), counts.tolist(), strict=True)], shown
+        tokens = counts.tolist()
+        found = [row[columns - count :] for row, count in zip(ids.numpy(), tokens, strict=True)]
+        return found, host_masks.after_padding(tokens, columns)
     shown = real.to("cpu")
     return [row[kept] for row, kept in zip(ids.numpy(), shown.numpy(), strict=True)], shown
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.cache.shared_rows import begin_on, gather
@@ -154,19 +156,16 @@ class SharedPrompt:
         device, past = input_ids.device, part.cache.get_seq_length()
         counts = [len(self.rows[row]) - held for row, held in zip(part.rows, part.held, strict=True)]
         new = max(counts)
-        tokens, positions = torch.zeros(2, len(counts), new, dtype=torch.int64, device="cpu")
+        tokens, positions = np.zeros((2, len(counts), new), np.int64)
         for place, (row, held, count) in enumerate(zip(part.rows, part.held, counts, strict=True)):
-            tokens[place, new - count :] = torch.from_numpy(self.rows[row].ids[held:])
-            positions[place, new - count :] = torch.arange(held, held + count, device="cpu")
-        shown = torch.arange(new, device="cpu")[None] >= new - torch.tensor(counts, device="cpu")[:, None]
-        stored = part.cache.stored
-        before = torch.ones(len(counts), past, dtype=torch.bool, device="cpu") if stored is None else stored
+            tokens[place, new - count :] = self.rows[row].ids[held:]
+            positions[place, new - count :] = np.arange(held, held + count)
+        mask = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
         # What stands before the new tokens is skipped, as the cache holds it.
         ids = torch.zeros(len(counts), past + new, dtype=input_ids.dtype, device=device)
-        ids[:, past:] = tokens.to(device)
-        mask = torch.cat((before, shown), 1).to(device)
-        inputs = {"attention_mask": mask, "position_ids": positions.to(device), CACHE: part.cache}
-        return ids, {**model_kwargs, **inputs}
+        ids[:, past:] = torch.from_numpy(tokens).to(device)
+        places = torch.from_numpy(positions).to(device)
+        return ids, {**model_kwargs, "attention_mask": mask.to(device), "position_ids": places, CACHE: part.cache}
 
     def _note(self, cache: PagedCache, rows: Sequence[int], found: Sequence[list[int]]) -> None:
         """The whole pages of these rows can be found from now on."""

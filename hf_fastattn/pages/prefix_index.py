@@ -30,6 +30,8 @@ class RowTokens:
         before: another row, and how many whole pages the two have in common.
     """
 
+    _compared: tuple[RowTokens, int] | None = None
+
     def __init__(self, ids: NDArray[np.int64], page_size: int, before: tuple[RowTokens, int] | None = None) -> None:
         self.ids, self._page_size, self._before = ids, page_size, before
 
@@ -44,8 +46,14 @@ class RowTokens:
         return len(self.ids)
 
     def common(self, other: RowTokens) -> int:
-        """How many first tokens are the same in both rows."""
-        return common_tokens(self.ids, other.ids)
+        """How many first tokens are the same in both rows; of the row that was asked about last it is known."""
+        if self._compared is None or self._compared[0] is not other:
+            self._compared = other, common_tokens(self.ids, other.ids)
+        return self._compared[1]
+
+    def follow(self, other: RowTokens) -> None:
+        """What the row has in common with another is not cut into pages again."""
+        self._before = other, self.common(other) // self._page_size
 
 
 def common_tokens(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
@@ -60,8 +68,10 @@ def rows_of_tokens(ids: Sequence[NDArray[np.int64]], page_size: int) -> list[Row
     """The rows; what a row has in common with the one before it is not cut into pages again."""
     rows: list[RowTokens] = []
     for own in ids:
-        before = (rows[-1], common_tokens(rows[-1].ids, own) // page_size) if rows else None
-        rows.append(RowTokens(own, page_size, before))
+        row = RowTokens(own, page_size)
+        if rows:
+            row.follow(rows[-1])
+        rows.append(row)
     return rows
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.hidden_tokens import can_hide, hide_tokens, show_again
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -391,7 +392,8 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     if visible is None:
         return None
     past = cache.get_seq_length()
-    if past and not (visible[:, :past].all() if cache.stored is None else torch.equal(visible[:, :past], cache.stored)):
+    before, stored = visible[:, :past], cache.stored
+    if not (host_masks.all_shown(before) if stored is None else host_masks.equal(before, stored)):
         return HIDES_CACHED
     return _why_not_mask(visible, past, cache, 0 if call is None else call.logits_read)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.transformers_version import CACHE
 
@@ -20,7 +21,7 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
     past = cache.get_seq_length()
     if mask is None:
         stored = cache.stored
-        if stored is not None and not bool(stored.all()):
+        if stored is not None and not host_masks.all_shown(stored):
             raise ValueError(
                 f"attention_mask is None, but {CACHE} holds padding ({int((~stored).sum())} columns); "
                 "pass the mask of all turns, [batch, past + new columns]"
@@ -37,13 +38,13 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
         return None
     # Transformers reads the first columns of a longer one, and hides what a shorter one does not reach.
     short = max(past + columns - mask.shape[1], 0)
-    visible, stored = torch.nn.functional.pad(mask[:, : past + columns].to("cpu", torch.bool), (0, short)), cache.stored
+    visible, stored = host_masks.longer(mask[:, : past + columns].to("cpu", torch.bool), short, False), cache.stored
     # A batch of other rows than the cache's is refused when its forward begins.
-    if stored is not None and len(stored) == rows and bool((visible[:, :past] & ~stored).any()):
+    if stored is not None and len(stored) == rows and host_masks.shows_more(visible[:, :past], stored):
         raise ValueError(
             "attention_mask shows columns that were padding when they were cached, so their keys are not stored; "
             "keep them masked"
         )
-    if bool(visible.all()):
+    if host_masks.all_shown(visible):
         return None
     return visible
