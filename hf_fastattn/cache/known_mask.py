@@ -1,4 +1,4 @@
-"""`KnownMask`: which attention mask is known to show what a cache stores, so that its values need not be read."""
+"""`KnownMask`: which attention mask is known on the host, or to show what a cache stores, so that it need not be read."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ class KnownMask:
         self._mask: weakref.ref[Tensor] | None = None
         self._version = 0
         self._compared = 0
+        self._told: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def tell(self, mask: Tensor, shown: Tensor) -> None:
+        """The values of `mask` `[B, columns]` are those of `shown`, bool on the host."""
+        self._told = weakref.ref(mask), _version(mask), shown
+
+    def told(self, mask: Tensor) -> Tensor | None:
+        """The values of `mask`, bool on the host, if they were told and it was not written to since."""
+        if self._told is None or self._told[0]() is not mask or self._told[1] != _version(mask):
+            return None
+        return self._told[2]
 
     def remember(self, mask: Any, columns: int) -> None:
         """Columns up to `columns` of `mask` were compared with the cache, or are known to agree with it."""

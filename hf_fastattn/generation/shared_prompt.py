@@ -160,12 +160,16 @@ class SharedPrompt:
         for place, (row, held, count) in enumerate(zip(part.rows, part.held, counts, strict=True)):
             tokens[place, new - count :] = self.rows[row].ids[held:]
             positions[place, new - count :] = np.arange(held, held + count)
-        mask = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
         # What stands before the new tokens is skipped, as the cache holds it.
         ids = torch.zeros(len(counts), past + new, dtype=input_ids.dtype, device=device)
-        ids[:, past:] = torch.from_numpy(tokens).to(device)
-        places = torch.from_numpy(positions).to(device)
-        return ids, {**model_kwargs, "attention_mask": mask.to(device), "position_ids": places, CACHE: part.cache}
+        # Copies of little, as a device that still computes another part is not waited for then.
+        ids[:, past:] = torch.from_numpy(tokens).to(device, non_blocking=True)
+        places = torch.from_numpy(positions).to(device, non_blocking=True)
+        sizes = torch.tensor((part.held, counts), device="cpu").to(device, non_blocking=True)
+        mask = torch.cat([_after_padding(own, columns) for own, columns in zip(sizes, (past, new), strict=True)], 1)
+        shown = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
+        part.cache.known_mask.tell(mask, shown)
+        return ids, {**model_kwargs, "attention_mask": mask, "position_ids": places, CACHE: part.cache}
 
     def _note(self, cache: PagedCache, rows: Sequence[int], found: Sequence[list[int]]) -> None:
         """The whole pages of these rows can be found from now on."""
@@ -190,6 +194,11 @@ class SharedPrompt:
         for part in self._parts:
             part.cache.reset()
         return compute(input_ids, model_kwargs)
+
+
+def _after_padding(tokens: Tensor, columns: int) -> Tensor:
+    """`host_masks.after_padding` on the device of `tokens [B]`."""
+    return torch.arange(columns, device=tokens.device) >= columns - tokens[:, None]
 
 
 def tokens_in_common(rows: Sequence[RowTokens], page_size: int, held: Sequence[int] | None = None) -> int:

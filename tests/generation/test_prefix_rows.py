@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.cache.known_mask import KnownMask
 from tests.generation.calls import SAMPLING, assert_same_tokens, run
 from tests.tools.models import VOCAB, assert_fast, pair
 
@@ -59,6 +60,34 @@ def test_questions_about_one_document(family: str, more: int) -> None:
     rows = questions(5)
     assert_same_tokens(stock, model, left_padded(rows, more), 20)
     assert_each_page_once(model, rows)
+
+
+def test_masks_of_a_turn_are_known_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read them would wait for the turn before, with nothing launched behind it."""
+    stock, model = pair("llama")
+    found: list[bool] = []
+    told = KnownMask.told
+
+    def recorded(self: KnownMask, mask: torch.Tensor) -> torch.Tensor | None:
+        values = told(self, mask)
+        assert values is None or torch.equal(values, mask)
+        found.append(values is not None)
+        return values
+
+    monkeypatch.setattr(KnownMask, "told", recorded)
+    rows = questions(5)
+    assert_same_tokens(stock, model, left_padded(rows, 3), 8)
+    assert_each_page_once(model, rows)
+    # Of both turns; steps do not ask for the values.
+    assert found == [True, True]
+
+
+def test_a_mask_that_was_written_to_is_read() -> None:
+    known, mask = KnownMask(), torch.ones(2, 3)
+    known.tell(mask, mask.bool())
+    assert known.told(mask) is not None and known.told(mask.clone()) is None
+    mask[0, 0] = 0
+    assert known.told(mask) is None
 
 
 def test_rows_that_are_no_neighbours() -> None:
