@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_fastattn.autocast import region_dtype
+from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.patches.family import LayerNames, MixtureNames
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -124,7 +125,7 @@ def why_not_captured(model: Any, steps: bool = True) -> str | None:
         return MIXTURE
     device, dtype, narrowed = decoder.device, decoder.dtype, region_dtype(decoder.device) is not None
     for layer in layers_of(decoder):
-        mlp = layer._modules.get("mlp")
+        device, mlp = place_of(layer, device), layer._modules.get("mlp")
         if mlp is None:
             return MIXTURE
         ours = is_plain(mlp, names.mlp, device) or (not narrowed and held_experts(mlp, names, device, dtype) is not None)

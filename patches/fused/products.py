@@ -35,7 +35,7 @@ from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
-from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, norm_eps, norm_weight, plain_shard
+from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, linear_parameters, norm_eps, norm_weight, plain_shard
 
 
 class Held(NamedTuple):
@@ -284,8 +284,13 @@ class Products:
             product = self._apply(linear._modules["base_layer"], x)
             return add_by_row(product, x, held.members, self._tokens_adapters.numbers)
         if held is None or self._copies is None or held.weight.dtype is not dtype or held.members:
-            return self.call(linear, x)
+            return self._called(linear, x)
         return functional.linear(x.to(dtype), held.weight, None if held.bias is None else held.bias.to(dtype))
+
+    def _called(self, linear: Any, x: Tensor) -> Tensor:
+        """What calling the layer gives, `[T, N]`; of a plain one without the call, whose hooks take the host longer."""
+        held = None if self.narrowed else linear_parameters(linear, x.device, (x.dtype,))
+        return self.call(linear, x) if held is None else functional.linear(x, *held)
 
     def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.

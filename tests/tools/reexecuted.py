@@ -220,6 +220,7 @@ def reexecuted() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ForwardGraphs, "forward_type", ReexecutedStep)
+        patch.setattr(ForwardGraphs, "staged_type", ReexecutedStep)
         patch.setattr(Entry, "launcher", launcher_of_what_was_captured)
         patch.setattr(StaticInputs, "batch", batch)
         yield
