@@ -180,6 +180,19 @@ class Products:
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
         return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
 
+    def summed_part(self, compute: Callable[[Tensor | None], Tensor], group: Any, like: Tensor) -> Delta:
+        """The sum over ranks of `[T, H]` parts, at once, or left to the norm that adds it.
+
+        Args:
+            compute: gives this rank's part, where it was told to write it or elsewhere.
+            like: of the shape and dtype of a part.
+        """
+        memory = self._peers
+        if memory is None or self.narrowed or not memory.takes(self.tokens, like.shape[1], like.dtype):
+            return self._sum_of(compute(None), None, group)
+        out, slot = self._in_slot(memory, compute)
+        return PeerSum(memory, out, slot, None, group)
+
     def _summed(self, part: Shard, states: Tensor) -> Tensor:
         """The sum over ranks of the products of their `states: [T, K]`, and the bias once; `[T, N]`."""
         return self._sum_of(self._product_of(part.weight, states), part.bias, part.group)
@@ -195,13 +208,18 @@ class Products:
         memory, weight = self._peers, part.weight
         if memory is None or self.narrowed or not memory.takes(self.tokens, weight.shape[0], states.dtype):
             return None
+        out, slot = self._in_slot(memory, lambda out: self._product_of(weight, states, out=out))
+        return PeerSum(memory, out, slot, part.bias, part.group)
+
+    def _in_slot(self, memory: PeerMemory, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        """What is computed, in the slot whose turn it is, and the number of that."""
         slot, self._slot = self._slot, 1 - self._slot
         out = memory.part(slot, self.tokens)
-        product = self._product_of(weight, states, out=out)
+        part = compute(out)
         # Nor may anything be written in a rehearsal, while another rank reads the slot.
-        if product.data_ptr() != out.data_ptr() and not is_under_way():
-            out.copy_(product)
-        return PeerSum(memory, out, slot, part.bias, part.group)
+        if part.data_ptr() != out.data_ptr() and not is_under_way():
+            out.copy_(part)
+        return out, slot
 
     def _gathered(self, part: Shard, x: Tensor) -> Tensor:
         """The products of `x: [T, K]` with all ranks' columns, `[T, N]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, watch
-from hf_fastattn.parallel.shards import shards_of, why_not_understood
+from hf_fastattn.parallel.shards import shards_of
+from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import products
 from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
@@ -151,11 +153,37 @@ def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
         return one(model, {**call, "seed": call["seed"] + rank()})
 
 
-def generate_and_stock(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
-    """A call patched, and unpatched."""
-    found = generate(path, [dict(call)], False)
+def generate_and_stock(path: str, call: dict[str, Any], by_expert: bool = False) -> tuple[Any, Any]:
+    """A call patched, and unpatched; `by_expert`: a rank holds some experts, not a part of each."""
+    loading = {} if not by_expert else {"tp_plan": None, "distributed_config": expert_parallel()}
+    found = generate(path, [dict(call)], False, **loading)
     with torch.no_grad():
-        return found, load(path).generate(**call)
+        return found, load(path, **loading).generate(**call)
+
+
+@functools.cache
+def expert_parallel() -> Any:
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(enable_expert_parallel=True)
+
+
+def errors_of_cut_heads(path: str, call: dict[str, Any]) -> tuple[str, str, Any, int]:
+    """What a call raises, patched and not; the reason that was counted; pages that are still held."""
+    model, texts = load(path), []
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True):
+        texts.append(_error_of(model, call))
+        report = hf_fastattn.report(model)
+    return texts[0], _error_of(model, call), next(iter(report.last_call.fallbacks), None), report.pages_in_use
+
+
+def _error_of(model: Any, call: dict[str, Any]) -> str:
+    try:
+        with torch.no_grad():
+            model.generate(**call)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def why_not(path: str) -> str | None:
