@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers.distributed import DistributedConfig
 
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
@@ -26,10 +26,14 @@ from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
 _models: dict[Any, Any] = {}
 
 
-def load(path: str, **options: Any) -> Any:
-    """The model in `path`, with this rank's shards of the weights."""
-    key = (path, tuple(options.items()))
+def load(path: str, by_expert: bool = False, **options: Any) -> Any:
+    """The model in `path`, with this rank's shards of the weights; `by_expert`: some experts, whole, and all else."""
+    key = (path, by_expert, tuple(options.items()))
     if key not in _models:
+        if by_expert:
+            count = torch.distributed.get_world_size()
+            config = DistributedConfig(tp_size=count, ep_size=count)
+            options = {"tp_plan": None, "distributed_config": config}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _models[key] = AutoModelForCausalLM.from_pretrained(path, **{"tp_plan": "auto", **options}).eval()
@@ -155,17 +159,10 @@ def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
 
 def generate_and_stock(path: str, call: dict[str, Any], by_expert: bool = False) -> tuple[Any, Any]:
     """A call patched, and unpatched; `by_expert`: a rank holds some experts, not a part of each."""
-    loading = {} if not by_expert else {"tp_plan": None, "distributed_config": expert_parallel()}
+    loading = {"by_expert": True} if by_expert else {}
     found = generate(path, [dict(call)], False, **loading)
     with torch.no_grad():
         return found, load(path, **loading).generate(**call)
-
-
-@functools.cache
-def expert_parallel() -> Any:
-    from transformers.distributed import DistributedConfig
-
-    return DistributedConfig(enable_expert_parallel=True)
 
 
 def errors_of_cut_heads(path: str, call: dict[str, Any]) -> tuple[str, str, Any, int]:
