@@ -202,7 +202,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return None
         if cache.recurrent_layers and not (is_decode and cache.has_states):
             return None
-        reason = why_not or why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device, why_not_spread)
+        reason = why_not or why_not_static(decoder, arguments, kwargs)
+        reason = reason or self._why_not_decoder(decoder, tokens.device, why_not_spread)
         if is_decode and reason is not None:
             self.count_reason(reason, counters)
         elif is_decode:
@@ -266,9 +267,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             entry.states.written(cache)
         return hidden
 
-    def _why_not_decoder(
-        self, decoder: Any, device: torch.device, why_not_spread: Callable[[], str | None]
-    ) -> str | None:
+    def _why_not_decoder(self, decoder: Any, device: torch.device, why_not_spread: Callable[[], str | None]) -> str | None:
         if self._checked is None or self._checked() is not decoder or not self._in_call:
             if not self.compare(decoder, device):
                 self.drop()
@@ -348,9 +347,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         states = self._states_for(cache)
         return Entry(inputs, batch, self.new_forward(device), held, states=states)
 
-    def _spread_entry(
-        self, inputs: StaticInputs, batch: Batch, groups: PageGroups, held: weakref.ref[PageGroups]
-    ) -> Entry:
+    def _spread_entry(self, inputs: StaticInputs, batch: Batch, groups: PageGroups, held: weakref.ref[PageGroups]) -> Entry:
         """One of a forward over several devices."""
         from hf_fastattn.kernels.attention.workspace import Workspace
 

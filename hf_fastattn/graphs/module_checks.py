@@ -57,7 +57,8 @@ def why_not_module(module: nn.Module, device: torch.device) -> str | None:
 
 def why_not_called(module: nn.Module, device: torch.device) -> str | None:
     """Why a call of the module may run more than the forward of its class."""
-    if runs_class_forward(module, device) or is_compiled_module(module) or is_understood(module):
+    # Of a module that is spread over ranks this is known at once.
+    if is_understood(module) or runs_class_forward(module, device) or is_compiled_module(module):
         return None
     state, kind = vars(module), type(module)
     if "_hf_hook" in state:

@@ -36,7 +36,7 @@ class _Look(NamedTuple):
 
     forward: Any
     weights: tuple[weakref.ref[Any], ...]
-    mesh: Any
+    group: Any
 
 
 # By the function that stands in the place of a module's forward.
@@ -56,12 +56,12 @@ def expert_shard_of(module: nn.Module) -> ExpertShard | None:
     same = known is not None and known.forward is type(module).forward
     if not same or known is None or any(ref() is not weight for ref, weight in zip(known.weights, weights, strict=True)):
         refs = tuple(weakref.ref(weight) for weight in weights)
-        known = _looked_at[forward] = _Look(type(module).forward, refs, _mesh_of(module, forward, *weights))
-    return None if known.mesh is None else ExpertShard(*map(local_of, weights), known.mesh.get_group())
+        known = _looked_at[forward] = _Look(type(module).forward, refs, _group_of(module, forward, *weights))
+    return None if known.group is None else ExpertShard(*map(local_of, weights), known.group)
 
 
-def _mesh_of(module: nn.Module, forward: Any, gate_up: Any, down: Any) -> Any:
-    """The mesh of the ranks that hold parts of the experts; None if it is not as the plan of tensor parallelism has it."""
+def _group_of(module: nn.Module, forward: Any, gate_up: Any, down: Any) -> Any:
+    """The ranks that hold parts of the experts; None if they are not as the plan of tensor parallelism has them."""
     held = plan_variables(module, forward)
     if held is None or type(held["self"]).__name__ != STYLE or held.get("is_expert_parallel"):
         return None
@@ -71,4 +71,4 @@ def _mesh_of(module: nn.Module, forward: Any, gate_up: Any, down: Any) -> Any:
     # Parts of one size: gate and up of a rank are the halves of its part.
     inner = down.shape[2]
     parts = local_of(down).shape[2] * mesh.size() == inner and local_of(gate_up).shape[1] * mesh.size() == 2 * inner
-    return mesh if parts and gate_up.shape[1] == 2 * inner else None
+    return mesh.get_group() if parts and gate_up.shape[1] == 2 * inner else None

@@ -2,7 +2,8 @@
 
 Transformers replaces `forward` of a sharded module by a function that calls the original one on the shard and then sums or
 gathers over the ranks; weights are DTensors. The function's variables say which style of the plan it belongs to. A style
-that is not known here, or known with other layouts, is not understood: `shard_of` has None for it, and `understood.py` a reason.
+that is not known here, or known with other layouts, is not understood: `shard_of` has None for it, `understood.py` a
+reason.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def shard_of(module: nn.Module) -> Shard | None:
         )  # fmt: skip
     if looked_at.kind is None:
         return None
-    return Shard(looked_at.kind, local_of(weight), local_of(bias), looked_at.size, looked_at.mesh.get_group())
+    return Shard(looked_at.kind, local_of(weight), local_of(bias), looked_at.size, looked_at.group)
 
 
 class _Look(NamedTuple):
@@ -83,7 +84,7 @@ class _Look(NamedTuple):
     bias: weakref.ref[Any] | None
     kind: str | None
     size: int
-    mesh: Any
+    group: Any
 
     def is_of(self, forward: Any, weight: Any, bias: Any) -> bool:
         same = self.forward is forward and self.weight() is weight
@@ -95,7 +96,7 @@ _looked_at: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
 
 
 def _understood(module: nn.Module, forward: Any, weight: Any, bias: Any) -> tuple[str | None, int, Any]:
-    """Kind of a module's shard, None if it is not understood; size of the dimension that is cut; mesh of the ranks."""
+    """Kind of a module's shard, None if it is not understood; size of the dimension that is cut; group of the ranks."""
     nothing = None, 0, None
     held = plan_variables(module, forward)
     kind = None if held is None else _kind(type(module), held["self"])
@@ -109,7 +110,7 @@ def _understood(module: nn.Module, forward: Any, weight: Any, bias: Any) -> tupl
     size = weight.shape[CUT[kind]]
     if not local_of(weight).numel() or (kind == GATHERED and size % mesh.size()):
         return nothing
-    return nothing if getattr(module, "max_norm", None) is not None else (kind, size, mesh)
+    return nothing if getattr(module, "max_norm", None) is not None else (kind, size, mesh.get_group())
 
 
 def shards_of(model: nn.Module) -> Iterator[Shard]:

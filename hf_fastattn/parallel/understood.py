@@ -1,9 +1,10 @@
-"""Whether what Transformers' tensor parallelism has made of a model is understood: which parts ranks hold, and what is summed."""
+"""Whether it is understood what Transformers' tensor parallelism has made of a model: parts of ranks, and their sums."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,8 +16,45 @@ DISTRIBUTED = "transformers.distributed."
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+class _Look(NamedTuple):
+    """What was found of a model, for as long as its modules, their forwards and weights are what they were."""
+
+    parts: list[Any]
+    weights: list[weakref.ref[Any]]
+    reason: str | None
+
+
+# To look at all modules takes the host milliseconds, before every call.
+_looked_at: weakref.WeakKeyDictionary[nn.Module, _Look] = weakref.WeakKeyDictionary()
+
+
 def why_not_understood(model: nn.Module) -> str | None:
     """Why a model that is spread over ranks has to run as Transformers would run it; None if it is understood, or whole."""
+    parts, weights = _parts_of(model)
+    known = _looked_at.get(model)
+    if known is not None and known.parts == parts and len(known.weights) == len(weights):
+        if all(ref() is weight for ref, weight in zip(known.weights, weights, strict=True)):
+            return known.reason
+    reason = _why_not_understood(model)
+    _looked_at[model] = _Look(parts, [weakref.ref(weight) for weight in weights], reason)
+    return reason
+
+
+def _parts_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """By which a model is known: its modules and their forwards; and what it holds."""
+    parts: list[Any] = []
+    weights: list[Any] = []
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        state, kind = vars(module), type(module)
+        parts += id(module), kind, kind.forward, state.get("forward"), state.get("_compiled_call_impl")
+        weights += [weight for weight in state["_parameters"].values() if weight is not None]
+        stack += [child for child in state["_modules"].values() if child is not None]
+    return parts, weights
+
+
+def _why_not_understood(model: nn.Module) -> str | None:
     groups = set()
     for module in model.modules():
         state = vars(module)

@@ -35,7 +35,14 @@ from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
-from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, linear_parameters, norm_eps, norm_weight, plain_shard
+from hf_fastattn.patches.modules.plain_modules import (
+    is_plain_tensor,
+    is_silu,
+    linear_parameters,
+    norm_eps,
+    norm_weight,
+    plain_shard,
+)
 
 
 class Held(NamedTuple):

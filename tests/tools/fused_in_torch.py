@@ -61,7 +61,9 @@ def _gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor, **options: Any) -> Te
     return reference.silu_and_mul(*_matvec(x, (w_gate, w_up), **options))
 
 
-def _route(x: Tensor, weight: Tensor, top_k: int, *, sums: Any = None, weights_settled: bool = False, **options: Any) -> Routing:
+def _route(
+    x: Tensor, weight: Tensor, top_k: int, *, sums: Any = None, weights_settled: bool = False, **options: Any
+) -> Routing:
     return experts.route(x, weight, top_k, **options)
 
 
