@@ -122,9 +122,10 @@ class _RankBench:
         one = self._on_one()
         rows = []
         for number, case in enumerate(self.cases):
-            if ours[number] is not None:
-                row = {**asdict(case), "name": case.name, "limit_ms": limits[number], "ours": ours[number]}
-                row |= {"one": one[number], "stock": stock[number], "problems": ours[number].pop("problems")}
+            measured = ours[number]
+            if measured is not None:
+                row = {**asdict(case), "name": case.name, "limit_ms": limits[number], "ours": measured}
+                row |= {"one": one[number], "stock": stock[number], "problems": measured.pop("problems")}
                 rows.append(row)
         settings = {
             "model": self._name(), "shape": self.options.shape, "dtype": self.options.dtype, "ranks": self.ranks,

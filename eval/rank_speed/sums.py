@@ -32,6 +32,9 @@ def measure_sums(model: Any, say: Callable[[str], None]) -> list[dict[str, Any]]
         x = torch.zeros(rows, hidden, dtype=dtype, device=device)
         residual, weight = torch.ones_like(x), torch.ones(hidden, dtype=dtype, device=device)
 
+        def alone(_: int, x: Any = x) -> None:
+            dist.all_reduce(x)
+
         def normed(_: int, x: Any = x, residual: Any = residual, weight: Any = weight) -> None:
             dist.all_reduce(x)
             add_rms_norm(x, residual, weight, EPS, weights_settled=True)
@@ -46,7 +49,7 @@ def measure_sums(model: Any, say: Callable[[str], None]) -> list[dict[str, Any]]
         row = {
             "rows": rows,
             "bytes": x.nbytes,
-            "group": _microseconds(lambda _, x=x: dist.all_reduce(x), device),
+            "group": _microseconds(alone, device),
             "group_norm": _microseconds(normed, device),
             "peers_norm": _microseconds(by_peers, device) if ranks.peers is not None and rows <= MOST_ROWS else None,
             "one_shot": _one_shot(x, device) if rows <= MOST_ROWS else None,
@@ -64,8 +67,9 @@ def _one_shot(x: Any, device: torch.device) -> float | None:
         import torch.distributed._symmetric_memory as symmetric
 
         held = symmetric.empty(x.numel(), dtype=x.dtype, device=device)
-        symmetric.rendezvous(held, dist.group.WORLD)
-        name = dist.group.WORLD.group_name
+        group: Any = dist.group.WORLD
+        symmetric.rendezvous(held, group)
+        name = group.group_name
         return _microseconds(lambda _: torch.ops.symm_mem.one_shot_all_reduce(held, "sum", name), device)
     except (RuntimeError, AttributeError, ImportError):
         return None

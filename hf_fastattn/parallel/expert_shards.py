@@ -57,7 +57,7 @@ def expert_shard_of(module: nn.Module) -> ExpertShard | None:
     if not same or known is None or any(ref() is not weight for ref, weight in zip(known.weights, weights, strict=True)):
         refs = tuple(weakref.ref(weight) for weight in weights)
         known = _looked_at[forward] = _Look(type(module).forward, refs, _group_of(module, forward, *weights))
-    return None if known.group is None else ExpertShard(*map(local_of, weights), known.group)
+    return None if known.group is None else ExpertShard(local_of(weights[0]), local_of(weights[1]), known.group)
 
 
 def _group_of(module: nn.Module, forward: Any, gate_up: Any, down: Any) -> Any:
