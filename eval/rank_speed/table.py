@@ -11,7 +11,10 @@ medians of whole calls of `generate()`, on other prompts each. Systems are measu
 rank's weights and keys once, at the speed measured in the same run."""
 HEAD = ("case", "a token, ms", "limit", "first token, ms", "one GPU, a token", "first", "stock, a token", "first")
 SUM_NAMES = ("group", "group_norm", "peers_norm", "one_shot")
-SUMS = ("rows", "bytes", "process group, back to back, us", "with residual and norm between", "sum, residual and norm in one launch", "one-shot")
+SUMS = (
+    "rows", "bytes", "process group, back to back, us", "with residual and norm between",
+    "sum, residual and norm in one launch", "one-shot",
+)  # fmt: skip
 
 
 def markdown(record: dict[str, Any]) -> str:

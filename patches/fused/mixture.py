@@ -35,7 +35,6 @@ def add_mixture(
     return x, products.summed_part(lambda out: _mixture(held, normed, products, out=out), held.group, normed)
 
 
-
 def mixed(held: HeldExperts, normed: Tensor, products: Products, residual: Tensor | None = None) -> Tensor:
     """What a block that holds `held`, whole, makes of `normed: [T, H]`, with the residual stream if it is given."""
     return _mixture(held, normed, products, residual=residual)

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, watch
-from hf_fastattn.parallel.shards import shards_of
+from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import products
 from tests.tools.fused_in_torch import fused_in_torch
@@ -185,6 +185,22 @@ def _error_of(model: Any, call: dict[str, Any]) -> str:
 
 def why_not(path: str) -> str | None:
     return why_not_understood(load(path))
+
+
+def reasons_after_changes(path: str) -> list[str | None]:
+    """Why the model is not understood: as it was loaded, with a wrapped forward, as before, with a weight of its own, as
+    before."""
+    model = load(path)
+    linear, found = model.model.layers[1].mlp.up_proj, [why_not_understood(model)]
+    forward, weight = linear.forward, linear._parameters["weight"]
+    linear.forward = lambda x: forward(x)
+    found.append(why_not_understood(model))
+    linear.forward = forward
+    found.append(why_not_understood(model))
+    linear._parameters["weight"] = torch.nn.Parameter(local_of(weight).clone())
+    found.append(why_not_understood(model))
+    linear._parameters["weight"] = weight
+    return [*found, why_not_understood(model)]
 
 
 def error_of_other_prompts(path: str, ids: Any, vocabulary: int) -> str:

@@ -86,6 +86,12 @@ def test_a_head_that_is_cut_is_refused(two: Processes, saved: Any) -> None:
         assert reason == "tensor parallel: 1 key heads over 2 ranks"
 
 
+def test_what_is_changed_after_it_was_looked_at(two: Processes, saved: Any) -> None:
+    for loaded, wrapped, unwrapped, replaced, restored in two.run(ranks.reasons_after_changes, saved("llama")):
+        assert loaded is None and unwrapped is None and restored is None
+        assert "is not understood" in wrapped and "is not understood" in replaced
+
+
 def test_other_prompts_on_another_rank_are_an_error(two: Processes, saved: Any) -> None:
     for text in two.run(ranks.error_of_other_prompts, saved("llama"), single()["input_ids"], VOCAB):
         assert text.startswith("ValueError: generate() was called with another prompt") and "same call" in text

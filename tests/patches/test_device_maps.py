@@ -346,6 +346,21 @@ def test_mixtures_of_experts(gpus: bool) -> None:
     assert call.fast_loops == 0 and SEVERAL in call.not_looped
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_hook_that_was_there_once(family: str, gpus: bool) -> None:
+    """While it is there Transformers' layers run; then it is as before, for layers that cross devices and others."""
+    stock, model = both(family, gpus)
+    want = run(stock, NEW)
+    for hooked in (False, True, False, False):
+        handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: None) if hooked else None
+        for _ in range(2):
+            assert torch.equal(run(model, NEW), want)
+        if handle is not None:
+            handle.remove()
+    assert_fast(model)
+    assert hf_fastattn.report(model).last_call.appends_replayed == (1 if family == "llama" else 0)
+
+
 def test_offloaded_beside(tmp_path: Path) -> None:
     """A layer on disk, others on two devices: said once, in a call that goes Transformers' way."""
     from accelerate import cpu_offload

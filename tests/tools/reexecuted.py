@@ -14,7 +14,8 @@ from triton import knobs
 
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.forward_graphs import Entry, ForwardGraphs
+from hf_fastattn.graphs.forward_entry import Entry
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
