@@ -20,13 +20,21 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--tp", "--batch", "1", "3", "--prompt", "9", "--new", "3", "--pairs", "1")
 
 
-def run(output: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+def run(output: Path, *given: str) -> tuple[int, dict[str, Any], str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    words = [*command, str(ROOT / "tests" / "eval" / "tiny_ranks.py"), *SMALL, *options, "--output", str(output)]
+    words = [*command, str(ROOT / "tests" / "eval" / "tiny_ranks.py"), *SMALL, *given, "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment)
-    assert (output / "ranks.json").exists(), done.stderr[-3000:]
-    return done.returncode, json.loads((output / "ranks.json").read_text()), (output / "ranks.md").read_text()
+    options: dict[str, Any] = {"text": True, "cwd": ROOT, "env": environment}
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as started:
+        try:
+            _, errors = started.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            # It ends the processes that it has started then; killed, it would leave them.
+            started.terminate()
+            started.wait(30)
+            raise
+    assert (output / "ranks.json").exists(), errors[-3000:]
+    return started.returncode, json.loads((output / "ranks.json").read_text()), (output / "ranks.md").read_text()
 
 
 @pytest.mark.parametrize("shape", ["llama-3-8b", "qwen3-30b-a3b"])
