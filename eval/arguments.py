@@ -178,6 +178,8 @@ def add_generate(made: argparse.ArgumentParser) -> None:
     made.add_argument("--compile", action="store_true", help="also a static cache with torch.compile (CUDA only; slow)")
     made.add_argument("--graphs", choices=("on", "off"), default="on", help="replay decode steps from CUDA graphs")
     made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="further options of patch()")
+    ranks = 'tensor parallel, under torchrun: the model in parts (tp_plan="auto"), against one GPU where it fits, and sums'
+    made.add_argument("--tp", action="store_true", help=ranks)
     made.add_argument(
         "--check",
         choices=("kind", "case"),

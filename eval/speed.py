@@ -2,6 +2,7 @@
 
     python -m hf_fastattn.eval.speed --model <hub id or path> --batch 1 8 --prompt 512 --new 64 --pairs 9
     python -m hf_fastattn.eval.speed --shape llama-3-8b --compile --profile 1 16 --output results
+    torchrun --nproc-per-node 4 -m hf_fastattn.eval.speed --tp --shape llama-3-70b --output results
 
 Without --batch a standard set of cases runs. Of each case first whether both compute the same (no ratio is printed on
 red), then stock with its dynamic cache, with --compile also stock with a static cache and `torch.compile`, and the
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.new = options.new if options.new is not None else (256 if on_gpu else 32)
     options.stock_new = options.stock_new if options.stock_new is not None else (16 if on_gpu else options.new)
     options.dtype = ("bfloat16" if on_gpu else "float32") if options.dtype == "auto" else options.dtype
+    if options.tp:
+        # Not before: it needs processes that torchrun has started.
+        from hf_fastattn.eval.rank_speed import bench as rank_bench
+
+        return rank_bench.run(made, options, argv)
     dtype: torch.dtype = getattr(torch, options.dtype)
     try:
         cases = choose(options.kind, options.batch, options.prompt, on_gpu)

@@ -96,7 +96,10 @@ HINTS = (
     ("of past_key_values ", OWN_CACHE),
     ("tensor parallel: the model was spread after patch()", UNDO),
     ("tensor parallel: adapters", "merge_and_unload() before the model is saved, and load what was saved"),
-    ("tensor parallel: ", "tp_plan='auto' of a dense model, on no more ranks than it has key heads"),
+    (
+        "tensor parallel: ",
+        "tp_plan='auto', on no more ranks than the model has key heads, without expert or sequence parallelism",
+    ),
     ("another rank runs", "the same call, with the same options, on every rank"),
     ("it failed on another rank", "see what capturing failed with on the other rank"),
     ("looks at the logits", "use generate()'s own options where they say the same (bad_words_ids, suppress_tokens, ...)"),

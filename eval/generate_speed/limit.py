@@ -7,6 +7,7 @@ from typing import Any
 from hf_fastattn.eval.generate_speed.cases import Case
 from hf_fastattn.eval.generate_speed.experts import expected_experts, experts_of
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, key_shape, layer_window, template_layers
+from hf_fastattn.parallel.shards import local_of
 
 # What a module of experts holds of all of them.
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -14,7 +15,8 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 def weight_bytes(model: Any, rows: float, distinct: float | None = None) -> float:
     """Bytes of the weights that a step of `rows` tokens reads: the decoder's and the head's; of an embedding table only
-    if it is the head, and of experts `distinct` a layer, by default those that the tokens are expected to choose."""
+    if it is the head, and of experts `distinct` a layer, by default those that the tokens are expected to choose. Of a
+    model that is spread over ranks, those of this rank's parts."""
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     held = {id(weight): (name, weight) for name, weight in (*model.get_decoder().named_parameters(), ("head", head))}
     if table is not head:
@@ -23,7 +25,7 @@ def weight_bytes(model: Any, rows: float, distinct: float | None = None) -> floa
     share = 1.0
     if experts is not None:
         share = (expected_experts(*experts, rows) if distinct is None else distinct) / experts[0]
-    return sum(weight.nbytes * (share if name.endswith(EXPERTS) else 1) for name, weight in held.values())
+    return sum(local_of(weight).nbytes * (share if name.endswith(EXPERTS) else 1) for name, weight in held.values())
 
 
 def key_value_bytes(model: Any, case: Case, new: int) -> float:

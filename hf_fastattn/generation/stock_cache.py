@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.parallel.ranks import is_spread
-from hf_fastattn.parallel.shards import why_not_understood
+from hf_fastattn.parallel.understood import why_not_understood
 
 
 def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:

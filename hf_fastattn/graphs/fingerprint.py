@@ -20,7 +20,8 @@ from hf_fastattn.graphs.module_checks import (
     why_not_module,
 )
 from hf_fastattn.graphs.placement import is_there, placed_submodules
-from hf_fastattn.parallel.shards import is_distributed, local_of, shard_of
+from hf_fastattn.parallel.shards import is_distributed, local_of
+from hf_fastattn.parallel.understood import is_understood
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SCALARS = frozenset((bool, int, float, str))
@@ -99,7 +100,7 @@ def why_not_capturable(
         if state["_parameters"] or state["_buffers"]:
             parts = list(_held(state))
             # Of a layer that is spread over ranks a graph reads this rank's part.
-            known = any(map(is_distributed, parts)) and shard_of(module) is not None
+            known = any(map(is_distributed, parts)) and is_understood(module)
             held += [(local_of(tensor) if known else tensor, place) for tensor in parts]
     for tensor, place in held:
         if type(tensor) not in PLAIN:

@@ -6,21 +6,20 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_fastattn.autocast import autocast_as, region_dtype
 from hf_fastattn.cache.batch import Batch
+from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
-from hf_fastattn.graphs.placement import SEVERAL
-from hf_fastattn.graphs.recorded_forward import RecordedForward
+from hf_fastattn.graphs.placement import SEVERAL, route_of
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
@@ -39,52 +38,6 @@ LARGE_STATES = 128 * 2**20
 MAX_FAILURES = 3
 
 Key = tuple[ForwardShape, int, int]
-
-
-@dataclass
-class Entry:
-    """A captured forward and what it was captured with.
-
-    Attributes:
-        groups: whose pages it reads, at `storage_version`.
-        outputs: the class of the decoder's output.
-        states: of linear-attention layers, if the model has any.
-    """
-
-    inputs: StaticInputs
-    batch: Batch
-    recorded: RecordedForward
-    groups: weakref.ref[PageGroups]
-    storage_version: int = -1
-    outputs: Any = None
-    states: ForwardStates | None = None
-
-    def fits(self, cache: PagedCache, columns: int) -> bool:
-        """Whether the graph fits this cache: the same page groups, page tensors not moved, a page table wide enough."""
-        version = cache.groups.storage_version
-        return self.groups() is cache.groups and self.storage_version == version and self.inputs.columns >= columns
-
-    def launcher(self, decoder: Any, forward: Callable[..., Any], cache: PagedCache) -> Callable[[], Tensor]:
-        """The decoder's forward over the static inputs."""
-
-        def run() -> Tensor:
-            # What a graph computes must be ordinary tensors, whatever mode the caller is in.
-            device = self.inputs.shape.device
-            region = autocast_as(device, region_dtype(device))
-            try:
-                with cache.using(self.batch, self.states), torch.inference_mode(False), torch.no_grad(), region:
-                    arguments = {**self.inputs.arguments(), "use_cache": True, "return_dict": True}
-                    outputs = forward(decoder, cache, **arguments)
-            finally:
-                # The next forward over these inputs has other positions and lengths, and a graph records that it makes both.
-                self.batch.forget_tables()
-            self.outputs = type(outputs)
-            others = set(outputs) - {"last_hidden_state", CACHE}
-            if others:
-                raise RuntimeError(f"the decoder also returns {sorted(others)}")
-            return outputs.last_hidden_state
-
-        return run
 
 
 class ForwardGraphs(GraphStore[Key, Entry]):
@@ -119,6 +72,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._failures = 0
         self._resting = False
         self._states: ForwardStates | None = None
+        # Of layers on several devices: why forwards do not pass through them, and else the devices that they pass through.
+        self._crossing: tuple[str | None, tuple[torch.device, ...]] | None = None
         # Prompts are not recorded, and do not read static inputs: memory goes back after each call.
         self.prompts_rest = False
 
@@ -159,6 +114,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         forward: Callable[..., Any],
         counters: CallCounters,
         why_not: str | None = None,
+        why_not_spread: Callable[[], str | None] = lambda: SEVERAL,
     ) -> Any | None:
         """The decoder's output; None if its layers have to be launched one by one for inputs as they are.
 
@@ -170,6 +126,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             forward: the decoder's own, called with it.
             counters: where captures and replays are counted.
             why_not: this decode step cannot be recorded, if there is a reason that neither arguments nor modules show.
+            why_not_spread: why `forward` does not go from device to device by itself, where layers are on several.
         """
         tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
         batch = cache.paged_batch
@@ -185,7 +142,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return None
         if cache.recurrent_layers and not (is_decode and cache.has_states):
             return None
-        reason = why_not or why_not_static(decoder, arguments, kwargs) or self._why_not_decoder(decoder, tokens.device)
+        reason = why_not or why_not_static(decoder, arguments, kwargs)
+        reason = reason or self._why_not_decoder(decoder, tokens.device, why_not_spread)
         if is_decode and reason is not None:
             self.count_reason(reason, counters)
         elif is_decode:
@@ -196,7 +154,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return None
         shape = ForwardShape.of(arguments, batch, is_decode)
         key = (shape, decoder.config.num_hidden_layers, id(cache.groups))
-        hidden = self._hidden(key, decoder, arguments, cache, forward, counters)
+        hidden = self._hidden(key, decoder, arguments, cache, forward, counters, why_not_spread)
         if hidden is None:
             return None
         states, kind = hidden
@@ -213,6 +171,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         cache: PagedCache,
         forward: Callable[..., Any],
         counters: CallCounters,
+        why_not_spread: Callable[[], str | None],
     ) -> tuple[Tensor, Any] | None:
         """The last hidden states over static inputs, and the class of the output; None for a decode step not captured."""
         batch, is_decode = cache.paged_batch, key[0].bucket is None
@@ -221,8 +180,11 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         # A graph neither moves pages nor makes them; layers launched one by one do.
         settled, entry = not cache.groups.is_growing(cache.tables), self._entries.get(key)
         if settled and entry is not None and entry.fits(cache, needed):
-            entry.inputs.write(arguments, cache, batch)
+            entry.write(arguments, cache, batch)
             self._entries.move_to_end(key)
+        elif self.is_spread and why_not_spread() is not None:
+            # Something has changed that graphs do not depend on.
+            return None
         elif self._is_due(key) and settled:
             entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
         else:
@@ -237,7 +199,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return None
         entry = self._entry(key, worth_having, cache)
         self.wait()
-        entry.inputs.write(arguments, cache, batch)
+        entry.write(arguments, cache, batch)
         return entry.launcher(decoder, forward, cache)(), entry.outputs
 
     @staticmethod
@@ -249,15 +211,19 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             entry.states.written(cache)
         return hidden
 
-    def _why_not_decoder(self, decoder: Any, device: torch.device) -> str | None:
+    def _why_not_decoder(self, decoder: Any, device: torch.device, why_not_spread: Callable[[], str | None]) -> str | None:
         if self._checked is None or self._checked() is not decoder or not self._in_call:
             if not self.compare(decoder, device):
                 self.drop()
-                self._failures, self._resting = 0, False
+                self._failures, self._resting, self._crossing = 0, False, None
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._reason is None and self.adapter_names is not None:
             return BY_ROW
-        return SEVERAL if self._reason is None and self.is_spread else self._reason
+        if self._reason is not None or not self.is_spread:
+            return self._reason
+        if self._crossing is None:
+            self._crossing = why_not_spread(), route_of(decoder, None, device)
+        return self._crossing[0]
 
     def _is_due(self, key: Key) -> bool:
         if self._resting or self._failures >= MAX_FAILURES:
@@ -285,7 +251,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         warmed_up, entry, failure = False, None, None
         try:
             entry = self._entry(key, columns, cache)
-            entry.inputs.write(arguments, cache, batch)
+            entry.write(arguments, cache, batch)
 
             def after_first() -> None:
                 nonlocal warmed_up
@@ -321,8 +287,34 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self.workspace = Workspace(device)
         inputs = StaticInputs(key[0], columns, cache.tables)
         batch = inputs.batch(groups.backend, groups.batch_invariant, self.workspace)
+        held = self._reference(groups, key)
+        if self.is_spread and self._crossing is not None and len(self._crossing[1]) > 1:
+            return self._spread_entry(self._crossing[1], inputs, batch, groups, held)
         states = self._states_for(cache)
-        return Entry(inputs, batch, self.new_forward(device), self._reference(groups, key), states=states)
+        return Entry(inputs, batch, self.new_forward(device), held, states=states)
+
+    def _spread_entry(
+        self,
+        route: tuple[torch.device, ...],
+        inputs: StaticInputs,
+        batch: Batch,
+        groups: PageGroups,
+        held: weakref.ref[PageGroups],
+    ) -> Entry:
+        """One of a forward that passes through several devices."""
+        from hf_fastattn.kernels.attention.workspace import Workspace
+
+        places, followers = tuple(dict.fromkeys(route)), list[StaticInputs]()
+        batches, positions = {places[0]: batch}, {places[0]: inputs.position_ids}
+        for place in places[1:]:
+            self._workspaces.setdefault(place, Workspace(place))
+            followers.append(inputs.on(place))
+            positions[place] = followers[-1].position_ids
+            batches[place] = followers[-1].batch(groups.backend, groups.batch_invariant, self._workspaces[place])
+        recorded = self.new_staged_forward(places)
+        return Entry(
+            inputs, batch, recorded, held, crossing=Crossing(batches, positions, self.send), followers=tuple(followers)
+        )
 
     def _states_for(self, cache: PagedCache) -> ForwardStates | None:
         """Places for the states of the cache's rows, with the states in them; None if it has none."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, has_experts, why_not_capturable
@@ -62,6 +63,8 @@ class GraphStore(Generic[Key, Held]):
         self._pool: Any = None
         # One for all graphs of the store: no two of them run at the same time.
         self.workspace: Workspace | None = None
+        # Of layers on other devices than the first one.
+        self._workspaces: dict[torch.device, Workspace] = {}
         self._fingerprint: Fingerprint | None = None
         self._reason: str | None = None
         # Decode steps can be recorded, other forwards cannot.
@@ -81,6 +84,7 @@ class GraphStore(Generic[Key, Held]):
         self._dropped += 1
         self._entries.clear()
         self._pool = self.workspace = None
+        self._workspaces = {}
 
     @property
     def history(self) -> tuple[int, int]:
@@ -135,6 +139,20 @@ class GraphStore(Generic[Key, Held]):
         if self._pool is None:
             self._pool = kind.make_pool(devices)
         return kind(self._pool)
+
+    def workspace_on(self, place: torch.device) -> Workspace:
+        """The workspace of the layers on one of the devices that forwards pass through."""
+        held = self._workspaces.get(place, self.workspace)
+        assert held is not None
+        return held
+
+    def send(self, states: Sequence[Tensor], place: torch.device) -> list[Tensor]:
+        """Hidden states of a forward on another device, on which it goes on."""
+        recording = getattr(self._pool, "recording", None)
+        if recording is None:
+            return [tensor.to(place, non_blocking=True) for tensor in states]
+        sent: list[Tensor] = recording.cut(states, place)
+        return sent
 
     def wait(self) -> None:
         """Make the current stream wait for what graphs still do on another one."""

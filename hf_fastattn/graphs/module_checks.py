@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from hf_fastattn.parallel.shards import shard_of
+from hf_fastattn.parallel.understood import is_understood
 from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
@@ -57,7 +57,8 @@ def why_not_module(module: nn.Module, device: torch.device) -> str | None:
 
 def why_not_called(module: nn.Module, device: torch.device) -> str | None:
     """Why a call of the module may run more than the forward of its class."""
-    if runs_class_forward(module, device) or is_compiled_module(module) or shard_of(module) is not None:
+    # Of a module that is spread over ranks this is known at once.
+    if is_understood(module) or runs_class_forward(module, device) or is_compiled_module(module):
         return None
     state, kind = vars(module), type(module)
     if "_hf_hook" in state:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,8 +133,22 @@ class StaticInputs:
             # Transformers passes a 4-D mask on as it is; our attention ignores it.
             self.mask = torch.zeros(1, 1, 1, 1, device=device)
             self._packed = torch.zeros(size, dtype=torch.int32, device=device)
-        self._staging = UploadRing(size, device)
         self._uploaded: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def _staging(self) -> UploadRing:
+        # Pinning memory takes milliseconds, and inputs that follow others are not written from the host.
+        return UploadRing(len(self._packed), self.shape.device)
+
+    def on(self, device: torch.device) -> StaticInputs:
+        """What layers on another device read of these inputs, all but tokens, once they `follow` them."""
+        shape = replace(self.shape, tokens="input_ids", dtype=torch.int64, features=(), device=device)
+        return StaticInputs(shape, self.columns, self.windows)
+
+    def follow(self, other: StaticInputs) -> None:
+        """Hold what `other`, on another device, holds; nobody waits on the host."""
+        self.position_ids.copy_(other.position_ids, non_blocking=True)
+        self._packed.copy_(other._packed, non_blocking=True)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the decoder's forward."""

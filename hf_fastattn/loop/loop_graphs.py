@@ -73,8 +73,6 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self.row_states: RowStates | None = None
         self.copies: WeightCopies | None = None
         self._stacks: dict[Names, Refreshed | None] = {}
-        # Of layers on other devices than that of `state`.
-        self._workspaces: dict[torch.device, Workspace] = {}
         # The devices that steps pass through.
         self._route: tuple[torch.device, ...] = ()
 
@@ -84,7 +82,6 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self._failed.clear()
         self.state = self.readback = self.copies = self.row_states = None
         self._stacks = {}
-        self._workspaces = {}
 
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
@@ -206,12 +203,6 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self.wait()
         return self.state
 
-    def workspace_on(self, place: torch.device) -> Workspace:
-        """The workspace of a step's layers on one of its devices."""
-        held = self._workspaces.get(place, self.workspace)
-        assert held is not None
-        return held
-
     def ahead(self, launch: Callable[[], None]) -> None:
         """Launch what comes before a step's first graph."""
         recording = getattr(self._pool, "recording", None)
@@ -219,14 +210,6 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
             launch()
         else:
             recording.ahead(launch)
-
-    def send(self, states: Sequence[Tensor], place: torch.device) -> list[Tensor]:
-        """Hidden states of a step on another device."""
-        recording = getattr(self._pool, "recording", None)
-        if recording is None:
-            return [tensor.to(place, non_blocking=True) for tensor in states]
-        sent: list[Tensor] = recording.cut(states, place)
-        return sent
 
     def row_states_for(self, cache: PagedCache, rows: int, moves: bool) -> RowStates:
         """Slots for the states that the layers of a cache hold, taken out of it, for steps of up to `rows` rows.

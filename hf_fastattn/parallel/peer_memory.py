@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# Rows of a sum that the slots hold; more are summed by NCCL, whose rate is higher.
-MOST_ROWS = 64
+# Rows of a sum that the slots hold, and bytes that a rank reads of those of the others; more are summed by NCCL, in whose
+# sums each byte crosses twice, however many ranks there are. Four H200 took as long either way at about this size.
+MOST_ROWS, MOST_READ = 64, 2**20
 # Looks at a flag in the first sums: some seconds, in which the other ranks compile the kernel too.
 LOOKS_IN_TRIAL = 1 << 24
 # Multicast over NVLink is not needed here, and setting it up can fail where plain reads between GPUs work.
@@ -85,7 +86,8 @@ class PeerMemory:
 
     def takes(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         """Whether a sum of this size is made here."""
-        return 0 < rows <= MOST_ROWS and columns == self.hidden and dtype is self.dtype
+        read = (len(self.flags) - 1) * rows * columns * dtype.itemsize
+        return 0 < rows <= MOST_ROWS and read <= MOST_READ and columns == self.hidden and dtype is self.dtype
 
     def part(self, slot: int, rows: int) -> Tensor:
         """`[rows, hidden]`: where this rank's part of a sum goes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.parallel.all_reduce import all_gather
 from hf_fastattn.parallel.peer_memory import PeerMemory, is_right, places_of, why_not_peers
-from hf_fastattn.parallel.shards import ROWS, group_of, shards_of, why_not_understood
+from hf_fastattn.parallel.understood import group_of, sums_of, why_not_understood
 from hf_fastattn.parallel.watch import RankFailedError, Watch
 
 logger = logging.getLogger("hf_fastattn")
@@ -87,9 +87,8 @@ class Ranks:
             return
         self._asked = True
         places = self.gathered(places_of(self._device))
-        rows = sum(shard.kind == ROWS for shard in shards_of(model))
         reason = why_not_peers(places, self._device)
-        if reason is None and (rows % 2 or model.dtype not in (torch.bfloat16, torch.float16, torch.float32)):
+        if reason is None and (sums_of(model) % 2 or model.dtype not in (torch.bfloat16, torch.float16, torch.float32)):
             # Slots take turns, also from the last sum of a forward to the first one of the next.
             reason = "an odd number of sums"
         memory = None

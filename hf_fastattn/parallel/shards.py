@@ -2,13 +2,12 @@
 
 Transformers replaces `forward` of a sharded module by a function that calls the original one on the shard and then sums or
 gathers over the ranks; weights are DTensors. The function's variables say which style of the plan it belongs to. A style
-that is not known here, or known with other layouts, is not understood: `shard_of` has None for it, `why_not_understood` a
+that is not known here, or known with other layouts, is not understood: `shard_of` has None for it, `understood.py` a
 reason.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,9 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_fastattn.wrappers import RANKS as PLAN
-from hf_fastattn.wrappers import below_replicated, is_called_as_ever, is_class_forward, origin_of
-
-DISTRIBUTED = "transformers.distributed."
+from hf_fastattn.wrappers import is_called_as_ever, is_class_forward, origin_of
 
 # Kinds of shards. Calling a layer of which a rank holds
 COLUMNS = "columns"  # some output features: gives these;
@@ -26,7 +23,6 @@ ROWS = "rows"  # some input features: gives the sum of all ranks' products, and 
 GATHERED = "gathered"  # some output features: gives those of all ranks, side by side;
 VOCABULARY = "vocabulary"  # some rows of an embedding: gives the sum of what all ranks find.
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Dimension of the weight that is cut.
 CUT = {COLUMNS: 0, ROWS: 1, GATHERED: 0, VOCABULARY: 0}
 
@@ -77,7 +73,7 @@ def shard_of(module: nn.Module) -> Shard | None:
         )  # fmt: skip
     if looked_at.kind is None:
         return None
-    return Shard(looked_at.kind, local_of(weight), local_of(bias), looked_at.size, looked_at.mesh.get_group())
+    return Shard(looked_at.kind, local_of(weight), local_of(bias), looked_at.size, looked_at.group)
 
 
 class _Look(NamedTuple):
@@ -88,7 +84,7 @@ class _Look(NamedTuple):
     bias: weakref.ref[Any] | None
     kind: str | None
     size: int
-    mesh: Any
+    group: Any
 
     def is_of(self, forward: Any, weight: Any, bias: Any) -> bool:
         same = self.forward is forward and self.weight() is weight
@@ -100,54 +96,21 @@ _looked_at: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
 
 
 def _understood(module: nn.Module, forward: Any, weight: Any, bias: Any) -> tuple[str | None, int, Any]:
-    """Kind of a module's shard, None if it is not understood; size of the dimension that is cut; mesh of the ranks."""
+    """Kind of a module's shard, None if it is not understood; size of the dimension that is cut; group of the ranks."""
     nothing = None, 0, None
-    held = _plan_variables(module, forward)
+    held = plan_variables(module, forward)
     kind = None if held is None else _kind(type(module), held["self"])
     if held is None or kind is None:
         return nothing
     mesh = held["mesh"]
-    if mesh.ndim != 1 or not _is_cut(weight, mesh, CUT[kind]):
+    if mesh.ndim != 1 or not is_cut(weight, mesh, CUT[kind]):
         return nothing
-    if bias is not None and not (_is_cut(bias, mesh, 0) if kind != ROWS else _is_same_everywhere(bias, mesh)):
+    if bias is not None and not (is_cut(bias, mesh, 0) if kind != ROWS else _is_same_everywhere(bias, mesh)):
         return nothing
     size = weight.shape[CUT[kind]]
     if not local_of(weight).numel() or (kind == GATHERED and size % mesh.size()):
         return nothing
-    return nothing if getattr(module, "max_norm", None) is not None else (kind, size, mesh)
-
-
-def why_not_understood(model: nn.Module) -> str | None:
-    """Why a model that is spread over ranks has to run as Transformers would run it; None if it is understood, or whole."""
-    groups = set()
-    sharded = False
-    for module in model.modules():
-        state = vars(module)
-        spread = any(is_distributed(tensor) for tensor in state["_parameters"].values())
-        forward = state.get("forward")
-        planned = forward is not None and origin_of(forward).startswith(DISTRIBUTED)
-        if not spread and not planned:
-            continue
-        shard = shard_of(module)
-        if shard is not None:
-            sharded = True
-            groups.add(shard.group)
-        elif spread or below_replicated(forward) is None:
-            return f"tensor parallel: {_described(module, forward)} is not understood"
-    if not sharded:
-        return None
-    if len(groups) > 1:
-        return "tensor parallel: layers are spread over different groups of processes"
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        return "tensor parallel: adapters on layers that are spread over ranks"
-    return next((reason for reason in map(_why_not_heads, model.modules()) if reason is not None), None)
-
-
-def group_of(model: nn.Module) -> Any:
-    """The process group that an understood model is spread over; None if it is whole."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return None
-    return next((shard.group for module in model.modules() if (shard := shard_of(module)) is not None), None)
+    return nothing if getattr(module, "max_norm", None) is not None else (kind, size, mesh.get_group())
 
 
 def shards_of(model: nn.Module) -> Iterator[Shard]:
@@ -155,19 +118,19 @@ def shards_of(model: nn.Module) -> Iterator[Shard]:
     return (shard for module in model.modules() if (shard := shard_of(module)) is not None)
 
 
-def _plan_variables(module: nn.Module, forward: Any) -> dict[str, Any] | None:
+def plan_variables(module: nn.Module, forward: Any) -> dict[str, Any] | None:
     """What the function that a style of the plan put in the place of the class's forward refers to."""
     code = getattr(forward, "__code__", None)
     # By its code, not by its name: `functools.wraps` gives that to anything.
     if code is None or code.co_name != "tp_forward" or origin_of(forward) != PLAN:
         return None
-    held = _variables(forward)
+    held = variables_of(forward)
     if not {"self", "module", "mesh", "original_forward"} <= held.keys() or held["module"] is not module:
         return None
     return held if is_class_forward(module, held["original_forward"]) else None
 
 
-def _variables(function: Any) -> dict[str, Any]:
+def variables_of(function: Any) -> dict[str, Any]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells}
 
@@ -193,43 +156,19 @@ def _kind(kind: Any, style: Any) -> str | None:
     return ROWS if name == "RowwiseParallel" and (taken, given) == (Cut(-1), Replicate()) else None
 
 
-def _is_cut(tensor: Any, mesh: Any, dim: int) -> bool:
-    """Whether it is a DTensor over the mesh, cut along `dim` and nothing else."""
+def is_cut(tensor: Any, mesh: Any, dim: int, halves: int = 1) -> bool:
+    """Whether it is a DTensor over the mesh, cut along `dim` and nothing else; of each of so many `halves` as much."""
     if not is_distributed(tensor) or tensor.device_mesh != mesh or len(tensor.placements) != 1:
         return False
     placement = tensor.placements[0]
-    return type(placement).__name__ == "Shard" and placement.dim % tensor.ndim == dim
+    if halves > 1:
+        fits = type(placement).__name__ == "_StridedShard" and placement.split_factor == halves
+    else:
+        fits = type(placement).__name__ == "Shard"
+    return fits and placement.dim % tensor.ndim == dim
 
 
 def _is_same_everywhere(tensor: Any, mesh: Any) -> bool:
     if not is_distributed(tensor):
         return True
     return tensor.device_mesh == mesh and all(placement.is_replicate() for placement in tensor.placements)
-
-
-def _why_not_heads(module: nn.Module) -> str | None:
-    """Whether an attention has whole heads on this rank, as many for each key head as on one device."""
-    dim = getattr(module, "head_dim", None)
-    linears: list[Any] = [module._modules.get(name) for name in PROJECTIONS]
-    if not isinstance(dim, int) or None in linears:
-        return None
-    shards = [shard for linear in linears if (shard := shard_of(linear)) is not None]
-    if not shards:
-        return None
-    if [shard.kind for shard in shards] != [COLUMNS, COLUMNS, COLUMNS, ROWS]:
-        return f"tensor parallel: of the projections of a {type(module).__name__} only some are cut"
-    q, k, v, o = (shard.weight.shape[CUT[shard.kind]] for shard in shards)
-    ratio = getattr(module, "num_key_value_groups", 1)
-    # A head with an output gate has it beside its queries.
-    gated = linears[0].out_features // (linears[1].out_features * ratio)
-    if k % dim or not v == k or not q == k * ratio * gated or not o == k * ratio:
-        ranks = shards[0].group.size()
-        return f"tensor parallel: {linears[1].out_features // dim} key heads over {ranks} ranks"
-    return None
-
-
-def _described(module: nn.Module, forward: Any) -> str:
-    held = {} if forward is None or getattr(forward, "__closure__", None) is None else _variables(forward)
-    style = held.get("self")
-    how = "" if style is None else f"{type(style).__name__} on "
-    return f"{how}a {type(module).__name__}"

@@ -73,6 +73,7 @@ def down_sum(
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     tile: ProductTile | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum over the experts of each token; see `reference.down_sum`.
 
@@ -86,6 +87,7 @@ def down_sum(
         weights_settled: no launch that may still be running writes a weight, and the launch ahead is `gate_up_silu` of the
             same routing: its weights are read before that one has ended.
         tile: launch configuration, for measuring; by default that of `configs.down_tile`.
+        out: `[T, H]` of that dtype, contiguous, to be written and returned.
 
     Returns:
         `[T, H]`, contiguous.
@@ -95,7 +97,9 @@ def down_sum(
     """
     check_down(states, routing, down_proj, residual, shared, FEW_TOKENS)
     (tokens, top_k, inner), hidden = states.shape, down_proj.shape[1]
-    y = torch.empty((tokens, hidden), dtype=states.dtype, device=states.device)
+    if out is not None and (out.shape != (tokens, hidden) or out.dtype is not states.dtype or not out.is_contiguous()):
+        raise ValueError(f"out {tuple(out.shape)}, {out.dtype}, must be {[tokens, hidden]}, {states.dtype} and contiguous")
+    y = torch.empty((tokens, hidden), dtype=states.dtype, device=states.device) if out is None else out
     if not tokens:
         return y
     arch = arch_of(states.device)

@@ -24,16 +24,18 @@ def mixture(
     sums: SplitSums | None = None,
     weights_settled: bool = False,
     hopper: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum over the experts of each token, `[T, H]`; arguments as of `few.gate_up_silu` and `few.down_sum`.
 
     Args:
         hopper: take the Gluon kernels where they are quicker; see `backends.gluon_experts`.
+        out: where the sum of few tokens goes, `[T, H]`; of more it goes elsewhere all the same.
     """
     options: dict[str, Any] = {"residual": residual, "shared": shared}
     if routing.counts is None:
         states = few.gate_up_silu(x, routing, gate_up_proj)
-        return few.down_sum(states, routing, down_proj, sums=sums, weights_settled=weights_settled, **options)
+        return few.down_sum(states, routing, down_proj, sums=sums, weights_settled=weights_settled, out=out, **options)
     if hopper and _pays_on_hopper(x, routing, gate_up_proj, down_proj):
         from hf_fastattn.kernels.experts import hopper_grouped
         from hf_fastattn.kernels.experts.sorted_rows import sort_rows

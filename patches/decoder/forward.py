@@ -276,7 +276,14 @@ def _replayed(
     """The output by way of `ForwardGraphs`; None if layers are launched one by one, or another thread has the turn."""
     turn = state.runtime.turn
     if turn.is_mine():
-        return state.runtime.graphs.run(self, arguments, cache, kwargs, fused_forward, state.runtime.counters, why_not)
+        graphs = state.runtime.graphs
+        if graphs.is_spread:
+            # What a call before may have written to is read again.
+            state.runtime.rotary_copies.refresh()
+        return graphs.run(
+            self, arguments, cache, kwargs, fused_forward, state.runtime.counters, why_not,
+            lambda: why_not_walked(self, arguments),
+        )  # fmt: skip
     return (turn.take(0), _replayed(self, state, arguments, cache, kwargs, why_not) if turn.is_mine() else None)[1]
 
 

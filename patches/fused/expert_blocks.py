@@ -30,7 +30,7 @@ def block_forward(self: Any, hidden_states: Tensor) -> Tensor:
     products = None if state is None else _products_for(self, state, hidden_states)
     kinds = None if products is None else products.names.mixture
     held = None if kinds is None else held_in(self, kinds, hidden_states.device, hidden_states.dtype)
-    if products is None or held is None:
+    if products is None or held is None or held.group is not None:
         out: Tensor = original_forward(self)(hidden_states)
         return out
     # Not before: it imports Triton.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_fastattn.autocast import region_dtype
+from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.patches.family import LayerNames, MixtureNames
 from hf_fastattn.patches.modules.plain_copies import STATE
@@ -25,6 +26,7 @@ from hf_fastattn.patches.modules.plain_modules import (
     is_silu,
     layers_of,
     linear_parameters,
+    plain_expert_shard,
 )
 from hf_fastattn.patches.modules.product_layers import runs_our_forward
 
@@ -53,6 +55,7 @@ class HeldExperts(NamedTuple):
         normalise: their weights add up to 1.
         gate_up: `[E, 2 I, H]`; `down: [E, H, I]`.
         shared: a shared expert, and `gate: [1, H]` of it, if there is one.
+        group: of the ranks that hold the other parts of every expert, if they do; a shared expert is whole on each.
     """
 
     router: Tensor
@@ -62,6 +65,7 @@ class HeldExperts(NamedTuple):
     down: Tensor
     shared: nn.Module | None
     gate: Tensor | None
+    group: Any = None
 
 
 def held_experts(block: Any, names: LayerNames, device: torch.device, dtype: torch.dtype) -> HeldExperts | None:
@@ -89,12 +93,14 @@ def held_in(block: Any, kinds: MixtureNames, device: torch.device, dtype: torch.
     # Hooks that Transformers left there record nothing in a forward that is not asked for router logits.
     if router is None or not is_plain_layer(router, kinds.router, device) or set(router._parameters) != {"weight"}:
         return None
-    if experts is None or not is_plain(experts, kinds.experts, device) or not _computes_as_written(experts, device):
+    part = None if experts is None else plain_expert_shard(experts, kinds.experts)
+    known = part is not None or (experts is not None and is_plain(experts, kinds.experts, device))
+    if experts is None or not known or not _computes_as_written(experts, device):
         return None
     weight, held = router._parameters["weight"], experts._parameters
     if set(held) != {"gate_up_proj", "down_proj"}:
         return None
-    gate_up, down = held["gate_up_proj"], held["down_proj"]
+    gate_up, down = (held["gate_up_proj"], held["down_proj"]) if part is None else part[:2]
     if not all(is_plain_tensor(tensor, device, (dtype,)) for tensor in (weight, gate_up, down)):
         return None
     assert weight is not None and gate_up is not None and down is not None
@@ -108,7 +114,9 @@ def held_in(block: Any, kinds: MixtureNames, device: torch.device, dtype: torch.
         if linear is None or linear[1] is not None or linear[0].shape != (1, hidden):
             return None
         gate = linear[0]
-    return HeldExperts(weight, router.top_k, getattr(router, "norm_topk_prob", True), gate_up, down, shared, gate)
+    group = None if part is None else part.group
+    normalise = getattr(router, "norm_topk_prob", True)
+    return HeldExperts(weight, router.top_k, normalise, gate_up, down, shared, gate, group)
 
 
 def why_not_captured(model: Any, steps: bool = True) -> str | None:
@@ -124,7 +132,7 @@ def why_not_captured(model: Any, steps: bool = True) -> str | None:
         return MIXTURE
     device, dtype, narrowed = decoder.device, decoder.dtype, region_dtype(decoder.device) is not None
     for layer in layers_of(decoder):
-        mlp = layer._modules.get("mlp")
+        device, mlp = place_of(layer, device), layer._modules.get("mlp")
         if mlp is None:
             return MIXTURE
         ours = is_plain(mlp, names.mlp, device) or (not narrowed and held_experts(mlp, names, device, dtype) is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import get_rank
 
 from hf_fastattn.kernels.experts.configs import FEW_TOKENS
 from hf_fastattn.kernels.experts.mixture import mixture
@@ -29,25 +30,36 @@ def add_mixture(
     # A norm that was called may have given another dtype.
     if normed.dtype is not held.down.dtype or x.dtype is not normed.dtype:
         return x, products.call(block, normed)
-    return mixed(held, normed, products, x), None
+    if held.group is None:
+        return mixed(held, normed, products, x), None
+    return x, products.summed_part(lambda out: _mixture(held, normed, products, out=out), held.group, normed)
 
 
 def mixed(held: HeldExperts, normed: Tensor, products: Products, residual: Tensor | None = None) -> Tensor:
-    """What a block that holds `held` makes of `normed: [T, H]`, with the residual stream if it is given."""
+    """What a block that holds `held`, whole, makes of `normed: [T, H]`, with the residual stream if it is given."""
+    return _mixture(held, normed, products, residual=residual)
+
+
+def _mixture(
+    held: HeldExperts, normed: Tensor, products: Products, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The same, or this rank's part of it, to `out` if it is given."""
     kinds = products.names.mixture
     assert kinds is not None
     options: dict[str, Any] = {"sums": products.split_sums(), "weights_settled": True}
+    # A shared expert is whole on every rank, and is to be in the sum once.
+    adds_shared = held.shared is not None and (held.group is None or get_rank(held.group) == 0)
     routing = route(
         normed,
         held.router,
         held.top_k,
         normalise=held.normalise,
         rounds_weights=kinds.rounds_weights,
-        gate_weight=held.gate,
+        gate_weight=held.gate if adds_shared else None,
         **options,
     )
-    shared = None if held.shared is None else _shared_expert(held.shared, normed, products)
-    options |= {"residual": residual, "shared": shared, "hopper": products.hopper}
+    shared = _shared_expert(held.shared, normed, products) if adds_shared else None
+    options |= {"residual": residual, "shared": shared, "hopper": products.hopper, "out": out}
     return mixture(normed, routing, held.gate_up, held.down, **options)
 
 

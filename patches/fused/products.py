@@ -35,7 +35,14 @@ from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
-from hf_fastattn.patches.modules.plain_modules import is_plain_tensor, is_silu, norm_eps, norm_weight, plain_shard
+from hf_fastattn.patches.modules.plain_modules import (
+    is_plain_tensor,
+    is_silu,
+    linear_parameters,
+    norm_eps,
+    norm_weight,
+    plain_shard,
+)
 
 
 class Held(NamedTuple):
@@ -180,6 +187,19 @@ class Products:
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
         return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
 
+    def summed_part(self, compute: Callable[[Tensor | None], Tensor], group: Any, like: Tensor) -> Delta:
+        """The sum over ranks of `[T, H]` parts, at once, or left to the norm that adds it.
+
+        Args:
+            compute: gives this rank's part, where it was told to write it or elsewhere.
+            like: of the shape and dtype of a part.
+        """
+        memory = self._peers
+        if memory is None or self.narrowed or not memory.takes(self.tokens, like.shape[1], like.dtype):
+            return self._sum_of(compute(None), None, group)
+        out, slot = self._in_slot(memory, compute)
+        return PeerSum(memory, out, slot, None, group)
+
     def _summed(self, part: Shard, states: Tensor) -> Tensor:
         """The sum over ranks of the products of their `states: [T, K]`, and the bias once; `[T, N]`."""
         return self._sum_of(self._product_of(part.weight, states), part.bias, part.group)
@@ -195,13 +215,18 @@ class Products:
         memory, weight = self._peers, part.weight
         if memory is None or self.narrowed or not memory.takes(self.tokens, weight.shape[0], states.dtype):
             return None
+        out, slot = self._in_slot(memory, lambda out: self._product_of(weight, states, out=out))
+        return PeerSum(memory, out, slot, part.bias, part.group)
+
+    def _in_slot(self, memory: PeerMemory, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        """What is computed, in the slot whose turn it is, and the number of that."""
         slot, self._slot = self._slot, 1 - self._slot
         out = memory.part(slot, self.tokens)
-        product = self._product_of(weight, states, out=out)
+        part = compute(out)
         # Nor may anything be written in a rehearsal, while another rank reads the slot.
-        if product.data_ptr() != out.data_ptr() and not is_under_way():
-            out.copy_(product)
-        return PeerSum(memory, out, slot, part.bias, part.group)
+        if part.data_ptr() != out.data_ptr() and not is_under_way():
+            out.copy_(part)
+        return out, slot
 
     def _gathered(self, part: Shard, x: Tensor) -> Tensor:
         """The products of `x: [T, K]` with all ranks' columns, `[T, N]`."""
@@ -284,8 +309,13 @@ class Products:
             product = self._apply(linear._modules["base_layer"], x)
             return add_by_row(product, x, held.members, self._tokens_adapters.numbers)
         if held is None or self._copies is None or held.weight.dtype is not dtype or held.members:
-            return self.call(linear, x)
+            return self._called(linear, x)
         return functional.linear(x.to(dtype), held.weight, None if held.bias is None else held.bias.to(dtype))
+
+    def _called(self, linear: Any, x: Tensor) -> Tensor:
+        """What calling the layer gives, `[T, N]`; of a plain one without the call, whose hooks take the host longer."""
+        held = None if self.narrowed else linear_parameters(linear, x.device, (x.dtype,))
+        return self.call(linear, x) if held is None else functional.linear(x, *held)
 
     def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.

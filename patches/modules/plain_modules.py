@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, is_compiled_module
+from hf_fastattn.parallel.expert_shards import ExpertShard, expert_shard_of
 from hf_fastattn.parallel.shards import COLUMNS, Shard, shard_of
 from hf_fastattn.wrappers import runs_class_forward
 
@@ -101,6 +102,14 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
 def plain_shard(module: nn.Module) -> Shard | None:
     """This rank's part of a layer that is spread over ranks, if calling it does nothing but what its kind says."""
     return None if module._forward_hooks or module._forward_pre_hooks else shard_of(module)
+
+
+def plain_expert_shard(module: nn.Module, name: str) -> ExpertShard | None:
+    """This rank's part of experts of the library's class `name`, if calling them does nothing but what the plan says."""
+    kind: Any = type(module)
+    if module._forward_hooks or module._forward_pre_hooks or not _is_library_class(kind, kind.forward, name):
+        return None
+    return expert_shard_of(module)
 
 
 def norm_weight(module: nn.Module, name: str, device: torch.device, dtypes: Dtypes) -> Tensor | None:

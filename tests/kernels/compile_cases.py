@@ -287,6 +287,7 @@ CASES = {
     "sum over 8 ranks, norm": Case(
         lambda: summed(8192, tokens=16, ranks=8), ("summed_norm_kernel",), programs=1, spilled=96
     ),
+    "sum over four ranks, norm": Case(lambda: summed(8192, ranks=4), ("summed_norm_kernel",), programs=1),
     "sum over ranks, norm, fp32": Case(lambda: summed(16384, FP32), ("summed_norm_kernel",), programs=1, spilled=48),
     "activation": Case(activation, ("silu_and_mul_kernel",), programs=8),
     "weights summed": Case(weights_summed, ("weight_sum_kernel",), programs=4),
@@ -380,6 +381,10 @@ CASES = {
     "experts, K = 16": Case(lambda: experts_of(1, 2048, 768, 128, 16), ONE, programs=2),
     "experts, I = 14336": Case(lambda: experts_of(1, 4096, 14336, 8, 2), ONE, programs=2),
     "experts, one token, fp32": Case(lambda: experts_of(1, 2048, 768, 128, 8, FP32), ONE, programs=2),
+    "experts in four parts": Case(
+        lambda: experts_of(1, 2048, 192, 128, 8), ONE_SHORT, programs=2, targets=("sm_90", "sm_100")
+    ),
+    "experts in four parts, 4 tokens": Case(lambda: experts_of(4, 2048, 192, 128, 8), SEVERAL, programs=1),
     "experts, 4 tokens": Case(lambda: experts_of(4, 2048, 768, 128, 8), SEVERAL, programs=1),
     "experts, 16 tokens": Case(lambda: experts_of(16, 2048, 768, 128, 8), SEVERAL, programs=1),
     "experts, 16 tokens, fp32": Case(lambda: experts_of(16, 2048, 768, 128, 8, FP32), SEVERAL, programs=1, exact=True),

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers.distributed import DistributedConfig
 
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, watch
-from hf_fastattn.parallel.shards import shards_of, why_not_understood
+from hf_fastattn.parallel.shards import local_of, shards_of
+from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import products
 from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
@@ -24,10 +26,14 @@ from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
 _models: dict[Any, Any] = {}
 
 
-def load(path: str, **options: Any) -> Any:
-    """The model in `path`, with this rank's shards of the weights."""
-    key = (path, tuple(options.items()))
+def load(path: str, by_expert: bool = False, **options: Any) -> Any:
+    """The model in `path`, with this rank's shards of the weights; `by_expert`: some experts, whole, and all else."""
+    key = (path, by_expert, tuple(options.items()))
     if key not in _models:
+        if by_expert:
+            count = torch.distributed.get_world_size()
+            config = DistributedConfig(tp_size=count, ep_size=count)
+            options = {"tp_plan": None, "distributed_config": config}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _models[key] = AutoModelForCausalLM.from_pretrained(path, **{"tp_plan": "auto", **options}).eval()
@@ -151,15 +157,50 @@ def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
         return one(model, {**call, "seed": call["seed"] + rank()})
 
 
-def generate_and_stock(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
-    """A call patched, and unpatched."""
-    found = generate(path, [dict(call)], False)
+def generate_and_stock(path: str, call: dict[str, Any], by_expert: bool = False) -> tuple[Any, Any]:
+    """A call patched, and unpatched; `by_expert`: a rank holds some experts, not a part of each."""
+    loading = {"by_expert": True} if by_expert else {}
+    found = generate(path, [dict(call)], False, **loading)
     with torch.no_grad():
-        return found, load(path).generate(**call)
+        return found, load(path, **loading).generate(**call)
+
+
+def errors_of_cut_heads(path: str, call: dict[str, Any]) -> tuple[str, str, Any, int]:
+    """What a call raises, patched and not; the reason that was counted; pages that are still held."""
+    model, texts = load(path), []
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True):
+        texts.append(_error_of(model, call))
+        report = hf_fastattn.report(model)
+    return texts[0], _error_of(model, call), next(iter(report.last_call.fallbacks), None), report.pages_in_use
+
+
+def _error_of(model: Any, call: dict[str, Any]) -> str:
+    try:
+        with torch.no_grad():
+            model.generate(**call)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def why_not(path: str) -> str | None:
     return why_not_understood(load(path))
+
+
+def reasons_after_changes(path: str) -> list[str | None]:
+    """Why the model is not understood: as it was loaded, with a wrapped forward, as before, with a weight of its own, as
+    before."""
+    model = load(path)
+    linear, found = model.model.layers[1].mlp.up_proj, [why_not_understood(model)]
+    forward, weight = linear.forward, linear._parameters["weight"]
+    linear.forward = lambda x: forward(x)
+    found.append(why_not_understood(model))
+    linear.forward = forward
+    found.append(why_not_understood(model))
+    linear._parameters["weight"] = torch.nn.Parameter(local_of(weight).clone())
+    found.append(why_not_understood(model))
+    linear._parameters["weight"] = weight
+    return [*found, why_not_understood(model)]
 
 
 def error_of_other_prompts(path: str, ids: Any, vocabulary: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,62 +10,17 @@ import torch
 
 import hf_fastattn
 from tests.parallel import ranks
-from tests.tools.models import VOCAB, padded_batch, pair_with_graphs, single, tiny
+from tests.parallel.calls import SAMPLED, assert_looped, calls_of, one_process
+from tests.tools.models import VOCAB, padded_batch, single
 from tests.tools.processes import Processes, processes
-from tests.tools.reexecuted import reexecuted_loop
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# End tokens that some rows meet early.
-ENDS = list(range(10, 18))
-SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 24, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Processes]:
     with processes(2) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder of a tiny model, made when it is first asked for."""
-    folder, made = tmp_path_factory.mktemp("models"), set()
-
-    def path(family: str, **over: Any) -> str:
-        name = "-".join((family, *(f"{key}{value}" for key, value in over.items())))
-        if name not in made:
-            tiny(family, **over).save_pretrained(folder / name)
-            made.add(name)
-        return str(Path(folder) / name)
-
-    return path
-
-
-def calls_of(family: str) -> list[dict[str, Any]]:
-    return [
-        {**padded_batch(), "max_new_tokens": 24, "do_sample": False},
-        {**padded_batch(9, 37), "max_new_tokens": 40, "do_sample": False, "eos_token_id": ENDS},
-        {**padded_batch(), **SAMPLED},
-        {**single(), **SAMPLED, "num_return_sequences": 5, "eos_token_id": ENDS},
-        {**padded_batch(2), "max_new_tokens": 12, "num_beams": 3, "do_sample": False},
-    ]
-
-
-def one_process(family: str, calls: list[dict[str, Any]], **over: Any) -> list[torch.Tensor]:
-    """Stock's tokens, and of samples, which are not stock's, those of a patched model."""
-    stock, model = pair_with_graphs(family, **over)
-    found = []
-    with reexecuted_loop(), torch.no_grad():
-        for call in calls:
-            options = dict(call)
-            torch.manual_seed(options.pop("seed", 0))
-            found.append((model if options["do_sample"] else stock).generate(**options))
-    return found
-
-
-def assert_looped(call: Any) -> None:
-    assert call.fast_loops == 1 and call.graphs_replayed > 0
-    assert not call.fallbacks and not call.uncaptured and not call.not_looped, call
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["called", "fused"])
@@ -118,9 +72,9 @@ def test_ranks_draw_by_rank_0_s_seed(two: Processes, saved: Any) -> None:
     assert call_0.fast_loops == call_1.fast_loops == 1
 
 
-def test_a_plan_with_experts_runs_transformers_own_path(two: Processes, saved: Any) -> None:
+def test_whole_experts_on_each_rank_run_transformers_own_path(two: Processes, saved: Any) -> None:
     calls = [{**padded_batch(), "max_new_tokens": 8, "do_sample": False}]
-    for (found,), stock in two.run(ranks.generate_and_stock, saved("qwen3_moe"), calls[0]):
+    for (found,), stock in two.run(ranks.generate_and_stock, saved("qwen3_moe"), calls[0], True):
         assert torch.equal(found[0], stock)
         reasons = list(found[1].fallbacks)
         assert len(reasons) == 1 and "tensor parallel" in reasons[0] and "Experts" in reasons[0]
@@ -130,6 +84,12 @@ def test_a_plan_with_experts_runs_transformers_own_path(two: Processes, saved: A
 def test_a_head_that_is_cut_is_refused(two: Processes, saved: Any) -> None:
     for reason in two.run(ranks.why_not, saved("llama", num_key_value_heads=1)):
         assert reason == "tensor parallel: 1 key heads over 2 ranks"
+
+
+def test_what_is_changed_after_it_was_looked_at(two: Processes, saved: Any) -> None:
+    for loaded, wrapped, unwrapped, replaced, restored in two.run(ranks.reasons_after_changes, saved("llama")):
+        assert loaded is None and unwrapped is None and restored is None
+        assert "is not understood" in wrapped and "is not understood" in replaced
 
 
 def test_other_prompts_on_another_rank_are_an_error(two: Processes, saved: Any) -> None:

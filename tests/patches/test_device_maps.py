@@ -22,10 +22,11 @@ import hf_fastattn
 from hf_fastattn.graphs.placement import SEVERAL, route_of
 from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.loop.loop_graphs import LoopGraphs
+from tests.kernels.cases import assert_close
 from tests.loop.test_decode_loop import ENDS, Collect, assert_looped, run
 from tests.patches.snapshots import lora, snapshot
 from tests.tools.fused_layers import assert_fused, build, count_launches
-from tests.tools.models import assert_fast, patch_with_graphs, single, tiny
+from tests.tools.models import assert_fast, padded_batch, patch_with_graphs, single, tiny
 from tests.tools.reexecuted import ReadBack, reexecuted_loop
 from tests.tools.spread import spread
 
@@ -107,6 +108,28 @@ def test_layers_are_not_called(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert moved.total() <= (20 if gpus else 8 * (NEW + 2))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_prompts(way: str, gpus: bool) -> None:
+    """Recorded when their size comes up again, whatever they hold."""
+    stock, model = both(gpus=gpus, **WAYS[way])
+    counts = []
+    for seed in range(4):
+        batch = padded_batch(seed=seed)
+        assert torch.equal(run(model, 4, **batch), run(stock, 4, **batch))
+        call = assert_looped(model)
+        counts.append((call.appends_captured, call.appends_replayed))
+    assert counts == [(0, 0), (1, 1), (0, 1), (0, 1)]
+
+
+def test_steps_of_transformers_own_loop(gpus: bool) -> None:
+    """Recorded from device to device too."""
+    stock, model = both(gpus=gpus)
+    assert torch.equal(run(model, NEW, num_beams=3), run(stock, NEW, num_beams=3))
+    call = hf_fastattn.report(model).last_call
+    assert call.not_looped == {SEVERAL: 1} and not call.uncaptured
+    assert call.graphs_captured == 1 and call.graphs_replayed > NEW // 2
+
+
 def test_each_layer_reads_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[int] = Counter()
     attend = ReadBack.attend
@@ -121,7 +144,9 @@ def test_each_layer_reads_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None
         run(model, NEW)
     first, second = (model._fastattn.runtime.loop_graphs.state.inputs[torch.device(place)] for place in ("cpu", "cpu:0"))
     # One that warms up, and the steps.
-    assert read == {first.tables.data_ptr(): NEW, second.tables.data_ptr(): 2 * NEW}
+    assert (read.pop(first.tables.data_ptr()), read.pop(second.tables.data_ptr())) == (NEW, 2 * NEW)
+    # The prompt has tensors of its own on both.
+    assert sorted(read.values()) == [1, 2]
 
 
 @pytest.mark.interpreter
@@ -303,7 +328,9 @@ def test_a_returned_cache(gpus: bool) -> None:
             side(out.sequences[:, -1:], past_key_values=out.past_key_values).logits
             for side, out in ((stock, want), (model, got))
         ]
-    torch.testing.assert_close(*more)
+    with torch.no_grad():
+        exact = tiny("llama").to(stock.device).double()(got.sequences).logits[:, -1:]
+    assert_close("logits", more[1], more[0], exact.to(more[0].device))
 
 
 def test_tied_weights(gpus: bool) -> None:
@@ -316,7 +343,22 @@ def test_mixtures_of_experts(gpus: bool) -> None:
     stock, model = both("qwen3_moe", gpus)
     assert torch.equal(run(model, NEW), run(stock, NEW))
     call = assert_fast(model)
-    assert call.fast_loops == 0 and SEVERAL in call.not_looped
+    assert call.fast_loops == 0 and call.not_looped == {SEVERAL: 1} and call.uncaptured == {SEVERAL: NEW - 1}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_hook_that_was_there_once(family: str, gpus: bool) -> None:
+    """While it is there Transformers' layers run; then it is as before, for layers that cross devices and others."""
+    stock, model = both(family, gpus)
+    want = run(stock, NEW)
+    for hooked in (False, True, False, False):
+        handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: None) if hooked else None
+        for _ in range(2):
+            assert torch.equal(run(model, NEW), want)
+        if handle is not None:
+            handle.remove()
+    assert_fast(model)
+    assert hf_fastattn.report(model).last_call.appends_replayed == (1 if family == "llama" else 0)
 
 
 def test_offloaded_beside(tmp_path: Path) -> None:

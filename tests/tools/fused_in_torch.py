@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.experts import reference as experts
+from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.lora import Adapter, check_adapters
-from hf_fastattn.patches.fused import forward, products
+from hf_fastattn.patches.fused import forward, mixture, products
 
 
 @contextmanager
@@ -26,6 +28,10 @@ def fused_in_torch() -> Iterator[None]:
             ("silu_and_mul", reference.silu_and_mul),
         ):  # fmt: skip
             patch.setattr(products, name, operation)
+            if hasattr(mixture, name):
+                patch.setattr(mixture, name, operation)
+        patch.setattr(mixture, "route", _route)
+        patch.setattr(mixture, "mixture", _mixture)
         yield
 
 
@@ -53,6 +59,21 @@ def _adapted(x: Tensor, y: Tensor, one: Adapter | None, numbers: Tensor | None) 
 
 def _gate_up_silu(x: Tensor, w_gate: Tensor, w_up: Tensor, **options: Any) -> Tensor:
     return reference.silu_and_mul(*_matvec(x, (w_gate, w_up), **options))
+
+
+def _route(
+    x: Tensor, weight: Tensor, top_k: int, *, sums: Any = None, weights_settled: bool = False, **options: Any
+) -> Routing:
+    return experts.route(x, weight, top_k, **options)
+
+
+def _mixture(
+    x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, *, residual: Tensor | None = None,
+    shared: Tensor | None = None, out: Tensor | None = None, **_: Any,
+) -> Tensor:  # fmt: skip
+    states = experts.gate_up_silu(x, routing, gate_up_proj)
+    total = experts.down_sum(states, routing, down_proj, residual=residual, shared=shared)
+    return total if out is None else out.copy_(total)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: Any = None, **_: Any) -> Tensor:

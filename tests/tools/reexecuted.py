@@ -14,7 +14,8 @@ from triton import knobs
 
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.graphs.forward_graphs import Entry, ForwardGraphs
+from hf_fastattn.graphs.forward_entry import Entry
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
@@ -220,6 +221,7 @@ def reexecuted() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ForwardGraphs, "forward_type", ReexecutedStep)
+        patch.setattr(ForwardGraphs, "staged_type", ReexecutedStep)
         patch.setattr(Entry, "launcher", launcher_of_what_was_captured)
         patch.setattr(StaticInputs, "batch", batch)
         yield

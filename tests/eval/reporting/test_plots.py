@@ -25,7 +25,7 @@ DRAW = {
     "speed": draw_speed,
 }
 # These are tables alone.
-NOT_DRAWN = ("matrix", "rollouts", "experts")
+NOT_DRAWN = ("matrix", "rollouts", "experts", "ranks")
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith(NOT_DRAWN))
 
 

@@ -187,6 +187,16 @@ def test_tiles_of_sorted_pairs() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_sums_go_where_they_are_to(tokens: int) -> None:
+    layer = make_layer(tokens, 64, 24, 5)
+    routing, out = routed(layer, 2), torch.full((tokens + 1, 64), torch.nan, dtype=layer.x.dtype)
+    want = mixture(layer.x, routing, layer.gate_up_proj, layer.down_proj)
+    got = mixture(layer.x, routing, layer.gate_up_proj, layer.down_proj, out=out[:tokens])
+    assert got.data_ptr() == out.data_ptr() and torch.equal(out[:tokens], want) and out[tokens:].isnan().all()
+
+
+@pytest.mark.interpreter
 def test_no_tokens() -> None:
     layer = make_layer(0, 64, 32, 4)
     routing = router.route(layer.x, layer.weight, 2)
@@ -209,6 +219,8 @@ def test_what_does_not_fit_is_refused() -> None:
         few.down_sum(states, routing, layer.down_proj, residual=layer.x[:2])
     with pytest.raises(ValueError, match="gate"):
         few.down_sum(states, routing, layer.down_proj, shared=layer.x)
+    with pytest.raises(ValueError, match="out"):
+        few.down_sum(states, routing, layer.down_proj, out=layer.x[:2])
 
 
 def test_tiles_of_few_tokens() -> None:

@@ -1,0 +1,48 @@
+"""The report of a model that is spread over ranks, as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_fastattn.eval.reporting import report
+
+NOTES = """First: a call of one token; a token: the difference between calls of `1 + new` tokens and of one, over `new`; ms,
+medians of whole calls of `generate()`, on other prompts each. Systems are measured one after the other. Limit: reading this
+rank's weights and keys once, at the speed measured in the same run."""
+HEAD = ("case", "a token, ms", "limit", "first token, ms", "one GPU, a token", "first", "stock, a token", "first")
+SUM_NAMES = ("group", "group_norm", "peers_norm", "one_shot")
+SUMS = (
+    "rows", "bytes", "process group, back to back, us", "with residual and norm between",
+    "sum, residual and norm in one launch", "one-shot",
+)  # fmt: skip
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The whole report."""
+    settings = record["settings"]
+    lines = ["# A model over several GPUs", "", report.environment_lines(record), ""]
+    lines += [f"{settings['model']}, {settings['dtype']}, {settings['ranks']} ranks, `new` {settings['new']}"]
+    lines[-1] += f" (stock {settings['stock_new']}), {settings['pairs']} rounds. Sums of few rows: {record['peers']}."
+    lines += ["", NOTES, "", *_table(HEAD, [_cells(row) for row in record["cases"]]), ""]
+    if record["sums"]:
+        cells = [[str(row["rows"]), str(row["bytes"]), *(_shown(row[name]) for name in SUM_NAMES)] for row in record["sums"]]
+        lines += ["Sums over ranks, as replays of CUDA graphs of many:", "", *_table(SUMS, cells), ""]
+    lines += [f"- **RED** {row['name']}: {', '.join(row['problems'])}" for row in record["cases"] if row["problems"]]
+    lines += [f"- **{found['case']} failed**: {found['error']}" for found in record["failed"]]
+    return "\n".join(lines)
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [row["name"], _shown(row["ours"]["token_ms"]), _shown(row["limit_ms"]), _shown(row["ours"]["first_ms"])]
+    for other in ("one", "stock"):
+        cells += [_shown(None if row[other] is None else row[other][name]) for name in ("token_ms", "first_ms")]
+    return cells
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
