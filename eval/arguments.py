@@ -329,6 +329,22 @@ def add_batching(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for batching.md, .json and .png")
 
 
+def add_task_speed(made: argparse.ArgumentParser) -> None:
+    """lm-evaluation-harness's requests, answered by its own `HFLM` and by `FastLM` on a patched model in turn. Exits with 1
+    if ours is slower, computes a token twice, or leaves its own path."""
+    _add_model(made)
+    made.add_argument("--shape", choices=sorted(SHAPES), help="random weights of a known shape instead")
+    made.add_argument("--layers", type=positive, help="of such a shape (default: as many as it has)")
+    made.add_argument("--task", nargs="+", help="only these of the recorded tasks")
+    made.add_argument("--documents", type=positive, default=16, help="questions of each task (default: %(default)s)")
+    made.add_argument("--batch", type=positive, default=8, help="lm-evaluation-harness's batch size (default: %(default)s)")
+    made.add_argument("--length", type=positive, default=4096, help="most tokens of a request (default: %(default)s)")
+    made.add_argument("--pairs", type=positive, default=1, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--requests", type=Path, help="file that --save has written (default: made from the tasks)")
+    made.add_argument("--save", type=Path, help="write the requests to this file, and end")
+    made.add_argument("--output", type=Path, help="folder for tasks-speed.md and .json")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, what adds its options, and whether it hands on
     options that it does not know."""
@@ -370,6 +386,9 @@ COMMANDS = {
         "hf_fastattn.eval.batching",
         "time requests of different lengths, all at once and arriving: generate_batch() and padded generate()",
         add_batching,
+    ),
+    "bench tasks": Command(
+        "hf_fastattn.eval.task_speed", "time lm-evaluation-harness's requests, stock and patched", add_task_speed
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention
