@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: Any, argv: list[str], requests: list[dict[str, Any]]) -> int:
     # The harness is heavy, and is not there on every machine.
-    from hf_fastattn.eval.harness.model import FastLM, HFLM
+    from hf_fastattn.eval.harness.model import HFLM, FastLM
 
     device = torch.device(options.device or default_device())
     auto = "float32" if device.type == "cpu" else "bfloat16"
@@ -80,7 +80,7 @@ def _run(options: Any, argv: list[str], requests: list[dict[str, Any]]) -> int:
         "cases": rows,
         "failed": failed,
     }
-    report.write(options.output, "tasks-speed", markdown(record), record, None)
+    report.write(options.output, "harness-speed", markdown(record), record, None)
     print(json.dumps(report.finite(record)))
     return 1 if failed or any(row["red"] for row in rows) else 0
 

@@ -71,6 +71,11 @@ class FastLM(HFLM):  # type: ignore[misc]
             self._why_not_patched = f"the model cannot be patched: {error}"
             logger.warning("hf_fastattn: lm-evaluation-harness runs as ever: %s", self._why_not_patched)
 
+    @property
+    def is_patched(self) -> bool:
+        """Whether the model could be patched."""
+        return self._why_not_patched is None
+
     # ---- log-likelihoods --------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
