@@ -15,6 +15,7 @@ from hf_fastattn.eval.choices import (
     KINDS,
     MIXTURES,
     PARALLEL,
+    RECALLED,
     ROLLOUTS,
     ROUTING_FAULTS,
     ROUTINGS,
@@ -56,6 +57,13 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return float(text)
 
 
 def checkpoint(text: str) -> str:
@@ -331,6 +339,28 @@ def add_batching(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for batching.md, .json and .png")
 
 
+def add_report(made: argparse.ArgumentParser) -> None:
+    """One HTML page from everything that evaluations and benchmarks wrote into a folder. Exits with 1 if a record is red."""
+    made.add_argument(
+        "results", type=Path, nargs="?", default=SHIPPED.parents[1] / "results", help="folder (default: the project's own)"
+    )
+    made.add_argument("--output", type=Path, default=Path("report.html"), help="the file (default: %(default)s)")
+
+
+def add_recall(made: argparse.ArgumentParser) -> None:
+    """What stock and patched find again in long contexts, by length and depth: needles, pairs to look up, chains of
+    variables. Exits with 1 if they differ by more than chance."""
+    _add_model(made)
+    made.add_argument("--tasks", nargs="+", choices=RECALLED, default=list(RECALLED[:3]), help="only these")
+    made.add_argument("--lengths", type=positive, nargs="+", help="tokens of a context (default: by the device)")
+    made.add_argument("--depths", type=share, nargs="+", help="of what is asked for, 0 the start (default: by the device)")
+    made.add_argument("--count", type=positive, help="prompts of each length and depth (default: 48 on a GPU, else 6)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--inject", choices=FAULTS[:4], help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument("--output", type=Path, help="folder for recall.md, .json and .png")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def add_sampling(made: argparse.ArgumentParser) -> None:
     """Tests that drawn tokens follow stock's distribution and are independent between samples, steps, prompts and calls.
     Exits with 1 if one alarms, corrected for their number."""
@@ -341,8 +371,8 @@ def add_sampling(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
     made.add_argument("--case", nargs="+", choices=SAMPLERS, help="only these options of draws")
     made.add_argument("--prompts", type=positive, default=4, help="of a batch (default: %(default)s)")
-    made.add_argument("--samples", type=positive, default=32, help="of each prompt (default: %(default)s)")
-    made.add_argument("--new", type=positive, default=12, help="tokens of a sample (default: %(default)s)")
+    made.add_argument("--samples", type=positive, default=24, help="of each prompt (default: %(default)s)")
+    made.add_argument("--new", type=positive, default=10, help="tokens of a sample (default: %(default)s)")
     made.add_argument("--calls", type=positive, default=4, help="with seeds of their own (default: %(default)s)")
     made.add_argument("--length", type=positive, default=24, help="tokens of a prompt (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0)
@@ -404,11 +434,15 @@ COMMANDS = {
     "lm-eval": Command(
         "hf_fastattn.eval.harness_command", "lm-evaluation-harness, with patched models", add_lm_eval, hands_on=True
     ),
+    "report": Command("hf_fastattn.eval.report_page", "one HTML page from all results", add_report),
     "eval perplexity": Command(
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),
     "eval parity": Command("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones", add_parity),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
+    "eval recall": Command(
+        "hf_fastattn.eval.recall", "what both find again in long contexts, by length and depth", add_recall
+    ),
     "eval sampling": Command(
         "hf_fastattn.eval.sampling", "whether drawn tokens follow stock's distribution, and are independent", add_sampling
     ),

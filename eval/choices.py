@@ -15,6 +15,9 @@ FAULTS = ("page", "position", "mask", "scale", "window")
 # Those that take a mixture of experts, whose weights the router makes add up to 1.
 ROUTING_FAULTS = ("expert", "weights")
 
+# The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
+RECALLED = ("needle", "lookup", "variable", "copy")
+
 # Options of draws that are tested, each alone and all together; `ends` has rows that end early.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_fastattn.eval.arguments import parser
+from hf_fastattn.eval.harness.recorded import TASKS_FOLDER
 
 NOT_INSTALLED = "lm-evaluation-harness is not installed: pip install 'hf-fastattn[eval]'"
 COMMANDS = ("run", "ls", "validate")
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = ["run", *words]
     if words[0] == "run" and not any(word.partition("=")[0] in NAME_MODEL for word in words):
         words += ["--model", "hf-fastattn"]
+    if not any(word.partition("=")[0] == "--include_path" for word in words):
+        words += ["--include_path", str(TASKS_FOLDER)]
     given = sys.argv
     try:
         sys.argv = ["hf-fastattn lm-eval", *words]

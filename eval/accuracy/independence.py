@@ -34,7 +34,7 @@ def uniform(numbers: Numbers) -> float:
 
 
 def independent(one: Numbers, other: Numbers) -> float:
-    """The p-value of two numbers of each pair being independent, whatever each is distributed like; 1 if there are too few."""
+    """The p-value of the two numbers of pairs being independent, whatever their distributions; 1 if there are too few."""
     both = ~(np.isnan(one) | np.isnan(other))
     side = min(SIDE, int((both.sum() / EXPECTED) ** 0.5))
     if side < 2:

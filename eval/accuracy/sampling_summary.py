@@ -14,8 +14,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Draws: {record['verdict']}",
         "",
-        f"What drew them: {record['path']}{f' ({off})' if off else ''}. {count} tests; a p-value, corrected for their number by "
-        f"Holm's method, below {record['level']:g} alarms.",
+        f"What drew them: {record['path']}{f' ({off})' if off else ''}. {count} tests; a p-value, corrected for their "
+        f"number by Holm's method, below {record['level']:g} alarms.",
         "",
         "| options | test | p | corrected | |",
         "|---|---|---|---|---|",
