@@ -12,6 +12,8 @@ Numbers = NDArray[np.float64]
 
 # Cells that numbers fall into, on a line, and on each side of a square.
 BINS, SIDE = 40, 5
+# Of the numbers, those that the least likely tokens are drawn by.
+TAIL = 0.03
 # Numbers that a cell has to expect for the chi-squared distribution to hold (Cochran, 1954).
 EXPECTED = 5
 
@@ -31,6 +33,16 @@ def uniform(numbers: Numbers) -> float:
         return 1.0
     counts = np.bincount(np.minimum((known * bins).astype(int), bins - 1), minlength=bins).astype(float)
     return chi_squared(counts, np.full(bins, len(known) / bins), bins - 1)
+
+
+def tail(numbers: Numbers) -> float:
+    """The p-value of as many numbers above 1 - TAIL: there the least likely tokens are, which a threshold leaves out."""
+    known = numbers[~np.isnan(numbers)]
+    if len(known) * TAIL < EXPECTED:
+        return 1.0
+    above = float((known > 1 - TAIL).sum())
+    expected = np.array([TAIL, 1 - TAIL]) * len(known)
+    return chi_squared(np.array([above, len(known) - above]), expected, 1)
 
 
 def independent(one: Numbers, other: Numbers) -> float:

@@ -139,7 +139,7 @@ class FastLM(HFLM):  # type: ignore[misc]
             places = [place for place, reason in enumerate(reasons) if (reason is None) == batched]
             if not places:
                 continue
-            size = self.batch_size_per_gpu
+            size: Any = self.batch_size
             self._batches = batched
             try:
                 if batched:

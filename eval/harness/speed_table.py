@@ -23,8 +23,8 @@ def markdown(record: dict[str, Any]) -> str:
         "# lm-evaluation-harness: stock and patched",
         "",
         f"{settings['shape'] or 'A checkpoint'}{size}, {record['dtype']}, batch size {settings['batch']}. Stock is `HFLM`; "
-        "ours is `FastLM` on the same weights. Tokens: what all requests hold, of these the distinct ones (each common beginning "
-        "counted once), and what was computed. Memory with the weights.",
+        "ours is `FastLM` on the same weights. Tokens: what all requests hold, of these the distinct ones (each common "
+        "beginning counted once), and what was computed. Memory with the weights.",
         "",
         "| task | requests | stock, s | ours, s | times as fast | tokens, all | distinct | computed | peak GiB, stock "
         "| ours | rms difference, nats | |",

@@ -61,7 +61,7 @@ def page(records: Sequence[Record], source: str) -> str:
 
 
 def not_covered(records: Sequence[Record], source: str) -> list[str]:
-    """What no record says, in words: commands without one on a device, results of other code, tests off the device's loop."""
+    """What no record says: commands without one on a device, results of other code, draws off the device's loop."""
     found = []
     for name in COMMANDS:
         group, _, word = name.partition(" ")

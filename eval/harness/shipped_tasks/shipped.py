@@ -40,7 +40,7 @@ def next_lines(**_: Any) -> datasets.DatasetDict:
                 lines.setdefault(document["kind"], []).append((text[place - BEFORE : place].rstrip("\n"), line.rstrip()))
             place += len(line)
     docs = []
-    for _ in range(EXAMPLES + QUESTIONS):
+    for _number in range(EXAMPLES + QUESTIONS):
         known = lines[str(rng.choice(sorted(lines)))]
         picked = [known[int(place)] for place in rng.choice(len(known), CHOICES, replace=False)]
         gold = int(rng.integers(CHOICES))
@@ -60,7 +60,7 @@ def pairs(**_: Any) -> datasets.DatasetDict:
     rng = np.random.default_rng([SEED, 2])
     keys, values = _words()
     docs = []
-    for _ in range(EXAMPLES + QUESTIONS):
+    for _number in range(EXAMPLES + QUESTIONS):
         names = [keys[int(place)] for place in rng.choice(len(keys), PAIRS, replace=False)]
         words = [values[int(place)] for place in rng.choice(len(values), PAIRS, replace=False)]
         asked = int(rng.integers(PAIRS))
@@ -79,7 +79,7 @@ def needles(**_: Any) -> datasets.DatasetDict:
     keys, values = _words()
     texts = [document["text"] for document in heldout_documents() if len(document["text"]) > 2500]
     docs = []
-    for _ in range(EXAMPLES + QUESTIONS):
+    for _number in range(EXAMPLES + QUESTIONS):
         text = texts[int(rng.integers(len(texts)))]
         first = int(rng.integers(len(text) - 2400))
         length, name = int(rng.integers(400, 2400)), keys[int(rng.integers(len(keys)))]
@@ -97,7 +97,7 @@ def beginnings(**_: Any) -> datasets.DatasetDict:
     rng = np.random.default_rng([SEED, 4])
     texts = [document["text"] for document in heldout_documents() if len(document["text"]) > 4000]
     docs = []
-    for _ in range(QUESTIONS):
+    for _number in range(QUESTIONS):
         text, length = texts[int(rng.integers(len(texts)))], int(np.exp(rng.uniform(np.log(200), np.log(4000))))
         first = int(rng.integers(len(text) - length))
         docs.append({"text": text[first : first + length], "answer": text[first + length : first + length + 20]})
