@@ -25,7 +25,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 20},
     "top-p": {"top_p": 0.8},
     "min-p": {"min_p": 0.08},
-    "penalty": {"repetition_penalty": 1.8},
+    "penalty": {"repetition_penalty": 1.25},
     "together": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
     "ends": {"temperature": 0.9, "top_k": 50},
 }

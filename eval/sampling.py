@@ -23,7 +23,7 @@ import torch
 import hf_fastattn
 from hf_fastattn.eval import models
 from hf_fastattn.eval.accuracy.draws import numbers_of
-from hf_fastattn.eval.accuracy.independence import Numbers, holm, independent, tail, uniform
+from hf_fastattn.eval.accuracy.independence import Numbers, holm, independent, sums_to_nothing, tail, uniform
 from hf_fastattn.eval.accuracy.sampling_summary import draw, markdown
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.checkpoint.recall import heldout_documents
@@ -92,15 +92,18 @@ def _case(model: Any, prompts: list[list[int]], asked: dict[str, Any], options: 
     """Draw, compute the numbers, and test them."""
     drawn, loops, reasons = _drawn(model, prompts, asked, options, seed)
     generator = torch.Generator().manual_seed(seed)
-    numbers = np.full((options.calls, len(prompts), options.samples, options.new), np.nan)
-    impossible = tokens = 0
+    shape = (options.calls, len(prompts), options.samples, options.new)
+    numbers, repeats, variances = (np.full(shape, np.nan) for _ in range(3))
+    impossible = 0
     for call, batch in enumerate(drawn):
         for place, sequences in enumerate(batch):
-            found, never = numbers_of(model, sequences, len(prompts[place]), asked, generator)
-            numbers[call, place, :, : found.shape[1]] = found
-            impossible += never
-            tokens += int((~np.isnan(found)).sum())
-    tests = [{"name": name, "p": p} for name, p in _tests(numbers).items()]
+            found = numbers_of(model, sequences, len(prompts[place]), asked, generator)
+            there = (call, place, slice(None), slice(found.numbers.shape[1]))
+            numbers[there], repeats[there], variances[there] = found.numbers, found.repeats, found.variances
+            impossible += found.impossible
+    tokens = int((~np.isnan(numbers)).sum())
+    found_p = {**_tests(numbers), "tokens that were there before": sums_to_nothing(repeats, variances)}
+    tests = [{"name": name, "p": p} for name, p in found_p.items()]
     return {
         "options": {name: value for name, value in asked.items() if name != "eos_token_id"},
         "tokens": tokens,

@@ -9,6 +9,7 @@ dtype, and Transformers' own logits processors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,25 @@ from hf_fastattn.eval.accuracy.independence import Numbers
 ROWS = 64
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is known of drawn tokens `[N, T]`.
+
+    Attributes:
+        numbers: that they were drawn by; NaN after an end token.
+        repeats: whether a token was there before it was drawn, less the chance of that; and its variance.
+        impossible: tokens that stock would never have drawn.
+    """
+
+    numbers: Numbers
+    repeats: Numbers
+    variances: Numbers
+    impossible: int
+
+
 @torch.no_grad()
-def numbers_of(
-    model: Any, sequences: Tensor, prompt: int, options: dict[str, Any], generator: torch.Generator
-) -> tuple[Numbers, int]:
-    """The numbers `[N, T]` of the `T` tokens after a prompt, and how many tokens stock would never have drawn.
+def numbers_of(model: Any, sequences: Tensor, prompt: int, options: dict[str, Any], generator: torch.Generator) -> Draws:
+    """The draws of the `T` tokens after a prompt.
 
     Args:
         model: not patched.
@@ -40,7 +55,7 @@ def numbers_of(
     processors = model._get_logits_processor(config, input_ids_seq_length=prompt, device=model.device)
     new = sequences.shape[1] - prompt
     drawn = torch.rand(len(sequences), new, generator=generator, dtype=torch.float64, device="cpu")
-    found = np.full((len(sequences), new), np.nan)
+    found, repeats, variances = (np.full((len(sequences), new), np.nan) for _ in range(3))
     impossible = 0
     for first in range(0, len(sequences), ROWS):
         rows = sequences[first : first + ROWS].to(model.device)
@@ -54,6 +69,11 @@ def numbers_of(
             likelier = torch.where(chances > own, chances, 0.0).sum(1, keepdim=True)
             number = (likelier + own * drawn[first : first + ROWS, step, None].to(own.device)).clamp(max=1.0)[:, 0]
             impossible += int(((own[:, 0] == 0) & open_rows).sum())
-            found[first : first + ROWS, step] = torch.where(open_rows, number, torch.nan).cpu().numpy()
+            known = torch.zeros_like(chances).scatter_(1, rows[:, : prompt + step], 1.0)
+            chance = (chances * known).sum(1)
+            here = slice(first, first + ROWS)
+            repeated = known.gather(1, token)[:, 0] - chance
+            for table, values in ((found, number), (repeats, repeated), (variances, chance * (1 - chance))):
+                table[here, step] = torch.where(open_rows, values, torch.nan).cpu().numpy()
             open_rows &= ~torch.isin(token[:, 0], torch.tensor(ends, dtype=token.dtype, device=token.device))
-    return found, impossible
+    return Draws(found, repeats, variances, impossible)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,12 @@ def tail(numbers: Numbers) -> float:
     above = float((known > 1 - TAIL).sum())
     expected = np.array([TAIL, 1 - TAIL]) * len(known)
     return chi_squared(np.array([above, len(known) - above]), expected, 1)
+
+
+def sums_to_nothing(deviations: Numbers, variances: Numbers) -> float:
+    """The p-value of the sum of deviations, each of mean 0 whatever came before, being as far from 0; 1 if there are few."""
+    variance = float(np.nansum(variances))
+    return math.erfc(abs(float(np.nansum(deviations))) / math.sqrt(2 * variance)) if variance >= EXPECTED else 1.0
 
 
 def independent(one: Numbers, other: Numbers) -> float:

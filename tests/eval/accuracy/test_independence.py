@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_fastattn.eval.accuracy.draws import numbers_of
-from hf_fastattn.eval.accuracy.independence import chi_squared, holm, independent, tail, uniform
+from hf_fastattn.eval.accuracy.independence import chi_squared, holm, independent, sums_to_nothing, tail, uniform
 from tests.tools.models import VOCAB, pair
 
 
@@ -51,16 +51,18 @@ def test_the_numbers_of_draws_are_those_that_they_were_made_by() -> None:
     logits = model(prompt).logits[0, -1].detach()
     chances = torch.softmax(logits.double(), -1)
     tokens = torch.multinomial(chances, 3000, replacement=True, generator=torch.Generator().manual_seed(1))
-    numbers, impossible = numbers_of(model, torch.cat((ids, tokens[:, None]), 1), 8, {}, torch.Generator().manual_seed(2))
-    assert uniform(numbers[:, 0]) > 1e-3 and impossible == 0
+    drawn = numbers_of(model, torch.cat((ids, tokens[:, None]), 1), 8, {}, torch.Generator().manual_seed(2))
+    assert uniform(drawn.numbers[:, 0]) > 1e-3 and drawn.impossible == 0
+    assert sums_to_nothing(drawn.repeats, drawn.variances) > 1e-3 and np.nansum(drawn.variances) > 5
+    again = numbers_of(model, torch.cat((ids, ids[:, 3:4]), 1), 8, {}, torch.Generator().manual_seed(2))
+    assert sums_to_nothing(again.repeats, again.variances) < 1e-9
     # Beyond the likeliest ten nothing is drawn.
     kept = torch.cat((ids, logits.argsort(descending=True)[torch.arange(3000) % 20, None]), 1)
-    _, impossible = numbers_of(model, kept, 8, {"top_k": 10}, torch.Generator().manual_seed(2))
-    assert impossible == 1500
+    assert numbers_of(model, kept, 8, {"top_k": 10}, torch.Generator().manual_seed(2)).impossible == 1500
 
 
 def test_tokens_after_an_end_are_none() -> None:
     model = pair("llama")[0]
     sequences = torch.tensor([[1, 2, 3, 9, 5, 5], [1, 2, 3, 4, 9, 9]])
-    numbers, _ = numbers_of(model, sequences, 3, {"eos_token_id": [9]}, torch.Generator().manual_seed(0))
+    numbers = numbers_of(model, sequences, 3, {"eos_token_id": [9]}, torch.Generator().manual_seed(0)).numbers
     assert np.isnan(numbers).tolist() == [[False, True, True], [False, False, True]]
