@@ -15,9 +15,12 @@ from hf_fastattn.eval.choices import (
     KINDS,
     MIXTURES,
     PARALLEL,
+    RECALLED,
     ROLLOUTS,
     ROUTING_FAULTS,
     ROUTINGS,
+    SAMPLERS,
+    SAMPLING_FAULTS,
     SERVED,
     SHAPES,
     SHIPPED,
@@ -54,6 +57,13 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return float(text)
 
 
 def checkpoint(text: str) -> str:
@@ -331,6 +341,82 @@ def add_batching(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for batching.md, .json and .png")
 
 
+def add_report(made: argparse.ArgumentParser) -> None:
+    """One HTML page from everything that evaluations and benchmarks wrote into a folder. Exits with 1 if a record is red."""
+    made.add_argument(
+        "results", type=Path, nargs="?", default=SHIPPED.parents[1] / "results", help="folder (default: the project's own)"
+    )
+    made.add_argument("--output", type=Path, default=Path("report.html"), help="the file (default: %(default)s)")
+
+
+def add_recall(made: argparse.ArgumentParser) -> None:
+    """What stock and patched find again in long contexts, by length and depth: needles, pairs to look up, chains of
+    variables. Exits with 1 if they differ by more than chance."""
+    _add_model(made)
+    made.add_argument("--tasks", nargs="+", choices=RECALLED, default=list(RECALLED[:3]), help="only these")
+    made.add_argument("--lengths", type=positive, nargs="+", help="tokens of a context (default: by the device)")
+    made.add_argument("--depths", type=share, nargs="+", help="of what is asked for, 0 the start (default: by the device)")
+    made.add_argument("--count", type=positive, help="prompts of each length and depth (default: 48 on a GPU, else 6)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--inject", choices=FAULTS[:4], help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument("--output", type=Path, help="folder for recall.md, .json and .png")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_sampling(made: argparse.ArgumentParser) -> None:
+    """Tests that drawn tokens follow stock's distribution and are independent between samples, steps, prompts and calls.
+    Exits with 1 if one alarms, corrected for their number."""
+    made.add_argument(
+        "--model", type=checkpoint, default=str(SHIPPED), help="hub id or path (default: the shipped checkpoint)"
+    )
+    made.add_argument("--dtype", choices=DTYPES, default="float32", help="in 16 bits rounding itself is seen (float32)")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--case", nargs="+", choices=SAMPLERS, help="only these options of draws")
+    made.add_argument("--prompts", type=positive, default=4, help="of a batch (default: %(default)s)")
+    made.add_argument("--samples", type=positive, default=24, help="of each prompt (default: %(default)s)")
+    made.add_argument("--new", type=positive, default=10, help="tokens of a sample (default: %(default)s)")
+    made.add_argument("--calls", type=positive, default=4, help="with seeds of their own (default: %(default)s)")
+    made.add_argument("--length", type=positive, default=24, help="tokens of a prompt (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--inject", choices=SAMPLING_FAULTS, help="plant this fault; the verdict must be red")
+    made.add_argument("--output", type=Path, help="folder for sampling.md, .json and .png")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_tasks(made: argparse.ArgumentParser) -> None:
+    """Tasks of lm-evaluation-harness: scores of stock and patched with standard errors, and how answers differ. Exits with
+    1 if they differ by more than rounding makes them, or a request ran another way than ours."""
+    _add_model(made)
+    made.add_argument("--tasks", nargs="+", help="of the harness (default: those that come with the project)")
+    made.add_argument("--include-path", nargs="+", help="folders with further tasks")
+    made.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    made.add_argument("--limit", type=positive, help="documents of each task, at most")
+    made.add_argument("--batch", type=positive, default=8, help="the harness's batch size (default: %(default)s)")
+    made.add_argument("--output", type=Path, help="folder for tasks.md, .json and .png")
+    made.add_argument("--quiet", action="store_true", help="no messages of the harness")
+
+
+def add_lm_eval(made: argparse.ArgumentParser) -> None:
+    """lm-evaluation-harness's own command with `--model hf-fastattn`, which is the default. All options are the harness's
+    (`lm_eval run --help` lists them)."""
+
+
+def add_task_speed(made: argparse.ArgumentParser) -> None:
+    """lm-evaluation-harness's requests, answered by its own `HFLM` and by `FastLM` on a patched model in turn. Exits with 1
+    if ours is slower, computes a token twice, or leaves its own path."""
+    _add_model(made)
+    made.add_argument("--shape", choices=sorted(SHAPES), help="random weights of a known shape instead")
+    made.add_argument("--layers", type=positive, help="of such a shape (default: as many as it has)")
+    made.add_argument("--task", nargs="+", help="only these of the recorded tasks")
+    made.add_argument("--documents", type=positive, default=16, help="questions of each task (default: %(default)s)")
+    made.add_argument("--batch", type=positive, default=8, help="lm-evaluation-harness's batch size (default: %(default)s)")
+    made.add_argument("--length", type=positive, default=4096, help="most tokens of a request (default: %(default)s)")
+    made.add_argument("--pairs", type=positive, default=1, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--requests", type=Path, help="file that --save has written (default: made from the tasks)")
+    made.add_argument("--save", type=Path, help="write the requests to this file, and end")
+    made.add_argument("--output", type=Path, help="folder for harness-speed.md and .json")
+
+
 class Command(NamedTuple):
     """A command: the module whose `main(argv)` runs it, one line of help, what adds its options, and whether it hands on
     options that it does not know."""
@@ -347,11 +433,24 @@ COMMANDS = {
     ),
     "warmup": Command("hf_fastattn.eval.warmup", "compile ahead what generate() needs for a model", add_warmup),
     "serve": Command("hf_fastattn.eval.serve", "transformers serve, with patched models", add_serve, hands_on=True),
+    "lm-eval": Command(
+        "hf_fastattn.eval.harness_command", "lm-evaluation-harness, with patched models", add_lm_eval, hands_on=True
+    ),
+    "report": Command("hf_fastattn.eval.report_page", "one HTML page from all results", add_report),
     "eval perplexity": Command(
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),
     "eval parity": Command("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones", add_parity),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
+    "eval recall": Command(
+        "hf_fastattn.eval.recall", "what both find again in long contexts, by length and depth", add_recall
+    ),
+    "eval sampling": Command(
+        "hf_fastattn.eval.sampling", "whether drawn tokens follow stock's distribution, and are independent", add_sampling
+    ),
+    "eval tasks": Command(
+        "hf_fastattn.eval.tasks", "scores of both in tasks of lm-evaluation-harness, and paired differences", add_tasks
+    ),
     "bench generate": Command(
         "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate
     ),
@@ -372,6 +471,9 @@ COMMANDS = {
         "hf_fastattn.eval.batching",
         "time requests of different lengths, all at once and arriving: generate_batch() and padded generate()",
         add_batching,
+    ),
+    "bench tasks": Command(
+        "hf_fastattn.eval.task_speed", "time lm-evaluation-harness's requests, stock and patched", add_task_speed
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention

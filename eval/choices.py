@@ -15,6 +15,22 @@ FAULTS = ("page", "position", "mask", "scale", "window")
 # Those that take a mixture of experts, whose weights the router makes add up to 1.
 ROUTING_FAULTS = ("expert", "weights")
 
+# The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
+RECALLED = ("needle", "lookup", "variable", "copy")
+
+# Options of draws that are tested, each alone and all together; `ends` has rows that end early.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "top-k": {"top_k": 20},
+    "top-p": {"top_p": 0.8},
+    "min-p": {"min_p": 0.08},
+    "penalty": {"repetition_penalty": 1.25},
+    "together": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    "ends": {"temperature": 0.9, "top_k": 50},
+}
+SAMPLING_FAULTS = ("threshold", "twins")
+
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {
     "greedy": "each row its own prompt",

@@ -10,8 +10,8 @@ from hf_fastattn.eval.arguments import COMMANDS, Parser
 from hf_fastattn.version import __version__
 
 GROUPS = {
-    "eval": "compare the patched model with stock on real text: perplexity, parity, faults",
-    "bench": "time it: generate, matrix, rollouts, parallel, batching, attention, experts",
+    "eval": "compare the patched model with stock: perplexity, parity, faults, recall, sampling, tasks",
+    "bench": "time it: generate, matrix, rollouts, parallel, batching, tasks, attention, experts",
 }
 
 

@@ -49,10 +49,12 @@ class RecallVocabulary:
 
         letters = set(string.ascii_letters)
         pieces = sorted((index, piece) for piece, index in tokenizer.get_vocab().items())
-        words = [i for i, piece in pieces if piece[0] == "Ġ" and len(piece) > 3 and letters.issuperset(piece[1:])]
+        # How byte-level BPE and SentencePiece write a leading space.
+        words = [i for i, piece in pieces if piece[:1] in ("Ġ", "▁") and len(piece) > 3 and letters.issuperset(piece[1:])]
+        newline = encode("\n")[-1]
         return cls(
-            bos=tokenizer.bos_token_id,
-            newline=encode("\n")[0],
+            bos=newline if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+            newline=newline,
             markers={marker: encode(marker) for marker in MARKERS},
             keys=np.array(words[0::2]),
             values=np.array(words[1::2]),

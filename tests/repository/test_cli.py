@@ -21,7 +21,10 @@ from hf_fastattn.eval.arguments import COMMANDS
 from tests.tools.fresh import ROOT, fresh
 
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
+# What is handed on, and what has no device.
+GIVEN |= {"lm-eval": ["--tasks", "hellaswag"], "report": ["a folder"]}
 GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "experts")}
+NO_FOLDER = ("demo", "warmup", "serve", "lm-eval", "report")
 NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
 WRONG = [
     (["attention"], "argument COMMAND: invalid choice: 'attention'", "bench"),
@@ -44,7 +47,7 @@ def test_every_command_shows_its_options(command: str, capsys: pytest.CaptureFix
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: hf-fastattn {command} ")
-    assert "--output" in shown or command in ("demo", "warmup", "serve")
+    assert "--output" in shown or command in ("demo", "warmup", "serve", "lm-eval")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,7 +79,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, hint: str, capsys
     assert shown.count("\n") == 1 and message in shown and hint in shown
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("demo", "warmup", "serve")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in NO_FOLDER])
 def test_an_output_that_cannot_be_made_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as ended:

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from hf_fastattn.eval.accuracy.recall_summary import draw as draw_recall
+from hf_fastattn.eval.accuracy.sampling_summary import draw as draw_sampling
 from hf_fastattn.eval.batching_calls.plot import draw as draw_batching
 from hf_fastattn.eval.generate_speed.plot import draw_speed
+from hf_fastattn.eval.harness.compare import draw as draw_tasks
 from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.reporting import plot_words
 from hf_fastattn.eval.reporting.plots import draw_faults, draw_parity, draw_perplexity
@@ -22,10 +25,13 @@ DRAW = {
     "faults": draw_faults,
     "parity": draw_parity,
     "perplexity": draw_perplexity,
+    "recall": draw_recall,
+    "sampling": draw_sampling,
     "speed": draw_speed,
+    "tasks": draw_tasks,
 }
 # These are tables alone.
-NOT_DRAWN = ("matrix", "rollouts", "experts", "ranks")
+NOT_DRAWN = ("matrix", "rollouts", "experts", "ranks", "harness")
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith(NOT_DRAWN))
 
 

@@ -1,0 +1,55 @@
+"""`eval sampling` on few draws: green in the device's loop, red for a threshold that is off and for rows drawn alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_fastattn.eval import sampling
+from hf_fastattn.eval.choices import SAMPLERS
+from tests.tools.reexecuted import reexecuted_loop
+
+FEW = ["--device", "cpu", "--quiet", "--prompts", "2", "--samples", "16", "--new", "6", "--calls", "2", "--length", "9"]
+MANY = ["--device", "cpu", "--quiet", "--prompts", "4", "--samples", "32", "--new", "6", "--calls", "2", "--length", "40"]
+
+
+def run(tmp_path: Path, *options: str) -> tuple[int, dict]:
+    status = sampling.main([*options, "--output", str(tmp_path)])
+    return status, json.loads((tmp_path / "sampling.json").read_text())
+
+
+def test_draws_in_the_devices_loop_are_stocks(tmp_path: Path) -> None:
+    with reexecuted_loop():
+        status, record = run(tmp_path, *FEW)
+    assert status == 0 and record["verdict"] == "green" and record["path"] == "the device's loop"
+    assert [case["name"] for case in record["cases"]] == list(SAMPLERS)
+    tests = [test for case in record["cases"] for test in case["tests"]]
+    assert len(tests) >= 7 * len(SAMPLERS) and all(test["corrected"] >= test["p"] for test in tests)
+    # Rows leave the batch, and those that stay are tested by themselves.
+    assert record["cases"][-1]["ended"] > 0.2 and len(record["cases"][-1]["tests"]) == 9
+
+
+@pytest.mark.parametrize("case", ["temperature", "top-k", "top-p", "min-p", "penalty"])
+def test_a_threshold_that_is_off_is_seen(case: str, tmp_path: Path) -> None:
+    with reexecuted_loop():
+        status, record = run(tmp_path, *MANY, "--case", case, "--inject", "threshold")
+    assert status == 1 and record["verdict"] == "red" and not record["off_loop"]
+    alarmed = [test["name"] for test in record["cases"][0]["tests"] if test["alarms"]]
+    never_drawn = record["cases"][0]["impossible_share"] > sampling.IMPOSSIBLE
+    expected = {"as stock's distribution", "the least likely tokens", "tokens that were there before"}
+    assert expected & set(alarmed) or never_drawn
+
+
+def test_samples_that_are_drawn_alike_are_seen(tmp_path: Path) -> None:
+    with reexecuted_loop():
+        status, record = run(tmp_path, *FEW, "--case", "plain", "--inject", "twins")
+    alarmed = [test["name"] for test in record["cases"][0]["tests"] if test["alarms"]]
+    assert status == 1 and "samples of a prompt" in alarmed
+
+
+def test_another_loop_is_named(tmp_path: Path) -> None:
+    status, record = run(tmp_path, *FEW, "--case", "plain")
+    assert status == 0 and record["path"] == "Transformers' loop" and record["off_loop"] == ["plain"]
+    assert "the model is on cpu" in (tmp_path / "sampling.md").read_text()
