@@ -25,6 +25,11 @@ from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
 
+# What of the counters of calls says which path ran.
+COUNTED = ("forwards", "fast_loops", "graphs_captured", "graphs_replayed", "pages_shared", "tokens_reused")
+BY_REASON = ("fallbacks", "not_looped", "uncaptured")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a row is fed: at its end `decode` single tokens, before them `appended` tokens in pieces of `piece`."""
@@ -90,11 +95,20 @@ class CallLog:
             yield piece
 
     def record(self) -> dict[str, Any]:
-        """Paged forwards, and fallbacks by reason."""
-        fallbacks: Counter[str] = Counter()
-        for call in self._calls:
-            fallbacks.update(call.fallbacks if call else {})
-        return {"forwards": sum(call.forwards for call in self._calls if call), "fallbacks": dict(fallbacks)}
+        """Which path ran: paged forwards, loops of the device and their graphs, by reason what ran otherwise.
+
+        `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once.
+        """
+        calls = [call for call in self._calls if call]
+        found: dict[str, Any] = {name: sum(getattr(call, name) for call in calls) for name in COUNTED}
+        for name in BY_REASON:
+            reasons: Counter[str] = Counter()
+            for call in calls:
+                reasons.update(getattr(call, name))
+            found[name] = dict(reasons)
+        report, runtime = hf_fastattn.report(self._model), find_model(self._model)._fastattn.runtime
+        steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
+        return {**found, "backend": report.backend, "steps": [list(step) for step in steps]}
 
 
 def is_patched(model: Any) -> bool:
