@@ -24,7 +24,6 @@ from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
-
 # What of the counters of calls says which path ran.
 COUNTED = ("forwards", "fast_loops", "graphs_captured", "graphs_replayed", "pages_shared", "tokens_reused")
 BY_REASON = ("fallbacks", "not_looped", "uncaptured")
@@ -79,12 +78,12 @@ class CallLog:
     """The counters of a patched model over several forwards and calls of `generate()`, each of which starts new ones."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         self._calls = [hf_fastattn.report(model).last_call]
 
     def look(self) -> None:
         """Note the counters in force; to be called after each `generate()`."""
-        call = hf_fastattn.report(self._model).last_call
+        call = hf_fastattn.report(self.model).last_call
         if all(call is not known for known in self._calls):
             self._calls.append(call)
 
@@ -106,7 +105,7 @@ class CallLog:
             for call in calls:
                 reasons.update(getattr(call, name))
             found[name] = dict(reasons)
-        report, runtime = hf_fastattn.report(self._model), find_model(self._model)._fastattn.runtime
+        report, runtime = hf_fastattn.report(self.model), find_model(self.model)._fastattn.runtime
         steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
         return {**found, "backend": report.backend, "steps": [list(step) for step in steps]}
 

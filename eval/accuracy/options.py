@@ -38,6 +38,7 @@ class Setup:
     record: dict[str, Any]
     output: Path | None
     quiet: bool
+    seed: int
 
     @property
     def documents(self) -> list[int]:
@@ -105,6 +106,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         record,
         arguments.output,
         arguments.quiet,
+        arguments.seed,
     )
 
 

@@ -81,7 +81,9 @@ def default_variants(model: Any) -> list[Variant]:
         if not is_usable(model, {"backend": backend}):
             continue
         plain = {"backend": backend}
-        found += [_variant(plain, share, loop) for loop in ((False, True) if looped else (False,)) for share in (False, True)]
+        found += [
+            _variant(plain, share, loop) for loop in ((False, True) if looped else (False,)) for share in (False, True)
+        ]
         for switch in SWITCHES:
             thrown = {**plain, switch: not getattr(FastAttnConfig(), switch)}
             loop = looped and switch != "cuda_graphs"

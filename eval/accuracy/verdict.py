@@ -74,7 +74,11 @@ def paths(names: Sequence[str], counters: Sequence[dict[str, dict[str, Any]]]) -
     Args:
         counters: of each batch, by variant.
     """
-    lines = ["## What ran", "", "| variant | backend | the device's loop | recorded steps, rows (sharing) | replayed | not |"]
+    lines = [
+        "## What ran",
+        "",
+        "| variant | backend | the device's loop | recorded steps, rows (sharing) | replayed | not |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for name in names:
         own = [batch[name] for batch in counters]
