@@ -14,6 +14,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 FAULTS = ("page", "position", "mask", "scale", "window")
 # Those that take a mixture of experts, whose weights the router makes add up to 1.
 ROUTING_FAULTS = ("expert", "weights")
+# Those that step_faults.py plants in what recorded steps of the device's loop read.
+STEP_FAULTS = {
+    "step-page": "two rows have exchanged an entry of their page tables",
+    "step-slot": "keys and values are written one slot further on",
+    "step-scale": "scores are multiplied by 1.03",
+    "step-length": "rows are read as if they were one key shorter",
+    "step-rope": "the first row is turned by the angles of its first step, in all steps",
+    "step-sampler": "half as many tokens again may be drawn",
+    "step-expert": "the second of a token's experts is taken for the first, and the first for the second",
+    "step-prefix": "the first group of rows that share a prefix has one row too many",
+}
 
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {

@@ -1,4 +1,4 @@
-"""Whether drawn tokens follow the exact distribution, by what they cost: sums over tokens that were drawn one after the other.
+"""Whether drawn tokens follow the exact distribution, by what they cost.
 
 Given what came before, a token that is drawn from `p` costs `-log p(token)`, whose mean is the entropy `H(p)` and whose
 variance is that of `log p` under `p`. The differences from the means do not depend on each other on average, so their sum
