@@ -130,7 +130,7 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
     made.add_argument(
         "--inject",
         choices=(*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS),
-        help="plant this fault in the patched model; the verdict must be red"
+        help="plant this fault in the patched model; the verdict must be red",
     )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")
@@ -147,6 +147,18 @@ def add_parity(made: argparse.ArgumentParser) -> None:
     """Logits, hidden states and greedy paths of stock and patched against exact ones. Exits with 1 if a variant alarms."""
     _add_accuracy(made, windows=24)
     made.add_argument("--new", type=int, default=24, help="tokens generated greedily after each window")
+
+
+def add_logprobs(made: argparse.ArgumentParser) -> None:
+    """What generate() says of its tokens against a later forward of them, as GRPO's importance ratio sees it, stock and
+    patched. Exits with 1 if a variant alarms."""
+    _add_accuracy(made, windows=16)
+    made.set_defaults(context=128, stride=64)
+    made.add_argument("--new", type=positive, default=24, help="tokens of an answer (default: %(default)s)")
+    made.add_argument("--samples", type=positive, default=4, help="answers to a prompt (default: %(default)s)")
+    made.add_argument(
+        "--top-k", type=positive, default=20, help="likeliest tokens that are drawn from (default: %(default)s)"
+    )
 
 
 def add_faults(made: argparse.ArgumentParser) -> None:
@@ -352,6 +364,9 @@ COMMANDS = {
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),
     "eval parity": Command("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones", add_parity),
+    "eval logprobs": Command(
+        "hf_fastattn.eval.logprobs", "what generate() says of its tokens against a later forward of them", add_logprobs
+    ),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
     "bench generate": Command(
         "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate

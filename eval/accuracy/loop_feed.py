@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from hf_fastattn.eval.accuracy.windows import WindowBatch
+from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.patching import find_model
 
 COPIES = 3
@@ -76,9 +77,6 @@ def forced_scores(model: Any, batch: WindowBatch, share: bool) -> Scores:
         model: patched; the call runs in the device's loop, or its counters say why not.
         share: with copies of each row.
     """
-    # Not before: it needs a patched model, and so Triton where that is used.
-    from hf_fastattn.loop.forced_tokens import ForcedTokens
-
     copies = COPIES if share else 1
     rows = [torch.tensor(window.ids) for window in batch.windows]
     scored = [window.scored for window in batch.windows]

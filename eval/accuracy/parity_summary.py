@@ -103,7 +103,10 @@ def summarise(
         if variant.loop:
             parts = [record["loops"][name] for record in records]
             loops[name] = _loop_row(parts)
-            own += [*loop_checks(name, counters, variant.share), *_loop_checks(name, parts, records, series, clusters)]
+            own += [
+                *loop_checks(name, counters, variant.share and variant.shares_prefixes, variant.share),
+                *_loop_checks(name, parts, records, series, clusters),
+            ]
         else:
             own += _checks(series[name], series[STOCK], series[ONE], clusters)
         checks += own

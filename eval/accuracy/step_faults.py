@@ -16,6 +16,7 @@ the loop stays on the device. Each is quiet: what is read instead is there, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -156,6 +157,8 @@ def _experts_exchanged(model: Any, count: Callable[[], None]) -> list[Any]:
     def in_torch(kind: Any) -> Any:
         forward = kind.forward
 
+        # By its name it is the class's own, so that layers are taken for what they were.
+        @functools.wraps(forward)
         def changed(self: Any, *given: Any, **named: Any) -> Any:
             logits, weights, chosen = forward(self, *given, **named)
             count()

@@ -34,6 +34,11 @@ class Variant:
     loop: bool = False
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether steps may read a prefix once for several rows: in batch-invariant mode rows do not depend on each other."""
+        return not dict(self.options).get("batch_invariant", False)
+
+    @property
     def name(self) -> str:
         """As `parse` reads it."""
         words = [f"{key}={value}" for key, value in self.options]

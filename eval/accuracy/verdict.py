@@ -50,9 +50,14 @@ def path_check(variant: str, counters: Sequence[dict[str, Any]]) -> Check:
     return Check(variant, "batches off the paged path", idle, 0, "; ".join(reasons))
 
 
-def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool) -> list[Check]:
-    """The device's loop did what was asked of it: batches in which it did not run, nothing was replayed, rows that were
-    over stayed in the steps, or prefixes were read row by row. None may."""
+def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, compacts: bool) -> list[Check]:
+    """The device's loop did what was asked of it: batches in which it did not run, nothing was replayed, prefixes were read
+    row by row, or rows that were over stayed in the steps. None may.
+
+    Args:
+        share: rows share prefixes.
+        compacts: rows are over at different steps.
+    """
     idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"] or call["uncaptured"])
     reasons = sorted({reason for call in counters for name in ("not_looped", "uncaptured") for reason in call[name]})
     still = sum(1 for call in counters if not call["graphs_replayed"])
@@ -62,8 +67,9 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool) -
     ]
     if share:
         alone = sum(1 for call in counters if not any(sharers for _, sharers in call["steps"]))
-        stayed = sum(1 for call in counters if len({rows for rows, _ in call["steps"]}) < 2)
         found.append(Check(variant, "batches whose prefixes were read row by row", alone, 0))
+    if compacts:
+        stayed = sum(1 for call in counters if len({rows for rows, _ in call["steps"]}) < 2)
         found.append(Check(variant, "batches that kept rows that were over", stayed, 0))
     return found
 
