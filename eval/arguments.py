@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from hf_fastattn.eval.choices import (
     BATCHING,
     DTYPES,
+    EVALUATED,
     FAULTS,
     KINDS,
     MIXTURES,
@@ -162,9 +163,11 @@ def add_logprobs(made: argparse.ArgumentParser) -> None:
 
 
 def add_faults(made: argparse.ArgumentParser) -> None:
-    """Both evaluations with each fault, which they must notice, and over seeds without one. Exits with 1 if one is wrong."""
+    """The evaluations with each fault, which two must notice, and over seeds without one. Exits with 1 if one is wrong."""
     made.add_argument("--seeds", type=int, default=20)
-    made.add_argument("--faults", nargs="*", choices=(*FAULTS, *ROUTING_FAULTS), default=list(FAULTS))
+    known = (*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS)
+    made.add_argument("--faults", nargs="*", choices=known, default=[*FAULTS, *STEP_FAULTS])
+    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
     made.add_argument("--context", type=int, default=256)
     made.add_argument("--stride", type=int, default=64)
     made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")

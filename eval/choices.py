@@ -26,6 +26,9 @@ STEP_FAULTS = {
     "step-prefix": "the first group of rows that share a prefix has one row too many",
 }
 
+# The evaluations that faults are held against.
+EVALUATED = ("perplexity", "parity", "logprobs")
+
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {
     "greedy": "each row its own prompt",

@@ -41,7 +41,7 @@ def layers_apart(model: Any, batch: WindowBatch, places: Sequence[int] = (-1, -2
     Args:
         model: patched.
         batch: of rows longer than the places.
-        places: which tokens, counted from the end of each row.
+        places: which tokens, counted from the end of each row; of layers with a window the last one alone.
 
     Returns:
         A difference a layer, in the order of the layers; 0 where all are equal to the bit.
@@ -68,7 +68,12 @@ def layers_apart(model: Any, batch: WindowBatch, places: Sequence[int] = (-1, -2
         if not calls:
             raise ValueError("no layer of the model attended over pages: it is not patched, or falls back")
         lengths = batch.mask.sum(1).tolist()
-        return [max(_apart(cache, call, lengths, place) for place in places) for call in calls]
+        found = []
+        for call in calls:
+            # Of a layer with a window only the pages that its last tokens see are still there.
+            seen = places if call.window is None else (-1,)
+            found.append(max(_apart(cache, call, lengths, place) for place in seen))
+        return found
     finally:
         if isinstance(cache, PagedCache):
             cache.reset()

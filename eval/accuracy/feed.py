@@ -96,7 +96,8 @@ class CallLog:
     def record(self) -> dict[str, Any]:
         """Which path ran: paged forwards, loops of the device and their graphs, by reason what ran otherwise.
 
-        `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once.
+        `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once; `shares` is whether
+        any may.
         """
         calls = [call for call in self._calls if call]
         found: dict[str, Any] = {name: sum(getattr(call, name) for call in calls) for name in COUNTED}
@@ -107,7 +108,9 @@ class CallLog:
             found[name] = dict(reasons)
         report, runtime = hf_fastattn.report(self.model), find_model(self.model)._fastattn.runtime
         steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
-        return {**found, "backend": report.backend, "steps": [list(step) for step in steps]}
+        # Layers with windows, and rows that must not depend on each other, read prefixes for themselves.
+        shares = not runtime.config.batch_invariant and any(group.window is None for group in runtime.groups)
+        return {**found, "backend": report.backend, "steps": [list(step) for step in steps], "shares": shares}
 
 
 def is_patched(model: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_fastattn.eval.accuracy.draws import draw_checks
-from hf_fastattn.eval.accuracy.estimates import ALARM_LEVEL, Clusters
+from hf_fastattn.eval.accuracy.estimates import Clusters
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.verdict import (
     FLOOR_EPS,
@@ -32,7 +32,7 @@ DERIVATION = f"""\
 A difference is the log-probability that `generate()` computed of a token less the one of the trainer's forward, which is
 stock's, in nats; the importance ratio is `exp(-difference)`. All series score the tokens of one rollout, which stock drew.
 - *mean square difference*, over that of stock's own scores: at most {MEAN_SQUARE_FACTOR:.0f}, as much error again as stock
-  has (variances add), or the lower end of the {ALARM_LEVEL:.1%} interval is at most 1, so that it may be stock's own.
+  has (variances add).
 - *worst token*: at most {MAXIMUM_FACTOR:.0f} times stock's worst difference, or twice the error of the trainer's forward.
 - *KL(generate() || forward)* is estimated by `ratio - 1 - log ratio` (Schulman, 2020, "Approximating KL divergence").
 - *drawn tokens*: rows that the device's loop drew for itself, by the exact model, as in parity.
@@ -59,7 +59,7 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
     for variant in variants:
         name, counters = variant.name, [record["counters"][variant.name] for record in records]
         checks.append(path_check(name, counters))
-        checks += loop_checks(name, counters, share=variant.shares_prefixes, compacts=False) if variant.loop else []
+        checks += loop_checks(name, counters, share=True, compacts=False) if variant.loop else []
         checks += _checks(name, clusters, series[name], series[STOCK], error, floor)
         if variant.loop:
             # A logit may be off by about as much as the trainer's log-probabilities are, at most.
@@ -105,13 +105,10 @@ def _row(clusters: Clusters, name: str, values: Windows, stock: Windows) -> dict
 
 def _checks(name: str, clusters: Clusters, ours: Windows, stock: Windows, error: Windows, floor: float) -> list[Check]:
     relative = clusters.ratio_of_squares(ours, stock)
-    low = relative.interval(ALARM_LEVEL)[0]
-    # Where stock's own may be as large, the value counts as no more than that.
-    value = relative.value if not math.isfinite(relative.se) or low > 1.0 else min(relative.value, MEAN_SQUARE_FACTOR)
     limit = MEAN_SQUARE_FACTOR + (floor / max(_rms(stock), 1e-300)) ** 2
     worst = MAXIMUM_FACTOR * max(_largest(stock), _largest(error)) + floor
     return [
-        Check(name, "mean square difference / stock's", value, limit),
+        Check(name, "mean square difference / stock's", relative.value, limit),
         Check(name, "worst token, nats", _largest(ours), worst),
     ]
 
@@ -150,8 +147,9 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"{settings['model']}, {settings['dtype']}, {settings['data']}: {record['prompts']} prompts of at most "
         f"{settings['context']} tokens, {settings['samples']} answers of {settings['new']} tokens each, drawn at "
-        f"temperature 1 from the {settings['top_k']} likeliest: {record['tokens']:,} tokens; {units['count']} {units['kind']}; "
-        f"seed {settings['seed']}. The trainer's forward itself is off by {record['forward_error']['rms']:.2e} (rms).",
+        f"temperature 1 from the {settings['top_k']} likeliest: {record['tokens']:,} tokens; {units['count']} "
+        f"{units['kind']}; seed {settings['seed']}. The trainer's forward itself is off by "
+        f"{record['forward_error']['rms']:.2e} (rms).",
         "",
         "| difference, nats | rms | mean | median | 90% | 99% | largest | KL | ratio, least and greatest "
         "| mean square / stock's (95%) |",

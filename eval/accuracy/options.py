@@ -15,6 +15,7 @@ from hf_fastattn.eval import models
 from hf_fastattn.eval.accuracy import variants
 from hf_fastattn.eval.accuracy.feed import Schedule
 from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
 from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
@@ -78,7 +79,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    chosen = variants.chosen(arguments.variant, model)
+    chosen = variants.chosen(arguments.variant, model, arguments.inject)
+    if not chosen:
+        raise ValueError(f"argument --inject: {arguments.inject!r} is in steps of the device's loop: {why_no_loop(model)}")
     skip = ("output", "quiet", "threads", "variant")
     settings = {key: value for key, value in vars(arguments).items() if key not in skip}
     settings["model"] = _shown(arguments.model)

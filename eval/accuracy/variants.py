@@ -15,6 +15,7 @@ import hf_fastattn
 from hf_fastattn import config as options_module
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
+from hf_fastattn.eval.choices import STEP_FAULTS
 
 # Options that are on or off and change what is computed.
 SWITCHES = ("batch_invariant", "cuda_graphs", "prefix_cache")
@@ -32,11 +33,6 @@ class Variant:
     options: tuple[tuple[str, Any], ...] = ()
     share: bool = False
     loop: bool = False
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether steps may read a prefix once for several rows: in batch-invariant mode rows do not depend on each other."""
-        return not dict(self.options).get("batch_invariant", False)
 
     @property
     def name(self) -> str:
@@ -114,6 +110,14 @@ def is_usable(model: Any, options: dict[str, Any]) -> bool:
     return True
 
 
-def chosen(texts: Sequence[str] | None, model: Any) -> list[Variant]:
-    """The variants of the command line, or the default ones."""
-    return [parse(text) for text in texts] if texts else default_variants(model)
+def chosen(texts: Sequence[str] | None, model: Any, fault: str | None = None) -> list[Variant]:
+    """The variants of the command line, or the default ones, if a fault is to be planted those that it reaches.
+
+    Hooks keep calls off the device's loop; what only its steps read is in rows that share prefixes.
+    """
+    if texts:
+        return [parse(text) for text in texts]
+    found = default_variants(model)
+    if fault in STEP_FAULTS:
+        return [variant for variant in found if variant.loop and variant.share and len(variant.options) == 1]
+    return [variant for variant in found if not (fault and variant.loop)]

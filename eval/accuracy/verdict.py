@@ -66,7 +66,7 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
         Check(variant, "batches without replayed steps", still, 0),
     ]
     if share:
-        alone = sum(1 for call in counters if not any(sharers for _, sharers in call["steps"]))
+        alone = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))
         found.append(Check(variant, "batches whose prefixes were read row by row", alone, 0))
     if compacts:
         stayed = sum(1 for call in counters if len({rows for rows, _ in call["steps"]}) < 2)
