@@ -17,13 +17,15 @@ from typing import Any
 
 from hf_fastattn.eval import logprobs, models, parity, perplexity
 from hf_fastattn.eval.accuracy import options
+from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.options import Setup
+from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.reporting.plots import draw_faults
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 
 # What runs each evaluation, from its parsed options and what they set up, and its options beside the common ones.
 EVALUATIONS: dict[str, tuple[Callable[[Any, Setup], dict[str, Any]], tuple[str, ...]]] = {
@@ -101,15 +103,18 @@ def run(
         plan += [(name, fault, 0, WINDOW if fault == "window" else None) for name in names]
     for seed in range(seeds):
         plan += [(name, "", seed, window) for window in (None, WINDOW) for name in names]
-    rows = []
-    for name, fault, seed, window in bar(plan, "faults and seeds", "run", quiet):
+
+    def measure(part: tuple[str, str, int, int | None]) -> dict[str, Any]:
+        name, fault, seed, window = part
         arguments = [*common, "--seed", str(seed), "--quiet"]
         arguments += ["--inject", fault] if fault else []
         arguments += ["--window", str(window)] if window else []
         # The last option counts.
         arguments += ["--model", str(MIXTURE)] if fault == "step-expert" and MIXTURE.exists() else []
-        rows.append(row(name, evaluate(name, arguments), fault, seed, window))
-    return rows
+        return row(name, evaluate(name, arguments), fault, seed, window)
+
+    with counted(len(plan), "faults and seeds", "run", quiet) as each:
+        return measured(plan, measure, Journal(None, {}), each)
 
 
 def markdown(record: dict[str, Any]) -> str:

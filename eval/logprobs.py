@@ -29,12 +29,13 @@ from hf_fastattn.eval.accuracy.faults import planted
 from hf_fastattn.eval.accuracy.feed import CallLog, new_cache, whole
 from hf_fastattn.eval.accuracy.loop_feed import drawn, exercised
 from hf_fastattn.eval.accuracy.options import Setup
+from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.plots import draw_logprobs
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.transformers_version import CACHE
 
@@ -169,10 +170,10 @@ def run(setup: Setup, new: int, samples: int, top_k: int) -> dict[str, Any]:
     """Measure what the journal lacks; returns the summary with its checks and verdict."""
     start = time.perf_counter()
     resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
-    for index, batch in enumerate(bar(setup.batches, "logprobs", "batch", setup.quiet)):
-        if str(index) not in setup.journal:
-            setup.journal.add(str(index), measure_batch(setup, batch, new, samples, top_k))
-    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
+    with counted(len(setup.batches), "logprobs", "batch", setup.quiet) as each:
+        records = measured(
+            setup.batches, lambda batch: measure_batch(setup, batch, new, samples, top_k), setup.journal, each
+        )
     summary = logprobs_summary.summarise(records, setup.documents, setup.variants)
     seconds = time.perf_counter() - start
     return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}

@@ -29,11 +29,12 @@ from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
 from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
 from hf_fastattn.eval.accuracy.parity_loop import logprob_errors, loop_figures, run_loop, window_logprobs
+from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.plots import draw_parity
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 
 ONE, STOCK = "stock, one forward", "stock"
 
@@ -123,10 +124,8 @@ def run(setup: Setup, new_tokens: int) -> dict[str, Any]:
     """Measure what the journal lacks; returns the summary with its checks and verdict."""
     start = time.perf_counter()
     resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
-    for index, batch in enumerate(bar(setup.batches, "parity", "batch", setup.quiet)):
-        if str(index) not in setup.journal:
-            setup.journal.add(str(index), measure_batch(setup, batch, new_tokens))
-    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
+    with counted(len(setup.batches), "parity", "batch", setup.quiet) as each:
+        records = measured(setup.batches, lambda batch: measure_batch(setup, batch, new_tokens), setup.journal, each)
     summary = parity_summary.summarise(records, setup.batches, setup.variants, setup.tokenizer)
     seconds = time.perf_counter() - start
     return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}

@@ -16,6 +16,7 @@ from hf_fastattn.eval.accuracy import variants
 from hf_fastattn.eval.accuracy.feed import Schedule
 from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
+from hf_fastattn.eval.accuracy.processes import own_device, processes
 from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
@@ -51,7 +52,7 @@ def set_up(name: str, made: Parser, argv: Sequence[str] | None) -> tuple[argpars
     """Parse, load the model and the text, open the journal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse(argv)
-    arguments.device = arguments.device or default_device()
+    arguments.device = own_device(arguments.device or default_device())
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.dtype == "auto":
@@ -95,7 +96,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
     }
     text_hash = settings_hash({str(i): window.ids for i, window in enumerate(windows)})
     key = settings_hash({**record, "command": None, "text": text_hash})
-    journal = Journal(arguments.output / ".journal" / f"{name}-{key}.jsonl" if arguments.output else None, settings)
+    # One process of several keeps the records of all.
+    kept = arguments.output is not None and processes().is_first
+    journal = Journal(arguments.output / ".journal" / f"{name}-{key}.jsonl" if kept else None, settings)
     return Setup(
         model,
         tokenizer,

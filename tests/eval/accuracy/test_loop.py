@@ -121,4 +121,3 @@ def test_draws_of_the_exact_distribution_cost_what_they_should(top_k: int) -> No
     assert deviations(logits.argmax(-1))[0] > 10
     warm = torch.multinomial((logits / 1.5).softmax(-1), 1, generator=generator)[:, 0]
     assert deviations(warm)[0] > 10 or deviations(warm)[1] > 1
-
