@@ -111,13 +111,14 @@ def is_usable(model: Any, options: dict[str, Any]) -> bool:
 
 
 def chosen(texts: Sequence[str] | None, model: Any, fault: str | None = None) -> list[Variant]:
-    """The variants of the command line, or the default ones, if a fault is to be planted those that it reaches.
+    """The variants of the command line, or the default ones, if a fault is to be planted those of them that it reaches.
 
-    Hooks keep calls off the device's loop; what only its steps read is in rows that share prefixes.
+    Hooks keep calls off the device's loop; what only its steps read is in rows that share prefixes. Where the command line
+    names none that a fault reaches, it gets what it names.
     """
-    if texts:
-        return [parse(text) for text in texts]
-    found = default_variants(model)
+    named = [parse(text) for text in texts] if texts else []
+    found = named or default_variants(model)
     if fault in STEP_FAULTS:
-        return [variant for variant in found if variant.loop and variant.share and len(variant.options) == 1]
-    return [variant for variant in found if not (fault and variant.loop)]
+        plain = [variant for variant in found if variant.loop and variant.share]
+        return [variant for variant in plain if named or len(variant.options) == 1] or named
+    return [variant for variant in found if not (fault and variant.loop)] or named
