@@ -162,6 +162,16 @@ def add_logprobs(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_all(made: argparse.ArgumentParser) -> None:
+    """All evaluations of accuracy, and a table of their verdicts. Exits with 1 if one is red."""
+    _add_model(made)
+    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
+    made.add_argument("--quick", action="store_true", help="on a set small enough to look at after every change")
+    made.add_argument("--threads", type=int, help="CPU threads")
+    made.add_argument("--output", type=Path, help="folder for the reports")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def add_faults(made: argparse.ArgumentParser) -> None:
     """The evaluations with each fault, which two must notice, and over seeds without one. Exits with 1 if one is wrong."""
     made.add_argument("--seeds", type=int, default=20)
@@ -370,6 +380,7 @@ COMMANDS = {
     "eval logprobs": Command(
         "hf_fastattn.eval.logprobs", "what generate() says of its tokens against a later forward of them", add_logprobs
     ),
+    "eval all": Command("hf_fastattn.eval.all_evaluations", "all evaluations of accuracy, and their verdicts", add_all),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
     "bench generate": Command(
         "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate

@@ -26,8 +26,19 @@ STEP_FAULTS = {
     "step-prefix": "the first group of rows that share a prefix has one row too many",
 }
 
-# The evaluations that faults are held against.
+# The evaluations that faults are held against, and that run together.
 EVALUATED = ("perplexity", "parity", "logprobs")
+# Their sizes where all of them run together, and where they only have a quick look.
+WHOLE = {"perplexity": ("--windows", "24"), "parity": ("--windows", "16")}
+SMALL = (
+    *("--context", "128", "--stride", "48", "--windows", "4", "--batch", "4"),
+    *("--append", "20", "--piece", "7", "--decode", "12"),
+)
+QUICK = {
+    "perplexity": SMALL,
+    "parity": (*SMALL, "--new", "8"),
+    "logprobs": (*SMALL, "--new", "8", "--samples", "3"),
+}
 
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {

@@ -3,8 +3,8 @@
     python -m hf_fastattn.eval.fault_table --seeds 20 --output results
 
 Each fault is planted in turn, those of `faults.py` in hooks, those of `step_faults.py` in what recorded steps read, and at
-least two evaluations must turn red. Then all run without a fault over several seeds, which draw other windows, on the
-checkpoint as it is and as a Mistral with a window, and must stay green. Exits with 1 if a fault was missed or a seed
+least two evaluations must turn red. Then all run without a fault over several seeds, which draw other windows, in turn on
+the checkpoint as it is and as a Mistral with a window, and must stay green. Exits with 1 if a fault was missed or a seed
 alarmed.
 """
 
@@ -102,7 +102,7 @@ def run(
     for fault in faults:
         plan += [(name, fault, 0, WINDOW if fault == "window" else None) for name in names]
     for seed in range(seeds):
-        plan += [(name, "", seed, window) for window in (None, WINDOW) for name in names]
+        plan += [(name, "", seed, WINDOW if seed % 2 else None) for name in names]
 
     def measure(part: tuple[str, str, int, int | None]) -> dict[str, Any]:
         name, fault, seed, window = part
