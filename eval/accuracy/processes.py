@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ class Records(Protocol):
     def add(self, key: str, record: Any) -> None: ...
 
 
-class Processes(NamedTuple):
+@dataclass(frozen=True)
+class Processes:
     """Which process this is, of how many."""
 
     rank: int = 0

@@ -70,9 +70,10 @@ class ReadBack(Batch):
     ) -> Tensor:  # fmt: skip
         slots = self.on(q.device).slots[window].long()
         there = slots >= 0
-        rows = [tensor[there] for tensor in (q, k, v, cos, sin)]
         out = torch.zeros_like(q)
-        out[there] = rope_reference.rope_append(*rows, k_pages, v_pages, slots[there], **norms)
+        out[there] = rope_reference.rope_append(
+            q[there], k[there], v[there], cos[there], sin[there], k_pages, v_pages, slots[there], **norms
+        )
         return out
 
     def attend(
@@ -92,11 +93,10 @@ class ReadBack(Batch):
             pages = [row[: -(-length // size)] for row, length in zip(table.tolist(), lengths.tolist(), strict=True)]
             plan = ReadPlan(pages, news.tolist(), lengths.tolist(), size, window)
             return variant_attention(q, k_pages, v_pages, plan, variant.variant, scale=scale)[0]
-        table = table[there].tolist()
         held = lengths[there].tolist()
         # A row without keys has zeros.
         queries = there.repeat_interleave(news)
-        pages = [row[: -(-length // size)] for row, length in zip(table, held, strict=True)]
+        pages = [row[: -(-length // size)] for row, length in zip(table[there].tolist(), held, strict=True)]
         plan = ReadPlan(pages, news[there].tolist(), held, size, window)
         out = torch.zeros_like(q)
         if held:

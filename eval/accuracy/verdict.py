@@ -58,12 +58,15 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
         share: rows share prefixes.
         compacts: rows are over at different steps.
     """
-    idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"] or call["uncaptured"])
-    reasons = sorted({reason for call in counters for name in ("not_looped", "uncaptured") for reason in call[name]})
-    still = sum(1 for call in counters if not call["graphs_replayed"])
+    idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"])
+    reasons = sorted({reason for call in counters for reason in call["not_looped"]})
+    # Prompts of some models are never recorded, which counts as uncaptured too; a step whose capture failed is another matter.
+    failed = [any(reason.startswith("capturing it failed") for reason in call["uncaptured"]) for call in counters]
+    still = sum(1 for call, lost in zip(counters, failed, strict=True) if lost or not call["graphs_replayed"])
+    layered = sorted({reason for call in counters for reason in call["uncaptured"]})
     found = [
         Check(variant, "batches off the device's loop", idle, 0, "; ".join(reasons)),
-        Check(variant, "batches without replayed steps", still, 0),
+        Check(variant, "batches without replayed steps", still, 0, "; ".join(layered)),
     ]
     if share:
         alone = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))

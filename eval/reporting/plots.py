@@ -21,6 +21,14 @@ FAULT_NAMES = {
     "mask": "newest key unseen",
     "scale": "scores times 1.03",
     "window": "window a page too short",
+    "step-page": "pages of two rows exchanged",
+    "step-slot": "keys a slot too far",
+    "step-scale": "scores times 1.03, in graphs",
+    "step-length": "rows a key too short",
+    "step-rope": "stale angles of a row",
+    "step-sampler": "too many tokens drawn from",
+    "step-expert": "two experts exchanged",
+    "step-prefix": "a row too many shares",
     "": "no fault",
 }
 
@@ -134,12 +142,13 @@ def draw_faults(plt: Any, record: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(figsize=(WIDTH, 4.2), constrained_layout=True)
     figure.suptitle("The check that is furthest beyond its limit, by planted fault", fontsize=11)
     faults = list(dict.fromkeys(found["fault"] for found in record["rows"]))
-    for index, evaluation in enumerate(("perplexity", "parity")):
+    known = dict.fromkeys(found["evaluation"] for found in record["rows"])
+    for index, evaluation in enumerate(known):
         places, shares = [], []
         for found in record["rows"]:
             if found["evaluation"] == evaluation:
                 for entry in found["variants"]:
-                    places.append(faults.index(found["fault"]) + (index - 0.5) * 0.25)
+                    places.append(faults.index(found["fault"]) + (index - (len(known) - 1) / 2) * 0.25)
                     shares.append(max(min(entry["share"], 1e30), LEAST_SHARE))
         axes.plot(
             shares, places, MARKERS[index], color=OUR_COLOURS[index], alpha=0.6, label=f"hf-fastattn eval {evaluation}"
