@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from hf_fastattn.eval.choices import (
     BATCHING,
     DTYPES,
+    EVALUATED,
     FAULTS,
     KINDS,
     MIXTURES,
@@ -24,6 +25,7 @@ from hf_fastattn.eval.choices import (
     SERVED,
     SHAPES,
     SHIPPED,
+    STEP_FAULTS,
     WINDOWS_16,
     WINDOWS_32,
 )  # fmt: skip
@@ -137,7 +139,9 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
     )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
-        "--inject", choices=(*FAULTS, *ROUTING_FAULTS), help="plant this fault in the patched model; the verdict must be red"
+        "--inject",
+        choices=(*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS),
+        help="plant this fault in the patched model; the verdict must be red",
     )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")
@@ -156,10 +160,34 @@ def add_parity(made: argparse.ArgumentParser) -> None:
     made.add_argument("--new", type=int, default=24, help="tokens generated greedily after each window")
 
 
+def add_logprobs(made: argparse.ArgumentParser) -> None:
+    """What generate() says of its tokens against a later forward of them, as GRPO's importance ratio sees it, stock and
+    patched. Exits with 1 if a variant alarms."""
+    _add_accuracy(made, windows=16)
+    made.set_defaults(context=128, stride=64)
+    made.add_argument("--new", type=positive, default=24, help="tokens of an answer (default: %(default)s)")
+    made.add_argument("--samples", type=positive, default=4, help="answers to a prompt (default: %(default)s)")
+    made.add_argument(
+        "--top-k", type=positive, default=20, help="likeliest tokens that are drawn from (default: %(default)s)"
+    )
+
+
+def add_all(made: argparse.ArgumentParser) -> None:
+    """All evaluations of accuracy, and a table of their verdicts. Exits with 1 if one is red."""
+    _add_model(made)
+    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
+    made.add_argument("--quick", action="store_true", help="on a set small enough to look at after every change")
+    made.add_argument("--threads", type=int, help="CPU threads")
+    made.add_argument("--output", type=Path, help="folder for the reports")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def add_faults(made: argparse.ArgumentParser) -> None:
-    """Both evaluations with each fault, which they must notice, and over seeds without one. Exits with 1 if one is wrong."""
+    """The evaluations with each fault, which two must notice, and over seeds without one. Exits with 1 if one is wrong."""
     made.add_argument("--seeds", type=int, default=20)
-    made.add_argument("--faults", nargs="*", choices=(*FAULTS, *ROUTING_FAULTS), default=list(FAULTS))
+    known = (*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS)
+    made.add_argument("--faults", nargs="*", choices=known, default=[*FAULTS, *STEP_FAULTS])
+    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
     made.add_argument("--context", type=int, default=256)
     made.add_argument("--stride", type=int, default=64)
     made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")
@@ -441,6 +469,10 @@ COMMANDS = {
         "hf_fastattn.eval.perplexity", "perplexity of both on the same tokens, and the paired difference", add_perplexity
     ),
     "eval parity": Command("hf_fastattn.eval.parity", "logits and hidden states of both against the exact ones", add_parity),
+    "eval logprobs": Command(
+        "hf_fastattn.eval.logprobs", "what generate() says of its tokens against a later forward of them", add_logprobs
+    ),
+    "eval all": Command("hf_fastattn.eval.all_evaluations", "all evaluations of accuracy, and their verdicts", add_all),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
     "eval recall": Command(
         "hf_fastattn.eval.recall", "what both find again in long contexts, by length and depth", add_recall

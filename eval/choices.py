@@ -14,6 +14,31 @@ DTYPES = ("float32", "bfloat16", "float16")
 FAULTS = ("page", "position", "mask", "scale", "window")
 # Those that take a mixture of experts, whose weights the router makes add up to 1.
 ROUTING_FAULTS = ("expert", "weights")
+# Those that step_faults.py plants in what recorded steps of the device's loop read.
+STEP_FAULTS = {
+    "step-page": "two rows have exchanged an entry of their page tables",
+    "step-slot": "keys and values are written one slot further on",
+    "step-scale": "scores are multiplied by 1.03",
+    "step-length": "rows are read as if they were one key shorter",
+    "step-rope": "the first row is turned by the angles of its first step, in all steps",
+    "step-sampler": "half as many tokens again may be drawn",
+    "step-expert": "the second of a token's experts is taken for the first, and the first for the second",
+    "step-prefix": "the first group of rows that share a prefix has one row too many",
+}
+
+# The evaluations that faults are held against, and that run together.
+EVALUATED = ("perplexity", "parity", "logprobs")
+# Their sizes where all of them run together, and where they only have a quick look.
+WHOLE = {"perplexity": ("--windows", "24"), "parity": ("--windows", "16")}
+SMALL = (
+    *("--context", "128", "--stride", "48", "--windows", "4", "--batch", "4"),
+    *("--append", "20", "--piece", "7", "--decode", "12"),
+)
+QUICK = {
+    "perplexity": SMALL,
+    "parity": (*SMALL, "--new", "8"),
+    "logprobs": (*SMALL, "--new", "8", "--samples", "3"),
+}
 
 # The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
 RECALLED = ("needle", "lookup", "variable", "copy")

@@ -4,8 +4,9 @@
 
 Truth is stock Transformers in fp64 (for fp32 models) or fp32, in one forward. Stock in the model's dtype, in one
 forward and in pieces, shows what rounding alone does; each variant of the patched model is fed in the same pieces
-(prefill, appends, decode), and both then generate greedily. Exits with 1 if a variant alarms, and names the first layer
-and token that are wrong; the limits are derived in the report.
+(prefill, appends, decode), and both then generate greedily. In the device's loop, where nobody sees logits, it is
+log-probabilities of forced tokens, choices and draws that are held against the exact logits. Exits with 1 if a variant
+alarms, and names the first layer and token that are wrong; the limits are derived in the report.
 """
 
 from __future__ import annotations
@@ -23,31 +24,38 @@ from hf_fastattn.eval.accuracy import options, parity_summary
 from hf_fastattn.eval.accuracy.faults import planted
 from hf_fastattn.eval.accuracy.feed import CallLog, in_pieces, whole
 from hf_fastattn.eval.accuracy.layer_tap import LayerTap
+from hf_fastattn.eval.accuracy.loop_feed import exercised
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
 from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
+from hf_fastattn.eval.accuracy.parity_loop import logprob_errors, loop_figures, run_loop, window_logprobs
+from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.plots import draw_parity
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 
 ONE, STOCK = "stock, one forward", "stock"
 
 
 def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
     """The errors of every series on one batch, by window."""
-    model, keep = setup.model, min(max(window.scored for window in batch.windows), batch.ids.shape[1])
+    # One column more than is scored: the logits before a token are those that it was chosen by.
+    model, keep = setup.model, max(window.scored for window in batch.windows) + 1
     wide = models.truth_dtype(setup.dtype)
     with models.in_precision(model, wide):
         exact, exact_states = _at_once(model, batch, keep)
+    true = window_logprobs(exact, batch)
     logits, states = _at_once(model, batch, keep)
     one = layer_errors(states, exact_states)
     series = {ONE: {**logit_errors(logits, exact, batch), **_by_window(one)}}
+    likely = {"one": logprob_errors(window_logprobs(logits, batch), true), "size": [row.tolist() for row in true]}
 
     logits, states = _in_pieces(setup, batch, keep, share=False)
     stock = layer_errors(states, exact_states)
     series[STOCK] = {**logit_errors(logits, exact, batch), **_by_window(stock)}
+    likely["pieces"] = logprob_errors(window_logprobs(logits, batch), true)
     path = greedy_path(model, batch, new_tokens, share=False)
     with models.in_precision(model, wide):
         exact_path = whole(model, path.as_batch(), new_tokens + 1)[:, :-1]
@@ -56,24 +64,34 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
     bounds = torch.maximum(one.amax((1, 2)), stock.amax((1, 2)))
 
     counters: dict[str, Any] = {}
+    loops: dict[str, Any] = {}
     for variant in setup.variants:
         with hf_fastattn.patched(model, **dict(variant.options)), planted(model, setup.fault, setup.layer) as fault:
             calls = CallLog(model)
-            logits, states = _in_pieces(setup, batch, keep, variant.share)
-            ours = greedy_path(model, batch, new_tokens, variant.share)
-            calls.look()
+            if variant.loop:
+                with exercised(model):
+                    run = run_loop(calls, batch, new_tokens, variant.share, setup.seed)
+            else:
+                logits, states = _in_pieces(setup, batch, keep, variant.share)
+                ours = greedy_path(model, batch, new_tokens, variant.share)
+                calls.look()
             counters[variant.name] = {**calls.record(), "planted": fault.times}
+        with models.in_precision(model, wide):
+            if variant.loop:
+                loops[variant.name] = loop_figures(model, batch, run, exact, path, exact_path)
+                continue
+            exact_ours = exact_path
+            if not ours.same_tokens(path):
+                exact_ours = whole(model, ours.as_batch(), new_tokens + 1)[:, :-1]
         errors = layer_errors(states, exact_states)
         found = {**logit_errors(logits, exact, batch), **_by_window(errors)}
         found["first"] = first_beyond(errors, bounds, batch)
-        exact_ours = exact_path
-        if not ours.same_tokens(path):
-            with models.in_precision(model, wide):
-                exact_ours = whole(model, ours.as_batch(), new_tokens + 1)[:, :-1]
         found["greedy"] = path_errors(ours, path, exact_ours, exact_path)
         series[variant.name] = found
     split, done = (setup.schedule.pieces(batch.ids.shape[1], batch.shortest)[i][1] for i in (0, -1))
-    return {"series": series, "counters": counters, "split": split, "done": done}
+    return {
+        "series": series, "loops": loops, "logprobs": likely, "counters": counters, "split": split, "done": done
+    }  # fmt: skip
 
 
 def _at_once(model: Any, batch: WindowBatch, keep: int) -> tuple[Tensor, Tensor]:
@@ -106,12 +124,9 @@ def run(setup: Setup, new_tokens: int) -> dict[str, Any]:
     """Measure what the journal lacks; returns the summary with its checks and verdict."""
     start = time.perf_counter()
     resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
-    for index, batch in enumerate(bar(setup.batches, "parity", "batch", setup.quiet)):
-        if str(index) not in setup.journal:
-            setup.journal.add(str(index), measure_batch(setup, batch, new_tokens))
-    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
-    names = [variant.name for variant in setup.variants]
-    summary = parity_summary.summarise(records, setup.batches, names, setup.tokenizer)
+    with counted(len(setup.batches), "parity", "batch", setup.quiet) as each:
+        records = measured(setup.batches, lambda batch: measure_batch(setup, batch, new_tokens), setup.journal, each)
+    summary = parity_summary.summarise(records, setup.batches, setup.variants, setup.tokenizer)
     seconds = time.perf_counter() - start
     return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}
 

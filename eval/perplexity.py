@@ -21,13 +21,15 @@ from hf_fastattn.eval import models
 from hf_fastattn.eval.accuracy import options, perplexity_summary
 from hf_fastattn.eval.accuracy.faults import planted
 from hf_fastattn.eval.accuracy.feed import CallLog, Piece, in_pieces, whole
+from hf_fastattn.eval.accuracy.loop_feed import exercised, forced_scores
 from hf_fastattn.eval.accuracy.options import Setup
+from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.plots import draw_perplexity
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 
 EXACT, ONE, STOCK = "exact", "stock, one forward", "stock"
 
@@ -72,21 +74,25 @@ def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
 def score_patched(setup: Setup, batch: WindowBatch, variant: Variant, keep: int) -> tuple[list[list[float]], dict[str, Any]]:
     """One variant on one batch, with the fault if one is asked for."""
     with hf_fastattn.patched(setup.model, **dict(variant.options)), planted(setup.model, setup.fault, setup.layer) as fault:
-        counters = CallLog(setup.model)
-        pieces = in_pieces(setup.model, batch, setup.schedule, keep=keep, share=variant.share)
-        losses = token_losses(counters.watch(pieces), batch)
-    return losses, {**counters.record(), "planted": fault.times}
+        calls = CallLog(setup.model)
+        if variant.loop:
+            with exercised(setup.model):
+                scores = forced_scores(setup.model, batch, variant.share)
+            calls.look()
+            losses = [(-logprobs.double()).tolist() for logprobs in scores.logprobs]
+        else:
+            pieces = in_pieces(setup.model, batch, setup.schedule, keep=keep, share=variant.share)
+            losses = token_losses(calls.watch(pieces), batch)
+        return losses, {**calls.record(), "planted": fault.times}
 
 
 def run(setup: Setup) -> dict[str, Any]:
     """Score what the journal lacks; returns the summary with its checks and verdict."""
     start = time.perf_counter()
     resumed = sum(str(index) in setup.journal for index in range(len(setup.batches)))
-    for index, batch in enumerate(bar(setup.batches, "perplexity", "batch", setup.quiet)):
-        if str(index) not in setup.journal:
-            setup.journal.add(str(index), score_batch(setup, batch))
-    records = [setup.journal[str(index)] for index in range(len(setup.batches))]
-    summary = perplexity_summary.summarise(records, setup.documents, [v.name for v in setup.variants])
+    with counted(len(setup.batches), "perplexity", "batch", setup.quiet) as each:
+        records = measured(setup.batches, lambda batch: score_batch(setup, batch), setup.journal, each)
+    summary = perplexity_summary.summarise(records, setup.documents, setup.variants)
     seconds = time.perf_counter() - start
     return {**setup.record, "seconds": round(seconds, 1), "batches_resumed": resumed, **summary}
 

@@ -103,6 +103,8 @@ HINTS = (
     ("another rank runs", "the same call, with the same options, on every rank"),
     ("it failed on another rank", "see what capturing failed with on the other rank"),
     ("looks at the logits", "use generate()'s own options where they say the same (bad_words_ids, suppress_tokens, ...)"),
+    ("tokens are forced", "do_sample=False, num_beams=1, end tokens in place of stop strings"),
+    ("forced tokens for", "ForcedTokens of [rows, max_new_tokens], one object a call"),
     ("in another order", "pass them as options of generate(), each once"),
     ("makes NaN of end tokens", "install Transformers 5.23 or later"),
     ("an exponential decay", "start it at a whole number of tokens"),

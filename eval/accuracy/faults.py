@@ -33,7 +33,8 @@ from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
-from hf_fastattn.eval.choices import FAULTS, ROUTING_FAULTS
+from hf_fastattn.eval.accuracy.step_faults import planted_in_steps
+from hf_fastattn.eval.choices import FAULTS, ROUTING_FAULTS, STEP_FAULTS
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.rope_reference import rotate, signed_sin
 from hf_fastattn.patches.modules.watched import takes_packed_rows
@@ -49,6 +50,10 @@ class Planted:
 
     times: int = 0
 
+    def once(self) -> None:
+        """It did so once more."""
+        self.times += 1
+
 
 @contextmanager
 def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator[Planted]:
@@ -62,10 +67,16 @@ def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator
     if fault is None:
         yield count
         return
-    known = (*FAULTS, *ROUTING_FAULTS)
+    known = (*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS)
     if fault not in known:
         raise ValueError(f"fault {fault!r} is unknown; choose one of {known}")
     modules = _attention_modules(model)
+    if fault in STEP_FAULTS:
+        if layer is not None:
+            raise ValueError(f"fault {fault!r} is in whole steps; leave out the layer")
+        with planted_in_steps(model, fault, count.once):
+            yield count
+        return
     if fault in ROUTING_FAULTS:
         modules = _routers(model)
     if layer is not None and not 0 <= layer < len(modules):

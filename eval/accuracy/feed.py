@@ -24,6 +24,10 @@ from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
+# What of the counters of calls says which path ran.
+COUNTED = ("forwards", "fast_loops", "graphs_captured", "graphs_replayed", "pages_shared", "tokens_reused")
+BY_REASON = ("fallbacks", "not_looped", "uncaptured")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -74,12 +78,12 @@ class CallLog:
     """The counters of a patched model over several forwards and calls of `generate()`, each of which starts new ones."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         self._calls = [hf_fastattn.report(model).last_call]
 
     def look(self) -> None:
         """Note the counters in force; to be called after each `generate()`."""
-        call = hf_fastattn.report(self._model).last_call
+        call = hf_fastattn.report(self.model).last_call
         if all(call is not known for known in self._calls):
             self._calls.append(call)
 
@@ -90,11 +94,23 @@ class CallLog:
             yield piece
 
     def record(self) -> dict[str, Any]:
-        """Paged forwards, and fallbacks by reason."""
-        fallbacks: Counter[str] = Counter()
-        for call in self._calls:
-            fallbacks.update(call.fallbacks if call else {})
-        return {"forwards": sum(call.forwards for call in self._calls if call), "fallbacks": dict(fallbacks)}
+        """Which path ran: paged forwards, loops of the device and their graphs, by reason what ran otherwise.
+
+        `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once; `shares` is whether
+        any may.
+        """
+        calls = [call for call in self._calls if call]
+        found: dict[str, Any] = {name: sum(getattr(call, name) for call in calls) for name in COUNTED}
+        for name in BY_REASON:
+            reasons: Counter[str] = Counter()
+            for call in calls:
+                reasons.update(getattr(call, name))
+            found[name] = dict(reasons)
+        report, runtime = hf_fastattn.report(self.model), find_model(self.model)._fastattn.runtime
+        steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
+        # Layers with windows, and rows that must not depend on each other, read prefixes for themselves.
+        shares = not runtime.config.batch_invariant and any(group.window is None for group in runtime.groups)
+        return {**found, "backend": report.backend, "steps": [list(step) for step in steps], "shares": shares}
 
 
 def is_patched(model: Any) -> bool:

@@ -15,6 +15,8 @@ from hf_fastattn.eval import models
 from hf_fastattn.eval.accuracy import variants
 from hf_fastattn.eval.accuracy.feed import Schedule
 from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
+from hf_fastattn.eval.accuracy.processes import own_device, processes
 from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
@@ -38,6 +40,7 @@ class Setup:
     record: dict[str, Any]
     output: Path | None
     quiet: bool
+    seed: int
 
     @property
     def documents(self) -> list[int]:
@@ -49,7 +52,7 @@ def set_up(name: str, made: Parser, argv: Sequence[str] | None) -> tuple[argpars
     """Parse, load the model and the text, open the journal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse(argv)
-    arguments.device = arguments.device or default_device()
+    arguments.device = own_device(arguments.device or default_device())
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.dtype == "auto":
@@ -77,7 +80,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    chosen = variants.chosen(arguments.variant, model)
+    chosen = variants.chosen(arguments.variant, model, arguments.inject)
+    if not chosen:
+        raise ValueError(f"argument --inject: {arguments.inject!r} is in steps of the device's loop: {why_no_loop(model)}")
     skip = ("output", "quiet", "threads", "variant")
     settings = {key: value for key, value in vars(arguments).items() if key not in skip}
     settings["model"] = _shown(arguments.model)
@@ -91,7 +96,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
     }
     text_hash = settings_hash({str(i): window.ids for i, window in enumerate(windows)})
     key = settings_hash({**record, "command": None, "text": text_hash})
-    journal = Journal(arguments.output / ".journal" / f"{name}-{key}.jsonl" if arguments.output else None, settings)
+    # One process of several keeps the records of all.
+    kept = arguments.output is not None and processes().is_first
+    journal = Journal(arguments.output / ".journal" / f"{name}-{key}.jsonl" if kept else None, settings)
     return Setup(
         model,
         tokenizer,
@@ -105,6 +112,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         record,
         arguments.output,
         arguments.quiet,
+        arguments.seed,
     )
 
 

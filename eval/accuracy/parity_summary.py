@@ -11,12 +11,16 @@ import numpy as np
 
 from hf_fastattn.eval.accuracy.estimates import ALARM_LEVEL, Clusters, ratio
 from hf_fastattn.eval.accuracy.parity_errors import FIGURES
+from hf_fastattn.eval.accuracy.parity_loop import parity_loop_checks
+from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.verdict import (
     FLOOR_EPS,
     MAXIMUM_FACTOR,
     MEAN_SQUARE_FACTOR,
     Check,
+    loop_checks,
     path_check,
+    paths,
     table,
     verdict,
 )
@@ -38,6 +42,10 @@ the limits come from stock itself, in one forward and in pieces.
   that: a choice, or a parting of the greedy paths, with less regret is a tie that rounding decides.
 - Hidden states: the norm of the error over that of the exact state, of each token and layer; the layer nearest its limit
   is shown.
+- *loop* checks: the same of log-probabilities that recorded steps compute of forced tokens. A regret is of the tokens that
+  these steps would have taken, and of those that a greedy call took.
+- *drawn tokens*: what they cost, against what tokens drawn by the exact logits cost on average, and how far a logit may
+  fall short of those that may be drawn at all.
 - Floors: 4 roundings in fp32, of the exact logits (their rms, or the largest) and hidden states."""
 
 
@@ -78,7 +86,7 @@ class Series:
 
 
 def summarise(
-    records: Sequence[dict[str, Any]], batches: Sequence[WindowBatch], variants: Sequence[str], tokenizer: Any
+    records: Sequence[dict[str, Any]], batches: Sequence[WindowBatch], variants: Sequence[Variant], tokenizer: Any
 ) -> dict[str, Any]:
     """Figures of every series, checks of every variant, and the first layer and token of each that is wrong."""
     windows = [window for batch in batches for window in batch.windows]
@@ -87,11 +95,22 @@ def summarise(
     series = {name: Series(records, name) for name in records[0]["series"]}
     checks: list[Check] = []
     first: dict[str, str] = {}
-    for name in variants:
-        own = [path_check(name, [record["counters"][name] for record in records])]
-        own += _checks(series[name], series[STOCK], series[ONE], clusters)
+    loops: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        name = variant.name
+        counters = [record["counters"][name] for record in records]
+        own = [path_check(name, counters)]
+        if variant.loop:
+            parts = [record["loops"][name] for record in records]
+            loops[name] = _loop_row(parts)
+            own += [
+                *loop_checks(name, counters, variant.share, variant.share),
+                *_loop_checks(name, parts, records, series, clusters),
+            ]
+        else:
+            own += _checks(series[name], series[STOCK], series[ONE], clusters)
         checks += own
-        if any(check.alarms for check in own):
+        if not variant.loop and any(check.alarms for check in own):
             first[name] = _first(records, batches, name, tokenizer)
     return {
         "windows": len(windows),
@@ -101,9 +120,42 @@ def summarise(
         "series": [one.row(tokens) for one in series.values()],
         "checks": [{**asdict(check), "alarms": check.alarms} for check in checks],
         "first_wrong": first,
+        "loops": loops,
+        "paths": paths([variant.name for variant in variants], [record["counters"] for record in records]),
         "planted": sum(counter["planted"] for record in records for counter in record["counters"].values()),
         "verdict": verdict(checks),
     }
+
+
+def _loop_row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the report shows of a variant in the device's loop."""
+    errors = np.array([error for part in parts for window in part["errors"] for error in window], float)
+    return {
+        "tokens": len(errors),
+        "rms_error": float(np.sqrt(np.mean(errors**2))),
+        "largest_error": float(np.abs(errors).max()),
+        "regret": max(max(part["regret"], part["greedy_regret"]) for part in parts),
+        "parted": sum(part["parted"] for part in parts),
+        "drawn": sum(part["draws"]["tokens"] for part in parts),
+    }
+
+
+def _loop_checks(
+    name: str,
+    parts: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
+    series: dict[str, Series],
+    clusters: Clusters,
+) -> list[Check]:
+    stock = [record["logprobs"] for record in records]
+    size = float(np.sqrt(np.mean([value**2 for part in stock for window in part["size"] for value in window])))
+    return parity_loop_checks(name, parts, stock, clusters, _largest_allowed(series[STOCK], series[ONE]), size)
+
+
+def _largest_allowed(stock: Series, one: Series) -> float:
+    """By how much a logit may be off."""
+    floor = FLOOR_EPS * float(stock.figures["largest"].max())
+    return MAXIMUM_FACTOR * float(max(stock.figures["max"].max(), one.figures["max"].max())) + floor
 
 
 def _checks(ours: Series, stock: Series, one: Series, clusters: Clusters) -> list[Check]:
@@ -124,13 +176,13 @@ def _checks(ours: Series, stock: Series, one: Series, clusters: Clusters) -> lis
     # An error of variance e^2 in the logits moves KL by e^2 / 2 at most.
     entries = float(stock.figures["entries"].sum() / stock.figures["tokens"].sum())
     kl = square_limit(lambda s: s.figures["kl"], size / entries / 2)
-    largest = MAXIMUM_FACTOR * max(stock.figures["max"].max(), one.figures["max"].max()) + floor
+    largest = _largest_allowed(stock, one)
     greedy = MAXIMUM_FACTOR * max(max(stock.greedy["max"]), stock.figures["max"].max(), one.figures["max"].max()) + floor
     checks = [
         Check(ours.name, "logits, mean square / stock's", *mean_square),
-        Check(ours.name, "logits, largest error", _max(ours.figures["max"]), float(largest)),
+        Check(ours.name, "logits, largest error", _max(ours.figures["max"]), largest),
         Check(ours.name, "mean KL / stock's", *kl),
-        Check(ours.name, "top choice, largest regret", _max(ours.figures["regret"]), float(2 * largest)),
+        Check(ours.name, "top choice, largest regret", _max(ours.figures["regret"]), 2 * largest),
         Check(ours.name, "generate(), largest logit error", _max(np.array(ours.greedy["max"])), float(greedy)),
         Check(ours.name, "generate(), largest regret", _max(np.array(ours.greedy["regret"])), float(2 * greedy)),
     ]
@@ -203,6 +255,25 @@ def markdown(record: dict[str, Any]) -> str:
     if record["first_wrong"]:
         lines += ["", "## First wrong layer and token", ""]
         lines += [f"- {name}: {place}" for name, place in record["first_wrong"].items()]
+    lines += _loop_lines(record)
+    lines += ["", *record["paths"]]
     checks = [Check(*(check[f] for f in ("variant", "name", "value", "limit", "note"))) for check in record["checks"]]
     lines += ["", "## Checks", "", table(checks), "", DERIVATION.format(kind=units["kind"]), "", environment_lines(record)]
     return "\n".join(lines)
+
+
+def _loop_lines(record: dict[str, Any]) -> list[str]:
+    if not record["loops"]:
+        return []
+    lines = [
+        "",
+        "| the device's loop | forced tokens | rms error of their log-probabilities | largest | largest regret of a choice "
+        "| greedy paths that leave stock's | drawn tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in record["loops"].items():
+        lines.append(
+            f"| {name} | {row['tokens']:,} | {row['rms_error']:.2e} | {row['largest_error']:.2e} | {row['regret']:.1e} "
+            f"| {row['parted']} of {record['windows']} | {row['drawn']:,} |"
+        )
+    return lines

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from hf_fastattn.eval.accuracy.estimates import ALARM_LEVEL, Clusters, Estimate
+from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.verdict import (
     FLOOR_EPS,
     MAXIMUM_FACTOR,
     MEAN_SQUARE_FACTOR,
     Check,
+    loop_checks,
     path_check,
+    paths,
     table,
     verdict,
 )
@@ -37,13 +40,13 @@ the work is cut: the limits come from stock itself, in one forward and in pieces
 - A floor of 4 roundings in fp32 is added to each. Intervals are Student's over {{kind}}."""
 
 
-def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], variants: Sequence[str]) -> dict[str, Any]:
+def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], variants: Sequence[Variant]) -> dict[str, Any]:
     """Estimates of every series and checks of every variant.
 
     Args:
         records: of each batch, as `perplexity.score_batch` makes them.
         documents: the document of each window.
-        variants: names of the patched series.
+        variants: of the patched model, each with a series of its name.
     """
     clusters = Clusters(documents)
     names = list(records[0]["series"])
@@ -58,9 +61,11 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
         rows[-1]["worst_error"] = _largest(errors[name])
         rows[-1]["rms_by_phase"] = _by_phase(errors[name], phases)
     checks = []
-    for name in variants:
+    for variant in variants:
+        name = variant.name
         counters = [record["counters"][name] for record in records]
         checks.append(path_check(name, counters))
+        checks += loop_checks(name, counters, variant.share, variant.share) if variant.loop else []
         checks += _checks(name, clusters, errors, _minus(series[name], stock), _rms(exact))
     return {
         "tokens": int(sum(map(len, exact))),
@@ -68,6 +73,7 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
         "units": {"kind": clusters.kind, "count": clusters.count},
         "series": rows,
         "band": _band(clusters, errors),
+        "paths": paths([variant.name for variant in variants], [record["counters"] for record in records]),
         "checks": [{**asdict(check), "alarms": check.alarms} for check in checks],
         "planted": sum(counter["planted"] for record in records for counter in record["counters"].values()),
         "verdict": verdict(checks),
@@ -187,5 +193,6 @@ def markdown(record: dict[str, Any]) -> str:
         shown = (f"{row['rms_by_phase'][p]:.2e}" if p in row["rms_by_phase"] else "" for p in PHASES)
         lines.append(f"| {row['series']} | " + " | ".join(shown) + " |")
     checks = [Check(*(check[f] for f in ("variant", "name", "value", "limit", "note"))) for check in record["checks"]]
+    lines += ["", *record["paths"]]
     lines += ["", "## Checks", "", table(checks), "", DERIVATION.format(kind=units["kind"]), "", environment_lines(record)]
     return "\n".join(lines)

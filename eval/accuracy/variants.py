@@ -1,13 +1,12 @@
 """Variants: the ways to run a patched model that an evaluation compares with stock.
 
-A variant is the options of `hf_fastattn.patch`, and whether rows share their prompt's pages. Backends and switches are
-read off `FastAttnConfig`, so a new one is evaluated from the day it exists.
+A variant is the options of `hf_fastattn.patch`, whether rows share their prompt's pages, and whether the device's loop has
+to run. Backends are read off `FastAttnConfig`, so a new one is evaluated from the day it exists.
 """
 
 from __future__ import annotations
 
 import ast
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,19 +14,32 @@ from typing import Any
 import hf_fastattn
 from hf_fastattn import config as options_module
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
+from hf_fastattn.eval.choices import STEP_FAULTS
+
+# Options that are on or off and change what is computed.
+SWITCHES = ("batch_invariant", "cuda_graphs", "prefix_cache")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of `patch`, and `share`: each row runs beside a copy that shares its pages and then goes its own way."""
+    """Options of `patch`, and how texts are fed.
+
+    Attributes:
+        share: each row runs beside copies that share its pages and then go their own way.
+        loop: in the loop that the device drives; else in forwards, and in Transformers' own loop over them.
+    """
 
     options: tuple[tuple[str, Any], ...] = ()
     share: bool = False
+    loop: bool = False
 
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        return ",".join([*(f"{key}={value}" for key, value in self.options), f"share={'on' if self.share else 'off'}"])
+        words = [f"{key}={value}" for key, value in self.options]
+        words += ["loop=on"] if self.loop else []
+        return ",".join([*words, f"share={'on' if self.share else 'off'}"])
 
 
 def parse(text: str) -> Variant:
@@ -40,15 +52,15 @@ def parse(text: str) -> Variant:
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
-        if key not in known | {"share"} or not value:
-            raise ValueError(f"{item!r} is no option=value; the options are {sorted(known | {'share'})}")
+        if key not in known | {"share", "loop"} or not value:
+            raise ValueError(f"{item!r} is no option=value; the options are {sorted(known | {'share', 'loop'})}")
         options[key] = _value(value)
-    share = bool(options.pop("share", False))
+    share, loop = bool(options.pop("share", False)), bool(options.pop("loop", False))
     try:
         FastAttnConfig(**options)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    return Variant(tuple(sorted(options.items())), share)
+    return Variant(tuple(sorted(options.items())), share, loop)
 
 
 def _value(text: str) -> Any:
@@ -62,23 +74,33 @@ def _value(text: str) -> Any:
 
 
 def default_variants(model: Any) -> list[Variant]:
-    """Every backend that takes this model where it is, with each combination of the other switches that it takes, sharing
-    off and on; and one other page size."""
-    found = []
-    switches = [field.name for field in fields(FastAttnConfig) if field.type in ("bool", bool)]
-    for backend in options_module.BACKENDS:
-        for values in itertools.product((False, True), repeat=len(switches)):
-            options = {"backend": backend, **dict(zip(switches, values, strict=True))}
-            if backend != "auto" and is_usable(model, options):
-                found += [Variant(tuple(sorted(options.items())), share) for share in (False, True)]
-    first = found[0]
+    """Every backend that takes this model where it is: sharing off and on, by forwards and in the device's loop; each switch
+    that changes what is computed, thrown by itself; and one other page size."""
+    found: list[Variant] = []
+    looped = why_no_loop(model) is None
+    for backend in options_module.BACKENDS[1:]:
+        if not is_usable(model, {"backend": backend}):
+            continue
+        plain = {"backend": backend}
+        found += [
+            _variant(plain, share, loop) for loop in ((False, True) if looped else (False,)) for share in (False, True)
+        ]
+        for switch in SWITCHES:
+            thrown = {**plain, switch: not getattr(FastAttnConfig(), switch)}
+            loop = looped and switch != "cuda_graphs"
+            if is_usable(model, thrown):
+                found.append(_variant(thrown, True, loop))
     size = 64 if FastAttnConfig().page_size != 64 else 16
-    return [*found, Variant(tuple(sorted({**dict(first.options), "page_size": size}.items())))]
+    return [*found, _variant({**dict(found[0].options), "page_size": size}, False, False)]
+
+
+def _variant(options: dict[str, Any], share: bool, loop: bool) -> Variant:
+    return Variant(tuple(sorted(options.items())), share, loop)
 
 
 def is_usable(model: Any, options: dict[str, Any]) -> bool:
     """Whether these options can be asked for, do not refuse this model on its device, and mean something there."""
-    if options.get("cuda_graphs") and model.device.type != "cuda":
+    if "cuda_graphs" in options and model.device.type != "cuda":
         return False
     try:
         with hf_fastattn.patched(model, **options):
@@ -88,6 +110,15 @@ def is_usable(model: Any, options: dict[str, Any]) -> bool:
     return True
 
 
-def chosen(texts: Sequence[str] | None, model: Any) -> list[Variant]:
-    """The variants of the command line, or the default ones."""
-    return [parse(text) for text in texts] if texts else default_variants(model)
+def chosen(texts: Sequence[str] | None, model: Any, fault: str | None = None) -> list[Variant]:
+    """The variants of the command line, or the default ones, if a fault is to be planted those of them that it reaches.
+
+    Hooks keep calls off the device's loop; what only its steps read is in rows that share prefixes. Where the command line
+    names none that a fault reaches, it gets what it names.
+    """
+    named = [parse(text) for text in texts] if texts else []
+    found = named or default_variants(model)
+    if fault in STEP_FAULTS:
+        plain = [variant for variant in found if variant.loop and variant.share]
+        return [variant for variant in plain if named or len(variant.options) == 1] or named
+    return [variant for variant in found if not (fault and variant.loop)] or named

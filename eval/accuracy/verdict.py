@@ -50,6 +50,56 @@ def path_check(variant: str, counters: Sequence[dict[str, Any]]) -> Check:
     return Check(variant, "batches off the paged path", idle, 0, "; ".join(reasons))
 
 
+def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, compacts: bool) -> list[Check]:
+    """The device's loop did what was asked of it: batches in which it did not run, nothing was replayed, prefixes were read
+    row by row, or rows that were over stayed in the steps. None may.
+
+    Args:
+        share: rows share prefixes.
+        compacts: rows are over at different steps.
+    """
+    idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"])
+    reasons = sorted({reason for call in counters for reason in call["not_looped"]})
+    # Prompts of some models are never recorded, which counts as uncaptured too; a step whose capture failed is another matter.
+    failed = [any(reason.startswith("capturing it failed") for reason in call["uncaptured"]) for call in counters]
+    still = sum(1 for call, lost in zip(counters, failed, strict=True) if lost or not call["graphs_replayed"])
+    layered = sorted({reason for call in counters for reason in call["uncaptured"]})
+    found = [
+        Check(variant, "batches off the device's loop", idle, 0, "; ".join(reasons)),
+        Check(variant, "batches without replayed steps", still, 0, "; ".join(layered)),
+    ]
+    if share:
+        alone = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))
+        found.append(Check(variant, "batches whose prefixes were read row by row", alone, 0))
+    if compacts:
+        stayed = sum(1 for call in counters if len({rows for rows, _ in call["steps"]}) < 2)
+        found.append(Check(variant, "batches that kept rows that were over", stayed, 0))
+    return found
+
+
+def paths(names: Sequence[str], counters: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    """Which path each variant ran on, as Markdown.
+
+    Args:
+        counters: of each batch, by variant.
+    """
+    lines = [
+        "## What ran",
+        "",
+        "| variant | backend | the device's loop | recorded steps, rows (sharing) | replayed | not |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name in names:
+        own = [batch[name] for batch in counters]
+        steps = sorted({(rows, sharers) for call in own for rows, sharers in call["steps"]})
+        shown = ", ".join(f"{rows} ({sharers})" if sharers else str(rows) for rows, sharers in steps)
+        loops, replayed = sum(call["fast_loops"] for call in own), sum(call["graphs_replayed"] for call in own)
+        other = sorted({reason for call in own for key in ("not_looped", "uncaptured", "fallbacks") for reason in call[key]})
+        looked = f"{loops} calls" if loops else "**not looked at**"
+        lines.append(f"| {name} | {own[0]['backend']} | {looked} | {shown} | {replayed:,} | {'; '.join(other)} |")
+    return lines
+
+
 def table(checks: Sequence[Check]) -> str:
     """The checks as a Markdown table."""
     lines = ["| variant | check | value | limit | |", "|---|---|---|---|---|"]

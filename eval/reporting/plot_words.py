@@ -15,6 +15,9 @@ OPTIONS = {
     "cuda_graphs=False": "no graphs",
     "share=on": "shared pages",
     "share=off": "",
+    "loop=on": "device's loop",
+    "prefix_cache=True": "prefix cache",
+    "batch_invariant=True": "batch-invariant",
 }
 
 

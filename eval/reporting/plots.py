@@ -21,6 +21,14 @@ FAULT_NAMES = {
     "mask": "newest key unseen",
     "scale": "scores times 1.03",
     "window": "window a page too short",
+    "step-page": "pages of two rows exchanged",
+    "step-slot": "keys a slot too far",
+    "step-scale": "scores times 1.03, in graphs",
+    "step-length": "rows a key too short",
+    "step-rope": "stale angles of a row",
+    "step-sampler": "too many tokens drawn from",
+    "step-expert": "two experts exchanged",
+    "step-prefix": "a row too many shares",
     "": "no fault",
 }
 
@@ -109,17 +117,38 @@ def _marker(rows: Sequence[dict[str, Any]], index: int) -> str:
     return "o" if index < stock else MARKERS[(index - stock) % len(MARKERS)]
 
 
+def draw_logprobs(plt: Any, record: dict[str, Any]) -> Any:
+    """Left: quantiles of the differences, a line a series. Right: each check as a share of its limit."""
+    colours = _colours(record)
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 6.4), constrained_layout=True)
+    figure.suptitle(_title("Log-probabilities", record), fontsize=11)
+    size, words = unit(value for row in record["series"] for value in row["quantiles"])
+    for index, row in enumerate(record["series"]):
+        style = {"color": colours[row["series"]], "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1}
+        upper.plot(range(4), [value / size for value in row["quantiles"]], label=series(row["series"]), **style)
+    upper.set_xticks(range(4), ["half of all tokens", "90%", "99%", "all"])
+    upper.set_xlabel("share of tokens", fontsize=9)
+    upper.set_ylabel(f"generate() and a later forward differ\nby at most so many {words}a nat", fontsize=9)
+    upper.tick_params(labelsize=8)
+    upper.grid(axis="y", color=GRID_COLOUR)
+    checks = [check for check in record["checks"] if check["limit"] > 0]
+    _strip(lower, [(check["variant"], check["name"], check["value"] / check["limit"]) for check in checks], colours)
+    figure.legend(*upper.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    return figure
+
+
 def draw_faults(plt: Any, record: dict[str, Any]) -> Any:
     """The check furthest beyond (or nearest to) its limit: of each fault, and of every run without one."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4.2), constrained_layout=True)
     figure.suptitle("The check that is furthest beyond its limit, by planted fault", fontsize=11)
     faults = list(dict.fromkeys(found["fault"] for found in record["rows"]))
-    for index, evaluation in enumerate(("perplexity", "parity")):
+    known = dict.fromkeys(found["evaluation"] for found in record["rows"])
+    for index, evaluation in enumerate(known):
         places, shares = [], []
         for found in record["rows"]:
             if found["evaluation"] == evaluation:
                 for entry in found["variants"]:
-                    places.append(faults.index(found["fault"]) + (index - 0.5) * 0.25)
+                    places.append(faults.index(found["fault"]) + (index - (len(known) - 1) / 2) * 0.25)
                     shares.append(max(min(entry["share"], 1e30), LEAST_SHARE))
         axes.plot(
             shares, places, MARKERS[index], color=OUR_COLOURS[index], alpha=0.6, label=f"hf-fastattn eval {evaluation}"
@@ -143,8 +172,10 @@ def _strip(axes: Any, shares: list[tuple[str, str, float]], colours: dict[str, s
     variants = list(dict.fromkeys(variant for variant, _, _ in shares))
     for index, variant in enumerate(variants):
         own = {name: share for v, name, share in shares if v == variant}
-        places = [row + (index - (len(variants) - 1) / 2) * 0.15 for row in range(len(names))]
-        values = [max(own[name], LEAST_SHARE) if own[name] == own[name] else math.nan for name in names]
+        # Not every variant has every check.
+        known = [name for name in names if name in own]
+        places = [names.index(name) + (index - (len(variants) - 1) / 2) * 0.15 for name in known]
+        values = [max(own[name], LEAST_SHARE) if own[name] == own[name] else math.nan for name in known]
         axes.plot(values, places, MARKERS[index % len(MARKERS)], color=colours[variant], markersize=5, alpha=0.85)
     axes.axvline(1, color=ALARM_COLOUR, linewidth=1.2)
     axes.set_yticks(range(len(names)), names)
@@ -160,7 +191,9 @@ def _colours(record: dict[str, Any]) -> dict[str, str]:
     """A colour for each series: greys for stock, red for what alarms."""
     alarmed = _alarmed(record)
     stock = [row["series"] for row in record["series"] if row["series"].startswith("stock")]
+    # Some variants have no series of their own, and records may name none.
     ours = [row["series"] for row in record["series"] if row["series"] not in (*stock, "exact")]
+    ours += [name for name in record.get("variants", ()) if name not in ours]
     chosen = {name: STOCK_COLOURS[index % 2] for index, name in enumerate(stock)}
     for index, name in enumerate(ours):
         chosen[name] = ALARM_COLOUR if name in alarmed else OUR_COLOURS[index % len(OUR_COLOURS)]

@@ -8,13 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_fastattn.eval.accuracy.processes import processes
+
 
 def write(folder: Path | None, name: str, markdown: str, record: dict[str, Any], draw: Callable[[Any], Any] | None) -> None:
     """Print the report, and write `name.md`, `name.json` and `name.png` into `folder` if there is one.
 
+    Of several processes the first one does.
+
     Args:
         draw: takes `matplotlib.pyplot` and returns a figure. Without matplotlib there is no picture, and a line says so.
     """
+    if not processes().is_first:
+        return
     print(markdown)
     if folder is None:
         return

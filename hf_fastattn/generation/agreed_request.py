@@ -73,5 +73,6 @@ def _digest(request: Any, limits: Sequence[int] | None) -> int:
     held = (
         plain, loop.do_sample, loop.max_new, loop.ends, loop.suppressed, loop.pad, loop.choice.values(),
         loop.stop_strings is not None, [(type(one).__name__, one.sizes()) for one in loop.processors], limits,
+        None if loop.forced is None else zlib.crc32(loop.forced.tokens.numpy().tobytes()),
     )  # fmt: skip
     return zlib.crc32(repr(held).encode())

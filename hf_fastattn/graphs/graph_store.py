@@ -79,6 +79,11 @@ class GraphStore(Generic[Key, Held]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def recorded(self) -> tuple[Key, ...]:
+        """What is held, the least recently used first."""
+        return tuple(self._entries)
+
     def drop(self) -> None:
         """Forget all graphs; their memory is free."""
         self._dropped += 1

@@ -72,6 +72,8 @@ def beam_request(
         return request
     if request.stop_strings is not None:
         return "beams that end with a stop string"
+    if request.forced is not None:
+        return "tokens are forced: give num_beams=1"
     if config.max_length != input_ids.shape[1] + request.max_new or input_ids.shape[0] % config.num_beams:
         return f"{config.num_beams} beams of {input_ids.shape[0]} rows, max_length={config.max_length}"
     powers = _powers(config.length_penalty, request.max_new)

@@ -26,6 +26,7 @@ from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
 from hf_fastattn.loop.device_state import DeviceState, bucket_of
+from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.loop.generated_rows import GeneratedRows
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
@@ -121,6 +122,7 @@ class DecodeLoop:
         if request.choice.repetition_penalty != 1.0:
             self._state.see(input_ids, request.ignored)
         self._history = self._state.processors.begin(request.processors, input_ids, self._most)
+        self._forced = 0 if request.forced is None else self._state.force(request.forced.tokens)
         self._recorded = tuple((type(one), one.sizes()) for one in request.processors)
         # A variant may read the number of a row.
         self._numbered = model._fastattn.runtime.variants.reads_row
@@ -167,7 +169,14 @@ class DecodeLoop:
                     arrived = self._receive(False)
         finally:
             self._close()
+        if self._request.forced is not None:
+            self._note_forced(self._request.forced)
         return self._rows.tokens()
+
+    def _note_forced(self, forced: ForcedTokens) -> None:
+        """Hand over what the steps have said of the forced tokens."""
+        held, rows, steps = self._state.forced, len(forced.tokens), self._rows.steps
+        forced.note(held.logprobs[:rows, :steps], held.choices[:rows, :steps])
 
     def _receive(self, waits: bool) -> StepTokens | None:
         """The oldest step under way, if it has arrived or the loop is to wait for it."""
@@ -202,7 +211,7 @@ class DecodeLoop:
         rehearsed.add(kind)
         head = self._model.lm_head
         # What is not launched is arbitrary: only kernels may read it, and nobody else's code is called once more.
-        if self._moves or self._recorded or self._history or why_not_module(head, logits.device) is not None:
+        if self._moves or self._recorded or self._history or self._forced or why_not_module(head, logits.device) is not None:
             return
 
         def run() -> None:
@@ -221,7 +230,7 @@ class DecodeLoop:
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
             worth.sharers, worth.group_count, len(worth.levels) if worth.groups else 0, self._recorded, self._history,
-            self._adapters,
+            self._adapters, forced=self._forced,
         )  # fmt: skip
 
     def _launch(self) -> None:

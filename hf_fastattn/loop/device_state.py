@@ -20,6 +20,7 @@ from hf_fastattn.kernels.sampling.fork import ForkTensors
 from hf_fastattn.kernels.sampling.loop_tensors import ABSENT, MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.loop.beam_state import BeamShape, BeamState
+from hf_fastattn.loop.forced_state import ForcedState
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
@@ -105,6 +106,7 @@ class DeviceState:
             self._own: Tensor | None = None
             self._beams: OrderedDict[BeamShape, BeamState] = OrderedDict()
             self.processors = ProcessorState(device, rows, vocabulary)
+        self._forced: ForcedState | None = None
 
     def fits(
         self,
@@ -210,6 +212,19 @@ class DeviceState:
         held.positions[:rows].copy_(positions - 1)
         held.positions[rows:used].zero_()
         held.step.zero_()
+
+    def force(self, tokens: Tensor) -> int:
+        """Rows take these tokens `[B, N]`, on the host; returns the columns of what steps read."""
+        if self._forced is None or self._forced.columns < tokens.shape[1]:
+            self._forced = ForcedState(self.device, self.rows, tokens.shape[1])
+        self._forced.write(tokens)
+        return self._forced.columns
+
+    @property
+    def forced(self) -> ForcedState:
+        """Of a call that forces tokens."""
+        assert self._forced is not None
+        return self._forced
 
     def see(self, input_ids: Tensor, ignored: int | Tensor) -> None:
         """Note the tokens of the prompt `[B, S]`, but for the first `ignored` of a row."""

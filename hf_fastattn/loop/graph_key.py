@@ -29,6 +29,7 @@ class GraphKey:
         beams: the tensors of a beam search; None if tokens are chosen row by row.
         own_params: each row draws by parameters of its own.
         logprobs: the step says how likely each token was.
+        forced: columns of the tensor with tokens that rows take whatever is likeliest; 0 if they choose.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class GraphKey:
     beams: BeamState | None = None
     own_params: bool = False
     logprobs: bool = False
+    forced: int = 0
 
     def of_beams(self, beams: BeamState) -> GraphKey:
         """The same for a step of a beam search."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as hf
 
+from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.loop.step_processor import StepProcessor
 from hf_fastattn.loop.step_processors import (
     Epsilon,
@@ -52,6 +53,8 @@ ORDER: tuple[tuple[type, ...], ...] = (
         hf.SuppressTokensLogitsProcessor,
         hf.SuppressTokensAtBeginLogitsProcessor,
     ),
+    # Processors that a call is given come before those of draws.
+    (ForcedTokens,),
     *((kind,) for kind in IN_KERNELS[3:]),
     # They look at what those before have left, so Transformers' order is kept among them.
     (hf.TypicalLogitsWarper,),
@@ -84,8 +87,8 @@ def step_processors(found: dict[type, Any], prompt: int, do_sample: bool) -> tup
     """
     steps: list[StepProcessor] = []
     for kind, processor in found.items():
-        if kind in IN_KERNELS or (kind is hf.LogitNormalization and do_sample):
-            # Draws are of the normalised scores anyway.
+        if kind in IN_KERNELS or kind is ForcedTokens or (kind is hf.LogitNormalization and do_sample):
+            # The choice itself forces tokens, and draws are of the normalised scores anyway.
             continue
         read = READERS[kind](processor, prompt)
         if isinstance(read, str):

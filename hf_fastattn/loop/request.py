@@ -13,6 +13,7 @@ from transformers.generation import stopping_criteria as criteria
 
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, MOST_ROWS
 from hf_fastattn.kernels.sampling.params import SamplingParams
+from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.loop.known_class import why_not_class
 from hf_fastattn.loop.known_processors import IN_KERNELS, WARPERS, in_order, step_processors
 from hf_fastattn.loop.step_processor import StepProcessor
@@ -34,6 +35,7 @@ class LoopRequest:
         ignored: leading prompt tokens that the penalty does not count, a number or one a row.
         stop_strings: the criterion, if there are any.
         processors: those that have no kernel, in their order.
+        forced: tokens that rows take whatever is likeliest, if there are any.
     """
 
     do_sample: bool
@@ -45,9 +47,12 @@ class LoopRequest:
     ignored: int | Tensor
     stop_strings: Any
     processors: tuple[StepProcessor, ...] = ()
+    forced: ForcedTokens | None = None
 
     def fits(self, vocabulary: int) -> bool:
         """Whether logits of this size have all tokens that processors name."""
+        if self.forced is not None and self.forced.largest >= vocabulary:
+            return False
         return all(0 <= token < vocabulary for one in self.processors for token in one.named())
 
 
@@ -98,6 +103,13 @@ def loop_request(
     max_new = stops[criteria.MaxLengthCriteria].max_length - input_ids.shape[1]
     if max_new < 1:
         return "there is no room for a token"
+    forced = found.get(ForcedTokens)
+    if forced is not None:
+        # Only the host knows of stop strings, and some steps late.
+        by_text = "tokens are forced, and rows end by stop strings" if strings is not None else None
+        why_not_forced = by_text or forced.why_not(input_ids.shape[0], max_new, bool(config.do_sample))
+        if why_not_forced is not None:
+            return why_not_forced
     for kind in WARPERS:
         warper = found.get(kind)
         if getattr(warper, "filter_value", -torch.inf) != -torch.inf or getattr(warper, "min_tokens_to_keep", 1) != 1:
@@ -133,6 +145,7 @@ def loop_request(
         ignored=0 if ignored is None else ignored,
         stop_strings=strings,
         processors=steps,
+        forced=forced,
     )
 
 

@@ -35,6 +35,8 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
         params = state.no_filters
     if not key.do_sample:
         choose_tokens(logits, tensors.chosen)
+        if key.forced:
+            _force(state, key, logits)
         if key.logprobs:
             token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows])
         return
@@ -42,6 +44,17 @@ def choose(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
     choose_tokens(logits, tensors.chosen, params=params, thresholds=least, **draw)
     if key.logprobs:
         token_logprobs(logits, tensors.chosen, state.logprobs[: key.rows], params=params, thresholds=least)
+
+
+def _force(state: DeviceState, key: GraphKey, logits: Tensor) -> None:
+    """Note what the step would have taken, and how likely the forced tokens were; rows take these."""
+    tensors, held = state.tensors(key.rows, key.penalised), state.forced
+    places = held.places(tensors, state.numbers[: key.rows])
+    forced, likely = held.tokens[places], state.logprobs[: key.rows]
+    token_logprobs(logits, forced, likely)
+    held.choices.index_put_(places, tensors.chosen)
+    held.logprobs.index_put_(places, likely)
+    tensors.chosen.copy_(forced)
 
 
 def processed(state: DeviceState, key: GraphKey, logits: Tensor) -> Tensor:

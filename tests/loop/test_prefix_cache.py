@@ -11,12 +11,12 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.cache import prefix_groups
+from hf_fastattn.eval.accuracy import reexecuted
 from hf_fastattn.generation import prefix_call
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from tests.generation.calls import assert_same_tokens
 from tests.generation.test_prefix_rows import left_padded, questions
 from tests.loop.test_decode_loop import ENDS
-from tests.tools import reexecuted
 from tests.tools.models import assert_fast, padded_batch, pair_with_graphs, single
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

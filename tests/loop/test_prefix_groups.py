@@ -13,6 +13,7 @@ import torch
 from hf_fastattn.cache import prefix_groups
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.prefix_groups import PrefixGroups
+from hf_fastattn.eval.accuracy import reexecuted
 from hf_fastattn.generation import prefix_call
 from hf_fastattn.kernels import rehearsal
 from hf_fastattn.kernels.attention import prefix_merge
@@ -22,7 +23,6 @@ from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.readback import Readback
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
 from tests.loop.test_decode_loop_gpu import strictly
-from tests.tools import reexecuted
 from tests.tools.models import VOCAB, assert_fast, padded_batch, pair_with_graphs, patch_with_graphs, tiny
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

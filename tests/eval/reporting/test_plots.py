@@ -16,13 +16,14 @@ from hf_fastattn.eval.generate_speed.plot import draw_speed
 from hf_fastattn.eval.harness.compare import draw as draw_tasks
 from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.reporting import plot_words
-from hf_fastattn.eval.reporting.plots import draw_faults, draw_parity, draw_perplexity
+from hf_fastattn.eval.reporting.plots import draw_faults, draw_logprobs, draw_parity, draw_perplexity
 
 RESULTS = Path(__file__).resolve().parents[3] / "eval" / "results"
 DRAW = {
     "attention": draw_attention,
     "batching": draw_batching,
     "faults": draw_faults,
+    "logprobs": draw_logprobs,
     "parity": draw_parity,
     "perplexity": draw_perplexity,
     "recall": draw_recall,

@@ -1,0 +1,54 @@
+"""Evaluations of the device's loop where it is recorded: CUDA graphs, our kernels, 16 and 32 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import hf_fastattn
+from hf_fastattn.eval import fault_table, models
+from hf_fastattn.eval.accuracy import texts, windows
+from hf_fastattn.eval.accuracy.bitwise import layers_apart
+from hf_fastattn.eval.choices import STEP_FAULTS
+
+pytestmark = pytest.mark.gpu
+
+SIZE = ["--device", "cuda", "--quiet", "--context", "128", "--stride", "48", "--windows", "8", "--batch", "8"]
+FED = ["--append", "20", "--piece", "7", "--decode", "12"]
+VARIANTS = ["--variant", "backend=triton,loop=on,share=on", "--variant", "backend=triton,loop=on,share=off"]
+OPTIONS = {"perplexity": [], "parity": ["--new", "16"], "logprobs": ["--new", "16", "--samples", "4"]}
+
+
+def evaluate(name: str, *more: str) -> dict[str, Any]:
+    return fault_table.evaluate(name, [*SIZE, *FED, *OPTIONS[name], *more])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_green_from_replays(name: str, dtype: str) -> None:
+    record = evaluate(name, "--dtype", dtype, *VARIANTS)
+    assert record["verdict"] == "green", [check for check in record["checks"] if check["alarms"]]
+    checks = {check["name"] for check in record["checks"]}
+    assert {"batches off the device's loop", "batches whose prefixes were read row by row"} <= checks
+
+
+@pytest.mark.parametrize("fault", [fault for fault in STEP_FAULTS if fault != "step-sampler"])
+def test_faults_in_graphs_are_caught(fault: str) -> None:
+    if fault == "step-expert" and not models.MIXTURE.exists():
+        pytest.skip("the small mixture is not in a wheel")
+    model = ["--model", str(models.MIXTURE)] if fault == "step-expert" else []
+    for name in ("perplexity", "logprobs"):
+        record = evaluate(name, "--dtype", "float32", *VARIANTS[:2], *model, "--inject", fault)
+        assert fault_table.caught(fault_table.row(name, record, fault, 0, None)) and record["planted"] > 0, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_attention_is_equal_to_the_bit_in_every_layer(dtype: str) -> None:
+    model, tokenizer = models.load(str(models.SHIPPED), getattr(torch, dtype), "cuda")
+    chosen = windows.choose(texts.documents(), tokenizer, context=512, stride=128, count=6, seed=2)
+    batch = windows.batches(chosen, 6, pad=2)[0]
+    with hf_fastattn.patched(model, batch_invariant=True):
+        assert layers_apart(model, batch) == [0.0] * model.config.num_hidden_layers
+        assert not hf_fastattn.report(model).last_call.fallbacks
