@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.variants.hooks import HOOKS
-from hf_fastattn.kernels.variants.rotation import Rotation
+from hf_fastattn.kernels.variants.rotation import RotaryFrequencies, Rotation
 
 NORMALIZERS = ("softmax", "sigmoid")
 ROPES = ("model", "inside")
@@ -98,9 +98,19 @@ class Variant:
         Args:
             cos: `[positions, width]`, see `Rotation`; `sin` likewise.
         """
+        return self._rotated_by(Rotation(cos, sin, pairs))
+
+    def with_frequencies(self, frequencies: Tensor, factor: float = 1.0) -> Variant:
+        """`with_rotation` by `frequencies: [width / 2]` in radians a position, and a `factor` on queries and on keys.
+
+        This is what a patched model does with its own frequencies, and what the Triton kernels are made for.
+        """
+        rotation = RotaryFrequencies.of(frequencies, factor)
+        return self._rotated_by(rotation)
+
+    def _rotated_by(self, rotation: Callable[..., Any]) -> Variant:
         if self.rope != "inside":
             raise ValueError(f"rope={self.rope!r}: queries and keys are rotated by the model; give Variant(rope='inside')")
-        rotation = Rotation(cos, sin, pairs)
         return dataclasses.replace(
             self,
             query_transform=self.query_transform or rotation,
@@ -151,6 +161,12 @@ class BuiltInScore:
 
 def _sink(sinks: Tensor, h: Tensor) -> Tensor:
     return sinks[h]
+
+
+def rotation_of(variant: Variant) -> RotaryFrequencies | None:
+    """What rotates both queries and keys, if that is one `RotaryFrequencies`: the kernels do it themselves."""
+    rotation = variant.key_transform
+    return rotation if isinstance(rotation, RotaryFrequencies) and rotation is variant.query_transform else None
 
 
 def is_triton(function: Any) -> bool:
