@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_fastattn.layer_variants import StockAttentionError
     from hf_fastattn.memory import release_memory
     from hf_fastattn.pages.page_pool import CacheFullError, PagePool
+    from hf_fastattn.stream_layout import Streaming
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
@@ -34,6 +35,7 @@ __all__ = [
     "PagedCache",
     "PatchScope",
     "StockAttentionError",
+    "Streaming",
     "Variant",
     "VariantError",
     "append",
@@ -56,6 +58,7 @@ _DEFINED_IN = {
     "PagedCache": "hf_fastattn.cache.paged_cache",
     "PatchScope": "hf_fastattn.patches.modules.scope",
     "StockAttentionError": "hf_fastattn.layer_variants",
+    "Streaming": "hf_fastattn.stream_layout",
     "Variant": "hf_fastattn.kernels.variants.variant",
     "VariantError": "hf_fastattn.kernels.variants.trace",
     "append": "hf_fastattn.search",

@@ -20,7 +20,7 @@ from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
-from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference
+from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference, slide_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
@@ -146,6 +146,7 @@ def reexecuted_loop() -> Iterator[None]:
         patch.setattr(DeviceState, "batch", batch)
         if not knobs.runtime.interpret:
             patch.setattr("hf_fastattn.loop.decode_loop.advance", advance_reference.advance)
+            patch.setattr("hf_fastattn.loop.decode_loop.slide", slide_reference.slide)
             patch.setattr("hf_fastattn.batching.device_steps.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.beam_loop.advance", advance_reference.advance)
             patch.setattr("hf_fastattn.loop.beam_loop.fork", fork_reference.fork)
