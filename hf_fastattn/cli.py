@@ -10,7 +10,7 @@ from hf_fastattn.eval.arguments import COMMANDS, Parser
 from hf_fastattn.version import __version__
 
 GROUPS = {
-    "eval": "compare the patched model with stock on real text: perplexity, parity, faults",
+    "eval": "compare the patched model with stock on real text: perplexity, parity, faults, streaming",
     "bench": "time it: generate, matrix, rollouts, parallel, batching, attention, experts",
 }
 

@@ -74,6 +74,11 @@ class StreamLayout:
         """Tokens that leave at a time."""
         return self.leaving * self.page_size
 
-    def after_room(self, length: int) -> int:
-        """Tokens that a row of `length` holds once there is room for one more."""
-        return length - self.step if length >= self.capacity else length
+    def kept(self, token: int) -> tuple[int, int]:
+        """Of the tokens before the `token`-th of a row and itself, `[0, sinks)` and `[first, token]` are seen: both ends.
+
+        As long as all are seen, `first` is the first one behind the sinks.
+        """
+        gone = -(-max(token + 1 - self.capacity, 0) // self.step) * self.step
+        sinks = min(self.sinks * self.page_size, token + 1)
+        return sinks, sinks + gone

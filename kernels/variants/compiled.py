@@ -75,7 +75,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     text = "\n\n".join([HEADER, *texts])
     inside: dict[str, Any] = {}
     if rotation is not None:
-        if rotation.table.device != device:
+        if rotation.table.device.type != device.type:
             raise VariantError(f"RoPE inside reads a table on {rotation.table.device}, but the model is on {device}")
         inside = parts_of(head_dim, rotation.width)
         inside |= {"rotation_factor": rotation.factor**2, "rotation_table": _number_of(tensors, rotation.table)}

@@ -14,6 +14,7 @@ from hf_fastattn.eval.generate_speed.plot import draw_speed
 from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.reporting import plot_words
 from hf_fastattn.eval.reporting.plots import draw_faults, draw_parity, draw_perplexity
+from hf_fastattn.eval.reporting.streaming_plot import draw_streaming
 
 RESULTS = Path(__file__).resolve().parents[3] / "eval" / "results"
 DRAW = {
@@ -23,6 +24,7 @@ DRAW = {
     "parity": draw_parity,
     "perplexity": draw_perplexity,
     "speed": draw_speed,
+    "streaming": draw_streaming,
 }
 # These are tables alone.
 NOT_DRAWN = ("matrix", "rollouts", "experts")
