@@ -64,7 +64,7 @@ def streamed_losses(model: Any, tokens: Tensor, streaming: Streaming, quiet: boo
             given = tokens[first : last + 1].to(model.device)
             logits = model(given[None, :-1], **{CACHE: cache}).logits[0].float()
             losses.append(torch.nn.functional.cross_entropy(logits, given[1:], reduction="none").double().cpu())
-        fallbacks = dict(hf_fastattn.report(model).last_call.fallbacks)
+        fallbacks = dict(model._fastattn.runtime.counters.fallbacks)
     if fallbacks:
         raise RuntimeError(f"forwards left the pages: {fallbacks}")
     return torch.cat(losses).numpy()
@@ -120,6 +120,7 @@ def generated(model: Any, tokens: Tensor, streaming: Streaming, new: int) -> dic
         clock = Clock(model)
         model.generate(given, max_new_tokens=new, do_sample=False, streamer=clock)
         calls = hf_fastattn.report(model).last_call
+    assert calls is not None
     gaps = 1e3 * np.diff(np.array(clock.times[1:]))
     parts = [float(part.mean()) for part in np.array_split(gaps[len(gaps) % 50 :], 50)]
     return {
@@ -153,7 +154,7 @@ def run(options: Any) -> dict[str, Any]:
     # As many tokens as streaming sees, but the sinks are the oldest of the window.
     without = Streaming(0, options.window + layout.sinks * PAGE, layout.step)
     if len(tokens) < layout.capacity + 2:
-        raise ValueError(f"{len(tokens)} tokens are no more than the {layout.capacity} that a row keeps; use a smaller --window")
+        raise ValueError(f"{len(tokens)} tokens are no more than a row keeps ({layout.capacity}); use a smaller --window")
     drawn = np.random.default_rng(options.seed).choice(
         np.arange(layout.capacity, len(tokens) - 1), min(options.places, len(tokens) - 1 - layout.capacity), replace=False
     )
@@ -196,10 +197,10 @@ def markdown(record: dict[str, Any]) -> str:
     """The whole report."""
     lines = [
         f"# Generation without end: {record['verdict']}", "",
-        f"{record['model']}, {record['dtype']}, {record['data']}: a stream of {record['tokens']:,} tokens; {record['sinks']} "
-        f"sinks and at least the last {record['window']:,} tokens, of which {record['block']} leave at a time: a row keeps at "
-        f"most {record['capacity']:,}. At {record['places']} places the tokens that streaming sees were encoded again by stock "
-        "Transformers.", "",
+        f"{record['model']}, {record['dtype']}, {record['data']}: a stream of {record['tokens']:,} tokens; "
+        f"{record['sinks']} sinks and at least the last {record['window']:,} tokens, of which {record['block']} leave at a "
+        f"time: a row keeps at most {record['capacity']:,}. At {record['places']} places the tokens that streaming sees "
+        "were encoded again by stock Transformers.", "",
         "| | perplexity of all tokens | at these places | times that of encoding again (95%) |",
         "|---|---|---|---|",
         f"| encoded again | | {record['again']['perplexity']:.3f} | |",
@@ -216,8 +217,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [
             "", f"Then {made['new']:,} tokens were generated from a prompt longer than the cache: "
             f"{made['first_half']:.3f} ms a token in the first half, {made['second_half']:.3f} in the second "
-            f"(medians of 25 stretches each); pages held: {sorted(set(made['pages']))}; memory "
-            f"{min(made['bytes']) / 1e6:.1f} to {max(made['bytes']) / 1e6:.1f} MB; loops on the device: {made['fast_loops']}.",
+            f"(medians of 25 stretches); pages held: {sorted(set(made['pages']))}; memory "
+            f"{min(made['bytes']) / 1e6:.1f} to {max(made['bytes']) / 1e6:.1f} MB; device loops: {made['fast_loops']}.",
         ]  # fmt: skip
     return "\n".join([*lines, "", report.environment_lines(record)])
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from hf_fastattn.layer_variants import StockAttentionError
     from hf_fastattn.memory import release_memory
     from hf_fastattn.pages.page_pool import CacheFullError, PagePool
-    from hf_fastattn.stream_layout import Streaming
     from hf_fastattn.patches.modules.scope import PatchScope
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
     from hf_fastattn.search import append, fork, truncate
+    from hf_fastattn.stream_layout import Streaming
     from hf_fastattn.warming import warm_up
 
 __all__ = [

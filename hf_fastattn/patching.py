@@ -243,7 +243,8 @@ def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: Fas
                 heads = module.config.num_attention_heads
                 made[key] = PreparedVariant(used, heads, dim, device, backend != "reference", wanted)
             found[index] = made[key]
-    inside = bool(asked) and all(index in asked and asked[index].rope == "inside" for index in _attention_layers(model, family))
+    layers = _attention_layers(model, family) if asked else []
+    inside = bool(layers) and all(index in asked and asked[index].rope == "inside" for index in layers)
     # Rows that keep a part of their tokens never have more.
     return LayerVariants(found, () if config.streaming else tuple(rotations.values()), inside)
 

@@ -37,9 +37,9 @@ def _why_not(model: Any, family: Family, config: FastAttnConfig) -> str | None:
     layers = template_layers(model.config)
     if not all(map(is_pageable, layers)):
         return f"a {family.model_type} model has layers of linear attention, whose states keep no single tokens"
-    windows = {layer_window(layer) for layer in layers} - {None}
+    windows = sorted({window for layer in layers if (window := layer_window(layer)) is not None})
     if windows:
-        return f"layers have windows of their own ({sorted(windows)}), so that they need no streaming to stay small"
+        return f"layers have windows of their own ({windows}), so that they need no streaming to stay small"
     if family.query_scale is not None:
         return f"a {family.model_type} model scales queries by their position in the row"
     if is_spread(model):
@@ -47,7 +47,7 @@ def _why_not(model: Any, family: Family, config: FastAttnConfig) -> str | None:
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     capacity = config.streaming.layout(config.page_size).capacity
     if most is not None and capacity > most:
-        return f"in pages of {config.page_size} a row keeps {capacity} tokens, but the model knows {most} positions: take less"
+        return f"in pages of {config.page_size} a row keeps {capacity} tokens, but the model knows {most} positions"
     return None
 
 

@@ -13,8 +13,8 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.reach import BEHIND
 from hf_fastattn.pages.shared_runs import page_counts, shared_runs
-from hf_fastattn.stream_layout import StreamLayout
 from hf_fastattn.pages.table_mirror import TableMirror
+from hf_fastattn.stream_layout import StreamLayout
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -262,10 +262,7 @@ class PageTable:
         """
         other, new = PageTable(self.pool, self.page_size, self.window), list(map(list, self.rows))
         shared = [
-            (row, column)
-            for row in rows
-            for column in range(first, len(new[row]))
-            if self.pool.owners(new[row][column]) > 1
+            (row, column) for row in rows for column in range(first, len(new[row])) if self.pool.owners(new[row][column]) > 1
         ]
         fresh = self.pool.allocate(len(shared)) if shared else []
         counters.pages_allocated += len(shared)

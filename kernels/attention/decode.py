@@ -198,7 +198,13 @@ def merge_parts(
 
 
 def tile_of_decode(
-    q: Tensor, k_pages: Tensor, rows: int, max_query_len: int, processors: int, batch_invariant: bool, variant: CompiledVariant
+    q: Tensor,
+    k_pages: Tensor,
+    rows: int,
+    max_query_len: int,
+    processors: int,
+    batch_invariant: bool,
+    variant: CompiledVariant,
 ) -> Tile:
     """The tile that a launch takes for these shapes."""
     heads, groups = q.shape[1], k_pages.shape[2]

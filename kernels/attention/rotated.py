@@ -5,7 +5,7 @@ scores are the sum of two products: nothing moves between threads. The angle of 
 `base`, a vector for the tile, plus that of `n`, which is the same for all tiles: by the addition theorem keys cost no memory
 traffic but their own, where tables by position would take as many bytes as the keys.
 
-`table_ptr` is the table of `RotaryFrequencies`; how heads are cut, `parts_of` says.
+`table_ptr` is the table of `RotaryFrequencies`, whose method `blocks` says how heads are cut.
 """
 
 from __future__ import annotations
@@ -109,10 +109,3 @@ def unrotated_keys(k_ptr, ok_n, EDGE: tl.constexpr, HOOKS: tl.constexpr, D: tl.c
     column = tl.arange(0, HOOKS.block_rest)
     base = k_ptr[:, None] + HOOKS.rotated + column[None, :]
     return _load_keys(base, ok_n, column < REST, EDGE, REST < HOOKS.block_rest)
-
-
-def parts_of(head_dim: int, width: int) -> dict[str, int]:
-    """The fields of `Hooks` that say how heads are cut: matrix products take blocks of powers of 2 from 16 on."""
-    rest = head_dim - width
-    block_rest = max(triton.next_power_of_2(rest), 16) if rest else 0
-    return {"rotated": width, "block_half": max(triton.next_power_of_2(width // 2), 16), "block_rest": block_rest}

@@ -78,7 +78,7 @@ def _rotated_scores(
     q, k_ptr, ok_n, key, near_cos, near_sin, tensors, scale, softcap,
     D: tl.constexpr, EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
-    """`tile_scores` of the parts of rotated queries and keys at `k_ptr: [BLOCK_N]`, which are rotated here; see `rotated`."""
+    """`tile_scores` of rotated queries, in parts, and keys at `k_ptr: [BLOCK_N]`, which are rotated here; see `rotated`."""
     k1, k2 = rotated_keys(k_ptr, ok_n, key, near_cos, near_sin, tensors[HOOKS.rotation_table], EDGE, HOOKS)
     if PRECISION == "ieee":
         scores = _products(q[0], k1, PRECISION) + _products(q[1], k2, PRECISION)

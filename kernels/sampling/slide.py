@@ -1,9 +1,9 @@
 """Generation without end, before a token is appended: full rows let their oldest tokens go but for the sinks.
 
 The pages of a row hold its sinks, then its last tokens in their order. A full row moves the first `leaving` of the pages
-behind the sinks to the end of its table, where they are written anew, and is that many tokens shorter: positions are places
-in the cache (Xiao et al., 2023, "StreamingLLM"), so nothing else changes. One small launch in a recorded step, and no page is
-taken or given back. The plain PyTorch version is `slide_reference.slide`.
+behind the sinks to the end of its table, where they are written anew, and is that many tokens shorter: positions are
+places in the cache (Xiao et al., 2023, "StreamingLLM"), so nothing else changes. One small launch in a recorded step, and no
+page is taken or given back. The plain PyTorch version is `slide_reference.slide`.
 """
 
 from __future__ import annotations

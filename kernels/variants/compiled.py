@@ -23,7 +23,6 @@ import triton
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
-from hf_fastattn.kernels.attention.rotated import parts_of
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import VariantError, trace
 from hf_fastattn.kernels.variants.translate import translatable, translate, translate_parts
@@ -77,7 +76,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     if rotation is not None:
         if rotation.table.device.type != device.type:
             raise VariantError(f"RoPE inside reads a table on {rotation.table.device}, but the model is on {device}")
-        inside = parts_of(head_dim, rotation.width)
+        inside |= rotation.blocks(head_dim)
         inside |= {"rotation_factor": rotation.factor**2, "rotation_table": _number_of(tensors, rotation.table)}
     hooks = _hooks(text, given, variant, factor)._replace(**inside)
     to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
@@ -90,7 +89,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
 
 def _hooks(text: str, given: dict[str, Any], variant: Variant, last_factor: float) -> Hooks:
     module = _module(text, tuple(given.items()))
-    functions = {hook: getattr(module, hook, None) for hook in (*HOOKS, "score_by_distance", "score_rest")}
+    functions: dict[str, Any] = {hook: getattr(module, hook, None) for hook in (*HOOKS, "score_by_distance", "score_rest")}
     factor = 1.0 if variant.softcap is None else 1.0 / variant.softcap
     sigmoid = variant.normalizer == "sigmoid"
     return Hooks(**functions, sigmoid=sigmoid, causal=variant.causal, factor=factor, last_factor=last_factor)

@@ -49,11 +49,11 @@ MOST_POSITIONS = FINE * COARSE
 
 @dataclass(frozen=True, eq=False)
 class RotaryFrequencies:
-    """Rotary position embedding by its frequencies, in halves as Llama's: `Variant(query_transform=r, key_transform=r, ...)`.
+    """Rotary position embedding by its frequencies, in halves as Llama's: both transforms of a `Variant(rope="inside")`.
 
     The angle of pair `i` at position `p` is `p * frequencies[i]`, of which cosine and sine come from two small tables by the
-    addition theorem, so that they are as exact at position 100,000 as at 1. The Triton kernels know this transform: they read
-    a few rows of the tables for a tile of keys, where tables by position would take as many bytes as the keys.
+    addition theorem, so that they are as exact at position 100,000 as at 1. The Triton kernels know this transform: for a
+    tile of keys they read a few rows of the tables, where tables by position would take as many bytes as the keys.
 
     Args:
         table: `[FINE + COARSE, 2, width / 2]` fp32, cosines and sines of positions 0 to FINE - 1, then of multiples of FINE;
@@ -75,6 +75,12 @@ class RotaryFrequencies:
     def width(self) -> int:
         """Elements of a head that are rotated."""
         return 2 * self.table.shape[2]
+
+    def blocks(self, head_dim: int) -> dict[str, int]:
+        """How kernels cut heads, as fields of `Hooks`: matrix products take blocks of powers of 2 from 16 on."""
+        rest, half = head_dim - self.width, self.width // 2
+        block_half, block_rest = (max(1 << (count - 1).bit_length(), 16) for count in (half, max(rest, 1)))
+        return {"rotated": self.width, "block_half": block_half, "block_rest": block_rest if rest else 0}
 
     def __call__(self, x: Tensor, h: Tensor, position: Tensor) -> Tensor:
         """`x: [.., D]`, rotated to `position: [..]`, any shape that broadcasts."""

@@ -166,7 +166,7 @@ def _sink(sinks: Tensor, h: Tensor) -> Tensor:
 
 def rotation_of(variant: Variant) -> RotaryFrequencies | None:
     """What rotates both queries and keys, if that is one `RotaryFrequencies`: the kernels do it themselves."""
-    rotation = variant.key_transform
+    rotation: Any = variant.key_transform
     return rotation if isinstance(rotation, RotaryFrequencies) and rotation is variant.query_transform else None
 
 

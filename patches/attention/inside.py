@@ -16,7 +16,7 @@ BY_LENGTH = ("dynamic", "longrope")
 
 
 class ModelRotation:
-    """The rotation of a decoder's rotary embedding, whatever its scaling: default, linear, llama3, YaRN, LongRoPE, partial.
+    """The rotation of a decoder's rotary embedding: default, linear, dynamic, llama3, YaRN, LongRoPE, partial.
 
     Args:
         decoder: with a `rotary_emb`.
@@ -59,7 +59,7 @@ class ModelRotation:
         return frequencies
 
     def reach(self, length: int) -> None:
-        """Rows have at most `length` tokens from now on: where frequencies depend on that, keys have those of this length."""
+        """Rows have at most `length` tokens from now on: where frequencies depend on that, they are those of this length."""
         if length > MOST_POSITIONS:
             raise ValueError(
                 f"RoPE inside attention: a row of {length} tokens has positions past {MOST_POSITIONS}; "

@@ -75,7 +75,8 @@ def streamed_pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[s
     if len(ends) == 1:
         return None
     given = [name for name, value in arguments.items() if value is not None and name not in (*BY_COLUMN, "attention_mask")]
-    given += [name for name, value in kwargs.items() if value not in (None, False) and name not in ("use_cache", "return_dict")]
+    known = ("use_cache", "return_dict")
+    given += [name for name, value in kwargs.items() if value not in (None, False) and name not in known]
     if given or kwargs.get("return_dict") is False:
         raise ValueError(
             f"a forward of {columns} columns is computed in pieces with {cache.groups.streaming}, which takes no "

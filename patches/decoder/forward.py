@@ -148,7 +148,7 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
     if cache.dense is not None:
         cache.check_owner(self.config)
         if state.runtime.variants.rotates and not cache.dense.is_empty:
-            state.runtime.variants.refuse(f"{CACHE} holds keys of another model, or changed ones, and RoPE is inside attention")
+            state.runtime.variants.refuse(f"{CACHE} holds keys that were set, and RoPE is inside attention")
         reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
         if reason is not None:
             state.runtime.count_fallback(reason)

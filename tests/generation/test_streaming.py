@@ -52,7 +52,7 @@ def kept(token: int, layout: StreamLayout) -> list[int]:
 
 @torch.no_grad()
 def streamed_logits(model: Any, tokens: Tensor, layout: StreamLayout, chosen_from: int | None = None) -> Tensor:
-    """`[S, V]` of `tokens: [S]`, one at a time: each layer keeps all keys before RoPE, and rotates those that a token sees."""
+    """`[S, V]` of `tokens: [S]`, one by one: each layer keeps all keys before RoPE, and rotates those that a token sees."""
     base, found = model.model, []
     # Frequencies that depend on the length are those of a full row.
     every = base.rotary_emb(model.lm_head.weight, torch.arange(layout.capacity)[None])

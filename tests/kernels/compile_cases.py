@@ -224,7 +224,10 @@ CASES = {
         lambda: prefill(4, 128, tokens=16, variant=inside()), ("prefill_kernel",), programs=1, spilled=160
     ),
     "shared prefix, RoPE inside by frequencies": Case(
-        lambda: shared_prefix(4, 128, most=64, variant=inside()), SHARED_PREFIX, programs=1, spilled=128,
+        lambda: shared_prefix(4, 128, most=64, variant=inside()),
+        SHARED_PREFIX,
+        programs=1,
+        spilled=128,
         targets=("sm_90",),
     ),
     "shared prefix, RoPE inside": Case(
