@@ -166,8 +166,8 @@ def _sink(sinks: Tensor, h: Tensor) -> Tensor:
 
 def rotation_of(variant: Variant) -> RotaryFrequencies | None:
     """What rotates both queries and keys, if that is one `RotaryFrequencies`: the kernels do it themselves."""
-    rotation: Any = variant.key_transform
-    return rotation if isinstance(rotation, RotaryFrequencies) and rotation is variant.query_transform else None
+    rotation, is_one = variant.key_transform, variant.key_transform is variant.query_transform
+    return rotation if is_one and isinstance(rotation, RotaryFrequencies) else None
 
 
 def is_triton(function: Any) -> bool:
