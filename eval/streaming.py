@@ -39,6 +39,8 @@ STREAMING, WINDOWING, AGAIN = "streaming", "plain windowing", "encoded again"
 LIMIT = 1.03
 # Tokens that are given at a time, and those that a point of the picture stands for.
 FED, POINT = 1024, 2000
+# Stretches of the generated tokens whose means are compared.
+STRETCHES = 50
 PAGE = 16
 
 
@@ -122,10 +124,12 @@ def generated(model: Any, tokens: Tensor, streaming: Streaming, new: int) -> dic
         calls = hf_fastattn.report(model).last_call
     assert calls is not None
     gaps = 1e3 * np.diff(np.array(clock.times[1:]))
-    parts = [float(part.mean()) for part in np.array_split(gaps[len(gaps) % 50 :], 50)]
+    count = max(min(STRETCHES, len(gaps)), 1)
+    parts = [float(part.mean()) for part in np.array_split(gaps[len(gaps) % count :], count)]
+    half = max(count // 2, 1)
     return {
         "new": new, "ms_a_token": parts, "pages": clock.pages, "bytes": clock.bytes, "fast_loops": calls.fast_loops,
-        "first_half": statistics.median(parts[:25]), "second_half": statistics.median(parts[25:]),
+        "first_half": statistics.median(parts[:half]), "second_half": statistics.median(parts[-half:]),
         "fallbacks": dict(calls.fallbacks),
     }  # fmt: skip
 
@@ -153,6 +157,8 @@ def run(options: Any) -> dict[str, Any]:
     layout = streaming.layout(PAGE)
     # As many tokens as streaming sees, but the sinks are the oldest of the window.
     without = Streaming(0, options.window + layout.sinks * PAGE, layout.step)
+    if options.new == 1:
+        raise ValueError("--new 1: give 0 for none, or some to time")
     if len(tokens) < layout.capacity + 2:
         raise ValueError(f"{len(tokens)} tokens are no more than a row keeps ({layout.capacity}); use a smaller --window")
     drawn = np.random.default_rng(options.seed).choice(
@@ -217,7 +223,7 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [
             "", f"Then {made['new']:,} tokens were generated from a prompt longer than the cache: "
             f"{made['first_half']:.3f} ms a token in the first half, {made['second_half']:.3f} in the second "
-            f"(medians of 25 stretches); pages held: {sorted(set(made['pages']))}; memory "
+            f"(medians of stretches); pages held: {sorted(set(made['pages']))}; memory "
             f"{min(made['bytes']) / 1e6:.1f} to {max(made['bytes']) / 1e6:.1f} MB; device loops: {made['fast_loops']}.",
         ]  # fmt: skip
     return "\n".join([*lines, "", report.environment_lines(record)])

@@ -136,12 +136,13 @@ def _asked_by_layer(variant: Callable[[int], Any], layers: list[int]) -> dict[in
 
 def describe(prepared: PreparedVariant) -> str:
     """A variant in a line: its functions by name, and what else differs from plain attention."""
-    variant = prepared.variant
+    variant = prepared.asked
     parts = [f"{hook}={_name(getattr(variant, hook))}" for hook in FUNCTIONS if getattr(variant, hook) is not None]
     parts += [] if variant.normalizer == "softmax" else [f"normalizer={variant.normalizer}"]
     parts += [f"{name}={getattr(variant, name)}" for name in ("window", "softcap") if getattr(variant, name) is not None]
     parts += [name for name in ("sinks", "alibi") if getattr(variant, name) is not None]
     parts += [] if variant.causal else ["causal=False"]
+    parts += ["rope=inside"] if variant.rope == "inside" else []
     parts += ["reads the row, so that nothing is shared between rows"] if prepared.reads_row else []
     return ", ".join(parts) or "plain attention"
 
