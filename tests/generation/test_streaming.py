@@ -55,7 +55,7 @@ def streamed_logits(model: Any, tokens: Tensor, layout: StreamLayout, chosen_fro
     """`[S, V]` of `tokens: [S]`, one by one: each layer keeps all keys before RoPE, and rotates those that a token sees."""
     base, found = model.model, []
     # Frequencies that depend on the length are those of a full row.
-    every = base.rotary_emb(model.lm_head.weight, torch.arange(layout.capacity)[None])
+    every = base.rotary_emb(model.lm_head.weight, torch.arange(layout.capacity, device=tokens.device)[None])
     past: list[list[tuple[Tensor, Tensor]]] = [[] for _ in base.layers]
     for token in range(len(tokens)):
         seen = kept(token, layout)

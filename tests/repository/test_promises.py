@@ -36,8 +36,8 @@ LAUNCHERS = {
 def test_public_names() -> None:
     assert hf_fastattn.__all__ == [
         "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "StockAttentionError", "Streaming",
-        "Variant", "VariantError", "append", "fork", "patch", "patched", "register", "release_memory", "report", "truncate", "unpatch",
-        "warm_up",
+        "Variant", "VariantError", "append", "fork", "patch", "patched", "register", "release_memory", "report", "truncate",
+        "unpatch", "warm_up",
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_frequencies_that_depend_on_the_length_are_those_of_the_rows():
 
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3", "smollm3", "granite", "mixtral", "ministral3", "exaone4"])
 def test_families(family):
-    """Part of a head rotated, norms before, layers without RoPE, layers that are called, experts, scaled queries, windows."""
+    """Part of a head rotated, norms, layers without RoPE, layers that are called, experts, scaled queries, windows."""
     torch.manual_seed(3)
     model = tiny(family)
     want = model.generate(**prompts())
