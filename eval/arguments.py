@@ -199,6 +199,24 @@ def add_faults(made: argparse.ArgumentParser) -> None:
     made.add_argument("--quiet", action="store_true")
 
 
+def add_streaming(made: argparse.ArgumentParser) -> None:
+    """Perplexity of a long stream with sinks and a window, without sinks, and encoded again; time and memory of generation.
+    Exits with 1 if streaming is more than 3% above encoding again."""
+    _add_model(made)
+    made.add_argument("--data", type=text_source, default="heldout", help="as for perplexity")
+    made.add_argument("--tokens", type=positive, default=20_000, help="tokens of the stream, at most")
+    made.add_argument("--sinks", type=int, default=4, help="first tokens that stay")
+    made.add_argument("--window", type=positive, default=1024, help="last tokens that a token sees at least")
+    made.add_argument("--block", type=positive, help="tokens that leave at a time (default: a quarter of the window)")
+    made.add_argument("--places", type=positive, default=200, help="places at which the tokens in view are encoded again")
+    made.add_argument("--batch", type=positive, default=4, help="of these, encoded together")
+    made.add_argument("--new", type=int, default=2000, help="tokens that are generated and timed; 0 for none")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--threads", type=int, help="CPU threads")
+    made.add_argument("--output", type=Path, help="folder for streaming.md, streaming.json and streaming.png")
+    made.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
 def add_generate(made: argparse.ArgumentParser) -> None:
     """Whole calls of generate(), stock and patched in turn, once both are seen to compute the same. Exits with 1 if a case
     is wrong, falls back to Transformers' own path, or fails."""
@@ -482,6 +500,9 @@ COMMANDS = {
     ),
     "eval tasks": Command(
         "hf_fastattn.eval.tasks", "scores of both in tasks of lm-evaluation-harness, and paired differences", add_tasks
+    ),
+    "eval streaming": Command(
+        "hf_fastattn.eval.streaming", "perplexity, time and memory of generation without end", add_streaming
     ),
     "bench generate": Command(
         "hf_fastattn.eval.speed", "time generate() of stock Transformers and of the patched model in pairs", add_generate

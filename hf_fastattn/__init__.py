@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_fastattn.patching import patch, patched, unpatch
     from hf_fastattn.report import report
     from hf_fastattn.search import append, fork, truncate
+    from hf_fastattn.stream_layout import Streaming
     from hf_fastattn.warming import warm_up
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PagedCache",
     "PatchScope",
     "StockAttentionError",
+    "Streaming",
     "Variant",
     "VariantError",
     "append",
@@ -56,6 +58,7 @@ _DEFINED_IN = {
     "PagedCache": "hf_fastattn.cache.paged_cache",
     "PatchScope": "hf_fastattn.patches.modules.scope",
     "StockAttentionError": "hf_fastattn.layer_variants",
+    "Streaming": "hf_fastattn.stream_layout",
     "Variant": "hf_fastattn.kernels.variants.variant",
     "VariantError": "hf_fastattn.kernels.variants.trace",
     "append": "hf_fastattn.search",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from hf_fastattn.stream_layout import Streaming
+
 BACKENDS = ("auto", "reference", "triton", "hopper")
 SAMPLING_MODES = ("fast", "transformers")
 WEIGHTS = ("check", "frozen")
@@ -41,6 +43,8 @@ class FastAttnConfig:
             of all weights before each prompt, which reads them once; or `"frozen"`: you promise that nothing writes to
             weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched; that
             weights are replaced by others is seen.
+        streaming: rows keep their first and their last tokens only, so that they can be generated without end in constant
+            memory and time a token; see `Streaming`. Attention then differs from Transformers' for rows that are longer.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.
@@ -58,6 +62,7 @@ class FastAttnConfig:
     autocast_copies: bool = True
     prefix_cache: bool = False
     weights: str = "check"
+    streaming: Streaming | None = None
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -81,6 +86,12 @@ class FastAttnConfig:
             raise ValueError("batch_invariant=True needs the Triton kernels; use backend='auto' or 'triton'")
         if self.sampling not in SAMPLING_MODES:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
+        if self.streaming is not None and not isinstance(self.streaming, Streaming):
+            raise TypeError(f"streaming must be a hf_fastattn.Streaming or None, got {self.streaming!r}")
+        if self.streaming is not None and self.prefix_cache:
+            raise ValueError(
+                "streaming and prefix_cache=True: pages of a row that forgets tokens hold no prefix; use one of them"
+            )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is unknown; choose one of {WEIGHTS}")
 

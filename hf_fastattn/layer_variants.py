@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 from hf_fastattn.kernels.variants.prepared import PreparedVariant, same_variant
 from hf_fastattn.kernels.variants.variant import FUNCTIONS, Variant
@@ -17,15 +17,25 @@ class StockAttentionError(RuntimeError):
     """A call needs Transformers' own attention, which does not compute the model's variant."""
 
 
+class Rotates(Protocol):
+    """A rotation whose frequencies may depend on the length of rows."""
+
+    def reach(self, length: int) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class LayerVariants:
     """The variants of one model, by layer; false if no layer has one.
 
     Attributes:
         by_layer: of the layers that have one.
+        rotations: by the model's own frequencies, of variants with RoPE inside.
+        all_inside: no layer takes queries and keys that the model has rotated.
     """
 
     by_layer: Mapping[int, PreparedVariant] = field(default_factory=dict)
+    rotations: Sequence[Rotates] = ()
+    all_inside: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.by_layer)
@@ -39,6 +49,16 @@ class LayerVariants:
     def causal(self) -> bool:
         """Whether no query sees a key after itself: only then a prompt may be computed in pieces."""
         return all(variant.variant.causal for variant in self.by_layer.values())
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the cache of a layer keeps keys before RoPE, which Transformers' attention could not use."""
+        return any(variant.rotates for variant in self.by_layer.values())
+
+    def reach(self, length: int) -> None:
+        """Rows will have at most `length` tokens; see `patches.attention.inside.ModelRotation.reach`."""
+        for rotation in self.rotations:
+            rotation.reach(length)
 
     @property
     def needs_gradients(self) -> bool:
@@ -61,7 +81,7 @@ class LayerVariants:
     def same_as(self, asked: Mapping[int, Variant]) -> bool:
         """Whether these are the variants that somebody asks for, by layer."""
         layers = {*self.by_layer, *asked}
-        held = {index: variant.variant for index, variant in self.by_layer.items()}
+        held = {index: variant.asked for index, variant in self.by_layer.items()}
         return all(same_variant(held.get(index), asked.get(index)) for index in layers)
 
     def describe(self) -> list[str]:
@@ -116,12 +136,13 @@ def _asked_by_layer(variant: Callable[[int], Any], layers: list[int]) -> dict[in
 
 def describe(prepared: PreparedVariant) -> str:
     """A variant in a line: its functions by name, and what else differs from plain attention."""
-    variant = prepared.variant
+    variant = prepared.asked
     parts = [f"{hook}={_name(getattr(variant, hook))}" for hook in FUNCTIONS if getattr(variant, hook) is not None]
     parts += [] if variant.normalizer == "softmax" else [f"normalizer={variant.normalizer}"]
     parts += [f"{name}={getattr(variant, name)}" for name in ("window", "softcap") if getattr(variant, name) is not None]
     parts += [name for name in ("sinks", "alibi") if getattr(variant, name) is not None]
     parts += [] if variant.causal else ["causal=False"]
+    parts += ["rope=inside"] if variant.rope == "inside" else []
     parts += ["reads the row, so that nothing is shared between rows"] if prepared.reads_row else []
     return ", ".join(parts) or "plain attention"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from hf_fastattn.layer_variants import LayerVariants, asked_variants
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
 from hf_fastattn.parallel.ranks import ranks_of
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
+from hf_fastattn.patches.attention.inside import ModelRotation, needs_rotation
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.fused.expert_blocks import BLOCK_FORWARDS, is_known_block
@@ -34,6 +35,7 @@ from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
 from hf_fastattn.runtime import PATIENCE, Runtime
+from hf_fastattn.streaming import check_streaming, streaming_variant
 from hf_fastattn.transformers_version import is_tested, supported_versions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +87,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     """
     resolved = resolve_config(config, options)
     target = find_model(model)
+    if resolved.streaming is not None:
+        variant = streaming_variant(variant)
     state = vars(target).get(STATE)
     if isinstance(target, FastGenerationMixin) and state is not None:
         if state.runtime.config != resolved:
@@ -96,6 +100,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
         return model
     family = family_of(target.config.get_text_config(decoder=True).model_type)
     _check_layers(target, family)
+    if resolved.streaming is not None:
+        check_streaming(target, family, resolved)
     _warn_outside_tested_range()
     scope = PatchScope()
     variants = _prepared(target, family, asked_variants(variant, _attention_layers(target, family)), resolved)
@@ -216,19 +222,35 @@ def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: Fas
     Raises:
         VariantError: one cannot be computed where the model is.
     """
-    made: dict[tuple[int, torch.device], PreparedVariant] = {}
-    found = {}
-    for module in _attentions(model, family) if asked else ():
+    made: dict[tuple[int, torch.device, bool], PreparedVariant] = {}
+    found, rotations = {}, dict[torch.device, ModelRotation]()
+    attentions = _attentions(model, family) if asked else []
+    for module in attentions:
         index, dim = module.layer_idx, module.head_dim
         device = next(module.parameters()).device
         if index in asked:
             backend, _ = choose_backend(config.backend, device, model.dtype, dim, config.batch_invariant)
-            key = (id(asked[index]), device)
+            wanted, turns = asked[index], family.rotates is None or family.rotates(module)
+            key = (id(wanted), device, turns)
             if key not in made:
+                if needs_rotation(wanted) and turns:
+                    length = 1 if config.streaming is None else config.streaming.layout(config.page_size).capacity
+                    if device not in rotations:
+                        rotations[device] = ModelRotation(_decoder_of(model, family), family, device, length)
+                    used = rotations[device].applied(wanted)
+                else:
+                    used = wanted if turns else replace(wanted, rope="model")
                 heads = module.config.num_attention_heads
-                made[key] = PreparedVariant(asked[index], heads, dim, device, backend != "reference")
+                made[key] = PreparedVariant(used, heads, dim, device, backend != "reference", wanted)
             found[index] = made[key]
-    return LayerVariants(found)
+    layers = _attention_layers(model, family) if asked else []
+    inside = bool(layers) and all(index in asked and asked[index].rope == "inside" for index in layers)
+    # Rows that keep a part of their tokens never have more.
+    return LayerVariants(found, () if config.streaming else tuple(rotations.values()), inside)
+
+
+def _decoder_of(model: Any, family: Family) -> Any:
+    return next(module for module in model.modules() if plain_class(type(module)).__name__ == family.decoder)
 
 
 def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> tuple[list[str], str]:

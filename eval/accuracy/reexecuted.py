@@ -25,7 +25,7 @@ from hf_fastattn.graphs.static_inputs import StaticInputs
 from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
-from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference
+from hf_fastattn.kernels.sampling import advance_reference, continuations_reference, fork_reference, slide_reference
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
@@ -226,6 +226,7 @@ def reexecuted() -> Iterator[None]:
 # Kernels that steps of the loop launch, where they are looked up, and the same in PyTorch.
 IN_TORCH: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("loop.decode_loop.advance", advance_reference.advance),
+    ("loop.decode_loop.slide", slide_reference.slide),
     ("batching.device_steps.advance", advance_reference.advance),
     ("loop.beam_loop.advance", advance_reference.advance),
     ("loop.beam_loop.fork", fork_reference.fork),

@@ -32,6 +32,8 @@ class FastBatchingMixin:
         held = getattr(self, KEPT, None)
         if isinstance(held, FastBatchingManager):
             return held
+        if self._fastattn.runtime.config.streaming is not None:
+            raise ValueError("generate_batch and streaming: batches of requests keep all tokens; patch without streaming")
         config = self.generation_config if generation_config is None else generation_config
         batching = continuous_batching_config
         if batching is None:

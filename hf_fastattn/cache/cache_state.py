@@ -30,6 +30,7 @@ from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_table import PageTable
 from hf_fastattn.pages.reach import tokens_ahead
 from hf_fastattn.pages.spans import Token
+from hf_fastattn.stream_layout import StreamLayout
 
 # Seconds that a thread waits for another one that works with the same pages before it goes on with pages of its own.
 PATIENCE = 0.05
@@ -256,6 +257,19 @@ class CacheState(Cache):
         # All columns since then hold tokens.
         return host_masks.longer(held, max(columns - held.shape[1], 0), True)[:, :columns]
 
+    @property
+    def stream(self) -> StreamLayout | None:
+        """Which tokens rows keep, if they do not keep all."""
+        return self.groups.stream
+
+    def check_keeps_all(self, wanted: str) -> None:
+        """Raise a `RuntimeError` if rows forget tokens, which `wanted` needs."""
+        if self.stream is not None:
+            raise RuntimeError(
+                f"{wanted} needs all tokens of a row, but with {self.groups.streaming} a row keeps its first and last ones; "
+                "patch the model without streaming"
+            )
+
     def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
         window = self.layers[layer_idx].window
@@ -274,7 +288,12 @@ class CacheState(Cache):
         return len(held) == self.groups.group(window).pool.in_use
 
     def read_columns(self, layer: PagedLayer, first: int, last: int, stored: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored."""
+        """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored.
+
+        Raises:
+            RuntimeError: rows forget tokens.
+        """
+        self.check_keeps_all("reading keys and values from the cache")
         held = self.groups.group(layer.window).storage.pages(layer.index)
         assert held is not None
         stored = None if stored is None else stored[:, :last]

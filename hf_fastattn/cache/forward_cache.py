@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_fastattn.cache.recurrent_layer import Pair, RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 from hf_fastattn.pages.page_pool import CacheFullError
+from hf_fastattn.pages.page_table import PageTable
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -70,6 +71,9 @@ class ForwardCache(DenseCache):
                 "use a new cache, or bring it to size with batch_repeat_interleave or batch_select_indices"
             )
         counts = [query_length] * batch_size if new is None else new.sum(1).tolist()
+        if self.stream is not None and self.lengths:
+            self._make_room([row for row, count in enumerate(counts) if count])
+            lengths = self.lengths
         targets = [have + count for have, count in zip(lengths, counts, strict=True)]
         try:
             self.__dict__.update(
@@ -90,8 +94,55 @@ class ForwardCache(DenseCache):
             self.rollback()
             raise
 
+    def _make_room(self, rows: Sequence[int]) -> None:
+        """Full rows among `rows`, which are to get a token, let their oldest tokens go but for the sinks.
+
+        What has gone stays gone if the forward fails: for the same token it would go again.
+        """
+        layout = self.stream
+        assert layout is not None
+        full = [row for row in rows if self.lengths[row] >= layout.capacity]
+        if full:
+            lengths = [length - layout.step if row in set(full) else length for row, length in enumerate(self.lengths)]
+            self._exchange({"lengths": lengths}, lambda table: table.slid(full, layout, self.counters))
+
+    def own_rows(self, tokens: int) -> None:
+        """Rows that become full within `tokens` more own all pages that they will write anew; see `kernels.sampling.slide`.
+
+        Raises:
+            CacheFullError: the copies do not fit into the memory limit.
+        """
+        layout = self.stream
+        assert layout is not None
+        rows = [row for row, length in enumerate(self.lengths) if length + tokens > layout.capacity]
+        if rows:
+            copy_pages = self.groups.group(None).copy_pages
+            self._exchange({}, lambda table: table.owning(rows, layout.sinks, self.counters, copy_pages))
+
+    @in_turn
+    def _exchange(self, changes: dict[str, Any], changed: Callable[[PageTable], PageTable]) -> None:
+        """Hold the tables that `changed` makes of those so far, in one step with other `changes`."""
+        self.groups.settle()
+        # Pages have two owners until the old tables are cleared.
+        for table in self.tables.values():
+            table.pool.unsettled = True
+        try:
+            new = {window: changed(table) for window, table in self.tables.items()}
+        except CacheFullError as full:
+            self.groups.settle()
+            raise CacheFullError(self.groups.describe_full(self.lengths)) from full
+        self.exchange_tables(new, changes)
+
     def _reserve_pages(self, targets: list[int], ahead: int) -> None:
         is_prompt = not self._columns
+        if self.stream is not None:
+            most = self.stream.capacity
+            if max(targets, default=0) > most:
+                raise ValueError(
+                    f"a forward of {max(targets)} tokens does not fit into the {most} that {self.groups.streaming} leaves a "
+                    "row; give a prompt to the patched model, which computes it in pieces"
+                )
+            ahead = max(min(ahead, most - min(targets, default=0)), 0)
         # A row of which a first piece of the prompt has padding only gets its tokens later.
         sure = [max(target, 1) for target in targets] if is_prompt else targets
         # Rows that go on as forks of others copy the page that they write to.
@@ -241,6 +292,8 @@ class ForwardCache(DenseCache):
             CacheFullError: they do not fit into the memory limit; some rows have got pages, which `trim()` releases.
         """
         targets = [length + tokens if length else 0 for length in self.lengths]
+        if self.stream is not None:
+            targets = [min(target, self.stream.capacity) for target in targets]
         try:
             # These tokens are ahead themselves, but for one.
             self._reserve_pages(targets, max(self.ahead_of(self._columns + 1) - tokens + 1, 0))
@@ -249,6 +302,12 @@ class ForwardCache(DenseCache):
 
     def grow_by(self, tokens: int) -> None:
         """Every row that was not released has become `tokens` longer, or shorter, on the device."""
+        if self.stream is not None:
+            for _ in range(tokens):
+                self._make_room([row for row, length in enumerate(self.lengths) if length])
+                lengths = [length + 1 if length else 0 for length in self.lengths]
+                self.__dict__.update(lengths=lengths, _columns=self._columns + 1)
+            return
         lengths = [length + tokens if length else 0 for length in self.lengths]
         self.__dict__.update(lengths=lengths, _columns=self._columns + tokens)
 

@@ -18,9 +18,10 @@ from hf_fastattn.pages.page_table import PageTable
 def can_hide(cache: DenseCache, rows: int) -> bool:
     """Whether tokens can be taken out for a batch of so many rows, which may not be the cache's.
 
-    A window would count them, and drafts are taken back column by column.
+    A window would count them, drafts are taken back column by column, and rows that forget tokens may have none to keep.
     """
-    return rows == cache.batch_size and cache.dense is None and not cache.record_past and set(cache.tables) == {None}
+    keeps_all = cache.dense is None and cache.stream is None and not cache.record_past
+    return keeps_all and rows == cache.batch_size and set(cache.tables) == {None}
 
 
 def hide_tokens(cache: DenseCache, visible: Tensor) -> None:

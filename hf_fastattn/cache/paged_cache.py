@@ -164,10 +164,12 @@ class PagedCache(ForwardCache):
         """Remove the last `-tokens_to_remove` columns; a positive number is the length to keep, as in older releases.
 
         Raises:
-            RuntimeError: pages behind a sliding window were released already, or a linear-attention layer has a state
-                that cannot be taken back; call `activate_past_recording()` first.
+            RuntimeError: rows forget tokens (`FastAttnConfig.streaming`), pages behind a sliding window were released
+                already, or a linear-attention layer has a state that cannot be taken back; call
+                `activate_past_recording()` first.
         """
         self._settle()
+        self.check_keeps_all("crop()")
         removed = int(tokens_to_remove)
         changes: dict[str, Any] = {"_snapshots": []}
         reach = min((layer.reach for layer in self.recurrent_layers.values()), default=0)

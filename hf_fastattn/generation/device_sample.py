@@ -124,6 +124,8 @@ def start(
         reason = why_not_walked(model._fastattn.decoder(model), {"input_ids": input_ids})
         if cache.records_states:
             reason = RECORDS
+    if reason is None and cache.stream is not None and runtime.loop_graphs.is_spread and request.max_new > 1:
+        reason = "rows forget tokens, and the model is on several devices"
     rows = runtime.loop_graphs.adapter_names if request.max_new > 1 else None
     if rows is not None and reason is None:
         reason = SEVERAL if runtime.loop_graphs.is_spread else _why_not_by_row(model, rows, input_ids.shape[0])

@@ -24,6 +24,7 @@ from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.runtime import Runtime
+from hf_fastattn.streaming import why_not_call
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
 from hf_fastattn.wrappers import PREPARING, prepared_by
@@ -53,6 +54,11 @@ class FastGenerationMixin(PlainCopies):
         if generation_mode not in LOOPED:
             runtime.count_not_looped(f"the call asks for {generation_mode.value.replace('_', ' ')}")
         cache = model_kwargs.get(CACHE)
+        if runtime.config.streaming is not None:
+            asked = "assisted generation" if generation_config.is_assistant else generation_mode.value
+            refused = why_not_call(asked)
+            if refused is not None:
+                raise ValueError(refused)
         first = columns_at_once(generation_config, model_kwargs, max_cache_length + 1)
         # An assistant's cache serves many calls of a few tokens.
         room = 0 if generation_config.is_assistant else max_cache_length + 1
@@ -65,6 +71,8 @@ class FastGenerationMixin(PlainCopies):
         reason = why_stock_cache(supplied, cache, config, generation_config, model_kwargs)
         if reason is None:
             reason = why_not_here(self) or why_not_ours(self._fastattn.decoder(self))
+        if supplied is not None and not isinstance(supplied, PagedCache) and runtime.variants.rotates:
+            reason = f"{CACHE} is a {type(supplied).__name__}, and RoPE is inside attention: give a PagedCache"
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)

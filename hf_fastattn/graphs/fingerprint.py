@@ -75,12 +75,13 @@ def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
 
 
 def why_not_capturable(
-    decoder: Any, device: torch.device, why_not_experts: Callable[..., str | None] | None = None
+    decoder: Any, device: torch.device, why_not_experts: Callable[..., str | None] | None = None, rotates: bool = True
 ) -> str | None:
     """Why the decoder's launches may differ from step to step, or cannot be recorded; None if they can be.
 
     Args:
         why_not_experts: says it of a decoder with a mixture of experts; without it none can be recorded.
+        rotates: its rotary embedding is asked.
     """
     if device.type == "cuda" and os.environ.get(UNCACHED):
         # Nothing can be allocated during a capture then, and PyTorch ends the process when one fails.
@@ -93,7 +94,7 @@ def why_not_capturable(
         return "hooks on all modules are registered"
     held = [(tensor, device) for tensor in _held(vars(decoder))]
     for module, place in placed_submodules(decoder, device):
-        reason = why_not_module(module, place)
+        reason = why_not_module(module, place) if rotates or "rope_type" not in vars(module) else None
         if reason is not None:
             return reason
         state = vars(module)

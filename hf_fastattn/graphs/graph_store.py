@@ -177,7 +177,7 @@ class GraphStore(Generic[Key, Held]):
             now = now._replace(parts=(*now.parts, *self._variants.fingerprint()))
         if now != before:
             self._fingerprint = now
-            self._reason = why_not_capturable(decoder, device, self._why_not_experts)
+            self._reason = why_not_capturable(decoder, device, self._why_not_experts, not self._variants.all_inside)
             self.is_spread = len(devices_of(decoder, device)) > 1
             if self._reason is None and (self._stocks_draws or self.is_spread) and any(map(draws, submodules(decoder))):
                 self._reason = (

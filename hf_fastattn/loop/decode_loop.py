@@ -25,6 +25,7 @@ from hf_fastattn.graphs.placement import place_of, route_of
 from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
+from hf_fastattn.kernels.sampling.slide import slide
 from hf_fastattn.loop.device_state import DeviceState, bucket_of
 from hf_fastattn.loop.forced_tokens import ForcedTokens
 from hf_fastattn.loop.generated_rows import GeneratedRows
@@ -108,8 +109,12 @@ class DecodeLoop:
         if graphs.is_spread:
             self._route = route_of(self._decoder, None, model.device)
         device = place_of(model.lm_head, self._route[-1])
+        self._stream = cache.stream
         columns = -(-(max(cache.lengths) + self._most) // page_size)
+        columns = columns if self._stream is None else self._stream.pages
+        model._fastattn.runtime.variants.reach(max(cache.lengths) + self._most)
         self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary, self._route)
+        self._state.slides = self._stream is not None
         assert self._graphs.readback is not None
         self._readback = self._graphs.readback
         self._drop = private and bool(request.ends or request.stop_strings or limits is not None)
@@ -130,11 +135,17 @@ class DecodeLoop:
         alone = cache.groups.batch_invariant or self._numbered
         # The states of linear attention stay where they are, and the beams of a prompt side by side.
         stays = alone or self._moves or None not in cache.tables or bool(cache.recurrent_layers)
+        # Rows that let tokens go are ordered by nothing, and share only their sinks.
+        stays |= self._stream is not None
         self._order = None if stays else sharing_order(cache.tables[None])
-        self._prefixes = PrefixGroups() if alone or self._order else _prefix_groups(cache)
+        shares = not alone and not self._order and self._stream is None
+        self._prefixes = _prefix_groups(cache) if shares else PrefixGroups()
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
         self._private, self._depth = private, DEPTH
+        if self._stream is not None and not private and (request.ends or request.stop_strings):
+            # What a row has let go cannot be brought back: no step may run after the last one.
+            self._depth = 0
         self._states: RowStates | None = None
 
     def run(self, logits: Tensor) -> Tensor:
@@ -152,6 +163,8 @@ class DecodeLoop:
         logits = logits.to(self._state.device, non_blocking=True)
         try:
             self._take_states()
+            if self._stream is not None:
+                self._cache.own_rows(self._most - 1)
             self._reserve()
             self._rehearse(logits)
             packed = self._finish_step(self._key_for(len(self._numbers)), logits)
@@ -272,6 +285,12 @@ class DecodeLoop:
         choose(state, key, logits)
         # The first choice is for the prompt's rows alone; its padding rows are prepared too.
         tensors: LoopTensors = state.tensors(max(key.rows, self._used), key.penalised)
+        if self._stream is not None:
+            layout, table = self._stream, tensors.tables[0, : len(tensors.seq_lens)]
+            slide(
+                tensors.seq_lens, table, page_size=layout.page_size, sinks=layout.sinks, leaving=layout.leaving,
+                pages=layout.pages,
+            )  # fmt: skip
         advance(tensors, self._cache.groups.page_size)
         if key.history:
             state.processors.note(tensors.tokens, tensors.step)
@@ -322,7 +341,7 @@ class DecodeLoop:
 
     def _compact(self, kept: list[int], used: int) -> None:
         """Go on with the rows `kept`, in a step of `used` rows."""
-        self._state.keep(kept, used)
+        self._state.keep(kept, used, tables=self._stream is not None)
         if self._states is not None:
             self._states.keep(kept, used)
         self._numbers = [self._numbers[index] for index in kept]
@@ -331,7 +350,8 @@ class DecodeLoop:
         self._prefixes = self._prefixes.keep(kept)
         self._key = self._key_for(used, self._prefixes)
         self._write_groups()
-        self._write_tables()
+        if self._stream is None:
+            self._write_tables()
 
     def _reserve(self) -> None:
         """Pages for the steps to come, AHEAD of them if the memory limit allows."""
@@ -339,13 +359,16 @@ class DecodeLoop:
         self._cache.release_behind()
         appended = max(self._launched - 1, 0)
         wanted = min(AHEAD, self._most - 1 - appended)
+        if self._stream is not None:
+            # At once: from then on the device alone knows the order of a row's pages.
+            wanted = self._most - 1
         while wanted:
             try:
                 # Steps that were launched but not read back have appended tokens that the cache's lengths do not count yet.
                 self._cache.reserve_more(appended - self._appended + wanted)
                 break
             except CacheFullError:
-                if wanted <= 1:
+                if wanted <= 1 or self._stream is not None:
                     raise
                 wanted //= 2
         self._reserved = appended + wanted
@@ -375,6 +398,9 @@ class DecodeLoop:
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)
         if not self._private and self._cache.recurrent_layers:
             self._give_states_back(extra)
+        if not self._private and self._stream is not None and extra:
+            # An interrupted call's, which rows have made room for.
+            self._cache.grow_by(extra)
         self._cache.trim()
         if self._rows.done:
             self._keep_rows(range(len(self._numbers)))

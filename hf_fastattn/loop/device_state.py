@@ -101,6 +101,8 @@ class DeviceState:
             self.no_filters = SamplingParams().tensor(device)
             self.thresholds = zeros(rows, dtype=torch.float32)
             self.seed = zeros(1, dtype=torch.int64)
+            # Steps change page tables, since rows let tokens go.
+            self.slides = False
             self.suppressed = zeros(MOST_ENDS, dtype=torch.int64)
             self._seen: Tensor | None = None
             self._own: Tensor | None = None
@@ -252,8 +254,8 @@ class DeviceState:
         for inputs in self.inputs.values():
             inputs.write_groups(key, shared)
 
-    def keep(self, kept: Sequence[int], used: int) -> None:
-        """Row b becomes row `kept[b]`; the others up to `used` rows take no part."""
+    def keep(self, kept: Sequence[int], used: int, tables: bool = False) -> None:
+        """Row b becomes row `kept[b]`, with `tables` its page table too; the others up to `used` rows take no part."""
         held, count = self._all, len(kept)
         index = torch.tensor(kept).to(self.device, non_blocking=True)
         moved = [held.chosen, held.tokens, held.positions, held.finished, held.limits, held.seq_lens, self.numbers]
@@ -262,6 +264,8 @@ class DeviceState:
             tensor[:count] = tensor.index_select(0, index)
         self.processors.keep(index)
         held.slots[:, :count] = held.slots.index_select(1, index)
+        if tables:
+            held.tables[:, :count] = held.tables.index_select(1, index)
         held.finished[count:used].fill_(ABSENT)
         held.seq_lens[count:used].zero_()
         held.slots[:, count:used].fill_(-1)
@@ -280,6 +284,7 @@ class DeviceState:
         held = self._all
         changing = [held.chosen, held.tokens, held.positions, held.finished, held.seq_lens, held.slots, held.step]
         changing += [] if self._seen is None else [self._seen]
+        changing += [held.tables] if self.slides and beams is None else []
         changing += [] if beams is None else [held.tables, *beams.changing()]
         before = [tensor.clone() for tensor in changing]
         if beams is not None:

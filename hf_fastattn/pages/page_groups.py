@@ -43,6 +43,8 @@ class PageGroups:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
         self.backend, self.batch_invariant = fastattn.backend, fastattn.batch_invariant
+        self.streaming = fastattn.streaming
+        self.stream = None if fastattn.streaming is None else fastattn.streaming.layout(fastattn.page_size)
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self.turn = turn or Turn()
         self._holders: set[Holder] = set()

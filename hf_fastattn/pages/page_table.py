@@ -14,6 +14,7 @@ from hf_fastattn.pages.page_pool import PagePool
 from hf_fastattn.pages.reach import BEHIND
 from hf_fastattn.pages.shared_runs import page_counts, shared_runs
 from hf_fastattn.pages.table_mirror import TableMirror
+from hf_fastattn.stream_layout import StreamLayout
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -216,6 +217,66 @@ class PageTable:
         self.pool.fork_often(page_counts(rows))
         other._publish(rows, self._origin_of(indices), self._mirror.selected(indices))
         counters.pages_shared += max(other.held - self.held, 0)
+        return other
+
+    @_noted
+    def slid(self, rows: Sequence[int], layout: StreamLayout, counters: CallCounters) -> PageTable:
+        """Another table, in which the oldest pages of the full `rows` that are no sinks come last, to be written anew.
+
+        Pages that others hold too are left to them, and new ones taken.
+
+        Raises:
+            CacheFullError: the pool is full.
+        """
+        other, first, count = PageTable(self.pool, self.page_size, self.window), layout.sinks, layout.leaving
+        new, mirror, origin = list(map(list, self.rows)), self._mirror.selected(range(len(self.rows))), list(self._origin)
+        leaving = {row: self.rows[row][first : first + count] for row in rows}
+        owned = {row: [page for page in pages if self.pool.owners(page) == 1] for row, pages in leaving.items()}
+        missing = sum(len(leaving[row]) - len(owned[row]) for row in rows)
+        fresh = self.pool.allocate(missing) if missing else []
+        counters.pages_allocated += missing
+        kept = [list(pages) for pages in new]
+        for row, pages in leaving.items():
+            stay = [*self.rows[row][:first], *self.rows[row][first + count :], *owned[row]]
+            lacks = len(pages) - len(owned[row])
+            kept[row], new[row], fresh = stay, [*stay, *fresh[:lacks]], fresh[lacks:]
+            mirror.changed(row, first)
+            origin[row] = (origin[row][0], min(origin[row][1], first))
+        self._slack = 0
+        self.pool.fork_often(page_counts(kept))
+        other._publish(new, origin, mirror)
+        return other
+
+    @_noted
+    def owning(
+        self,
+        rows: Sequence[int],
+        first: int,
+        counters: CallCounters,
+        copy_pages: Callable[[list[tuple[int, int]]], None],
+    ) -> PageTable:
+        """Another table, in which `rows` hold no page from column `first` on that another row or table holds too: copies.
+
+        Raises:
+            CacheFullError: the pool is full.
+        """
+        other, new = PageTable(self.pool, self.page_size, self.window), list(map(list, self.rows))
+        shared = [
+            (row, column) for row in rows for column in range(first, len(new[row])) if self.pool.owners(new[row][column]) > 1
+        ]
+        fresh = self.pool.allocate(len(shared)) if shared else []
+        counters.pages_allocated += len(shared)
+        counters.pages_copied += len(shared)
+        copy_pages([(new[row][column], page) for (row, column), page in zip(shared, fresh, strict=True)])
+        mirror, origin = TableMirror(), list(self._origin)
+        mirror.add_rows(len(new))
+        for (row, column), page in zip(shared, fresh, strict=True):
+            new[row][column] = page
+            origin[row] = (origin[row][0], min(origin[row][1], first))
+        self._slack = 0
+        taken = set(fresh)
+        self.pool.fork_often(page_counts([[page for page in pages if page not in taken] for pages in new]))
+        other._publish(new, origin, mirror)
         return other
 
     @property

@@ -137,10 +137,13 @@ def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) ->
     return found
 
 
-def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int) -> Tile:
+def split_kv_tile(
+    arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int, rotated: bool = False
+) -> Tile:
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
 
-    With `pairs` None it depends on architecture, dtype and head dim only.
+    With `pairs` None it depends on architecture, dtype and head dim only. `rotated`: the kernel rotates keys; their angles
+    take registers, so that no more than two programs fit on a multiprocessor.
     """
     found = tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
@@ -148,6 +151,8 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
         return found
     if queries > 16:
         return tile_of(SPLIT_KV_APPEND, arch, itemsize, block_d) or found
+    if rotated:
+        return found
     few = tile_of(SPLIT_KV_FEW, arch, itemsize, block_d)
     fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)
     many = pairs > 2 * found.programs * processors

@@ -111,7 +111,7 @@ def split_kv_kernel(
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
         last_key = length - new + token
         h = head * RATIO + query % RATIO
-        q = hooked_query(q, h, last_key, tensors, HOOKS)
+        q = hooked_query(q, h, last_key, tensors, HOOKS, q_ptr + off_q, ok_m, D)
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
         listed = None
@@ -198,13 +198,19 @@ def merge_parts(
 
 
 def tile_of_decode(
-    q: Tensor, k_pages: Tensor, rows: int, max_query_len: int, processors: int, batch_invariant: bool
+    q: Tensor,
+    k_pages: Tensor,
+    rows: int,
+    max_query_len: int,
+    processors: int,
+    batch_invariant: bool,
+    variant: CompiledVariant,
 ) -> Tile:
     """The tile that a launch takes for these shapes."""
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
-    queries = max_query_len * heads // groups
-    return split_kv_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries, pairs, processors)
+    queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
+    return split_kv_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries, pairs, processors, rotated)
 
 
 def paged_decode(
@@ -293,7 +299,7 @@ def decode_launch(
         return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     arch, queries = arch_of(q.device), max_query_len * ratio
-    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant)
+    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant, variant)
     if visited is not None:
         check_visited(visited, rows, 0, tile.block_n)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)

@@ -101,7 +101,7 @@ def packed_heads(ratio: int, variant: CompiledVariant) -> int:
 def why_not_variant(variant: CompiledVariant) -> str | None:
     """Why this kernel cannot take a variant; None if it can."""
     hooks = variant.hooks
-    if hooks.query_transform is not None or hooks.key_transform is not None or hooks.output_transform is not None:
+    if variant.transforms_keys or hooks.query_transform is not None or hooks.output_transform is not None:
         return "transforms of vectors"
     return None
 

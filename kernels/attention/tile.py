@@ -19,6 +19,7 @@ from hf_fastattn.kernels.attention.hooked import (
     hooked_sink,
     sigmoid_step,
 )
+from hf_fastattn.kernels.attention.rotated import rotated_keys, tile_angles, unrotated_keys
 from hf_fastattn.kernels.launch import LOG2E
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, Hooks
 
@@ -58,12 +59,43 @@ def _fp32_products(q, k):
 
 
 @triton.jit
-def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2."""
+def _products(q, k, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         scores = _fp32_products(q, k)
     else:
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2."""
+    return _capped(_products(q, k, PRECISION), scale, softcap, HAS_SOFTCAP, PRECISION)
+
+
+@triton.jit
+def _rotated_scores(
+    q, k_ptr, ok_n, key, near_cos, near_sin, tensors, scale, softcap,
+    D: tl.constexpr, EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+):  # fmt: skip
+    """`tile_scores` of rotated queries, in parts, and keys at `k_ptr: [BLOCK_N]`, which are rotated here; see `rotated`."""
+    k1, k2 = rotated_keys(k_ptr, ok_n, key, near_cos, near_sin, tensors[HOOKS.rotation_table], EDGE, HOOKS)
+    if PRECISION == "ieee":
+        scores = _products(q[0], k1, PRECISION) + _products(q[1], k2, PRECISION)
+        if D > HOOKS.rotated:
+            scores += _products(q[2], unrotated_keys(k_ptr, ok_n, EDGE, HOOKS, D), PRECISION)
+    else:
+        scores = tl.dot(q[0], tl.trans(k1), input_precision=PRECISION)
+        scores = tl.dot(q[1], tl.trans(k2), scores, input_precision=PRECISION)
+        if D > HOOKS.rotated:
+            rest = unrotated_keys(k_ptr, ok_n, EDGE, HOOKS, D)
+            scores = tl.dot(q[2], tl.trans(rest), scores, input_precision=PRECISION)
+    return _capped(scores, scale, softcap, HAS_SOFTCAP, PRECISION)
+
+
+@triton.jit
+def _capped(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Raw scores as they are, or with a softcap in base 2."""
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)) does not overflow, but near 0 its absolute error is that of rounding 1.
         scores = scores * scale
@@ -132,10 +164,13 @@ def attend_tiles(
     If a list of tiles is given, these are its entries from `lo` to before `hi`. Without MASKED, a variant's mask hides none.
     `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
     `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
-    `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get.
+    `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get. Where RoPE
+    is inside, `q` is what `rotated.rotated_query` gives.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    if HOOKS.rotated > 0:
+        near_cos, near_sin = tile_angles(tensors[HOOKS.rotation_table], HOOKS, BLOCK_N)
     for at in tl.range(lo, hi, BLOCK_N if listed is None else 1, num_stages=STAGES):
         key = at
         if listed is not None:
@@ -145,6 +180,7 @@ def attend_tiles(
             ok_n = (key_n < length) & (key_n >= lowest)
             page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
         else:
+            ok_n = None
             page = tl.load(table + key_n // PAGE)
         # One offset for K and V, whose strides agree.
         slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
@@ -157,7 +193,14 @@ def attend_tiles(
         else:
             k = tl.load(k_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
         k = hooked_keys(k, head, key_n, tensors, HOOKS)
-        scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if HOOKS.rotated > 0:
+            # Its halves are loaded apart; `k`, which nobody reads then, is not loaded.
+            scores = _rotated_scores(
+                q, k_ptr + slot + head_offset, ok_n, key, near_cos, near_sin, tensors, scale, softcap,
+                D, EDGE, HAS_SOFTCAP, PRECISION, HOOKS,
+            )  # fmt: skip
+        else:
+            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
         scores = hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS)
         if MASKED:
             scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from hf_fastattn.kernels.attention.decode_reads import Run
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
+from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 from hf_fastattn.kernels.variants.variant import Variant, is_triton
 
 # Scores computed at a time.
@@ -171,6 +172,9 @@ def _transformed(function: Callable[..., Any] | None, x: Tensor, positions: Tens
     if function is None or not x.numel():
         return x
     h = _range(0, x.shape[1], x.device)
+    if isinstance(function, RotaryFrequencies):
+        # All vectors at once, at a tenth of the time.
+        return function(x, h, positions[:, None])
     with TransformGetItemToIndex():
         return torch.vmap(torch.vmap(function, (0, 0, None)), (0, None, 0))(x, h, positions)
 

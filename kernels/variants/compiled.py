@@ -24,9 +24,9 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
-from hf_fastattn.kernels.variants.trace import trace
+from hf_fastattn.kernels.variants.trace import VariantError, trace
 from hf_fastattn.kernels.variants.translate import translatable, translate, translate_parts
-from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of
+from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of, rotation_of
 
 HEADER = """import triton
 import triton.language as tl
@@ -50,7 +50,10 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
     given: dict[str, Any] = {}
     factor = 1.0
     reads_row = mask_by_head = False
-    for hook, function in variant.functions().items():
+    functions, rotation = variant.functions(), rotation_of(variant)
+    if rotation is not None:
+        del functions["query_transform"], functions["key_transform"]
+    for hook, function in functions.items():
         if isinstance(function, BuiltInScore) and function.softcap is not None:
             function = dataclasses.replace(function, divided=True)
         if is_triton(function):
@@ -67,20 +70,26 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
         if hook == "score_mod":
             more, factor = translate_parts(traced, number_of, head_dim)
             texts[-1] += "\n\n" * bool(more) + more
-    reading = tuple(hook for hook, text in zip(variant.functions(), texts, strict=True) if "tensors[" in text)
+    reading = tuple(hook for hook, text in zip(functions, texts, strict=True) if "tensors[" in text)
     text = "\n\n".join([HEADER, *texts])
-    hooks = _hooks(text, given, variant, factor)
+    inside: dict[str, Any] = {}
+    if rotation is not None:
+        if rotation.table.device.type != device.type:
+            raise VariantError(f"RoPE inside reads a table on {rotation.table.device}, but the model is on {device}")
+        inside |= rotation.blocks(head_dim)
+        inside |= {"rotation_factor": rotation.factor**2, "rotation_table": _number_of(tensors, rotation.table)}
+    hooks = _hooks(text, given, variant, factor)._replace(**inside)
     to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
-    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant, factor)
+    hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant, factor)._replace(**inside)
     own = [getattr(function, "cache_key", repr(function)) for function in given.values()]
-    identity = _hash(f"{text}{own}{hooks.sigmoid}{hooks.causal}{variant.window}{variant.rope}")
+    identity = _hash(f"{text}{own}{hooks.sigmoid}{hooks.causal}{variant.window}{variant.rope}{inside}")
     found = (hooks, tuple(tensors) or None, variant.window, reads_row, identity, mask_by_head, reading, hooks_16_bits)
     return CompiledVariant(*found)
 
 
 def _hooks(text: str, given: dict[str, Any], variant: Variant, last_factor: float) -> Hooks:
     module = _module(text, tuple(given.items()))
-    functions = {hook: getattr(module, hook, None) for hook in (*HOOKS, "score_by_distance", "score_rest")}
+    functions: dict[str, Any] = {hook: getattr(module, hook, None) for hook in (*HOOKS, "score_by_distance", "score_rest")}
     factor = 1.0 if variant.softcap is None else 1.0 / variant.softcap
     sigmoid = variant.normalizer == "sigmoid"
     return Hooks(**functions, sigmoid=sigmoid, causal=variant.causal, factor=factor, last_factor=last_factor)

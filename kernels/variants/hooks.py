@@ -24,7 +24,9 @@ class Hooks(NamedTuple):
 
     `sigmoid` stands for `Variant(normalizer="sigmoid")`, `causal` for its `causal`; `factor` is one on the scores that
     `score_mod` gets, which launchers put into the scale. The Gluon prefill takes `score_mod` in the parts of `distances.py`:
-    `score_rest`, with what `score_by_distance` gives if there is one, times `last_factor`.
+    `score_rest`, with what `score_by_distance` gives if there is one, times `last_factor`. Where both transforms are one
+    `RotaryFrequencies`, `rotated` elements of a head are rotated by the table `tensors[rotation_table]`, instead of them:
+    see `attention.rotated`; `rotation_factor` is that of queries and keys together.
     """
 
     score_mod: Any = None
@@ -39,6 +41,11 @@ class Hooks(NamedTuple):
     score_by_distance: Any = None
     score_rest: Any = None
     last_factor: float = 1.0
+    rotated: int = 0
+    block_half: int = 0
+    block_rest: int = 0
+    rotation_factor: float = 1.0
+    rotation_table: int = 0
 
 
 NO_HOOKS = Hooks()
@@ -70,6 +77,11 @@ class CompiledVariant(NamedTuple):
     def hooks_for(self, dtype: torch.dtype) -> Hooks:
         """Its functions for queries of a dtype."""
         return self.hooks if self.hooks_16_bits is None or dtype.itemsize > 2 else self.hooks_16_bits
+
+    @property
+    def transforms_keys(self) -> bool:
+        """Whether keys change as they are read."""
+        return self.hooks.key_transform is not None or self.hooks.rotated > 0
 
     @property
     def hides_tiles(self) -> bool:

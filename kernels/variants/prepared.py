@@ -28,13 +28,22 @@ class PreparedVariant:
         head_dim: of the heads.
         device: where attention runs at first, and where what the functions read has to be.
         translate: the Triton kernels will run it there; else the reference.
+        asked: as the user wrote it, if `variant` has more, a rotation by the model's frequencies.
 
     Raises:
         VariantError: a function cannot be used; which operation, in which line, and what would work.
     """
 
-    def __init__(self, variant: Variant, heads: int, head_dim: int, device: torch.device, translate: bool) -> None:
-        self.variant = variant
+    def __init__(
+        self,
+        variant: Variant,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+        translate: bool,
+        asked: Variant | None = None,
+    ) -> None:
+        self.variant, self.asked = variant, asked or variant
         self._head_dim, self._device, self._translate = head_dim, device, translate
         self._compiled: dict[Any, CompiledVariant] = {}
         _check_heads(variant, heads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.variants.hooks import HOOKS
-from hf_fastattn.kernels.variants.rotation import Rotation
+from hf_fastattn.kernels.variants.rotation import RotaryFrequencies, Rotation
 
 NORMALIZERS = ("softmax", "sigmoid")
 ROPES = ("model", "inside")
@@ -44,7 +44,8 @@ class Variant:
         causal: a query sees no key after itself. With False `mask_mod` alone decides, among the keys in the cache.
         parameters: tensors and numbers, given to each function that has an argument of the name.
         rope: where queries and keys are rotated: `"model"`, before the cache, so that transforms get rotated vectors; or
-            `"inside"`: the cache keeps keys as they are before RoPE, and the transforms rotate; see `with_rotation`.
+            `"inside"`: the cache keeps keys as they are before RoPE, and the transforms rotate. `patch` puts the rotation by
+            the model's own frequencies in place of a transform that is missing; see `with_frequencies` and `with_rotation`.
 
     Raises:
         TypeError: a field has the wrong type, or a function takes other arguments.
@@ -98,9 +99,19 @@ class Variant:
         Args:
             cos: `[positions, width]`, see `Rotation`; `sin` likewise.
         """
+        return self.rotated_by(Rotation(cos, sin, pairs))
+
+    def with_frequencies(self, frequencies: Tensor, factor: float = 1.0) -> Variant:
+        """`with_rotation` by `frequencies: [width / 2]` in radians a position, and a `factor` on queries and on keys.
+
+        This is what a patched model does with its own frequencies, and what the Triton kernels are made for.
+        """
+        return self.rotated_by(RotaryFrequencies.of(frequencies, factor))
+
+    def rotated_by(self, rotation: Callable[..., Any]) -> Variant:
+        """Of `rope="inside"`: with `rotation` in place of each transform of queries or keys that is missing."""
         if self.rope != "inside":
             raise ValueError(f"rope={self.rope!r}: queries and keys are rotated by the model; give Variant(rope='inside')")
-        rotation = Rotation(cos, sin, pairs)
         return dataclasses.replace(
             self,
             query_transform=self.query_transform or rotation,
@@ -116,7 +127,7 @@ class Variant:
         if self.rope == "inside" and (self.query_transform is None or self.key_transform is None):
             raise ValueError(
                 "rope='inside' leaves rotation to query_transform and key_transform, of which one is missing; give both, or "
-                "take variant.with_rotation(cos, sin)"
+                "take variant.with_frequencies(frequencies) or with_rotation(cos, sin)"
             )
         found = {hook: self._bound(hook) for hook in FUNCTIONS if getattr(self, hook) is not None}
         if self.softcap is not None or self.alibi is not None:
@@ -151,6 +162,12 @@ class BuiltInScore:
 
 def _sink(sinks: Tensor, h: Tensor) -> Tensor:
     return sinks[h]
+
+
+def rotation_of(variant: Variant) -> RotaryFrequencies | None:
+    """What rotates both queries and keys, if that is one `RotaryFrequencies`: the kernels do it themselves."""
+    rotation, is_one = variant.key_transform, variant.key_transform is variant.query_transform
+    return rotation if is_one and isinstance(rotation, RotaryFrequencies) else None
 
 
 def is_triton(function: Any) -> bool:

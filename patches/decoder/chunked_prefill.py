@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.stream_layout import StreamLayout
 
 # Tokens of all rows in one piece at most, and those that run whole. Pages for the whole call are there before the prompt, so
 # its activations have to take less than those of Transformers, which computes it at once. A piece should keep a large GPU
@@ -51,13 +54,65 @@ def pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any])
     return _cut(arguments, past, columns, max(most // rows, 1))
 
 
+def streamed_pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
+    """The same for rows that forget tokens: a piece ends where a row is full, which then lets tokens go.
+
+    Raises:
+        ValueError: the forward has to be cut, and is given what cannot be.
+    """
+    layout = cache.stream
+    assert layout is not None
+    tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
+    (rows, columns), past = tokens.shape[:2], cache.get_seq_length()
+    mask, lengths = arguments["attention_mask"], cache.lengths or [0] * rows
+    if columns == 1 or max(lengths) + columns <= layout.capacity or len(lengths) != rows:
+        return None
+    new = np.ones((rows, columns), np.int64)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= past + columns:
+        new = mask[:, past : past + columns].to("cpu", torch.bool).numpy().astype(np.int64)
+    most = CPU_TOKENS if tokens.device.type == "cpu" else PIECE_TOKENS
+    ends = _ends(new, np.array(lengths), layout, max(most // rows, 1))
+    if len(ends) == 1:
+        return None
+    given = [name for name, value in arguments.items() if value is not None and name not in (*BY_COLUMN, "attention_mask")]
+    known = ("use_cache", "return_dict")
+    given += [name for name, value in kwargs.items() if value not in (None, False) and name not in known]
+    if given or kwargs.get("return_dict") is False:
+        raise ValueError(
+            f"a forward of {columns} columns is computed in pieces with {cache.groups.streaming}, which takes no "
+            f"{', '.join(given) or 'return_dict=False'}; give fewer columns at a time"
+        )
+    return _pieces_to(arguments, past, ends)
+
+
+def _ends(new: NDArray[np.int64], lengths: NDArray[np.int64], layout: StreamLayout, most: int) -> list[int]:
+    """Columns before which pieces end: none has a row get more tokens than there is room for once it has made room.
+
+    Args:
+        new: `[B, S]`, 1 where a column holds a token of the row.
+        lengths: `[B]` tokens that rows hold.
+        most: columns of a piece.
+    """
+    ends, first, columns = list[int](), 0, new.shape[1]
+    while first < columns:
+        piece = new[:, first : first + most].cumsum(1)
+        held = np.where(lengths >= layout.capacity, lengths - layout.step, lengths)
+        # Rows that get no token stay full.
+        fits = ((held[:, None] + piece <= layout.capacity) | (piece == 0)).all(0)
+        count = int(fits.argmin()) if not fits.all() else piece.shape[1]
+        added = piece[:, count - 1]
+        lengths, first = np.where(added > 0, held + added, lengths), first + count
+        ends.append(first)
+    return ends
+
+
 def run_pieces(
     cut: Iterator[dict[str, Any]], columns: int, cache: PagedCache, forward: Callable[[dict[str, Any]], Any]
 ) -> Any:
     """Run `forward` on every piece; the output of the last one, with the hidden states of all `columns`.
 
     Raises:
-        Exception: what a piece raised; the cache is as before the first one.
+        Exception: what a piece raised; the cache is as before the first one, or empty if its rows have let tokens go.
     """
     past, hidden, outputs = cache.get_seq_length(), None, None
     try:
@@ -72,7 +127,8 @@ def run_pieces(
             outputs.last_hidden_state = hidden
     except BaseException:
         done = cache.get_seq_length() - past
-        if not past:
+        if not past or cache.stream is not None:
+            # What rows have let go cannot be brought back.
             cache.reset()
         elif done:
             cache.crop(-done)
@@ -84,8 +140,11 @@ def run_pieces(
 def _cut(arguments: dict[str, Any], past: int, columns: int, step: int) -> Iterator[dict[str, Any]]:
     # Pieces of equal length but for rounding: a short one at the end would waste a pass over the weights.
     count = max(-(-columns // step), 2)
-    ends = [columns * place // count for place in range(count + 1)]
-    for first, last in zip(ends, ends[1:], strict=False):
+    yield from _pieces_to(arguments, past, [columns * place // count for place in range(1, count + 1)])
+
+
+def _pieces_to(arguments: dict[str, Any], past: int, ends: list[int]) -> Iterator[dict[str, Any]]:
+    for first, last in zip([0, *ends], ends, strict=False):
         piece = dict(arguments)
         for name in BY_COLUMN:
             value = arguments[name]

@@ -19,7 +19,7 @@ from hf_fastattn.hints import with_hint
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
-from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces
+from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces, streamed_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_these, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
@@ -139,18 +139,26 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
         return call_original(self, cache, **arguments, **kwargs)
     if cache.may_adopt:
         cache.adopt(state.runtime.groups_for(self), self.config)
+    if cache.stream != state.runtime.groups.stream:
+        raise ValueError(
+            f"{CACHE} was made with streaming={cache.groups.streaming}, but the model is patched with "
+            f"streaming={state.runtime.config.streaming}; use PagedCache(model.config)"
+        )
     if cache.hidden and (arguments["attention_mask"] is None or isinstance(arguments["attention_mask"], Tensor)):
         show_again(cache, arguments["attention_mask"])
     if cache.dense is not None:
         cache.check_owner(self.config)
+        if state.runtime.variants.rotates and not cache.dense.is_empty:
+            state.runtime.variants.refuse(f"{CACHE} holds keys that were set, and RoPE is inside attention")
         reason = cache.into_pages(arguments["attention_mask"], keys_dtype(self))
         if reason is not None:
             state.runtime.count_fallback(reason)
             return call_original(self, cache, **arguments, **kwargs)
     whole = state.family.linear_attention or not state.runtime.variants.causal
-    cut = None if whole else pieces(arguments, cache, kwargs)
+    streams = cache.stream is not None
+    cut = streamed_pieces(arguments, cache, kwargs) if streams else None if whole else pieces(arguments, cache, kwargs)
     try:
-        if cut is not None and why_watched(self) is None:
+        if cut is not None and (streams or why_watched(self) is None):
             tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
             return run_pieces(cut, tokens.shape[1], cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
         return _cached_forward(self, arguments, cache, kwargs)
@@ -187,6 +195,7 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     rows, columns = tokens.shape[:2]
     past = cache.get_seq_length()
     cache.check_owner(self.config)
+    state.runtime.variants.reach(past + columns)
     visible = visible_columns(mask, cache, rows, columns)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     reason = why_not_paged(self, mask, cache, visible, kwargs)

@@ -111,6 +111,10 @@ def _by_place(decoder: Any, given: torch.device) -> Iterator[tuple[torch.device,
 def _positions(decoder: Any, states: Tensor, position_ids: Tensor, place: torch.device) -> dict[str, Any]:
     """What attention takes of the positions of `states: [B, S, hidden]`, for layers on the device `place`."""
     state: ModuleState = vars(decoder)[STATE]
+    if state.runtime.variants.all_inside:
+        # Nobody reads them.
+        unread = states.new_empty(1, states.shape[1], 2)
+        return {"position_embeddings": (unread, unread), "position_ids": position_ids}
     rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
     tables = state.runtime.rotary_copies.tables(decoder.rotary_emb, states, rotated, place)
     return {"position_embeddings": tables, "position_ids": position_ids}

@@ -29,6 +29,7 @@ from tests.kernels.compile_launches import (
     forked,
     gated,
     hopper,
+    inside,
     logprobs,
     merge,
     paged_peer,
@@ -38,6 +39,7 @@ from tests.kernels.compile_launches import (
     rope,
     routed,
     shared_prefix,
+    slid,
     summed,
     tiles,
     typical,
@@ -198,6 +200,35 @@ CASES = {
         lambda: shared_prefix(4, 128, most=64, variant=varied(softcap=30.0, sinks=torch.zeros(32), score_mod="alibi")),
         SHARED_PREFIX,
         programs=1,
+    ),
+    # Angles of a tile stay in registers.
+    "decode, RoPE inside": Case(
+        lambda: decode(4, 128, rows=64, processors=132, variant=inside()), ("split_kv_kernel",), programs=2
+    ),
+    "decode, RoPE inside, one row": Case(
+        lambda: decode(4, 128, rows=1, processors=132, variant=inside()), ("split_kv_kernel",), programs=2
+    ),
+    "decode, RoPE inside of a part, D = 96": Case(
+        lambda: decode(7, 96, FP16, page=64, variant=inside(96, 64)), ("split_kv_kernel",), programs=1, spilled=128
+    ),
+    "decode, RoPE inside, fp32": Case(
+        lambda: decode(4, 64, FP32, variant=inside(64)), ("split_kv_kernel",), programs=1, exact=True, spilled=64
+    ),
+    "append, RoPE inside": Case(
+        lambda: decode(4, 128, tokens=8, processors=132, variant=inside()), ("split_kv_kernel",), programs=1
+    ),
+    "prefill, RoPE inside": Case(
+        lambda: prefill(4, 128, variant=inside()), ("prefill_kernel",), programs=1, targets=("sm_80", "sm_90")
+    ),
+    "prefill, RoPE inside, short": Case(
+        lambda: prefill(4, 128, tokens=16, variant=inside()), ("prefill_kernel",), programs=1, spilled=160
+    ),
+    "shared prefix, RoPE inside by frequencies": Case(
+        lambda: shared_prefix(4, 128, most=64, variant=inside()),
+        SHARED_PREFIX,
+        programs=1,
+        spilled=128,
+        targets=("sm_90",),
     ),
     "shared prefix, RoPE inside": Case(
         lambda: shared_prefix(4, 128, rows=256, most=256, variant=varied(query_transform=rope, key_transform=rope)),
@@ -424,6 +455,8 @@ CASES = {
     "typical": Case(typical, ("typical_kernel",), programs=1),
     "typical, V = 32003": Case(lambda: typical(32003), ("typical_kernel",), programs=1),
     "advance": Case(advanced, ("advance_kernel",), programs=1),
+    "slide": Case(slid, ("slide_kernel",), programs=2),
+    "slide, long rows": Case(lambda: slid(1, columns=4096, pages=4096), ("slide_kernel",), programs=1),
     "advance, one row": Case(lambda: advanced(1), ("advance_kernel",), programs=1),
     "advance, windows, tokens seen": Case(lambda: advanced(windows=2, seen=True), ("advance_kernel",), programs=1),
     "continuations": Case(lambda: continued(152064, BF16), CONTINUED, programs=1),

@@ -37,6 +37,7 @@ from hf_fastattn.kernels.sampling.logprobs import token_logprobs
 from hf_fastattn.kernels.sampling.loop_tensors import MOST_ENDS, LoopTensors
 from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
+from hf_fastattn.kernels.sampling.slide import slide
 from hf_fastattn.kernels.sampling.typical import typical_scores
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
@@ -119,6 +120,12 @@ def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
     """A variant with functions of `tests.kernels.variants.mods`, by name."""
     functions = {name: getattr(mods, value) if name.endswith("_mod") else value for name, value in fields.items()}
     return compile_variant(Variant(**functions), dim, torch.device("cpu"))
+
+
+def inside(dim: int = 128, width: int | None = None, **fields: Any) -> CompiledVariant:
+    """RoPE inside attention, of so many elements of a head."""
+    variant = Variant(rope="inside", **fields).with_frequencies(torch.ones((width or dim) // 2))
+    return compile_variant(variant, dim, torch.device("cpu"))
 
 
 COS, SIN = torch.ones(2, 4096, 128)
@@ -275,6 +282,11 @@ def advanced(rows: int = 64, *, columns: int = 1024, windows: int = 1, seen: boo
         seen=torch.zeros(rows, 128256, dtype=torch.uint8) if seen else None,
     )
     return advance(state, 16)
+
+
+def slid(rows: int = 64, *, columns: int = 1024, pages: int = 81) -> object:
+    lengths, held = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, columns, dtype=torch.int32)
+    return slide(lengths, held, page_size=16, sinks=1, leaving=16, pages=pages)
 
 
 def forked(beams: int = 4, *, windows: int = 1) -> object:

@@ -148,6 +148,14 @@ def test_sinks_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(logits[0, first - 1 : -1].argmax(-1), tokens[0, first:])
 
 
+def test_generation_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = run("generation_without_end.py", monkeypatch, "--new", "120", "--window", "32")
+    call, report = hf_fastattn.report(left["model"]).last_call, hf_fastattn.report(left["model"])
+    assert left["tokens"].shape[1] == left["inputs"].input_ids.shape[1] + 120
+    # Of 16 tokens each: one of sinks, two of the window, one that makes place.
+    assert max(left["held"]) == 4 and call.pages_allocated == 4 and not call.fallbacks and not report.pages_in_use
+
+
 def test_evaluate_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM

@@ -13,10 +13,10 @@ PACKAGE = Path(hf_fastattn.__file__).parent
 WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
-    "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "config", "counters", "expansion",
-    "kernels", "parallel", "layer_variants", "dense", "stock_batching", "interface", "pages", "cache", "call", "graphs",
-    "loop", "runtime", "patches", "batching", "generation", "patching", "memory", "search", "report", "warming", "serving",
-    "eval", "cli", "__main__",
+    "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "stream_layout", "config", "counters",
+    "expansion", "kernels", "parallel", "layer_variants", "dense", "stock_batching", "interface", "pages", "cache", "call",
+    "graphs", "loop", "runtime", "patches", "streaming", "batching", "generation", "patching", "memory", "search", "report",
+    "warming", "serving", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (

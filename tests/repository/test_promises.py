@@ -35,9 +35,9 @@ LAUNCHERS = {
 
 def test_public_names() -> None:
     assert hf_fastattn.__all__ == [
-        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "StockAttentionError", "Variant",
-        "VariantError", "append", "fork", "patch", "patched", "register", "release_memory", "report", "truncate", "unpatch",
-        "warm_up",
+        "CacheFullError", "FastAttnConfig", "PagePool", "PagedCache", "PatchScope", "StockAttentionError", "Streaming",
+        "Variant", "VariantError", "append", "fork", "patch", "patched", "register", "release_memory", "report", "truncate",
+        "unpatch", "warm_up",
     ]  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def test_options_and_defaults() -> None:
         "page_size": 16, "memory_limit": None, "keep_memory": 1.0, "backend": "auto",
         "batch_invariant": False, "cuda_graphs": True, "sampling": "fast",
         "keep_in_training": False, "autocast_copies": True, "prefix_cache": False, "weights": "check",
+        "streaming": None,
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from hf_fastattn.eval.harness.compare import draw as draw_tasks
 from hf_fastattn.eval.kernel_speed.attention_plot import draw_attention
 from hf_fastattn.eval.reporting import plot_words
 from hf_fastattn.eval.reporting.plots import draw_faults, draw_logprobs, draw_parity, draw_perplexity
+from hf_fastattn.eval.reporting.streaming_plot import draw_streaming
 
 RESULTS = Path(__file__).resolve().parents[3] / "eval" / "results"
 DRAW = {
@@ -29,6 +30,7 @@ DRAW = {
     "recall": draw_recall,
     "sampling": draw_sampling,
     "speed": draw_speed,
+    "streaming": draw_streaming,
     "tasks": draw_tasks,
 }
 # These are tables alone.
