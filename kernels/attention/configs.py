@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hf_fastattn.kernels.launch import DEFAULT
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
@@ -32,11 +34,14 @@ class Tile:
     programs: int = 2
 
 
-# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile
+# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile. One byte: keys and values of 8
+# bits with queries of 16; with queries in fp32, the tiles of four bytes serve.
 PREFILL: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(128, 32, 8, 3),
     (80, 2, 256): Tile(64, 32, 8, 2),
     (80, 4, 256): Tile(16, 16, 8, 2),
+    (80, 1, 128): Tile(128, 32, 8, 3),
+    (80, 1, 256): Tile(64, 32, 8, 3),
     (90, 2, 128): Tile(128, 64, 8, 5),
     (90, 4, 128): Tile(128, 32, 8, 2),
     (90, 2, 256): Tile(128, 32, 8, 3),
@@ -49,6 +54,8 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
     (100, 2, 128): Tile(64, 64, 4, 3),
 }
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 128, 4, 5),
+    (80, 1, 256): Tile(64, 64, 8, 3),
     (80, 2, 128): Tile(64, 64, 4, 5),
     # Four warps would spill.
     (80, 2, 256): Tile(64, 32, 8, 3),
@@ -59,6 +66,8 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
 # For more than 16 packed query rows. Complete for 16-bit types: an entry for larger heads would serve smaller ones too.
 # 64 query rows of head dim 256 need more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 64, 4, 3),
+    (80, 1, 256): Tile(64, 32, 8, 3),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (90, 4, 128): Tile(64, 32, 4, 2),
@@ -81,6 +90,8 @@ LIST_FILL = 0.8
 FEW_BYTES = 8192
 # For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 64, 4, 5),
+    (80, 1, 256): Tile(64, 32, 8, 3, programs=1),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
@@ -97,6 +108,11 @@ MANY_PAIRS = 8
 SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
 }
+
+
+def element_bytes(q: Tensor, k_pages: Tensor) -> int:
+    """Bytes of an element, as the tables count them."""
+    return k_pages.element_size() if q.element_size() == 2 else q.element_size()
 
 
 def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:

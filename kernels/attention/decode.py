@@ -9,7 +9,7 @@ follows lengths that changed. There are two splits:
 - Even, for rows of similar length: every item is cut into the same number of parts ("Flash-Decoding", Dao et al., 2023),
   or every program takes the same number of whole items.
 A program leaves at most two partial states, of its first and its last item. The last program to arrive at a split item
-merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row goes to `decode_row.py`.
+merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row of 16-bit keys goes to `decode_row.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import Tile, split_kv_tile, stages_with
+from hf_fastattn.kernels.attention.configs import Tile, element_bytes, split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import (
-    attend_tiles,
     attention_end,
     empty_state,
     merge_step,
@@ -42,6 +42,7 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
@@ -204,7 +205,8 @@ def tile_of_decode(
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
     queries = max_query_len * heads // groups
-    return split_kv_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries, pairs, processors)
+    itemsize = element_bytes(q, k_pages)
+    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors)
 
 
 def paged_decode(
@@ -282,7 +284,7 @@ def decode_launch(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
     window = variant.window_with(window)
-    plain = variant.hooks == NO_HOOKS
+    plain = variant.hooks == NO_HOOKS and not is_eight_bits(k_pages)
     if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and plain:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace

@@ -58,12 +58,17 @@ def _fp32_products(q, k):
 
 
 @triton.jit
-def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2."""
+def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, factors=None):
+    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2.
+
+    `factors: [BLOCK_M, BLOCK_N]`, if given, are what products with 8-bit keys are to be multiplied with.
+    """
     if PRECISION == "ieee":
         scores = _fp32_products(q, k)
     else:
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if factors is not None:
+        scores = scores * factors
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2 x)) does not overflow, but near 0 its absolute error is that of rounding 1.
         scores = scores * scale
@@ -107,16 +112,22 @@ def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """The state after one more tile of scores `[BLOCK_M, BLOCK_N]`, -inf where hidden, and values `[BLOCK_N, D]`."""
-    factor = 1.0 if HAS_SOFTCAP else scale
+    new_max, decay, weights = softmax_weights(scores, row_max, 1.0 if HAS_SOFTCAP else scale)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def softmax_weights(scores, row_max, factor):
+    """The new maximum `[BLOCK_M]`, the decay of sums so far, and the weights of scores `[BLOCK_M, BLOCK_N]` times `factor`."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     # One fused multiply-add: large scores are not rounded before the maximum is subtracted.
     weights = tl.math.exp2(scores * factor - shift[:, None])
     decay = tl.math.exp2(row_max - shift)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
+    return new_max, decay, weights
 
 
 @triton.jit
