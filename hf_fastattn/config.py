@@ -8,6 +8,8 @@ from typing import Any
 BACKENDS = ("auto", "reference", "triton", "hopper")
 SAMPLING_MODES = ("fast", "transformers")
 WEIGHTS = ("check", "frozen")
+# As `kernels.page_formats.KV_DTYPES`, which needs PyTorch.
+KV_DTYPES = ("fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class FastAttnConfig:
             weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched; that
             weights are replaced by others is seen.
 
+        kv_dtype: in which numbers keys and values are stored: `None`, those of the model; `"fp8"`, e4m3 (GPUs from
+            capability 8.9 on, and CPUs); or `"int8"`; in 8 bits with a scale for each token and head, rounded once, when they are
+            written, and multiplied out inside attention. A little more than half of the memory and of what a step reads of
+            16-bit keys and values; outputs differ by the rounding.
+        kv_wide_window: layers with a window of at most so many tokens keep keys and values as the model gives them, whatever
+            `kv_dtype` says: they read and store little, and gain nothing.
+
     Raises:
         TypeError: an option has the wrong type, or is unknown.
         ValueError: an option is out of its range.
@@ -58,6 +67,8 @@ class FastAttnConfig:
     autocast_copies: bool = True
     prefix_cache: bool = False
     weights: str = "check"
+    kv_dtype: str | None = None
+    kv_wide_window: int = 1024
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -83,6 +94,17 @@ class FastAttnConfig:
             raise ValueError(f"sampling={self.sampling!r} is unknown; choose one of {SAMPLING_MODES}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is unknown; choose one of {WEIGHTS}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} is unknown; choose one of {KV_DTYPES}, or None for the model's")
+        wide = self.kv_wide_window
+        if not isinstance(wide, int) or isinstance(wide, bool):
+            raise TypeError(f"kv_wide_window must be a number of tokens (int), got {wide!r}")
+        if wide < 0:
+            raise ValueError(f"kv_wide_window={wide} must not be negative; 0 stores all layers in kv_dtype")
+
+    def kv_dtype_of(self, window: int | None) -> str | None:
+        """`kv_dtype` for layers with this window."""
+        return None if window is not None and window <= self.kv_wide_window else self.kv_dtype
 
 
 def resolve_config(config: FastAttnConfig | None, options: dict[str, Any]) -> FastAttnConfig:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes
 from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
 from hf_fastattn.pages.page_group import Holder, Holding, PageGroup
 from hf_fastattn.pages.page_pool import PagePool
@@ -55,11 +56,16 @@ class PageGroups:
         self.head_dim = head_dim
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
-        self.page_bytes = 2 * len(windows) * self.page_size * (heads // ranks) * head_dim * itemsize
+        numbers = self.page_size * (heads // ranks) * head_dim
+        stored = [KV_DTYPES.get(fastattn.kv_dtype_of(window) or "") for window in windows]
+        self.page_bytes = sum(
+            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads // ranks, head_dim)
+            for dtype in stored
+        )
         self._largest: dict[int | None, int] = {}
         self._groups = {
-            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
-            for window in dict.fromkeys(windows)
+            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size, dtype))
+            for window, dtype in dict(zip(windows, stored, strict=True)).items()
         }
 
     def _max_pages(self) -> int | None:

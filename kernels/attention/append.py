@@ -123,9 +123,9 @@ def rope_append_kernel(
         ok = (slot >= 0) & (head < GROUPS)
         off_kv = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head  # [rows]
         x_base = (k_ptr + token * stride_kt + head * stride_kh)[:, None]
-        y_base = (k_pages_ptr + off_kv)[:, None]
+        key_base = (k_pages_ptr + off_kv)[:, None]
         key_scale = _normalise_and_rotate(
-            x_base, y_base, cos_base, sin_base, ok, k_norm_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET
+            x_base, key_base, cos_base, sin_base, ok, k_norm_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET
         )
         column = tl.arange(0, BLOCK_D)
         inside = ok[:, None] & (column < D)[None, :]  # [rows, BLOCK_D]
@@ -164,8 +164,8 @@ def rope_append(
         q: `[T, H, D]` queries, before norm and RoPE; bf16, fp16 or fp32, any strides but 1 in the last dimension.
         k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
         cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
-        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides. Of 8 bits those of
-            `page_formats.page_views`, whose scales are written too.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides. Of 8 bits those
+            of `page_formats.page_views`, whose scales are written too.
         slot_mapping: `[T]` int32 or int64, `page * P + offset` of each token; a negative slot is not written.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.

@@ -66,7 +66,7 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
 # For more than 16 packed query rows. Complete for 16-bit types: an entry for larger heads would serve smaller ones too.
 # 64 query rows of head dim 256 need more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
-    (80, 1, 128): Tile(64, 64, 4, 3),
+    (80, 1, 128): Tile(64, 64, 8, 3),
     (80, 1, 256): Tile(64, 32, 8, 3),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
@@ -90,7 +90,7 @@ LIST_FILL = 0.8
 FEW_BYTES = 8192
 # For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
-    (80, 1, 128): Tile(64, 64, 4, 5),
+    (80, 1, 128): Tile(64, 64, 8, 5),
     (80, 1, 256): Tile(64, 32, 8, 3, programs=1),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),

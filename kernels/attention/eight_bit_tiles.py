@@ -26,9 +26,9 @@ from hf_fastattn.kernels.attention.hooked import hooked_keys, hooked_mask, hooke
 attend_wide_tiles = tile.attend_tiles
 tile_scores = tile.tile_scores
 
-# Up to so many packed query rows the matrix unit takes products from registers, and heads of at least so many dimensions
-# give each of its warps columns of all four products.
-WORD_ROWS, WORD_DIM = tl.constexpr(32), tl.constexpr(128)
+# Up to so many packed query rows the matrix unit takes both factors from registers, and for heads of at least so many
+# dimensions each of the four products has the 16 columns that it needs.
+WORD_ROWS, WORD_DIM = tl.constexpr(32), tl.constexpr(64)
 
 
 @triton.jit

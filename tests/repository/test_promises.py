@@ -46,6 +46,7 @@ def test_options_and_defaults() -> None:
         "page_size": 16, "memory_limit": None, "keep_memory": 1.0, "backend": "auto",
         "batch_invariant": False, "cuda_graphs": True, "sampling": "fast",
         "keep_in_training": False, "autocast_copies": True, "prefix_cache": False, "weights": "check",
+        "kv_dtype": None, "kv_wide_window": 1024,
     }  # fmt: skip
 
 
