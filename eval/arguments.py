@@ -13,6 +13,7 @@ from hf_fastattn.eval.choices import (
     DTYPES,
     FAULTS,
     KINDS,
+    KV_DTYPES,
     MIXTURES,
     PARALLEL,
     ROLLOUTS,
@@ -212,6 +213,19 @@ def add_experts(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for experts.md and .json")
 
 
+def add_eight_bits(made: argparse.ArgumentParser) -> None:
+    """Keys and values in 8 bits against 16: decode attention, the append, generate() and its memory. Exits with 1 if a
+    result is wrong. Without a GPU the reference runs small shapes."""
+    made.add_argument("--rounds", type=positive, default=11, help="interleaved rounds, of which the medians count")
+    made.add_argument("--layers", type=positive, default=8, help="layers of the model that generates, of Llama-3-8B's width")
+    made.add_argument("--batch", type=int, default=64, help="its prompts; 0 leaves generate() out")
+    made.add_argument("--prompt", type=positive, default=4096, help="tokens of each")
+    made.add_argument("--new", type=positive, default=64, help="tokens after the first that are timed")
+    made.add_argument("--pairs", type=positive, default=2, help="interleaved rounds of generate()")
+    made.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="formats (default: all)")
+    made.add_argument("--output", type=Path, help="folder for eight-bits.md and .json")
+
+
 def add_warmup(made: argparse.ArgumentParser) -> None:
     """Compile ahead, in several processes, what generate() needs for batches and prompts of these sizes, greedy and sampled.
     Only the model's configuration is read; what is compiled stays in Triton's cache on this machine."""
@@ -373,6 +387,9 @@ COMMANDS = {
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention
+    ),
+    "bench eight-bits": Command(
+        "hf_fastattn.eval.eight_bits", "time and measure keys and values in 8 bits against 16", add_eight_bits
     ),
     "bench experts": Command(
         "hf_fastattn.eval.experts", "time the kernels of experts against PyTorch's and ceilings", add_experts

@@ -9,6 +9,8 @@ SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
 # A small mixture of experts, which is not in a wheel.
 MIXTURE = SHIPPED.parent / "mixture"
 DTYPES = ("float32", "bfloat16", "float16")
+# What `FastAttnConfig.kv_dtype` can be.
+KV_DTYPES = ("fp8", "int8")
 
 # The faults that faults.py can plant.
 FAULTS = ("page", "position", "mask", "scale", "window")

@@ -11,7 +11,7 @@ from hf_fastattn.version import __version__
 
 GROUPS = {
     "eval": "compare the patched model with stock on real text: perplexity, parity, faults",
-    "bench": "time it: generate, matrix, rollouts, parallel, batching, attention, experts",
+    "bench": "time it: generate, matrix, rollouts, parallel, batching, attention, eight-bits, experts",
 }
 
 
