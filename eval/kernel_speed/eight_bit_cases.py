@@ -16,8 +16,12 @@ PIECE = 65_536
 
 
 def quantised(inputs: Inputs, kv_dtype: str) -> Inputs:
-    """The same batch over pages of 8 bits with the same keys and values, rounded; one set of pages."""
-    keys, values = inputs.k_pages[0], inputs.v_pages[0]
+    """The same batch over pages of 8 bits with the same keys and values, rounded."""
+    pairs = [_quantised(*pair, kv_dtype) for pair in zip(inputs.k_pages, inputs.v_pages, strict=True)]
+    return replace(inputs, k_pages=[keys for keys, _ in pairs], v_pages=[values for _, values in pairs])
+
+
+def _quantised(keys: Tensor, values: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:
     count, page, groups, dim = keys.shape
     raw = torch.zeros(count, page_bytes(page, groups, dim), dtype=torch.uint8, device=keys.device)
     k_pages, v_pages = page_views(raw, page, groups, dim, KV_DTYPES[kv_dtype])
@@ -25,11 +29,11 @@ def quantised(inputs: Inputs, kv_dtype: str) -> Inputs:
         slots = torch.arange(begin, min(begin + PIECE, count * page), device=keys.device)
         place = slots // page, slots % page
         write_tokens(k_pages, v_pages, slots, keys[place], values[place])
-    return replace(inputs, q=inputs.q[:1], k_pages=[k_pages], v_pages=[v_pages])
+    return k_pages, v_pages
 
 
 def agrees(inputs: Inputs, out: Tensor) -> bool:
-    """FlashAttention's criterion on the first and last row, against exact attention over the keys and values that are stored."""
+    """FlashAttention's criterion on the first and last row, against exact attention over what is stored."""
     shape = inputs.shape
     for row in (0, len(shape.lengths) - 1):
         length, new, end = shape.lengths[row], shape.news[row], sum(shape.news[: row + 1])
