@@ -34,7 +34,7 @@ def page_bytes(page: int, groups: int, dim: int) -> int:
 
 
 def page_views(raw: Tensor, page: int, groups: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The K and V pages `[N, P, G, D]` in `raw: [N, page_bytes]` uint8, as which they are passed on; scales come with them."""
+    """The K and V pages `[N, P, G, D]` in `raw: [N, page_bytes]` uint8; as them scales are passed on too."""
     shape, strides = (raw.shape[0], page, groups, dim), (raw.shape[1], groups * dim, dim, 1)
     numbers = raw.view(dtype)
     first = raw.storage_offset()

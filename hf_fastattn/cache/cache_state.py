@@ -224,6 +224,11 @@ class CacheState(Cache):
         return all(layer.recurrent_states[0] is not None for layer in self.recurrent_layers.values())
 
     @property
+    def stores_eight_bits(self) -> bool:
+        """Whether a layer's keys and values are stored in 8 bits."""
+        return bool(self.groups.formats)
+
+    @property
     def records_states(self) -> bool:
         """Whether linear-attention layers are to keep the states before their last tokens."""
         return any(layer.record_past for layer in self.recurrent_layers.values())

@@ -166,6 +166,21 @@ class PageGroups:
         """Bytes allocated for pages."""
         return sum(group.storage.nbytes for group in self)
 
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that pages would take besides if no keys and values were stored in 8 bits."""
+        return sum(group.storage.saved for group in self)
+
+    @property
+    def formats(self) -> dict[str, list[int | None]]:
+        """The windows of the layers that each 8-bit dtype stores, by its name in `FastAttnConfig.kv_dtype`."""
+        named = {dtype: name for name, dtype in KV_DTYPES.items()}
+        found: dict[str, list[int | None]] = {}
+        for group in self:
+            if group.storage.eight_bits is not None:
+                found.setdefault(named[group.storage.eight_bits], []).append(group.window)
+        return found
+
     def describe_limit(self) -> str:
         """The memory limit in words, for an error."""
         limit, most = self._fastattn.memory_limit, self._max_pages()

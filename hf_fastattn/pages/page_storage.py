@@ -159,6 +159,13 @@ class PageStorage:
         """Bytes allocated."""
         return sum(pages.nbytes for pair in self._pages.values() for pages in copied_with(pair))
 
+    @property
+    def saved(self) -> int:
+        """Bytes that the same keys and values would take besides, in the dtype that the model gives them."""
+        if self.eight_bits is None or self._written is None:
+            return 0
+        return sum(2 * keys.numel() * self._written.itemsize for keys, _ in self._pages.values()) - self.nbytes
+
     def forget(self, layer_idx: int) -> None:
         """Drop the tensors of a layer that nobody will read any more."""
         if self._pages.pop(layer_idx, None) is not None:
