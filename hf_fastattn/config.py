@@ -45,9 +45,9 @@ class FastAttnConfig:
             weights are replaced by others is seen.
 
         kv_dtype: in which numbers keys and values are stored: `None`, those of the model; `"fp8"`, e4m3 (GPUs from
-            capability 8.9 on, and CPUs); or `"int8"`; in 8 bits with a scale for each token and head, rounded once, when they are
-            written, and multiplied out inside attention. A little more than half of the memory and of what a step reads of
-            16-bit keys and values; outputs differ by the rounding.
+            capability 8.9 on, and CPUs); or `"int8"`. In 8 bits each token and head has a scale; it is rounded once, when
+            it is written, and multiplied out inside attention. That takes a little more than half of the memory of 16-bit
+            keys and values, and of what a step reads; outputs differ by the rounding.
         kv_wide_window: layers with a window of at most so many tokens keep keys and values as the model gives them, whatever
             `kv_dtype` says: they read and store little, and gain nothing.
 

@@ -80,8 +80,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
 
     Raises:
         TypeError: not a Transformers model, an unknown option, or `variant` is none.
-        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, its device
-            cannot store keys in `kv_dtype`, the variant cannot be computed here (`VariantError`: which line, and what would work), or the model is patched
+        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, a
+            device cannot read `kv_dtype`, the variant cannot be computed here (`VariantError`: which line, and what would work), or the model is patched
             already with other options or another variant. The model is then as before.
     """
     resolved = resolve_config(config, options)
@@ -212,7 +212,7 @@ def _check_kv_dtype(model: Any, family: Family, config: FastAttnConfig) -> None:
         device, dim = next(module.parameters()).device, module.head_dim
         backend, _ = choose_backend(config.backend, device, model.dtype, dim, config.batch_invariant)
         if dim % 4:
-            raise ValueError(f"kv_dtype={config.kv_dtype!r} takes head dims that are multiples of 4, and the model has {dim}")
+            raise ValueError(f"kv_dtype={config.kv_dtype!r} takes head dims that are multiples of 4, this model's is {dim}")
         if config.kv_dtype == "fp8" and backend != "reference" and not converts_fp8(device):
             raise ValueError(
                 f"kv_dtype='fp8' needs a GPU that converts e4m3, of compute capability 8.9 or more, and {device} is of "

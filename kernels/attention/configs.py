@@ -66,8 +66,9 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
 # For more than 16 packed query rows. Complete for 16-bit types: an entry for larger heads would serve smaller ones too.
 # 64 query rows of head dim 256 need more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
-    (80, 1, 128): Tile(64, 64, 8, 3),
-    (80, 1, 256): Tile(64, 32, 8, 3),
+    # More rows at once would take values byte by byte: see `eight_bit_tiles.py`.
+    (80, 1, 128): Tile(16, 128, 4, 5),
+    (80, 1, 256): Tile(16, 64, 8, 3),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (90, 4, 128): Tile(64, 32, 4, 2),
@@ -90,8 +91,8 @@ LIST_FILL = 0.8
 FEW_BYTES = 8192
 # For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
-    (80, 1, 128): Tile(64, 64, 8, 5),
-    (80, 1, 256): Tile(64, 32, 8, 3, programs=1),
+    (80, 1, 128): Tile(16, 128, 4, 5),
+    (80, 1, 256): Tile(16, 64, 8, 3, programs=1),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
@@ -99,6 +100,7 @@ SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
 # For at least MANY_QUERIES of them, if there are not many (row, kv head) pairs, or keys are transformed, which is done again
 # for each block of queries.
 SHARED_PREFIX_MANY: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 64, 8, 5, programs=1),
     (90, 2, 128): Tile(128, 64, 8, 5, programs=1),
 }
 MANY_QUERIES = 256

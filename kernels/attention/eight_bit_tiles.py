@@ -81,8 +81,18 @@ def _attend_eight_bits(
     WORDS: tl.constexpr = q.shape[0] <= WORD_ROWS and BLOCK_D >= WORD_DIM and q.dtype != tl.float32 and D % 4 == 0
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    # What undoes the factor on queries is one with that of the softmax, if nothing comes between.
+    FOLDED: tl.constexpr = HOOKS.key_transform is None and HOOKS.score_mod is None and not HAS_SOFTCAP
+    if HOOKS.score_mod is not None:
+        factor = tl.full([q.shape[0]], TO_BASE_2, tl.float32)
+    elif HAS_SOFTCAP:
+        factor = tl.full([q.shape[0]], 1.0, tl.float32)
+    else:
+        factor = tl.zeros([q.shape[0]], tl.float32) + scale
     if HOOKS.key_transform is None:
         q, undo = widened_query(q)
+        if FOLDED:
+            factor = factor * undo
     if WORDS:
         acc_0, acc_1, acc_2, acc_3 = columns_by_four(acc)
         word = tl.arange(0, BLOCK_D // 4)
@@ -109,7 +119,10 @@ def _attend_eight_bits(
         else:
             k = tl.load(k_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
         if HOOKS.key_transform is None:
-            factors = undo[:, None] * key_scales[None, :]
+            if FOLDED:
+                factors = key_scales[None, :]
+            else:
+                factors = undo[:, None] * key_scales[None, :]
             scores = tile_scores(q, widened(k, dtype), scale, softcap, HAS_SOFTCAP, PRECISION, factors)
         else:
             # A transform takes keys as they were.
@@ -126,18 +139,12 @@ def _attend_eight_bits(
             if HAS_WINDOW:
                 seen = seen & (key_n[None, :] > last_key[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        if HOOKS.score_mod is not None:
-            factor = TO_BASE_2
-        else:
-            factor = scale
-        if HAS_SOFTCAP:
-            factor = 1.0
         if HOOKS.sigmoid:
-            weights = sigmoid_weights(scores, factor)
+            weights = sigmoid_weights(scores, factor[:, None])
             decay = tl.full([q.shape[0]], 1.0, tl.float32)
             row_max = tl.zeros_like(row_sum)
         else:
-            row_max, decay, weights = tile.softmax_weights(scores, row_max, factor)
+            row_max, decay, weights = tile.softmax_weights(scores, row_max, factor, factor[:, None])
         row_sum = row_sum * decay + tl.sum(weights, 1)
         if WORDS:
             off_word = (slot >> 2)[:, None] + word[None, :]

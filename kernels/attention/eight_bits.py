@@ -30,7 +30,7 @@ INT8_TO_FP16 = tl.constexpr(
 
 @triton.jit
 def largest_of(x, y):
-    """The largest magnitude in each row of `x: [rows, X]` and `y: [rows, Y]`, and a number that is NaN unless all are finite."""
+    """The largest magnitude in each row of `x: [rows, X]` and `y: [rows, Y]`, and 0, or NaN unless all are finite."""
     largest = tl.maximum(tl.max(tl.abs(x), 1), tl.max(tl.abs(y), 1))
     return largest, tl.sum(x * 0.0, 1) + tl.sum(y * 0.0, 1)
 
@@ -67,7 +67,7 @@ def scaled(x, factor, dtype: tl.constexpr):
 
 @triton.jit
 def key_and_value_scales(k_ptr, page, key_n, head, ok_n, stride_page, stride_slot, PAGE: tl.constexpr):
-    """The fp32 scales `[N]` of the keys and of the values of `key_n: [N]` in `page: [N]`; 0 where `ok_n`, if given, is false.
+    """The fp32 scales `[N]` of the keys and values of `key_n: [N]` in `page: [N]`; 0 where `ok_n`, if given, is false.
 
     A word of a page holds both, as bf16: the key's in its lower half.
     """

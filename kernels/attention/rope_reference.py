@@ -54,7 +54,8 @@ def rope_append(
         q: `[T, H, D]` queries, before norm and RoPE.
         k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
         cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `signed_sin`.
-        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values. Into those of 8 bits they are quantised.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values. For those of 8 bits
+            they are quantised.
         slot_mapping: `[T]` int64, `page * P + offset` of each token.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.

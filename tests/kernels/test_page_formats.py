@@ -65,7 +65,10 @@ def test_zeros_stay_and_what_is_not_finite_is_nan(kv_dtype: str) -> None:
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_tokens_are_written_read_and_moved_with_their_scales(kv_dtype: str) -> None:
     pages = made(kv_dtype)
-    k, v = torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0])[:, None, None, None]
+    k, v = (
+        torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 100.0])[:, None, None, None]
+    )
     slots = torch.tensor([0, 3, 4, 7, 10])
     page_formats.write_tokens(*pages, slots, k, v)
     for got, want in zip(page_formats.read_tokens(*pages, slots, torch.float32), (k, v), strict=True):

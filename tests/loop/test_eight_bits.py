@@ -177,7 +177,9 @@ def test_a_mask_that_hides_tokens_of_the_cache(device: str) -> None:
             ids = torch.cat((result.sequences, batch["input_ids"][:, :5]), 1)
             mask = torch.ones_like(ids)
             mask[:, 3:9] = 0
-            outputs.append(system.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **{CACHE: result[CACHE]}))
+            outputs.append(
+                system.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **{CACHE: result[CACHE]})
+            )
     assert torch.equal(outputs[0].cpu(), outputs[1].cpu())
     assert_fast(model, held=None)
 
@@ -259,5 +261,3 @@ def test_patching_again_with_another_format(device: str) -> None:
     _, model = both("llama", device, "fp8")
     with pytest.raises(ValueError, match="patched already, with .*kv_dtype='fp8'"):
         hf_fastattn.patch(model, cuda_graphs=True, kv_dtype="int8")
-
-

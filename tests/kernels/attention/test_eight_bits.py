@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,7 +22,6 @@ from hf_fastattn.kernels.page_formats import KV_DTYPES, dequantised, page_bytes,
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.variant import Variant
 from tests.kernels.cases import Batch, assert_attention, assert_close, in_eight_bits, make_batch
-from tests.kernels.variants import mods
 from tests.tools.combinations import in_turn
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -99,18 +99,13 @@ def test_shared_prefixes(kv_dtype, rows):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("magnitude", [2.0**-30, 2.0**-10, 2.0**12])
 def test_magnitudes_that_fp16_does_not_hold_with_weights(dtype, magnitude):
-    """Scales of values differ by 2^40 in a row, and those of keys reach far beyond the range of fp16 in bf16."""
+    """Values of one row differ that much, and weights are multiplied with their scales."""
     batch = make_batch([1, 1], [70, 200], page=16, ratio=4, dim=128, dtype=FP32)
-    for row, (keys, values) in enumerate(batch.rows):
-        for position in range(batch.lengths[row]):
-            factor = magnitude if position % 3 else 1.0
-            page, offset = batch.table[row][position // 16], position % 16
-            for pages, own in ((batch.v_pages, values), (batch.k_pages, keys)):
-                own[position] *= factor if own is values else 1.0
-                pages[page, offset] = own[position]
-    batch = in_eight_bits(batch, "fp8")
-    wide = dtype == BF16
-    batch = Batch(**{**vars(batch), "q": (batch.q * (2.0**18 if wide else 1.0) * (2.0**-18 if wide else 1.0)).to(dtype)})
+    for row, (_, values) in enumerate(batch.rows):
+        position = torch.arange(batch.lengths[row])
+        values *= torch.where(position % 3 == 0, 1.0, magnitude)[:, None, None]
+        batch.v_pages[torch.tensor(batch.table[row])[position // 16], position % 16] = values
+    batch = in_eight_bits(dataclasses.replace(batch, q=batch.q.to(dtype)), "fp8")
     assert_attention(batch, attend(batch))
 
 
@@ -119,12 +114,11 @@ def test_magnitudes_that_fp16_does_not_hold_with_weights(dtype, magnitude):
 def test_queries_that_fp16_does_not_hold(magnitude):
     """Scores are ordinary ones: keys are as small as queries are large."""
     batch = make_batch([1, 1], [40, 130], page=16, ratio=4, dim=128, dtype=BF16)
-    for keys, _ in batch.rows:
-        keys /= magnitude
     for row, (keys, _) in enumerate(batch.rows):
-        for position in range(batch.lengths[row]):
-            batch.k_pages[batch.table[row][position // 16], position % 16] = keys[position]
-    batch = in_eight_bits(Batch(**{**vars(batch), "q": batch.q * magnitude}), "fp8")
+        keys /= magnitude
+        position = torch.arange(batch.lengths[row])
+        batch.k_pages[torch.tensor(batch.table[row])[position // 16], position % 16] = keys
+    batch = in_eight_bits(dataclasses.replace(batch, q=batch.q * magnitude), "fp8")
     assert_attention(batch, attend(batch))
 
 
@@ -149,15 +143,28 @@ def test_batch_invariance(kv_dtype):
         assert torch.equal(alone[0], together[row])
 
 
+def turned(x: Any, h: Any, idx: Any) -> Any:
+    return torch.cat((-x[32:], x[:32])) * (1 + 0.01 * idx)
+
+
+def lowered(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return score - 0.1 * (q_idx - kv_idx)
+
+
+def two_of_three(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return (kv_idx % 3 != 1) | (kv_idx == q_idx)
+
+
 VARIANTS = {
-    "score": Variant(score_mod=lambda score, b, h, q_idx, kv_idx: score - 0.1 * (q_idx - kv_idx)),
-    "mask": Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx % 3 != 1) | (kv_idx == q_idx)),
-    "key transform": mods.MODS["key_transform"] if "key_transform" in mods.MODS else None,
+    "score": Variant(score_mod=lowered),
+    "mask": Variant(mask_mod=two_of_three),
+    "key transform": Variant(query_transform=turned, key_transform=turned),
+    "sigmoid": Variant(score_mod=lowered, normalizer="sigmoid"),
 }
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant is not None])
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("counts", [[1, 1], [20, 9]])
 def test_variants(name, counts):
     batch = batch_of("fp8", counts, [70, 40], page=16, ratio=4, dim=64, dtype=FP32)
@@ -271,3 +278,54 @@ def test_a_scale_that_is_off_is_noticed():
             assert_attention(batch, attend(batch))
         raw_pages(batch.k_pages).copy_(before)
     assert_attention(batch, attend(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", FORMATS)
+@pytest.mark.parametrize(("ratio", "dim", "dtype"), [(4, 128, BF16), (7, 64, FP16)])
+def test_on_a_gpu(kv_dtype, ratio, dim, dtype):
+    options = {"ratio": ratio, "dim": dim, "page": 16, "groups": 8, "dtype": dtype, "device": "cuda"}
+    # Rows that are cut into parts, one row, a short append, a prompt that the Gluon kernel takes over a copy, and one not.
+    for counts, pasts in (([1] * 20, [300 * row for row in range(20)]), ([1], [5000]), ([5, 16], [900, 3])):
+        batch = batch_of(kv_dtype, counts, pasts, **options)
+        assert_attention(batch, attend(batch))
+    batch = batch_of(kv_dtype, [700, 300], [500, 0], **options)
+    pages = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for gluon in {False, hopper}:
+        assert_attention(batch, paged.paged_attention(*pages, max_query_len=700, scale=batch.scale, hopper=gluon))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", FORMATS)
+@pytest.mark.parametrize("rows", [8, 70])
+def test_shared_prefixes_on_a_gpu(kv_dtype, rows):
+    pasts = [640 + 7 * row for row in range(rows)]
+    batch = make_batch([1] * rows, pasts, page=16, ratio=4, dim=128, groups=8, dtype=BF16, shared=40, device="cuda")
+    batch = in_eight_bits(batch, kv_dtype)
+    starts, lens = torch.tensor([0, rows]).int().cuda(), torch.tensor([640]).int().cuda()
+    got = paged_decode_shared(
+        batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, starts, lens,
+        max_group_rows=rows, scale=batch.scale, hopper=True,
+    )  # fmt: skip
+    assert_attention(batch, got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", FORMATS)
+def test_append_on_a_gpu(kv_dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 128, generator=generator, device="cuda").bfloat16() for heads in (32, 8, 8))
+    cos, sin = torch.randn(2, 300, 128, generator=generator, device="cuda").bfloat16()
+    slots, written = torch.randperm(320, generator=generator, device="cuda")[:300], []
+    for launch in (rope_append, rope_reference.rope_append):
+        raw = torch.full((20, page_bytes(16, 8, 128)), 255, dtype=torch.uint8, device="cuda")
+        pages = page_views(raw, 16, 8, 128, KV_DTYPES[kv_dtype])
+        launch(q, k, v, cos, sin, *pages, slots)
+        written.append([x.flatten(0, 1)[slots] for x in dequantised(*pages, FP32, 20)])
+    # Values are not rotated: byte for byte the same. Keys are rounded once here, and to bf16 before in the reference.
+    assert torch.equal(written[0][1], written[1][1])
+    step = 2.0**-3 if kv_dtype == "fp8" else 1 / 127
+    largest = written[1][0].abs().amax(-1, keepdim=True)
+    assert ((written[0][0] - written[1][0]).abs() <= step * largest).all()
+    assert (written[0][0] != written[1][0]).float().mean() < 0.1
