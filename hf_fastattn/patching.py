@@ -81,8 +81,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     Raises:
         TypeError: not a Transformers model, an unknown option, or `variant` is none.
         ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, a
-            device cannot read `kv_dtype`, the variant cannot be computed here (`VariantError`: which line, and what would work), or the model is patched
-            already with other options or another variant. The model is then as before.
+            device cannot read `kv_dtype`, the variant cannot be computed here (`VariantError`: which line, and what would
+            work), or the model is patched already with other options or another variant. The model is then as before.
     """
     resolved = resolve_config(config, options)
     target = find_model(model)

@@ -41,8 +41,8 @@ def _check_wide(k_pages: Tensor) -> None:
     # Their scales lie behind what PyTorch takes for the tensor, and a compiled graph may copy that alone.
     if is_eight_bits(k_pages):
         raise ValueError(
-            f"k_pages are {k_pages.dtype}; these operators take pages in the dtype of q. Launchers in kernels.attention, and "
-            "the reference beside them, take 8 bits"
+            f"k_pages are {k_pages.dtype}; these operators take pages in the dtype of q. Launchers in kernels.attention, "
+            "and the reference beside them, take 8 bits"
         )
 
 

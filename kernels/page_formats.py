@@ -1,7 +1,7 @@
 """Pages of 8-bit keys and values, in plain PyTorch: their layout, and how numbers are quantised and read.
 
-A token's key of one head is stored as `values * scale`, with `values [D]` of e4m3 (Micikevicius et al., 2022, "FP8 formats for
-deep learning") or int8 and a scale of its own in bf16; its value likewise. A page is one run of bytes: keys `[P, G, D]`,
+A token's key of one head is stored as `values * scale`, with `values [D]` of e4m3 (Micikevicius et al., 2022, "FP8 formats
+for deep learning") or int8 and a scale of its own in bf16; its value likewise. A page is one run of bytes: keys `[P, G, D]`,
 values `[P, G, D]`, then for each head and token a word of both scales, `[G, P, 2]`. So whoever copies pages copies scales
 with them, appending never quantises again what is stored, and the scales of a head's neighbouring tokens are read at once.
 

@@ -276,7 +276,7 @@ def worth_gluon(
     `queries` is the number of packed query rows of a prefix group.
     """
     filled = queries / (triton.cdiv(queries, GLUON_ROWS) * GLUON_ROWS)
-    if filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
+    if is_eight_bits(k_pages) or filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
         return False
     from hf_fastattn.kernels.attention.hopper_prefixes import why_not_prefixes
 
@@ -357,7 +357,7 @@ def paged_decode_shared(
     queries = max_group_rows * ratio
     pairs = rows * kv_heads
     transformed = variant.hooks.key_transform is not None
-    gluon = hopper and not is_eight_bits(k_pages) and worth_gluon(q, k_pages, page_table.shape[1] * page, queries, softcap, variant)
+    gluon = hopper and worth_gluon(q, k_pages, page_table.shape[1] * page, queries, softcap, variant)
     tile = shared_prefix_tile(
         arch, element_bytes(q, k_pages), block_d, ratio if gluon else queries, pairs, room.processors, transformed
     )

@@ -108,7 +108,7 @@ def make_batch(
 
 
 def in_eight_bits(batch: Batch, kv_dtype: str) -> Batch:
-    """The same batch over pages of 8 bits; its rows are what these hold, in fp32. Every byte that holds no token is 255, NaN."""
+    """The same batch over pages of 8 bits; its rows are what these hold, in fp32. Bytes without a token are 255, NaN."""
     count, page, groups, dim = batch.k_pages.shape
     size = page_bytes(page, groups, dim)
     # One more page before the first, as in `make_batch`.

@@ -1,4 +1,4 @@
-"""Keys and values of 8 bits in the kernels, against exact attention over what is stored: the format's error is no part of it."""
+"""Keys and values of 8 bits in the kernels, against exact attention over what is stored, whatever the format's error."""
 
 from __future__ import annotations
 
