@@ -12,6 +12,7 @@ from hf_fastattn.eval.choices import (
     BATCHING,
     DTYPES,
     FAULTS,
+    FORMAT_FAULTS,
     KINDS,
     KV_DTYPES,
     MIXTURES,
@@ -126,9 +127,14 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         metavar="OPTION=VALUE,...",
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
+    made.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
+    )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
-        "--inject", choices=(*FAULTS, *ROUTING_FAULTS), help="plant this fault in the patched model; the verdict must be red"
+        "--inject", choices=(*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS), help="plant this fault in the patched model; the verdict must be red"
     )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")

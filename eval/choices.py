@@ -17,6 +17,9 @@ FAULTS = ("page", "position", "mask", "scale", "window")
 # Those that take a mixture of experts, whose weights the router makes add up to 1.
 ROUTING_FAULTS = ("expert", "weights")
 
+# Those that take keys and values of 8 bits.
+FORMAT_FAULTS = ("kv_scale",)
+
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {
     "greedy": "each row its own prompt",

@@ -19,6 +19,7 @@ from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
 from hf_fastattn.eval.arguments import Parser
+from hf_fastattn.eval.choices import FORMAT_FAULTS
 from hf_fastattn.eval.reporting.environment import command, default_device, environment, settings_hash
 
 
@@ -34,6 +35,7 @@ class Setup:
     variants: list[Variant]
     fault: str | None
     layer: int | None
+    kv_dtype: str | None
     journal: Journal
     record: dict[str, Any]
     output: Path | None
@@ -77,7 +79,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    chosen = variants.chosen(arguments.variant, model)
+    if arguments.inject in FORMAT_FAULTS and arguments.kv_dtype is None:
+        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give --kv-dtype")
+    chosen = variants.with_format(variants.chosen(arguments.variant, model), arguments.kv_dtype)
     skip = ("output", "quiet", "threads", "variant")
     settings = {key: value for key, value in vars(arguments).items() if key not in skip}
     settings["model"] = _shown(arguments.model)
@@ -101,6 +105,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         chosen,
         arguments.inject,
         arguments.layer,
+        arguments.kv_dtype,
         journal,
         record,
         arguments.output,

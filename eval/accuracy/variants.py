@@ -76,6 +76,13 @@ def default_variants(model: Any) -> list[Variant]:
     return [*found, Variant(tuple(sorted({**dict(first.options), "page_size": size}.items())))]
 
 
+def with_format(chosen: Sequence[Variant], kv_dtype: str | None) -> list[Variant]:
+    """The variants with this `kv_dtype` in place of what they say of it; as they are, if it is None."""
+    if kv_dtype is None:
+        return list(chosen)
+    return [Variant(tuple(sorted({**dict(held.options), "kv_dtype": kv_dtype}.items())), held.share) for held in chosen]
+
+
 def is_usable(model: Any, options: dict[str, Any]) -> bool:
     """Whether these options can be asked for, do not refuse this model on its device, and mean something there."""
     if options.get("cuda_graphs") and model.device.type != "cuda":

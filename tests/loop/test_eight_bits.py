@@ -23,7 +23,7 @@ from tests.tools.models import (
     single,
     tiny,
 )
-from tests.tools.rounded_caches import rounded_caches
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 
 pytestmark = pytest.mark.usefixtures("device")
 

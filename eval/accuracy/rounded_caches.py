@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -16,7 +16,7 @@ from hf_fastattn.kernels.page_formats import KV_DTYPES, quantise
 
 def rounded(x: Tensor, kv_dtype: str) -> Tensor:
     """`x: [..., D]` as it is read back."""
-    numbers, scales = quantise(x, KV_DTYPES[kv_dtype])
+    numbers, scales = quantise(x.detach(), KV_DTYPES[kv_dtype])
     return (numbers.float() * scales.float()[..., None]).to(x.dtype)
 
 
@@ -32,7 +32,7 @@ def rounded_caches(kv_dtype: str | None, wide_window: int = 1024) -> Iterator[No
 
         return update_rounded
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for kind in (DynamicLayer, DynamicSlidingWindowLayer):
-            patch.setattr(kind, "update", rounding(vars(kind)["update"]))
-        yield
+    full, sliding = (vars(kind)["update"] for kind in (DynamicLayer, DynamicSlidingWindowLayer))
+    with patch.object(DynamicLayer, "update", rounding(full)):
+        with patch.object(DynamicSlidingWindowLayer, "update", rounding(sliding)), torch.no_grad():
+            yield
