@@ -134,7 +134,9 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
     )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
-        "--inject", choices=(*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS), help="plant this fault in the patched model; the verdict must be red"
+        "--inject",
+        choices=(*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS),
+        help="plant this fault in the patched model; the verdict must be red",
     )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
     made.add_argument("--threads", type=int, help="CPU threads")

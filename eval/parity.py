@@ -24,9 +24,9 @@ from hf_fastattn.eval.accuracy.faults import planted
 from hf_fastattn.eval.accuracy.feed import CallLog, in_pieces, whole
 from hf_fastattn.eval.accuracy.layer_tap import LayerTap
 from hf_fastattn.eval.accuracy.options import Setup
-from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
 from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report

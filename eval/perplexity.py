@@ -64,7 +64,9 @@ def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
         series[ONE] = token_losses(at_once(), batch)
         series[STOCK] = token_losses(in_pieces(setup.model, batch, setup.schedule, keep=keep), batch)
     if setup.kv_dtype is not None:
-        series[perplexity_summary.NOTHING_ROUNDED] = token_losses(in_pieces(setup.model, batch, setup.schedule, keep=keep), batch)
+        series[perplexity_summary.NOTHING_ROUNDED] = token_losses(
+            in_pieces(setup.model, batch, setup.schedule, keep=keep), batch
+        )
     counters = {}
     for variant in setup.variants:
         losses, counters[variant.name] = score_patched(setup, batch, variant, keep)

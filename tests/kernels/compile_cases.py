@@ -172,9 +172,11 @@ CASES = {
     ),
     "decode, one row, int8": Case(lambda: decode(4, 128, rows=1, kv_dtype="int8"), ("decode_row_kernel",), programs=1),
     "shared prefix, fp8": Case(
-        lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"), SHARED_PREFIX, programs=1, spilled=64, targets=FP8
+        lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"), SHARED_PREFIX, programs=1, spilled=64, targets=FP8,
     ),
-    "shared prefix, int8": Case(lambda: shared_prefix(4, 128, rows=16, kv_dtype="int8"), SHARED_PREFIX, programs=1, spilled=64),
+    "shared prefix, int8": Case(
+        lambda: shared_prefix(4, 128, rows=16, kv_dtype="int8"), SHARED_PREFIX, programs=1, spilled=64
+    ),
     "prefill, fp8": Case(lambda: prefill(4, 128, kv_dtype="fp8"), ("prefill_kernel",), programs=1, targets=FP8),
     "prefill, int8": Case(lambda: prefill(4, 128, kv_dtype="int8"), ("prefill_kernel",), programs=1, spilled=64),
     "widened pages, fp8": Case(lambda: widened("fp8"), ("widen_pages_kernel",), programs=2, targets=FP8),

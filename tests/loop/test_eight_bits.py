@@ -10,6 +10,7 @@ from transformers import DynamicCache, GenerationConfig
 
 import hf_fastattn
 from hf_fastattn import CacheFullError
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.transformers_version import CACHE
 from tests.batching.served import prompts
@@ -23,7 +24,6 @@ from tests.tools.models import (
     single,
     tiny,
 )
-from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 
 pytestmark = pytest.mark.usefixtures("device")
 
