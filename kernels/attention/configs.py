@@ -56,6 +56,8 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     (80, 1, 128): Tile(64, 128, 4, 5),
     (80, 1, 256): Tile(64, 64, 8, 3),
+    # Programs of one warp: no warp waits for another between two tiles, which takes most of the time of four.
+    (90, 1, 128): Tile(64, 32, 1, 5, programs=8),
     (80, 2, 128): Tile(64, 64, 4, 5),
     # Four warps would spill.
     (80, 2, 256): Tile(64, 32, 8, 3),
@@ -74,10 +76,11 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (90, 4, 128): Tile(64, 32, 4, 2),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# One program per SM, with dependent launch. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
+# One program per SM, with dependent launch (two of 8 bits, without). Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
 # default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
+    (90, 1, 128): Tile(16, 128, 4, 5),
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
@@ -173,7 +176,8 @@ def split_kv_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: i
         found = fitting
     if few and pairs <= processors:
         as_full = _fill(few, pairs, processors) >= _fill(found, pairs, processors)
-        found = few if as_full or pairs * FEW_PAIRS <= processors else found
+        # With 8 bits for FEW_PAIRS alone, whose programs read so few tiles that each should be quick.
+        found = few if (as_full and itemsize != 1) or pairs * FEW_PAIRS <= processors else found
     return found
 
 

@@ -21,7 +21,7 @@ from hf_fastattn.eval.arguments import COMMANDS
 from tests.tools.fresh import ROOT, fresh
 
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
-GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "experts")}
+GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "eight-bits", "experts")}
 NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
 WRONG = [
     (["attention"], "argument COMMAND: invalid choice: 'attention'", "bench"),

@@ -244,8 +244,8 @@ def test_widened_pages(kv_dtype):
 
 
 @pytest.mark.interpreter
-def test_prompts_are_widened_where_the_gluon_kernel_takes_them(monkeypatch):
-    """By a stand-in for that kernel, which the interpreter does not run."""
+def test_prompts_read_a_copy_in_16_bits(monkeypatch):
+    """The Gluon kernel by a stand-in, since the interpreter does not run it."""
     from hf_fastattn.kernels.attention import hopper_prefill
 
     seen = []
@@ -254,17 +254,25 @@ def test_prompts_are_widened_where_the_gluon_kernel_takes_them(monkeypatch):
         seen.append(k_pages.dtype)
         return paged_prefill(q, k_pages, v_pages, *rest, **options)
 
+    def triton_prefill(q, k_pages, *rest, **options):
+        seen.append(k_pages.dtype)
+        return paged_prefill(q, k_pages, *rest, **options)
+
     monkeypatch.setattr(hopper_prefill, "hopper_prefill", stand_in)
+    monkeypatch.setattr(paged, "paged_prefill", triton_prefill)
     monkeypatch.setattr(widened_pages, "WIDENED_TOKENS", 8)
     batch = batch_of("fp8", [40, 30], [10, 0], page=16, ratio=4, dim=64, dtype=BF16)
     pages = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
     room = Workspace(batch.q.device)
     options: dict[str, Any] = {"max_query_len": 40, "scale": batch.scale, "workspace": room, "hopper": True}
     assert_attention(batch, paged.paged_attention(*pages, **options))
-    assert seen == [BF16]
+    assert_attention(batch, paged.paged_attention(*pages, **{**options, "hopper": False}))
+    assert seen == [BF16, BF16]
+    # Not where a row's result may not depend on the others, nor where the copy would be too large.
+    assert_attention(batch, paged.paged_attention(*pages, **options, batch_invariant=True))
     monkeypatch.setattr(widened_pages, "MOST_BYTES", 1000)
     assert_attention(batch, paged.paged_attention(*pages, **options))
-    assert seen == [BF16]
+    assert seen[2:] == [torch.float8_e4m3fn] * 2
 
 
 @pytest.mark.interpreter
@@ -291,9 +299,12 @@ def test_on_a_gpu(kv_dtype, ratio, dim, dtype):
         assert_attention(batch, attend(batch))
     batch = batch_of(kv_dtype, [700, 300], [500, 0], **options)
     pages = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
+    assert_attention(batch, prefill(batch))
+    # What the copy in the dtype of q holds.
+    copied = dataclasses.replace(batch, rows=[(k.to(dtype).float(), v.to(dtype).float()) for k, v in batch.rows])
     hopper = torch.cuda.get_device_capability() == (9, 0)
     for gluon in {False, hopper}:
-        assert_attention(batch, paged.paged_attention(*pages, max_query_len=700, scale=batch.scale, hopper=gluon))
+        assert_attention(copied, paged.paged_attention(*pages, max_query_len=700, scale=batch.scale, hopper=gluon))
 
 
 @pytest.mark.gpu
