@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = []
     if options.batch:
         sizes = (options.layers, options.batch, options.prompt, options.new) if on_gpu else (2, 2, 64, 4)
-        generate.append(measure_generate(*sizes, options.pairs, names, device))
+        layers, rows, prompt, new = sizes
+        generate.append(measure_generate(layers, rows, prompt, new, options.pairs, names, device))
     record = {
         "command": command("hf_fastattn.eval.eight_bits", argv),
         "environment": environment(device),

@@ -66,13 +66,14 @@ def measure_formats(tokens: int, kv_dtypes: Sequence[str], device: torch.device,
     cos, sin = torch.randn(2, tokens, DIM, dtype=bits, device=device)
     pages = -(-tokens // PAGE) + 1
     slots = torch.randperm(pages * PAGE, device=device)[:tokens].contiguous()
-    held = {"16 bits": tuple(torch.zeros(2, pages, PAGE, GROUPS, DIM, dtype=bits, device=device))}
+    wide = torch.zeros(2, pages, PAGE, GROUPS, DIM, dtype=bits, device=device)
+    held = {"16 bits": (wide[0], wide[1])}
     for name in kv_dtypes:
         raw = torch.zeros(pages, page_bytes(PAGE, GROUPS, DIM), dtype=torch.uint8, device=device)
         held[name] = page_views(raw, PAGE, GROUPS, DIM, KV_DTYPES[name])
 
-    def launch(pair: tuple[torch.Tensor, ...]) -> Launch:
-        return lambda i: rope_append(q[i % MAX_SETS], k[i % MAX_SETS], v[i % MAX_SETS], cos, sin, *pair, slots)
+    def launch(pair: tuple[torch.Tensor, torch.Tensor]) -> Launch:
+        return lambda i: rope_append(q[i % MAX_SETS], k[i % MAX_SETS], v[i % MAX_SETS], cos, sin, pair[0], pair[1], slots)
 
     times = interleaved([Timer(launch(pair), MAX_SETS, device) for pair in held.values()], rounds)
     return {"tokens": tokens, "us": {name: 1e6 * median(found) for name, found in zip(held, times, strict=True)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,10 @@ def agrees(inputs: Inputs, out: Tensor) -> bool:
         k, v = (x.transpose(0, 1)[None] for x in read_tokens(inputs.k_pages[0], inputs.v_pages[0], slots, torch.float32))
         q = inputs.q[0][end - queries : end].transpose(0, 1)[None]
         seen = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries)
+        options: dict[str, Any] = {"attn_mask": seen, "enable_gqa": True}
         wide = torch.float64 if q.dtype == torch.float32 else torch.float32
-        exact = F.scaled_dot_product_attention(*(x.to(wide) for x in (q, k, v)), attn_mask=seen, enable_gqa=True)[0]
-        narrow = (x.to(q.dtype) for x in (k, v))
-        plain = F.scaled_dot_product_attention(q, *narrow, attn_mask=seen, enable_gqa=True)[0]
+        exact = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), **options)[0]
+        plain = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), **options)[0]
         ours = out[end - queries : end].transpose(0, 1)
         floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
         if not (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor:

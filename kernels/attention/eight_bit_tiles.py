@@ -102,13 +102,13 @@ def _attend_eight_bits(
         if listed is not None:
             key = tl.load(listed + at) * BLOCK_N
         key_n = key + n  # [BLOCK_N]
-        ok_n = None
         if EDGE:
             ok_n = (key_n < length) & (key_n >= lowest)
             page = tl.load(table + key_n // PAGE, mask=ok_n, other=0)
+            key_scales, value_scales = key_and_value_scales(k_ptr, page, key_n, head, ok_n, stride_page, stride_slot, PAGE)
         else:
             page = tl.load(table + key_n // PAGE)
-        key_scales, value_scales = key_and_value_scales(k_ptr, page, key_n, head, ok_n, stride_page, stride_slot, PAGE)
+            key_scales, value_scales = key_and_value_scales(k_ptr, page, key_n, head, None, stride_page, stride_slot, PAGE)
         slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot + head_offset
         off_kv = slot[:, None] + d[None, :]  # [BLOCK_N, BLOCK_D]
         if EDGE:
