@@ -13,7 +13,9 @@ from hf_fastattn.eval.choices import (
     DTYPES,
     EVALUATED,
     FAULTS,
+    FORMAT_FAULTS,
     KINDS,
+    KV_DTYPES,
     MIXTURES,
     PARALLEL,
     RECALLED,
@@ -137,10 +139,15 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         metavar="OPTION=VALUE,...",
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
+    made.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
+    )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
         "--inject",
-        choices=(*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS),
+        choices=(*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS, *STEP_FAULTS),
         help="plant this fault in the patched model; the verdict must be red",
     )
     made.add_argument("--layer", type=int, help="plant it in this layer only")
@@ -268,6 +275,19 @@ def add_experts(made: argparse.ArgumentParser) -> None:
     made.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="who goes where")
     made.add_argument("--rounds", type=positive, default=11, help="interleaved rounds, of which the medians count")
     made.add_argument("--output", type=Path, help="folder for experts.md and .json")
+
+
+def add_eight_bits(made: argparse.ArgumentParser) -> None:
+    """Keys and values in 8 bits against 16: decode attention, the append, generate() and its memory. Exits with 1 if a
+    result is wrong. Without a GPU the reference runs small shapes."""
+    made.add_argument("--rounds", type=positive, default=11, help="interleaved rounds, of which the medians count")
+    made.add_argument("--layers", type=positive, default=8, help="layers of the model that generates, of Llama-3-8B's width")
+    made.add_argument("--batch", type=int, default=64, help="its prompts; 0 leaves generate() out")
+    made.add_argument("--prompt", type=positive, default=4096, help="tokens of each")
+    made.add_argument("--new", type=positive, default=64, help="tokens after the first that are timed")
+    made.add_argument("--pairs", type=positive, default=2, help="interleaved rounds of generate()")
+    made.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="formats (default: all)")
+    made.add_argument("--output", type=Path, help="folder for eight-bits.md and .json")
 
 
 def add_warmup(made: argparse.ArgumentParser) -> None:
@@ -530,6 +550,9 @@ COMMANDS = {
     ),
     "bench attention": Command(
         "hf_fastattn.eval.attention", "time the kernels against PyTorch's, FlashInfer's and ceilings", add_attention
+    ),
+    "bench eight-bits": Command(
+        "hf_fastattn.eval.eight_bits", "time and measure keys and values in 8 bits against 16", add_eight_bits
     ),
     "bench experts": Command(
         "hf_fastattn.eval.experts", "time the kernels of experts against PyTorch's and ceilings", add_experts

@@ -9,6 +9,8 @@ SHIPPED = Path(__file__).resolve().parent / "checkpoint" / "weights"
 # A small mixture of experts, which is not in a wheel.
 MIXTURE = SHIPPED.parent / "mixture"
 DTYPES = ("float32", "bfloat16", "float16")
+# What `FastAttnConfig.kv_dtype` can be.
+KV_DTYPES = ("fp8", "int8")
 
 # The faults that faults.py can plant.
 FAULTS = ("page", "position", "mask", "scale", "window")
@@ -55,6 +57,9 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ends": {"temperature": 0.9, "top_k": 50},
 }
 SAMPLING_FAULTS = ("threshold", "twins")
+
+# Those that take keys and values of 8 bits.
+FORMAT_FAULTS = ("kv_scale",)
 
 # The kinds of calls that the `generate()` benchmark knows.
 KINDS = {

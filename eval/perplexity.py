@@ -6,6 +6,9 @@ Every window is scored by the exact model (fp64 for fp32, else fp32; one forward
 pieces by stock and by each variant of the patched model: prefill, appends, decode in `generate()`. What a window costs
 in nats is paired, token by token, so the difference is known far better than either perplexity. Exits with 1 if a
 variant alarms; the limits are derived in the report.
+
+With `--kv-dtype` exact and stock run over caches that round keys and values as the patched model stores them, so that
+limits are as narrow as without; what rounding costs is the difference to stock as it is, a series of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from hf_fastattn.eval.accuracy.feed import CallLog, Piece, in_pieces, whole
 from hf_fastattn.eval.accuracy.loop_feed import exercised, forced_scores
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
@@ -54,12 +58,17 @@ def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
 
     def at_once() -> Iterator[Piece]:
         width = batch.ids.shape[1]
-        yield Piece("whole", width - keep, width, whole(setup.model, batch, keep))
+        yield Piece("whole", width - keep, width, whole(setup.model, batch, keep, setup.kv_dtype is not None))
 
-    with models.in_precision(setup.model, models.truth_dtype(setup.dtype)):
-        series = {EXACT: token_losses(at_once(), batch)}
-    series[ONE] = token_losses(at_once(), batch)
-    series[STOCK] = token_losses(in_pieces(setup.model, batch, setup.schedule, keep=keep), batch)
+    with rounded_caches(setup.kv_dtype):
+        with models.in_precision(setup.model, models.truth_dtype(setup.dtype)):
+            series = {EXACT: token_losses(at_once(), batch)}
+        series[ONE] = token_losses(at_once(), batch)
+        series[STOCK] = token_losses(in_pieces(setup.model, batch, setup.schedule, keep=keep), batch)
+    if setup.kv_dtype is not None:
+        series[perplexity_summary.NOTHING_ROUNDED] = token_losses(
+            in_pieces(setup.model, batch, setup.schedule, keep=keep), batch
+        )
     counters = {}
     for variant in setup.variants:
         losses, counters[variant.name] = score_patched(setup, batch, variant, keep)

@@ -10,6 +10,8 @@ from hf_fastattn.stream_layout import Streaming
 BACKENDS = ("auto", "reference", "triton", "hopper")
 SAMPLING_MODES = ("fast", "transformers")
 WEIGHTS = ("check", "frozen")
+# As `kernels.page_formats.KV_DTYPES`, which needs PyTorch.
+KV_DTYPES = ("fp8", "int8")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class FastAttnConfig:
             weights are replaced by others is seen.
         streaming: rows keep their first and their last tokens only, so that they can be generated without end in constant
             memory and time a token; see `Streaming`. Attention then differs from Transformers' for rows that are longer.
+        kv_dtype: in which numbers keys and values are stored: `None`, those of the model; `"fp8"`, e4m3 (GPUs from
+            capability 8.9 on, and CPUs); or `"int8"`. In 8 bits each token and head has a scale; it is rounded once, when
+            it is written, and multiplied out inside attention. That takes a little more than half of the memory of 16-bit
+            keys and values, and of what a step reads; outputs differ by the rounding.
+        kv_wide_window: layers with a window of at most so many tokens keep keys and values as the model gives them, whatever
+            `kv_dtype` says: they read and store little, and gain nothing.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.
@@ -63,6 +71,8 @@ class FastAttnConfig:
     prefix_cache: bool = False
     weights: str = "check"
     streaming: Streaming | None = None
+    kv_dtype: str | None = None
+    kv_wide_window: int = 1024
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -94,6 +104,17 @@ class FastAttnConfig:
             )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is unknown; choose one of {WEIGHTS}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} is unknown; choose one of {KV_DTYPES}, or None for the model's")
+        wide = self.kv_wide_window
+        if not isinstance(wide, int) or isinstance(wide, bool):
+            raise TypeError(f"kv_wide_window must be a number of tokens (int), got {wide!r}")
+        if wide < 0:
+            raise ValueError(f"kv_wide_window={wide} must not be negative; 0 stores all layers in kv_dtype")
+
+    def kv_dtype_of(self, window: int | None) -> str | None:
+        """`kv_dtype` for layers with this window."""
+        return None if window is not None and window <= self.kv_wide_window else self.kv_dtype
 
 
 def resolve_config(config: FastAttnConfig | None, options: dict[str, Any]) -> FastAttnConfig:

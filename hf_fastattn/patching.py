@@ -18,6 +18,7 @@ from hf_fastattn.config import FastAttnConfig, resolve_config
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.generation.model_class import fast_class
 from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.launch import converts_fp8
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
 from hf_fastattn.kernels.variants.variant import Variant
 from hf_fastattn.layer_variants import LayerVariants, asked_variants
@@ -81,9 +82,9 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
 
     Raises:
         TypeError: not a Transformers model, an unknown option, or `variant` is none.
-        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, the
-            variant cannot be computed here (`VariantError`: which line, and what would work), or the model is patched
-            already with other options or another variant. The model is then as before.
+        ValueError: the model's type or state cannot be patched (the reason is named), an option is out of range, a
+            device cannot read `kv_dtype`, the variant cannot be computed here (`VariantError`: which line, and what would
+            work), or the model is patched already with other options or another variant. The model is then as before.
     """
     resolved = resolve_config(config, options)
     target = find_model(model)
@@ -102,6 +103,7 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     _check_layers(target, family)
     if resolved.streaming is not None:
         check_streaming(target, family, resolved)
+    _check_kv_dtype(target, family, resolved)
     _warn_outside_tested_range()
     scope = PatchScope()
     variants = _prepared(target, family, asked_variants(variant, _attention_layers(target, family)), resolved)
@@ -205,6 +207,22 @@ def _check_layers(model: Any, family: Family) -> None:
             raise ValueError(
                 f"layer {index} keeps its state in a {type(layer).__name__}, which a {family.model_type} model is not "
                 "known to have; full, sliding-window and, in some families, linear attention layers can be patched"
+            )
+
+
+def _check_kv_dtype(model: Any, family: Family, config: FastAttnConfig) -> None:
+    """Raise a `ValueError` if keys and values cannot be stored in `config.kv_dtype` where the model is."""
+    if config.kv_dtype is None:
+        return
+    for module in _attentions(model, family):
+        device, dim = next(module.parameters()).device, module.head_dim
+        backend, _ = choose_backend(config.backend, device, model.dtype, dim, config.batch_invariant)
+        if dim % 4:
+            raise ValueError(f"kv_dtype={config.kv_dtype!r} takes head dims that are multiples of 4, this model's is {dim}")
+        if config.kv_dtype == "fp8" and backend != "reference" and not converts_fp8(device):
+            raise ValueError(
+                f"kv_dtype='fp8' needs a GPU that converts e4m3, of compute capability 8.9 or more, and {device} is of "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use kv_dtype='int8'"
             )
 
 

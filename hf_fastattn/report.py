@@ -29,6 +29,9 @@ class Report:
         pages_kept: of these, those that `prefix_cache` holds for prompts to come.
         page_bytes_allocated: bytes of page storage now.
         variants: a line for each run of layers with an attention variant.
+        kv_dtype: in which numbers keys and values are stored: `"fp8"`, `"int8"`, or None, the model's own; with both, by
+            `kv_wide_window`, the narrower.
+        page_bytes_saved: bytes that the page storage would take besides without `kv_dtype`.
     """
 
     patched: bool
@@ -42,6 +45,8 @@ class Report:
     pages_kept: int = 0
     page_bytes_allocated: int = 0
     variants: tuple[str, ...] = ()
+    kv_dtype: str | None = None
+    page_bytes_saved: int = 0
 
     def __str__(self) -> str:
         if not self.patched or self.last_call is None:
@@ -68,10 +73,19 @@ class Report:
                 f"loop          {loops}",
                 *_batches(call),
                 f"fallbacks     {falls}",
+                *self._format_lines(),
                 f"now           {self.pages_in_use} pages in use, {self.pages_kept} of them kept for prompts to come, "
                 f"{self.page_bytes_allocated / 2**20:.1f} MiB allocated",
             )
         )
+
+
+    def _format_lines(self) -> list[str]:
+        """The line about 8-bit keys and values, if there are any."""
+        if self.kv_dtype is None:
+            return []
+        saved = f"{self.page_bytes_saved / 2**20:.1f} MiB less than in the model's dtype"
+        return [f"keys, values  {self.kv_dtype} with a scale for each token and head: {saved}"]
 
 
 def _batches(call: CallCounters) -> list[str]:
@@ -110,4 +124,6 @@ def report(model: Any) -> Report:
         pages_kept=0 if runtime.prefixes is None else len(runtime.prefixes.index),
         page_bytes_allocated=runtime.groups.nbytes,
         variants=tuple(runtime.variants.describe()),
+        kv_dtype=next(iter(runtime.groups.formats), None),
+        page_bytes_saved=runtime.groups.bytes_saved,
     )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.page_formats import is_eight_bits, why_not_pages
+
 # Versions of Triton whose compiled kernels take all arguments in their order, compile-time constants included, and whose
 # compiler may run in several threads.
 TESTED = ("3.6.", "3.9.")
@@ -18,6 +20,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The architecture that stands for all without a row of their own in a table of launch configurations.
 DEFAULT = 80
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+# The first compute capability that converts e4m3.
+FP8_CAPABILITY = (8, 9)
 # For kernels that use all registers on Hopper. Triton 3.9 sets the assembler's register allocation level to 2, which spills
 # up to 170 bytes a thread; 4 is the assembler's default. The assembler of Triton 3.6 makes the same code with both.
 ASSEMBLER_OPTIONS = "--regAllocOptLevel=4"
@@ -93,10 +97,26 @@ def check_pages(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
             f"q has shape {tuple(q.shape)} and k_pages {tuple(k_pages.shape)}; expected [T, H, D] and [N, P, G, D] with "
             "H a multiple of G"
         )
-    if q.dtype != k_pages.dtype or q.dtype != v_pages.dtype:
+    if is_eight_bits(k_pages) and k_pages.dtype == v_pages.dtype:
+        check_eight_bits(k_pages, v_pages)
+    elif q.dtype != k_pages.dtype or q.dtype != v_pages.dtype:
         raise ValueError(f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; they must be of one dtype")
     if q.stride(-1) != 1 or k_pages.stride(-1) != 1:
         raise ValueError("q and the pages must be contiguous in their last dimension")
+
+
+def check_eight_bits(k_pages: Tensor, v_pages: Tensor) -> None:
+    """Raise a `ValueError` unless the kernels take these pages of 8 bits on their device."""
+    reason = why_not_pages(k_pages, v_pages)
+    if reason:
+        raise ValueError(f"k_pages {tuple(k_pages.shape)} of {k_pages.dtype} have {reason}")
+    if k_pages.dtype == torch.float8_e4m3fn and not converts_fp8(k_pages.device):
+        raise ValueError(f"k_pages are {k_pages.dtype}, which GPUs before capability 8.9 do not convert; use int8")
+
+
+def converts_fp8(device: torch.device) -> bool:
+    """Whether kernels on the device can read e4m3."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def arch_of(device: torch.device) -> int:

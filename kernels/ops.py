@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_fastattn.kernels.attention import reference, rope_reference, softmax_state
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.backends import choose_backend
+from hf_fastattn.kernels.page_formats import is_eight_bits
 
 
 def _plan(
@@ -34,6 +35,15 @@ def _plan(
             raise ValueError(f"row {row} has {length} tokens, but its {len(pages[row])} pages hold {page_size} each")
     prefixes = [(0, len(pages), shared)] if shared else []
     return ReadPlan(pages, counts, lengths, page_size, window, prefixes)
+
+
+def _check_wide(k_pages: Tensor) -> None:
+    # Their scales lie behind what PyTorch takes for the tensor, and a compiled graph may copy that alone.
+    if is_eight_bits(k_pages):
+        raise ValueError(
+            f"k_pages are {k_pages.dtype}; these operators take pages in the dtype of q. Launchers in kernels.attention, "
+            "and the reference beside them, take 8 bits"
+        )
 
 
 def _backend(x: Tensor) -> str:
@@ -75,6 +85,7 @@ def paged_attention(
     Raises:
         ValueError: the shapes or lengths do not fit each other.
     """
+    _check_wide(k_pages)
     backend = _backend(q)
     if backend != "reference":
         from hf_fastattn.kernels.attention import paged
@@ -117,6 +128,7 @@ def rope_append(
     Returns:
         `[T, H, D]` rotated queries.
     """
+    _check_wide(k_pages)
     if _backend(q) != "reference":
         from hf_fastattn.kernels.attention import append
 

@@ -12,7 +12,7 @@ import torch
 
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_pool import PagePool
-from hf_fastattn.pages.page_storage import PageStorage
+from hf_fastattn.pages.page_storage import PageStorage, copied_with
 
 torch.set_num_threads(1)
 # `torch.device` as a context looks up once what makes tensors: not while a test has replaced `torch.empty`.
@@ -105,7 +105,8 @@ def nan_in_every_free_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def grown_with_nan(old: Any, shape: Any, like: torch.Tensor) -> torch.Tensor:
         pages = grown(old, shape, like)
-        pages[0 if old is None else old.shape[0] :] = math.nan
+        # As bytes, 255 is NaN in e4m3, and two of them in bf16.
+        pages[0 if old is None else old.shape[0] :] = math.nan if pages.is_floating_point() else 255
         return pages
 
     def make_and_link(self: PageGroups, *args: Any, **kwargs: Any) -> None:
@@ -119,9 +120,10 @@ def nan_in_every_free_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         freed = [page for page in pages if not self.owners(page)]
         storage = storages.get(self)
         for pair in storage._pages.values() if storage is not None else ():
-            for tensor in pair:
+            for tensor in copied_with(pair):
                 with torch.no_grad():
-                    tensor[[page for page in freed if page < len(tensor)]] = math.nan
+                    nothing = math.nan if tensor.is_floating_point() else 255
+                    tensor[[page for page in freed if page < len(tensor)]] = nothing
 
     storages: weakref.WeakKeyDictionary[PagePool, PageStorage] = weakref.WeakKeyDictionary()
     monkeypatch.setattr(PageStorage, "_grown", staticmethod(grown_with_nan))

@@ -15,6 +15,10 @@ is a past: in appends and decode.
     scale     Scores are multiplied by 1.03.
     window    A sliding window is one page too short.
 
+One is a mistake of 8-bit keys and values, in every forward:
+
+    kv_scale  The scales of the keys of one head, of its new tokens, are stored 1.1 times as large as they are.
+
 Two are mistakes of a router, in every forward of a model with experts:
 
     expert    The second of a token's experts is taken for the first, and the first for the second.
@@ -34,14 +38,16 @@ from torch import Tensor
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.eval.accuracy.step_faults import planted_in_steps
-from hf_fastattn.eval.choices import FAULTS, ROUTING_FAULTS, STEP_FAULTS
+from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, ROUTING_FAULTS, STEP_FAULTS
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.rope_reference import rotate, signed_sin
+from hf_fastattn.kernels.page_formats import is_eight_bits, page_scales
 from hf_fastattn.patches.modules.watched import takes_packed_rows
 from hf_fastattn.patching import find_model
 from hf_fastattn.transformers_version import CACHE
 
 SCALE_FACTOR = 1.03
+FORMAT_FACTOR = 1.1
 
 
 @dataclass
@@ -67,7 +73,7 @@ def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator
     if fault is None:
         yield count
         return
-    known = (*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS)
+    known = (*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS, *STEP_FAULTS)
     if fault not in known:
         raise ValueError(f"fault {fault!r} is unknown; choose one of {known}")
     modules = _attention_modules(model)
@@ -86,6 +92,8 @@ def planted(model: Any, fault: str | None, layer: int | None = None) -> Iterator
         undo = _plant_in_router(chosen, _ROUTING_FAULTS[fault], count)
     elif fault == "scale":
         undo = _plant_scale(chosen, count)
+    elif fault == "kv_scale":
+        undo = _plant_key_scales(chosen, count)
     elif fault == "position":
         undo = _plant_position(model, chosen, count)
     else:
@@ -261,6 +269,24 @@ def _plant_scale(modules: list[Any], count: Planted) -> list[Callable[[], None]]
         undo.append(lambda module=module, right=right: setattr(module, "scaling", right))  # type: ignore[misc]
         undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     return undo
+
+
+def _plant_key_scales(modules: list[Any], count: Planted) -> list[Callable[[], None]]:
+    @takes_packed_rows
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache, batch = _batch_of(kwargs)
+        if cache is None or batch is None:
+            return
+        window = cache.layers[module.layer_idx].window
+        held = cache.groups.group(window).storage.pages(module.layer_idx)
+        if held is None or not is_eight_bits(held[0]):
+            raise ValueError("fault 'kv_scale' needs a layer with 8-bit keys and values; patch with kv_dtype")
+        slots, size = batch.on(held[0].device).slots[window], held[0].shape[1]
+        scales = page_scales(held[0])[:, 0, :, 0]
+        scales[slots // size, slots % size] *= FORMAT_FACTOR
+        count.times += 1
+
+    return [module.register_forward_hook(after, with_kwargs=True).remove for module in modules]
 
 
 def _plant_position(model: Any, modules: list[Any], count: Planted) -> list[Callable[[], None]]:

@@ -127,11 +127,13 @@ def new_cache(model: Any) -> Any:
 
 
 @torch.no_grad()
-def whole(model: Any, batch: WindowBatch, keep: int) -> Tensor:
-    """Logits `[B, keep, V]` of the last columns, from one forward without a cache."""
+def whole(model: Any, batch: WindowBatch, keep: int, cached: bool = False) -> Tensor:
+    """Logits `[B, keep, V]` of the last columns, from one forward, without a cache if none is asked for."""
     device = model.device
     arguments = {"attention_mask": batch.mask.long().to(device), "position_ids": batch.positions.to(device)}
-    return model(batch.ids.to(device), **arguments, use_cache=False, logits_to_keep=keep).logits
+    if cached:
+        arguments[CACHE] = DynamicCache(config=model.config)
+    return model(batch.ids.to(device), **arguments, use_cache=cached, logits_to_keep=keep).logits
 
 
 @torch.no_grad()

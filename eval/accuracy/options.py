@@ -21,6 +21,7 @@ from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
 from hf_fastattn.eval.arguments import Parser
+from hf_fastattn.eval.choices import FORMAT_FAULTS
 from hf_fastattn.eval.reporting.environment import command, default_device, environment, settings_hash
 
 
@@ -36,6 +37,7 @@ class Setup:
     variants: list[Variant]
     fault: str | None
     layer: int | None
+    kv_dtype: str | None
     journal: Journal
     record: dict[str, Any]
     output: Path | None
@@ -80,7 +82,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    chosen = variants.chosen(arguments.variant, model, arguments.inject)
+    if arguments.inject in FORMAT_FAULTS and arguments.kv_dtype is None:
+        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give --kv-dtype")
+    chosen = variants.with_format(variants.chosen(arguments.variant, model, arguments.inject), arguments.kv_dtype)
     if not chosen:
         raise ValueError(f"argument --inject: {arguments.inject!r} is in steps of the device's loop: {why_no_loop(model)}")
     skip = ("output", "quiet", "threads", "variant")
@@ -108,6 +112,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         chosen,
         arguments.inject,
         arguments.layer,
+        arguments.kv_dtype,
         journal,
         record,
         arguments.output,

@@ -26,6 +26,8 @@ from hf_fastattn.eval.reporting.report import environment_lines
 
 Windows = list[np.ndarray]
 PHASES = ("prefill", "append", "decode")
+# Stock as it is, where that of the checks rounds keys and values.
+NOTHING_ROUNDED = "stock, nothing rounded"
 
 DERIVATION = f"""\
 Errors are differences from the exact model, in nats a token. Stock errs too, by rounding, and how much depends on how
@@ -151,6 +153,17 @@ def _by_phase(windows: Windows, phases: Sequence[dict[str, int]]) -> dict[str, f
     return {phase: float(np.sqrt(np.mean(values**2))) for phase, values in joined.items() if len(values)}
 
 
+def _format_cost(record: dict[str, Any]) -> list[str]:
+    """What rounding keys and values costs, if that is done, as a line."""
+    wide = next((row for row in record["series"] if row["series"] == NOTHING_ROUNDED), None)
+    if wide is None:
+        return []
+    low, high = wide["difference_interval"]
+    cost, least, most = (100 * math.expm1(-nats) for nats in (wide["difference"], high, low))
+    rounding = f"Rounding keys and values to {record['settings']['kv_dtype']} costs"
+    return ["", f"{rounding} {cost:+.3f}% of perplexity (95%: {least:+.3f}% to {most:+.3f}%)."]
+
+
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
@@ -180,6 +193,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"| {row['loss']:.6f} ± {row['loss_se']:.3f} | {apart} | {error[0]} | {error[1]} |"
         )
     stock = next(row for row in record["series"] if row["series"] == "stock")
+    lines += _format_cost(record)
     lines += [
         "",
         f"Stock's band for the mean difference is ±{record['band']:.1e} nats. Without pairing, a difference of "

@@ -98,6 +98,13 @@ def _variant(options: dict[str, Any], share: bool, loop: bool) -> Variant:
     return Variant(tuple(sorted(options.items())), share, loop)
 
 
+def with_format(chosen: Sequence[Variant], kv_dtype: str | None) -> list[Variant]:
+    """The variants with this `kv_dtype` in place of what they say of it; as they are, if it is None."""
+    if kv_dtype is None:
+        return list(chosen)
+    return [Variant(tuple(sorted({**dict(held.options), "kv_dtype": kv_dtype}.items())), held.share) for held in chosen]
+
+
 def is_usable(model: Any, options: dict[str, Any]) -> bool:
     """Whether these options can be asked for, do not refuse this model on its device, and mean something there."""
     if "cuda_graphs" in options and model.device.type != "cuda":

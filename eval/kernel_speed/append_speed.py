@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
 from hf_fastattn.eval.kernel_speed.attention_cases import COLD_BYTES, DIM, GROUPS, HEADS, MAX_SETS
-from hf_fastattn.eval.kernel_speed.graph_timer import Timer, interleaved, median_ratio
+from hf_fastattn.eval.kernel_speed.graph_timer import Launch, Timer, interleaved, median_ratio
 from hf_fastattn.kernels.attention.append import rope_append
+from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes, page_views
 
 TOKENS = (1, 64, 256, 8192)
 PAGE = 16
@@ -55,6 +57,26 @@ def measure_append(tokens: int, norm: bool, device: torch.device, dtype: torch.d
         "us": {name: 1e6 * median(found) for name, found in zip(names, times, strict=True)},
         "ratios": {name: median_ratio(times[0], found) for name, found in zip(names[1:], times[1:], strict=True)},
     }  # fmt: skip
+
+
+def measure_formats(tokens: int, kv_dtypes: Sequence[str], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Microseconds of the append to pages of 16 bits and of each 8-bit format, in bf16."""
+    bits = torch.bfloat16
+    q, k, v = (torch.randn(MAX_SETS, tokens, heads, DIM, dtype=bits, device=device) for heads in (HEADS, GROUPS, GROUPS))
+    cos, sin = torch.randn(2, tokens, DIM, dtype=bits, device=device)
+    pages = -(-tokens // PAGE) + 1
+    slots = torch.randperm(pages * PAGE, device=device)[:tokens].contiguous()
+    wide = torch.zeros(2, pages, PAGE, GROUPS, DIM, dtype=bits, device=device)
+    held = {"16 bits": (wide[0], wide[1])}
+    for name in kv_dtypes:
+        raw = torch.zeros(pages, page_bytes(PAGE, GROUPS, DIM), dtype=torch.uint8, device=device)
+        held[name] = page_views(raw, PAGE, GROUPS, DIM, KV_DTYPES[name])
+
+    def launch(pair: tuple[torch.Tensor, torch.Tensor]) -> Launch:
+        return lambda i: rope_append(q[i % MAX_SETS], k[i % MAX_SETS], v[i % MAX_SETS], cos, sin, pair[0], pair[1], slots)
+
+    times = interleaved([Timer(launch(pair), MAX_SETS, device) for pair in held.values()], rounds)
+    return {"tokens": tokens, "us": {name: 1e6 * median(found) for name, found in zip(held, times, strict=True)}}
 
 
 def append_table(rows: list[dict[str, Any]]) -> str:

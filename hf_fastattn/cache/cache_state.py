@@ -14,7 +14,7 @@ from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.dense_layers import DenseLayers
-from hf_fastattn.cache.dense_tokens import dense_slots, dense_tokens
+from hf_fastattn.cache.dense_tokens import dense_eight_bits, dense_slots, dense_tokens
 from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.hidden_columns import Hidden
 from hf_fastattn.cache.known_mask import KnownMask
@@ -24,6 +24,7 @@ from hf_fastattn.cache.recurrent_layer import RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.pages.own_pages import own_pages
 from hf_fastattn.pages.page_group import Holder
 from hf_fastattn.pages.page_groups import PageGroups
@@ -225,6 +226,11 @@ class CacheState(Cache):
         return all(layer.recurrent_states[0] is not None for layer in self.recurrent_layers.values())
 
     @property
+    def stores_eight_bits(self) -> bool:
+        """Whether a layer's keys and values are stored in 8 bits."""
+        return bool(self.groups.formats)
+
+    @property
     def records_states(self) -> bool:
         """Whether linear-attention layers are to keep the states before their last tokens."""
         return any(layer.record_past for layer in self.recurrent_layers.values())
@@ -298,6 +304,8 @@ class CacheState(Cache):
         assert held is not None
         stored = None if stored is None else stored[:, :last]
         slots, missing = dense_slots(self.tables[layer.window], stored, first, last, held[0].device)
+        if is_eight_bits(held[0]):
+            return dense_eight_bits(held, slots, missing, self.groups.group(layer.window).storage.dtype or torch.float32)
         return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
 
     def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:

@@ -12,6 +12,7 @@ from hf_fastattn.cache.cache_state import CacheState
 from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer, window_of
 from hf_fastattn.cache.dense_tokens import is_run
 from hf_fastattn.cache.hidden_columns import Hidden
+from hf_fastattn.kernels.page_formats import is_eight_bits, write_tokens
 from hf_fastattn.pages.model_layout import is_recurrent, template_layers
 from hf_fastattn.pages.page_pool import CacheFullError
 from hf_fastattn.transformers_version import CACHE
@@ -128,18 +129,25 @@ def _slots(cache: CacheState, window: int | None, counts: list[int], held: list[
 
 def _write_layer(cache: CacheState, index: int, layer: Any, shown: Tensor | None, slots: Tensor) -> None:
     # Pages are looked up by the shape [.., heads, head dim].
-    pairs = zip(cache.pages_for(index, layer.keys.transpose(1, 2)), (layer.keys, layer.values), strict=True)
+    held = cache.pages_for(index, layer.keys.transpose(1, 2))
     with torch.no_grad():
-        for pages, states in pairs:
-            tokens = states.transpose(1, 2)
-            # Of a single row this is a view.
-            tokens = tokens[0] if len(tokens) == 1 else tokens.flatten(0, 1)
-            if shown is not None:
-                tokens = tokens[shown.flatten().to(tokens.device)]
+        if is_eight_bits(held[0]):
+            write_tokens(*held, slots, *(_tokens_of(states, shown) for states in (layer.keys, layer.values)))
+            return
+        for pages, states in zip(held, (layer.keys, layer.values), strict=True):
+            tokens = _tokens_of(states, shown)
             if slots.device.type == "cpu" and is_run(slots):
                 pages.flatten(0, 1)[int(slots[0]) :][: len(slots)].copy_(tokens)
             else:
                 pages.flatten(0, 1).index_copy_(0, slots, tokens)
+
+
+def _tokens_of(states: Tensor, shown: Tensor | None) -> Tensor:
+    """`[B, G, L, D]` as the tokens `[T, G, D]` that are shown."""
+    tokens = states.transpose(1, 2)
+    # Of a single row this is a view.
+    tokens = tokens[0] if len(tokens) == 1 else tokens.flatten(0, 1)
+    return tokens if shown is None else tokens[shown.flatten().to(tokens.device)]
 
 
 def _keep_hidden(cache: CacheState, index: int, layer: Any, shown: Tensor, columns: int) -> None:

@@ -73,9 +73,10 @@ class DenseCache(CacheState):
 
     def place_of(self, layer: PagedLayer) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of a layer's keys; None before its first write."""
-        held = self.groups.group(layer.window).storage.pages(layer.index) if self.dense is None else None
+        storage = self.groups.group(layer.window).storage
+        held = storage.pages(layer.index) if self.dense is None else None
         keys = held[0] if held is not None else None if self.dense is None else self.dense[layer.index].keys
-        return (None, None) if keys is None else (keys.device, keys.dtype)
+        return (None, None) if keys is None else (keys.device, keys.dtype if held is None else storage.dtype)
 
     @in_turn
     def into_pages(self, mask: Any, dtype: torch.dtype) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.page_formats import read_tokens
 from hf_fastattn.pages.page_table import PageTable
 
 
@@ -40,6 +41,20 @@ def dense_slots(
 def is_run(slots: Tensor) -> bool:
     """Whether `[.., n]` slots follow each other."""
     return slots.numel() > 0 and bool((slots[..., 1:] - slots[..., :-1] == 1).all())
+
+
+def dense_eight_bits(
+    held: tuple[Tensor, Tensor], slots: Tensor, missing: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `dense_tokens`, of K and V pages of 8 bits: both, in `dtype`."""
+    if not len(held[0]):
+        empty = torch.zeros(*slots.shape, *held[0].shape[2:], dtype=dtype, device=slots.device).transpose(1, 2)
+        return empty, empty.clone()
+    dense = []
+    for tokens in read_tokens(*held, slots, dtype):
+        shown = tokens if missing is None else tokens.masked_fill(missing[..., None, None], 0)
+        dense.append(shown.transpose(1, 2))
+    return dense[0], dense[1]
 
 
 def dense_tokens(pages: Tensor, slots: Tensor, missing: Tensor | None) -> Tensor:

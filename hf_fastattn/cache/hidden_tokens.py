@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_fastattn.cache.dense_cache import DenseCache
 from hf_fastattn.cache.hidden_columns import Hidden
 from hf_fastattn.cache.known_mask import KnownMask
+from hf_fastattn.kernels.page_formats import is_eight_bits, move_tokens
 from hf_fastattn.pages.page_table import PageTable
 
 
@@ -98,6 +99,9 @@ def _slots(rows: list[list[int]], firsts: list[int], lasts: list[int], size: int
 
 def _move(pair: tuple[Tensor, Tensor], sources: Tensor, targets: Tensor) -> None:
     with torch.no_grad():
+        if is_eight_bits(pair[0]):
+            move_tokens(*pair, sources.to(pair[0].device), targets.to(pair[0].device))
+            return
         for pages in pair:
             tokens = pages.flatten(0, 1)
             tokens.index_copy_(0, targets.to(pages.device), tokens.index_select(0, sources.to(pages.device)))

@@ -15,6 +15,7 @@ from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import RecurrentLayer
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.kernels.page_formats import is_eight_bits, write_tokens
 from hf_fastattn.pages.model_layout import cache_layout, is_pageable, is_recurrent, layer_window, template_layers
 from hf_fastattn.pages.own_pages import own_pages
 from hf_fastattn.pages.page_group import Holder
@@ -133,11 +134,14 @@ class PagedCache(ForwardCache):
         k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
         slots = self._batch.on(key_states.device).slots[layer.window]
         with torch.no_grad():
-            for pages, states in ((k_pages, key_states), (v_pages, value_states)):
-                tokens = states.transpose(1, 2).flatten(0, 1)
-                if self._new_stored is not None:
-                    tokens = tokens[self._new_stored.flatten().to(tokens.device)]
-                pages.flatten(0, 1).index_copy_(0, slots, tokens)
+            new = [states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states)]
+            if self._new_stored is not None:
+                new = [tokens[self._new_stored.flatten().to(tokens.device)] for tokens in new]
+            if is_eight_bits(k_pages):
+                write_tokens(k_pages, v_pages, slots, *new)
+            else:
+                for pages, tokens in zip((k_pages, v_pages), new, strict=True):
+                    pages.flatten(0, 1).index_copy_(0, slots, tokens)
         return torch.cat((past_keys, key_states), 2), torch.cat((past_values, value_states), 2)
 
     def _past(self, layer: PagedLayer, like: Tensor) -> tuple[Tensor, Tensor]:

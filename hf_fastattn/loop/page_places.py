@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.pages.page_storage import copied_with
 
 
 class PagePlaces:
@@ -22,12 +23,18 @@ class PagePlaces:
         self._version = -1
 
     def pages(self) -> list[tuple[int, Tensor]]:
-        """Index of the window, and the pages `[N, P, G, D]`: K and V of every layer."""
+        """Index of the window, and what is copied page by page `[N, ...]`, of K and of V of every layer.
+
+        With 8 bits that is one tensor for both.
+        """
         found, windows = [], list(self._cache.tables)
         for layer in self._cache.paged_layers:
             held = self._cache.groups.group(layer.window).storage.pages(layer.index)
             assert held is not None
-            found += [(windows.index(layer.window), pages) for pages in held]
+            copied = copied_with(held)
+            # As many for each layer whatever its pages hold: of a tensor for both, and one without words.
+            copied = copied if len(copied) == len(held) else (*copied, copied[0][:, :0])
+            found += [(windows.index(layer.window), pages) for pages in copied]
         return found
 
     def write(self) -> None:

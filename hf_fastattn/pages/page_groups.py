@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes
 from hf_fastattn.pages.model_layout import is_pageable, key_shape, layer_window, template_layers
 from hf_fastattn.pages.page_group import Holder, Holding, PageGroup
 from hf_fastattn.pages.page_pool import PagePool
@@ -57,11 +58,16 @@ class PageGroups:
         self.head_dim = head_dim
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
-        self.page_bytes = 2 * len(windows) * self.page_size * (heads // ranks) * head_dim * itemsize
+        numbers = self.page_size * (heads // ranks) * head_dim
+        stored = [KV_DTYPES.get(fastattn.kv_dtype_of(window) or "") for window in windows]
+        self.page_bytes = sum(
+            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads // ranks, head_dim)
+            for dtype in stored
+        )
         self._largest: dict[int | None, int] = {}
         self._groups = {
-            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size))
-            for window in dict.fromkeys(windows)
+            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size, dtype))
+            for window, dtype in dict(zip(windows, stored, strict=True)).items()
         }
 
     def _max_pages(self) -> int | None:
@@ -161,6 +167,21 @@ class PageGroups:
     def nbytes(self) -> int:
         """Bytes allocated for pages."""
         return sum(group.storage.nbytes for group in self)
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes that pages would take besides if no keys and values were stored in 8 bits."""
+        return sum(group.storage.saved for group in self)
+
+    @property
+    def formats(self) -> dict[str, list[int | None]]:
+        """The windows of the layers that each 8-bit dtype stores, by its name in `FastAttnConfig.kv_dtype`."""
+        named = {dtype: name for name, dtype in KV_DTYPES.items()}
+        found: dict[str, list[int | None]] = {}
+        for group in self:
+            if group.storage.eight_bits is not None:
+                found.setdefault(named[group.storage.eight_bits], []).append(group.window)
+        return found
 
     def describe_limit(self) -> str:
         """The memory limit in words, for an error."""

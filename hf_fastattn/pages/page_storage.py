@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.page_formats import is_eight_bits, page_bytes, page_views, raw_pages
 from hf_fastattn.transformers_version import CACHE
 
 
@@ -14,22 +15,29 @@ class NarrowerKeysError(ValueError):
     """Pages hold keys of a dtype that the one now written includes."""
 
 
+def copied_with(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The tensors to copy pages in, by their first index: K and V; or with 8 bits the bytes of both and their scales."""
+    return (raw_pages(pair[0]),) if is_eight_bits(pair[0]) else pair
+
+
 class PageStorage:
     """K and V pages `[N, P, G, D]` of each layer, made when the layer first writes.
 
     Args:
         page_size: tokens a page (P).
+        eight_bits: their dtype, if it is not that of the keys: see `kernels.page_formats`.
 
     Attributes:
         version: another number whenever tensors were made, moved or dropped.
         capacity: pages that every layer which has been written to holds.
     """
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self, page_size: int, eight_bits: torch.dtype | None = None) -> None:
+        self.page_size, self.eight_bits = page_size, eight_bits
         self.version = 0
         self.capacity = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: torch.dtype | None = None
 
     def layer(
         self, layer_idx: int, states: Tensor, capacity: int, may_replace: Callable[[], bool] = lambda: False
@@ -47,9 +55,11 @@ class PageStorage:
             ValueError: they hold tokens of other heads, dtype or device.
         """
         held = self._pages.get(layer_idx)
+        if not is_eight_bits(states):
+            self._written = states.dtype
         if held is not None:
             pages = held[0]
-            same = pages.shape[2:] == states.shape[-2:] and pages.dtype == states.dtype
+            same = pages.shape[2:] == states.shape[-2:] and pages.dtype == (self.eight_bits or states.dtype)
             if same and pages.device == states.device:
                 if pages.shape[0] >= capacity:
                     return held
@@ -64,12 +74,20 @@ class PageStorage:
                     f"{states.dtype}, {states.device}; use a cache made for this model, dtype and device, "
                     "or call reset() on it first"
                 )
-        shape = (capacity, self.page_size, *states.shape[-2:])
-        old_keys, old_values = held or (None, None)
         self.version += 1
-        self._pages[layer_idx] = (self._grown(old_keys, shape, states), self._grown(old_values, shape, states))
+        self._pages[layer_idx] = self._made(held, capacity, states)
         self.capacity = min(pages.shape[0] for pages, _ in self._pages.values())
         return self._pages[layer_idx]
+
+    def _made(self, held: tuple[Tensor, Tensor] | None, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages for keys `like: [..., G, D]`, with what `held` has."""
+        sizes = self.page_size, like.shape[-2], like.shape[-1]
+        old = (None, None) if held is None else copied_with(held)
+        if self.eight_bits is None:
+            keys, values = (self._grown(pages, (capacity, *sizes), like) for pages in old)
+            return keys, values
+        raw = torch.empty(0, dtype=torch.uint8, device=like.device)
+        return page_views(self._grown(old[0], (capacity, page_bytes(*sizes)), raw), *sizes, self.eight_bits)
 
     @staticmethod
     def _is_narrower(pages: Tensor, states: Tensor) -> bool:
@@ -108,7 +126,7 @@ class PageStorage:
                 # From pageable memory this returns once the data is staged, without waiting for the device.
                 places[device] = host.to(device, non_blocking=True)
             source, target = places[device]
-            for pages in pair:
+            for pages in copied_with(pair):
                 with torch.no_grad():
                     pages.index_copy_(0, target, pages.index_select(0, source))
 
@@ -118,7 +136,8 @@ class PageStorage:
             written = [page for page in places if page < held.shape[0]]
             source = torch.tensor(written, dtype=torch.long).to(held.device)
             target = torch.tensor([places[page] for page in written], dtype=torch.long).to(held.device)
-            for pages, theirs in zip(self.layer(layer_idx, held, capacity), (held, values), strict=True):
+            own = copied_with(self.layer(layer_idx, held, capacity))
+            for pages, theirs in zip(own, copied_with((held, values)), strict=True):
                 with torch.no_grad():
                     pages.index_copy_(0, target, theirs.index_select(0, source))
 
@@ -132,13 +151,20 @@ class PageStorage:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the keys, or None if no layer has written yet."""
-        return next((keys.dtype for keys, _ in self._pages.values()), None)
+        """Of the keys that were written last, or None if no layer has written yet."""
+        return self._written if self._pages else None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(pages.nbytes for pair in self._pages.values() for pages in pair)
+        return sum(pages.nbytes for pair in self._pages.values() for pages in copied_with(pair))
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the same keys and values would take besides, in the dtype that the model gives them."""
+        if self.eight_bits is None or self._written is None:
+            return 0
+        return sum(2 * keys.numel() * self._written.itemsize for keys, _ in self._pages.values()) - self.nbytes
 
     def forget(self, layer_idx: int) -> None:
         """Drop the tensors of a layer that nobody will read any more."""
@@ -153,10 +179,10 @@ class PageStorage:
         for layer_idx in list(self._pages):
             held = self._pages[layer_idx][0]
             if held.shape[0] > capacity:
-                shape, like = (capacity, *held.shape[1:]), torch.empty(0, dtype=held.dtype, device=held.device)
+                like = torch.empty(0, *held.shape[2:], dtype=held.dtype, device=held.device)
                 # Dropped first: the smaller ones fit into its memory.
                 del held, self._pages[layer_idx]
-                self._pages[layer_idx] = (self._grown(None, shape, like), self._grown(None, shape, like))
+                self._pages[layer_idx] = self._made(None, capacity, like)
                 self.version += 1
         self.capacity = min((pages.shape[0] for pages, _ in self._pages.values()), default=0)
 

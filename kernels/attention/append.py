@@ -3,7 +3,7 @@
 RoPE (Su et al., 2021) in the rotate-half form on the first `cos.shape[-1]` dimensions. A program takes a few tokens and
 a few heads: rows `[BLOCK_T * BLOCK_H, D]`, read as the two halves that rotate into each other and the rest, which is not
 rotated. Queries go to a new tensor, keys and values to the slots of their tokens. All arithmetic is fp32 with one rounding
-at the end. The plain PyTorch version is `rope_reference.rope_append`.
+at the end, to 8 bits too: a row and its scale are in one program. The plain PyTorch version is `rope_reference.rope_append`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hf_fastattn.kernels.attention.eight_bits import largest_of, scale_of, scaled
 from hf_fastattn.kernels.launch import arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.quick_launch import launch
 
@@ -40,7 +41,10 @@ def _normalise_and_rotate(
     x_base, y_base, cos_base, sin_base, ok, norm_ptr, eps,
     HALF: tl.constexpr, REST: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Rows at `x_base: [rows, 1]`, normalised and rotated, to `y_base: [rows, 1]`, of HALF + HALF + REST columns each."""
+    """Rows at `x_base: [rows, 1]`, normalised and rotated, to `y_base: [rows, 1]`, of HALF + HALF + REST columns each.
+
+    Returns the bits of their scales `[rows]`, if these are stored in 8 bits.
+    """
     half = tl.arange(0, BLOCK_HALF)
     rest = tl.arange(0, BLOCK_REST)
     x1 = _load(x_base, half, ok, HALF)  # [rows, BLOCK_HALF]
@@ -58,14 +62,30 @@ def _normalise_and_rotate(
     # The sign of rotate_half is folded into sin.
     y1 = x1 * _load(cos_base, half, ok, HALF) + x2 * _load(sin_base, half, ok, HALF)
     y2 = x2 * _load(cos_base + HALF, half, ok, HALF) + x1 * _load(sin_base + HALF, half, ok, HALF)
+    scale = 0
+    if dtype.primitive_bitwidth == 8:
+        largest, poison = largest_of(y1, y2)
+        if REST > 0:
+            x3 = _load(x_base + 2 * HALF, rest, ok, REST)
+            if norm_ptr is not None:
+                x3 = x3 * inverse * _scale_of(rest, norm_ptr + 2 * HALF, REST, UNIT_OFFSET)[None, :]
+            rest_largest, rest_poison = largest_of(x3, x3)
+            largest = tl.maximum(largest, rest_largest)
+            poison += rest_poison
+        scale, factor = scale_of(largest, poison, dtype)
+        y1 = scaled(y1, factor, dtype)
+        y2 = scaled(y2, factor, dtype)
     tl.store(y_base + half[None, :], y1.to(dtype), mask=out_ok)
     tl.store(y_base + HALF + half[None, :], y2.to(dtype), mask=out_ok)
     if REST > 0:
-        if norm_ptr is not None:
+        if dtype.primitive_bitwidth == 8:
+            x3 = scaled(x3, factor, dtype)
+        elif norm_ptr is not None:
             x3 = x3 * inverse * _scale_of(rest, norm_ptr + 2 * HALF, REST, UNIT_OFFSET)[None, :]
         else:
             x3 = _load(x_base + 2 * HALF, rest, ok, REST)
         tl.store(y_base + 2 * HALF + rest[None, :], x3.to(dtype), mask=ok[:, None] & (rest < REST)[None, :])
+    return scale
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -103,13 +123,23 @@ def rope_append_kernel(
         ok = (slot >= 0) & (head < GROUPS)
         off_kv = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head  # [rows]
         x_base = (k_ptr + token * stride_kt + head * stride_kh)[:, None]
-        y_base = (k_pages_ptr + off_kv)[:, None]
-        _normalise_and_rotate(
-            x_base, y_base, cos_base, sin_base, ok, k_norm_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET
+        key_base = (k_pages_ptr + off_kv)[:, None]
+        key_scale = _normalise_and_rotate(
+            x_base, key_base, cos_base, sin_base, ok, k_norm_ptr, eps, HALF, REST, BLOCK_HALF, BLOCK_REST, UNIT_OFFSET
         )
         column = tl.arange(0, BLOCK_D)
         inside = ok[:, None] & (column < D)[None, :]  # [rows, BLOCK_D]
         v = tl.load((v_ptr + token * stride_vt + head * stride_vh)[:, None] + column[None, :], mask=inside, other=0.0)
+        dtype = v_pages_ptr.dtype.element_ty
+        if dtype.primitive_bitwidth == 8:
+            v = v.to(tl.float32)
+            largest, poison = largest_of(v, v)
+            value_scale, factor = scale_of(largest, poison, dtype)
+            v = scaled(v, factor, dtype).to(dtype)
+            # The word that `eight_bits.key_and_value_scales` reads.
+            words = k_pages_ptr.to(tl.pointer_type(tl.int32))
+            at = slot // PAGE * (stride_page // 4) + PAGE * stride_slot // 2 + head * PAGE + slot % PAGE
+            tl.store(words + at, ((key_scale >> 16) & 0xFFFF) | value_scale, mask=ok)
         tl.store((v_pages_ptr + off_kv)[:, None] + column[None, :], v, mask=inside)
 
 
@@ -134,7 +164,8 @@ def rope_append(
         q: `[T, H, D]` queries, before norm and RoPE; bf16, fp16 or fp32, any strides but 1 in the last dimension.
         k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
         cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
-        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides. Of 8 bits those
+            of `page_formats.page_views`, whose scales are written too.
         slot_mapping: `[T]` int32 or int64, `page * P + offset` of each token; a negative slot is not written.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hf_fastattn.kernels.launch import DEFAULT
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
@@ -32,11 +34,14 @@ class Tile:
     programs: int = 2
 
 
-# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile
+# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile. One byte: keys and values of 8
+# bits with queries of 16; with queries in fp32, the tiles of four bytes serve.
 PREFILL: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(128, 32, 8, 3),
     (80, 2, 256): Tile(64, 32, 8, 2),
     (80, 4, 256): Tile(16, 16, 8, 2),
+    (80, 1, 128): Tile(128, 32, 8, 3),
+    (80, 1, 256): Tile(64, 32, 8, 3),
     (90, 2, 128): Tile(128, 64, 8, 5),
     (90, 4, 128): Tile(128, 32, 8, 2),
     (90, 2, 256): Tile(128, 32, 8, 3),
@@ -49,6 +54,10 @@ PREFILL_SHORT: dict[tuple[int, int, int], Tile] = {
     (100, 2, 128): Tile(64, 64, 4, 3),
 }
 SPLIT_KV: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 128, 4, 5),
+    (80, 1, 256): Tile(64, 64, 8, 3),
+    # Programs of one warp: no warp waits for another between two tiles, which takes most of the time of four.
+    (90, 1, 128): Tile(64, 32, 1, 5, programs=8),
     (80, 2, 128): Tile(64, 64, 4, 5),
     # Four warps would spill.
     (80, 2, 256): Tile(64, 32, 8, 3),
@@ -59,15 +68,19 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
 # For more than 16 packed query rows. Complete for 16-bit types: an entry for larger heads would serve smaller ones too.
 # 64 query rows of head dim 256 need more registers than four warps have.
 SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
+    # More rows at once would take values byte by byte: see `eight_bit_tiles.py`.
+    (80, 1, 128): Tile(16, 128, 4, 5),
+    (80, 1, 256): Tile(16, 64, 8, 3),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (90, 4, 128): Tile(64, 32, 4, 2),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# One program per SM, with dependent launch. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
+# One program per SM, with dependent launch; of 8 bits two. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
 # default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
+    (90, 1, 128): Tile(16, 128, 4, 5),
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
@@ -81,6 +94,8 @@ LIST_FILL = 0.8
 FEW_BYTES = 8192
 # For prefixes with more than 16 packed query rows. 64 rows of head dim 256 need more registers than four warps have.
 SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(16, 128, 4, 5),
+    (80, 1, 256): Tile(16, 64, 8, 3, programs=1),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
@@ -88,6 +103,7 @@ SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
 # For at least MANY_QUERIES of them, if there are not many (row, kv head) pairs, or keys are transformed, which is done again
 # for each block of queries.
 SHARED_PREFIX_MANY: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(64, 64, 8, 5, programs=1),
     (90, 2, 128): Tile(128, 64, 8, 5, programs=1),
 }
 MANY_QUERIES = 256
@@ -97,6 +113,11 @@ MANY_PAIRS = 8
 SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
 }
+
+
+def element_bytes(q: Tensor, k_pages: Tensor) -> int:
+    """Bytes of an element, as the tables count them."""
+    return k_pages.element_size() if q.element_size() == 2 else q.element_size()
 
 
 def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:
@@ -160,7 +181,8 @@ def split_kv_tile(
         found = fitting
     if few and pairs <= processors:
         as_full = _fill(few, pairs, processors) >= _fill(found, pairs, processors)
-        found = few if as_full or pairs * FEW_PAIRS <= processors else found
+        # With 8 bits for FEW_PAIRS alone, whose programs read so few tiles that each should be quick.
+        found = few if (as_full and itemsize != 1) or pairs * FEW_PAIRS <= processors else found
     return found
 
 

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import Tile, split_kv_tile, stages_with
+from hf_fastattn.kernels.attention.configs import Tile, element_bytes, split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
 from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import (
-    attend_tiles,
     attention_end,
     empty_state,
     merge_step,
@@ -210,7 +210,8 @@ def tile_of_decode(
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
     queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
-    return split_kv_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries, pairs, processors, rotated)
+    itemsize = element_bytes(q, k_pages)
+    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated)
 
 
 def paged_decode(

@@ -57,9 +57,15 @@ def hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS: tl.constexpr):
 
 
 @triton.jit
+def sigmoid_weights(scores, factor):
+    """The sigmoid of scores `[M, N]` times `factor`, in base 2."""
+    return 1.0 / (1.0 + tl.math.exp2(-(scores * factor)))
+
+
+@triton.jit
 def sigmoid_step(scores, v, row_sum, acc, factor, PRECISION: tl.constexpr):
     """As `tile.softmax_step`, with weights `sigmoid(score)`, which are added up as they are: the maximum stays 0."""
-    weights = 1.0 / (1.0 + tl.math.exp2(-(scores * factor)))
+    weights = sigmoid_weights(scores, factor)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return tl.zeros_like(row_sum), row_sum + tl.sum(weights, 1), acc
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from hf_fastattn.kernels.attention.decode import paged_decode, tile_of_decode
 from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
 from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
+from hf_fastattn.kernels.attention.widened_pages import pays, widened_pages
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
@@ -42,7 +44,8 @@ def paged_attention(
 
     Args:
         q: `[T, H, D]` queries after RoPE.
-        k_pages: `[N, P, G, D]` pages of keys; `v_pages` of values, with the same strides.
+        k_pages: `[N, P, G, D]` pages of keys; `v_pages` of values, with the same strides. Of 8 bits those of
+            `page_formats.page_views`: for many new tokens a copy of them in the dtype of q is read.
         page_table: `[B, columns]` int32.
         cu_seqlens_q: `[B + 1]` int32, where each row's queries begin; None if every row has one.
         seq_lens: `[B]` int32, keys of each row after the append.
@@ -68,6 +71,12 @@ def paged_attention(
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "batch_invariant": batch_invariant}
     workspace = workspace or Workspace(q.device)
+    if is_eight_bits(k_pages):
+        # Whether the copy pays depends on other rows, and its numbers are rounded in other places.
+        copied = not batch_invariant and cu_seqlens_q is not None and visited is None and pays(q, k_pages, page_table)
+        if copied and _fills_the_gpu(q, k_pages, max_query_len, workspace.processors):
+            k_pages, v_pages, page_table = widened_pages(k_pages, v_pages, page_table, seq_lens, q.dtype)
+        hopper = hopper and not is_eight_bits(k_pages)
     if visited is None and work_lists is not None:
         visited = _remembered(
             work_lists, q, k_pages, page_table, cu_seqlens_q, seq_lens, max_query_len=max_query_len, workspace=workspace,

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.configs import Tile, prefill_tile, stages_with
+from hf_fastattn.kernels.attention.configs import Tile, element_bytes, prefill_tile, stages_with
+from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
-from hf_fastattn.kernels.attention.tile import attend_tiles, attention_end, empty_state, score_factors, store_output
+from hf_fastattn.kernels.attention.tile import attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.launch import arch_of, check_pages, matrix_precision, on_device_of, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
@@ -121,7 +122,7 @@ def prefill_kernel(
 def tile_of_prefill(q: Tensor, k_pages: Tensor, batch_invariant: bool) -> Tile:
     """The tile that a launch takes for these shapes."""
     queries = None if batch_invariant else q.shape[0] * (q.shape[1] // k_pages.shape[2])
-    return prefill_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[2]), queries)
+    return prefill_tile(arch_of(q.device), element_bytes(q, k_pages), power_of_2(q.shape[2]), queries)
 
 
 def paged_prefill(

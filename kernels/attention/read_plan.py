@@ -58,6 +58,11 @@ class ReadPlan:
         """The tokens that each row reads: all, or those in its window."""
         return [self._run(row, self._first_visible(row), length) for row, length in enumerate(self.seq_lens)]
 
+    @cached_property
+    def pages_read(self) -> int:
+        """The number of the last page in the table, plus one."""
+        return max((page for pages in self.pages for page in pages), default=-1) + 1
+
     def decode(self, width: int) -> DecodeReads:
         """The reads of a decode step.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_fastattn.kernels.attention.decode_reads import DecodeReads, Run
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
+from hf_fastattn.kernels.page_formats import dequantised, is_eight_bits
 
 # Queries of a long append at a time, so that their score bias takes a few megabytes at most.
 QUERY_BLOCK = 512
@@ -34,7 +35,8 @@ def paged_attention(
 
     Args:
         q: `[T, H, D]` queries after RoPE, row after row as `plan.query_lens` says.
-        k_pages: `[N, P, G, D]` pages of keys; `v_pages` of values. Slots that hold no token are never read.
+        k_pages: `[N, P, G, D]` pages of keys; `v_pages` of values. Slots that hold no token are never read. Those of 8 bits
+            are dequantised, up to the last page that the plan reads.
         plan: the batch: page table, lengths, window and shared prefixes.
         scale: factor on the scores.
         softcap: scores become `softcap * tanh(score / softcap)`.
@@ -42,6 +44,8 @@ def paged_attention(
     Returns:
         Output `[T, H, D]` in q's dtype, LSE `[T, H]` in fp32, natural logarithm.
     """
+    if is_eight_bits(k_pages):
+        k_pages, v_pages = dequantised(k_pages, v_pages, q.dtype, plan.pages_read)
     keys, values = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
     if plan.is_decode:
         return _decode(q, keys, values, plan, scale, softcap)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.layer.reference import rms_norm
+from hf_fastattn.kernels.page_formats import is_eight_bits, write_tokens
 
 # Tokens of a forward up to which queries and keys are rotated together.
 FEW_TOKENS = 64
@@ -53,7 +54,8 @@ def rope_append(
         q: `[T, H, D]` queries, before norm and RoPE.
         k: `[T, G, D]` keys, likewise; `v` the values, stored as they are.
         cos: `[T, rotary dims]`; `sin` likewise, with its sign folded in by `signed_sin`.
-        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values. For those of 8 bits
+            they are quantised.
         slot_mapping: `[T]` int64, `page * P + offset` of each token.
         q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
         eps: of that norm.
@@ -74,6 +76,9 @@ def rope_append(
         q, k = both[:, :heads], both[:, heads:]
     else:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    k_pages.flatten(0, 1).index_copy_(0, slot_mapping, k.to(k_pages.dtype))
-    v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    if is_eight_bits(k_pages):
+        write_tokens(k_pages, v_pages, slot_mapping, k, v)
+    else:
+        k_pages.flatten(0, 1).index_copy_(0, slot_mapping, k.to(k_pages.dtype))
+        v_pages.flatten(0, 1).index_copy_(0, slot_mapping, v)
     return q.to(narrow)

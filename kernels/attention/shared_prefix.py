@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import MANY_PAIRS, shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.configs import MANY_PAIRS, element_bytes, shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
     entry_at,
@@ -32,7 +33,7 @@ from hf_fastattn.kernels.attention.prefix_lists import (
     used_programs,
 )
 from hf_fastattn.kernels.attention.prefix_merge import MOST_LEVELS, PLACE, merge_prefixes
-from hf_fastattn.kernels.attention.tile import attend_tiles, empty_state, score_factors
+from hf_fastattn.kernels.attention.tile import empty_state, score_factors
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import (
@@ -44,6 +45,7 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
@@ -274,7 +276,7 @@ def worth_gluon(
     `queries` is the number of packed query rows of a prefix group.
     """
     filled = queries / (triton.cdiv(queries, GLUON_ROWS) * GLUON_ROWS)
-    if filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
+    if is_eight_bits(k_pages) or filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
         return False
     from hf_fastattn.kernels.attention.hopper_prefixes import why_not_prefixes
 
@@ -357,7 +359,7 @@ def paged_decode_shared(
     transformed = variant.transforms_keys
     gluon = hopper and worth_gluon(q, k_pages, page_table.shape[1] * page, queries, softcap, variant)
     tile = shared_prefix_tile(
-        arch, q.element_size(), block_d, ratio if gluon else queries, pairs, room.processors, transformed
+        arch, element_bytes(q, k_pages), block_d, ratio if gluon else queries, pairs, room.processors, transformed
     )
     block_s = max(power_of_2(ratio), 16)
     block_m = GLUON_ROWS if gluon else max(min(power_of_2(queries), tile.block_m), block_s)

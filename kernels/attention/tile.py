@@ -68,9 +68,15 @@ def _products(q, k, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2."""
-    return _capped(_products(q, k, PRECISION), scale, softcap, HAS_SOFTCAP, PRECISION)
+def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, factors=None):
+    """Scores `[BLOCK_M, BLOCK_N]` of `q: [BLOCK_M, D]` and `k: [BLOCK_N, D]`, raw, or with a softcap in base 2.
+
+    `factors`, which broadcast to them, if given, are what products with 8-bit keys are to be multiplied with.
+    """
+    scores = _products(q, k, PRECISION)
+    if factors is not None:
+        scores = scores * factors
+    return _capped(scores, scale, softcap, HAS_SOFTCAP, PRECISION)
 
 
 @triton.jit
@@ -140,15 +146,25 @@ def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """The state after one more tile of scores `[BLOCK_M, BLOCK_N]`, -inf where hidden, and values `[BLOCK_N, D]`."""
     factor = 1.0 if HAS_SOFTCAP else scale
+    new_max, decay, weights = softmax_weights(scores, row_max, factor, factor)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def softmax_weights(scores, row_max, factor, factor_m):
+    """The new maximum `[BLOCK_M]`, the decay of sums so far, and the weights of scores `[BLOCK_M, BLOCK_N]` times `factor`.
+
+    `factor` is a number, or one for each row `[BLOCK_M]`; `factor_m` the same, as scores are multiplied with it.
+    """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     # One fused multiply-add: large scores are not rounded before the maximum is subtracted.
-    weights = tl.math.exp2(scores * factor - shift[:, None])
+    weights = tl.math.exp2(scores * factor_m - shift[:, None])
     decay = tl.math.exp2(row_max - shift)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
+    return new_max, decay, weights
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from hf_fastattn.kernels.attention.decode_reads import Run
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
+from hf_fastattn.kernels.page_formats import dequantised, is_eight_bits
 from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 from hf_fastattn.kernels.variants.variant import Variant, is_triton
 
@@ -48,6 +49,8 @@ def variant_attention(
         if is_triton(function):
             raise ValueError(f"{hook} is a @triton.jit function, which the reference cannot run; give a PyTorch function")
     plan = dataclasses.replace(plan, prefixes=(), _indices={})
+    if is_eight_bits(k_pages):
+        k_pages, v_pages = dequantised(k_pages, v_pages, q.dtype, plan.pages_read)
     bounds, keys, values = plan.cu_seqlens_q, k_pages.flatten(0, 1), v_pages.flatten(0, 1)
     window = min((w for w in (plan.window, variant.window) if w is not None), default=None)
     parts = []

@@ -23,6 +23,9 @@ from hf_fastattn.stream_layout import StreamLayout
 PIECE_TOKENS, WHOLE_TOKENS = 8192, 12_288
 # Both on a CPU, where pages take no memory before they are written, and pieces after the first need a mask.
 CPU_TOKENS = 32_768
+# Of 8-bit keys each piece widens all that its rows have so far (`kernels/attention/widened_pages.py`): half as many pieces
+# halve that, and the memory that the pages save is far more than twice the activations take.
+EIGHT_BIT_PIECES = 2
 BY_COLUMN = ("input_ids", "inputs_embeds", "position_ids")
 
 
@@ -36,6 +39,8 @@ def pieces(arguments: dict[str, Any], cache: PagedCache, kwargs: dict[str, Any])
     tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
     rows, columns = tokens.shape[:2]
     most, whole = (CPU_TOKENS, CPU_TOKENS) if tokens.device.type == "cpu" else (PIECE_TOKENS, WHOLE_TOKENS)
+    if cache.stores_eight_bits:
+        most *= EIGHT_BIT_PIECES
     if rows * columns <= whole or columns == 1 or torch.is_grad_enabled():
         return None
     if any(value is not None for name, value in arguments.items() if name not in (*BY_COLUMN, "attention_mask")):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes, page_views, read_tokens, write_tokens
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -103,6 +105,27 @@ def make_batch(
         rows.append((pair[0], pair[1]))
     q = _lay_out(normal(sum(counts), groups * ratio, dim) * factor, q_layout)
     return Batch(q, k_pages, v_pages, table, list(counts), lengths, rows)
+
+
+def in_eight_bits(batch: Batch, kv_dtype: str) -> Batch:
+    """The same batch over pages of 8 bits; its rows are what these hold, in fp32. Bytes without a token are 255, NaN."""
+    count, page, groups, dim = batch.k_pages.shape
+    size = page_bytes(page, groups, dim)
+    # One more page before the first, as in `make_batch`.
+    raw = torch.full((count + 1, size), 255, dtype=torch.uint8, device=batch.q.device)[1:]
+    k_pages, v_pages = page_views(raw, page, groups, dim, KV_DTYPES[kv_dtype])
+    rows = []
+    for pages, pair in zip(batch.table, batch.rows, strict=True):
+        position = torch.arange(len(pair[0]), device=batch.q.device)
+        held = torch.tensor(pages or [0], device=batch.q.device)[position // page]
+        there = held >= 0
+        slots = (held * page + position % page)[there]
+        write_tokens(k_pages, v_pages, slots, *(own[there] for own in pair))
+        stored = [own.float() for own in pair]
+        for own, read in zip(stored, read_tokens(k_pages, v_pages, slots, torch.float32), strict=True):
+            own[there] = read
+        rows.append((stored[0], stored[1]))
+    return replace(batch, k_pages=k_pages, v_pages=v_pages, rows=rows)
 
 
 def _empty_pages(total: int, page: int, groups: int, dim: int, dtype: torch.dtype, heads_first: bool, device: str) -> Tensor:

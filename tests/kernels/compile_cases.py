@@ -45,6 +45,7 @@ from tests.kernels.compile_launches import (
     typical,
     varied,
     weights_summed,
+    widened,
 )
 from tests.tools.fake_driver import fake_driver
 from tests.tools.resources import Resources, resources
@@ -77,6 +78,8 @@ class Case:
     spilled: int = SPILLED_BYTES
 
 
+# GPUs of capability 8.0 do not convert e4m3.
+FP8 = ("sm_90", "sm_100")
 SHARED_PREFIX = ("shared_prefix_kernel", "merge_prefixes_kernel")
 
 # Their producer and consumers take all registers and nearly all shared memory of a multiprocessor.
@@ -147,6 +150,39 @@ CASES = {
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),
+    "append, fp8": Case(
+        lambda: append(32, 8, 128, norm=True, kv_dtype="fp8"), ("rope_append_kernel",), programs=4, targets=FP8
+    ),
+    "append, int8, partial rotary": Case(
+        lambda: append(4, 4, 80, rotary=32, kv_dtype="int8"), ("rope_append_kernel",), programs=4
+    ),
+    "decode, fp8": Case(
+        lambda: decode(4, 128, rows=64, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=2, targets=FP8
+    ),
+    "decode, int8": Case(
+        lambda: decode(4, 128, rows=64, processors=132, kv_dtype="int8"), ("split_kv_kernel",), programs=1, spilled=64
+    ),
+    "decode, D = 64, fp8": Case(
+        lambda: decode(7, 64, FP16, rows=64, window=128, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=1,
+        spilled=64, targets=FP8,
+    ),
+    "decode, 16 tokens, fp8": Case(
+        lambda: decode(4, 128, tokens=16, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
+    ),
+    "decode, one row, fp8": Case(
+        lambda: decode(4, 128, rows=1, kv_dtype="fp8"), ("decode_row_kernel",), programs=1, targets=FP8
+    ),
+    "decode, one row, int8": Case(lambda: decode(4, 128, rows=1, kv_dtype="int8"), ("decode_row_kernel",), programs=1),
+    "shared prefix, fp8": Case(
+        lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"), SHARED_PREFIX, programs=1, spilled=64, targets=FP8,
+    ),
+    "shared prefix, int8": Case(
+        lambda: shared_prefix(4, 128, rows=16, kv_dtype="int8"), SHARED_PREFIX, programs=1, spilled=64
+    ),
+    "prefill, fp8": Case(lambda: prefill(4, 128, kv_dtype="fp8"), ("prefill_kernel",), programs=1, targets=FP8),
+    "prefill, int8": Case(lambda: prefill(4, 128, kv_dtype="int8"), ("prefill_kernel",), programs=1, spilled=64),
+    "widened pages, fp8": Case(lambda: widened("fp8"), ("widen_pages_kernel",), programs=2, targets=FP8),
+    "widened pages, int8": Case(lambda: widened("int8"), ("widen_pages_kernel",), programs=2),
     "shared prefix": Case(lambda: shared_prefix(4, 128, rows=256, most=256), SHARED_PREFIX, programs=1),
     "shared prefix, 4 rows": Case(lambda: shared_prefix(4, 128, rows=4, most=4), SHARED_PREFIX, programs=1),
     "shared prefix, 16 rows": Case(lambda: shared_prefix(4, 128, rows=16), SHARED_PREFIX, programs=1),

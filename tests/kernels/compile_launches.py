@@ -14,6 +14,7 @@ from hf_fastattn.kernels.attention.merge import merge_states
 from hf_fastattn.kernels.attention.paged import visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
+from hf_fastattn.kernels.attention.widened_pages import widened_pages
 from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.experts import router
@@ -28,6 +29,7 @@ from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
 from hf_fastattn.kernels.linear.delta_step import delta_step
+from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes, page_views
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.continuations import continuations
 from hf_fastattn.kernels.sampling.draw import sample_tokens
@@ -47,16 +49,24 @@ from tests.kernels.variants import mods
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def pages(groups: int, dim: int, page: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def pages(
+    groups: int, dim: int, page: int, dtype: torch.dtype, kv_dtype: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if kv_dtype is not None:
+        raw = torch.zeros(4, page_bytes(page, groups, dim), dtype=torch.uint8)
+        return page_views(raw, page, groups, dim, KV_DTYPES[kv_dtype])
     return torch.zeros(4, page, groups, dim, dtype=dtype), torch.zeros(4, page, groups, dim, dtype=dtype)
 
 
-def append(heads: int, groups: int, dim: int, *, tokens: int = 1, rotary: int | None = None, norm: bool = False) -> object:
+def append(
+    heads: int, groups: int, dim: int, *, tokens: int = 1, rotary: int | None = None, norm: bool = False,
+    kv_dtype: str | None = None,
+) -> object:  # fmt: skip
     q, k = (torch.zeros(tokens, count, dim, dtype=BF16) for count in (heads, groups))
     cos = torch.zeros(tokens, rotary or dim, dtype=BF16)
     weight = torch.ones(dim, dtype=BF16) if norm else None
     slots = torch.zeros(tokens, dtype=torch.int64)
-    return rope_append(q, k, k, cos, cos, *pages(groups, dim, 16, BF16), slots, q_norm=weight, k_norm=weight)
+    return rope_append(q, k, k, cos, cos, *pages(groups, dim, 16, BF16, kv_dtype), slots, q_norm=weight, k_norm=weight)
 
 
 def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +76,7 @@ def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
     page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, listed: bool = False,
-    **options: Any,
+    kv_dtype: str | None = None, **options: Any,
 ) -> object:  # fmt: skip
     q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
     workspace = Workspace(q.device)
@@ -74,7 +84,7 @@ def decode(
     if tokens > 1:
         begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
         options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
-    held, batch = pages(8, dim, page, dtype), table(rows, columns)
+    held, batch = pages(8, dim, page, dtype, kv_dtype), table(rows, columns)
     if listed:
         options["visited"] = visited_tiles(
             q, held[0], batch[0], None, batch[1], max_query_len=1, workspace=workspace, variant=options["variant"]
@@ -85,14 +95,14 @@ def decode(
 def shared_prefix(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
     page: int = 16, rows: int = 64, columns: int = 16, groups: int = 1, most: int = 16, processors: int = 132,
-    levels: int = 1, **options: Any,
+    levels: int = 1, kv_dtype: str | None = None, **options: Any,
 ) -> object:  # fmt: skip
     q, (page_table, lengths) = torch.zeros(rows, 8 * ratio, dim, dtype=dtype), table(rows, columns)
     begins, prefixes = (torch.zeros(levels, count, dtype=torch.int32) for count in (groups + 1, groups))
     workspace = Workspace(q.device)
     workspace.processors = processors
     return paged_decode_shared(
-        q, *pages(8, dim, page, dtype), page_table, lengths, begins, prefixes,
+        q, *pages(8, dim, page, dtype, kv_dtype), page_table, lengths, begins, prefixes,
         max_group_rows=most, scale=1.0, workspace=workspace, **options,
     )  # fmt: skip
 
@@ -104,16 +114,21 @@ def paged_peer(ratio: int, dim: int, *, page: int = 16, rows: int = 8) -> object
 
 def prefill(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
-    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, listed: bool = False, **options: Any,
+    page: int = 16, tokens: int = 512, rows: int = 1, columns: int = 16, listed: bool = False,
+    kv_dtype: str | None = None, **options: Any,
 ) -> object:  # fmt: skip
     q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
-    begins, held = torch.linspace(0, tokens, rows + 1).to(torch.int32), pages(8, dim, page, dtype)
+    begins, held = torch.linspace(0, tokens, rows + 1).to(torch.int32), pages(8, dim, page, dtype, kv_dtype)
     if listed:
         workspace, variant = Workspace(q.device), options["variant"]
         options["visited"] = visited_tiles(
             q, held[0], page_table, begins, lengths, max_query_len=tokens, workspace=workspace, variant=variant
         )
     return paged_prefill(q, *held, page_table, begins, lengths, scale=1.0, **options)
+
+
+def widened(kv_dtype: str) -> object:
+    return widened_pages(*pages(8, 128, 16, BF16, kv_dtype), *table(2, 16), BF16)
 
 
 def varied(dim: int = 128, **fields: Any) -> CompiledVariant:

@@ -23,7 +23,7 @@ from tests.tools.fresh import ROOT, fresh
 GIVEN = {name: ["--seeds", "2"] if name == "eval faults" else ["--device", "cpu"] for name in COMMANDS}
 # What is handed on, and what has no device.
 GIVEN |= {"lm-eval": ["--tasks", "hellaswag"], "report": ["a folder"]}
-GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "experts")}
+GIVEN |= {f"bench {name}": ["--rounds", "2"] for name in ("attention", "eight-bits", "experts")}
 NO_FOLDER = ("demo", "warmup", "serve", "lm-eval", "report")
 NOT_FOUND = models.RepositoryNotFoundError("404", response=mock.MagicMock())
 WRONG = [

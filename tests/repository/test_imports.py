@@ -20,6 +20,7 @@ HOUSE = (
 )  # fmt: skip
 FLOORS = {
     "kernels": (
+        "page_formats",
         "launch",
         "rehearsal",
         "relaunch",

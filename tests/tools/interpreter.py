@@ -9,7 +9,9 @@ What Triton 3.6.0 gets wrong with numpy 2.4; a star marks what 3.9.0 still does:
 - bf16 constants do not exist;
 - `tl.maximum` and `tl.minimum` propagate NaN, which a GPU drops.
 
-A sum or scan over bf16 is refused rather than repaired: kernels accumulate in fp32. fp8 is left as it is.
+- * fp32 to e4m3 is truncated, and NaN is lost on the way back.
+
+A sum or scan over bf16 is refused rather than repaired: kernels accumulate in fp32. Other types of fp8 are left as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -27,6 +30,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 _original = {name: getattr(InterpreterBuilder, name) for name in ("binary_op", "unary_op", "create_dot", "cast_impl")}
 _original_fma = InterpreterBuilder.create_fma
 _original_clamp = InterpreterBuilder.create_clampf
+_original_fp_to_fp = InterpreterBuilder.create_fp_to_fp
 _original_patch_lang = interpreter._patch_lang
 _original_patch_tensor = interpreter._patch_lang_tensor
 _original_check = interpreter.ReduceScanOpInterface.check_tensor
@@ -44,6 +48,7 @@ def repair() -> None:
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fma = _create_fma
     InterpreterBuilder.create_clampf = _create_clampf
+    InterpreterBuilder.create_fp_to_fp = _fp_to_fp
     InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     InterpreterBuilder.get_bf16 = lambda self, value: _narrow(np.array([value], dtype=np.float32))
@@ -100,6 +105,21 @@ def _create_dot(self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, 
         return _original["create_dot"](self, a, b, acc, *options)
     out = np.matmul(_wide(a), _wide(b)) + acc.data
     return TensorHandle(out.astype(acc.data.dtype), acc.dtype.scalar)
+
+
+def _to_e4m3(values: np.ndarray) -> TensorHandle:
+    """Numbers as e4m3, rounded to the nearest, and the largest instead of what is larger, as a GPU does."""
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448.0, 448.0)
+    return TensorHandle(wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
+
+
+def _fp_to_fp(self: Any, src: TensorHandle, dst_type: Any, rounding: Any) -> TensorHandle:
+    if dst_type.scalar == tl.float8e4nv:
+        return _to_e4m3(src.data)
+    if src.dtype.scalar == tl.float8e4nv:
+        wide = torch.from_numpy(np.ascontiguousarray(src.data)).view(torch.float8_e4m3fn).float().numpy()
+        return TensorHandle(wide.astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+    return _original_fp_to_fp(self, src, dst_type, rounding)
 
 
 def _cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
