@@ -102,6 +102,11 @@ class FastAttnConfig:
             raise ValueError(
                 "streaming and prefix_cache=True: pages of a row that forgets tokens hold no prefix; use one of them"
             )
+        if self.streaming is not None and self.kv_dtype is not None:
+            raise ValueError(
+                f"streaming and kv_dtype={self.kv_dtype!r}: the kernels that rotate keys as they read them read no 8 bits; "
+                "use one of them"
+            )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is unknown; choose one of {WEIGHTS}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:

@@ -20,6 +20,7 @@ from hf_fastattn.generation.model_class import fast_class
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.launch import converts_fp8
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
+from hf_fastattn.kernels.variants.trace import VariantError
 from hf_fastattn.kernels.variants.variant import Variant
 from hf_fastattn.layer_variants import LayerVariants, asked_variants
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
@@ -252,6 +253,11 @@ def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: Fas
             key = (id(wanted), device, turns)
             if key not in made:
                 if needs_rotation(wanted) and turns:
+                    if config.kv_dtype is not None:
+                        raise VariantError(
+                            f"rope='inside' with kv_dtype={config.kv_dtype!r}: the kernels that rotate keys read them as the "
+                            "model gives them; use one of the two, or give key_transform and query_transform of your own"
+                        )
                     length = 1 if config.streaming is None else config.streaming.layout(config.page_size).capacity
                     if device not in rotations:
                         rotations[device] = ModelRotation(_decoder_of(model, family), family, device, length)

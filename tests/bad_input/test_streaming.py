@@ -9,6 +9,7 @@ import torch
 
 import hf_fastattn
 from hf_fastattn import FastAttnConfig, PagedCache, Streaming, Variant
+from hf_fastattn.kernels.variants.trace import VariantError
 from hf_fastattn.transformers_version import CACHE
 from tests.tools.models import VOCAB, tiny
 
@@ -35,6 +36,10 @@ def test_options() -> None:
         FastAttnConfig(streaming=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="streaming and prefix_cache=True"):
         FastAttnConfig(streaming=STREAM, prefix_cache=True)
+    with pytest.raises(ValueError, match="streaming and kv_dtype='int8'"):
+        FastAttnConfig(streaming=STREAM, kv_dtype="int8")
+    with pytest.raises(VariantError, match="rope='inside' with kv_dtype='int8'"):
+        hf_fastattn.patch(tiny("llama"), variant=Variant(rope="inside"), kv_dtype="int8")
     with pytest.raises(ValueError, match="streaming and variant="):
         hf_fastattn.patch(tiny("llama"), variant=Variant(window=4), streaming=STREAM)
 
