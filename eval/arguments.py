@@ -139,11 +139,6 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         metavar="OPTION=VALUE,...",
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
-    made.add_argument(
-        "--kv-dtype",
-        choices=KV_DTYPES,
-        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
-    )
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
         "--inject",
@@ -159,6 +154,11 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
 def add_perplexity(made: argparse.ArgumentParser) -> None:
     """Perplexity of stock and patched on the same tokens, paired token by token. Exits with 1 if a variant alarms."""
     _add_accuracy(made, windows=48)
+    made.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
+    )
 
 
 def add_parity(made: argparse.ArgumentParser) -> None:

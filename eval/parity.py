@@ -30,7 +30,6 @@ from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, 
 from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
 from hf_fastattn.eval.accuracy.parity_loop import logprob_errors, loop_figures, run_loop, window_logprobs
 from hf_fastattn.eval.accuracy.processes import measured
-from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
@@ -43,12 +42,12 @@ ONE, STOCK = "stock, one forward", "stock"
 def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
     """The errors of every series on one batch, by window."""
     # One column more than is scored: the logits before a token are those that it was chosen by.
-    model, keep = setup.model, min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
-    wide, cached = models.truth_dtype(setup.dtype), setup.kv_dtype is not None
+    model, keep = setup.model, max(window.scored for window in batch.windows) + 1
+    wide = models.truth_dtype(setup.dtype)
     with models.in_precision(model, wide):
-        exact, exact_states = _at_once(model, batch, keep, cached)
+        exact, exact_states = _at_once(model, batch, keep)
     true = window_logprobs(exact, batch)
-    logits, states = _at_once(model, batch, keep, cached)
+    logits, states = _at_once(model, batch, keep)
     one = layer_errors(states, exact_states)
     series = {ONE: {**logit_errors(logits, exact, batch), **_by_window(one)}}
     likely = {"one": logprob_errors(window_logprobs(logits, batch), true), "size": [row.tolist() for row in true]}
@@ -59,7 +58,7 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
     likely["pieces"] = logprob_errors(window_logprobs(logits, batch), true)
     path = greedy_path(model, batch, new_tokens, share=False)
     with models.in_precision(model, wide):
-        exact_path = whole(model, path.as_batch(), new_tokens + 1, cached)[:, :-1]
+        exact_path = whole(model, path.as_batch(), new_tokens + 1)[:, :-1]
     series[STOCK]["greedy"] = path_errors(path, path, exact_path, exact_path)
     # Both of stock's ways bound what a token may be off in a layer.
     bounds = torch.maximum(one.amax((1, 2)), stock.amax((1, 2)))
@@ -83,7 +82,7 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
                 continue
             exact_ours = exact_path
             if not ours.same_tokens(path):
-                exact_ours = whole(model, ours.as_batch(), new_tokens + 1, cached)[:, :-1]
+                exact_ours = whole(model, ours.as_batch(), new_tokens + 1)[:, :-1]
         errors = layer_errors(states, exact_states)
         found = {**logit_errors(logits, exact, batch), **_by_window(errors)}
         found["first"] = first_beyond(errors, bounds, batch)
@@ -95,10 +94,10 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
     }  # fmt: skip
 
 
-def _at_once(model: Any, batch: WindowBatch, keep: int, cached: bool) -> tuple[Tensor, Tensor]:
+def _at_once(model: Any, batch: WindowBatch, keep: int) -> tuple[Tensor, Tensor]:
     """Logits `[B, keep, V]` and states `[layers, B, S, hidden]` of one forward."""
     with LayerTap(model) as tap:
-        logits = whole(model, batch, keep, cached)
+        logits = whole(model, batch, keep)
         return logits, tap.take(batch.mask)
 
 
@@ -135,9 +134,7 @@ def run(setup: Setup, new_tokens: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation; 0 if no variant alarms, else 1."""
     arguments, setup = options.set_up("parity", parser("eval parity"), argv)
-    # Patched models have caches of their own, which this does not touch.
-    with rounded_caches(setup.kv_dtype):
-        record = run(setup, arguments.new)
+    record = run(setup, arguments.new)
     text = parity_summary.markdown(record)
     report.write(setup.output, "parity", text, record, lambda plt: draw_parity(plt, record))
     return 0 if record["verdict"] == "green" else 1

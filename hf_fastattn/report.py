@@ -79,7 +79,6 @@ class Report:
             )
         )
 
-
     def _format_lines(self) -> list[str]:
         """The line about 8-bit keys and values, if there are any."""
         if self.kv_dtype is None:

@@ -82,9 +82,10 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    if arguments.inject in FORMAT_FAULTS and arguments.kv_dtype is None:
-        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give --kv-dtype")
-    chosen = variants.with_format(variants.chosen(arguments.variant, model, arguments.inject), arguments.kv_dtype)
+    kv_dtype = getattr(arguments, "kv_dtype", None)
+    if arguments.inject in FORMAT_FAULTS and kv_dtype is None:
+        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give perplexity --kv-dtype")
+    chosen = variants.with_format(variants.chosen(arguments.variant, model, arguments.inject), kv_dtype)
     if not chosen:
         raise ValueError(f"argument --inject: {arguments.inject!r} is in steps of the device's loop: {why_no_loop(model)}")
     skip = ("output", "quiet", "threads", "variant")
@@ -112,7 +113,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         chosen,
         arguments.inject,
         arguments.layer,
-        arguments.kv_dtype,
+        kv_dtype,
         journal,
         record,
         arguments.output,

@@ -76,8 +76,8 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (90, 4, 128): Tile(64, 32, 4, 2),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# One program per SM, with dependent launch; of 8 bits two. Used if rows * kv_heads <= SMs and either occupancy is no lower than with the
-# default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
+# One program per SM, with dependent launch; of 8 bits two. Used if rows * kv_heads <= SMs and either occupancy is no lower
+# than with the default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 1, 128): Tile(16, 128, 4, 5),

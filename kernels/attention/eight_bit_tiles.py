@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_fastattn.kernels.attention import tile
 from hf_fastattn.kernels.attention.eight_bits import (
     add_scaled,
     columns_by_four,
@@ -22,9 +21,8 @@ from hf_fastattn.kernels.attention.eight_bits import (
 )
 from hf_fastattn.kernels.attention.hooked import LOG2E as TO_BASE_2
 from hf_fastattn.kernels.attention.hooked import hooked_keys, hooked_mask, hooked_scores, sigmoid_weights
-
-attend_wide_tiles = tile.attend_tiles
-tile_scores = tile.tile_scores
+from hf_fastattn.kernels.attention.tile import attend_tiles as attend_wide_tiles
+from hf_fastattn.kernels.attention.tile import softmax_weights, tile_scores
 
 # Up to so many packed query rows the matrix unit takes both factors from registers, and for heads of at least so many
 # dimensions each of the four products has the 16 columns that it needs.
@@ -144,7 +142,7 @@ def _attend_eight_bits(
             decay = tl.full([q.shape[0]], 1.0, tl.float32)
             row_max = tl.zeros_like(row_sum)
         else:
-            row_max, decay, weights = tile.softmax_weights(scores, row_max, factor, factor[:, None])
+            row_max, decay, weights = softmax_weights(scores, row_max, factor, factor[:, None])
         row_sum = row_sum * decay + tl.sum(weights, 1)
         if WORDS:
             off_word = (slot >> 2)[:, None] + word[None, :]

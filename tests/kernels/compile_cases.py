@@ -163,18 +163,24 @@ CASES = {
         lambda: decode(4, 128, rows=64, processors=132, kv_dtype="int8"), ("split_kv_kernel",), programs=1, spilled=64
     ),
     "decode, D = 64, fp8": Case(
-        lambda: decode(7, 64, FP16, rows=64, window=128, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=1,
-        spilled=64, targets=FP8,
+        lambda: decode(7, 64, FP16, rows=64, window=128, processors=132, kv_dtype="fp8"),
+        ("split_kv_kernel",),
+        programs=1,
+        spilled=64,
+        targets=FP8,
     ),
     "decode, 16 tokens, fp8": Case(
         lambda: decode(4, 128, tokens=16, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
     ),
     "decode, one row, fp8": Case(
-        lambda: decode(4, 128, rows=1, kv_dtype="fp8"), ("decode_row_kernel",), programs=1, targets=FP8
+        lambda: decode(4, 128, rows=1, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
     ),
-    "decode, one row, int8": Case(lambda: decode(4, 128, rows=1, kv_dtype="int8"), ("decode_row_kernel",), programs=1),
     "shared prefix, fp8": Case(
-        lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"), SHARED_PREFIX, programs=1, spilled=64, targets=FP8,
+        lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"),
+        SHARED_PREFIX,
+        programs=1,
+        spilled=64,
+        targets=FP8,
     ),
     "shared prefix, int8": Case(
         lambda: shared_prefix(4, 128, rows=16, kv_dtype="int8"), SHARED_PREFIX, programs=1, spilled=64

@@ -13,6 +13,7 @@ import hf_fastattn
 from hf_fastattn.eval import fault_table, models
 from hf_fastattn.eval.accuracy import faults, texts, windows
 from hf_fastattn.eval.accuracy.feed import Schedule, in_pieces
+from hf_fastattn.eval.choices import KV_DTYPES
 from tests.eval.reduced import PLAIN, SHARED, SMALL
 
 OPTIONS = {"perplexity": [], "parity": ["--new", "6"]}
@@ -36,6 +37,22 @@ def test_no_alarm_without_a_fault(seed: int, name: str) -> None:
     window = ["--window", "48"] if seed == 1 else []
     record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *SHARED, *window, "--seed", str(seed)])
     assert record["verdict"] == "green" and record["planted"] == 0
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_scales_of_keys_that_are_off_are_caught(kv_dtype: str) -> None:
+    """And 8-bit keys and values by themselves raise no alarm, since stock rounds alike."""
+    options = [*SMALL, *PLAIN, "--kv-dtype", kv_dtype]
+    record = fault_table.evaluate("perplexity", options)
+    assert record["verdict"] == "green" and f"kv_dtype={kv_dtype}" in record["variants"][0]
+    record = fault_table.evaluate("perplexity", [*options, "--inject", "kv_scale"])
+    assert record["verdict"] == "red" and record["planted"] > 0
+    assert max(check["value"] / check["limit"] for check in record["checks"] if check["alarms"]) > 3
+
+
+def test_a_fault_of_scales_needs_scales() -> None:
+    with pytest.raises(SystemExit):
+        fault_table.evaluate("perplexity", [*SMALL, *PLAIN, "--inject", "kv_scale"])
 
 
 MIXTURE = ["--model", str(models.MIXTURE)]

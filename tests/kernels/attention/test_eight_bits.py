@@ -63,6 +63,15 @@ def test_decode(kv_dtype, shape, dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kv_dtype", FORMATS)
+@pytest.mark.parametrize("window", [None, 70])
+def test_one_row(kv_dtype, window):
+    for past in (0, 200):
+        batch = batch_of(kv_dtype, [1], [past], dtype=BF16, dim=64, ratio=4, page=16, window=window)
+        assert_attention(batch, attend(batch, window=window), window=window)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("counts", [[3, 1], [9, 20]])
 def test_appends_and_prompts(kv_dtype, dtype, counts):
