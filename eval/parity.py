@@ -42,7 +42,7 @@ ONE, STOCK = "stock, one forward", "stock"
 def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
     """The errors of every series on one batch, by window."""
     # One column more than is scored: the logits before a token are those that it was chosen by.
-    model, keep = setup.model, max(window.scored for window in batch.windows) + 1
+    model, keep = setup.model, min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
     wide = models.truth_dtype(setup.dtype)
     with models.in_precision(model, wide):
         exact, exact_states = _at_once(model, batch, keep)

@@ -253,14 +253,8 @@ def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: Fas
             key = (id(wanted), device, turns)
             if key not in made:
                 if needs_rotation(wanted) and turns:
-                    if config.kv_dtype is not None:
-                        raise VariantError(
-                            f"rope='inside' with kv_dtype={config.kv_dtype!r}: the kernels that rotate keys read them as the "
-                            "model gives them; use one of the two, or give key_transform and query_transform of your own"
-                        )
-                    length = 1 if config.streaming is None else config.streaming.layout(config.page_size).capacity
                     if device not in rotations:
-                        rotations[device] = ModelRotation(_decoder_of(model, family), family, device, length)
+                        rotations[device] = _rotation_of(model, family, device, config)
                     used = rotations[device].applied(wanted)
                 else:
                     used = wanted if turns else replace(wanted, rope="model")
@@ -273,8 +267,17 @@ def _prepared(model: Any, family: Family, asked: dict[int, Variant], config: Fas
     return LayerVariants(found, () if config.streaming else tuple(rotations.values()), inside)
 
 
-def _decoder_of(model: Any, family: Family) -> Any:
-    return next(module for module in model.modules() if plain_class(type(module)).__name__ == family.decoder)
+def _rotation_of(model: Any, family: Family, device: torch.device, config: FastAttnConfig) -> ModelRotation:
+    if config.kv_dtype is not None:
+        raise VariantError(
+            f"rope='inside' with kv_dtype={config.kv_dtype!r}: the kernels that rotate keys read them as the model gives "
+            "them; use one of the two, or give key_transform and query_transform of your own"
+        )
+    decoder = next(module for module in model.modules() if plain_class(type(module)).__name__ == family.decoder)
+    if config.streaming is None:
+        return ModelRotation(decoder, family, device, 1)
+    layout = config.streaming.layout(config.page_size)
+    return ModelRotation(decoder, family, device, layout.capacity, layout.step)
 
 
 def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: Family) -> tuple[list[str], str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.kernels.variants.hooks import CompiledVariant
     from hf_fastattn.kernels.variants.prepared import PreparedVariant
+    from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,22 @@ class Batch:
                 flat.append(table.expand(rows, -1, -1).reshape(self.tokens, -1))
             held = (cos, flat[0], flat[1])
             self._rope[cos.device] = held
+        return held[1], held[2]
+
+    def places(self, rotation: RotaryFrequencies, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`rotation.places` of the new tokens `[T]`, made once for all layers; positions are places in the cache."""
+        held = self._rope.get(device)
+        if held is None or held[0] is not rotation.table:
+            tensors = self.on(device)
+            if tensors.cu_seqlens is None:
+                position = tensors.seq_lens - 1
+            else:
+                ends, token = tensors.cu_seqlens[1:], torch.arange(self.tokens, device=device)
+                row = torch.searchsorted(ends, token, right=True, out_int32=True).clamp(max=self.rows - 1)
+                position = tensors.seq_lens[row] - ends[row] + token
+            # Rows that take no part have no token.
+            held = (rotation.table, *rotation.places(position.clamp(min=0).long()))
+            self._rope[device] = held
         return held[1], held[2]
 
     def forget_tables(self) -> None:

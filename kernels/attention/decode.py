@@ -113,7 +113,7 @@ def split_kv_kernel(
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
         last_key = length - new + token
         h = head * RATIO + query % RATIO
-        q = hooked_query(q, h, last_key, tensors, HOOKS, q_ptr + off_q, ok_m, D)
+        q = hooked_query(q, h, last_key, tensors, HOOKS, q_ptr + off_q, ok_m, D, BLOCK_N)
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
         listed = None

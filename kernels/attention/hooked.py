@@ -10,19 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_fastattn.kernels.attention.rotated import rotated_query
+from hf_fastattn.kernels.attention.rotated import MOST_TURNED, query_of_runs, rotated_query
 from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 
 LOG2E = tl.constexpr(LOG2E_FLOAT)
 
 
 @triton.jit
-def hooked_query(q, h, q_idx, tensors, HOOKS: tl.constexpr, q_ptr, ok_m, D: tl.constexpr):
-    """`q: [M, BLOCK_D]` after the query transform, which computes in fp32; where RoPE is inside, `rotated.rotated_query`.
+def hooked_query(q, h, q_idx, tensors, HOOKS: tl.constexpr, q_ptr, ok_m, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`q: [M, BLOCK_D]` after the query transform, which computes in fp32.
 
+    Where RoPE is inside, `rotated.query_of_runs` for few queries and runs no shorter than tiles, else
+    `rotated.rotated_query`.
     `q_ptr: [M]` is where each of them lies, if it is `ok_m`.
     """
-    if HOOKS.rotated > 0:
+    if HOOKS.rotated > 0 and HOOKS.run >= BLOCK_N and q.shape[0] <= MOST_TURNED:
+        turned = query_of_runs(q, q_ptr, ok_m, q_idx, tensors[HOOKS.rotation_table], HOOKS, D)
+    elif HOOKS.rotated > 0:
         turned = rotated_query(q_ptr, ok_m, q_idx, tensors[HOOKS.rotation_table], HOOKS, D)
     elif HOOKS.query_transform is not None:
         turned = HOOKS.query_transform(q.to(tl.float32), h[:, None], q_idx[:, None], tensors).to(q.dtype)

@@ -62,7 +62,7 @@ def prefill_kernel(
 
         h = head * RATIO + query % RATIO
         q_idx = length - new + token
-        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_m, D)
+        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_m, D, BLOCK_N)
 
         # ---- which keys: every query of the tile sees [all_from, all_upto), none sees a key outside [none_below, none_from)
         past = length - new

@@ -178,7 +178,7 @@ def attend_prefixes(
             h = head * RATIO + m % RATIO
             # Each row's query is at the end of its own keys.
             q_idx = tl.load(seq_lens_ptr + token, mask=ok_m, other=1) - 1
-            q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_m, D)
+            q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_m, D, BLOCK_N)
             row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
             last_key = tl.full([BLOCK_M], 0, tl.int32) + length
             table = page_table_ptr + reader.to(tl.int64) * stride_table
@@ -239,7 +239,7 @@ def attend_suffixes(
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_s[:, None] & (d < D)[None, :], other=0.0)
         h = head * RATIO + tl.minimum(s, RATIO - 1)
         q_idx = tl.zeros_like(s) + length - 1
-        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_s, D)
+        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_s, D, BLOCK_N)
         row_max, row_sum, acc = empty_state(BLOCK_S, BLOCK_D)
         last_key = tl.full([BLOCK_S], 0, tl.int32) + length
         table = page_table_ptr + b.to(tl.int64) * stride_table

@@ -19,7 +19,7 @@ from hf_fastattn.kernels.attention.hooked import (
     hooked_sink,
     sigmoid_step,
 )
-from hf_fastattn.kernels.attention.rotated import rotated_keys, tile_angles, unrotated_keys
+from hf_fastattn.kernels.attention.rotated import MOST_TURNED, query_for_tile, rotated_keys, tile_angles, unrotated_keys
 from hf_fastattn.kernels.launch import LOG2E
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, Hooks
 
@@ -181,11 +181,14 @@ def attend_tiles(
     `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
     `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
     `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get. Where RoPE
-    is inside, `q` is what `rotated.rotated_query` gives.
+    is inside, `q` is what `hooked.hooked_query` gives.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    if HOOKS.rotated > 0:
+    TURNED: tl.constexpr = HOOKS.rotated > 0 and HOOKS.run >= BLOCK_N and row_max.shape[0] <= MOST_TURNED
+    near_cos = None
+    near_sin = None
+    if HOOKS.rotated > 0 and HOOKS.run < BLOCK_N:
         near_cos, near_sin = tile_angles(tensors[HOOKS.rotation_table], HOOKS, BLOCK_N)
     for at in tl.range(lo, hi, BLOCK_N if listed is None else 1, num_stages=STAGES):
         key = at
@@ -209,7 +212,10 @@ def attend_tiles(
         else:
             k = tl.load(k_ptr + off_kv, mask=(d < D)[None, :], other=0.0)
         k = hooked_keys(k, head, key_n, tensors, HOOKS)
-        if HOOKS.rotated > 0:
+        if TURNED:
+            turned = query_for_tile(q, key, tensors[HOOKS.rotation_table], HOOKS, k.dtype)
+            scores = tile_scores(turned, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        elif HOOKS.rotated > 0:
             # Its halves are loaded apart; `k`, which nobody reads then, is not loaded.
             scores = _rotated_scores(
                 q, k_ptr + slot + head_offset, ok_n, key, near_cos, near_sin, tensors, scale, softcap,

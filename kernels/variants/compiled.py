@@ -78,6 +78,7 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
             raise VariantError(f"RoPE inside reads a table on {rotation.table.device}, but the model is on {device}")
         inside |= rotation.blocks(head_dim)
         inside |= {"rotation_factor": rotation.factor**2, "rotation_table": _number_of(tensors, rotation.table)}
+        inside["run"] = rotation.run
     hooks = _hooks(text, given, variant, factor)._replace(**inside)
     to_16_bits = text.replace("dev.tanh(", "dev.tanh_to_16_bits(")
     hooks_16_bits = hooks if to_16_bits == text else _hooks(to_16_bits, given, variant, factor)._replace(**inside)

@@ -26,7 +26,7 @@ class Hooks(NamedTuple):
     `score_mod` gets, which launchers put into the scale. The Gluon prefill takes `score_mod` in the parts of `distances.py`:
     `score_rest`, with what `score_by_distance` gives if there is one, times `last_factor`. Where both transforms are one
     `RotaryFrequencies`, `rotated` elements of a head are rotated by the table `tensors[rotation_table]`, instead of them:
-    see `attention.rotated`; `rotation_factor` is that of queries and keys together.
+    see `attention.rotated`; `rotation_factor` is that of queries and keys together, `run` that of `RotaryFrequencies`.
     """
 
     score_mod: Any = None
@@ -46,6 +46,7 @@ class Hooks(NamedTuple):
     block_rest: int = 0
     rotation_factor: float = 1.0
     rotation_table: int = 0
+    run: int = 1
 
 
 NO_HOOKS = Hooks()

@@ -13,10 +13,12 @@ from torch import Tensor, fx
 from hf_fastattn.kernels.variants.captured import captured, same_objects
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 from hf_fastattn.kernels.variants.trace import TracedHook, VariantError, trace
-from hf_fastattn.kernels.variants.variant import FUNCTIONS, Variant, is_triton
+from hf_fastattn.kernels.variants.variant import FUNCTIONS, Variant, is_triton, rotation_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 
 
 class PreparedVariant:
@@ -44,6 +46,7 @@ class PreparedVariant:
         asked: Variant | None = None,
     ) -> None:
         self.variant, self.asked = variant, asked or variant
+        self._rotation = rotation_of(variant)
         self._head_dim, self._device, self._translate = head_dim, device, translate
         self._compiled: dict[Any, CompiledVariant] = {}
         _check_heads(variant, heads)
@@ -89,6 +92,11 @@ class PreparedVariant:
     def rotates(self) -> bool:
         """Whether its transforms rotate queries and keys (`rope="inside"`), so that the cache keeps keys before RoPE."""
         return getattr(self.variant, "rope", "model") == "inside"
+
+    @property
+    def rotation(self) -> RotaryFrequencies | None:
+        """What rotates both queries and keys inside, if the kernels know it."""
+        return self._rotation
 
     @property
     def needs_gradients(self) -> bool:

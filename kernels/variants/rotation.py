@@ -59,17 +59,26 @@ class RotaryFrequencies:
         table: `[FINE + COARSE, 2, width / 2]` fp32, cosines and sines of positions 0 to FINE - 1, then of multiples of FINE;
             see `of`. Of longer heads what lies behind `width` is not rotated.
         factor: on rotated queries and on rotated keys (YaRN's and LongRoPE's attention factor).
+        run: queries and keys come rotated to their places in runs of so many positions, see `places`, and are rotated by
+            where their run begins: keys of a run alike, which the kernels do to queries instead. A power of 2; with 1
+            they come unrotated.
     """
 
     table: Tensor
     factor: float = 1.0
+    run: int = 1
 
     @staticmethod
-    def of(frequencies: Tensor, factor: float = 1.0) -> RotaryFrequencies:
+    def of(frequencies: Tensor, factor: float = 1.0, run: int = 1) -> RotaryFrequencies:
         """From `frequencies: [width / 2]` in radians a position, on their device."""
         steps = torch.cat((torch.arange(FINE), torch.arange(COARSE) * FINE)).to(frequencies.device, torch.float64)
         angles = steps[:, None] * frequencies.to(torch.float64)
-        return RotaryFrequencies(torch.stack((angles.cos(), angles.sin()), 1).float(), float(factor))
+        return RotaryFrequencies(torch.stack((angles.cos(), angles.sin()), 1).float(), float(factor), run)
+
+    def places(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin `[T, width]` by which vectors at `position: [T]` are rotated before they come here."""
+        cos, sin = self.table[position % self.run].unbind(1)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     @property
     def width(self) -> int:
@@ -84,6 +93,7 @@ class RotaryFrequencies:
 
     def __call__(self, x: Tensor, h: Tensor, position: Tensor) -> Tensor:
         """`x: [.., D]`, rotated to `position: [..]`, any shape that broadcasts."""
+        position = position - position % self.run
         fine, coarse = self.table[position % FINE], self.table[FINE + position // FINE]
         cos = (fine[..., 0, :] * coarse[..., 0, :] - fine[..., 1, :] * coarse[..., 1, :]) * self.factor
         sin = (fine[..., 1, :] * coarse[..., 0, :] + fine[..., 0, :] * coarse[..., 1, :]) * self.factor

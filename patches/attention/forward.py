@@ -140,10 +140,14 @@ def attend_projected(
     q, k = q.to(v.dtype), k.to(v.dtype)
     window = cache.layers[module.layer_idx].window
     k_pages, v_pages = cache.pages_for(module.layer_idx, k)
-    cos, sin = batch.rope(*position_embeddings)
-    inside = state.variant is not None and state.variant.rotates
-    if inside or (family.rotates is not None and not family.rotates(module)):
-        cos, sin = cos[:, :0], sin[:, :0]
+    rotation = None if state.variant is None else state.variant.rotation
+    if rotation is not None and rotation.run > 1:
+        cos, sin = batch.places(rotation, k.device)
+    else:
+        cos, sin = batch.rope(*position_embeddings)
+        inside = state.variant is not None and state.variant.rotates
+        if inside or (family.rotates is not None and not family.rotates(module)):
+            cos, sin = cos[:, :0], sin[:, :0]
     q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
     if family.query_scale is not None:
         q = q * _query_scale(module, family, position_ids, batch).to(q.dtype)

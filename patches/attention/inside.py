@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from hf_fastattn.patches.family import Family
 
 # Kinds of RoPE in Transformers whose frequencies depend on how long the rows are.
 BY_LENGTH = ("dynamic", "longrope")
+# Positions of a run, in which keys are rotated as they are cached: a multiple of every tile of keys.
+LONGEST_RUN = 128
 
 
 class ModelRotation:
@@ -23,12 +27,13 @@ class ModelRotation:
         family: of the decoder.
         device: where attention reads the table.
         length: of the longest rows, for kinds of RoPE whose frequencies depend on it; `reach` gives another one.
+        step: positions by which keys move as rows forget tokens, if they do.
 
     Raises:
         ValueError: the rotary embedding is none that has one frequency for each pair of elements.
     """
 
-    def __init__(self, decoder: Any, family: Family, device: torch.device, length: int) -> None:
+    def __init__(self, decoder: Any, family: Family, device: torch.device, length: int, step: int = LONGEST_RUN) -> None:
         if family.axes:
             raise ValueError(f"RoPE inside attention: positions of a {family.model_type} model are on three axes")
         rotary = getattr(decoder, "rotary_emb", None)
@@ -39,7 +44,9 @@ class ModelRotation:
         kind = getattr(rotary, "rope_type", "default")
         self._by_length = isinstance(kind, str) and any(name in kind for name in BY_LENGTH)
         self._length = length
-        self.rotation = RotaryFrequencies.of(self._frequencies().to(device), self._factor)
+        # In runs keys have frequencies of their own, and places that do not change.
+        run = 1 if self._by_length else math.gcd(step, LONGEST_RUN)
+        self.rotation = RotaryFrequencies.of(self._frequencies().to(device), self._factor, run)
 
     @property
     def _factor(self) -> float:
@@ -74,7 +81,10 @@ class ModelRotation:
 
     def applied(self, variant: Variant) -> Variant:
         """`variant`, of `rope="inside"`, with the rotation in place of each transform that is missing."""
-        return variant.rotated_by(self.rotation)
+        if variant.query_transform is None and variant.key_transform is None:
+            return variant.rotated_by(self.rotation)
+        # Functions of the user's own get vectors that are not rotated.
+        return variant.rotated_by(replace(self.rotation, run=1))
 
 
 def needs_rotation(variant: Variant) -> bool:

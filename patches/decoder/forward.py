@@ -199,7 +199,9 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     visible = visible_columns(mask, cache, rows, columns)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     reason = why_not_paged(self, mask, cache, visible, kwargs)
-    if reason == HIDES_CACHED and visible is not None and can_hide(cache, rows):
+    # Keys with RoPE inside belong to their places.
+    moves = not state.runtime.variants.rotates
+    if reason == HIDES_CACHED and visible is not None and moves and can_hide(cache, rows):
         hide_tokens(cache, visible[:, :past])
         reason = why_not_paged(self, mask, cache, visible, kwargs)
     adapters = None

@@ -244,6 +244,9 @@ CASES = {
         programs=1,
     ),
     # Angles of a tile stay in registers.
+    "decode, RoPE inside, keys not rotated": Case(
+        lambda: decode(4, 128, rows=64, processors=132, variant=inside(run=1)), ("split_kv_kernel",), programs=2
+    ),
     "decode, RoPE inside": Case(
         lambda: decode(4, 128, rows=64, processors=132, variant=inside()), ("split_kv_kernel",), programs=2
     ),

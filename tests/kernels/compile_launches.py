@@ -43,6 +43,7 @@ from hf_fastattn.kernels.sampling.slide import slide
 from hf_fastattn.kernels.sampling.typical import typical_scores
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
+from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 from hf_fastattn.kernels.variants.variant import Variant
 from tests.kernels.variants import mods
 
@@ -137,9 +138,9 @@ def varied(dim: int = 128, **fields: Any) -> CompiledVariant:
     return compile_variant(Variant(**functions), dim, torch.device("cpu"))
 
 
-def inside(dim: int = 128, width: int | None = None, **fields: Any) -> CompiledVariant:
+def inside(dim: int = 128, width: int | None = None, run: int = 128) -> CompiledVariant:
     """RoPE inside attention, of so many elements of a head."""
-    variant = Variant(rope="inside", **fields).with_frequencies(torch.ones((width or dim) // 2))
+    variant = Variant(rope="inside").rotated_by(RotaryFrequencies.of(torch.ones((width or dim) // 2), run=run))
     return compile_variant(variant, dim, torch.device("cpu"))
 
 

@@ -129,6 +129,29 @@ def test_frequencies_in_kernels(kind, shape):
     test_kernels.check(variant, kind, dim=dim, dtype=dtype, groups=2)
 
 
+def in_runs(width: int, run: int, device: str = "cpu") -> Variant:
+    return Variant(rope="inside").rotated_by(RotaryFrequencies.of(frequencies(width).to(device), 1.3, run))
+
+
+# No shorter than a tile of keys, and shorter.
+@pytest.mark.interpreter
+@pytest.mark.parametrize("run", [128, 4])
+@pytest.mark.parametrize("kind", test_kernels.BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_rotated_in_runs(kind, shape, run):
+    dim, width, dtype = SHAPES[shape]
+    test_kernels.check(in_runs(width, run), kind, dim=dim, dtype=dtype, groups=2)
+
+
+@pytest.mark.parametrize("run", [1, 4, 128])
+def test_places_in_runs_and_where_runs_begin_are_positions(run):
+    rotation, whole = RotaryFrequencies.of(frequencies(16), 1.5, run), RotaryFrequencies.of(frequencies(16), 1.5)
+    x, position = torch.randn(6, 16), torch.tensor([0, 3, 127, 128, 300, 70_001])
+    cos, sin = rotation.places(position)
+    before = x * cos + torch.cat((x[:, 8:], x[:, :8]), 1) * sin
+    torch.testing.assert_close(rotation(before, torch.tensor(0), position), whole(x, torch.tensor(0), position))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", test_kernels.BATCHES)
 def test_with_other_functions(kind):
@@ -137,13 +160,12 @@ def test_with_other_functions(kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", [128, 1])
 @pytest.mark.parametrize("kind", test_kernels.BATCHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_frequencies_in_compiled_kernels(kind, shape):
+def test_frequencies_in_compiled_kernels(kind, shape, run):
     dim, width, dtype = SHAPES[shape]
-    rotation = RotaryFrequencies.of(frequencies(width).cuda(), 1.3)
-    variant = Variant(rope="inside", query_transform=rotation, key_transform=rotation)
-    test_kernels.check(variant, kind, dim=dim, dtype=dtype, groups=2, device="cuda")
+    test_kernels.check(in_runs(width, run, "cuda"), kind, dim=dim, dtype=dtype, groups=2, device="cuda")
 
 
 def test_kernels_see_one_rotation_only():
