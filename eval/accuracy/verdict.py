@@ -60,7 +60,7 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
     """
     idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"])
     reasons = sorted({reason for call in counters for reason in call["not_looped"]})
-    # Prompts of some models are never recorded, which counts as uncaptured too; a step whose capture failed is another matter.
+    # Prompts of some models are never recorded, which is uncaptured too; a step whose capture failed is another matter.
     failed = [any(reason.startswith("capturing it failed") for reason in call["uncaptured"]) for call in counters]
     still = sum(1 for call, lost in zip(counters, failed, strict=True) if lost or not call["graphs_replayed"])
     layered = sorted({reason for call in counters for reason in call["uncaptured"]})
