@@ -91,7 +91,9 @@ def test_the_harness_s_own_command_knows_the_model(tmp_path: Path) -> None:
     assert written["results"]["fastattn_pairs"]["acc,none"] == 1.0 and written["config"]["model"] == "hf-fastattn"
 
 
-def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_harness_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
