@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import hf_fastattn
 from hf_fastattn.eval.choices import SHIPPED
 
-pytest.importorskip("lm_eval")
-
-from hf_fastattn.eval.harness.model import HFLM, FastLM  # noqa: E402
+model_module = pytest.importorskip("hf_fastattn.eval.harness.model", reason="lm-eval is not installed")
+HFLM, FastLM = model_module.HFLM, model_module.FastLM
 
 FEW = "Remember oak river stone.\n" * 12
 TEXTS = ["def add(a, b):\n", "import os\nimport", "She had two apples, and", "for line in open(path):\n", "And the LORD"]
