@@ -76,13 +76,13 @@ def test_texts_come_from_one_running_batch(both: tuple[Any, Any]) -> None:
 
     def asked() -> list[Any]:
         # The harness writes to the options.
-        short = [request(text, {"until": ["\n", ". "], "max_gen_toks": 12}) for text in TEXTS]
+        short = [request(text, {"until": ["\n", ". "], "max_gen_toks": 64}) for text in TEXTS]
         return [*short, *(request(text, {"until": [], "max_gen_toks": 5, "do_sample": False}) for text in TEXTS[:2])]
 
     answers = lm.generate_until(asked(), disable_tqdm=True)
     assert answers == stock.generate_until(asked(), disable_tqdm=True) and len(set(answers)) > 4
     call = hf_fastattn.report(lm.model).last_call
-    assert not lm.stock_ways and 0 < call.batch_steps <= 12 and not call.not_looped and lm.batch_size == 4
+    assert not lm.stock_ways and 0 < call.batch_steps < 48 and not call.not_looped and lm.batch_size == 4
     assert hf_fastattn.report(lm.model).pages_in_use == 0
 
 
