@@ -81,8 +81,16 @@ def test_texts_come_from_one_running_batch(both: tuple[Any, Any]) -> None:
 
     answers = lm.generate_until(asked(), disable_tqdm=True)
     assert answers == stock.generate_until(asked(), disable_tqdm=True) and len(set(answers)) > 4
+    # Of those with stop strings some leave the batch at one, and are not served to their end.
+    assert lm.generate_until(asked()[:5], disable_tqdm=True) == answers[:5]
     call = hf_fastattn.report(lm.model).last_call
-    assert not lm.stock_ways and 0 < call.batch_steps < 48 and not call.not_looped and lm.batch_size == 4
+    assert (
+        not lm.stock_ways
+        and call.batch_steps > 0
+        and call.requests_batched < 5
+        and not call.not_looped
+        and lm.batch_size == 4
+    )
     assert hf_fastattn.report(lm.model).pages_in_use == 0
 
 
