@@ -100,12 +100,13 @@ def draw(plt: Any, record: dict[str, Any]) -> Any:
             one = axes[row][column]
             image = one.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
             for y, x in np.ndindex(*shares.shape):
-                one.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", fontsize=7)
+                colour = "black" if 20 < shares[y, x] < 80 else "white"
+                one.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", fontsize=7, color=colour)
             one.set_title(f"{WORDS[task]}, {word}", fontsize=9)
             one.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             one.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
             one.set_xlabel("tokens of the context", fontsize=8)
             one.set_ylabel("depth" if column == 0 else "", fontsize=8)
             one.tick_params(labelsize=7)
-    figure.colorbar(image, ax=axes, shrink=0.8).set_label("answers that are right, %", fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.8).ax.set_title("right, %", fontsize=8)
     return figure

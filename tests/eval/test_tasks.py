@@ -1,18 +1,19 @@
-"""`eval tasks`, `bench tasks` and `lm-eval` on the shipped checkpoint and its tasks: scores, counts, and what turns them red."""
+"""`eval tasks`, `bench tasks` and `lm-eval` on the shipped checkpoint: scores, counts, and what turns them red."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("lm_eval")
+from hf_fastattn.eval import harness_command, task_speed, tasks
+from hf_fastattn.eval.choices import SHIPPED
+from hf_fastattn.eval.harness import recorded, scorer
 
-from hf_fastattn.eval import harness_command, task_speed, tasks  # noqa: E402
-from hf_fastattn.eval.choices import SHIPPED  # noqa: E402
-from hf_fastattn.eval.harness import recorded, scorer  # noqa: E402
+pytest.importorskip("lm_eval")
 
 FEW = ["--device", "cpu", "--dtype", "float32", "--quiet", "--limit", "3", "--num-fewshot", "2"]
 NAMES = ["fastattn_next_line", "fastattn_pairs"]
@@ -91,9 +92,9 @@ def test_the_harness_s_own_command_knows_the_model(tmp_path: Path) -> None:
     assert written["results"]["fastattn_pairs"]["acc,none"] == 1.0 and written["config"]["model"] == "hf-fastattn"
 
 
-def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
-
+def test_without_the_harness_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     for command in (harness_command.main, tasks.main):

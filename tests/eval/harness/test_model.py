@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import hf_fastattn
 from hf_fastattn.eval.choices import SHIPPED
 
-pytest.importorskip("lm_eval")
-
-from hf_fastattn.eval.harness.model import HFLM, FastLM  # noqa: E402
+model_module = pytest.importorskip("hf_fastattn.eval.harness.model", reason="lm-eval is not installed")
+HFLM, FastLM = model_module.HFLM, model_module.FastLM
 
 FEW = "Remember oak river stone.\n" * 12
 TEXTS = ["def add(a, b):\n", "import os\nimport", "She had two apples, and", "for line in open(path):\n", "And the LORD"]
@@ -77,13 +76,21 @@ def test_texts_come_from_one_running_batch(both: tuple[Any, Any]) -> None:
 
     def asked() -> list[Any]:
         # The harness writes to the options.
-        short = [request(text, {"until": ["\n", ". "], "max_gen_toks": 12}) for text in TEXTS]
+        short = [request(text, {"until": ["\n", ". "], "max_gen_toks": 64}) for text in TEXTS]
         return [*short, *(request(text, {"until": [], "max_gen_toks": 5, "do_sample": False}) for text in TEXTS[:2])]
 
     answers = lm.generate_until(asked(), disable_tqdm=True)
     assert answers == stock.generate_until(asked(), disable_tqdm=True) and len(set(answers)) > 4
+    # Of those with stop strings some leave the batch at one, and are not served to their end.
+    assert lm.generate_until(asked()[:5], disable_tqdm=True) == answers[:5]
     call = hf_fastattn.report(lm.model).last_call
-    assert not lm.stock_ways and 0 < call.batch_steps <= 12 and not call.not_looped and lm.batch_size == 4
+    assert (
+        not lm.stock_ways
+        and call.batch_steps > 0
+        and call.requests_batched < 5
+        and not call.not_looped
+        and lm.batch_size == 4
+    )
     assert hf_fastattn.report(lm.model).pages_in_use == 0
 
 
