@@ -124,8 +124,9 @@ def draw_logprobs(plt: Any, record: dict[str, Any]) -> Any:
     figure.suptitle(_title("Log-probabilities", record), fontsize=11)
     size, words = unit(value for row in record["series"] for value in row["quantiles"])
     for index, row in enumerate(record["series"]):
-        style = {"color": colours[row["series"]], "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1}
-        upper.plot(range(4), [value / size for value in row["quantiles"]], label=series(row["series"]), **style)
+        marker, name = _marker(record["series"], index), row["series"] if row["series"] == "stock" else series(row["series"])
+        style = {"color": colours[row["series"]], "marker": marker, "markersize": 5, "linewidth": 1}
+        upper.plot(range(4), [value / size for value in row["quantiles"]], label=name, **style)
     upper.set_xticks(range(4), ["half of all tokens", "90%", "99%", "all"])
     upper.set_xlabel("share of tokens", fontsize=9)
     upper.set_ylabel(f"generate() and a later forward differ\nby at most so many {words}a nat", fontsize=9)
