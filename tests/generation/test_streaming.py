@@ -173,7 +173,7 @@ def test_rows_of_any_lengths_in_either_loop(tokens):
 def test_rows_end_and_samples_share(tokens):
     """Samples of a prompt go on apart; rows that end leave the batch, and the others draw what they would have drawn."""
     model, prompt = model_with(), tokens[None, :50]
-    call = {"max_new_tokens": 80, "do_sample": True, "num_return_sequences": 6, "pad_token_id": 0}
+    call = {"max_new_tokens": 80, "do_sample": True, "top_k": 2, "num_return_sequences": 6, "pad_token_id": 0}
     with hf_fastattn.patched(model, streaming=STREAM, page_size=PAGE), reexecuted_loop():
         torch.manual_seed(1)
         samples = model.generate(prompt, **call)
@@ -184,6 +184,10 @@ def test_rows_end_and_samples_share(tokens):
         torch.manual_seed(1)
         ended = model.generate(prompt, eos_token_id=end, **call)
     for row in range(6):
+        # A row that another one had written to would have drawn others.
+        logits = streamed_logits(model, samples[row, :-1].clone(), LAYOUT)[49:]
+        chosen = logits.gather(1, samples[row, 50:, None])[:, 0]
+        assert bool((chosen >= logits.topk(2).values[:, 1] - 1e-3).all())
         new = samples[row, 50:].tolist()
         stop = new.index(end) + 1 if end in new else len(new)
         assert ended[row, 50 : 50 + stop].tolist() == new[:stop]

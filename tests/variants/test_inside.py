@@ -40,6 +40,20 @@ def test_every_scaling(rope):
     assert torch.equal(got, want) and torch.equal(looped, want)
 
 
+def test_rows_of_several_runs():
+    """Prompts, appends and steps whose keys lie in several runs of positions, in rows that begin at different columns."""
+    model, call = model_with("yarn"), {**prompts(2, 250), "max_new_tokens": 20}
+    want, logits = model.generate(**call), model(call["input_ids"]).logits
+    with hf_fastattn.patched(model, variant=INSIDE), reexecuted_loop(), torch.no_grad():
+        assert torch.equal(model.generate(**call), want)
+        assert assert_fast(model).fast_loops == 1
+        cache, parts = PagedCache(model.config), call["input_ids"].split([100, 90, 60], 1)
+        got = torch.cat([model(part, **{CACHE: cache}).logits for part in parts], 1)
+        # Stock's own error against fp64 is 2e-4 here.
+        torch.testing.assert_close(got, logits, atol=1e-3, rtol=1e-3)
+        cache.reset()
+
+
 def test_frequencies_that_depend_on_the_length_are_those_of_the_rows():
     """Within the length that a model was made for, and past it."""
     torch.manual_seed(3)
