@@ -39,6 +39,8 @@ def watched(device: torch.device) -> Iterator[Peak | None]:
         yield None
         return
     free_memory()
+    # A process that has not used the device yet has no figures to reset.
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(device)
     held, taken, pools = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device), idle_in_pools(device)
     peak = Peak()

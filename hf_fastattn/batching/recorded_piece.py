@@ -61,8 +61,8 @@ class _OneSlot:
     def paged_batch(self) -> Batch | None:
         return self.cache.paged_batch
 
-    def using(self, batch: Batch, states: Any = None) -> Any:
-        return self.cache.using(batch, states)
+    def using(self, batch: Batch, *on: Any) -> Any:
+        return self.cache.using(batch, *on)
 
     def grow_tensors(self) -> None:
         self.cache.grow_tensors()

@@ -79,6 +79,8 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
 # One program per SM, with dependent launch; of 8 bits two. Used if rows * kv_heads <= SMs and either occupancy is no lower
 # than with the default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
+# Programs of one warp are slower where each reads so few tiles that it should be quick: measured at 64 pairs, not at 128.
+FEW_PAIRS_OF_8_BITS = 2
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 1, 128): Tile(16, 128, 4, 5),
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
@@ -180,9 +182,8 @@ def split_kv_tile(
     if fitting and (many or _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL)):
         found = fitting
     if few and pairs <= processors:
-        as_full = _fill(few, pairs, processors) >= _fill(found, pairs, processors)
-        # With 8 bits for FEW_PAIRS alone, whose programs read so few tiles that each should be quick.
-        found = few if (as_full and itemsize != 1) or pairs * FEW_PAIRS <= processors else found
+        as_full = itemsize != 1 and _fill(few, pairs, processors) >= _fill(found, pairs, processors)
+        found = few if as_full or pairs * (FEW_PAIRS_OF_8_BITS if itemsize == 1 else FEW_PAIRS) <= processors else found
     return found
 
 

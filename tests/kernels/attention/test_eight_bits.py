@@ -345,7 +345,8 @@ def test_append_on_a_gpu(kv_dtype):
         written.append([x.flatten(0, 1)[slots] for x in dequantised(*pages, FP32, 20)])
     # Values are not rotated: byte for byte the same. Keys are rounded once here, and to bf16 before in the reference.
     assert torch.equal(written[0][1], written[1][1])
-    step = 2.0**-3 if kv_dtype == "fp8" else 1 / 127
+    # Of the scale too, which the rounding of the largest number decides, and which is rounded to bf16 itself.
+    step = 2.0**-3 if kv_dtype == "fp8" else 1 / 127 + 2.0**-7
     largest = written[1][0].abs().amax(-1, keepdim=True)
     assert ((written[0][0] - written[1][0]).abs() <= step * largest).all()
     assert (written[0][0] != written[1][0]).float().mean() < 0.1
