@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-COLOURS = {"ours": "#1f77b4", "sdpa": "#8d99a6", "flashinfer": "#2ca02c"}
-NAMES = {"ours": "hf_fastattn", "sdpa": "PyTorch, contiguous keys and values", "flashinfer": "FlashInfer"}
+COLOURS = {"ours": "#1f77b4", "sdpa": "#8d99a6", "flashinfer": "#2ca02c", "recorded": "#98df8a"}
+NAMES = {
+    "ours": "hf_fastattn",
+    "sdpa": "PyTorch, contiguous keys and values",
+    "flashinfer": "FlashInfer",
+    "recorded": "FlashInfer, its best in an earlier run",
+}
 TITLES = {
     "decode": "decode: rows x keys of a row",
     "append": "append: new tokens on keys before them, B rows",
     "prefill": "prefill: rows x tokens",
+    "shared": "decode of rows that share prefixes: rows of the prefix's keys",
 }
 
 
 def draw_attention(plt: Any, record: dict[str, Any]) -> Any:
     """A panel a kind; bars are ours and the peers', as a share of the limit that the same run measured."""
-    rows = [row for row in record["rows"] if row["agrees"]]
+    rows = [row for row in (*record["rows"], *shared_rows(record)) if row["agrees"]]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure = plt.figure(figsize=(8, 3.3 * (2 if len(kinds) > 1 else 1)), layout="constrained")
     figure.suptitle(
@@ -31,6 +37,19 @@ def draw_attention(plt: Any, record: dict[str, Any]) -> Any:
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return figure
+
+
+def shared_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shapes of the table of shared prefixes that have a limit, as rows of a kind of their own."""
+    rows = []
+    for row in record.get("shared", ()):
+        if row.get("limit_us"):
+            peers = {"recorded": min(row["flashinfer_us"])} if row.get("flashinfer_us") else {}
+            us = {"ours": row["us"]["ours"], **peers}
+            rows.append(
+                {"kind": "shared", "shape": row["shape"], "agrees": row["agrees"], "us": us, "limit_us": row["limit_us"]}
+            )
+    return rows
 
 
 def _panels(figure: Any, rows: list[dict[str, Any]], kinds: list[str]) -> list[Any]:
