@@ -59,7 +59,7 @@ def _fp32_products(q, k):
 
 
 @triton.jit
-def _products(q, k, PRECISION: tl.constexpr):
+def _query_key_products(q, k, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         scores = _fp32_products(q, k)
     else:
@@ -73,7 +73,7 @@ def tile_scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.c
 
     `factors`, which broadcast to them, if given, are what products with 8-bit keys are to be multiplied with.
     """
-    scores = _products(q, k, PRECISION)
+    scores = _query_key_products(q, k, PRECISION)
     if factors is not None:
         scores = scores * factors
     return _capped(scores, scale, softcap, HAS_SOFTCAP, PRECISION)
@@ -87,9 +87,9 @@ def _rotated_scores(
     """`tile_scores` of rotated queries, in parts, and keys at `k_ptr: [BLOCK_N]`, which are rotated here; see `rotated`."""
     k1, k2 = rotated_keys(k_ptr, ok_n, key, near_cos, near_sin, tensors[HOOKS.rotation_table], EDGE, HOOKS)
     if PRECISION == "ieee":
-        scores = _products(q[0], k1, PRECISION) + _products(q[1], k2, PRECISION)
+        scores = _query_key_products(q[0], k1, PRECISION) + _query_key_products(q[1], k2, PRECISION)
         if D > HOOKS.rotated:
-            scores += _products(q[2], unrotated_keys(k_ptr, ok_n, EDGE, HOOKS, D), PRECISION)
+            scores += _query_key_products(q[2], unrotated_keys(k_ptr, ok_n, EDGE, HOOKS, D), PRECISION)
     else:
         scores = tl.dot(q[0], tl.trans(k1), input_precision=PRECISION)
         scores = tl.dot(q[1], tl.trans(k2), scores, input_precision=PRECISION)

@@ -260,7 +260,7 @@ CASES = {
         lambda: decode(4, 64, FP32, variant=inside(64)), ("split_kv_kernel",), programs=1, exact=True, spilled=64
     ),
     "append, RoPE inside": Case(
-        lambda: decode(4, 128, tokens=8, processors=132, variant=inside()), ("split_kv_kernel",), programs=1
+        lambda: decode(4, 128, tokens=8, processors=132, variant=inside()), ("split_kv_kernel",), programs=1, spilled=64
     ),
     "prefill, RoPE inside": Case(
         lambda: prefill(4, 128, variant=inside()), ("prefill_kernel",), programs=1, targets=("sm_80", "sm_90")
