@@ -22,8 +22,8 @@ def beside(*masks: Tensor) -> Tensor:
 
 
 def longer(mask: Tensor, columns: int, value: bool) -> Tensor:
-    """`[B, n + columns]` bool: the mask `[B, n]`, and columns of `value` after it."""
-    return beside(mask, torch.from_numpy(np.full((len(mask), columns), value))) if columns else mask
+    """`[B, n + columns]` bool: a copy of the mask `[B, n]`, and columns of `value` after it."""
+    return beside(mask, torch.from_numpy(np.full((len(mask), columns), value)))
 
 
 def all_shown(mask: Tensor) -> bool:

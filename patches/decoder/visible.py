@@ -39,8 +39,8 @@ def visible_columns(mask: Any, cache: PagedCache, rows: int, columns: int) -> Te
     # Transformers reads the first columns of a longer one, and hides what a shorter one does not reach.
     short = max(past + columns - mask.shape[1], 0)
     told, stored = cache.known_mask.told(mask), cache.stored
-    shown = mask.to("cpu", torch.bool) if told is None else told
-    visible = host_masks.longer(shown[:, : past + columns], short, False)
+    shown = mask[:, : past + columns].to("cpu", torch.bool) if told is None else told[:, : past + columns]
+    visible = host_masks.longer(shown, short, False)
     # A batch of other rows than the cache's is refused when its forward begins.
     if stored is not None and len(stored) == rows and host_masks.shows_more(visible[:, :past], stored):
         raise ValueError(
