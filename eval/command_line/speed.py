@@ -80,8 +80,8 @@ def add_eight_bits(made: argparse.ArgumentParser) -> None:
     made.add_argument("--layers", type=positive, default=8, help="layers of the model that generates, of Llama-3-8B's width")
     made.add_argument("--batch", type=int, default=64, help="its prompts; 0 leaves generate() out")
     made.add_argument("--prompt", type=positive, default=4096, help="tokens of each")
-    made.add_argument("--new", type=positive, default=64, help="tokens after the first that are timed")
-    made.add_argument("--pairs", type=positive, default=2, help="interleaved rounds of generate()")
+    made.add_argument("--new", type=positive, default=512, help="tokens after the first that are timed")
+    made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds of generate()")
     made.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="formats (default: all)")
     made.add_argument("--output", type=Path, help="folder for eight-bits.md and .json")
 
