@@ -47,6 +47,13 @@ class KeptPrompt:
         return why_rows_differ(model) is None and self.state == _state_of(model)
 
 
+def look_ahead(model: Any, cache: Any) -> None:
+    """Begin to look at the weights where the prompt of a call is likely to be served from pages of earlier ones."""
+    runtime = model._fastattn.runtime
+    if runtime.prefixes is not None and not model.training and isinstance(cache, PagedCache) and not cache.get_seq_length():
+        runtime.model_state.begin(model._fastattn.decoder(model))
+
+
 def compute_prompt(
     model: Any,
     cache: PagedCache,
