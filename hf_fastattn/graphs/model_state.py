@@ -57,7 +57,7 @@ class ModelState:
         """
         self.forget()
         weights = _weights_once(decoder) if self._checked and self._triton else []
-        if weights and any(tensor.is_cuda for tensor in weights):
+        if any(map(_is_whole, weights)):
             self._place(weights)
             self._begun = [Launched(table) for table in self._tables]
 
