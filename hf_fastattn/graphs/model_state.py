@@ -51,9 +51,9 @@ class ModelState:
         self._begun = []
 
     def begin(self, decoder: nn.Module) -> None:
-        """Have the device sum the weights, beside what it does next, for the `of` that follows: no user's code may run between.
+        """Have the device sum the weights, beside what it does next, for the `of` that follows.
 
-        `forget` has to come after a call without an `of`.
+        No user's code may run in between, and after a call without an `of` there has to be a `forget`.
         """
         self.forget()
         weights = _weights_once(decoder) if self._checked and self._triton else []

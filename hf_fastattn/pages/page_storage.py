@@ -10,7 +10,6 @@ from torch import Tensor
 from hf_fastattn.kernels.page_formats import is_eight_bits, page_bytes, page_views, raw_pages
 from hf_fastattn.transformers_version import CACHE
 
-
 # Copies of pages in one statement that are listed one by one for each layer.
 FEW_COPIES = 8
 
