@@ -137,6 +137,7 @@ def add_parallel(made: argparse.ArgumentParser) -> None:
         "--new", type=positive, default=32, help="tokens after the first that are timed (default: %(default)s)"
     )
     made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds (default: %(default)s)")
+    made.add_argument("--no-stock", action="store_true", help="leave stock out, which takes most of the time")
     most = "prompt tokens of all rows up to which stock, and ours without sharing, run too (default: %(default)s)"
     made.add_argument("--most", type=positive, default=2**18, help=most)
     made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")

@@ -79,7 +79,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ways(model: Any, heavy: bool) -> list[Way]:
+def ways(model: Any, heavy: bool, with_stock: bool = True) -> list[Way]:
     """All ways over the same weights; without those that compute every row where that is too heavy."""
     shared, kept = (
         Way("shared", hf_fastattn.patch(twin(model))),
@@ -89,4 +89,4 @@ def ways(model: Any, heavy: bool) -> list[Way]:
         return [shared, kept]
     unshared = Way("unshared", hf_fastattn.patch(twin(model)))
     unshared.model._fastattn.runtime.shares_rows = False
-    return [Way("stock", model), unshared, shared, kept]
+    return [*([Way("stock", model)] if with_stock else []), unshared, shared, kept]

@@ -11,6 +11,7 @@ import pytest
 from hf_fastattn import cli
 from hf_fastattn.eval import parallel
 from hf_fastattn.eval.choices import PARALLEL, SHAPES
+from hf_fastattn.eval.parallel_calls.prompts import Prompts
 from hf_fastattn.generation import prefix_call
 from tests.tools.models import COMMON
 
@@ -54,6 +55,20 @@ def test_heavy_cases_leave_out_who_computes_every_row(tmp_path: Path) -> None:
     status, record, _ = run(tmp_path, "--kind", "samples", "--most", "400")
     assert status == 0
     assert [list(row["systems"]) for row in record["cases"]] == [["stock", "unshared", "shared", "kept"], ["shared", "kept"]]
+
+
+def test_without_stock(tmp_path: Path) -> None:
+    status, record, _ = run(tmp_path, "--kind", "fours", "turns", "--no-stock")
+    assert status == 0
+    fours, _, turns = record["cases"]
+    assert list(fours["systems"]) == ["unshared", "shared", "kept"] and list(turns["systems"]) == ["shared", "kept"]
+
+
+def test_rows_of_fours_are_four_samples_of_each_prompt() -> None:
+    rows = Prompts("fours", 6, 20, 9, 100).tokens(0)
+    assert len(rows) == 6 and all(len(row) == 20 for row in rows)
+    assert len({tuple(row.tolist()) for row in rows[:4]}) == len({tuple(row.tolist()) for row in rows[4:]}) == 1
+    assert rows[0].tolist() != rows[4].tolist()
 
 
 def test_a_case_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
