@@ -74,6 +74,8 @@ def _briefly(systems: dict[str, dict[str, Any]]) -> str:
 
 
 def _cases(options: Any) -> list[tuple[str, int, int]]:
+    if options.case:
+        return list(options.case)
     found = []
     for kind in options.kind:
         for length in options.length:
