@@ -428,11 +428,11 @@ def test_what_was_begun_for_a_call_that_did_not_ask_serves_no_other(beside: type
 def test_sums_begun_of_other_tensors_are_not_taken(beside: type[Sums]) -> None:
     model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
     states, decoder = model._fastattn.runtime.model_state, model._fastattn.decoder(model)
-    before = states.of(decoder, decoder.device)
+    before = states._sums(model_state._weights_once(decoder))
     states.begin(decoder)
     held = decoder.layers[0].mlp.up_proj
     held.weight = torch.nn.Parameter(held.weight + 1)
-    assert states.of(decoder, decoder.device) != before
+    assert states._sums(model_state._weights_once(decoder)) != before
     assert not states._begun
 
 
