@@ -25,22 +25,6 @@ from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
 
 
-# Bytes of weights that a program has the L2 cache fetch while it waits for the launch ahead, which reads little. All programs
-# together ask for less than half of the cache.
-AHEAD = 64 * 1024
-
-
-@triton.jit
-def fetch_ahead(rows_ptr, SIZE: tl.constexpr, CHUNKS: tl.constexpr):
-    """Have the L2 cache fetch CHUNKS times SIZE bytes from each of `rows_ptr: [BLOCK_N]` on; nobody waits for them."""
-    at = rows_ptr.to(tl.int64)[:, None] + (tl.arange(0, CHUNKS) * SIZE)[None, :]
-    size = tl.full([at.shape[0], CHUNKS], SIZE, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [at, size],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit
 def _weights(pointers, k, end, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
@@ -97,15 +81,12 @@ def skinny_kernel(
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
-    FETCH: tl.constexpr, CHUNKS: tl.constexpr,
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
     EXPAND_PRECISION: tl.constexpr = None, members=None,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
-
-    Of each row of weights CHUNKS times FETCH bytes behind the first tile are asked for before the launch ahead has ended.
 
     With adapters the grid has one dimension: the shrinking programs, all tiles of the first part, of the second, ...
     """
@@ -145,11 +126,6 @@ def skinny_kernel(
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if OVERLAP and SETTLED:
-        if FETCH > 0:
-            off_row = tl.minimum(n, rows - 1).to(tl.int64) * K + begin + BLOCK_K
-            fetch_ahead(w_ptr + off_row, FETCH, CHUNKS)
-            if GATED:
-                fetch_ahead(w1_ptr + off_row, FETCH, CHUNKS)
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     acc_u = acc
@@ -248,18 +224,12 @@ def skinny_product(
         partial = room.partial(tiles * split * tile.block_n * block_t * (2 if gated else 1))
         arrived = room.arrived
     overlap = overlaps_launches(arch_of(x.device))
-    # A thread asks for one chunk.
-    chunks = max(32 * tile.warps // tile.block_n, 1)
-    fetch = 0
-    if overlap and weights_settled and k % (part * tile.block_k) == 0:
-        left = (part - 1) * tile.block_k * weights[0].element_size()
-        fetch = min(AHEAD // (tile.block_n * (2 if gated else 1)), left) // chunks // 16 * 16
     with on_device_of(x):
         prepared(skinny_kernel)[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=matrix_precision(x.dtype, tile.block_n),
-            SETTLED=weights_settled, OVERLAP=overlap, FETCH=fetch, CHUNKS=chunks,
+            SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
