@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PretrainedConfig
 
-from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
+from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, Fingerprint, fingerprint_of
 from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
 from hf_fastattn.kernels.layer.weight_sum_host import host_sum
@@ -73,9 +73,13 @@ class ModelState:
                 return "the weights are offloaded"
         return None
 
-    def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
-        """The state as values to compare; waits for the device, once."""
-        parts = fingerprint_of(decoder, device).parts, _scalars(decoder), _attributes(decoder)
+    def of(self, decoder: nn.Module, device: torch.device, fingerprint: Fingerprint | None = None) -> tuple[Any, ...]:
+        """The state as values to compare; waits for the device, once.
+
+        Args:
+            fingerprint: of the decoder as it is now, if it was taken.
+        """
+        parts = (fingerprint or fingerprint_of(decoder, device)).parts, _scalars(decoder), _attributes(decoder)
         weights = _weights_once(decoder)
         if not self._checked:
             # Where weights lie does not tell those that were replaced from those that were there before.
