@@ -73,7 +73,7 @@ KINDS = {
 }
 
 # The kinds of calls whose rows begin alike.
-PARALLEL = ("samples", "questions", "groups", "nested", "turns")
+PARALLEL = ("samples", "fours", "questions", "groups", "nested", "turns")
 
 # The cases of the batching benchmark, and the ways to serve requests that are all there at once.
 BATCHING = {

@@ -74,6 +74,8 @@ def _briefly(systems: dict[str, dict[str, Any]]) -> str:
 
 
 def _cases(options: Any) -> list[tuple[str, int, int]]:
+    if options.case:
+        return list(options.case)
     found = []
     for kind in options.kind:
         for length in options.length:
@@ -84,7 +86,7 @@ def _cases(options: Any) -> list[tuple[str, int, int]]:
 def _case(model: Any, kind: str, count: int, length: int, options: Any) -> dict[str, Any]:
     free_memory()
     prompts = Prompts(kind, count, length, options.own, model.config.vocab_size)
-    found = ways(model, count * (length + options.own) > options.most)
+    found = ways(model, count * (length + options.own) > options.most, not options.no_stock)
     for way in found:
         way.warm_up(prompts, options.new)
     for pair in range(options.pairs):
@@ -103,7 +105,7 @@ def _red(by_name: dict[str, Way], least: int) -> list[str]:
         red.append(f"{shared.computed} tokens were computed instead of {least}")
     if kept.computed is not None and shared.computed is not None and kept.computed > shared.computed:
         red.append(f"{kept.computed} tokens were computed, although pages stay")
-    for other in ("unshared", "stock") if "unshared" in by_name else ():
+    for other in {"unshared", "stock"} & by_name.keys():
         limit = SLOWER.get(shared.model.device.type, 1.0)
         for word in ("first", "token"):
             ours, theirs = (statistics.median(getattr(way, word)) for way in (shared, by_name[other]))
@@ -120,7 +122,7 @@ def _red(by_name: dict[str, Way], least: int) -> list[str]:
 def _turns(model: Any, length: int, options: Any) -> dict[str, Any]:
     """A chat that begins with `length` tokens: a turn adds `own` tokens and an answer of `new`, without a cache by hand."""
     free_memory()
-    found = [way for way in ways(model, False) if way.name != "unshared"]
+    found = [way for way in ways(model, False, not options.no_stock) if way.name != "unshared"]
     red, computed = [], []
     for way in found:
         ids, known = _drawn(model, length, 0), 0

@@ -146,6 +146,7 @@ class Runtime:
 
     def _end(self, call: Call, result: Any, training: bool) -> None:
         version = self.groups.storage_version
+        self.model_state.forget()
         returned = call.release(result)
         self._calls = [other for other in self._calls if other is not call]
         if self._calls:

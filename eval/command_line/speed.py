@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from hf_fastattn.eval.choices import (
@@ -116,6 +117,18 @@ def add_rollouts(made: argparse.ArgumentParser) -> None:
     made.add_argument("--output", type=Path, help="folder for rollouts.md and .json")
 
 
+def parallel_case(text: str) -> tuple[str, int, int]:
+    """A case of `bench parallel` as its kind, rows and tokens in common.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    found = re.fullmatch(rf"({'|'.join(PARALLEL)}):([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no KIND:ROWSxTOKENS, such as samples:16x8192; kinds: {PARALLEL}")
+    return found[1], int(found[2]), int(found[3])
+
+
 def add_parallel(made: argparse.ArgumentParser) -> None:
     """Rows and calls that begin alike: samples, questions about documents, prompts within prompts, chat turns. Stock, ours
     without sharing, ours, and ours with pages that stay between calls. Exits with 1 if more is computed than has to be,
@@ -137,6 +150,10 @@ def add_parallel(made: argparse.ArgumentParser) -> None:
         "--new", type=positive, default=32, help="tokens after the first that are timed (default: %(default)s)"
     )
     made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds (default: %(default)s)")
+    made.add_argument(
+        "--case", nargs="+", type=parallel_case, metavar="KIND:ROWSxTOKENS", help="only these, such as samples:16x8192"
+    )
+    made.add_argument("--no-stock", action="store_true", help="leave stock out, which takes most of the time")
     most = "prompt tokens of all rows up to which stock, and ours without sharing, run too (default: %(default)s)"
     made.add_argument("--most", type=positive, default=2**18, help=most)
     made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")

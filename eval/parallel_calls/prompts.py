@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_fastattn.generation.shared_prompt import tokens_in_common
 from hf_fastattn.pages.prefix_index import rows_of_tokens
 
+# Rows of each prompt of `fours`.
+FOUR = 4
 # Of the rows of `groups`, the share that each of three documents has.
 GROUPS = (2, 1, 1)
 # Documents of `nested`, each after the same system prompt of half the length.
@@ -24,7 +26,7 @@ class Prompts:
         kind: one of `choices.PARALLEL`, but for `turns`.
         rows: how many.
         length: tokens that they have in common, in all levels.
-        own: most tokens of a row after these; samples have none.
+        own: most tokens of a row after these; samples, and those of `fours`, have none.
         vocabulary: of the model.
     """
 
@@ -37,8 +39,8 @@ class Prompts:
     def tokens(self, number: int) -> list[Tensor]:
         """The rows of call `number`; another number has other questions about the same documents."""
         documents = self._documents()
-        if self.kind == "samples":
-            return [documents[0]] * self.rows
+        if self.kind in ("samples", "fours"):
+            return documents
         made = torch.Generator().manual_seed(1000 + number)
         lengths = torch.randint((self.own + 1) // 2, self.own + 1, (self.rows,), generator=made).tolist()
         return [
@@ -53,6 +55,9 @@ class Prompts:
         def drawn(count: int) -> Tensor:
             return torch.randint(1, self.vocabulary, (count,), generator=made)
 
+        if self.kind == "fours":
+            texts = [drawn(self.length) for _ in range(-(-self.rows // FOUR))]
+            return [texts[row // FOUR] for row in range(self.rows)]
         if self.kind == "groups":
             texts = [drawn(self.length) for _ in GROUPS]
             places = [place for place, share in enumerate(GROUPS) for _ in range(share)]

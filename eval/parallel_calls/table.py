@@ -7,12 +7,12 @@ from typing import Any
 from hf_fastattn.eval.reporting import report
 
 WAYS = ("stock", "unshared", "shared", "kept")
-NOTES = """First: a call of one token; a token: the difference between calls of `1 + new` tokens and of one, over `new`;
-ms, medians of interleaved rounds on other questions about the same documents. `unshared`: ours, each row by itself;
-`shared`: ours; `kept`: ours with `prefix_cache=True`, whose calls find the documents of the calls before. Computed: prompt
-tokens. Peak: MB over the weights. `samples`: rows are copies of one prompt; `groups`: three documents, of a half and two
-quarters of the rows; `nested`: four documents after one system prompt, rows in turn; `turns`: a chat, medians over its
-turns."""
+NOTES = """First: a call of one token; a token: of stock the difference between calls of `1 + new` tokens and of one, over
+`new`, of ours on a GPU the time from the prompt to the end of the former, over `new`; ms, medians of interleaved rounds on
+other questions about the same documents. `unshared`: ours, each row by itself; `shared`: ours; `kept`: ours with
+`prefix_cache=True`, whose calls find the documents of the calls before. Computed: prompt tokens. Peak: MB over the weights.
+`samples`: rows are copies of one prompt; `fours`: of each prompt four; `groups`: three documents, of a half and two quarters
+of the rows; `nested`: four documents after one system prompt, rows in turn; `turns`: a chat, medians over its turns."""
 HEAD = ("case", *(f"first, {way}" for way in WAYS), *(f"token, {way}" for way in WAYS), "computed, shared", "kept", "least")
 HEAD = (*HEAD, "peak, stock", "unshared", "shared")
 

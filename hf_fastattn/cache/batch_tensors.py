@@ -15,6 +15,9 @@ from torch import Tensor
 from hf_fastattn.cache.by_window import ByWindow
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 
+# Bytes of pageable memory that a copy to a CUDA device stages at once.
+STAGED = 64 * 1024
+
 
 @dataclass(frozen=True)
 class BatchTensors:
@@ -22,7 +25,7 @@ class BatchTensors:
 
     Attributes:
         slots: by window, `[T]` int64 or int32: `page * P + offset` of every new token; -1 writes nowhere.
-        page_tables: by window, `[B, columns]` int32 pages of the rows, -1 past their end.
+        page_tables: by window, `[B, columns]` int32 pages of the rows, arbitrary past their end.
         seq_lens: `[B]` int32 keys a row after the append.
         cu_seqlens: `[B + 1]` int32, where each row's queries begin; None in decode, where every row has one.
     """
@@ -42,27 +45,42 @@ class HostBatch:
         seq_lens: tokens a row after the append.
         plans: by window, what the reference reads.
         slots: by window, the slots of all new tokens, row after row.
+        tables: by window, `[B, columns]` int32 pages of the rows, arbitrary past their end; changed in place later. Without
+            it, those of the plans are taken.
     """
 
     query_lens: list[int]
     seq_lens: list[int]
     plans: Mapping[int | None, ReadPlan]
     slots: Mapping[int | None, NDArray[np.int64]]
+    tables: Mapping[int | None, NDArray[np.int32]] | None = None
 
     def on(self, device: torch.device) -> BatchTensors:
         """These numbers on a device; tables and slots of a window when they are first asked for."""
         decode = all(length == 1 for length in self.query_lens)
         return BatchTensors(
             slots=ByWindow(self.plans, lambda window: _upload(self.slots[window], torch.int64, device)),
-            page_tables=ByWindow(self.plans, lambda window: _upload(self._table(window), torch.int32, device)),
+            page_tables=ByWindow(self.plans, lambda window: _upload_table(self._table(window), device)),
             seq_lens=_upload(self.seq_lens, torch.int32, device),
             cu_seqlens=None if decode else _upload([0, *accumulate(self.query_lens)], torch.int32, device),
         )
 
-    def _table(self, window: int | None) -> list[list[int]]:
+    def _table(self, window: int | None) -> NDArray[np.int32]:
+        if self.tables is not None:
+            return self.tables[window]
         rows = self.plans[window].pages
-        columns = max(map(len, rows))
-        return [row + [-1] * (columns - len(row)) for row in rows]
+        found = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+        for own, pages in zip(found, rows, strict=True):
+            own[: len(pages)] = pages
+        return found
+
+
+def _upload_table(pages: NDArray[np.int32], device: torch.device) -> Tensor:
+    host = torch.from_numpy(pages.copy())
+    if device.type == "cuda" and host.nbytes > STAGED:
+        # More than that would be copied when the device has done all that was launched before.
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -47,5 +47,10 @@ def forward_batch(
             found.append(np.array(pages, np.int64)[token // size] * size + token % size)
         return np.concatenate(found)
 
-    host = HostBatch(counts, targets, ByWindow(tables, plan), ByWindow(tables, slots))
+    def pages(window: int | None) -> NDArray[np.int32]:
+        table = tables[window]
+        columns = max(map(len, table.rows), default=0)
+        return table.as_array()[0][:, :columns]
+
+    host = HostBatch(counts, targets, ByWindow(tables, plan), ByWindow(tables, slots), ByWindow(tables, pages))
     return Batch.from_host(host, BatchOptions(groups.backend, groups.batch_invariant, groups.workspaces))

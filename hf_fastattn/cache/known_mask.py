@@ -41,6 +41,10 @@ class KnownMask:
         if self._is_the_one(before):
             self._note(after, self._compared)
 
+    def select(self, before: Any, after: Any) -> None:
+        """The rows of `before`, some of them several times, are those of `after`; the rows of the cache are as theirs."""
+        self.extend(before, after)
+
     def knows(self, mask: Any, rows: int, past: int, new: int) -> bool:
         """Whether `mask` is known to show the `past` columns of a cache as stored, and the `new` ones after them."""
         return self._is_the_one(mask) and self._compared == past and mask.shape[0] == rows and mask.shape[1] >= past + new

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hf_fastattn.pages.page_groups import PageGroups
+from hf_fastattn.pages.page_pool import Spare
 from hf_fastattn.pages.prefix_index import PrefixIndex
 
 # States of a model (weights, adapters) whose pages may be there side by side.
 MOST_STATES = 8
 # Share of the device's memory that the pages may take where no limit is set.
 SHARE = 4
-# Pages that stay grow call by call: each time they move, steps are recorded anew, so they grow by this share at least.
-SPARE = 0.125
+# Pages that stay grow call by call: each time they move, all are copied and steps are recorded anew, which takes as long as
+# tens of steps, so they grow by this share, or by so many tokens, up to the share of the memory that they may take.
+SPARE, SPARE_TOKENS = 0.5, 1024
 
 
 class PrefixStore:
@@ -36,7 +39,8 @@ class PrefixStore:
         self._named = 0
         groups.enlist(self, self.tables)
         self._before = group.pool.reclaim, group.pool.spare
-        group.pool.reclaim, group.pool.spare = self.index.evict, SPARE if stays else 0.0
+        spare = Spare(SPARE, SPARE_TOKENS // groups.page_size) if stays else Spare()
+        group.pool.reclaim, group.pool.spare = self.index.evict, spare
 
     def root_of(self, state: Any) -> int:
         """The beginning, for `index`, of pages that were made in a state of the model equal to this one."""
@@ -61,9 +65,12 @@ class PrefixStore:
         """After a call: where no limit is set, hold no more than a share of the device's memory."""
         self.index.touch_inserted()
         if not self._limited:
-            keys = self.groups.group(None).storage.any_pages()
+            group = self.groups.group(None)
+            keys = group.storage.any_pages()
             if keys is not None:
-                self.index.trim(_memory_of(keys.device) // SHARE // max(self.groups.page_bytes, 1))
+                most = _memory_of(keys.device) // SHARE // max(self.groups.page_bytes, 1)
+                group.pool.spare = replace(group.pool.spare, most=most)
+                self.index.trim(most)
 
 
 def _memory_of(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_earl
 from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
 from hf_fastattn.generation.drafts import Stateful, check_drafts
-from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated
+from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, look_ahead
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
@@ -131,11 +131,14 @@ class FastGenerationMixin(PlainCopies):
                 return compute(input_ids, model_kwargs)
             if rows is None:
                 return compute_prompt(self, cache, input_ids, model_kwargs, generation_config, None, compute)
-            inputs = input_ids[rows.first], rows.select(model_kwargs), generation_config, rows.copies
-            outputs = compute_prompt(self, cache, *inputs, compute)
+            inputs = rows.select(model_kwargs)
+            outputs = compute_prompt(self, cache, input_ids[rows.first], inputs, generation_config, rows.copies, compute)
         held = runtime.paged_of(outputs[CACHE])
-        shares = held.shares_pages
-        held.reorder_cache(torch.tensor(rows.copies, device=input_ids.device))
+        shares, known = held.shares_pages, held.known_mask
+        # Nothing from here on waits for the device, which computes the prompt.
+        held.select_rows(rows.copies)
+        known.select(inputs.get("attention_mask"), model_kwargs.get("attention_mask"))
+        held.known_mask = known
         if shares:
             held.regroup()
         return rows.expand(outputs)
@@ -244,6 +247,7 @@ class FastGenerationMixin(PlainCopies):
         cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
         if runtime.current is None:
             return False
+        look_ahead(self, cache)
         ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
         if isinstance(cache, PagedCache) and not ends:
             cache.first = max(cache.first, cache.room)

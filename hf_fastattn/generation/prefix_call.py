@@ -16,6 +16,8 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
+from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of
+from hf_fastattn.graphs.module_checks import has_foreign_hooks
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
 
@@ -47,6 +49,13 @@ class KeptPrompt:
         return why_rows_differ(model) is None and self.state == _state_of(model)
 
 
+def look_ahead(model: Any, cache: Any) -> None:
+    """Begin to look at the weights where the prompt of a call is likely to be served from pages of earlier ones."""
+    runtime = model._fastattn.runtime
+    if runtime.prefixes is not None and not model.training and isinstance(cache, PagedCache) and not cache.get_seq_length():
+        runtime.model_state.begin(model._fastattn.decoder(model))
+
+
 def compute_prompt(
     model: Any,
     cache: PagedCache,
@@ -71,23 +80,26 @@ def compute_prompt(
         return compute(input_ids, model_kwargs)
     rows, shown, worth = found
     new_cache = functools.partial(runtime.new_cache, model, 0, 0)
-    if keep:
-        store = runtime.prefix_store(cache.groups)
-        state = _state_of(model)
-        root = store.root_of(state)
-    else:
-        store, root = PrefixStore(cache.groups), -1
-    prompt = SharedPrompt(new_cache, cache, store, root, rows, shown, worth)
-    if keep:
-        copies = list(range(len(rows))) if copies is None else copies
-        runtime.current.prompt = KeptPrompt(store, root, cache, rows, copies, prompt.paths, state)
-    with nullcontext() if keep else closing(store):
+    if not keep:
+        with closing(PrefixStore(cache.groups)) as store:
+            prompt = SharedPrompt(new_cache, cache, store, -1, rows, shown, worth)
+            return prompt.compute(compute, input_ids, model_kwargs)
+    decoder = model._fastattn.decoder(model)
+    kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device)
+    state = _state_of(model, fingerprint)
+    root = kept.root_of(state)
+    prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
+    copies = list(range(len(rows))) if copies is None else copies
+    runtime.current.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths, state)
+    # The decoder has no hooks of a user's, or its state would not be known.
+    unseen = not has_foreign_hooks(vars(model))
+    with runtime.graphs.knowing(decoder, decoder.device, fingerprint) if unseen else nullcontext():
         return prompt.compute(compute, input_ids, model_kwargs)
 
 
-def _state_of(model: Any) -> tuple[Any, ...]:
+def _state_of(model: Any, fingerprint: Fingerprint | None = None) -> tuple[Any, ...]:
     decoder = model._fastattn.decoder(model)
-    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device)
+    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device, fingerprint)
     return state
 
 

@@ -54,7 +54,7 @@ class PromptRows:
 
         def expand(value: Any) -> Any:
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(self.first):
-                return value.index_select(0, rows.to(value.device))
+                return value.index_select(0, rows.to(value.device, non_blocking=True))
             if isinstance(value, tuple):
                 return tuple(expand(item) for item in value)
             return value

@@ -118,9 +118,10 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
     if drops_cache(decoder):
         return "forwards drop the cache"
     for module in submodules(decoder):
-        if names_by_row(module) is not None:
+        state = vars(module)
+        if state["_forward_pre_hooks"] and names_by_row(module) is not None:
             return "rows choose their adapters"
-        reason = why_not_kind(module) if "rope_type" in vars(module) else None
+        reason = why_not_kind(module) if "rope_type" in state else None
         if reason is not None:
             return reason
     return why_rows_differ(model)

@@ -185,9 +185,11 @@ class SharedPrompt:
         self.cache.known_mask.remember(model_kwargs.get("attention_mask"), self.shown.shape[1])
         logits = torch.cat([part.outputs.logits[:, -1:] for part in self._parts])
         rows = [row for part in self._parts for row in part.rows]
-        back = torch.tensor([rows.index(row) for row in range(len(rows))], device=logits.device)
+        back = torch.tensor([rows.index(row) for row in range(len(rows))], device="cpu")
         kind = type(self._parts[0].outputs)
-        return kind(logits=logits.index_select(0, back), **{CACHE: self.cache})
+        # The device is not waited for.
+        logits = logits.index_select(0, back.to(logits.device, non_blocking=True))
+        return kind(logits=logits, **{CACHE: self.cache})
 
     def _whole(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """The prompt as ever, where a forward went over to Transformers' own cache."""

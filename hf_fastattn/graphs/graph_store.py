@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_fastattn.autocast import region_dtype
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of, has_experts, why_not_capturable
 from hf_fastattn.graphs.module_checks import draws, submodules
@@ -66,6 +68,8 @@ class GraphStore(Generic[Key, Held]):
         # Of layers on other devices than the first one.
         self._workspaces: dict[torch.device, Workspace] = {}
         self._fingerprint: Fingerprint | None = None
+        # One that was just taken, and of what.
+        self._known: tuple[tuple[Any, ...], Fingerprint] | None = None
         self._reason: str | None = None
         # Decode steps can be recorded, other forwards cannot.
         self._steps_alone = False
@@ -170,9 +174,19 @@ class GraphStore(Generic[Key, Held]):
         backend, _ = choose_backend(groups.backend, device, dtype, groups.head_dim, groups.batch_invariant)
         return None if backend in self.forward_type.backends else f"backend {backend}"
 
+    @contextmanager
+    def knowing(self, decoder: Any, device: torch.device, fingerprint: Fingerprint) -> Iterator[None]:
+        """The fingerprint of a decoder was taken just now, and no user's code runs meanwhile: it is not taken again."""
+        self._known = _taken_of(decoder, device), fingerprint
+        try:
+            yield
+        finally:
+            self._known = None
+
     def compare(self, decoder: Any, device: torch.device) -> bool:
         """Whether all that graphs depend on, beside their inputs, is as it was; `_reason` says why none can be recorded."""
-        now, before = fingerprint_of(decoder, device), self._fingerprint
+        known, before = self._known, self._fingerprint
+        now = known[1] if known is not None and known[0] == _taken_of(decoder, device) else fingerprint_of(decoder, device)
         if self._variants:
             now = now._replace(parts=(*now.parts, *self._variants.fingerprint()))
         if now != before:
@@ -199,3 +213,7 @@ class GraphStore(Generic[Key, Held]):
         if reason not in self._logged:
             self._logged.add(reason)
             logger.warning("hf_fastattn launches decode steps layer by layer: %s", with_hint(reason))
+
+
+def _taken_of(decoder: Any, device: torch.device) -> tuple[Any, ...]:
+    return id(decoder), device, region_dtype(device)

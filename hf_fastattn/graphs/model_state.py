@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import weakref
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PretrainedConfig
 
-from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, fingerprint_of
+from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, Fingerprint, fingerprint_of
 from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
 from hf_fastattn.kernels.layer import weight_sum_reference
 from hf_fastattn.kernels.layer.weight_sum_host import host_sum
@@ -37,11 +38,28 @@ class ModelState:
         self._places: Any = None
         # Where the tensors are that the kernel reads, by device. No tensor is held: a model may give its weights up.
         self._tables: list[Tensor] = []
+        # Sums under way of what the tables list, or nothing.
+        self._begun: list[Launched] = []
         self._storages: dict[int, Any] = {}
 
     def drop(self) -> None:
         """Hold no memory."""
-        self._places, self._tables = None, []
+        self._places, self._tables, self._begun = None, [], []
+
+    def forget(self) -> None:
+        """What was begun is out of date."""
+        self._begun = []
+
+    def begin(self, decoder: nn.Module) -> None:
+        """Have the device sum the weights, beside what it does next, for the `of` that follows.
+
+        No user's code may run in between, and after a call without an `of` there has to be a `forget`.
+        """
+        self.forget()
+        weights = _weights_once(decoder) if self._checked and self._triton else []
+        if any(map(_is_whole, weights)):
+            self._place(weights)
+            self._begun = [Launched(table) for table in self._tables]
 
     def why_not(self, decoder: nn.Module) -> str | None:
         """Why a change of what the decoder computes could go unnoticed."""
@@ -55,10 +73,14 @@ class ModelState:
                 return "the weights are offloaded"
         return None
 
-    def of(self, decoder: nn.Module, device: torch.device) -> tuple[Any, ...]:
-        """The state as values to compare; waits for the device, once."""
-        parts = fingerprint_of(decoder, device).parts, _scalars(decoder), _attributes(decoder)
-        weights = list({id(tensor): tensor for tensor in _weights(decoder)}.values())
+    def of(self, decoder: nn.Module, device: torch.device, fingerprint: Fingerprint | None = None) -> tuple[Any, ...]:
+        """The state as values to compare; waits for the device, once.
+
+        Args:
+            fingerprint: of the decoder as it is now, if it was taken.
+        """
+        parts = (fingerprint or fingerprint_of(decoder, device)).parts, _scalars(decoder), _attributes(decoder)
+        weights = _weights_once(decoder)
         if not self._checked:
             # Where weights lie does not tell those that were replaced from those that were there before.
             return *parts, self._storages_of(weights)
@@ -77,18 +99,25 @@ class ModelState:
         return tuple(self._storages.values())
 
     def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
+        begun, others = self._begun, self._place(weights)
+        # Sums of other tensors than these were dropped with their tables.
+        launched, self._begun = begun if self._begun else [Launched(table) for table in self._tables], []
+        with torch.inference_mode(False), torch.no_grad():
+            sums = weight_sum_reference.weight_sum(tensor for tensor in others if tensor.device.type != "cpu")
+            on_host = host_sum([tensor for tensor in others if tensor.device.type == "cpu"])
+            return *on_host, *(value for one in launched for value in one.sums()), *map(int, sums)
+
+    def _place(self, weights: list[Tensor]) -> list[Tensor]:
+        """Have the tables list those of these tensors that the kernel takes; gives the others."""
         in_launches = [tensor for tensor in weights if self._triton and _is_whole(tensor)]
         places = [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.device) for tensor in in_launches]
         if self._places != places:
             devices = dict.fromkeys(tensor.device for tensor in in_launches)
+            self._begun = []
             self._tables = [_table([tensor for tensor in in_launches if tensor.device == device]) for device in devices]
             self._places = places
-        with torch.inference_mode(False), torch.no_grad():
-            sums = [_launched(table) for table in self._tables]
-            others = [tensor for tensor in weights if not (self._triton and _is_whole(tensor))]
-            sums += weight_sum_reference.weight_sum(tensor for tensor in others if tensor.device.type != "cpu")
-            on_host = host_sum([tensor for tensor in others if tensor.device.type == "cpu"])
-            return *on_host, *(value for one in sums for value in one.flatten().tolist())
+        listed = set(map(id, in_launches))
+        return [tensor for tensor in weights if id(tensor) not in listed]
 
 
 def _table(tensors: list[Tensor]) -> Tensor:
@@ -98,10 +127,38 @@ def _table(tensors: list[Tensor]) -> Tensor:
     return weight_sum.table_of(tensors, tensors[0].device)
 
 
-def _launched(table: Tensor) -> Tensor:
-    from hf_fastattn.kernels.layer import weight_sum
+class Launched:
+    """Sums under way of what a table lists, on a stream beside the current one, which waits for nothing.
 
-    return weight_sum.weight_sum(table, torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=table.device))
+    What was launched before is waited for: it may write to weights.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        from hf_fastattn.kernels.layer import weight_sum
+
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(table.device):
+            stream = _beside(table.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            # Whoever lets go of the table does not have its memory reused before the launch has read it.
+            table.record_stream(stream)
+            with torch.cuda.stream(stream):
+                sums = torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device=table.device)
+                weight_sum.weight_sum(table, sums)
+                self._host = torch.empty(weight_sum.PROGRAMS, dtype=torch.int64, device="cpu", pin_memory=True)
+                self._host.copy_(sums, non_blocking=True)
+                self._done = torch.cuda.Event()
+                self._done.record(stream)
+
+    def sums(self) -> list[int]:
+        """The sums, once they are there."""
+        self._done.synchronize()
+        found: list[int] = self._host.tolist()
+        return found
+
+
+@functools.lru_cache(maxsize=64)
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _scalars(decoder: Any) -> tuple[Any, ...]:
@@ -122,6 +179,10 @@ class _Same:
         return isinstance(other, _Same) and (value := self._held()) is not None and value is other._held()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _weights_once(decoder: nn.Module) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in _weights(decoder)}.values())
 
 
 def _weights(decoder: nn.Module) -> Iterator[Tensor]:

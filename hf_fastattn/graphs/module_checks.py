@@ -125,6 +125,9 @@ def has_global_hooks() -> bool:
 
 
 def has_foreign_hooks(state: dict[str, Any]) -> bool:
+    if not state["_forward_hooks"] and not state["_forward_pre_hooks"]:
+        # Asked of every module before a prompt, and most have none.
+        return False
     # Transformers leaves its own hooks on a model that was ever asked for hidden states, or enabled for checkpointing.
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
     return any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS and named_rows(hook) is None for hook in hooks)

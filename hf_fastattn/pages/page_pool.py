@@ -8,10 +8,31 @@ preferred, so that a backend can read a sequence as one strided view instead of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 
 class CacheFullError(RuntimeError):
     """The pages asked for do not fit into the memory limit."""
+
+
+@dataclass(frozen=True)
+class Spare:
+    """What a pool that has to grow takes beyond need.
+
+    Attributes:
+        share: of the pages that there are.
+        least: pages, if that is more.
+        most: pages in all up to which there is any spare; None for no bound.
+    """
+
+    share: float = 0.0
+    least: int = 0
+    most: int | None = None
+
+    def capacity(self, now: int) -> int:
+        """Pages that a pool of `now` should grow to, at least."""
+        grown = now + max(int(now * self.share), self.least)
+        return grown if self.most is None else min(grown, self.most)
 
 
 class PagePool:
@@ -33,8 +54,8 @@ class PagePool:
         self.unsettled = False
         # Called with how many pages the limit leaves too few: lets go of pages that somebody holds for later.
         self.reclaim: Callable[[int], None] | None = None
-        # The pool grows by this share of its pages, if it has to: 0 for no page more than needed.
-        self.spare = 0.0
+        # Where the pool has to grow.
+        self.spare = Spare()
         self._held = bytearray(capacity)
         self._owners = [0] * capacity
         self._in_use = 0
@@ -123,7 +144,7 @@ class PagePool:
             self.reclaim(self._in_use + free - self.max_pages)
         wanted = self._in_use + free
         if wanted > self.capacity:
-            wanted = max(wanted, int(self.capacity * (1 + self.spare)))
+            wanted = max(wanted, self.spare.capacity(self.capacity))
         extra = (wanted if self.max_pages is None else min(wanted, self.max_pages)) - self.capacity
         if extra > 0:
             # In one statement, so that an exception leaves either the old size or the new one.

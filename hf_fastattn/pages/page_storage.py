@@ -10,6 +10,9 @@ from torch import Tensor
 from hf_fastattn.kernels.page_formats import is_eight_bits, page_bytes, page_views, raw_pages
 from hf_fastattn.transformers_version import CACHE
 
+# Copies of pages in one statement that are listed one by one for each layer.
+FEW_COPIES = 8
+
 
 class NarrowerKeysError(ValueError):
     """Pages hold keys of a dtype that the one now written includes."""
@@ -117,6 +120,9 @@ class PageStorage:
         """Copy pages `(source, target)` in every layer, grown to `capacity` pages."""
         if not moves:
             return
+        if len(moves) <= FEW_COPIES:
+            self._copy_few(moves, capacity)
+            return
         host = torch.tensor(moves, device="cpu").T.contiguous()
         places: dict[torch.device, Tensor] = {}
         for layer_idx in list(self._pages):
@@ -129,6 +135,17 @@ class PageStorage:
             for pages in copied_with(pair):
                 with torch.no_grad():
                     pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def _copy_few(self, moves: list[tuple[int, int]], capacity: int) -> None:
+        """The same, in few launches: PyTorch copies tensors that are listed together."""
+        # All layers first, since one that grows moves.
+        pairs = [self.layer(layer_idx, self._pages[layer_idx][0], capacity) for layer_idx in list(self._pages)]
+        held = [pages for pair in pairs for pages in copied_with(pair)]
+        for device in dict.fromkeys(pages.device for pages in held):
+            here = [pages for pages in held if pages.device == device]
+            with torch.no_grad():
+                targets = [pages[target] for pages in here for _, target in moves]
+                torch._foreach_copy_(targets, [pages[source] for pages in here for source, _ in moves])
 
     def fill_from(self, other: PageStorage, places: Mapping[int, int], capacity: int) -> None:
         """Copy page `page` of `other` to page `places[page]`, in every layer, grown to `capacity` pages."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_fastattn.pages.shared_runs import common_pages
+
 _versions = itertools.count(1)
 
 
@@ -50,12 +52,18 @@ class TableMirror:
         """The array for `rows`, the table's."""
         if self._stale:
             self._fit(len(rows), max(map(len, rows), default=0))
+            before: Sequence[int] = ()
             for row, pages in enumerate(rows):
                 first = self._valid[row]
                 if first < len(pages):
+                    # What two rows begin with is copied within the array, which is quicker than from a list.
+                    same = common_pages(before, pages) if not first else 0
+                    self._pages[row, :same] = self._pages[row - 1, :same]
+                    first += same
                     self._pages[row, first : len(pages)] = pages[first:]
                     self._valid[row] = len(pages)
                     self.version = next(_versions)
+                before = pages
             self._stale = False
         return self._pages
 

@@ -161,6 +161,25 @@ def test_no_step_reads_the_mask(beams: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(known) == 8 and all(known[2:])
 
 
+def test_the_mask_of_equal_rows_is_known_by_that_of_the_rows_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt nothing waits for the device, which still computes it."""
+    stock, model = pair("llama")
+    batch = {name: value.repeat(3, 1) for name, value in padded_batch().items()}
+    known: list[bool] = []
+    knows = KnownMask.knows
+
+    def recorded(self: KnownMask, mask: Any, *args: Any) -> bool:
+        known.append(knows(self, mask, *args))
+        assert not known[-1] or mask.shape[0] == len(batch["input_ids"])
+        return known[-1]
+
+    monkeypatch.setattr(KnownMask, "knows", recorded)
+    assert torch.equal(run(model, batch), run(stock, batch))
+    assert_fast(model, int(padded_batch()["attention_mask"].sum()))
+    # The prompt's alone is read.
+    assert len(known) == 8 and not known[0] and all(known[1:])
+
+
 def test_drafts_behind_a_hole_that_nobody_reads() -> None:
     stock, model = (side.double() for side in pair("llama"))
     batch = single(24)

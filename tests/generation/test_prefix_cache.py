@@ -275,3 +275,15 @@ def test_an_exception_in_the_middle_leaks_nothing() -> None:
     assert hf_fastattn.report(model).pages_in_use == kept
     assert_same_tokens(stock, model, single(70))
     assert_computed(model, 1, 69)
+
+
+def test_pages_that_stay_move_ever_less_often() -> None:
+    """Each time they move, all are copied and steps are recorded anew."""
+    model = pair("llama", KEPT)[1]
+    versions = []
+    document = single(100)["input_ids"]
+    for number in range(24):
+        run(model, longer(document.expand(4, -1), 40, seed=number), max_new_tokens=4)
+        versions.append(model._fastattn.runtime.groups.storage_version)
+    # At first a pool has what its first call needs; then it grows by half, or by more than these calls need.
+    assert len(set(versions)) <= 5

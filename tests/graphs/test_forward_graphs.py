@@ -13,7 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_fastattn
-from hf_fastattn.generation import columns_at_once
+from hf_fastattn.generation import columns_at_once, prefix_call
+from hf_fastattn.graphs import graph_store, model_state
+from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
 from hf_fastattn.pages import reach
@@ -355,3 +357,44 @@ def test_without_a_gpu_nothing_is_captured() -> None:
         patch.setattr(ForwardGraphs, "forward_type", RecordedForward)
         run(model, 8)
     assert replays(model) == (0, 0) and not assert_fast(model).uncaptured
+
+
+def test_a_fingerprint_that_is_known_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, other, device = tiny("llama").model, tiny("llama").model, torch.device("cpu")
+    graphs, taken = ForwardGraphs(True), list[Any]()
+
+    def counted(module: Any, place: torch.device) -> Any:
+        taken.append(module)
+        return fingerprint_of(module, place)
+
+    monkeypatch.setattr(graph_store, "fingerprint_of", counted)
+    with graphs.knowing(decoder, device, fingerprint_of(decoder, device)):
+        graphs.compare(decoder, device)
+        assert taken == [] and graphs.compare(decoder, device)
+        # Of another module, or under autocast, nothing is known.
+        assert not graphs.compare(other, device)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not graphs.compare(decoder, device)
+    assert len(taken) == 2
+    decoder.layers[0].mlp.up_proj.weight = torch.nn.Parameter(decoder.layers[0].mlp.up_proj.weight.clone())
+    assert not graphs.compare(decoder, device) and len(taken) == 3
+
+
+def test_a_hit_takes_one_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def counted(module: Any, place: torch.device) -> Any:
+        taken.append(module)
+        return fingerprint_of(module, place)
+
+    for where in (graph_store, prefix_call, model_state):
+        monkeypatch.setattr(where, "fingerprint_of", counted)
+    model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
+    ids = torch.randint(1, 90, (1, 70), generator=torch.Generator().manual_seed(1))
+    with reexecuted():
+        for _ in range(4):
+            taken.clear()
+            model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0, eos_token_id=None)
+    call = hf_fastattn.report(model).last_call
+    assert call is not None and call.tokens_reused == 69 and call.graphs_replayed == 1
+    assert taken == [model.model]

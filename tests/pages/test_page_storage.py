@@ -11,7 +11,7 @@ import torch
 
 from hf_fastattn.pages.page_group import PageGroup
 from hf_fastattn.pages.page_pool import PagePool
-from hf_fastattn.pages.page_storage import PageStorage
+from hf_fastattn.pages.page_storage import FEW_COPIES, PageStorage, copied_with
 
 LAYERS, PAGE = 5, 2 * 4 * 2 * 8 * 4
 
@@ -108,3 +108,19 @@ def test_where_memory_is_short_there_are_tensors_for_held_pages(monkeypatch: pyt
     group.grow_storage()
     assert group.storage.capacity == group.pool.capacity == 8
     assert group.storage.pages(4)[1][:6, 0, 0, 0].tolist() == [400, 401, 402, 403, 404, 405]
+
+
+@pytest.mark.parametrize("eight_bits", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("count", [1, FEW_COPIES, FEW_COPIES + 1])
+def test_pages_are_copied_in_every_layer(count: int, eight_bits: torch.dtype | None) -> None:
+    storage, states = PageStorage(4, eight_bits), torch.zeros(2, 8)
+    for layer in range(LAYERS):
+        held = copied_with(storage.layer(layer, states, 2 * count))
+        for number, pages in enumerate(held):
+            pages.copy_(torch.randint(0, 99, pages.shape, generator=torch.Generator().manual_seed(9 * layer + number)))
+    before = [[pages.clone() for pages in copied_with(storage.pages(layer))] for layer in range(LAYERS)]
+    moves = [(number, 2 * count - 1 - number) for number in range(count)]
+    storage.copy(moves, 2 * count + 3)
+    for layer in range(LAYERS):
+        for pages, old in zip(copied_with(storage.pages(layer)), before[layer], strict=True):
+            assert torch.equal(pages[: 2 * count], torch.cat((old[:count], old[:count].flip(0))))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_fastattn.counters import CallCounters
-from hf_fastattn.pages.page_pool import CacheFullError, PagePool
+from hf_fastattn.pages.page_pool import CacheFullError, PagePool, Spare
 from hf_fastattn.pages.page_table import PageTable
 from tests.bad_input.interrupting import interrupted
 
@@ -270,3 +270,30 @@ def test_misuse_is_named():
         pool.allocate(-1)
     with pytest.raises(ValueError, match="capacity=5"):
         PagePool(5, max_pages=2)
+
+
+def test_a_pool_grows_by_its_spare_if_it_has_to():
+    pool = PagePool(100)
+    pool.spare = Spare(0.5, 20)
+    pool.ensure(100)
+    assert pool.capacity == 100
+    pool.ensure(101)
+    assert pool.capacity == 150
+    pool.ensure(400)
+    assert pool.capacity == 400
+    small = PagePool(10)
+    small.spare = Spare(0.5, 20)
+    small.ensure(11)
+    assert small.capacity == 30
+
+
+def test_no_spare_beyond_what_kept_pages_may_take():
+    pool = PagePool(100, max_pages=200)
+    pool.spare = Spare(0.5, most=120)
+    pool.ensure(101)
+    assert pool.capacity == 120
+    pool.ensure(130)
+    assert pool.capacity == 130
+    pool.spare = Spare(2.0)
+    pool.ensure(131)
+    assert pool.capacity == 200
