@@ -196,6 +196,9 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     past = cache.get_seq_length()
     cache.check_owner(self.config)
     state.runtime.variants.reach(past + columns)
+    if state.runtime.ranks is not None and not state.runtime.in_call:
+        # generate() has done so.
+        state.runtime.ranks.refresh_heads()
     visible = visible_columns(mask, cache, rows, columns)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     reason = why_not_paged(self, mask, cache, visible, kwargs)

@@ -31,6 +31,7 @@ from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
 from hf_fastattn.parallel.peer_memory import Delta, PeerMemory, PeerSum
+from hf_fastattn.parallel.shared_heads import HEADS
 from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
@@ -301,6 +302,8 @@ class Products:
         part = plain_shard(linear)
         if part is not None and part.kind in (ROWS, GATHERED):
             return self._summed(part, x) if part.kind == ROWS else self._gathered(part, x)
+        if part is not None and part.kind == HEADS:
+            return self._product_of(part.weight, x, part.bias)
         dtype = self._dtype_of(x)
         held = None if self._copies is None and self._by_row is None else self._adapted(linear, x.device, dtype)
         if held is not None and self._by_row is not None and "base_layer" in linear._modules:

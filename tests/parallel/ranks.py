@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
-from hf_fastattn.parallel import all_reduce, watch
+from hf_fastattn.parallel import all_reduce, shared_heads, watch
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import products
@@ -181,6 +181,44 @@ def _error_of(model: Any, call: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def generate_with_other_keys(path: str, call: dict[str, Any]) -> tuple[Any, Any, Any, list[int], list[int]]:
+    """Tokens with the weights as they were loaded, with others, and as before; captures; heads held, and after unpatching."""
+    model = load(path)
+    linears = [layer.self_attn.k_proj for layer in model.model.layers]
+    found, captured = [], []
+    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
+        for factor in (1.0, -1.5, -1 / 1.5):
+            for linear in linears:
+                local_of(linear.weight).mul_(factor)
+            tokens, counted = one(model, call)
+            found.append(tokens)
+            captured.append(counted.graphs_captured)
+        held = len(shared_heads._wholes)
+    return found[0], found[1], found[2], captured, [held, len(shared_heads._wholes)]
+
+
+def forward_over_pages(path: str, ids: Any) -> tuple[Any, int]:
+    """Logits of a forward with a cache of its own, and forwards counted."""
+    model = load(path)
+    with hf_fastattn.patched(model), torch.no_grad():
+        cache = hf_fastattn.PagedCache(model.config)
+        logits = model(ids, past_key_values=cache).logits
+        cache.reset()
+        return logits, model._fastattn.runtime.counters.forwards
+
+
+def errors_without_pages(path: str, ids: Any) -> list[str]:
+    """What a forward without pages raises, patched and not."""
+    model, texts = load(path), []
+    for patched in (True, False):
+        with hf_fastattn.patched(model) if patched else contextlib.nullcontext(), torch.no_grad():
+            try:
+                model(ids)
+            except Exception as error:
+                texts.append(f"{type(error).__name__}: {error}")
+    return texts
 
 
 def why_not(path: str) -> str | None:

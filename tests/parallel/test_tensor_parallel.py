@@ -82,8 +82,9 @@ def test_whole_experts_on_each_rank_run_transformers_own_path(two: Processes, sa
 
 
 def test_a_head_that_is_cut_is_refused(two: Processes, saved: Any) -> None:
-    for reason in two.run(ranks.why_not, saved("llama", num_key_value_heads=1)):
-        assert reason == "tensor parallel: 1 key heads over 2 ranks"
+    over = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+    for reason in two.run(ranks.why_not, saved("llama", **over)):
+        assert reason == "tensor parallel: 3 key heads over 2 ranks"
 
 
 def test_what_is_changed_after_it_was_looked_at(two: Processes, saved: Any) -> None:
