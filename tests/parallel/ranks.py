@@ -116,6 +116,9 @@ class Slots:
     def takes(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         return rows <= 64
 
+    def pushes(self, rows: int) -> bool:
+        return False
+
     def part(self, slot: int, rows: int) -> Any:
         # Slots take turns.
         assert slot == self.sums % 2
