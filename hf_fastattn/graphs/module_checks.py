@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from hf_fastattn.parallel.gathered_weights import GATHERED, is_sharded_kind
 from hf_fastattn.parallel.understood import is_understood
 from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
@@ -100,6 +101,8 @@ def is_compiled_itself(module: nn.Module) -> bool:
 def why_not_kind(module: nn.Module) -> str | None:
     """Why a module of this class and with these hooks may do more than launch kernels, whatever its forward is."""
     state, kind = vars(module), type(module)
+    if is_sharded_kind(kind):
+        return f"{GATHERED}: a {kind.__name__} is sharded by FSDP"
     if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if has_foreign_hooks(state):
