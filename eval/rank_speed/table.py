@@ -25,7 +25,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines[-1] += f" (stock {settings['stock_new']}), {settings['pairs']} rounds. Sums of few rows: {record['peers']}."
     lines += ["", NOTES, "", *_table(HEAD, [_cells(row) for row in record["cases"]]), ""]
     if record["sums"]:
-        cells = [[str(row["rows"]), str(row["bytes"]), *(_shown(row.get(name)) for name in SUM_NAMES)] for row in record["sums"]]
+        cells = [
+            [str(row["rows"]), str(row["bytes"]), *(_shown(row.get(name)) for name in SUM_NAMES)] for row in record["sums"]
+        ]
         lines += ["Sums over ranks, as replays of CUDA graphs of many:", "", *_table(SUMS, cells), ""]
     lines += [f"- **RED** {row['name']}: {', '.join(row['problems'])}" for row in record["cases"] if row["problems"]]
     lines += [f"- **{found['case']} failed**: {found['error']}" for found in record["failed"]]

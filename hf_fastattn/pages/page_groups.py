@@ -63,8 +63,7 @@ class PageGroups:
         numbers = self.page_size * heads * head_dim
         stored = [KV_DTYPES.get(fastattn.kv_dtype_of(window) or "") for window in windows]
         self.page_bytes = sum(
-            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads, head_dim)
-            for dtype in stored
+            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads, head_dim) for dtype in stored
         )
         self._largest: dict[int | None, int] = {}
         self._groups = {

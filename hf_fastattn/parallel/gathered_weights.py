@@ -17,18 +17,18 @@ SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 FSDP = "torch.distributed.fsdp"
 # Of a parameter under ZeRO-3, which `deepspeed.zero.GatheredParameters` makes whole.
 ZERO_STATUS, WHOLE = "ds_status", "AVAILABLE"
-GATHERED = "forwards gather the weights from other processes"
 
 
 def why_counted(model: nn.Module) -> str | None:
     """Why a process may run neither more nor fewer forwards of the model than Transformers would; None if it may."""
     for module in model.modules():
         if is_sharded_kind(type(module)):
-            return f"{GATHERED}: a {type(module).__name__} is sharded by FSDP"
+            return f"forwards gather the weights from other processes: a {type(module).__name__} is sharded by FSDP"
         for parameter in module._parameters.values():
             status: Any = getattr(parameter, ZERO_STATUS, None)
             if status is not None and getattr(status, "name", "") != WHOLE:
-                return f"{GATHERED}: those of a {type(module).__name__} are partitioned by ZeRO-3"
+                kind = type(module).__name__
+                return f"forwards gather the weights from other processes: those of a {kind} are partitioned by ZeRO-3"
     return None
 
 

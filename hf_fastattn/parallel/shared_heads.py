@@ -1,10 +1,10 @@
-"""`SharedHeads`: whole key heads on ranks that Transformers' plan gives parts of one, where there are fewer heads than ranks.
+"""`SharedHeads`: whole key heads on ranks that Transformers' plan gives parts of one, with fewer heads than ranks.
 
-The plan cuts `k_proj` and `v_proj` into as many parts as there are ranks, whatever the heads. With `ranks / key heads` a whole
-number, neighbours have parts of one head, and the query heads of each of them read that head alone: so each takes the whole
-of it, and computes and stores its keys, as its neighbours do (replicated heads, as in vLLM and Megatron-LM). Modules and
-weights stay as they are: the wholes lie beside them, and are gathered anew before each call, so that no change of the weights
-between calls, however it was made, is missed.
+The plan cuts `k_proj` and `v_proj` into as many parts as there are ranks, whatever the heads. With `ranks / key heads` a
+whole number, neighbours have parts of one head, and the query heads of each of them read that head alone: so each takes the
+whole of it, and computes and stores its keys, as its neighbours do (replicated heads, as in vLLM and Megatron-LM). Modules
+and weights stay as they are: the wholes lie beside them, and are gathered anew before each call, so that no change of the
+weights between calls, however it was made, is missed.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from hf_fastattn.parallel.expert_shards import expert_shard_of
-from hf_fastattn.parallel.shared_heads import shared_by
 from hf_fastattn.parallel.shards import COLUMNS, CUT, ROWS, is_distributed, shard_of, variables_of
+from hf_fastattn.parallel.shared_heads import shared_by
 from hf_fastattn.wrappers import below_replicated, origin_of
 
 DISTRIBUTED = "transformers.distributed."

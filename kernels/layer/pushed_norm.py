@@ -1,8 +1,8 @@
 """Sum over ranks, residual and RMSNorm in one launch, of few rows: each rank writes its row into the memory of the others.
 
-`s = sum over ranks of x_r + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`, as in `summed_norm.py`, where ranks read each
-other's rows behind a flag: the flag crosses to the other GPU, and then the row crosses back. Here a row crosses once, and
-there is no flag beside it: of each word of 8 bytes, which a GPU writes and reads at once, one half is the number of the
+`s = sum over ranks of x_r + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`, as in `summed_norm.py`, where ranks read
+each other's rows behind a flag: the flag crosses to the other GPU, and then the row crosses back. Here a row crosses once,
+and there is no flag beside it: of each word of 8 bytes, which a GPU writes and reads at once, one half is the number of the
 launch. A program takes one row: it writes its rank's words to every rank's inbox, and looks at its own inbox until all words
 have this launch's number. Twice the bytes cross, which is nothing for few rows. From NCCL ("LL", its protocol for small
 messages).
@@ -127,7 +127,7 @@ def pushed_norm(
     """RMSNorm of the sum of every rank's x and the residual, and that sum.
 
     Args:
-        x: `[T, hidden]` bf16, fp16 or fp32, contiguous, whole words of 4 bytes a row: this rank's part, which no other reads.
+        x: `[T, hidden]` bf16, fp16 or fp32, contiguous, rows of whole words of 4 bytes: the part of this rank, for it alone.
         inboxes: `[ranks]` int64, where each rank's inbox is, as this device sees it: `[2, ranks, room, words]` int64, at a
             multiple of 16 bytes, zeros at first, with `words_of(hidden, dtype)` words.
         room: rows of an inbox, T at most.
@@ -143,8 +143,8 @@ def pushed_norm(
         looks: at the inbox, before a rank is late.
 
     Returns:
-        The normalised rows and the sums, the latter in the dtype of the residual, both `[T, hidden]`, contiguous. The sum over
-        ranks is rounded to the dtype of x, as an all-reduce would, and so is the sum with a bias.
+        The normalised rows and the sums, the latter in the dtype of the residual, both `[T, hidden]`, contiguous. The sum
+        over ranks is rounded to the dtype of x, as an all-reduce would, and so is the sum with a bias.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.

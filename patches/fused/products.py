@@ -32,8 +32,8 @@ from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
 from hf_fastattn.parallel.peer_memory import MOST_PUSHED, Delta, PeerMemory, PeerSum
-from hf_fastattn.parallel.shared_heads import HEADS
 from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
+from hf_fastattn.parallel.shared_heads import HEADS
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters

@@ -18,8 +18,8 @@ from transformers.activations import SiLUActivation
 
 from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, is_compiled_module
 from hf_fastattn.parallel.expert_shards import ExpertShard, expert_shard_of
-from hf_fastattn.parallel.shared_heads import HEADS, with_whole_head
 from hf_fastattn.parallel.shards import COLUMNS, Shard, shard_of
+from hf_fastattn.parallel.shared_heads import HEADS, with_whole_head
 from hf_fastattn.wrappers import runs_class_forward
 
 LIBRARIES = ("transformers.", "torch.nn.")

@@ -187,7 +187,7 @@ def _error_of(model: Any, call: dict[str, Any]) -> str:
 
 
 def generate_with_other_keys(path: str, call: dict[str, Any]) -> tuple[Any, Any, Any, list[int], list[int]]:
-    """Tokens with the weights as they were loaded, with others, and as before; captures; heads held, and after unpatching."""
+    """Tokens with the weights as they were loaded, others, and as before; captures; heads held, and after unpatching."""
     model = load(path)
     linears = [layer.self_attn.k_proj for layer in model.model.layers]
     found, captured = [], []

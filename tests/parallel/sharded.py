@@ -1,4 +1,4 @@
-"""What runs in each of the processes that hold parts of all weights and gather them forward by forward: FSDP 2, and ZeRO-3."""
+"""What runs in each of the processes that gather all weights forward by forward: FSDP 2, and what ZeRO-3 does."""
 
 from __future__ import annotations
 

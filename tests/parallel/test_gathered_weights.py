@@ -1,4 +1,4 @@
-"""Models whose weights are gathered forward by forward (FSDP 2, ZeRO-3): one process's tokens, and as many forwards on each."""
+"""Weights that are gathered forward by forward (FSDP 2, ZeRO-3): one process's tokens, as many forwards on each."""
 
 from __future__ import annotations
 
