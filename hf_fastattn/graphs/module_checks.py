@@ -105,7 +105,8 @@ def is_compiled_itself(module: nn.Module) -> bool:
 
 def why_not_kind(module: nn.Module) -> str | None:
     """Why a module of this class and with these hooks may do more than launch kernels, whatever its forward is."""
-    state, kind = vars(module), type(module)
+    state = vars(module)
+    kind: Any = type(module)
     if is_sharded_kind(kind):
         return f"forwards gather the weights from other processes: a {kind.__name__} is sharded by FSDP"
     if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):

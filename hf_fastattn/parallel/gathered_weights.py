@@ -22,13 +22,14 @@ ZERO_STATUS, WHOLE = "ds_status", "AVAILABLE"
 def why_counted(model: nn.Module) -> str | None:
     """Why a process may run neither more nor fewer forwards of the model than Transformers would; None if it may."""
     for module in model.modules():
-        if is_sharded_kind(type(module)):
-            return f"forwards gather the weights from other processes: a {type(module).__name__} is sharded by FSDP"
+        kind: Any = type(module)
+        if is_sharded_kind(kind):
+            return f"forwards gather the weights from other processes: a {kind.__name__} is sharded by FSDP"
         for parameter in module._parameters.values():
             status: Any = getattr(parameter, ZERO_STATUS, None)
             if status is not None and getattr(status, "name", "") != WHOLE:
-                kind = type(module).__name__
-                return f"forwards gather the weights from other processes: those of a {kind} are partitioned by ZeRO-3"
+                name = kind.__name__
+                return f"forwards gather the weights from other processes: those of a {name} are partitioned by ZeRO-3"
     return None
 
 

@@ -110,7 +110,8 @@ class SharedHeads:
         """Hold no memory, as when the model is unpatched."""
         for attention in self._attentions:
             for name in SHARED:
-                _wholes.pop(attention._modules[name], None)
+                linear: Any = attention._modules[name]
+                _wholes.pop(linear, None)
 
 
 def _gathered(part: Tensor, sharers: int, group: Any, held: Tensor | None) -> Tensor:
