@@ -374,6 +374,7 @@ CASES = {
     "weights summed": Case(weights_summed, ("weight_sum_kernel",), programs=4),
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
     "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
+    "product, K = 7168": Case(lambda: product(1, 7168, (4096,)), ("matvec_kernel",), programs=1),
     "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),
     "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),
     "product, lm head": Case(lambda: product(1, 4096, (128256,)), ("matvec_kernel",), programs=2),

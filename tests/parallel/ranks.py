@@ -107,17 +107,18 @@ def _counting(function: Any, name: str, counts: dict[str, int]) -> Any:
 class Slots:
     """Stands for peer memory: sums are gloo's, and a slot must be free again before it is written."""
 
-    flags = launches = late = None
+    flags = launches = inboxes = pushed = late = None
     rank = 0
 
-    def __init__(self, group: Any, hidden: int) -> None:
+    def __init__(self, group: Any, hidden: int, pushes: bool) -> None:
         self.group, self.slots, self.sums = group, [torch.full((64, hidden), float("nan")) for _ in range(2)], 0
+        self.are_pushed, self.ways = pushes, set[str]()
 
     def takes(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         return rows <= 64
 
     def pushes(self, rows: int) -> bool:
-        return False
+        return self.are_pushed
 
     def part(self, slot: int, rows: int) -> Any:
         # Slots take turns.
@@ -127,7 +128,16 @@ class Slots:
     def parts(self, slot: int) -> int:
         return slot
 
-    def summed_norm(self, part: Any, slot: int, *others: Any, bias: Any, unit_offset: bool, dtype: Any) -> Any:
+    def pushed_norm(self, part: Any, inboxes: Any, room: int, *others: Any, **options: Any) -> Any:
+        self.ways.add("pushed")
+        assert len(part) <= room
+        return self._normed(part, *others, **options)
+
+    def summed_norm(self, part: Any, slot: int, *others: Any, **options: Any) -> Any:
+        self.ways.add("read")
+        return self._normed(part, *others, **options)
+
+    def _normed(self, part: Any, *others: Any, bias: Any, unit_offset: bool, dtype: Any) -> Any:
         *_, x, weight, eps = others
         self.sums += 1
         total = all_reduce.all_reduce(part.clone(), self.group)
@@ -137,7 +147,7 @@ class Slots:
         )
 
 
-def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
+def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> tuple[Any, Any, int, set[str]]:
     model = load(path)
     with (
         reexecuted_loop(),
@@ -146,11 +156,12 @@ def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
         pytest.MonkeyPatch.context() as patch,
     ):
         ranks = model._fastattn.runtime.ranks
-        slots = Slots(ranks._group, model.config.hidden_size)
+        slots = Slots(ranks._group, model.config.hidden_size, pushes)
         patch.setattr(ranks, "peers", slots)
         slots.late = torch.zeros(1)
         patch.setattr(products, "summed_norm", slots.summed_norm)
-        return *one(model, call), slots.sums
+        patch.setattr(products, "pushed_norm", slots.pushed_norm)
+        return *one(model, call), slots.sums, slots.ways
 
 
 def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:

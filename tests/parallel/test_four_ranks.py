@@ -55,7 +55,7 @@ def test_prompts_are_recorded(four: Processes, saved: Any) -> None:
 def test_sums_in_peer_memory(four: Processes, saved: Any, name: str) -> None:
     call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
     want = one_process(name, [call], **HEADS)[0]
-    for tokens, counted, sums in four.run(ranks.generate_by_peers, saved(name, **HEADS), call):
+    for tokens, counted, sums, _ in four.run(ranks.generate_by_peers, saved(name, **HEADS), call):
         assert torch.equal(tokens, want)
         assert_looped(counted)
         # Two of each of three layers, in eleven steps, one of them twice; the prompt of 69 tokens is too long.

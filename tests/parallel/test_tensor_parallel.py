@@ -45,10 +45,12 @@ def test_products_are_of_this_rank_s_weights(two: Processes, saved: Any) -> None
         assert seen <= held
 
 
-def test_sums_in_peer_memory(two: Processes, saved: Any) -> None:
+@pytest.mark.parametrize("pushes", [False, True], ids=["read", "pushed"])
+def test_sums_in_peer_memory(two: Processes, saved: Any, pushes: bool) -> None:
     call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
     want = one_process("llama", [call])[0]
-    for tokens, counted, sums in two.run(ranks.generate_by_peers, saved("llama"), call):
+    for tokens, counted, sums, ways in two.run(ranks.generate_by_peers, saved("llama"), call, pushes):
+        assert ways == {"pushed" if pushes else "read"}
         assert torch.equal(tokens, want)
         assert_looped(counted)
         # Two of each of three layers, in eleven steps, one of them twice; the prompt of 69 tokens is too long.
