@@ -23,6 +23,11 @@ ALONE = "nothing: the prompt is computed as a whole"
 
 # (part of a reason, what to do), the first that fits.
 HINTS = (
+    (
+        "gather the weights from other processes",
+        "nothing, results are right; quicker with whole weights for the call: deepspeed.zero.GatheredParameters, as TRL, "
+        "or a second, unsharded model to generate with",
+    ),
     ("may change what a token means", "leave these arguments out, and give prompts as input_ids"),
     ("is not given as tokens", "give prompts as input_ids"),
     ("behind a sliding window are released", ALONE),

@@ -142,6 +142,8 @@ def _take_back(model: Any, scope: PatchScope) -> None:
             release_slots(module)
     scope.undo()
     held = vars(model).get(STATE)
+    if held is not None and held.runtime.ranks is not None and held.runtime.ranks.heads is not None:
+        held.runtime.ranks.heads.drop()
     for module in model.modules() if held is not None else ():
         # The model itself, and shallow copies of patched modules, as accelerate's compile_regions() makes of them.
         if getattr(vars(module).get(STATE), "runtime", None) is held.runtime:

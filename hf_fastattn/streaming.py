@@ -7,6 +7,7 @@ from typing import Any
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.kernels.variants.variant import Variant
 from hf_fastattn.pages.model_layout import is_pageable, layer_window, template_layers
+from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.parallel.ranks import is_spread
 from hf_fastattn.patches.family import Family
 
@@ -44,6 +45,9 @@ def _why_not(model: Any, family: Family, config: FastAttnConfig) -> str | None:
         return f"a {family.model_type} model scales queries by their position in the row"
     if is_spread(model):
         return "the model is spread over several processes"
+    counted = why_counted(model)
+    if counted is not None:
+        return counted
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     capacity = config.streaming.layout(config.page_size).capacity
     if most is not None and capacity > most:

@@ -94,6 +94,8 @@ def compiled_from(function: Any) -> Any:
 
 def is_compiled(function: Any) -> bool:
     """Whether torch.compile, or torch.compiler.disable, made this function."""
+    if type(function) is functools.partial:
+        return False
     function = _function(function)
     own = getattr(function, "__globals__", {}).get("__name__") == COMPILER
     return own and "_torchdynamo_orig_callable" in vars(function)

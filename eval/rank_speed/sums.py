@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_fastattn.parallel.peer_memory import MOST_ROWS
+from hf_fastattn.parallel.peer_memory import MOST_PUSHED, MOST_ROWS
 
 # Rows of a sum: those of steps, and of prompts.
-ROWS = (1, 2, 4, 16, 64, 512, 4096)
+ROWS = (1, 2, 4, 8, 16, 64, 512, 4096)
 EPS = 1e-5
 LAUNCHES, ROUNDS = 50, 7
 
@@ -25,6 +25,7 @@ def measure_sums(model: Any, say: Callable[[str], None]) -> list[dict[str, Any]]
         return []
     # Not before: they import Triton.
     from hf_fastattn.kernels.layer.norm import add_rms_norm
+    from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
     from hf_fastattn.kernels.layer.summed_norm import summed_norm
 
     found = []
@@ -46,12 +47,20 @@ def measure_sums(model: Any, say: Callable[[str], None]) -> list[dict[str, Any]]
                 residual, weight, EPS,
             )  # fmt: skip
 
+        def pushed(_: int, rows: int = rows, residual: Any = residual, weight: Any = weight) -> None:
+            memory = ranks.peers
+            pushed_norm(
+                memory.part(0, rows), memory.inboxes, MOST_PUSHED, memory.pushed, memory.late, memory.rank, residual, weight,
+                EPS,
+            )  # fmt: skip
+
         row = {
             "rows": rows,
             "bytes": x.nbytes,
             "group": _microseconds(alone, device),
             "group_norm": _microseconds(normed, device),
             "peers_norm": _microseconds(by_peers, device) if ranks.peers is not None and rows <= MOST_ROWS else None,
+            "pushed_norm": _microseconds(pushed, device) if ranks.peers is not None and rows <= MOST_PUSHED else None,
             "one_shot": _one_shot(x, device) if rows <= MOST_ROWS else None,
         }
         found.append(row)

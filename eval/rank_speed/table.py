@@ -10,10 +10,10 @@ NOTES = """First: a call of one token; a token: the difference between calls of 
 medians of whole calls of `generate()`, on other prompts each. Systems are measured one after the other. Limit: reading this
 rank's weights and keys once, at the speed measured in the same run."""
 HEAD = ("case", "a token, ms", "limit", "first token, ms", "one GPU, a token", "first", "stock, a token", "first")
-SUM_NAMES = ("group", "group_norm", "peers_norm", "one_shot")
+SUM_NAMES = ("group", "group_norm", "peers_norm", "pushed_norm", "one_shot")
 SUMS = (
     "rows", "bytes", "process group, back to back, us", "with residual and norm between",
-    "sum, residual and norm in one launch", "one-shot",
+    "sum, residual and norm in one launch", "the same, pushed", "one-shot",
 )  # fmt: skip
 
 
@@ -25,7 +25,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines[-1] += f" (stock {settings['stock_new']}), {settings['pairs']} rounds. Sums of few rows: {record['peers']}."
     lines += ["", NOTES, "", *_table(HEAD, [_cells(row) for row in record["cases"]]), ""]
     if record["sums"]:
-        cells = [[str(row["rows"]), str(row["bytes"]), *(_shown(row[name]) for name in SUM_NAMES)] for row in record["sums"]]
+        cells = [
+            [str(row["rows"]), str(row["bytes"]), *(_shown(row.get(name)) for name in SUM_NAMES)] for row in record["sums"]
+        ]
         lines += ["Sums over ranks, as replays of CUDA graphs of many:", "", *_table(SUMS, cells), ""]
     lines += [f"- **RED** {row['name']}: {', '.join(row['problems'])}" for row in record["cases"] if row["problems"]]
     lines += [f"- **{found['case']} failed**: {found['error']}" for found in record["failed"]]

@@ -14,6 +14,7 @@ from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.known_class import why_not_class
 from hf_fastattn.pages.model_layout import is_pageable, template_layers
+from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.patches.modules.watched import why_watched
@@ -128,6 +129,9 @@ def why_not_model(model: Any) -> str | None:
         return "attention has a variant"
     if getattr(model, "_device_mesh", None) is not None:
         return "the model is sharded over several processes"
+    counted = why_counted(model)
+    if counted is not None:
+        return counted
     if model.device.type == "meta":
         return "the weights are offloaded"
     if has_compiled(model):

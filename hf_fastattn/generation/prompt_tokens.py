@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import names_by_row, submodules, why_not_kind
+from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.patches.modules.watched import why_rows_differ
 from hf_fastattn.transformers_version import CACHE
@@ -106,6 +107,9 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
     if runtime.variants:
         # What its functions read may change between calls, and is not part of the weights.
         return "layers have attention variants"
+    counted = why_counted(model)
+    if counted is not None:
+        return counted
     if any(getattr(generation_config, name, False) for name in _ASKED_OF_PROMPT):
         return STATES
     if generation_config.prefill_chunk_size is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from hf_fastattn.parallel.gathered_weights import is_sharded_kind
 from hf_fastattn.parallel.understood import is_understood
 from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
@@ -93,13 +94,21 @@ def is_compiled_itself(module: nn.Module) -> bool:
     if state.get("_compiled_call_impl") is not None or is_compiled_module(module):
         return True
     # What was compiled before the patch is called where ours is not.
-    original = getattr(state.get("_fastattn"), "original", None)
-    return any(map(is_compiled, (state.get("forward"), state.get("_old_forward"), original)))
+    held = state.get("_fastattn")
+    original = None if held is None else getattr(held, "original", None)
+    # Of a model with accelerate's hooks every module is asked, before each call.
+    for function in (state.get("forward"), state.get("_old_forward"), original):
+        if function is not None and is_compiled(function):
+            return True
+    return False
 
 
 def why_not_kind(module: nn.Module) -> str | None:
     """Why a module of this class and with these hooks may do more than launch kernels, whatever its forward is."""
-    state, kind = vars(module), type(module)
+    state = vars(module)
+    kind: Any = type(module)
+    if is_sharded_kind(kind):
+        return f"forwards gather the weights from other processes: a {kind.__name__} is sharded by FSDP"
     if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if has_foreign_hooks(state):

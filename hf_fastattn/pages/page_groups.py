@@ -58,11 +58,12 @@ class PageGroups:
         self.head_dim = head_dim
         dtype = dtype or getattr(text, "dtype", None) or torch.float32
         itemsize = torch.empty((), dtype=dtype, device="meta").element_size()
-        numbers = self.page_size * (heads // ranks) * head_dim
+        # With fewer heads than ranks each holds one.
+        heads = max(heads // ranks, 1)
+        numbers = self.page_size * heads * head_dim
         stored = [KV_DTYPES.get(fastattn.kv_dtype_of(window) or "") for window in windows]
         self.page_bytes = sum(
-            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads // ranks, head_dim)
-            for dtype in stored
+            2 * numbers * itemsize if dtype is None else page_bytes(self.page_size, heads, head_dim) for dtype in stored
         )
         self._largest: dict[int | None, int] = {}
         self._groups = {

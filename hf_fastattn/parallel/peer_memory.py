@@ -1,7 +1,8 @@
 """`PeerMemory`: memory of each rank's GPU that the GPUs of the other ranks, on the same host, read.
 
 There sums of few tokens are made without NCCL: a product writes its part of the sum where the other ranks read it, and the
-norm behind it reads all parts (`kernels/layer/summed_norm.py`). Parts are written in two slots in turn.
+norm behind it reads all parts (`kernels/layer/summed_norm.py`). Parts are written in two slots in turn. Of the fewest tokens
+the norm writes the part to the inbox of every rank instead (`kernels/layer/pushed_norm.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from torch import Tensor
 # Rows of a sum that the slots hold, and bytes that a rank reads of those of the others; more are summed by NCCL, in whose
 # sums each byte crosses twice, however many ranks there are. Four H200 took as long either way at about this size.
 MOST_ROWS, MOST_READ = 64, 2**20
+# Rows of a sum that are pushed into inboxes. They cross in twice as many bytes, without waiting for a flag.
+MOST_PUSHED = 16
+# Bytes of a part in a word of an inbox, and of the word; words of a row, at most.
+HELD, WORD, MOST_WORDS = 4, 8, 8192
 # Looks at a flag in the first sums: some seconds, in which the other ranks compile the kernel too.
 LOOKS_IN_TRIAL = 1 << 24
 # Multicast over NVLink is not needed here, and setting it up can fail where plain reads between GPUs work.
@@ -58,6 +63,8 @@ class PeerMemory:
     Attributes:
         flags: `[ranks]` int64 addresses, as this device sees them.
         launches: `[MOST_ROWS]` int32, see `summed_norm`; `late` likewise.
+        inboxes: `[ranks]` int64 addresses of the inboxes, with room for `MOST_PUSHED` rows; see `pushed_norm`.
+        pushed: `[MOST_PUSHED]` int32, its `launches`.
     """
 
     def __init__(self, group: Any, device: torch.device, hidden: int, dtype: torch.dtype) -> None:
@@ -67,8 +74,10 @@ class PeerMemory:
         self.hidden, self.dtype = hidden, dtype
         slot_bytes = MOST_ROWS * hidden * dtype.itemsize
         flag_bytes = -(-MOST_ROWS * group.size() * 4 // 256) * 256
+        self._words = 0 if hidden * dtype.itemsize % HELD else hidden * dtype.itemsize // HELD
+        inbox_bytes = 2 * group.size() * MOST_PUSHED * self._words * WORD
         with torch.inference_mode(False), torch.cuda.device(device), _without_multicast():
-            self._held = symmetric.empty(2 * slot_bytes + flag_bytes, dtype=torch.uint8, device=device)
+            self._held = symmetric.empty(2 * slot_bytes + flag_bytes + inbox_bytes, dtype=torch.uint8, device=device)
             self._handle = symmetric.rendezvous(self._held, group)
             self._held.zero_()
             starts = [int(address) for address in self._handle.buffer_ptrs]
@@ -81,6 +90,9 @@ class PeerMemory:
                 for slot in (0, 1)
             ]
             self.flags = torch.tensor([start + 2 * slot_bytes for start in starts], dtype=torch.int64, device=device)
+            inboxes = [start + 2 * slot_bytes + flag_bytes for start in starts]
+            self.inboxes = torch.tensor(inboxes, dtype=torch.int64, device=device)
+            self.pushed = torch.zeros(MOST_PUSHED, dtype=torch.int32, device=device)
             self.launches = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
             self.late = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -88,6 +100,10 @@ class PeerMemory:
         """Whether a sum of this size is made here."""
         read = (len(self.flags) - 1) * rows * columns * dtype.itemsize
         return 0 < rows <= MOST_ROWS and read <= MOST_READ and columns == self.hidden and dtype is self.dtype
+
+    def pushes(self, rows: int) -> bool:
+        """Whether a sum of so many rows, which is made here, is pushed."""
+        return rows <= MOST_PUSHED and 0 < self._words <= MOST_WORDS
 
     def part(self, slot: int, rows: int) -> Tensor:
         """`[rows, hidden]`: where this rank's part of a sum goes."""
@@ -100,11 +116,12 @@ class PeerMemory:
 
 def is_right(memory: PeerMemory, group: Any) -> bool:
     """Whether sums by peer memory are those of NCCL, in each slot, for one row and for as many as it takes."""
-    # Not before: it imports Triton.
+    # Not before: they import Triton.
+    from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
     from hf_fastattn.kernels.layer.summed_norm import summed_norm
 
     device, right = memory.flags.device, True
-    for rows in (1, MOST_ROWS):
+    for rows in (1, MOST_PUSHED, MOST_ROWS):
         residual = torch.ones(rows, memory.hidden, dtype=memory.dtype, device=device)
         for slot in (0, 1):
             part = memory.part(slot, rows)
@@ -117,6 +134,12 @@ def is_right(memory: PeerMemory, group: Any) -> bool:
                 1e-5, looks=LOOKS_IN_TRIAL,
             )  # fmt: skip
             right &= torch.equal(total, want + 1)
+            if memory.pushes(rows):
+                _, total = pushed_norm(
+                    part, memory.inboxes, MOST_PUSHED, memory.pushed, memory.late, memory.rank, residual, residual[0], 1e-5,
+                    looks=LOOKS_IN_TRIAL,
+                )  # fmt: skip
+                right &= torch.equal(total, want + 1)
     return right and not bool(memory.late)
 
 

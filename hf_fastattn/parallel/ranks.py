@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.parallel.all_reduce import all_gather
 from hf_fastattn.parallel.peer_memory import PeerMemory, is_right, places_of, why_not_peers
+from hf_fastattn.parallel.shared_heads import SharedHeads
 from hf_fastattn.parallel.understood import group_of, sums_of, why_not_understood
 from hf_fastattn.parallel.watch import RankFailedError, Watch
 
@@ -28,10 +29,11 @@ class Ranks:
     Args:
         group: the process group.
         device: of this rank's shards.
+        heads: that several ranks share, if there are any.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, group: Any, device: torch.device, heads: SharedHeads | None = None) -> None:
+        self._group, self._device, self.heads = group, device, heads
         self.count: int = group.size()
         self._store = dist.PrefixStore(f"hf_fastattn/{next(_numbers)}", dist.distributed_c10d._get_default_store())
         self._calls = 0
@@ -59,12 +61,18 @@ class Ranks:
         watch = self._watch = Watch(store, dist.get_rank(self._group), self.count, self._group.abort)
         try:
             with watch:
+                self.refresh_heads()
                 result = call()
                 if self.peers is not None and bool(self.peers.late):
                     raise RankFailedError("a rank did not come to a sum: what was generated is worth nothing")
                 return result
         finally:
             self.failure, self._watch = watch.failure, None
+
+    def refresh_heads(self) -> None:
+        """Gather the heads that ranks share from the weights as they are, before these are read; by all ranks."""
+        if self.heads is not None:
+            self.heads.refresh()
 
     def waits(self, receive: Callable[[], Any]) -> Any:
         """What `receive`, which waits for a step, gives.
@@ -127,7 +135,7 @@ def ranks_of(model: Any) -> Ranks | None:
     if not is_spread(model) or why_not_understood(model) is not None:
         return None
     group = group_of(model)
-    return None if group is None or group.size() == 1 else Ranks(group, model.device)
+    return None if group is None or group.size() == 1 else Ranks(group, model.device, SharedHeads.of(model))
 
 
 def is_spread(model: Any) -> bool:

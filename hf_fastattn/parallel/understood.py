@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_fastattn.parallel.expert_shards import expert_shard_of
 from hf_fastattn.parallel.shards import COLUMNS, CUT, ROWS, is_distributed, shard_of, variables_of
+from hf_fastattn.parallel.shared_heads import shared_by
 from hf_fastattn.wrappers import below_replicated, origin_of
 
 DISTRIBUTED = "transformers.distributed."
@@ -113,12 +114,14 @@ def _shards_in(attention: nn.Module) -> list[Any]:
 
 
 def _why_not_heads(module: nn.Module) -> str | None:
-    """Whether an attention has whole heads on this rank, as many for each key head as on one device."""
+    """Whether an attention has whole heads on this rank, as many for each key head as on one device, or shares one."""
     shards, linears = _shards_in(module), module._modules
     if not shards:
         return None
     if [shard.kind for shard in shards] != [COLUMNS, COLUMNS, COLUMNS, ROWS]:
         return f"tensor parallel: of the projections of a {type(module).__name__} only some are cut"
+    if shared_by(module) > 1:
+        return None
     q, k, v, o = (shard.weight.shape[CUT[shard.kind]] for shard in shards)
     dim: Any = module.head_dim
     ratio: Any = getattr(module, "num_key_value_groups", 1)

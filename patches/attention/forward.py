@@ -13,6 +13,7 @@ from hf_fastattn.patches.attention.qk_norm import normalise
 from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
 from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.plain_modules import projected
 
 
 def attention_forward(
@@ -169,7 +170,7 @@ def _attend(
         hidden_states = padding.pack(hidden_states)
         position_embeddings = padding.pack_rope(*position_embeddings)
         position_ids = None if position_ids is None else padding.pack_positions(position_ids)
-    q, k, v = (project(hidden_states) for project in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (projected(linear, hidden_states) for linear in (module.q_proj, module.k_proj, module.v_proj))
     out = attend_projected(module, q, k, v, position_embeddings, position_ids, cache)
     out = module.o_proj(out.view(*hidden_states.shape[:-1], -1))
     return out if padding is None else padding.restore(out)

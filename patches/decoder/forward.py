@@ -19,6 +19,7 @@ from hf_fastattn.hints import with_hint
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.pages.model_layout import keys_dtype
 from hf_fastattn.pages.page_storage import NarrowerKeysError
+from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces, streamed_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
 from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_these, why_not_walked
@@ -158,7 +159,9 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
     streams = cache.stream is not None
     cut = streamed_pieces(arguments, cache, kwargs) if streams else None if whole else pieces(arguments, cache, kwargs)
     try:
-        if cut is not None and (streams or why_watched(self) is None):
+        if cut is not None and streams and (counted := why_counted(self)) is not None:
+            raise ValueError(f"a prompt that is longer than a stream keeps would take several forwards, but {counted}")
+        if cut is not None and (streams or (why_watched(self) or why_counted(self)) is None):
             tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
             return run_pieces(cut, tokens.shape[1], cache, lambda piece: _cached_forward(self, piece, cache, kwargs))
         return _cached_forward(self, arguments, cache, kwargs)
@@ -182,7 +185,7 @@ def _forward_within_memory(self: Any, arguments: dict[str, Any], cache: PagedCac
     try:
         return _forward_in_turn(self, dict(arguments), cache, kwargs)
     except torch.OutOfMemoryError:
-        if not cache.save_memory():
+        if why_counted(self) is not None or not cache.save_memory():
             raise
     # Not while the error is handled, whose frames hold tensors.
     return _forward_in_turn(self, arguments, cache, kwargs)
@@ -196,6 +199,9 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
     past = cache.get_seq_length()
     cache.check_owner(self.config)
     state.runtime.variants.reach(past + columns)
+    if state.runtime.ranks is not None and not state.runtime.in_call:
+        # generate() has done so.
+        state.runtime.ranks.refresh_heads()
     visible = visible_columns(mask, cache, rows, columns)
     new = None if visible is None or bool(visible[:, past:].all()) else visible[:, past:]
     reason = why_not_paged(self, mask, cache, visible, kwargs)

@@ -6,6 +6,7 @@ compute is computed here, without calling them, which on a CPU takes as long as 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight
+from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
 
 # Dtypes that norms widen to fp32.
 NARROW = (torch.float16, torch.bfloat16)
@@ -77,7 +78,7 @@ class PlainProducts:
 
     def _linear(self, module: Any, x: Tensor) -> Tensor:
         if type(module) is not nn.Linear or not is_plain(module, "Linear", x.device):
-            return self.call(module, x)
+            return self.call(functools.partial(projected, module), x)
         held = module._parameters
         weight = held.get("weight")
         if weight is None or "bias" not in held:

@@ -26,12 +26,14 @@ from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
+from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
-from hf_fastattn.parallel.peer_memory import Delta, PeerMemory, PeerSum
+from hf_fastattn.parallel.peer_memory import MOST_PUSHED, Delta, PeerMemory, PeerSum
 from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
+from hf_fastattn.parallel.shared_heads import HEADS
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
@@ -129,9 +131,15 @@ class Products:
         if isinstance(delta, PeerSum):
             if weight is not None and x.dtype in (delta.part.dtype, torch.float32):
                 memory = delta.memory
+                added: dict[str, Any] = {"bias": delta.bias, "unit_offset": self.names.unit_offset, "dtype": dtype}
+                if memory.pushes(self.tokens):
+                    return pushed_norm(
+                        delta.part, memory.inboxes, MOST_PUSHED, memory.pushed, memory.late, memory.rank, x, weight,
+                        norm_eps(module), **added,
+                    )  # fmt: skip
                 return summed_norm(
                     delta.part, memory.parts(delta.slot), memory.flags, memory.launches, memory.late, memory.rank, x, weight,
-                    norm_eps(module), bias=delta.bias, unit_offset=self.names.unit_offset, dtype=dtype,
+                    norm_eps(module), **added,
                 )  # fmt: skip
             delta = self._sum_of(delta.part.clone(), delta.bias, delta.group)
         if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
@@ -301,6 +309,8 @@ class Products:
         part = plain_shard(linear)
         if part is not None and part.kind in (ROWS, GATHERED):
             return self._summed(part, x) if part.kind == ROWS else self._gathered(part, x)
+        if part is not None and part.kind == HEADS:
+            return self._product_of(part.weight, x, part.bias)
         dtype = self._dtype_of(x)
         held = None if self._copies is None and self._by_row is None else self._adapted(linear, x.device, dtype)
         if held is not None and self._by_row is not None and "base_layer" in linear._modules:

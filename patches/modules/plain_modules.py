@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.activations import SiLUActivation
 
 from hf_fastattn.graphs.module_checks import CAPTURE_HOOK, is_compiled_module
 from hf_fastattn.parallel.expert_shards import ExpertShard, expert_shard_of
 from hf_fastattn.parallel.shards import COLUMNS, Shard, shard_of
+from hf_fastattn.parallel.shared_heads import HEADS, with_whole_head
 from hf_fastattn.wrappers import runs_class_forward
 
 LIBRARIES = ("transformers.", "torch.nn.")
@@ -88,7 +90,7 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
         weight, bias = held.get("weight"), held["bias"]
     else:
         part = plain_shard(module)
-        if part is None or part.kind != COLUMNS:
+        if part is None or part.kind not in (COLUMNS, HEADS):
             return None
         weight, bias = part.weight, part.bias
     if not is_plain_tensor(weight, device, dtypes):
@@ -100,8 +102,20 @@ def linear_parameters(module: nn.Module, device: torch.device, dtypes: Dtypes) -
 
 
 def plain_shard(module: nn.Module) -> Shard | None:
-    """This rank's part of a layer that is spread over ranks, if calling it does nothing but what its kind says."""
-    return None if module._forward_hooks or module._forward_pre_hooks else shard_of(module)
+    """This rank's part of a layer that is spread over ranks, if calling it does nothing but what its kind says.
+
+    Of a projection whose heads ranks share it is the whole head, and calling the layer gives less: see `projected`.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    part = shard_of(module)
+    return part if part is None or part.kind != COLUMNS else with_whole_head(module, part)
+
+
+def projected(module: nn.Module, x: Tensor) -> Any:
+    """What a projection of an attention gives, with the whole of a head that this rank shares with others."""
+    part = plain_shard(module)
+    return module(x) if part is None or part.kind != HEADS else functional.linear(x, part.weight, part.bias)
 
 
 def plain_expert_shard(module: nn.Module, name: str) -> ExpertShard | None:

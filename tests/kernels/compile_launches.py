@@ -25,6 +25,7 @@ from hf_fastattn.kernels.layer.configs import ProductTile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
+from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
 from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
@@ -179,6 +180,12 @@ def summed(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, ranks: in
     x, addresses = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(ranks, dtype=torch.int64)
     counts = torch.zeros(tokens, dtype=torch.int32)
     return summed_norm(x, addresses, addresses, counts, counts, 0, x, x[0], 1e-5)
+
+
+def pushed(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, ranks: int = 2) -> object:
+    x, addresses = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(ranks, dtype=torch.int64)
+    counts = torch.zeros(tokens, dtype=torch.int32)
+    return pushed_norm(x, addresses, tokens, counts, counts, 0, x, x[0], 1e-5)
 
 
 def weights_summed() -> object:

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
-from hf_fastattn.parallel import all_reduce, watch
+from hf_fastattn.parallel import all_reduce, shared_heads, watch
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import products
@@ -107,14 +107,18 @@ def _counting(function: Any, name: str, counts: dict[str, int]) -> Any:
 class Slots:
     """Stands for peer memory: sums are gloo's, and a slot must be free again before it is written."""
 
-    flags = launches = late = None
+    flags = launches = inboxes = pushed = late = None
     rank = 0
 
-    def __init__(self, group: Any, hidden: int) -> None:
+    def __init__(self, group: Any, hidden: int, pushes: bool) -> None:
         self.group, self.slots, self.sums = group, [torch.full((64, hidden), float("nan")) for _ in range(2)], 0
+        self.are_pushed, self.ways = pushes, set[str]()
 
     def takes(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         return rows <= 64
+
+    def pushes(self, rows: int) -> bool:
+        return self.are_pushed
 
     def part(self, slot: int, rows: int) -> Any:
         # Slots take turns.
@@ -124,7 +128,16 @@ class Slots:
     def parts(self, slot: int) -> int:
         return slot
 
-    def summed_norm(self, part: Any, slot: int, *others: Any, bias: Any, unit_offset: bool, dtype: Any) -> Any:
+    def pushed_norm(self, part: Any, inboxes: Any, room: int, *others: Any, **options: Any) -> Any:
+        self.ways.add("pushed")
+        assert len(part) <= room
+        return self._normed(part, *others, **options)
+
+    def summed_norm(self, part: Any, slot: int, *others: Any, **options: Any) -> Any:
+        self.ways.add("read")
+        return self._normed(part, *others, **options)
+
+    def _normed(self, part: Any, *others: Any, bias: Any, unit_offset: bool, dtype: Any) -> Any:
         *_, x, weight, eps = others
         self.sums += 1
         total = all_reduce.all_reduce(part.clone(), self.group)
@@ -134,7 +147,7 @@ class Slots:
         )
 
 
-def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
+def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> tuple[Any, Any, int, set[str]]:
     model = load(path)
     with (
         reexecuted_loop(),
@@ -143,11 +156,12 @@ def generate_by_peers(path: str, call: dict[str, Any]) -> tuple[Any, Any, int]:
         pytest.MonkeyPatch.context() as patch,
     ):
         ranks = model._fastattn.runtime.ranks
-        slots = Slots(ranks._group, model.config.hidden_size)
+        slots = Slots(ranks._group, model.config.hidden_size, pushes)
         patch.setattr(ranks, "peers", slots)
         slots.late = torch.zeros(1)
         patch.setattr(products, "summed_norm", slots.summed_norm)
-        return *one(model, call), slots.sums
+        patch.setattr(products, "pushed_norm", slots.pushed_norm)
+        return *one(model, call), slots.sums, slots.ways
 
 
 def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:
@@ -181,6 +195,44 @@ def _error_of(model: Any, call: dict[str, Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def generate_with_other_keys(path: str, call: dict[str, Any]) -> tuple[Any, Any, Any, list[int], list[int]]:
+    """Tokens with the weights as they were loaded, others, and as before; captures; heads held, and after unpatching."""
+    model = load(path)
+    linears = [layer.self_attn.k_proj for layer in model.model.layers]
+    found, captured = [], []
+    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
+        for factor in (1.0, -1.5, -1 / 1.5):
+            for linear in linears:
+                local_of(linear.weight).mul_(factor)
+            tokens, counted = one(model, call)
+            found.append(tokens)
+            captured.append(counted.graphs_captured)
+        held = len(shared_heads._wholes)
+    return found[0], found[1], found[2], captured, [held, len(shared_heads._wholes)]
+
+
+def forward_over_pages(path: str, ids: Any) -> tuple[Any, int]:
+    """Logits of a forward with a cache of its own, and forwards counted."""
+    model = load(path)
+    with hf_fastattn.patched(model), torch.no_grad():
+        cache = hf_fastattn.PagedCache(model.config)
+        logits = model(ids, past_key_values=cache).logits
+        cache.reset()
+        return logits, model._fastattn.runtime.counters.forwards
+
+
+def errors_without_pages(path: str, ids: Any) -> list[str]:
+    """What a forward without pages raises, patched and not."""
+    model, texts = load(path), []
+    for patched in (True, False):
+        with hf_fastattn.patched(model) if patched else contextlib.nullcontext(), torch.no_grad():
+            try:
+                model(ids)
+            except Exception as error:
+                texts.append(f"{type(error).__name__}: {error}")
+    return texts
 
 
 def why_not(path: str) -> str | None:

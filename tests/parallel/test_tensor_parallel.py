@@ -45,10 +45,12 @@ def test_products_are_of_this_rank_s_weights(two: Processes, saved: Any) -> None
         assert seen <= held
 
 
-def test_sums_in_peer_memory(two: Processes, saved: Any) -> None:
+@pytest.mark.parametrize("pushes", [False, True], ids=["read", "pushed"])
+def test_sums_in_peer_memory(two: Processes, saved: Any, pushes: bool) -> None:
     call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
     want = one_process("llama", [call])[0]
-    for tokens, counted, sums in two.run(ranks.generate_by_peers, saved("llama"), call):
+    for tokens, counted, sums, ways in two.run(ranks.generate_by_peers, saved("llama"), call, pushes):
+        assert ways == {"pushed" if pushes else "read"}
         assert torch.equal(tokens, want)
         assert_looped(counted)
         # Two of each of three layers, in eleven steps, one of them twice; the prompt of 69 tokens is too long.
@@ -82,8 +84,9 @@ def test_whole_experts_on_each_rank_run_transformers_own_path(two: Processes, sa
 
 
 def test_a_head_that_is_cut_is_refused(two: Processes, saved: Any) -> None:
-    for reason in two.run(ranks.why_not, saved("llama", num_key_value_heads=1)):
-        assert reason == "tensor parallel: 1 key heads over 2 ranks"
+    over = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+    for reason in two.run(ranks.why_not, saved("llama", **over)):
+        assert reason == "tensor parallel: 3 key heads over 2 ranks"
 
 
 def test_what_is_changed_after_it_was_looked_at(two: Processes, saved: Any) -> None:

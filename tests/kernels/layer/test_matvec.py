@@ -264,6 +264,8 @@ SWEEP = {
     "down": (14336, (4096,), BF16, {"residual": True, "weights_settled": True}),
     "down, fp32": (14336, (4096,), FP32, {"residual": True}),
     "down, 11008": (11008, (4096,), FP16, {"residual": True, "strided": True}),
+    "down, of two ranks": (7168, (4096,), BF16, {"weights_settled": True}),
+    "down, of two ranks, 70B": (14336, (8192,), BF16, {"weights_settled": True}),
     "gate, up": (4096, (14336, 14336), BF16, {"gated": True, "weights_settled": True}),
     "gate, up, 896": (896, (4864, 4864), FP16, {"gated": True}),
     "odd": (1000, (1001, 63, 1), BF16, {"bias": True}),
