@@ -28,10 +28,21 @@ STEP_FAULTS = {
     "step-prefix": "the first group of rows that share a prefix has one row too many",
 }
 
-# The evaluations that faults are held against, and that run together.
+# The evaluations that faults are held against.
 EVALUATED = ("perplexity", "parity", "logprobs")
+# Those that run together.
+TOGETHER = (*EVALUATED, "recall", "sampling", "tasks", "streaming", "faults")
 # Their sizes where all of them run together, and where they only have a quick look.
-WHOLE = {"perplexity": ("--windows", "24"), "parity": ("--windows", "16")}
+WHOLE = {
+    "perplexity": ("--windows", "16"),
+    "parity": ("--windows", "12"),
+    "logprobs": ("--windows", "8"),
+    "recall": ("--lengths", "256", "1024", "--count", "4"),
+    "sampling": ("--samples", "16", "--calls", "3"),
+    "tasks": ("--limit", "8"),
+    "streaming": ("--tokens", "6000", "--window", "512", "--places", "60", "--new", "300"),
+    "faults": ("--context", "128", "--stride", "48", "--seeds", "1"),
+}
 SMALL = (
     *("--context", "128", "--stride", "48", "--windows", "4", "--batch", "4"),
     *("--append", "20", "--piece", "7", "--decode", "12"),
@@ -40,6 +51,11 @@ QUICK = {
     "perplexity": SMALL,
     "parity": (*SMALL, "--new", "8"),
     "logprobs": (*SMALL, "--new", "8", "--samples", "3"),
+    "recall": ("--lengths", "160", "256", "--depths", "0", "0.6", "--count", "2"),
+    "sampling": ("--prompts", "2", "--samples", "16", "--new", "6", "--calls", "2", "--length", "9"),
+    "tasks": ("--limit", "2", "--num-fewshot", "1"),
+    "streaming": ("--tokens", "1500", "--window", "256", "--places", "24", "--new", "40"),
+    "faults": ("--context", "64", "--stride", "24", "--windows", "2", "--seeds", "1", "--faults", "mask", "step-slot"),
 }
 
 # The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
