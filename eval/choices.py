@@ -28,18 +28,37 @@ STEP_FAULTS = {
     "step-prefix": "the first group of rows that share a prefix has one row too many",
 }
 
-# The evaluations that faults are held against, and that run together.
+# The evaluations that faults are held against.
 EVALUATED = ("perplexity", "parity", "logprobs")
+# Those that run together.
+TOGETHER = (*EVALUATED, "recall", "sampling", "tasks", "streaming", "faults")
 # Their sizes where all of them run together, and where they only have a quick look.
-WHOLE = {"perplexity": ("--windows", "24"), "parity": ("--windows", "16")}
+WHOLE = {
+    "perplexity": ("--windows", "12"),
+    "parity": ("--windows", "8"),
+    "logprobs": ("--windows", "8", "--new", "16"),
+    "recall": ("--lengths", "256", "1024", "--count", "4"),
+    "sampling": ("--samples", "16", "--calls", "2"),
+    "tasks": ("--limit", "8"),
+    "streaming": ("--tokens", "4000", "--window", "512", "--places", "40", "--new", "100"),
+    "faults": (
+        *("--context", "96", "--stride", "24", "--seeds", "1"),
+        *("--faults", "page", "mask", "scale", "step-page", "step-slot", "step-length", "step-rope"),
+    ),
+}
 SMALL = (
-    *("--context", "128", "--stride", "48", "--windows", "4", "--batch", "4"),
-    *("--append", "20", "--piece", "7", "--decode", "12"),
+    *("--context", "96", "--stride", "24", "--windows", "4", "--batch", "4"),
+    *("--append", "12", "--piece", "5", "--decode", "6"),
 )
 QUICK = {
     "perplexity": SMALL,
-    "parity": (*SMALL, "--new", "8"),
-    "logprobs": (*SMALL, "--new", "8", "--samples", "3"),
+    "parity": (*SMALL, "--new", "6"),
+    "logprobs": (*SMALL, "--new", "6", "--samples", "3"),
+    "recall": ("--lengths", "160", "256", "--depths", "0", "0.6", "--count", "2"),
+    "sampling": ("--prompts", "2", "--samples", "16", "--new", "5", "--calls", "2", "--length", "9"),
+    "tasks": ("--limit", "2", "--num-fewshot", "1"),
+    "streaming": ("--tokens", "1200", "--window", "192", "--places", "24", "--new", "16"),
+    "faults": ("--context", "64", "--stride", "24", "--windows", "2", "--seeds", "0", "--faults", "mask", "step-slot"),
 }
 
 # The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.

@@ -21,7 +21,7 @@ from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.arguments import parser
-from hf_fastattn.eval.choices import MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
+from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.reporting.plots import draw_faults
@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser("eval faults")
     arguments = made.parse(argv)
+    if arguments.kv_dtype is None and set(arguments.faults or ()) & set(FORMAT_FAULTS):
+        made.error(f"argument --faults: {', '.join(FORMAT_FAULTS)} needs 8-bit keys and values; give --kv-dtype")
     try:
         # Before the progress bar, which would stand in the line of the error.
         models.check(arguments.model or str(models.SHIPPED))
@@ -207,9 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.windows is None:
         single = arguments.dtype == "float32" or (arguments.dtype == "auto" and not arguments.device.startswith("cuda"))
         arguments.windows = WINDOWS_32 if single else WINDOWS_16
+    if arguments.faults is None:
+        arguments.faults = [*FAULTS, *(FORMAT_FAULTS if arguments.kv_dtype else ()), *STEP_FAULTS]
     common = []
-    for name in ("context", "stride", "windows", "dtype", "device", "model"):
-        common += [f"--{name}", str(getattr(arguments, name))] if getattr(arguments, name) is not None else []
+    for name in ("context", "stride", "windows", "dtype", "device", "model", "kv_dtype", "threads"):
+        common += (
+            [f"--{name.replace('_', '-')}", str(getattr(arguments, name))] if getattr(arguments, name) is not None else []
+        )
     common += [word for variant in arguments.variant or () for word in ("--variant", variant)]
     start = time.perf_counter()
     # Before the runs: the files may change under a long one, the modules in memory do not.

@@ -7,6 +7,9 @@ generated. With the same weights the ratio would be 1, but decode and forward co
 Stock samples a rollout of several answers to each prompt; every variant of the patched model scores the same tokens on the
 path that its `generate()` takes, and the trainer's forward, stock's, scores them again. Exits with 1 if ours differs from
 it by more than stock's own scores do allow, or draws what the exact model would not.
+
+With `--kv-dtype` stock generates over a cache that rounds keys and values as the patched model stores them; the trainer's
+forward has none.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from hf_fastattn.eval.accuracy.feed import CallLog, new_cache, whole
 from hf_fastattn.eval.accuracy.loop_feed import drawn, exercised
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
@@ -109,7 +113,8 @@ def measure_batch(setup: Setup, batch: WindowBatch, new: int, samples: int, top_
     def by_prompt(difference: Tensor) -> list[list[float]]:
         return difference.view(len(batch.ids), -1).tolist()
 
-    series = {STOCK: by_prompt(generated_logprobs(model, batch, rollout, True) - later)}
+    with rounded_caches(setup.kv_dtype):
+        series = {STOCK: by_prompt(generated_logprobs(model, batch, rollout, True) - later)}
     size = by_prompt(exact)
     counters: dict[str, Any] = {}
     draws: dict[str, Any] = {}

@@ -7,12 +7,15 @@ forward and in pieces, shows what rounding alone does; each variant of the patch
 (prefill, appends, decode), and both then generate greedily. In the device's loop, where nobody sees logits, it is
 log-probabilities of forced tokens, choices and draws that are held against the exact logits. Exits with 1 if a variant
 alarms, and names the first layer and token that are wrong; the limits are derived in the report.
+
+With `--kv-dtype` exact and stock run over caches that round keys and values as the patched model stores them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +30,10 @@ from hf_fastattn.eval.accuracy.layer_tap import LayerTap
 from hf_fastattn.eval.accuracy.loop_feed import exercised
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
-from hf_fastattn.eval.accuracy.parity_greedy import greedy_path, path_errors
+from hf_fastattn.eval.accuracy.parity_greedy import Path, greedy_path, path_errors
 from hf_fastattn.eval.accuracy.parity_loop import logprob_errors, loop_figures, run_loop, window_logprobs
 from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.windows import WindowBatch
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
@@ -44,21 +48,21 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
     # One column more than is scored: the logits before a token are those that it was chosen by.
     model, keep = setup.model, min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
     wide = models.truth_dtype(setup.dtype)
-    with models.in_precision(model, wide):
-        exact, exact_states = _at_once(model, batch, keep)
+    with _exact(setup):
+        exact, exact_states = _at_once(setup, batch, keep)
     true = window_logprobs(exact, batch)
-    logits, states = _at_once(model, batch, keep)
-    one = layer_errors(states, exact_states)
-    series = {ONE: {**logit_errors(logits, exact, batch), **_by_window(one)}}
-    likely = {"one": logprob_errors(window_logprobs(logits, batch), true), "size": [row.tolist() for row in true]}
+    with rounded_caches(setup.kv_dtype):
+        logits, states = _at_once(setup, batch, keep)
+        one = layer_errors(states, exact_states)
+        series = {ONE: {**logit_errors(logits, exact, batch), **_by_window(one)}}
+        likely = {"one": logprob_errors(window_logprobs(logits, batch), true), "size": [row.tolist() for row in true]}
 
-    logits, states = _in_pieces(setup, batch, keep, share=False)
-    stock = layer_errors(states, exact_states)
-    series[STOCK] = {**logit_errors(logits, exact, batch), **_by_window(stock)}
-    likely["pieces"] = logprob_errors(window_logprobs(logits, batch), true)
-    path = greedy_path(model, batch, new_tokens, share=False)
-    with models.in_precision(model, wide):
-        exact_path = whole(model, path.as_batch(), new_tokens + 1)[:, :-1]
+        logits, states = _in_pieces(setup, batch, keep, share=False)
+        stock = layer_errors(states, exact_states)
+        series[STOCK] = {**logit_errors(logits, exact, batch), **_by_window(stock)}
+        likely["pieces"] = logprob_errors(window_logprobs(logits, batch), true)
+        path = greedy_path(model, batch, new_tokens, share=False)
+    exact_path = _exact_along(setup, path, new_tokens)
     series[STOCK]["greedy"] = path_errors(path, path, exact_path, exact_path)
     # Both of stock's ways bound what a token may be off in a layer.
     bounds = torch.maximum(one.amax((1, 2)), stock.amax((1, 2)))
@@ -76,13 +80,11 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
                 ours = greedy_path(model, batch, new_tokens, variant.share)
                 calls.look()
             counters[variant.name] = {**calls.record(), "planted": fault.times}
-        with models.in_precision(model, wide):
-            if variant.loop:
+        if variant.loop:
+            with models.in_precision(model, wide):
                 loops[variant.name] = loop_figures(model, batch, run, exact, path, exact_path)
-                continue
-            exact_ours = exact_path
-            if not ours.same_tokens(path):
-                exact_ours = whole(model, ours.as_batch(), new_tokens + 1)[:, :-1]
+            continue
+        exact_ours = exact_path if ours.same_tokens(path) else _exact_along(setup, ours, new_tokens)
         errors = layer_errors(states, exact_states)
         found = {**logit_errors(logits, exact, batch), **_by_window(errors)}
         found["first"] = first_beyond(errors, bounds, batch)
@@ -94,10 +96,23 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
     }  # fmt: skip
 
 
-def _at_once(model: Any, batch: WindowBatch, keep: int) -> tuple[Tensor, Tensor]:
+@contextmanager
+def _exact(setup: Setup) -> Iterator[None]:
+    """Inside, the model is the exact one."""
+    with models.in_precision(setup.model, models.truth_dtype(setup.dtype)), rounded_caches(setup.kv_dtype):
+        yield
+
+
+def _exact_along(setup: Setup, path: Path, new_tokens: int) -> Tensor:
+    """The exact logits `[rows, N, V]` that the tokens of a path stand at."""
+    with _exact(setup):
+        return whole(setup.model, path.as_batch(), new_tokens + 1, setup.kv_dtype is not None)[:, :-1]
+
+
+def _at_once(setup: Setup, batch: WindowBatch, keep: int) -> tuple[Tensor, Tensor]:
     """Logits `[B, keep, V]` and states `[layers, B, S, hidden]` of one forward."""
-    with LayerTap(model) as tap:
-        logits = whole(model, batch, keep)
+    with LayerTap(setup.model) as tap:
+        logits = whole(setup.model, batch, keep, setup.kv_dtype is not None)
         return logits, tap.take(batch.mask)
 
 

@@ -24,18 +24,22 @@ import hf_fastattn
 from hf_fastattn.eval import models
 from hf_fastattn.eval.accuracy.draws import numbers_of
 from hf_fastattn.eval.accuracy.independence import Numbers, holm, independent, sums_to_nothing, tail, uniform
+from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.processes import measured, own_device
 from hf_fastattn.eval.accuracy.sampling_summary import draw, markdown
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.checkpoint.recall import heldout_documents
 from hf_fastattn.eval.choices import SAMPLERS
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
-from hf_fastattn.eval.reporting.progress import bar
+from hf_fastattn.eval.reporting.progress import counted
 
 # A test alarms if, with all others, chance alone would do that less often.
 LEVEL = 1e-3
 # Tokens that stock would never draw, as a share: a tie at a threshold may be rounded the other way.
 IMPOSSIBLE = 1e-3
+# Options that change no figure, or are said elsewhere.
+UNSAID = ("output", "quiet", "model", "threads")
 # Where the threshold that is off lies, for each option.
 OFF: dict[str, Any] = {"temperature": 0.75, "top_k": 0.75, "top_p": 0.95, "min_p": 1.5, "repetition_penalty": 0.75}
 
@@ -45,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser("eval sampling")
     options = made.parse(argv)
-    options.device = options.device or default_device()
+    options.device = own_device(options.device or default_device())
+    if options.threads:
+        torch.set_num_threads(options.threads)
     start = time.perf_counter()
     try:
         model, tokenizer = models.load(options.model, getattr(torch, options.dtype), options.device)
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         "evaluation": "sampling",
         "command": command("hf_fastattn.eval.sampling", argv),
-        "settings": {key: str(value) for key, value in vars(options).items() if key not in ("output", "quiet", "model")},
+        "settings": {key: str(value) for key, value in vars(options).items() if key not in UNSAID},
         "environment": environment(options.device),
         **run(model, tokenizer, options),
     }
@@ -67,12 +73,17 @@ def run(model: Any, tokenizer: Any, options: Any) -> dict[str, Any]:
     """All cases, and the verdict over all their tests."""
     prompts = _prompts(tokenizer, options.prompts, options.length)
     ends = _end_tokens(tokenizer)
-    cases = []
-    for number, name in enumerate(bar(options.case or list(SAMPLERS), "sampling", "case", options.quiet)):
+    names = options.case or list(SAMPLERS)
+
+    def measure(part: tuple[int, str]) -> dict[str, Any]:
+        number, name = part
         asked = dict(SAMPLERS[name])
         if name == "ends":
             asked["eos_token_id"] = ends
-        cases.append({"name": name, **_case(model, prompts, asked, options, options.seed + 1000 * number)})
+        return {"name": name, **_case(model, prompts, asked, options, options.seed + 1000 * number)}
+
+    with counted(len(names), "sampling", "case", options.quiet) as each:
+        cases = measured(list(enumerate(names)), measure, Journal(None, {}), each)
     tests = [(case, test) for case in cases for test in case["tests"]]
     for (_, test), corrected in zip(tests, holm([test["p"] for _, test in tests]), strict=True):
         test.update(corrected=corrected, alarms=corrected < LEVEL)

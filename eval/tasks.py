@@ -10,15 +10,20 @@ tokens were computed than there are distinct ones.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
 import hf_fastattn
 from hf_fastattn.eval import models
+from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.processes import measured, own_device
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.harness import compare
 from hf_fastattn.eval.harness.recorded import TASKS_FOLDER
@@ -28,6 +33,8 @@ from hf_fastattn.eval.reporting.environment import command, default_device, envi
 
 # Documents of each of the project's own tasks on a CPU.
 FEW = 16
+# Options that change no figure, or are said elsewhere.
+UNSAID = ("output", "quiet", "model", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser("eval tasks")
     options = made.parse(argv)
-    options.device = options.device or default_device()
+    options.device = own_device(options.device or default_device())
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.dtype == "auto":
         options.dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
     start = time.perf_counter()
@@ -46,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         "evaluation": "tasks",
         "command": command("hf_fastattn.eval.tasks", argv),
-        "settings": {key: str(value) for key, value in vars(options).items() if key not in ("output", "quiet", "model")},
+        "settings": {key: str(value) for key, value in vars(options).items() if key not in UNSAID},
         "environment": environment(options.device),
         "seconds": round(time.perf_counter() - start, 1),
         **found,
@@ -62,6 +71,7 @@ def run(options: Any) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     from hf_fastattn.eval.harness.model import HFLM, FastLM
+    from hf_fastattn.eval.harness.scorer import Counts
 
     if options.quiet:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -76,31 +86,45 @@ def run(options: Any) -> dict[str, Any]:
 
     def score(lm: Any, task: str) -> tuple[dict[str, Any], float]:
         start = time.perf_counter()
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], task_manager=manager, num_fewshot=options.num_fewshot, limit=options.limit,
-            bootstrap_iters=1000, batch_size=options.batch,
-        )  # fmt: skip
+        # The harness keeps results in the first process of a machine alone.
+        with mock.patch.dict(os.environ, LOCAL_RANK="0"):
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=[task], task_manager=manager, num_fewshot=options.num_fewshot, limit=options.limit,
+                bootstrap_iters=1000, batch_size=options.batch,
+            )  # fmt: skip
         return found, time.perf_counter() - start
 
-    entries, seconds, steps, texts = [], dict[str, dict[str, float]](), 0, False
-    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
-    theirs = {task: score(stock, task) for task in tasks}
-    ours = FastLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
-    try:
-        for task in tasks:
+    def measure(task: str) -> dict[str, Any]:
+        theirs, took_theirs = score(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch), task)
+        ours = FastLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch)
+        try:
             found, took = score(ours, task)
             call = hf_fastattn.report(ours.model).last_call if ours.is_patched else None
-            for name in found["results"]:
-                if name in found["samples"]:
-                    entries.append(compare.compare(name, theirs[task][0], found, exact))
-                    texts |= entries[-1]["kind"] == "texts"
-            steps += 0 if call is None else call.batch_steps
-            seconds[task] = {"stock": round(theirs[task][1], 2), "ours": round(took, 2)}
-    finally:
-        hf_fastattn.unpatch(model)
-    counts = vars(ours.counts)
-    path = compare.path_checks(counts, ours.stock_ways, steps, texts)
-    return {"tasks": entries, "task_seconds": seconds, "counts": counts, "stock_ways": dict(ours.stock_ways), "path": path}
+        finally:
+            hf_fastattn.unpatch(model)
+        names = [name for name in found["results"] if name in found["samples"]]
+        return {
+            "tasks": [compare.compare(name, theirs, found, exact) for name in names],
+            "seconds": {"stock": round(took_theirs, 2), "ours": round(took, 2)},
+            "counts": vars(ours.counts),
+            "stock_ways": dict(ours.stock_ways),
+            "steps": 0 if call is None else call.batch_steps,
+        }
+
+    parts = measured(tasks, measure, Journal(None, {}))
+    entries = [entry for part in parts for entry in part["tasks"]]
+    counts, stock_ways = Counts(), Counter[str]()
+    for part in parts:
+        counts.add(Counts(**part["counts"]))
+        stock_ways.update(part["stock_ways"])
+    texts = any(entry["kind"] == "texts" for entry in entries)
+    return {
+        "tasks": entries,
+        "task_seconds": {task: part["seconds"] for task, part in zip(tasks, parts, strict=True)},
+        "counts": vars(counts),
+        "stock_ways": dict(stock_ways),
+        "path": compare.path_checks(vars(counts), stock_ways, sum(part["steps"] for part in parts), texts),
+    }
 
 
 if __name__ == "__main__":

@@ -64,6 +64,18 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     return Estimate(value, spread, count)
 
 
+def paired_shares(won: int, lost: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the difference of two shares, of `count` pairs of which `won` and `lost` differ.
+
+    Half a pair is added to each of the four cells (Agresti and Min, 2005, "Simple improved confidence intervals for
+    comparing matched proportions"): pairs that are all alike do not show that there is no difference.
+    """
+    pairs = count + 2
+    middle = (won - lost) / pairs
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((won + lost + 1) / pairs**2 - middle**2 / pairs)
+    return middle - half, middle + half
+
+
 class Clusters:
     """Windows grouped into units.
 

@@ -82,9 +82,9 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         count=arguments.windows or None,
         seed=arguments.seed,
     )
-    kv_dtype = getattr(arguments, "kv_dtype", None)
+    kv_dtype = arguments.kv_dtype
     if arguments.inject in FORMAT_FAULTS and kv_dtype is None:
-        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give perplexity --kv-dtype")
+        raise ValueError(f"--inject {arguments.inject} needs 8-bit keys and values; give --kv-dtype")
     chosen = variants.with_format(variants.chosen(arguments.variant, model, arguments.inject), kv_dtype)
     if not chosen:
         raise ValueError(f"argument --inject: {arguments.inject!r} is in steps of the device's loop: {why_no_loop(model)}")

@@ -102,7 +102,7 @@ def with_format(chosen: Sequence[Variant], kv_dtype: str | None) -> list[Variant
     """The variants with this `kv_dtype` in place of what they say of it; as they are, if it is None."""
     if kv_dtype is None:
         return list(chosen)
-    return [Variant(tuple(sorted({**dict(held.options), "kv_dtype": kv_dtype}.items())), held.share) for held in chosen]
+    return [_variant({**dict(held.options), "kv_dtype": kv_dtype}, held.share, held.loop) for held in chosen]
 
 
 def is_usable(model: Any, options: dict[str, Any]) -> bool:

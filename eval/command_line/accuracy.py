@@ -17,10 +17,19 @@ from hf_fastattn.eval.choices import (
     SAMPLING_FAULTS,
     SHIPPED,
     STEP_FAULTS,
+    TOGETHER,
     WINDOWS_16,
     WINDOWS_32,
 )
 from hf_fastattn.eval.command_line.values import add_model, checkpoint, positive, share, text_source
+
+
+def _add_kv_dtype(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
+    )
 
 
 def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
@@ -49,6 +58,7 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
         metavar="OPTION=VALUE,...",
         help="options of patch(), and share=on or off; repeatable (default: every backend and switch, sharing on and off)",
     )
+    _add_kv_dtype(made)
     made.add_argument("--window", type=int, help="load the Llama as a Mistral with a sliding window of this many tokens")
     made.add_argument(
         "--inject",
@@ -64,11 +74,6 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
 def add_perplexity(made: argparse.ArgumentParser) -> None:
     """Perplexity of stock and patched on the same tokens, paired token by token. Exits with 1 if a variant alarms."""
     _add_accuracy(made, windows=48)
-    made.add_argument(
-        "--kv-dtype",
-        choices=KV_DTYPES,
-        help="patch with this kv_dtype, and compare with stock over a cache that rounds keys and values alike",
-    )
 
 
 def add_parity(made: argparse.ArgumentParser) -> None:
@@ -92,7 +97,7 @@ def add_logprobs(made: argparse.ArgumentParser) -> None:
 def add_all(made: argparse.ArgumentParser) -> None:
     """All evaluations of accuracy, and a table of their verdicts. Exits with 1 if one is red."""
     add_model(made)
-    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
+    made.add_argument("--evaluations", nargs="+", choices=TOGETHER, default=list(TOGETHER), help="only these")
     made.add_argument("--quick", action="store_true", help="on a set small enough to look at after every change")
     made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for the reports")
@@ -102,8 +107,10 @@ def add_all(made: argparse.ArgumentParser) -> None:
 def add_faults(made: argparse.ArgumentParser) -> None:
     """The evaluations with each fault, which two must notice, and over seeds without one. Exits with 1 if one is wrong."""
     made.add_argument("--seeds", type=int, default=20)
-    known = (*FAULTS, *ROUTING_FAULTS, *STEP_FAULTS)
-    made.add_argument("--faults", nargs="*", choices=known, default=[*FAULTS, *STEP_FAULTS])
+    known = (*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS, *STEP_FAULTS)
+    made.add_argument(
+        "--faults", nargs="*", choices=known, help="default: all but those of routers; with --kv-dtype also that of scales"
+    )
     made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=list(EVALUATED), help="only these")
     made.add_argument("--context", type=int, default=256)
     made.add_argument("--stride", type=int, default=64)
@@ -112,6 +119,8 @@ def add_faults(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
     made.add_argument("--model", type=checkpoint, help="hub id or path of a Llama (default: the shipped checkpoint)")
     made.add_argument("--variant", action="append", help="as for perplexity; repeatable")
+    _add_kv_dtype(made)
+    made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for faults.md, faults.json and faults.png")
     made.add_argument("--quiet", action="store_true")
 
@@ -136,14 +145,21 @@ def add_streaming(made: argparse.ArgumentParser) -> None:
 
 def add_recall(made: argparse.ArgumentParser) -> None:
     """What stock and patched find again in long contexts, by length and depth: needles, pairs to look up, chains of
-    variables. Exits with 1 if they differ by more than chance."""
+    variables. Exits with 1 if they differ by more than chance, or keys and values in 8 bits lose more than a point."""
     add_model(made)
     made.add_argument("--tasks", nargs="+", choices=RECALLED, default=list(RECALLED[:3]), help="only these")
     made.add_argument("--lengths", type=positive, nargs="+", help="tokens of a context (default: by the device)")
     made.add_argument("--depths", type=share, nargs="+", help="of what is asked for, 0 the start (default: by the device)")
     made.add_argument("--count", type=positive, help="prompts of each length and depth (default: 48 on a GPU, else 6)")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--inject", choices=FAULTS[:4], help="plant this fault in the patched model; the verdict must be red")
+    made.add_argument("--variant", default="", metavar="OPTION=VALUE,...", help="options of patch()")
+    _add_kv_dtype(made)
+    made.add_argument(
+        "--inject",
+        choices=(*FAULTS[:4], *FORMAT_FAULTS),
+        help="plant this fault in the patched model; the verdict must be red",
+    )
+    made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for recall.md, .json and .png")
     made.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -164,6 +180,7 @@ def add_sampling(made: argparse.ArgumentParser) -> None:
     made.add_argument("--length", type=positive, default=24, help="tokens of a prompt (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--inject", choices=SAMPLING_FAULTS, help="plant this fault; the verdict must be red")
+    made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for sampling.md, .json and .png")
     made.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -177,6 +194,7 @@ def add_tasks(made: argparse.ArgumentParser) -> None:
     made.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     made.add_argument("--limit", type=positive, help="documents of each task, at most")
     made.add_argument("--batch", type=positive, default=8, help="the harness's batch size (default: %(default)s)")
+    made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for tasks.md, .json and .png")
     made.add_argument("--quiet", action="store_true", help="no messages of the harness")
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,17 +11,6 @@ from hf_fastattn.eval import streaming
 from hf_fastattn.eval.models import SHIPPED, load
 
 SHORT = ["--tokens", "700", "--window", "64", "--sinks", "4", "--places", "6", "--new", "8", "--quiet", "--threads", "1"]
-
-
-def test_the_command(tmp_path: Path) -> None:
-    status = streaming.main([*SHORT, "--output", str(tmp_path)])
-    record = json.loads((tmp_path / "streaming.json").read_text())
-    assert status == (0 if record["series"][0]["ratio"] <= record["limit"] else 1)
-    assert record["tokens"] == 700 and record["places"] == 6 and record["capacity"] == 16 + 64 + 16
-    assert record["generated"]["pages"] and set(record["generated"]["pages"]) == {6}
-    assert record["perplexities"][streaming.STREAMING] < record["perplexities"][streaming.WINDOWING]
-    text = (tmp_path / "streaming.md").read_text()
-    assert "encoded again" in text and "plain windowing" in text
 
 
 def test_a_row_that_is_not_full_is_scored_as_stock_scores_it() -> None:

@@ -134,7 +134,8 @@ def test_bad_requests_are_refused(fed: Any, capsys: Any) -> None:
 
 def test_table_of_faults(tmp_path: Path) -> None:
     size = ["--context", "64", "--stride", "24", "--windows", "2", "--device", "cpu", "--dtype", "float32"]
-    assert fault_table.main([*size, *PLAIN, "--seeds", "0", "--faults", "mask", "--output", str(tmp_path), "--quiet"]) == 0
+    chosen = ["--seeds", "0", "--faults", "mask", "--evaluations", *OPTIONS]
+    assert fault_table.main([*size, *PLAIN, *chosen, "--output", str(tmp_path), "--quiet"]) == 0
     text = (tmp_path / "faults.md").read_text()
     assert "all caught by two evaluations or more" in text and "0 alarms in 0 runs" in text
     assert "| mask | planted in hooks | caught, " in text

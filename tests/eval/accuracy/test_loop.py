@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn import cli
 from hf_fastattn.eval import fault_table, models
 from hf_fastattn.eval.accuracy import draw_costs, faults, loop_feed, texts, variants, windows
 from hf_fastattn.eval.choices import STEP_FAULTS
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from tests.eval.reduced import SMALL
 
-ALONE, TOGETHER = (["--variant", f"backend=reference,loop=on,share={share}"] for share in ("off", "on"))
-STORED = ["--variant", "backend=reference,loop=on,prefix_cache=on,share=on"]
+TOGETHER = ["--variant", "backend=reference,loop=on,share=on"]
 OPTIONS = {"perplexity": [], "parity": ["--new", "6"], "logprobs": ["--new", "6", "--samples", "3"]}
 MIXTURE = ["--model", str(models.MIXTURE)]
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_green_and_reported(name: str, tmp_path: Path) -> None:
-    assert cli.main(["eval", name, *SMALL, *OPTIONS[name], *ALONE, *TOGETHER, *STORED, "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert record["verdict"] == "green" and record["planted"] == 0
-    checks = {check["name"]: check for check in record["checks"] if check["variant"] == TOGETHER[1]}
-    assert checks["batches off the device's loop"]["value"] == checks["batches without replayed steps"]["value"] == 0
-    assert "batches whose prefixes were read row by row" in checks
-    assert ("batches that kept rows that were over" in checks) == (name != "logprobs")
-    text = (tmp_path / f"{name}.md").read_text()
-    assert "## What ran" in text and "not looked at" not in text
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("fault", STEP_FAULTS)
@@ -43,7 +23,7 @@ def test_faults_in_steps_are_caught_by_two_evaluations(fault: str) -> None:
     names = ["perplexity", "logprobs"]
     if fault == "step-sampler":
         # Tokens that only a wrong threshold lets through are rare.
-        names, model = ["parity", "logprobs"], ["--windows", "4", "--new", "20"]
+        names, model = ["parity", "logprobs"], ["--windows", "4", "--batch", "4", "--new", "20"]
     rows = []
     for name in names:
         record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *TOGETHER, *model, "--inject", fault])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -14,49 +17,102 @@ import pytest
 from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.processes import measured, processes
 from tests.eval.reduced import PLAIN, SMALL
-from tests.tools.processes import Processes
+from tests.tools.processes import Failure, Processes
 from tests.tools.processes import processes as started
 
 LAUNCH = [
     *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
     *("--num_processes", "2", "--main_process_port", "0"),
 ]
-# An odd number of batches, so that one process has one more of them.
-SIZE = [*SMALL, "--windows", "3", "--batch", "1", "--threads", "1"]
+# Seconds that one evaluation may take on a busy machine.
+PATIENCE = 300.0
+# An odd number of parts, so that one process has one more of them.
+WINDOWS = [*SMALL, "--windows", "3", "--batch", "1"]
 LOOP = ["--variant", "backend=reference,loop=on,share=on"]
-EXTRA = {"perplexity": [*PLAIN, *LOOP], "parity": ["--new", "4", *LOOP], "logprobs": ["--new", "4", "--samples", "2", *LOOP]}
+HERE = ["--device", "cpu", "--quiet"]
+OPTIONS = {
+    "perplexity": [*WINDOWS, *PLAIN, *LOOP],
+    "parity": [*WINDOWS, *PLAIN, "--new", "3", "--kv-dtype", "fp8"],
+    "logprobs": [*WINDOWS, "--new", "3", "--samples", "2", *LOOP],
+    "recall": [
+        *(*HERE, "--tasks", "needle", "--lengths", "96", "--depths", "0", "0.5", "1", "--count", "2"),
+        *("--kv-dtype", "fp8"),
+    ],
+    "sampling": [
+        *(*HERE, "--case", "plain", "top-k", "ends", "--prompts", "2", "--samples", "8", "--new", "3", "--calls", "2"),
+        *("--length", "9"),
+    ],
+    "tasks": [*HERE, "--limit", "2", "--num-fewshot", "1"],
+}
 # What says when and how it ran, not what came out.
-NOT_FIGURES = ("seconds", "command", "environment", "batches_resumed")
+NOT_FIGURES = ("seconds", "command", "environment", "batches_resumed", "task_seconds")
 
 
-def record(name: str, folder: Path, launched: bool) -> dict[str, Any]:
-    module = [f"hf_fastattn.eval.{name}", *SIZE, *EXTRA[name], "--output", str(folder)]
-    words = [*LAUNCH, "-m", *module] if launched else module
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", *words], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(f"written: {name}.md") == 1
-    return json.loads((folder / f"{name}.json").read_text())
+def evaluate(name: str, argv: list[str]) -> tuple[int, str]:
+    """The exit status of an evaluation, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        status = importlib.import_module(f"hf_fastattn.eval.{name}").main(argv)
+    return status, shown.getvalue()
 
 
-@pytest.mark.parametrize("name", ["parity", "logprobs"])
-def test_two_processes_give_the_figures_of_one(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    one, two = record(name, tmp_path / "one", False), record(name, tmp_path / "two", True)
-    for key in one.keys() | two.keys():
-        if key not in NOT_FIGURES:
-            assert one[key] == two[key], key
-    assert one["verdict"] == "green"
-    journals = [sorted((tmp_path / way / ".journal").iterdir()) for way in ("one", "two")]
-    # The first process keeps the records of both, from which a later run of one goes on.
-    assert [len(found) for found in journals] == [1, 1]
-    assert journals[0][0].read_text().splitlines()[1:] == journals[1][0].read_text().splitlines()[1:]
+def figures(folder: Path, name: str) -> dict[str, Any]:
+    """What came out."""
+    record = json.loads((folder / f"{name}.json").read_text())
+    return {key: value for key, value in record.items() if key not in NOT_FIGURES}
+
+
+def arguments(name: str, folder: Path) -> list[str]:
+    """Of a run that writes into a folder."""
+    return [*OPTIONS[name], "--threads", "1", "--output", str(folder)]
 
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
     with started() as group:
         yield group
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_fastattn.eval.reporting.report._pyplot", lambda: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_processes_give_the_figures_of_one(name: str, pair: Processes, tmp_path: Path) -> None:
+    if name == "tasks":
+        pytest.importorskip("lm_eval")
+    folders = [tmp_path / way for way in ("one", "two")]
+    status, shown = evaluate(name, arguments(name, folders[0]))
+    pair.send(evaluate, name, arguments(name, folders[1]))
+    first, second = (pair.receive(rank, PATIENCE) for rank in range(2))
+    assert not isinstance(first, Failure), first.trace
+    assert not isinstance(second, Failure), second.trace
+    assert status == first[0] == second[0] == 0
+    # The first one prints and writes.
+    assert f"written: {name}.md" in shown and f"written: {name}.md" in first[1] and not second[1]
+    one, two = (figures(folder, name) for folder in folders)
+    for key in one.keys() | two.keys():
+        assert one[key] == two[key], key
+    assert one["verdict"] == "green"
+    journals = [sorted((folder / ".journal").glob("*")) for folder in folders]
+    if name in ("perplexity", "parity", "logprobs"):
+        # The first process keeps the records of both, from which a later run of one goes on.
+        assert [len(found) for found in journals] == [1, 1]
+        assert journals[0][0].read_text().splitlines()[1:] == journals[1][0].read_text().splitlines()[1:]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_accelerate_launches_them(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folders = [tmp_path / way for way in ("one", "two")]
+    assert evaluate("recall", arguments("recall", folders[0]))[0] == 0
+    words = [sys.executable, "-m", *LAUNCH, "-m", "hf_fastattn.eval.recall", *arguments("recall", folders[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written: recall.md") == 1
+    assert figures(folders[0], "recall") == figures(folders[1], "recall")
 
 
 def squares(count: int, known: list[int], failing: int = -1) -> tuple[list[int], list[int], int, bool]:
