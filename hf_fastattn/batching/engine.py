@@ -12,8 +12,11 @@ from torch import Tensor
 from hf_fastattn.batching.choice import Choice
 from hf_fastattn.batching.prompts import compute_pieces
 from hf_fastattn.batching.requests import Request
+from hf_fastattn.batching.row_tokens import Array
 from hf_fastattn.batching.running_batch import RunningBatch
 from hf_fastattn.batching.slot_pages import SlotPages
+from hf_fastattn.loop.piece_inputs import MOST_PIECES as MOST_MIXED
+from hf_fastattn.loop.piece_inputs import Pieces
 from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens of prompts computed between two steps: so many for each prompt, and at most.
@@ -139,8 +142,12 @@ class Engine:
         # Where many requests wait for their first token, they come first, for a while.
         burst = BURST * prompts > rows and self._pieces < MOST_PIECES
         self._pieces += 1
+        size = None if burst or not (rows and prompts) else self._mixed_size()
         if burst:
             self._compute(self._most_tokens)
+        elif size is not None:
+            # The step takes pieces of prompts in.
+            pass
         elif prompts > FEW or (prompts and PIECE > self._most_tokens):
             self._compute(min(PIECE * prompts, self._most_tokens))
         else:
@@ -148,8 +155,15 @@ class Engine:
             for request in list(self._batch.prompts):
                 self._append([(request, min(len(request.prompt) - request.done, PIECE))], PIECE)
         if self._batch.rows.count and not (burst and self._batch.prompts):
-            self._launch()
+            self._launch(size)
         self._receive()
+
+    def _mixed_size(self) -> tuple[int, int] | None:
+        """Rows and tokens of prompts of a step of both; None if prompts are computed apart."""
+        batch = self._batch
+        pending = sum(len(request.prompt) - request.done for request in batch.prompts)
+        found: tuple[int, int] | None = self._steps.mixed_size(int(batch.rows.slots[-1]) + 1, pending)
+        return found
 
     def _receive(self) -> None:
         """Take what has arrived, and wait where nothing can be launched before, or too much is under way."""
@@ -210,14 +224,19 @@ class Engine:
 
     def _compute(self, tokens: int) -> None:
         """Compute so many tokens of the prompts that came first, together."""
+        self._append(self._first_tokens(self._batch.prompts, tokens))
+
+    @staticmethod
+    def _first_tokens(prompts: Sequence[Request], tokens: int) -> list[tuple[Request, int]]:
+        """Which of these prompts `tokens` tokens belong to that are computed next, and how many to each."""
         taken = []
-        for request in self._batch.prompts:
+        for request in prompts:
             count = min(len(request.prompt) - request.done, tokens)
             taken.append((request, count))
             tokens -= count
             if not tokens:
                 break
-        self._append(taken)
+        return taken
 
     def _append(self, taken: list[tuple[Request, int]], size: int = 0) -> None:
         """Compute so many tokens of each of these prompts; where one ends, its first token is chosen."""
@@ -273,26 +292,57 @@ class Engine:
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
-    def _launch(self) -> None:
-        """Launch a step of all rows that go on."""
+    def _launch(self, size: tuple[int, int] | None) -> None:
+        """Launch a step of all rows that go on, with pieces of prompts if it has a `size` for these."""
         batch, rows = self._batch, self._batch.rows
         self._wait()
         self._reserve()
+        taken = [] if size is None else self._first_tokens(batch.prompts[:MOST_MIXED], size[1])
+        if taken:
+            self._make_columns(max(self._pages.columns(request.slot) for request, _ in taken))
         if not rows.count:
             return
-        bucket = self._bucket()
+        bucket = self._bucket() if size is None or not taken else size[0]
         if not rows.count:
             return
         steps, slots = self._steps, rows.slots
         used = int(slots[-1]) + 1
         self._write()
-        packed = steps.launch(bucket, slots, rows.lengths[slots])
-        steps.send(packed[:used], rows.tickets[:used].copy())
+        if size is not None and taken:
+            packed = steps.launch_mixed(size, self._pieces_of(taken))
+        else:
+            packed = steps.launch(bucket, slots, rows.lengths[slots])
+        tickets = rows.tickets[:used].copy()
         batch.counters.batch_steps += 1
         self._pieces = self._failures = 0
         for slot in rows.step():
             batch.vacate(batch.by_slot[slot])
+        if taken:
+            tickets = np.concatenate((tickets, np.full((bucket - used, 2), -1), self._advance(taken)))
+        steps.send(packed[: len(tickets)], tickets)
         self._release_behind()
+
+    def _pieces_of(self, taken: list[tuple[Request, int]]) -> Pieces:
+        """So many next tokens of each of these prompts."""
+        slots, before = [request.slot for request, _ in taken], [request.done for request, _ in taken]
+        after = [request.done + count for request, count in taken]
+        tokens = [request.prompt[first:last] for (request, _), first, last in zip(taken, before, after, strict=True)]
+        places = [self._pages.places(window, slots, before, after) for window in self._pages.cache.tables]
+        params = np.array([request.params.values() for request, _ in taken])
+        return Pieces(slots, before, tokens, places, [request.number for request, _ in taken], params)
+
+    def _advance(self, taken: list[tuple[Request, int]]) -> Array:
+        """These tokens are computed; returns a ticket for each prompt, of no place if it goes on."""
+        batch, tickets = self._batch, np.full((len(taken), 2), -1)
+        for place, (request, count) in enumerate(taken):
+            request.done += count
+            if request.done == len(request.prompt):
+                tickets[place] = batch.start(request)
+                if request.limit <= 1:
+                    batch.vacate(request)
+        batch.counters.prompt_tokens += sum(count for _, count in taken)
+        batch.counters.prompt_pieces_mixed += len(taken)
+        return tickets
 
     def _write(self) -> None:
         """What the device has to know before its next step."""

@@ -87,9 +87,9 @@ class EngineParts:
                 self._runtime.counters.uncaptured[reason] += 1
             return HostSteps(self._model, self._pages, self.slots, self._choice, device)
         # Not before: it imports Triton.
-        from hf_fastattn.batching.device_steps import DeviceSteps
+        from hf_fastattn.batching.mixed_steps import MixedSteps
 
-        return DeviceSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
+        return MixedSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
 
     def _why_not_recorded(self) -> str | None:
         assert self._graphs is not None and self._cache is not None
