@@ -68,7 +68,7 @@ class EngineParts:
         pages.expect(self._expected(pages, hints, columns))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver, self._choice,
-            min(asked, MOST_TOKENS),
+            min(asked, MOST_TOKENS), bool(getattr(hints, "num_requests", 0)),
         )  # fmt: skip
 
     def _expected(self, pages: SlotPages, hints: Any, columns: int) -> int:

@@ -100,7 +100,11 @@ class HostSteps:
         """Rows of what a step returns: slots that take no part cost nothing."""
         return len(self._tokens)
 
-    def mixed_size(self, used: int, pending: int) -> None:
+    def takes_in(self, used: int) -> bool:
+        """See `mixed_size`."""
+        return False
+
+    def mixed_size(self, used: int, pending: int, patient: bool = False) -> None:
         """Pieces of prompts are computed apart: nothing is launched for a step beside its work."""
         return
 

@@ -31,16 +31,23 @@ class MixedSteps(DeviceSteps):
         super().__init__(*args)
         self._apart: Counter[GraphKey] = Counter()
 
-    def mixed_size(self, used: int, pending: int) -> tuple[int, int] | None:
+    def takes_in(self, used: int) -> bool:
+        """Whether a step of the first `used` slots takes in a piece in hardly more time than without."""
+        return 2 * used <= UNIT
+
+    def mixed_size(self, used: int, pending: int, patient: bool = False) -> tuple[int, int] | None:
         """Rows of a step for the first `used` slots, and tokens of prompts in it; None if these are to be computed apart.
 
         Args:
             pending: tokens that prompts have to compute yet.
+            patient: they are not waited for, and pieces small.
         """
         rows = UNIT // 2 if 2 * used <= UNIT else -(-used // UNIT) * UNIT
         small = UNIT // 2 if 2 * used <= UNIT else UNIT
         sizes = [(rows, small), (rows, small + UNIT)]
-        if pending > MANY * small:
+        if patient:
+            sizes.pop()
+        elif pending > MANY * small:
             sizes.reverse()
         version = self._pages.cache.groups.storage_version
         for size in sizes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from hf_fastattn.batching import engine as engine_module
 from hf_fastattn.batching import running_batch
@@ -142,3 +145,35 @@ def test_recorded_where_it_pays(mixing: str, monkeypatch: pytest.MonkeyPatch) ->
     driven = Driven(twins)
     _beside_rows(driven, given, later[:4], 80)
     assert driven.release().prompt_pieces_mixed >= 4
+
+
+def _group(twins: Twins, given: list[list[int]], limits: list[int], **options: Any) -> Driven:
+    """Requests that come together, to an engine that was told how many there are."""
+    driven = Driven(twins, hints=WorkloadHints(64, 100, len(given)), max_batch_tokens=16)
+    for place, (prompt, new) in enumerate(zip(given, limits, strict=True)):
+        driven.add(str(place), prompt, new, **options)
+    driven.run()
+    for place, (prompt, new) in enumerate(zip(given, limits, strict=True)):
+        assert driven.tokens(str(place)) == twins.alone(prompt, new)
+    return driven
+
+
+def test_who_gets_most_tokens_begins(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are computed beside rows where no request ends later for it than the last one."""
+    monkeypatch.setattr(engine_module, "BURST", 4)
+    twins, given = Twins("llama", mixing, page_size=PAGE), prompts(5, 13, 20)
+    limits = [3, 90, 2, 40, 5]
+    driven = _group(twins, given, limits)
+    counters = driven.release()
+    # As many steps as the longest request has tokens after its first one: it has waited for nobody.
+    assert counters.prompt_pieces_mixed >= 3 and counters.batch_steps == max(limits) - 1
+
+
+@pytest.mark.parametrize("case", ["equal limits", "streamed"])
+def test_nobody_waits_for_nothing(case: str, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where waiting would cost time, or somebody looks on, all prompts are computed first."""
+    monkeypatch.setattr(engine_module, "BURST", 4)
+    twins, given = Twins("llama", mixing, page_size=PAGE), prompts(5, 13, 20)
+    streamed = case == "streamed"
+    driven = _group(twins, given, [3, 90, 2, 40, 5] if streamed else [24] * 5, streaming=streamed)
+    assert driven.release().prompt_pieces_mixed == 0
