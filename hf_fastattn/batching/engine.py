@@ -223,10 +223,12 @@ class Engine:
             self._deliver(shown)
         return True
 
-    def record(self, rows: int) -> None:
-        """Record the step of so many rows, none of which takes part."""
+    def record(self, rows: int, mixed: bool = False) -> None:
+        """Record the step of so many rows, none of which takes part; and if it is to be, those with pieces of prompts."""
         self._write()
         self._steps.record(rows)
+        if mixed:
+            self._steps.record_mixed(rows)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 

@@ -187,7 +187,8 @@ class EngineParts:
             engine.add(RequestState("warm-up", tokens, max_new_tokens=WARM_TOKENS))
             while not engine.is_idle:
                 engine.run()
-            engine.record(rows)
+            # Whoever does not know how many requests come has prompts that come while rows decode.
+            engine.record(rows, mixed=not getattr(hints, "num_requests", 0))
         finally:
             self.release(engine)
 

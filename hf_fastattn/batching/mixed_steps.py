@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,21 @@ class MixedSteps(DeviceSteps):
         """Whether a step of the first `used` slots takes in a piece in hardly more time than without."""
         return 2 * used <= UNIT
 
+    def record_mixed(self, rows: int) -> None:
+        """Record the steps of `rows` slots with pieces of prompts, none of which takes part in any."""
+        windows = [np.full(1, -1, np.int64)] * len(self._pages.cache.tables)
+        params = np.array([self._choice.params.values()])
+        nothing = Pieces([0], [0], [np.zeros(1, np.int64)], windows, [0], params)
+        for size in self._sizes(rows):
+            self.launch_mixed(size, nothing)
+
+    @staticmethod
+    def _sizes(used: int) -> list[tuple[int, int]]:
+        """Of steps of the first `used` slots, rows and tokens of prompts, the smaller one first."""
+        rows = UNIT // 2 if 2 * used <= UNIT else -(-used // UNIT) * UNIT
+        small = UNIT // 2 if 2 * used <= UNIT else UNIT
+        return [(rows, small), (rows, small + UNIT)]
+
     def mixed_size(self, used: int, pending: int, patient: bool = False) -> tuple[int, int] | None:
         """Rows of a step for the first `used` slots, and tokens of prompts in it; None if these are to be computed apart.
 
@@ -42,12 +58,10 @@ class MixedSteps(DeviceSteps):
             pending: tokens that prompts have to compute yet.
             patient: they are not waited for, and pieces small.
         """
-        rows = UNIT // 2 if 2 * used <= UNIT else -(-used // UNIT) * UNIT
-        small = UNIT // 2 if 2 * used <= UNIT else UNIT
-        sizes = [(rows, small), (rows, small + UNIT)]
+        sizes = self._sizes(used)
         if patient:
             sizes.pop()
-        elif pending > MANY * small:
+        elif pending > MANY * sizes[0][1]:
             sizes.reverse()
         version = self._pages.cache.groups.storage_version
         for size in sizes:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from hf_fastattn.batching import engine as engine_module
-from hf_fastattn.batching import running_batch
+from hf_fastattn.batching import engine_parts, running_batch
 from tests.batching.served import NEW, Driven, Twins, prompts
 
 FAMILIES = ("llama", "qwen2_window", "mistral_window", "qwen3_moe", "qwen2_vl", "exaone4")
@@ -177,3 +177,17 @@ def test_nobody_waits_for_nothing(case: str, mixing: str, monkeypatch: pytest.Mo
     streamed = case == "streamed"
     driven = _group(twins, given, [3, 90, 2, 40, 5] if streamed else [24] * 5, streaming=streamed)
     assert driven.release().prompt_pieces_mixed == 0
+
+
+def test_warm_up_records_them(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not say how many requests come finds steps with pieces of prompts recorded."""
+    from hf_fastattn.batching import mixed_steps
+
+    monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 10_000)
+    monkeypatch.setattr(engine_parts, "LIKELY_ROWS", 4)
+    twins, given, later = Twins("llama", mixing), prompts(3, 13, 20), prompts(5, 5, 30)
+    Driven(twins).parts.warm_up(None)
+    driven = Driven(twins)
+    _beside_rows(driven, given, later, 60)
+    assert [driven.tokens(f"later {place}") for place in range(5)] == [twins.alone(prompt, 5) for prompt in later]
+    assert driven.release().prompt_pieces_mixed >= 5
