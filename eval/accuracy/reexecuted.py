@@ -110,8 +110,8 @@ class ReadBack(Batch):
 def _read_back(batch: Batch) -> Batch:
     if not isinstance(batch, MixedBatch):
         return ReadBack(**vars(batch))
-    parts = {name: _read_back(getattr(batch, name)) for name in ("steps", "pieces", "whole")}
-    return replace(batch, **parts)
+    steps, pieces, whole = map(_read_back, (batch.steps, batch.pieces, batch.whole))
+    return replace(batch, steps=steps, pieces=pieces, whole=whole)
 
 
 def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:

@@ -179,15 +179,11 @@ def test_nobody_waits_for_nothing(case: str, mixing: str, monkeypatch: pytest.Mo
     assert driven.release().prompt_pieces_mixed == 0
 
 
-def test_warm_up_records_them(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever does not say how many requests come finds steps with pieces of prompts recorded."""
-    from hf_fastattn.batching import mixed_steps
-
-    monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 10_000)
-    monkeypatch.setattr(engine_parts, "LIKELY_ROWS", 4)
-    twins, given, later = Twins("llama", mixing), prompts(3, 13, 20), prompts(5, 5, 30)
-    Driven(twins).parts.warm_up(None)
-    driven = Driven(twins)
-    _beside_rows(driven, given, later, 60)
-    assert [driven.tokens(f"later {place}") for place in range(5)] == [twins.alone(prompt, 5) for prompt in later]
-    assert driven.release().prompt_pieces_mixed >= 5
+def test_warm_up_records_them(mixing: str) -> None:
+    """Those of both sizes, but where all requests are there before any row decodes."""
+    captured = []
+    for hints in (WorkloadHints(64, 100, engine_parts.LIKELY_ROWS), None):
+        twins = Twins("llama", mixing)
+        Driven(twins).parts.warm_up(hints)
+        captured.append(twins.report.last_call.graphs_captured)
+    assert captured[1] == captured[0] + 2
