@@ -30,6 +30,7 @@ class CallCounters:
         requests_batched: requests of `generate_batch()` and its managers that were served to their end in running batches.
         requests_preempted: of these, those that made way for older ones when pages ran out, and were computed again.
         batch_steps: decode steps of running batches.
+        prompt_pieces_mixed: pieces of prompts that such steps computed beside their rows.
         adapters_fused: LoRA layers computed by the launch of the product that they change, in forwards that were launched
             or recorded; a replay repeats them uncounted.
     """
@@ -53,4 +54,5 @@ class CallCounters:
     requests_batched: int = 0
     requests_preempted: int = 0
     batch_steps: int = 0
+    prompt_pieces_mixed: int = 0
     adapters_fused: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton import knobs
 
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
+from hf_fastattn.cache.mixed_batch import MixedBatch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
@@ -105,6 +107,13 @@ class ReadBack(Batch):
         return out
 
 
+def _read_back(batch: Batch) -> Batch:
+    if not isinstance(batch, MixedBatch):
+        return ReadBack(**vars(batch))
+    steps, pieces, whole = map(_read_back, (batch.steps, batch.pieces, batch.whole))
+    return replace(batch, steps=steps, pieces=pieces, whole=whole)
+
+
 def through_first_rows(table: Tensor, lengths: Tensor, shared: SharedPrefixes, page_size: int) -> Tensor:
     """`[B, columns]` pages as shared_prefix.py reads them: a prefix by those of its first row with keys."""
     table = table.clone()
@@ -143,7 +152,7 @@ def reexecuted_loop() -> Iterator[None]:
         self: DeviceState, kind: GraphKey, backend: str, batch_invariant: bool, workspace: Any, place: Any = None
     ) -> Batch:
         made = make(self, kind, backend, batch_invariant, workspace, place)
-        return made if backend in ("triton", "hopper") else ReadBack(**vars(made))
+        return made if backend in ("triton", "hopper") else _read_back(made)
 
     with ExitStack() as stack, reexecuted():
         stack.enter_context(mock.patch.object(LoopGraphs, "forward_type", ReexecutedLoopStep))

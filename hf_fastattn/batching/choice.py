@@ -67,10 +67,10 @@ class Choice:
             top_p=min(max(top_p, 0.0), 1.0),
         )
 
-    def graph_key(self, rows: int) -> GraphKey:
-        """Of the step of so many rows."""
-        draws_alike = not (self.do_sample and self.own_params)
-        return GraphKey(rows, self.do_sample, False, False, own_params=not draws_alike, logprobs=self.logprobs)
+    def graph_key(self, rows: int, pieces: int = 0) -> GraphKey:
+        """Of the step of so many rows, and of so many tokens of prompts beside them."""
+        own = self.do_sample and self.own_params
+        return GraphKey(rows, self.do_sample, False, False, own_params=own, logprobs=self.logprobs, pieces=pieces)
 
 
 def choice_of(model: Any, generation_config: Any, batching_config: Any) -> Choice | str:

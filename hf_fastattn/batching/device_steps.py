@@ -19,6 +19,7 @@ from hf_fastattn.kernels.sampling.loop_tensors import ABSENT
 from hf_fastattn.loop.device_state import BUCKETS, DeviceState, bucket_of
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
+from hf_fastattn.loop.piece_inputs import MOST_PIECES
 from hf_fastattn.loop.readback import Readback
 from hf_fastattn.loop.token_choice import choose, choose_first
 from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
@@ -56,7 +57,7 @@ class DeviceSteps:
         self._device = device
         seed = torch.randint(2**62, (1,)) if choice.seed is None else torch.tensor([choice.seed])
         self._seed = seed.to(device)
-        self._readback = Readback(slots, device, DEPTH)
+        self._readback = Readback(bucket_of(slots) + MOST_PIECES, device, DEPTH)
         self._start(columns)
 
     def _start(self, columns: int) -> None:
@@ -194,8 +195,8 @@ class DeviceSteps:
     def _buckets(self) -> list[int]:
         return [*BUCKETS, *range(2 * BUCKETS[-1], self._state.rows + 1, BUCKETS[-1])]
 
-    def _key(self, rows: int) -> GraphKey:
-        return self._choice.graph_key(rows)
+    def _key(self, rows: int, pieces: int = 0) -> GraphKey:
+        return self._choice.graph_key(rows, pieces)
 
     def record(self, rows: int) -> None:
         """Record the step of `rows` slots, none of which takes part in any."""
@@ -215,9 +216,14 @@ class DeviceSteps:
             arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
             hidden = fused_forward(self._decoder, cache, **arguments).last_hidden_state
         batch.forget_tables()
-        choose(state, key, fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
+        return self._go_on(key, fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
+
+    def _go_on(self, key: GraphKey, logits: Tensor) -> Tensor:
+        """Choose tokens by `logits [rows, V]`, and have them be the next step's input; returns them packed."""
+        state = self._state
+        choose(state, key, logits)
         tensors = state.tensors(key.rows, False)
-        advance(tensors, cache.groups.page_size)
+        advance(tensors, self._pages.cache.groups.page_size)
         if key.logprobs:
             # Which rows have finished the host knows.
             tensors.packed.copy_(pack(tensors.chosen, state.logprobs[: key.rows]))

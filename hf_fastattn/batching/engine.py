@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.batching.choice import Choice
+from hf_fastattn.batching.pieces import Taken, may_wait, next_tokens, pieces_of
 from hf_fastattn.batching.prompts import compute_pieces
 from hf_fastattn.batching.requests import Request
 from hf_fastattn.batching.running_batch import RunningBatch
 from hf_fastattn.batching.slot_pages import SlotPages
+from hf_fastattn.loop.piece_inputs import MOST_PIECES
 from hf_fastattn.pages.page_pool import CacheFullError
 
 # Tokens of prompts computed between two steps: so many for each prompt, and at most.
@@ -23,7 +25,7 @@ FEW = 4
 # Prompts come first if there is one for so many running rows.
 BURST = 4
 # Pieces of MOST_TOKENS that rows wait for at most.
-MOST_PIECES = 8
+MOST_WAITED = 8
 # Times that memory may run out before a step succeeds.
 MOST_FAILURES = 4
 
@@ -39,11 +41,13 @@ class Engine:
         deliver: called with requests that are over, or have got tokens and are streamed.
         choice: how tokens are chosen.
         most_tokens: of prompts, computed at once.
+        patient: requests come in groups, of which all are waited for: those that may get most tokens come first.
     """
 
     def __init__(
         self, model: Any, pages: SlotPages, slots: int, make_steps: Callable[[int], Any],
         deliver: Callable[[list[Request]], None], choice: Choice, most_tokens: int = MOST_TOKENS,
+        patient: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._pages, self._make_steps, self._deliver = model, pages, make_steps, deliver
         # While requests are under way the model stays where it is.
@@ -51,7 +55,8 @@ class Engine:
         self._choice, self._most_tokens = choice, most_tokens
         self._steps: Any = None
         self._batch = RunningBatch(pages, slots, choice.logprobs)
-        self._arrived = 0
+        # Requests that have arrived, and rounds of a patient engine.
+        self._arrived, self._rounds, self._patient = 0, 0, patient
         # Of prompts, computed since the last step.
         self._pieces = 0
         # Times that memory ran out since the last step.
@@ -66,11 +71,11 @@ class Engine:
             ValueError: its parameters of a draw are out of their range.
         """
         params = self._choice.params_of(state.logit_processor_kwargs)
-        first = Request.of(state, self._number(), params)
-        self._batch.waiting.append(first)
+        first = Request.of(state, number := self._number(), params, group=self._rounds if self._patient else number)
+        self._batch.wait(first)
         for child in range(state.num_children):
             twin = state.fork(f"{state.request_id}__child#{child}")
-            self._batch.waiting.append(Request.of(twin, self._number(), params, first))
+            self._batch.wait(Request.of(twin, self._number(), params, first, first.group))
 
     def _number(self) -> int:
         self._arrived += 1
@@ -137,19 +142,36 @@ class Engine:
             self._restart(0)
         rows, prompts = self._batch.rows.count, len(self._batch.prompts)
         # Where many requests wait for their first token, they come first, for a while.
-        burst = BURST * prompts > rows and self._pieces < MOST_PIECES
-        self._pieces += 1
-        if burst:
+        burst = BURST * prompts > rows and self._pieces < MOST_WAITED
+        self._pieces, self._rounds = self._pieces + 1, self._rounds + 1
+        size = self._mixed_size(burst) if rows and prompts else None
+        if burst and size is None:
             self._compute(self._most_tokens)
+        elif size is not None:
+            # The step takes pieces of prompts in.
+            pass
         elif prompts > FEW or (prompts and PIECE > self._most_tokens):
             self._compute(min(PIECE * prompts, self._most_tokens))
         else:
             # One by one, since they are recorded.
             for request in list(self._batch.prompts):
                 self._append([(request, min(len(request.prompt) - request.done, PIECE))], PIECE)
-        if self._batch.rows.count and not (burst and self._batch.prompts):
-            self._launch()
+        if self._batch.rows.count and not (burst and size is None and self._batch.prompts):
+            self._launch(size)
         self._receive()
+
+    def _mixed_size(self, burst: bool) -> tuple[int, int] | None:
+        """Rows and tokens of prompts of a step of both; None if prompts are computed apart, as in a `burst`."""
+        batch, steps = self._batch, self._steps
+        if burst and not self._patient:
+            return None
+        used = int(batch.rows.slots[-1]) + 1
+        pending = sum(len(request.prompt) - request.done for request in batch.prompts)
+        found: tuple[int, int] | None = None
+        if self._patient and steps.takes_in(used):
+            found = steps.mixed_size(used, pending, True)
+            found = found if found is not None and may_wait(batch, found[1]) else None
+        return steps.mixed_size(used, pending) if found is None and not burst else found
 
     def _receive(self) -> None:
         """Take what has arrived, and wait where nothing can be launched before, or too much is under way."""
@@ -201,25 +223,20 @@ class Engine:
             self._deliver(shown)
         return True
 
-    def record(self, rows: int) -> None:
-        """Record the step of so many rows, none of which takes part."""
+    def record(self, rows: int, mixed: bool = False) -> None:
+        """Record the step of so many rows, none of which takes part; and if it is to be, those with pieces of prompts."""
         self._write()
         self._steps.record(rows)
+        if mixed:
+            self._steps.record_mixed(rows)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 
     def _compute(self, tokens: int) -> None:
         """Compute so many tokens of the prompts that came first, together."""
-        taken = []
-        for request in self._batch.prompts:
-            count = min(len(request.prompt) - request.done, tokens)
-            taken.append((request, count))
-            tokens -= count
-            if not tokens:
-                break
-        self._append(taken)
+        self._append(next_tokens(self._batch.prompts, tokens))
 
-    def _append(self, taken: list[tuple[Request, int]], size: int = 0) -> None:
+    def _append(self, taken: Taken, size: int = 0) -> None:
         """Compute so many tokens of each of these prompts; where one ends, its first token is chosen."""
         ends = [place for place, (request, count) in enumerate(taken) if request.done + count == len(request.prompt)]
         logits = compute_pieces(
@@ -273,25 +290,34 @@ class Engine:
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
-    def _launch(self) -> None:
-        """Launch a step of all rows that go on."""
+    def _launch(self, size: tuple[int, int] | None) -> None:
+        """Launch a step of all rows that go on, with pieces of prompts if it has a `size` for these."""
         batch, rows = self._batch, self._batch.rows
         self._wait()
         self._reserve()
+        taken = [] if size is None else next_tokens(batch.prompts[:MOST_PIECES], size[1])
+        if taken:
+            self._make_columns(max(self._pages.columns(request.slot) for request, _ in taken))
         if not rows.count:
             return
-        bucket = self._bucket()
+        bucket = self._bucket() if size is None or not taken else size[0]
         if not rows.count:
             return
         steps, slots = self._steps, rows.slots
         used = int(slots[-1]) + 1
         self._write()
-        packed = steps.launch(bucket, slots, rows.lengths[slots])
-        steps.send(packed[:used], rows.tickets[:used].copy())
+        if size is not None and taken:
+            packed = steps.launch_mixed(size, pieces_of(self._pages, taken))
+        else:
+            packed = steps.launch(bucket, slots, rows.lengths[slots])
+        tickets = rows.tickets[:used].copy()
         batch.counters.batch_steps += 1
         self._pieces = self._failures = 0
         for slot in rows.step():
             batch.vacate(batch.by_slot[slot])
+        if taken:
+            tickets = np.concatenate((tickets, np.full((bucket - used, 2), -1), batch.advance(taken)))
+        steps.send(packed[: len(tickets)], tickets)
         self._release_behind()
 
     def _write(self) -> None:
@@ -324,7 +350,7 @@ class Engine:
         batch, extended = self._batch, False
         while short := batch.rows.short():
             extended = True
-            for slot in sorted(short, key=lambda one: batch.by_slot[one].number):
+            for slot in sorted(short, key=lambda one: batch.by_slot[one].turn):
                 if slot not in batch.by_slot or not batch.rows.alive[slot]:
                     break
                 if not batch.extend(slot):

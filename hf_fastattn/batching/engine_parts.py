@@ -68,7 +68,7 @@ class EngineParts:
         pages.expect(self._expected(pages, hints, columns))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver, self._choice,
-            min(asked, MOST_TOKENS),
+            min(asked, MOST_TOKENS), bool(getattr(hints, "num_requests", 0)),
         )  # fmt: skip
 
     def _expected(self, pages: SlotPages, hints: Any, columns: int) -> int:
@@ -87,9 +87,9 @@ class EngineParts:
                 self._runtime.counters.uncaptured[reason] += 1
             return HostSteps(self._model, self._pages, self.slots, self._choice, device)
         # Not before: it imports Triton.
-        from hf_fastattn.batching.device_steps import DeviceSteps
+        from hf_fastattn.batching.mixed_steps import MixedSteps
 
-        return DeviceSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
+        return MixedSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
 
     def _why_not_recorded(self) -> str | None:
         assert self._graphs is not None and self._cache is not None
@@ -187,7 +187,8 @@ class EngineParts:
             engine.add(RequestState("warm-up", tokens, max_new_tokens=WARM_TOKENS))
             while not engine.is_idle:
                 engine.run()
-            engine.record(rows)
+            # Whoever does not know how many requests come has prompts that come while rows decode.
+            engine.record(rows, mixed=not getattr(hints, "num_requests", 0))
         finally:
             self.release(engine)
 

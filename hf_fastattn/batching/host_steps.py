@@ -100,6 +100,14 @@ class HostSteps:
         """Rows of what a step returns: slots that take no part cost nothing."""
         return len(self._tokens)
 
+    def takes_in(self, used: int) -> bool:
+        """See `mixed_size`."""
+        return False
+
+    def mixed_size(self, used: int, pending: int, patient: bool = False) -> None:
+        """Pieces of prompts are computed apart: nothing is launched for a step beside its work."""
+        return
+
     def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
         """One step of `slots`, which hold `lengths` tokens; returns the tokens, packed, of the first `rows` slots."""
         index = torch.from_numpy(slots).to(self._device)

@@ -22,7 +22,8 @@ class Request:
 
     Attributes:
         state: Transformers' own, which becomes the output.
-        number: of its arrival; the lower one comes first.
+        number: of its arrival.
+        group: of requests that arrived together; a lower one comes first.
         prompt: `[n]` tokens to compute before the next one is chosen: after a preemption also those chosen before.
         params: by which its tokens are drawn.
         after: a request with the same prompt, whose pages this one waits for.
@@ -38,6 +39,7 @@ class Request:
     prompt: NDArray[np.int64]
     params: SamplingParams
     after: Request | None = None
+    group: int = 0
     done: int = 0
     slot: int = -1
     place: int = -1
@@ -48,9 +50,15 @@ class Request:
     _row_tokens: RowTokens | None = None
 
     @staticmethod
-    def of(state: Any, number: int, params: SamplingParams, after: Request | None = None) -> Request:
+    def of(state: Any, number: int, params: SamplingParams, after: Request | None = None, group: int = 0) -> Request:
         """A request that has just arrived."""
-        return Request(state, number, np.asarray(state.initial_tokens, np.int64), params, after)
+        return Request(state, number, np.asarray(state.initial_tokens, np.int64), params, after, group)
+
+    @property
+    def turn(self) -> tuple[int, int, int]:
+        """Whose is lower comes first: of requests that arrived together the one that may get more tokens."""
+        most = self.state.max_new_tokens
+        return self.group, -(UNLIMITED if most is None else most), self.number
 
     @property
     def limit(self) -> int:

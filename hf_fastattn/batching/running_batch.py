@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 from typing import Any
 
+import numpy as np
+
 from hf_fastattn.batching.requests import Request
-from hf_fastattn.batching.row_tokens import RowTokens
+from hf_fastattn.batching.row_tokens import Array, RowTokens
 from hf_fastattn.batching.running_rows import RunningRows
 from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.pages.page_pool import CacheFullError
@@ -29,7 +31,7 @@ class RunningBatch:
     def __init__(self, pages: SlotPages, slots: int, with_logprobs: bool = False) -> None:
         self.pages, self.counters = pages, pages.counters
         self.tokens, self.rows = RowTokens(with_logprobs), RunningRows(slots)
-        # Both in the order of arrival.
+        # Both in the order of their turns.
         self.waiting: list[Request] = []
         self.prompts: list[Request] = []
         self.by_slot: dict[int, Request] = {}
@@ -48,6 +50,10 @@ class RunningBatch:
         return not (self.waiting or self.by_slot or self.by_place)
 
     # ---- in ---------------------------------------------------------------------------------------------------
+
+    def wait(self, request: Request) -> None:
+        """It waits for its turn."""
+        bisect.insort(self.waiting, request, key=lambda one: one.turn)
 
     def admit(self) -> list[tuple[Request, Exception]]:
         """Give waiting requests slots and the pages of their prompts, first come, first served.
@@ -101,7 +107,7 @@ class RunningBatch:
         self._free.pop()
         request.slot, request.done, request.found = slot, held, found
         self.by_slot[slot] = request
-        bisect.insort(self.prompts, request, key=lambda one: one.number)
+        bisect.insort(self.prompts, request, key=lambda one: one.turn)
         self.counters.tokens_reused += held
         request.admitted()
         return True
@@ -131,6 +137,19 @@ class RunningBatch:
         room = self.pages.columns(slot) * self.pages.page_size
         self.rows.join(slot, length, room, request.limit - 1, request.most_stored, request.number, ticket, request.params)
         return ticket
+
+    def advance(self, taken: list[tuple[Request, int]]) -> Array:
+        """A step takes in so many tokens of these prompts; returns `[n, 2]` tickets, of no place where a prompt goes on."""
+        tickets = np.full((len(taken), 2), -1)
+        for place, (request, count) in enumerate(taken):
+            request.done += count
+            if request.done == len(request.prompt):
+                tickets[place] = self.start(request)
+                if request.limit <= 1:
+                    self.vacate(request)
+        self.counters.prompt_tokens += sum(count for _, count in taken)
+        self.counters.prompt_pieces_mixed += len(taken)
+        return tickets
 
     # ---- out --------------------------------------------------------------------------------------------------
 
@@ -172,7 +191,7 @@ class RunningBatch:
         chosen = self.chosen(request)
         self.close(request)
         request.start_over(*chosen)
-        bisect.insort(self.waiting, request, key=lambda one: one.number)
+        self.wait(request)
         self.counters.requests_preempted += 1
 
     # ---- going on ---------------------------------------------------------------------------------------------
@@ -191,8 +210,8 @@ class RunningBatch:
         return False
 
     def youngest(self) -> Request:
-        """The request in a slot that has arrived last."""
-        return max(self.by_slot.values(), key=lambda one: one.number)
+        """The request in a slot whose turn came last."""
+        return max(self.by_slot.values(), key=lambda one: one.turn)
 
     def compact(self, used: int) -> None:
         """Have the rows that take part in the first `used` slots; nothing may be under way."""

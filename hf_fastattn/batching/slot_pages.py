@@ -163,12 +163,18 @@ class SlotPages:
             return ReadPlan([rows[slot] for slot in slots], list(counts), after, size, window)
 
         def places(window: int | None) -> Any:
-            rows = tables[window].rows
-            found = [_places(rows[slot], have, last, size) for slot, have, last in zip(slots, before, after, strict=True)]
-            return np.concatenate(found)
+            return self.places(window, slots, before, after)
 
         host = HostBatch(list(counts), after, ByWindow(tables, plan), ByWindow(tables, places))
         return Batch.from_host(host, self.options)
+
+    def places(
+        self, window: int | None, slots: Sequence[int], before: Sequence[int], after: Sequence[int]
+    ) -> NDArray[np.int64]:
+        """Where tokens `before[i]` to `after[i] - 1` of each slot are written: `page * P + offset`."""
+        rows, size = self.cache.tables[window].rows, self.page_size
+        found = [_places(rows[slot], have, last, size) for slot, have, last in zip(slots, before, after, strict=True)]
+        return np.concatenate(found)
 
     def place_of(self, slot: int, token: int) -> list[int]:
         """By window, where a token of a slot is written: `page * P + offset`."""

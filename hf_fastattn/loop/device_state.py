@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.mixed_batch import MixedBatch
 from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import power_of_2
@@ -22,6 +23,7 @@ from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.loop.beam_state import BeamShape, BeamState
 from hf_fastattn.loop.forced_state import ForcedState
 from hf_fastattn.loop.graph_key import GraphKey
+from hf_fastattn.loop.piece_inputs import PieceInputs
 from hf_fastattn.loop.processor_state import ProcessorState
 from hf_fastattn.loop.request import LoopRequest
 from hf_fastattn.loop.step_inputs import StepInputs, write
@@ -109,6 +111,7 @@ class DeviceState:
             self._beams: OrderedDict[BeamShape, BeamState] = OrderedDict()
             self.processors = ProcessorState(device, rows, vocabulary)
         self._forced: ForcedState | None = None
+        self._pieces: PieceInputs | None = None
 
     def fits(
         self,
@@ -172,9 +175,21 @@ class DeviceState:
     def batch(
         self, key: GraphKey, backend: str, batch_invariant: bool, workspace: Workspace, place: torch.device | None = None
     ) -> Batch:
-        """A batch of one new token a row whose tensors are these: on the device `place`, or on the only one."""
+        """A batch of one new token a row, and of the key's pieces of prompts, whose tensors are these: on the device
+        `place`, or on the only one."""
         options = BatchOptions(backend, batch_invariant, workspace=workspace)
-        return self.inputs[self.device if place is None else place].batch(key, options)
+        inputs = self.inputs[self.device if place is None else place]
+        steps = inputs.batch(key, options)
+        if not key.pieces:
+            return steps
+        return MixedBatch.of(steps, self.pieces.batch(key.pieces, inputs.tables, options), self.device)
+
+    @property
+    def pieces(self) -> PieceInputs:
+        """Of prompts that steps compute beside their rows."""
+        if self._pieces is None:
+            self._pieces = PieceInputs(self.device, self.windows)
+        return self._pieces
 
     def follow(self) -> None:
         """Have layers elsewhere read what the step before has left; nobody waits on the host."""

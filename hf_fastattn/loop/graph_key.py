@@ -30,6 +30,7 @@ class GraphKey:
         own_params: each row draws by parameters of its own.
         logprobs: the step says how likely each token was.
         forced: columns of the tensor with tokens that rows take whatever is likeliest; 0 if they choose.
+        pieces: tokens of prompts that the step computes beside its rows; 0 if there are none.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class GraphKey:
     own_params: bool = False
     logprobs: bool = False
     forced: int = 0
+    pieces: int = 0
 
     def of_beams(self, beams: BeamState) -> GraphKey:
         """The same for a step of a beam search."""

@@ -232,6 +232,10 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         held = self._entries.get(key)
         return held is not None and held.storage_version == storage_version
 
+    def has_failed(self, key: GraphKey) -> bool:
+        """Whether the step could not be captured."""
+        return key in self._failed
+
     def replay(self, key: GraphKey, groups: PageGroups, run: Callable[[], Tensor], counters: CallCounters) -> Tensor:
         """One step: its graph, captured if need be, or its launches if that fails.
 

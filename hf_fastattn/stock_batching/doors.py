@@ -9,6 +9,7 @@ name they are Transformers' own, called with what they were given.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -27,6 +28,8 @@ NAME = "fastattn"
 NAMES = (NAME, f"paged|{NAME}")
 # Models that repeat keys between their cache and their attention, as they need not for gathered ones.
 CHANGES_KEYS = ("jetmoe",)
+# The argument of the attention function that is added to scores.
+BIAS = "position_bias"
 logger = logging.getLogger("hf_fastattn")
 _opening = threading.Lock()
 # Whether CUDA graphs may be made of the model whose manager is being made, in this thread.
@@ -160,6 +163,9 @@ def why_not_pages(model: Any) -> str | None:
     config = model.config.get_text_config()
     if config.model_type in CHANGES_KEYS:
         return f"a model of type {config.model_type} changes keys between its cache and its attention"
+    if any(map(_has_bias, model.modules())):
+        # By then only new keys are there, in whose place the bias of all would have to be known.
+        return "attention has a position_bias"
     heads = config.num_attention_heads
     groups, dim = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None)
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
@@ -168,3 +174,19 @@ def why_not_pages(model: Any) -> str | None:
     device: torch.device = model.device
     backend, reason = choose_backend("auto", device, model.dtype, dim)
     return reason if backend == "reference" and device.type != "cpu" else None
+
+
+def _has_bias(module: Any) -> bool:
+    """Whether a module's forward speaks of a `position_bias`, as of what it hands to the attention function."""
+    forward = inspect.unwrap(vars(module).get("forward") or type(module).forward)
+    return _speaks_of_bias(getattr(forward, "__func__", forward))
+
+
+@functools.lru_cache(maxsize=256)
+def _speaks_of_bias(forward: Any) -> bool:
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return False
+    # Names of keyword arguments stand together in tuples.
+    tuples = [held for held in code.co_consts if isinstance(held, tuple)]
+    return any(BIAS in names for names in (code.co_consts, code.co_varnames, *tuples))

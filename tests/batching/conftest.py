@@ -14,3 +14,10 @@ from tests.tools.reexecuted import reexecuted_loop
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     with reexecuted_loop() if request.param == "steps" else contextlib.nullcontext():
         yield "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """Steps are recorded, and run again over static tensors, on the CPU."""
+    with reexecuted_loop():
+        yield

@@ -69,12 +69,14 @@ class Driven:
         twins: whose patched model it serves.
         tokens: that pages may hold.
         generation: how tokens are chosen; greedy if it is not said.
+        hints: Transformers' `WorkloadHints`.
         options: of `ContinuousBatchingConfig`.
     """
 
     def __init__(
-        self, twins: Twins, tokens: int | None = None, generation: GenerationConfig | None = None, **options: Any
-    ) -> None:
+        self, twins: Twins, tokens: int | None = None, generation: GenerationConfig | None = None, hints: Any = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         if tokens is not None:
             known = ContinuousBatchingConfig.__dataclass_fields__
             options |= {"num_blocks": tokens // 4, "page_size" if "page_size" in known else "block_size": 4}
@@ -85,7 +87,7 @@ class Driven:
         self.outputs: dict[str, list[Any]] = {}
         self._hold = functools.partial(torch.no_grad)
         with self._hold():
-            self.engine: Engine = self.parts.engine(self._deliver)
+            self.engine: Engine = self.parts.engine(self._deliver, hints)
         self._cache = self.engine._pages.cache
 
     def _deliver(self, requests: list[Request]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers.generation.continuous_batching import continuous_api, initialization
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_fastattn
 from hf_fastattn.interface import counters
@@ -102,6 +103,25 @@ def test_what_our_kernels_do_not_take_runs_on_sdpa(monkeypatch: pytest.MonkeyPat
     assert seen[0] in SEEN and model.config._attn_implementation == "fastattn"
     assert dict(counters.fallbacks) == {"continuous batching: the GPU is too old": 1}
     assert not counters.batches, counters
+
+
+class _BiasedAttention(LlamaAttention):
+    """Gives the attention function a bias, which is the same for all keys."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, position_bias=torch.ones(1, self.config.num_attention_heads, 1, 1), **kwargs)
+
+
+def test_a_bias_runs_on_sdpa() -> None:
+    """Our kernels, which read pages in place, have no keys to add it to: stock serves the model, with no error."""
+    stock, model = pair("llama")
+    given = prompts(4)
+    for one in (stock, model):
+        for layer in one.model.layers:
+            layer.self_attn.__class__ = _BiasedAttention
+    assert batched(model, given) == batched(stock, given)
+    assert dict(counters.fallbacks) == {"continuous batching: attention has a position_bias": 1}
+    assert not counters.batches and model.config._attn_implementation == "fastattn"
 
 
 def test_models_at_once_in_threads() -> None:
