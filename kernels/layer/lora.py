@@ -35,6 +35,9 @@ PART_COLUMNS, MOST_PARTS = 256, 16
 PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS = 512, 8
 # Rows of A a program, at most, where the matrix unit multiplies: wgmma, from 64 rows on, would take more registers.
 MOST_ROWS = 32
+import os
+
+MODE = [int(os.environ.get("LORA_MODE", "0"))]
 # Columns of B that the matrix unit multiplies at once, at most: registers hold them beside the sums.
 MOST_COLUMNS = 32
 
@@ -203,4 +206,4 @@ def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile
     if block_t == 1:
         return constants | {"ROOM": power_of_2(parts)}
     columns = min(rank, MOST_COLUMNS if block_t <= 32 else MOST_COLUMNS // 2)
-    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns}
+    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns, "MODE": MODE[0] if rank == columns else 0}

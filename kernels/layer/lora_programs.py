@@ -301,3 +301,22 @@ def expand_tokens(
             delta += tl.dot(b, h, input_precision=PRECISION)
         acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc
+
+
+@triton.jit
+def expand_early(
+    acc, which, b, h, lacks, tokens, lora,
+    ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    if rank_of(which, RANKS, SAME) > 0:
+        if MODE == 2:
+            h, lacks = _sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+        if MODE != 4:
+            missing = tl.sum(lacks)
+            while missing > 0:
+                h, still = _sums_of_tokens(which, 0, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+                missing = tl.sum(still)
+        delta = tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
+        acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
+    return acc

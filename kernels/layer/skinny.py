@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, matrix_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora_programs import expand_tokens, shrink_tokens
+from hf_fastattn.kernels.layer.lora_programs import _b_of_tokens, _sums_of_tokens, expand_early, expand_tokens, shrink_tokens
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
@@ -84,7 +84,7 @@ def skinny_kernel(
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
-    EXPAND_PRECISION: tl.constexpr = None, members=None,
+    EXPAND_PRECISION: tl.constexpr = None, members=None, MODE: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
 
@@ -125,6 +125,11 @@ def skinny_kernel(
     w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
+    if lora is not None and MODE >= 2:
+        own = tl.where(part == 0, n, rows)
+        b = _b_of_tokens(which, own, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
+        if GATED:
+            b_u = _b_of_tokens(1, own, rows, 0, lora, ADAPTERS, RANKS, SAME, COLUMNS)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -140,10 +145,31 @@ def skinny_kernel(
             acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
     # The tile loaded first is multiplied last: with this product before the loop, the loop's pipeline would start late.
     x = _tokens(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K)
+    if lora is not None and MODE >= 3:
+        asked = tl.where(part == 0, tokens, 0)
+        h, lacks = _sums_of_tokens(which, 0, asked, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+        if GATED:
+            h_u, lacks_u = _sums_of_tokens(1, 0, asked, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+    elif lora is not None:
+        h = 0.0
+        h_u = 0.0
+        lacks = 0
+        lacks_u = 0
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
-    if lora is not None:
+    if lora is not None and MODE >= 2:
+        if part == 0:
+            acc = expand_early(
+                acc, which, b, h, lacks, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T,
+                EXPAND_PRECISION, MODE,
+            )  # fmt: skip
+            if GATED:
+                acc_u = expand_early(
+                    acc_u, 1, b_u, h_u, lacks_u, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T,
+                    EXPAND_PRECISION, MODE,
+                )  # fmt: skip
+    if lora is not None and MODE == 0:
         # The first part adds what the adapter does: for all others, and for the sum of the parts, nothing changes.
         if part == 0:
             acc = expand_tokens(
