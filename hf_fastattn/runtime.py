@@ -259,6 +259,10 @@ class Runtime:
         """The innermost call of this thread; None outside of a call."""
         if not self._calls or not self.turn.is_mine():
             return None
+        # Asked at every step: the common case first. A slice, since other threads may empty the list meanwhile.
+        for last in self._calls[-1:]:
+            if last.token() is not None:
+                return last
         return next((call for call in reversed(self._calls) if call.token() is not None), None)
 
     @property
