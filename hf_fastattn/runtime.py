@@ -335,14 +335,14 @@ class Runtime:
         return held
 
     @contextmanager
-    def prefill(self) -> Iterator[None]:
-        """Forwards inside compute the prompt."""
+    def prefill(self, copies: list[int] | None = None) -> Iterator[None]:
+        """Forwards inside compute the prompt, whose rows are repeated afterwards as `copies` says."""
         call = self.current or Call()
-        before, call.prefilling = call.prefilling, True
+        before, call.prefilling, call.copies = call.prefilling, True, copies
         try:
             yield
         finally:
-            call.prefilling = before
+            call.prefilling, call.copies = before, None
 
     def groups_for(self, model: Any) -> PageGroups:
         """The pages of the model as it is now; those from before it was changed go with the caches that hold them."""

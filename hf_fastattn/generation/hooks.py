@@ -125,7 +125,7 @@ class FastGenerationMixin(PlainCopies):
         def compute(ids: Tensor, inputs: dict[str, Any]) -> Any:
             return prefill(ids, generation_config, inputs, is_first_iteration)
 
-        with runtime.prefill():
+        with runtime.prefill(None if rows is None else rows.copies):
             if not isinstance(cache, PagedCache) or cache.get_seq_length():
                 return compute(input_ids, model_kwargs)
             if rows is None:
