@@ -62,6 +62,7 @@ SPLIT_KV: dict[tuple[int, int, int], Tile] = {
     # Four warps would spill.
     (80, 2, 256): Tile(64, 32, 8, 3),
     (80, 4, 256): Tile(16, 16, 8, 2),
+    (90, 4, 128): Tile(16, 32, 4, 2),
     (90, 2, 256): Tile(64, 32, 4, 3),
     (100, 2, 256): Tile(64, 32, 4, 3),
 }
@@ -101,6 +102,7 @@ SHARED_PREFIX: dict[tuple[int, int, int], Tile] = {
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 2, programs=1),
     (80, 4, 256): Tile(16, 16, 8, 2),
+    (90, 4, 128): Tile(64, 32, 4, 2),
 }
 # For at least MANY_QUERIES of them, if there are not many (row, kv head) pairs, or keys are transformed, which is done again
 # for each block of queries.

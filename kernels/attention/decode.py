@@ -338,7 +338,7 @@ def decode_launch(
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m,
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=matrix_precision(q.dtype, block_m), HOOKS=variant.hooks_for(q.dtype),
+            PRECISION=matrix_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip

@@ -35,6 +35,7 @@ PART_COLUMNS, MOST_PARTS = 256, 16
 PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS = 512, 8
 # Rows of A a program, at most, where the matrix unit multiplies: wgmma, from 64 rows on, would take more registers.
 MOST_ROWS = 32
+EARLY, FETCH = [True], [True]
 # Columns of B that the matrix unit multiplies at once, at most: registers hold them beside the sums.
 MOST_COLUMNS = 32
 
@@ -170,6 +171,8 @@ def operands(
         wide = spare.a.dtype == torch.float32
         exact = "ieee" if x.dtype == torch.float32 else "tf32x3"
         constants |= {"SHRINK_PRECISION": exact if wide else "tf32", "EXPAND_PRECISION": exact}
+        # Products in fp32 leave no registers for B.
+        constants["EARLY"] = x.element_size() == 2 and constants["COLUMNS"] == rank and EARLY[0]
     held = [adapter or spare for adapter in (*adapters, *[None] * (3 - len(adapters)))]
     copies = SUMS.value if block_t == 1 else 1
     summed = (sums or LoraSums(x.device)).take(copies * len(ranks) * constants["PARTS"] * block_t * rank)
@@ -203,4 +206,4 @@ def _constants(k: int, ranks: list[int], rank: int, block_t: int, tile: LoraTile
     if block_t == 1:
         return constants | {"ROOM": power_of_2(parts)}
     columns = min(rank, MOST_COLUMNS if block_t <= 32 else MOST_COLUMNS // 2)
-    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns}
+    return constants | {"SHRINK_ROWS": rank // row_blocks, "COLUMNS": columns, "FETCH": FETCH[0] and part > 1}

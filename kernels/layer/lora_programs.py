@@ -208,11 +208,28 @@ def _add_shrunk(sums, a, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _fetch_rows(row_ptr, ok, begin, K: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr):
+    """Ask for the columns of rows behind the first step, so that each later step finds its own in the L2 cache.
+
+    Memory answers late while all others read weights; one step after the other would wait for that each time.
+    """
+    LINE: tl.constexpr = 128 // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    inner = tl.arange(0, STEP // LINE) * LINE
+    for k in tl.static_range(STEP, PART, STEP):
+        column = begin + k + inner
+        wanted = ok[:, None] & (column < K)[None, :]
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+            [row_ptr[:, None] + column[None, :], wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def shrink_tokens(
     number, x_ptr, tokens, stride_x, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, FETCH: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK_R, BLOCK_T]` sums of one A times `x: [tokens, K]`, over PART columns; each warp takes a segment of a step."""
     which = number // (PARTS * (RANK // BLOCK_R))
@@ -232,6 +249,8 @@ def shrink_tokens(
     if OVERLAP and not SETTLED:
         gdc_wait()
     a = _columns(a_ptr, ok_r, begin, end, EVEN)  # [SEGMENTS, BLOCK_R, BLOCK_K]
+    if FETCH:
+        _fetch_rows(pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row * K, ok_r, begin, K, PART, STEP)
     if OVERLAP and SETTLED:
         gdc_wait()
     sums = tl.zeros([SEGMENTS, BLOCK_R, BLOCK_T], tl.float32)
@@ -249,7 +268,7 @@ def shrink_tokens(
 
 
 @triton.jit
-def _b_of_tokens(
+def b_of_tokens(
     which, n, rows, first, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rows n of an adapter's B, from column `first` on: `[BLOCK_N, COLUMNS]`."""
@@ -261,7 +280,7 @@ def _b_of_tokens(
 
 
 @triton.jit
-def _sums_of_tokens(
+def sums_of_tokens(
     which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """h from row `first` on as it is now, `[COLUMNS, BLOCK_T]`, and how many of its parts are not there, of each."""
@@ -275,6 +294,32 @@ def _sums_of_tokens(
         lacks += (bits == MISSING).to(tl.int32)
         h += bits.to(tl.float32, bitcast=True)
     return h, lacks
+
+
+@triton.jit
+def _awaited(
+    h, lacks, which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """h of `sums_of_tokens`, read again until all parts are there."""
+    missing = tl.sum(lacks)
+    while missing > 0:
+        h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+        missing = tl.sum(still)
+    return h
+
+
+@triton.jit
+def expand_held(
+    acc, which, b, h, lacks, tokens, lora,
+    ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`, of all of B, which was loaded early, and of h and what it lacked then."""
+    if rank_of(which, RANKS, SAME) > 0:
+        h = _awaited(h, lacks, which, 0, tokens, lora, RANK, PARTS, RANK, BLOCK_T)
+        delta = tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
+        acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
+    return acc
 
 
 @triton.jit
@@ -292,12 +337,9 @@ def expand_tokens(
         delta = tl.zeros(acc.shape, tl.float32)
         # Not unrolled: the loads of all columns at once would need all registers.
         for first in tl.range(0, RANK, COLUMNS, num_stages=1):
-            h, lacks = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-            b = _b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS).to(tl.float32)
-            missing = tl.sum(lacks)
-            while missing > 0:
-                h, still = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-                missing = tl.sum(still)
+            h, lacks = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+            b = b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS).to(tl.float32)
+            h = _awaited(h, lacks, which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
             delta += tl.dot(b, h, input_precision=PRECISION)
         acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc
