@@ -138,7 +138,7 @@ def run(model: Any, tokenizer: Any, options: Any, patch_options: dict[str, Any])
 
 def _judged(cell: Cell, prompts: Sequence[RecallPrompt], found: dict[str, Any]) -> dict[str, Any]:
     """Which answers are right, in place of the answers."""
-    sides = {side: found.pop(side) for side in ("stock", "rounded", "ours") if side in found}
+    sides: dict[str, Any] = {side: found.pop(side) for side in ("stock", "rounded", "ours") if side in found}
     base = sides.get("rounded", sides["stock"])
     differ = sum(a != b for a, b in zip(base, sides["ours"], strict=True))
     right = {

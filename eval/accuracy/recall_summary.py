@@ -65,9 +65,10 @@ def _compared(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The share that each side finds, and the paired difference of ours and stock as it is."""
     stock, ours = _sides(cells, "stock", "ours")
     won, lost = int(((stock == 0) & (ours == 1)).sum()), int(((stock == 1) & (ours == 0)).sum())
-    shares = {side: float(np.mean(_sides(cells, side)[0])) for side in ("stock", "rounded", "ours") if side in cells[0]}
-    difference = {"difference": (won - lost) / len(stock), "interval": list(paired_shares(won, lost, len(stock)))}
-    return {"prompts": len(stock), **shares, **difference}
+    found: dict[str, Any] = {"prompts": len(stock)}
+    found |= {side: float(np.mean(_sides(cells, side)[0])) for side in SIDES if side in cells[0]}
+    found |= {"difference": (won - lost) / len(stock), "interval": list(paired_shares(won, lost, len(stock)))}
+    return found
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -85,9 +86,9 @@ def markdown(record: dict[str, Any]) -> str:
     differ = sum(one["differ"] for one in record["tasks"])
     for one in (*record["tasks"], {"task": "all", **record["all"], "differ": differ}):
         low, high = (100 * end for end in one["interval"])
-        shares = " | ".join(f"{100 * one[side]:.1f}%" for side in sides)
+        found = " | ".join(f"{100 * one[side]:.1f}%" for side in sides)
         lines.append(
-            f"| {WORDS.get(one['task'], one['task'])} | {one['prompts']:,} | {shares} "
+            f"| {WORDS.get(one['task'], one['task'])} | {one['prompts']:,} | {found} "
             f"| {100 * one['difference']:+.2f} ({low:+.2f} to {high:+.2f}) points | {one['differ']} |"
         )
     depths = sorted({cell["depth"] for cell in record["cells"]})
