@@ -162,7 +162,7 @@ def test_who_gets_most_tokens_begins(mixing: str, monkeypatch: pytest.MonkeyPatc
     """Prompts are computed beside rows where no request ends later for it than the last one."""
     monkeypatch.setattr(engine_module, "BURST", 4)
     twins, given = Twins("llama", mixing, page_size=PAGE, mixed_steps=True), prompts(5, 13, 20)
-    limits = [3, 90, 2, 40, 5]
+    limits = [3, 2, 40, 5, 90]
     driven = _group(twins, given, limits)
     counters = driven.release()
     # As many steps as the longest request has tokens after its first one: it has waited for nobody.
