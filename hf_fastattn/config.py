@@ -53,6 +53,10 @@ class FastAttnConfig:
             keys and values, and of what a step reads; outputs differ by the rounding.
         kv_wide_window: layers with a window of at most so many tokens keep keys and values as the model gives them, whatever
             `kv_dtype` says: they read and store little, and gain nothing.
+        mixed_steps: in running batches (`generate_batch`), decode steps that are recorded compute pieces of the prompts of
+            other requests in the same forward; and of requests that come together, to a manager with `workload_hints`,
+            those that may get most tokens begin. It has not been timed on a GPU, so pieces are by default forwards by
+            themselves, between steps.
 
     Raises:
         TypeError: an option has the wrong type, or is unknown.
@@ -73,6 +77,7 @@ class FastAttnConfig:
     streaming: Streaming | None = None
     kv_dtype: str | None = None
     kv_wide_window: int = 1024
+    mixed_steps: bool = False
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -89,7 +94,7 @@ class FastAttnConfig:
             raise ValueError(f"keep_memory={self.keep_memory!r} must be a share between 0 and 1")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is unknown; choose one of {BACKENDS}")
-        for name in ("batch_invariant", "cuda_graphs", "keep_in_training", "autocast_copies", "prefix_cache"):
+        for name in ("batch_invariant", "cuda_graphs", "keep_in_training", "autocast_copies", "prefix_cache", "mixed_steps"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.batch_invariant and self.backend == "reference":

@@ -46,6 +46,8 @@ class DeviceSteps:
     """
 
     depth = DEPTH
+    # Pieces of prompts are computed apart.
+    mixes = False
 
     def __init__(
         self, model: Any, graphs: LoopGraphs, pages: SlotPages, slots: int, columns: int, vocabulary: int, choice: Choice,

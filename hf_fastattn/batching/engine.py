@@ -144,7 +144,7 @@ class Engine:
         # Where many requests wait for their first token, they come first, for a while.
         burst = BURST * prompts > rows and self._pieces < MOST_WAITED
         self._pieces, self._rounds = self._pieces + 1, self._rounds + 1
-        size = self._mixed_size(burst) if rows and prompts else None
+        size = self._mixed_size(burst) if rows and prompts and self._steps.mixes else None
         if burst and size is None:
             self._compute(self._most_tokens)
         elif size is not None:

@@ -68,7 +68,7 @@ class EngineParts:
         pages.expect(self._expected(pages, hints, columns))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver, self._choice,
-            min(asked, MOST_TOKENS), bool(getattr(hints, "num_requests", 0)),
+            min(asked, MOST_TOKENS), self._mixes and _requests(hints) > 0,
         )  # fmt: skip
 
     def _expected(self, pages: SlotPages, hints: Any, columns: int) -> int:
@@ -79,6 +79,11 @@ class EngineParts:
             return min(self.slots * columns, hints.num_requests * columns, most)
         return min(by_default, most) if self._model.device.type == "cuda" else 0
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether steps are to take in pieces of prompts."""
+        return self._runtime.config.mixed_steps
+
     def _steps(self, columns: int, vocabulary: int) -> Any:
         assert self._graphs is not None and self._pages is not None
         device, reason = self._model.device, self._why_not_recorded()
@@ -87,9 +92,11 @@ class EngineParts:
                 self._runtime.counters.uncaptured[reason] += 1
             return HostSteps(self._model, self._pages, self.slots, self._choice, device)
         # Not before: it imports Triton.
+        from hf_fastattn.batching.device_steps import DeviceSteps
         from hf_fastattn.batching.mixed_steps import MixedSteps
 
-        return MixedSteps(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
+        kind = MixedSteps if self._mixes else DeviceSteps
+        return kind(self._model, self._graphs, self._pages, self.slots, columns, vocabulary, self._choice, device)
 
     def _why_not_recorded(self) -> str | None:
         assert self._graphs is not None and self._cache is not None
@@ -179,7 +186,7 @@ class EngineParts:
     def warm_up(self, hints: Any) -> None:
         """Serve a request to nobody, so that kernels are compiled and steps recorded; on a CPU there is neither."""
         engine = self.engine(lambda requests: None, hints)
-        rows = min(self.slots, getattr(hints, "num_requests", 0) or LIKELY_ROWS)
+        rows = min(self.slots, _requests(hints) or LIKELY_ROWS)
         try:
             if self._why_not_recorded() is not None or self._is_warm(rows):
                 return
@@ -188,7 +195,7 @@ class EngineParts:
             while not engine.is_idle:
                 engine.run()
             # Whoever does not know how many requests come has prompts that come while rows decode.
-            engine.record(rows, mixed=not getattr(hints, "num_requests", 0))
+            engine.record(rows, mixed=self._mixes and not _requests(hints))
         finally:
             self.release(engine)
 
@@ -214,6 +221,11 @@ class EngineParts:
             self._runtime.prefixes.trim()
         if graphs is not None:
             self._runtime.give_batch_graphs(graphs)
+
+
+def _requests(hints: Any) -> int:
+    """Requests that somebody expects; 0 if nobody does."""
+    return int(getattr(hints, "num_requests", 0) or 0)
 
 
 def _longest(hints: Any) -> int:

@@ -31,6 +31,8 @@ class HostSteps:
     """
 
     depth = 0
+    # Pieces of prompts are computed apart.
+    mixes = False
     columns = UNLIMITED
 
     def __init__(self, model: Any, pages: SlotPages, slots: int, choice: Choice, device: torch.device) -> None:
@@ -99,14 +101,6 @@ class HostSteps:
     def bucket(self, used: int, steps: int) -> int:
         """Rows of what a step returns: slots that take no part cost nothing."""
         return len(self._tokens)
-
-    def takes_in(self, used: int) -> bool:
-        """See `mixed_size`."""
-        return False
-
-    def mixed_size(self, used: int, pending: int, patient: bool = False) -> None:
-        """Pieces of prompts are computed apart: nothing is launched for a step beside its work."""
-        return
 
     def launch(self, rows: int, slots: Array, lengths: Array) -> Tensor:
         """One step of `slots`, which hold `lengths` tokens; returns the tokens, packed, of the first `rows` slots."""

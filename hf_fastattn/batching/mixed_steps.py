@@ -28,6 +28,8 @@ WORTH_RECORDING = 24
 class MixedSteps(DeviceSteps):
     """`DeviceSteps`, of which some take in pieces of prompts: weights are read once for both."""
 
+    mixes = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._apart: Counter[GraphKey] = Counter()

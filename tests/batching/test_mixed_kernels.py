@@ -18,7 +18,7 @@ def test_prompts_beside_rows(family: str, on_the_cpu: None, monkeypatch: pytest.
     monkeypatch.setattr(mixed_steps, "UNIT", 8)
     monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 0)
     monkeypatch.setattr(engine_module, "BURST", 0)
-    twins = Twins(family, "cpu", backend="triton", page_size=16)
+    twins = Twins(family, "cpu", backend="triton", page_size=16, mixed_steps=True)
     driven, later = Driven(twins), [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
     driven.add("first", [3, 1, 4, 1, 5], 8)
     driven.run(2)
