@@ -64,14 +64,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def matrix_precision(dtype: torch.dtype) -> str:
-    """The same where the CUDA cores would take longer than memory.
+def matrix_precision(dtype: torch.dtype, rows: int) -> str:
+    """The same for tiles of so many rows; above 16 the CUDA cores would take longer than memory.
 
     fp32 is three products in TF32 on the matrix unit: of what TF32 keeps of both, and of either with the rest of the other
-    (Ootomo and Yokota, 2022). PyTorch's own attention in fp32 is computed so; the error is that of fp32. Decode of 64 rows
-    of 544 keys, 16 padded query rows each, took 106 us so on an H200, and 287 to 418 on the CUDA cores.
+    (Ootomo and Yokota, 2022). PyTorch's own attention in fp32 is computed so; the error is that of fp32.
     """
-    return "tf32x3" if dtype == torch.float32 else dot_precision(dtype)
+    return "tf32x3" if dtype == torch.float32 and rows > 16 else dot_precision(dtype)
 
 
 def why_unsupported(head_dim: int, dtype: torch.dtype) -> str | None:

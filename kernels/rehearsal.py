@@ -104,6 +104,6 @@ def rehearsal() -> Iterator[None]:
         with _Threads(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
             yield
     finally:
-        # Triton 3.6 leaves a mode on whose kernels did not all compile, and every later launch would be handed to its threads.
+        # Triton 3.6 leaves a mode on whose kernels did not all compile, and would hand its threads every later launch.
         active_mode.set(None)
         _rehearses.reset(before)

@@ -167,8 +167,8 @@ class FastGenerationMixin(PlainCopies):
         if call is not None:
             kept = kwargs.get("logits_to_keep")
             call.logits_read = kept if isinstance(kept, int) and kept > 0 else 1
-        own = isinstance(cache, PagedCache) and not args and input_ids is not None and not runtime.prefilling
-        if not own or not runtime.is_private(cache) or cache.get_seq_length():
+        own = not args and input_ids is not None and not runtime.prefilling
+        if not isinstance(cache, PagedCache) or not own or not runtime.is_private(cache) or cache.get_seq_length():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         assert isinstance(input_ids, Tensor)
         others = {name: value for name, value in kwargs.items() if name != "input_ids"}

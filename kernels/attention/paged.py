@@ -115,7 +115,8 @@ def attention_launch(
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Launch | None]:
     """`paged_attention` by the Triton kernels, and its launch, to be repeated on other queries, keys, values and output."""
-    batch, options = (page_table, cu_seqlens_q, seq_lens), {"scale": scale, "window": window, "softcap": softcap}
+    batch = (page_table, cu_seqlens_q, seq_lens)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     if _fills_the_gpu(q, k_pages, max_query_len, workspace.processors):
         return prefill_launch(q, k_pages, v_pages, *batch, **options)
     return decode_launch(

@@ -218,7 +218,7 @@ def prefill_launch(
             WHOLE_STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n, masked=visited is None),
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=matrix_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
+            PRECISION=matrix_precision(q.dtype, tile.block_m), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
         ),
     )  # fmt: skip
     with on_device_of(q):

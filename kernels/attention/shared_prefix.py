@@ -40,7 +40,7 @@ from hf_fastattn.kernels.launch import (
     ASSEMBLER_OPTIONS,
     arch_of,
     check_pages,
-    matrix_precision,
+    dot_precision,
     on_device_of,
     overlaps_launches,
     power_of_2,
@@ -393,7 +393,7 @@ def paged_decode_shared(
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
             STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n),
             ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
-            PREFIXES=not gluon, PRECISION=matrix_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
+            PREFIXES=not gluon, PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
             **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
         )  # fmt: skip

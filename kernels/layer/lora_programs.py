@@ -208,28 +208,11 @@ def _add_shrunk(sums, a, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _fetch_rows(row_ptr, ok, begin, K: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr):
-    """Ask for the columns of rows behind the first step, so that each later step finds its own in the L2 cache.
-
-    Memory answers late while all others read weights; one step after the other would wait for that each time.
-    """
-    LINE: tl.constexpr = 128 // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    inner = tl.arange(0, STEP // LINE) * LINE
-    for k in tl.static_range(STEP, PART, STEP):
-        column = begin + k + inner
-        wanted = ok[:, None] & (column < K)[None, :]
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
-            [row_ptr[:, None] + column[None, :], wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def shrink_tokens(
     number, x_ptr, tokens, stride_x, lora, members,
     K: tl.constexpr, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr, FETCH: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK_R, BLOCK_T]` sums of one A times `x: [tokens, K]`, over PART columns; each warp takes a segment of a step."""
     which = number // (PARTS * (RANK // BLOCK_R))
@@ -249,8 +232,6 @@ def shrink_tokens(
     if OVERLAP and not SETTLED:
         gdc_wait()
     a = _columns(a_ptr, ok_r, begin, end, EVEN)  # [SEGMENTS, BLOCK_R, BLOCK_K]
-    if FETCH:
-        _fetch_rows(pick(which, lora.a0_ptr, lora.a1_ptr, lora.a2_ptr, ADAPTERS) + row * K, ok_r, begin, K, PART, STEP)
     if OVERLAP and SETTLED:
         gdc_wait()
     sums = tl.zeros([SEGMENTS, BLOCK_R, BLOCK_T], tl.float32)
@@ -298,8 +279,9 @@ def sums_of_tokens(
 
 @triton.jit
 def _awaited(
-    h, lacks, which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
-):
+    h, lacks, which, first, tokens, lora,
+    RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """h of `sums_of_tokens`, read again until all parts are there."""
     missing = tl.sum(lacks)
     while missing > 0:

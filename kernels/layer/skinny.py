@@ -90,7 +90,7 @@ def skinny_kernel(
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
-    EXPAND_PRECISION: tl.constexpr = None, EARLY: tl.constexpr = False, FETCH: tl.constexpr = False, members=None,
+    EXPAND_PRECISION: tl.constexpr = None, EARLY: tl.constexpr = False, members=None,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
 
@@ -105,7 +105,7 @@ def skinny_kernel(
         if number < SHRINKERS:
             shrink_tokens(
                 number, x_ptr, tokens, stride_x, lora, members, K, ADAPTERS, RANKS, SAME, RANK, SHRINK_ROWS, PARTS,
-                SHRINK_PART, SHRINK_K, BLOCK_T, SHRINK_PRECISION, FETCH and OVERLAP, SETTLED, OVERLAP,
+                SHRINK_PART, SHRINK_K, BLOCK_T, SHRINK_PRECISION, SETTLED, OVERLAP,
             )  # fmt: skip
             return
         tiles = (tl.num_programs(0) - SHRINKERS) // SPLIT
@@ -259,7 +259,7 @@ def skinny_product(
             x, *weights, *spare, *added, y, residual, partial, arrived,
             tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=matrix_precision(x.dtype),
+            STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=matrix_precision(x.dtype, tile.block_n),
             SETTLED=weights_settled, OVERLAP=overlap,
             num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -68,9 +68,7 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
     batch.forget_tables()
 
 
-def _step(
-    decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None
-) -> None:
+def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:
     """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing.
 
     `copies`: which of the prompt's rows each row goes on from, if that is not its own.
@@ -99,7 +97,7 @@ def _step(
 
 
 def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:
-    """The prefixes of rows that go on from the same ones, as the loop will find them; None where they are read row by row."""
+    """The prefixes of rows that go on from the same ones, as the loop will find them; None where each row reads its own."""
     keys = cache.groups.group(None).storage.any_pages() if None in cache.tables else None
     if keys is None or cache.groups.batch_invariant:
         return None

@@ -84,7 +84,7 @@ def _without_foreign_caches(ours: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _only_over(kind: type, ours: Callable[..., Any]) -> Callable[..., Any]:
-    """The original at once where no cache of this kind is given: a layer of another cache takes no more steps than it had."""
+    """The original at once where no cache of this kind is given: with another cache a layer does no more than it did."""
 
     @functools.wraps(ours)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -44,9 +44,13 @@ class PlainCopies:
         return _plain_twin(self).__reduce_ex__(1)
 
 
-@functools.cache
 def plain_class(kind: Any) -> Any:
     """`kind` as it would be had we never replaced it or a class that it was derived from since (FSDP2 derives some)."""
+    return _plain_class(kind)
+
+
+@functools.cache
+def _plain_class(kind: Any) -> Any:
     ours = next((cls for cls in kind.__mro__ if "_fastattn_base" in vars(cls)), None)
     return kind if ours is None else replaced(kind, ours, ours._fastattn_base)
 
