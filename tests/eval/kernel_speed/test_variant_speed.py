@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_fastattn.eval.arguments import parser
+from hf_fastattn.eval.choices import VARIANTS
 from hf_fastattn.eval.kernel_speed import variant_cases, variant_speed
 from hf_fastattn.eval.kernel_speed.attention_cases import Shape
 from hf_fastattn.eval.kernel_speed.ceilings import Ceilings
@@ -33,6 +35,26 @@ def test_a_wrong_result_has_no_figures(monkeypatch):
     row = measured(lambda device: Variant())
     assert not row["agrees"] and "us" not in row
     assert "WRONG RESULT" in variant_speed.variant_table([row])
+
+
+def test_lines_of_some_variants():
+    lines = variant_cases.cases(False, ["plain", "documents"])
+    assert {line.name for line in lines} == {"plain", "documents"}
+    assert {line.shape.name for line in lines} == {"1 x 8k", "64 x 8k", "4 x 4k", "64 x 1k", "1 x 32k"}
+    assert {line.name for line in variant_cases.cases(False)} == set(VARIANTS)
+    assert {line.name for line in variant_cases.cases(True)} == set(variant_cases.SMALL)
+
+
+def test_names_of_lines_on_the_command_line(capsys):
+    assert parser("bench attention").parse(["--variants"]).variants == []
+    assert parser("bench attention").parse([]).variants is None
+    assert parser("bench attention").parse(["--variants", "sinks and window", "alibi"]).variants == [
+        "sinks and window",
+        "alibi",
+    ]
+    with pytest.raises(SystemExit):
+        parser("bench attention").parse(["--variants", "windows"])
+    assert "windows" in capsys.readouterr().err
 
 
 def test_what_a_variant_visits():
