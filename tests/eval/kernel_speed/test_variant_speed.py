@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_fastattn.eval import attention
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import VARIANTS
 from hf_fastattn.eval.kernel_speed import variant_cases, variant_speed
@@ -55,6 +56,17 @@ def test_names_of_lines_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
         parser("bench attention").parse(["--variants", "windows"])
     assert "windows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [[], ["softcap"]])
+def test_all_variants_or_some_are_measured(names, monkeypatch):
+    monkeypatch.setattr(variant_speed, "measure_variant", lambda case, *rest: {"agrees": False, **vars(case)})
+    monkeypatch.setattr(variant_speed, "measure_ceilings", lambda *device: CEILINGS)
+    written = []
+    monkeypatch.setattr(variant_speed, "write", lambda folder, name, text, record, draw: written.append(record["rows"]))
+    monkeypatch.setattr(variant_speed, "variant_table", lambda rows: "")
+    assert attention.main(["--variants", *names]) == 1
+    assert {row["name"] for row in written[0]} == set(names or variant_cases.SMALL)
 
 
 def test_what_a_variant_visits():
