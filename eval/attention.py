@@ -2,6 +2,7 @@
 
     python -m hf_fastattn.eval.attention --output results
     python -m hf_fastattn.eval.attention --variants
+    python -m hf_fastattn.eval.attention --variants "window 1024" documents --kind prefill
 
 Each shape: its correctness first (no speed is printed on red), then ours, PyTorch's `scaled_dot_product_attention` on
 contiguous keys and values, and FlashInfer where it is installed, as CUDA-graph replays in interleaved rounds. Keys and
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu":
         print("no GPU: the PyTorch reference at small sizes; these figures say nothing about the kernels")
-    if options.variants:
+    if options.variants is not None:
         from hf_fastattn.eval.kernel_speed.variant_speed import bench_variants
 
         return bench_variants(options, argv, device, dtype)

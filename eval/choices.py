@@ -299,6 +299,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Those with experts, and where the benchmark of these sends its tokens: anywhere, by Zipf's law, all to the same experts.
 MIXTURES = tuple(name for name, shape in SHAPES.items() if "num_experts_per_tok" in shape)
 ROUTINGS = ("uniform", "zipf", "one")
+# Lines of `bench attention --variants`; what each is: `kernel_speed/variant_cases.py`.
+VARIANTS = (
+    *("plain", "window 1024", "sinks and window", "chunked", "documents", "prefix-LM", "dilated", "block-sparse"),
+    *("softcap", "alibi", "bias table", "sinks", "sigmoid"),
+)
 
 # Windows of a run that plants faults. In 16 bits the scale fault is little more than rounding: the limits must be known
 # well to tell them apart.

@@ -17,6 +17,7 @@ from hf_fastattn.eval.choices import (
     ROUTINGS,
     SERVED,
     SHAPES,
+    VARIANTS,
 )
 from hf_fastattn.eval.command_line.values import above_zero, add_model, checkpoint, positive
 
@@ -58,9 +59,8 @@ def add_attention(made: argparse.ArgumentParser) -> None:
     made.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the medians count")
     made.add_argument("--kind", nargs="+", choices=("decode", "append", "prefill", "shared"), help="only these")
     made.add_argument("--layouts", action="store_true", help="also some shapes by page size and order in memory")
-    made.add_argument(
-        "--variants", action="store_true", help="variants of attention instead, against plain and compiled FlexAttention"
-    )
+    others = "variants of attention instead, all or these, against plain and compiled FlexAttention"
+    made.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="NAME", help=f"{others}: {', '.join(VARIANTS)}")
     made.add_argument("--output", type=Path, help="folder for attention.md, .json and .png, or attention-variants.md")
 
 

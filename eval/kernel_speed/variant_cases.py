@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +79,18 @@ def _shape(kind: str, rows: int, length: int, new: int) -> Shape:
     return Shape(kind, f"{rows} x {size}", (length,) * rows, (new,) * rows)
 
 
-def cases(small: bool) -> list[Case]:
-    """The lines of the table; `small` ones for a device that is slow."""
-    if small:
-        shapes = [_shape("decode", 4, 512, 1), _shape("prefill", 1, 512, 512)]
-        return [Case(name, shape, VARIANTS[name]) for shape in shapes for name in SMALL]
+def cases(small: bool, names: Sequence[str] = ()) -> list[Case]:
+    """The lines of the table; `small` ones for a device that is slow; of these variants only, if there are `names`."""
+    lines = _small_cases() if small else _all_cases()
+    return [line for line in lines if not names or line.name in names]
+
+
+def _small_cases() -> list[Case]:
+    shapes = [_shape("decode", 4, 512, 1), _shape("prefill", 1, 512, 512)]
+    return [Case(name, shape, VARIANTS[name]) for shape in shapes for name in SMALL]
+
+
+def _all_cases() -> list[Case]:
     decode, prefill = _shape("decode", 64, 8192, 1), _shape("prefill", 4, 4096, 4096)
     one_row = _shape("decode", 1, 8192, 1)
     found = [Case("plain", shape, lambda device: Variant(), True) for shape in (one_row, decode, prefill)]

@@ -133,7 +133,7 @@ def bench_variants(options: argparse.Namespace, argv: list[str], device: torch.d
     """`bench attention --variants`; 1 if a result was wrong."""
     start, rows = time.perf_counter(), []
     ceilings = measure_ceilings(device, dtype)
-    for case in cases(small=device.type == "cpu"):
+    for case in cases(device.type == "cpu", options.variants):
         if options.kind and case.shape.kind not in options.kind:
             continue
         rows.append(measure_variant(case, options.page_size, device, dtype, options.rounds, ceilings))

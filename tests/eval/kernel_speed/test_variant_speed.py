@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_fastattn.eval import attention
+from hf_fastattn.eval.arguments import parser
+from hf_fastattn.eval.choices import VARIANTS
 from hf_fastattn.eval.kernel_speed import variant_cases, variant_speed
 from hf_fastattn.eval.kernel_speed.attention_cases import Shape
 from hf_fastattn.eval.kernel_speed.ceilings import Ceilings
@@ -33,6 +36,37 @@ def test_a_wrong_result_has_no_figures(monkeypatch):
     row = measured(lambda device: Variant())
     assert not row["agrees"] and "us" not in row
     assert "WRONG RESULT" in variant_speed.variant_table([row])
+
+
+def test_lines_of_some_variants():
+    lines = variant_cases.cases(False, ["plain", "documents"])
+    assert {line.name for line in lines} == {"plain", "documents"}
+    assert {line.shape.name for line in lines} == {"1 x 8k", "64 x 8k", "4 x 4k", "64 x 1k", "1 x 32k"}
+    assert {line.name for line in variant_cases.cases(False)} == set(VARIANTS)
+    assert {line.name for line in variant_cases.cases(True)} == set(variant_cases.SMALL)
+
+
+def test_names_of_lines_on_the_command_line(capsys):
+    assert parser("bench attention").parse(["--variants"]).variants == []
+    assert parser("bench attention").parse([]).variants is None
+    assert parser("bench attention").parse(["--variants", "sinks and window", "alibi"]).variants == [
+        "sinks and window",
+        "alibi",
+    ]
+    with pytest.raises(SystemExit):
+        parser("bench attention").parse(["--variants", "windows"])
+    assert "windows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [[], ["softcap"]])
+def test_all_variants_or_some_are_measured(names, monkeypatch):
+    monkeypatch.setattr(variant_speed, "measure_variant", lambda case, *rest: {"agrees": False, **vars(case)})
+    monkeypatch.setattr(variant_speed, "measure_ceilings", lambda *device: CEILINGS)
+    written = []
+    monkeypatch.setattr(variant_speed, "write", lambda folder, name, text, record, draw: written.append(record["rows"]))
+    monkeypatch.setattr(variant_speed, "variant_table", lambda rows: "")
+    assert attention.main(["--variants", *names]) == 1
+    assert {row["name"] for row in written[0]} == set(names or variant_cases.SMALL)
 
 
 def test_what_a_variant_visits():
