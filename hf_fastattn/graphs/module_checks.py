@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from hf_fastattn.parallel.understood import is_understood
+from hf_fastattn.quantised.modules import only_launches
 from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
@@ -100,7 +101,7 @@ def is_compiled_itself(module: nn.Module) -> bool:
 def why_not_kind(module: nn.Module) -> str | None:
     """Why a module of this class and with these hooks may do more than launch kernels, whatever its forward is."""
     state, kind = vars(module), type(module)
-    if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):
+    if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module) and not only_launches(module):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"
