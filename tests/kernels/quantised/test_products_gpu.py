@@ -51,4 +51,5 @@ def test_weights_of_the_library(kind: str) -> None:
     (ours,) = products.matvec(x, [held.weight])
     (exact,) = reference.matvec(x.double(), [held.weight])
     assert_close("product", ours, library, exact)
-    assert_close("the library's", library, reference.matvec(x, [held.weight])[0], exact, 2.0)
+    # Far less than any other reading of the storage would give.
+    assert (library.double() - exact).norm() < 0.02 * exact.norm()
