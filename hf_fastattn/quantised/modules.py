@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_fastattn.kernels.quantised.weights import BlockCodes, QuantisedWeight, RowInts, TiledInts, why_not_weight
+from hf_fastattn.kernels.quantised.weights import QuantisedWeight, why_not_weight
 from hf_fastattn.quantised import bits_and_bytes, torchao
 from hf_fastattn.wrappers import runs_class_forward
 
@@ -32,23 +32,15 @@ def quantised_linear(module: nn.Module, device: torch.device, dtype: torch.dtype
         return None
     found: QuantisedWeight | None
     if type(module) is nn.Linear:
-        found = torchao.weight_of(weight, module.in_features)
+        found = torchao.row_ints(weight, module.in_features)
     else:
         found = bits_and_bytes.block_codes(module) if bits_and_bytes.computes_as(module, dtype) else None
     bias = held.get("bias")
-    if found is None or why_not_weight(found, device) is not None or not _takes(found, dtype):
+    if found is None or why_not_weight(found, device) is not None:
         return None
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype is not dtype or bias.device != device):
         return None
     return QuantisedLinear(found, bias)
-
-
-def _takes(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
-    """Whether the library computes in this dtype what the kernel does: tinygemm in bf16 alone."""
-    if isinstance(weight, TiledInts):
-        return dtype is torch.bfloat16
-    assert isinstance(weight, BlockCodes | RowInts)
-    return dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def only_launches(module: nn.Module) -> bool:

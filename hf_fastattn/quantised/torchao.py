@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_fastattn.kernels.quantised.weights import QuantisedWeight, RowInts, TiledInts
+from hf_fastattn.kernels.quantised.weights import RowInts
 
 PACKAGE = "torchao."
-TILED, BYTES = "Int4TilePackedTo4dTensor", "Int8Tensor"
+BYTES = "Int8Tensor"
 # Weights whose products are operations of PyTorch on the tensors inside, and nothing else: a graph may hold them.
 LAUNCHING = frozenset((
-    TILED, BYTES, "Int4Tensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor", "IntxUnpackedToInt8Tensor", "Float8Tensor",
+    BYTES, "Int4TilePackedTo4dTensor", "Int4Tensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor",
+    "IntxUnpackedToInt8Tensor", "Float8Tensor",
 ))  # fmt: skip
 
 
@@ -34,20 +35,15 @@ def parts_of(weight: Any) -> tuple[Any, ...]:
     return type(weight).__name__, str(weight.__tensor_flatten__()[1]), *places
 
 
-def weight_of(weight: Any, columns: int) -> QuantisedWeight | None:
-    """A weight that kernels read; None of any other.
+def row_ints(weight: Any, columns: int) -> RowInts | None:
+    """A weight of integers with a scale for each row, multiplied with numbers; None of any other.
 
     Args:
-        columns: of the layer, without those that pad the weight.
+        columns: of the layer.
     """
-    if _is_of(weight, (TILED,)):
-        group = weight.block_size[-1]
-        if weight.act_pre_scale is not None or list(weight.block_size[:-1]) != [1] or weight.qdata.ndim != 4:
-            return None
-        return TiledInts(weight.qdata, weight.scale_and_zero, weight.shape[0], 128 * weight.qdata.shape[1], group)
-    if not _is_of(weight, (BYTES,)) or weight.qdata.ndim != 2:
+    if not _is_of(weight, (BYTES,)) or weight.qdata.ndim != 2 or list(weight.block_size) != [1, columns]:
         return None
-    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None or list(weight.block_size) != [1, columns]:
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         return None
     return RowInts(weight.qdata, weight.scale.flatten())
 

@@ -33,13 +33,15 @@ class CodePointers(NamedTuple):
 @triton.jit
 def pick_codes(which, w0, w1, w2, WEIGHTS: tl.constexpr, NESTED: tl.constexpr):
     """The pointers of weight number `which`: codes, magnitudes, and of nested ones their scales, levels and offset."""
-    nested, levels, offset = None, None, 0.0
+    codes = pick(which, w0.codes_ptr, w1.codes_ptr, w2.codes_ptr, WEIGHTS)
+    absmax = pick(which, w0.absmax_ptr, w1.absmax_ptr, w2.absmax_ptr, WEIGHTS)
+    # Nobody reads what stands for those of magnitudes that are not nested.
+    nested, levels, offset = absmax, absmax, 0.0
     if NESTED:
         nested = pick(which, w0.nested_ptr, w1.nested_ptr, w2.nested_ptr, WEIGHTS)
         levels = pick(which, w0.levels_ptr, w1.levels_ptr, w2.levels_ptr, WEIGHTS)
         offset = tl.load(pick(which, w0.offset_ptr, w1.offset_ptr, w2.offset_ptr, WEIGHTS))
-    codes = pick(which, w0.codes_ptr, w1.codes_ptr, w2.codes_ptr, WEIGHTS)
-    return codes, pick(which, w0.absmax_ptr, w1.absmax_ptr, w2.absmax_ptr, WEIGHTS), nested, levels, offset
+    return codes, absmax, nested, levels, offset
 
 
 @triton.jit

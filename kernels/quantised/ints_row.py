@@ -45,7 +45,7 @@ def _partial(integers, x):
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def ints_row_kernel(
     x_ptr, w0, w1, w2, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2,
-    K: tl.constexpr, FACTOR: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]`."""
@@ -60,10 +60,10 @@ def ints_row_kernel(
         gdc_wait()
     integers_ptr = pick(which, w0.integers_ptr, w1.integers_ptr, w2.integers_ptr, WEIGHTS)
     w = _integers(integers_ptr + off_w, 0, K, BLOCK_K)
-    scale = tl.load(pick(which, w0.scales_ptr, w1.scales_ptr, w2.scales_ptr, WEIGHTS) + row).to(tl.float32) * FACTOR
+    scale = tl.load(pick(which, w0.scales_ptr, w1.scales_ptr, w2.scales_ptr, WEIGHTS) + row).to(tl.float32)
     if GATED:
         u = _integers(w1.integers_ptr + off_w, 0, K, BLOCK_K)
-        scale_u = tl.load(w1.scales_ptr + row).to(tl.float32) * FACTOR
+        scale_u = tl.load(w1.scales_ptr + row).to(tl.float32)
     if OVERLAP and SETTLED:
         gdc_wait()
     ok = n < rows

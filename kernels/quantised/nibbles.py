@@ -68,15 +68,37 @@ def product_assembly(bits: Sequence[int], form: str) -> str:
         bits: of the values that the codes stand for.
         form: what they are: `"doubled"`, `"bf16"` or `"fp16"`.
     """
+    return (
+        "{ .reg .b32 code, late, a, b, h, l, h0, h1, h2, h3, l0, l1, l2, l3; .reg .f32 v, sum; "
+        f"{_begun(bits, '$1')}mov.f32 sum, 0f00000000; {_half(2, form)}"
+        f"shr.b32 code, code, 16; shr.b32 late, late, 16; {_half(6, form)}mov.f32 $0, sum; }}"
+    )
+
+
+def numbers_assembly(bits: Sequence[int]) -> str:
+    """Four bytes, $4, to the 16 bits of their upper codes in $0 and $1, of their lower codes in $2 and $3."""
+    return (
+        f"{{ .reg .b32 code, late, a, b, h, l, h0, h1, h2, h3, l0, l1, l2, l3; {_begun(bits, '$4')}{_LOOKED_UP}"
+        "prmt.b32 $0, l, h, 0x7351; prmt.b32 $2, l, h, 0x6240; shr.b32 code, code, 16; shr.b32 late, late, 16; "
+        f"{_LOOKED_UP}prmt.b32 $1, l, h, 0x7351; prmt.b32 $3, l, h, 0x6240; }}"
+    )
+
+
+def _begun(bits: Sequence[int], word: str) -> str:
+    """The tables of the values, and the selectors of the codes in a word: among eight, and of which eight."""
     high, low = _words([number >> 8 for number in bits]), _words([number & 255 for number in bits])
     tables = "".join(f"mov.b32 h{i}, {high[i]}; mov.b32 l{i}, {low[i]}; " for i in range(4))
     # Codes from 8 on pick their byte from the second table.
     return (
-        f"{{ .reg .b32 code, late, a, b, h, l, h0, h1, h2, h3, l0, l1, l2, l3; .reg .f32 v, sum; {tables}"
-        "and.b32 code, $1, 0x77777777; shr.b32 late, $1, 1; and.b32 late, late, 0x44444444; "
-        f"or.b32 late, late, 0x32103210; mov.f32 sum, 0f00000000; {_half(2, form)}"
-        f"shr.b32 code, code, 16; shr.b32 late, late, 16; {_half(6, form)}mov.f32 $0, sum; }}"
+        f"{tables}and.b32 code, {word}, 0x77777777; shr.b32 late, {word}, 1; and.b32 late, late, 0x44444444; "
+        "or.b32 late, late, 0x32103210; "
     )
+
+
+# The high bytes of the values of the four codes in the lower half of `code`, in h; their low bytes in l.
+_LOOKED_UP = "".join(
+    f"prmt.b32 a, {one}0, {one}1, code; prmt.b32 b, {one}2, {one}3, code; prmt.b32 {one}, a, b, late; " for one in "hl"
+)
 
 
 def _words(table: Sequence[int]) -> list[str]:
@@ -85,9 +107,7 @@ def _words(table: Sequence[int]) -> list[str]:
 
 def _half(first: int, form: str) -> str:
     """Adds the products of the four codes in the lower half of `code` with four operands from number `first` on."""
-    steps = [
-        f"prmt.b32 a, {one}0, {one}1, code; prmt.b32 b, {one}2, {one}3, code; prmt.b32 {one}, a, b, late; " for one in "hl"
-    ]
+    steps = [_LOOKED_UP]
     # The upper code of a byte is that of the earlier column.
     for column, code in enumerate((1, 0, 3, 2)):
         steps.append(f"{_number(code, form)}fma.rn.f32 sum, v, ${first + column}, sum; ")
@@ -116,6 +136,25 @@ NF4_BF16, FP4_BF16 = (tl.constexpr(product_assembly(held_bits(kind, BF16), "doub
 NF4_FP16, FP4_FP16 = (tl.constexpr(product_assembly(held_bits(kind, FP16), "fp16")) for kind in ("nf4", "fp4"))
 NF4_FIRST, NF4_SECOND, NF4_THIRD = (tl.constexpr(product_assembly(part, "bf16")) for part in thirds("nf4"))
 FP4_FIRST, FP4_SECOND, FP4_THIRD = (tl.constexpr(product_assembly(part, "bf16")) for part in thirds("fp4"))
+# For the matrix unit, which multiplies 16 bits: a factor of their own for bf16.
+MATRIX_FACTORS = {("nf4", BF16): 1.18881075, ("nf4", FP16): FACTORS["nf4", FP16], ("fp4", BF16): 1.5, ("fp4", FP16): 1.5}
+
+
+def matrix_bits(kind: str, dtype: torch.dtype) -> list[int]:
+    """The 16 values of a kind in a 16-bit dtype, times its `MATRIX_FACTORS`, as bits."""
+    return _bits_of((torch.tensor(VALUES[kind], dtype=torch.float64) * MATRIX_FACTORS[kind, dtype]).to(dtype))
+
+
+def matrix_values(kind: str, dtype: torch.dtype) -> list[float]:
+    """The same as numbers."""
+    return torch.tensor(matrix_bits(kind, dtype), dtype=torch.uint16).view(dtype).tolist()
+
+
+NF4_TO_BF16, FP4_TO_BF16 = (tl.constexpr(numbers_assembly(matrix_bits(kind, BF16))) for kind in ("nf4", "fp4"))
+NF4_TO_FP16, FP4_TO_FP16 = (tl.constexpr(numbers_assembly(matrix_bits(kind, FP16))) for kind in ("nf4", "fp4"))
+MATRIX = tl.constexpr({
+    f"{kind} {name}": matrix_values(kind, dtype) for kind in VALUES for name, dtype in (("bf16", BF16), ("fp16", FP16))
+})  # fmt: skip
 HELD = tl.constexpr(
     {
         f"{kind} {name}": held_values(kind, dtype)
@@ -133,12 +172,40 @@ def _dot(words, x0, x1, x2, x3, x4, x5, x6, x7, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _compared(code, KIND: tl.constexpr, dtype: tl.constexpr):
+def _compared(code, values):
     """The value of each code in fp32, by 16 comparisons: for the interpreter, which runs no assembly."""
     value = tl.zeros(code.shape, tl.float32)
     for number in range(16):
-        value = tl.where(code == number, HELD.value[f"{KIND} {dtype}"][number], value)
+        value = tl.where(code == number, values[number], value)
     return value
+
+
+@triton.jit
+def _numbers_bf16(packed, NUMBERS: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        NUMBERS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def _numbers_fp16(packed, NUMBERS: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        NUMBERS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def numbers_of(packed, KIND: tl.constexpr, dtype: tl.constexpr):
+    """The values of the upper and of the lower codes of bytes, in bf16 or fp16; times `MATRIX_FACTORS`."""
+    NF4: tl.constexpr = KIND == "nf4"
+    if not ASSEMBLY:
+        upper = _compared(packed >> 4, MATRIX.value[f"{KIND} {dtype}"]).to(dtype)
+        lower = _compared(packed & 15, MATRIX.value[f"{KIND} {dtype}"]).to(dtype)
+    elif dtype == tl.float16:
+        upper, lower = _numbers_fp16(packed, NF4_TO_FP16 if NF4 else FP4_TO_FP16)
+    else:
+        upper, lower = _numbers_bf16(packed, NF4_TO_BF16 if NF4 else FP4_TO_BF16)
+    return upper, lower
 
 
 @triton.jit
@@ -150,7 +217,7 @@ def dot_of_codes(words, x0, x1, x2, x3, x4, x5, x6, x7, KIND: tl.constexpr, dtyp
         total = tl.zeros(words.shape, tl.float32)
         for column in range(8):
             code = words >> (8 * (column // 2) + (0 if column % 2 else 4)) & 15
-            total += _compared(code, KIND, dtype) * x[column]
+            total += _compared(code, HELD.value[f"{KIND} {dtype}"]) * x[column]
     elif dtype == tl.float16:
         total = _dot(words, x0, x1, x2, x3, x4, x5, x6, x7, NF4_FP16 if NF4 else FP4_FP16)
     elif dtype == tl.bfloat16:

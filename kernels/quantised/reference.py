@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.kernels.layer import reference
-from hf_fastattn.kernels.quantised.weights import NESTED_BLOCK, VALUES, BlockCodes, QuantisedWeight, TiledInts
+from hf_fastattn.kernels.quantised.weights import NESTED_BLOCK, VALUES, BlockCodes, QuantisedWeight
 
 
 def dequantised(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
@@ -16,10 +16,7 @@ def dequantised(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     if isinstance(weight, BlockCodes):
         return _of_codes(weight, wide).to(dtype)
-    if isinstance(weight, TiledInts):
-        scale, offset = (part.to(wide).repeat_interleave(weight.group, 0).t() for part in weight.scales.unbind(-1))
-        return ((_integers(weight.words).to(wide) - 8) * scale + offset)[: weight.rows].to(dtype)
-    return (weight.integers.to(wide) * (weight.scales.to(wide) * weight.factor)[:, None]).to(dtype)
+    return (weight.integers.to(wide) * weight.scales.to(wide)[:, None]).to(dtype)
 
 
 def _of_codes(weight: BlockCodes, wide: torch.dtype) -> Tensor:
@@ -38,16 +35,6 @@ def magnitudes(weight: BlockCodes, wide: torch.dtype = torch.float32) -> Tensor:
     return found.view(weight.rows, -1)
 
 
-def _integers(words: Tensor) -> Tensor:
-    """`[N, K]` of tinygemm's tiles."""
-    tiles, blocks = words.shape[:2]
-    # Columns of a word: by tile of 16 columns, its half, and their parity; the parity is the word's half.
-    shifts = torch.tensor([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], device=words.device)
-    words = words.view(tiles, blocks, 8, 4, 4, 1, 1, 1)
-    parts = words >> shifts & 15  # [tiles, blocks, row, lane % 4, word, column tile, half, parity]
-    return parts.permute(0, 2, 1, 4, 5, 6, 3, 7).reshape(8 * tiles, 128 * blocks)
-
-
 def matvec(
     x: Tensor,
     weights: Sequence[QuantisedWeight],
@@ -56,14 +43,9 @@ def matvec(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`x W^T + b` for every weight, with the residual added last, if there is one."""
-    return reference.matvec(x, [_padded(weight, x) for weight in weights], biases, residual=residual)
+    return reference.matvec(x, [dequantised(weight, x.dtype) for weight in weights], biases, residual=residual)
 
 
 def gate_up_silu(x: Tensor, gate: QuantisedWeight, up: QuantisedWeight) -> Tensor:
     """`silu(x Wg^T) * (x Wu^T)`."""
-    return reference.gate_up_silu(x, _padded(gate, x), _padded(up, x))
-
-
-def _padded(weight: QuantisedWeight, x: Tensor) -> Tensor:
-    """The weight without columns that only pad it."""
-    return dequantised(weight, x.dtype)[:, : x.shape[1]]
+    return reference.gate_up_silu(x, dequantised(gate, x.dtype), dequantised(up, x.dtype))

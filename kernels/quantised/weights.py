@@ -3,8 +3,7 @@
 | class | of | a weight is |
 |---|---|---|
 | `BlockCodes` | bitsandbytes, 4 bits (Dettmers et al., 2023) | one of 16 values times the largest magnitude of its block |
-| `TiledInts` | PyTorch's tinygemm, 4 bits, by torchao | an integer times a scale and plus an offset of its group |
-| `RowInts` | torchao and bitsandbytes, 8 bits | an integer times a scale of its row |
+| `RowInts` | torchao, 8 bits | an integer times a scale of its row |
 """
 
 from __future__ import annotations
@@ -31,9 +30,6 @@ VALUES: dict[str, tuple[float, ...]] = {
 NESTED_BLOCK = 256
 # Weights that a 16-byte word of codes holds: blocks are no smaller.
 LEAST_BLOCK = 32
-# tinygemm's tiles: rows, columns.
-TILE_ROWS, TILE_COLUMNS = 8, 128
-TILED_GROUPS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -73,40 +69,16 @@ class BlockCodes:
 
 
 @dataclass(frozen=True)
-class TiledInts:
-    """`[N, K]` weights in tinygemm's order: `(q - 8) * scale + offset`, q from 0 to 15.
-
-    A tile has 8 rows and 128 columns. A lane of 32 holds four words of a row, word i the columns `32 i + 2 (lane % 4) +
-    {0, 1, 8, 9, 16, 17, 24, 25}` of row `lane / 4`; the even ones in the word's lower half, the odd in its upper.
-
-    Attributes:
-        words: `[N / 8, K / 128, 32, 4]` int32.
-        scales: `[K / group, N, 2]` bf16, scale and offset of each group of columns.
-        rows: of the product; the last tile may have more.
-        columns: K, padded to a multiple of 1,024.
-        group: columns that share a scale; 32, 64, 128 or 256.
-    """
-
-    words: Tensor
-    scales: Tensor
-    rows: int
-    columns: int
-    group: int
-
-
-@dataclass(frozen=True)
 class RowInts:
-    """`[N, K]` weights in 8 bits: `q * scale[row] * factor`.
+    """`[N, K]` weights in 8 bits: `q * scale[row]`.
 
     Attributes:
         integers: `[N, K]` int8.
         scales: `[N]` fp32 or of 16 bits.
-        factor: 1, or what bitsandbytes' scales, which are largest magnitudes, are to be multiplied with.
     """
 
     integers: Tensor
     scales: Tensor
-    factor: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -117,7 +89,7 @@ class RowInts:
         return self.integers.shape[1]
 
 
-QuantisedWeight: TypeAlias = BlockCodes | TiledInts | RowInts
+QuantisedWeight: TypeAlias = BlockCodes | RowInts
 
 
 def tensors_of(weight: QuantisedWeight) -> tuple[Tensor, ...]:
@@ -125,7 +97,7 @@ def tensors_of(weight: QuantisedWeight) -> tuple[Tensor, ...]:
     if isinstance(weight, BlockCodes):
         of = weight.nested
         return (weight.codes, weight.absmax, *(() if of is None else (of.absmax, of.levels, of.offset)))
-    return (weight.words, weight.scales) if isinstance(weight, TiledInts) else (weight.integers, weight.scales)
+    return weight.integers, weight.scales
 
 
 def why_not_weight(weight: QuantisedWeight, device: torch.device) -> str | None:
@@ -136,13 +108,6 @@ def why_not_weight(weight: QuantisedWeight, device: torch.device) -> str | None:
     n, k = weight.rows, weight.columns
     if isinstance(weight, BlockCodes):
         return _why_not_codes(weight, n, k)
-    if isinstance(weight, TiledInts):
-        tiles = (-(-n // TILE_ROWS), k // TILE_COLUMNS, 32, 4)
-        padded = weight.words.shape[0] * TILE_ROWS
-        known = weight.words.dtype is torch.int32 and weight.scales.dtype is torch.bfloat16 and weight.group in TILED_GROUPS
-        if not known or weight.words.shape != tiles or weight.scales.shape != (k // weight.group, padded, 2) or k % 1024:
-            return f"tiles {tuple(weight.words.shape)} and scales {tuple(weight.scales.shape)} for [{n}, {k}]"
-        return None
     if weight.integers.dtype is not torch.int8 or weight.scales.shape != (n,) or not weight.scales.is_floating_point():
         return f"integers {weight.integers.dtype} with scales {tuple(weight.scales.shape)} for [{n}, {k}]"
     return None

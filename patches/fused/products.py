@@ -165,7 +165,7 @@ class Products:
         pair = self._quantised((gate, up), normed) if silu and held is None else None
         if pair is not None and pair[0].bias is None and pair[1].bias is None and pair[0].weight.rows == pair[1].weight.rows:
             self.quantised_products += 2
-            return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, weights_settled=True), x
+            return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, **self._launch), x
         left, right = self._multiply((gate, up), held, normed)
         # The activations of a long prompt are the largest here.
         del normed
@@ -343,7 +343,7 @@ class Products:
         found = []
         for linear in linears:
             held = quantised_linear(linear, x.device, x.dtype)
-            if held is None or self.tokens > quantised.most_tokens(held.weight):
+            if held is None or not quantised.pays(held.weight, self.tokens, x.dtype):
                 return None
             found.append(held)
         whole = len({held.bias is None for held in found}) == 1 and quantised.alike([held.weight for held in found])
@@ -354,7 +354,7 @@ class Products:
         self.quantised_products += len(linears)
         biases = [held.bias for held in linears if held.bias is not None]
         weights = [held.weight for held in linears]
-        return quantised.matvec(x, weights, biases or None, residual=residual, weights_settled=True)
+        return quantised.matvec(x, weights, biases or None, residual=residual, **self._launch)
 
     def _options(self, held: Held) -> dict[str, Any]:
         """Keywords of a product of ours."""

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.quantised import products, reference
 from hf_fastattn.kernels.quantised.weights import QuantisedWeight
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
-from tests.kernels.quantised.weight_cases import KINDS, block_codes, of_kind, row_ints, tiled_ints
+from tests.kernels.quantised.weight_cases import KINDS, block_codes, of_kind, row_ints
 from tests.tools.combinations import pairwise
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,19 +24,14 @@ def check(
     weights: Sequence[QuantisedWeight],
     dtype: torch.dtype = BF16,
     *,
-    k: int | None = None,
     bias: bool = False,
     residual: torch.dtype | None = None,
     gated: bool = False,
     **options: Any,
 ) -> None:
-    """One launch against PyTorch in the same dtype, both against fp64, and twice the same bits.
-
-    Args:
-        k: columns of x, if the weights are padded.
-    """
+    """One launch against PyTorch in the same dtype, both against fp64, and twice the same bits."""
     device = str(reference.dequantised(weights[0], FP32).device)
-    x = rows(tokens, k or weights[0].columns, dtype, device, 1)
+    x = rows(tokens, weights[0].columns, dtype, device, 1)
     extras: dict[str, Any] = {}
     if bias:
         extras["biases"] = [rows(1, weight.rows, dtype, device, 12 + i)[0] for i, weight in enumerate(weights)]
@@ -60,14 +56,32 @@ def check(
 )
 def test_one_token(kind: str, dtype: torch.dtype, shape: tuple[int, tuple[int, ...]]) -> None:
     k, counts = shape
-    dtype = BF16 if kind == "tiled" else dtype
     check(1, [of_kind(kind, count, k, seed=number) for number, count in enumerate(counts)], dtype, bias=len(counts) > 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("kind", "dtype", "tokens"), pairwise(["nf4", "nf4 flat", "fp4"], [BF16, FP16], [2, 5, 16, 20, 64]))
+def test_several_tokens(kind: str, dtype: torch.dtype, tokens: int) -> None:
+    sums = SplitSums(torch.device("cpu"))
+    weights = [of_kind(kind, count, 512, seed=number) for number, count in enumerate((40, 5, 64))]
+    check(tokens, weights, dtype, bias=True, sums=sums)
+    check(tokens, weights[:1], dtype, residual=FP32, sums=sums)
+    check(tokens, [of_kind(kind, 37, 640, seed=number) for number in range(2)], dtype, gated=True, sums=sums)
+    assert not sums.arrived.any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_x_at_odd_addresses(tokens: int) -> None:
+    weight = of_kind("nf4", 9, 256)
+    x = rows(tokens, 257, BF16, "cpu", 1)
+    for given in (x[:, 1:], x[:, :-1]):
+        assert torch.equal(products.matvec(given, [weight])[0], products.matvec(given.clone(), [weight])[0])
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("kind", "dtype"), pairwise(KINDS, [BF16, FP16, FP32]))
 def test_gate_up_silu(kind: str, dtype: torch.dtype) -> None:
-    dtype = BF16 if kind == "tiled" else dtype
     check(1, [of_kind(kind, 11, 1024, seed=number) for number in range(2)], dtype, gated=True)
 
 
@@ -87,17 +101,9 @@ def test_blocks(kind: str, k: int, block: int, nested: bool) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("k", [1024, 896, 2560])
-def test_groups_and_padding(group: int, k: int) -> None:
-    check(1, [tiled_ints(24, k, group)], BF16, k=k)
-    check(1, [tiled_ints(20, k, group, seed=seed) for seed in range(2)], BF16, k=k, gated=True)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(("k", "scales", "factor"), [(48, FP32, 1.0), (1040, BF16, 1.0), (2304, FP32, 1 / 127)])
-def test_scales_of_rows(k: int, scales: torch.dtype, factor: float) -> None:
-    check(1, [row_ints(25, k, scales, factor)], FP16)
+@pytest.mark.parametrize(("k", "scales"), [(48, FP32), (1040, BF16), (2304, FP32)])
+def test_scales_of_rows(k: int, scales: torch.dtype) -> None:
+    check(1, [row_ints(25, k, scales)], FP16)
 
 
 @pytest.mark.interpreter
@@ -108,7 +114,6 @@ def test_what_is_refused() -> None:
         ("expected 1 to 3", [codes] * 4, x),
         ("T up to", [codes], torch.zeros(65, 128, dtype=BF16)),
         ("T up to", [codes], torch.zeros(1, 64, dtype=BF16)),
-        ("must be .T, K.", [tiled_ints(8, 1024)], torch.zeros(1, 1024)),
         ("blocks of 64 for 96", [block_codes(8, 96)], torch.zeros(1, 96, dtype=BF16)),
     ):
         with pytest.raises(ValueError, match=message):

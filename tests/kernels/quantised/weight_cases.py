@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_fastattn.kernels.quantised.weights import BlockCodes, Nested, QuantisedWeight, RowInts, TiledInts
+from hf_fastattn.kernels.quantised.weights import BlockCodes, Nested, QuantisedWeight, RowInts
 
 
 def block_codes(
@@ -24,32 +24,19 @@ def block_codes(
     return BlockCodes(codes, rows, columns, kind, block, absmax, Nested(scales, values, offset))
 
 
-def tiled_ints(rows: int, columns: int, group: int = 128, device: str = "cpu", seed: int = 0) -> TiledInts:
-    """Random words; columns are padded to a multiple of 1,024, as torchao does."""
-    draw = torch.Generator(device).manual_seed(seed)
-    padded, tiles = -(-columns // 1024) * 1024, -(-rows // 8)
-    words = torch.randint(-(2**31), 2**31, (tiles, padded // 128, 32, 4), dtype=torch.int64, device=device, generator=draw)
-    scales = torch.randn(padded // group, 8 * tiles, 2, device=device, generator=draw) * columns**-0.5 / 4
-    return TiledInts(words.int(), scales.bfloat16(), rows, padded, group)
-
-
-def row_ints(
-    rows: int, columns: int, scales: torch.dtype = torch.float32, factor: float = 1.0, device: str = "cpu", seed: int = 0
-) -> RowInts:
+def row_ints(rows: int, columns: int, scales: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> RowInts:
     draw = torch.Generator(device).manual_seed(seed)
     integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device=device, generator=draw)
-    held = torch.rand(rows, device=device, generator=draw) * columns**-0.5 / 64 / factor
-    return RowInts(integers, held.to(scales), factor)
+    held = torch.rand(rows, device=device, generator=draw) * columns**-0.5 / 64
+    return RowInts(integers, held.to(scales))
 
 
 def of_kind(kind: str, rows: int, columns: int, device: str = "cpu", seed: int = 0) -> QuantisedWeight:
     """A weight by a short name."""
-    if kind == "tiled":
-        return tiled_ints(rows, columns, device=device, seed=seed)
     if kind == "ints":
         return row_ints(rows, columns, device=device, seed=seed)
     name, _, flat = kind.partition(" ")
     return block_codes(rows, columns, name, nested=not flat, device=device, seed=seed)
 
 
-KINDS = ("nf4", "nf4 flat", "fp4", "tiled", "ints")
+KINDS = ("nf4", "nf4 flat", "fp4", "ints")
