@@ -16,7 +16,7 @@ import torch
 import hf_fastattn
 from tests.loop.test_decode_loop import assert_looped, run
 from tests.tools.fused_in_torch import fused_in_torch
-from tests.tools.models import patch_with_graphs, single
+from tests.tools.models import padded_batch, patch_with_graphs, single
 from tests.tools.quantised_models import FOUR_BITS, SIZES, quantised
 from tests.tools.reexecuted import reexecuted_loop
 
@@ -69,6 +69,42 @@ def test_more_rows_take_the_librarys(device: str, kind: str) -> None:
     stock, model = both(kind, device)
     assert torch.equal(run(model, NEW), run(stock, NEW))
     assert assert_looped(model).graphs_captured == 1
+
+
+@pytest.mark.parametrize("rows", [6, 16])
+def test_several_rows_of_four_bits_in_bf16(device: str, rows: int) -> None:
+    """From five rows on they take our kernel for several tokens; the tokens are those of our own layers, uncaptured."""
+    model = patch_with_graphs(quantised("nf4", device, torch.bfloat16))
+    plain = hf_fastattn.patch(quantised("nf4", device, torch.bfloat16), cuda_graphs=False)
+    batch = padded_batch(rows)
+    got = run(model, NEW, **batch)
+    assert assert_looped(model).quantised_products >= LAYERS * steps(device)
+    want = run(plain, NEW, **batch)
+    assert got.shape == want.shape and torch.equal(got[:, :37], want[:, :37])
+    assert (got == want).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_outliers_are_looked_for_layer_by_layer(device: str, rows: int) -> None:
+    """LLM.int8 asks the host in each layer whether there are any: nothing is captured, and the report says why."""
+    stock, model = both("LLM.int8", device, dtype=torch.float32 if device == "cpu" else torch.float16)
+    given = single() if rows == 1 else {}
+    assert torch.equal(run(model, NEW, **given), run(stock, NEW, **given))
+    call = hf_fastattn.report(model).last_call
+    assert not call.graphs_captured and not call.quantised_products
+    assert all(reason.startswith("padding stays") for reason in call.fallbacks)
+    assert any("Linear8bitLt may do more than launch kernels" in reason for reason in call.not_looped)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tiles_of_four_bits_are_captured(rows: int) -> None:
+    """tinygemm's own kernel, called and captured; torchao packs its tiles on a GPU alone."""
+    stock, model = both("int4", "cuda", dtype=torch.bfloat16)
+    given = single() if rows == 1 else {}
+    run(model, NEW, **given)
+    assert assert_looped(model).graphs_captured == 1
+    assert (run(model, NEW, **given) == run(stock, NEW, **given)).float().mean() > 0.7
 
 
 def test_rows_of_broken_blocks_are_called(device: str) -> None:
