@@ -33,6 +33,7 @@ class CallCounters:
         prompt_pieces_mixed: pieces of prompts that such steps computed beside their rows.
         adapters_fused: LoRA layers computed by the launch of the product that they change, in forwards that were launched
             or recorded; a replay repeats them uncounted.
+        quantised_products: layers with quantised weights that our kernels multiplied with, counted likewise.
     """
 
     forwards: int = 0
@@ -56,3 +57,9 @@ class CallCounters:
     batch_steps: int = 0
     prompt_pieces_mixed: int = 0
     adapters_fused: int = 0
+    quantised_products: int = 0
+
+    def count_products(self, adapters: int, quantised: int) -> None:
+        """Count what the products of a forward took in."""
+        self.adapters_fused += adapters
+        self.quantised_products += quantised

@@ -22,6 +22,7 @@ from hf_fastattn.graphs.module_checks import (
 from hf_fastattn.graphs.placement import is_there, placed_submodules
 from hf_fastattn.parallel.shards import is_distributed, local_of
 from hf_fastattn.parallel.understood import is_understood
+from hf_fastattn.quantised.modules import is_quantised, parts_of
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 SCALARS = frozenset((bool, int, float, str))
@@ -104,7 +105,7 @@ def why_not_capturable(
             known = any(map(is_distributed, parts)) and is_understood(module)
             held += [(local_of(tensor) if known else tensor, place) for tensor in parts]
     for tensor, place in held:
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN and not is_quantised(tensor):
             return f"a parameter is a {type(tensor).__name__}"
         if not is_there(tensor.device, place):
             return f"the model is on {tensor.device} and {place}"
@@ -148,12 +149,14 @@ def _held(state: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _tensors(state: dict[str, Any]) -> list[Any]:
-    # `why_not_capturable` refuses tensor subclasses (quantised weights); some of them have no `data_ptr()`.
+    # `why_not_capturable` refuses all other subclasses; some of them have no `data_ptr()`.
     return [
         (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        if type(tensor) in PLAIN
+        else parts_of(tensor)
         for held in (state["_parameters"], state["_buffers"])
         for tensor in map(local_of, held.values())
-        if type(tensor) in PLAIN
+        if type(tensor) in PLAIN or is_quantised(tensor)
     ]
 
 

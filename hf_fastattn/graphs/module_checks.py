@@ -13,6 +13,7 @@ from torch.nn.modules import module as nn_module
 
 from hf_fastattn.parallel.gathered_weights import is_sharded_kind
 from hf_fastattn.parallel.understood import is_understood
+from hf_fastattn.quantised.modules import only_launches
 from hf_fastattn.wrappers import COMPILER, is_compiled, runs_class_forward
 
 # Modules of other packages may count calls, synchronise with the device or change themselves; a replay would skip that.
@@ -109,7 +110,7 @@ def why_not_kind(module: nn.Module) -> str | None:
     kind: Any = type(module)
     if is_sharded_kind(kind):
         return f"forwards gather the weights from other processes: a {kind.__name__} is sharded by FSDP"
-    if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module):
+    if not kind.__module__.startswith(KNOWN) and not is_compiled_module(module) and not only_launches(module):
         return f"a {kind.__module__}.{kind.__name__} may do more than launch kernels"
     if has_foreign_hooks(state):
         return f"a {kind.__name__} has hooks"

@@ -76,7 +76,7 @@ def walk(
     x, delta = states.flatten(0, -2), cast(Delta, None)
     for wanted, layers in _by_place(decoder, place):
         if wanted != place:
-            runtime.counters.adapters_fused += products.adapters_fused
+            runtime.counters.count_products(products.adapters_fused, products.quantised_products)
             # A model that is spread over ranks is on one device in each.
             assert not isinstance(delta, PeerSum)
             place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
@@ -88,7 +88,7 @@ def walk(
         with on_device_of(x):
             x, delta = _run(layers, x, delta, products, cache, positions, attention_mask)
     out = products.norm(written_module(decoder.norm), x, delta)[0]
-    runtime.counters.adapters_fused += products.adapters_fused
+    runtime.counters.count_products(products.adapters_fused, products.quantised_products)
     return out.view(*states.shape)
 
 

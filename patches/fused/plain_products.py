@@ -32,6 +32,7 @@ class PlainProducts:
     """
 
     adapters_fused = 0
+    quantised_products = 0
 
     def __init__(self, names: LayerNames, leading: tuple[int, ...]) -> None:
         self.names = names

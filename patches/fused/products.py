@@ -29,6 +29,7 @@ from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
 from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
+from hf_fastattn.kernels.quantised import products as quantised
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
 from hf_fastattn.parallel.peer_memory import MOST_PUSHED, Delta, PeerMemory, PeerSum
@@ -45,6 +46,7 @@ from hf_fastattn.patches.modules.plain_modules import (
     norm_weight,
     plain_shard,
 )
+from hf_fastattn.quantised.modules import QuantisedLinear, quantised_linear
 
 
 class Held(NamedTuple):
@@ -72,6 +74,7 @@ class Products:
 
     Attributes:
         adapters_fused: LoRA layers that our products took in so far.
+        quantised_products: layers with quantised weights that were multiplied with by our kernels so far.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Products:
         self._lora_sums = LoraSums(device)
         self.device = device
         self.adapters_fused = 0
+        self.quantised_products = 0
         self._peers, self._slot = peers, 0
 
     @property
@@ -166,6 +170,10 @@ class Products:
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
         if held is not None and silu and held.biases is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held.weights, **self._options(held)), x
+        pair = self._quantised((gate, up), normed) if silu and held is None else None
+        if pair is not None and pair[0].bias is None and pair[1].bias is None and pair[0].weight.rows == pair[1].weight.rows:
+            self.quantised_products += 2
+            return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, **self._launch), x
         left, right = self._multiply((gate, up), held, normed)
         # The activations of a long prompt are the largest here.
         del normed
@@ -181,7 +189,8 @@ class Products:
         dtype = self._dtype_of(states)
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
         if held is None:
-            return x, self._apply(linear, states)
+            alone = self._quantised((linear,), states) if x.dtype in (states.dtype, torch.float32) else None
+            return (x, self._apply(linear, states)) if alone is None else (self._launched(alone, states, x)[0], None)
         return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
@@ -191,7 +200,8 @@ class Products:
             return self._gathered(part, x)
         held = self._parameters((linear,), x)
         if held is None or held.adapters is not None:
-            return self._apply(linear, x)
+            alone = self._quantised((linear,), x)
+            return self._apply(linear, x) if alone is None else self._launched(alone, x)[0]
         # The output layer has rows enough to keep every multiprocessor busy without split-K.
         return matvec(x.to(self._dtype_of(x)), held.weights, held.biases, weights_settled=True)[0]
 
@@ -330,8 +340,31 @@ class Products:
     def _multiply(self, linears: tuple[Any, ...], held: Held | None, x: Tensor) -> tuple[Tensor, ...]:
         # A norm that was called may have given another dtype.
         if held is None or x.dtype is not self._dtype_of(x):
+            several = self._quantised(linears, x)
+            if several is not None:
+                return self._launched(several, x)
             return tuple(self._apply(linear, x) for linear in linears)
         return matvec(x, held.weights, held.biases, **self._options(held))
+
+    def _quantised(self, linears: tuple[Any, ...], x: Tensor) -> list[QuantisedLinear] | None:
+        """What linear layers hold, if a launch takes the quantised weights of all; all with a bias or all without."""
+        if self.narrowed or self.tokens > MOST_TOKENS:
+            return None
+        found = []
+        for linear in linears:
+            held = quantised_linear(linear, x.device, x.dtype)
+            if held is None or not quantised.pays(held.weight, self.tokens, x.dtype):
+                return None
+            found.append(held)
+        whole = len({held.bias is None for held in found}) == 1 and quantised.alike([held.weight for held in found])
+        return found if whole else None
+
+    def _launched(self, linears: list[QuantisedLinear], x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The products with quantised weights, `[T, N_i]` each, and with the residual in the one of a single weight."""
+        self.quantised_products += len(linears)
+        biases = [held.bias for held in linears if held.bias is not None]
+        weights = [held.weight for held in linears]
+        return quantised.matvec(x, weights, biases or None, residual=residual, **self._launch)
 
     def _options(self, held: Held) -> dict[str, Any]:
         """Keywords of a product of ours."""

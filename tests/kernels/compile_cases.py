@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from tests.kernels.compile_launches import (
     processed,
     product,
     pushed,
+    quantised,
     rope,
     routed,
     shared_prefix,
@@ -113,6 +115,8 @@ QKV = (4096, 1024, 1024)
 # The same in Llama-3.2-1B, and its gate and up.
 SMALL_QKV, MLP = (2048, 512, 512), (8192, 8192)
 SPLIT = ProductTile(64, 128, warps=4, stages=4, split=4)
+
+ROW_KERNELS = {"nf4": "codes_row_kernel", "fp4 flat": "codes_row_kernel", "ints": "ints_row_kernel"}
 
 CASES = {
     "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
@@ -415,6 +419,21 @@ CASES = {
         lambda: gated(64, 4096, 14336, weight_dtype=FP32), ("skinny_kernel",), programs=1
     ),
     "add, norm of autocast": Case(lambda: add_norm(4096, tokens=16, stream=FP32), ("rms_norm_kernel",), programs=1),
+    **{
+        f"{kind}{what}": Case(functools.partial(quantised, kind, 1, k, counts, gated="gate" in what), (kernel,), programs=2)
+        for kind, kernel in ROW_KERNELS.items()
+        for what, k, counts in (("", 4096, SMALL_QKV), (", down", 14336, (512,)), (", gate and up", 4096, (512, 512)))
+    },
+    "nf4, 16 tokens": Case(lambda: quantised("nf4", 16, 4096, SMALL_QKV), ("codes_tokens_kernel",), programs=2),
+    "nf4, 64 tokens": Case(lambda: quantised("nf4", 64, 4096, SMALL_QKV), ("codes_tokens_kernel",), programs=1),
+    "nf4, 16 tokens, gate and up": Case(
+        lambda: quantised("nf4", 16, 4096, (512, 512), gated=True), ("codes_tokens_kernel",), programs=1
+    ),
+    "nf4, 64 tokens, gate and up": Case(
+        lambda: quantised("nf4", 64, 4096, (512, 512), gated=True), ("codes_tokens_kernel",), programs=1
+    ),
+    "fp4, 16 tokens": Case(lambda: quantised("fp4 flat", 16, 14336, (512,), FP16), ("codes_tokens_kernel",), programs=1),
+    "nf4, fp32": Case(lambda: quantised("nf4", 1, 4096, SMALL_QKV, FP32), ("codes_row_kernel",), programs=1, exact=True),
     "lora": Case(lambda: adapted(1, 2048, SMALL_QKV, (16, 16, 16)), ("matvec_kernel",), programs=3),
     "lora, down": Case(lambda: adapted(1, 8192, (2048,), (16,)), ("matvec_kernel",), programs=3),
     "lora, gate and up": Case(lambda: adapted(1, 2048, MLP, (16, 16), gated=True), ("matvec_kernel",), programs=3),

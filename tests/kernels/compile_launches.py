@@ -31,6 +31,7 @@ from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, St
 from hf_fastattn.kernels.linear.delta_prefill import delta_prefill
 from hf_fastattn.kernels.linear.delta_step import delta_step
 from hf_fastattn.kernels.page_formats import KV_DTYPES, page_bytes, page_views
+from hf_fastattn.kernels.quantised import products as quantised_products
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.continuations import continuations
 from hf_fastattn.kernels.sampling.draw import sample_tokens
@@ -46,6 +47,7 @@ from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 from hf_fastattn.kernels.variants.variant import Variant
+from tests.kernels.quantised.weight_cases import of_kind
 from tests.kernels.variants import mods
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -236,6 +238,16 @@ def adapted(
         return gate_up_silu(x, weights[0], weights[1], weights_settled=True, lora=lora, lora_numbers=numbers)
     residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
     return matvec(x, weights, residual=residual, weights_settled=True, tile=tile, lora=lora, lora_numbers=numbers)
+
+
+def quantised(
+    kind: str, tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *, gated: bool = False
+) -> object:
+    x, weights = torch.zeros(tokens, k, dtype=dtype), [of_kind(kind, count, k) for count in counts]
+    if gated:
+        return quantised_products.gate_up_silu(x, *weights, weights_settled=True)
+    residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
+    return quantised_products.matvec(x, weights, residual=residual, weights_settled=True)
 
 
 def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False) -> Any:

@@ -14,6 +14,7 @@ from hf_fastattn.kernels.experts import reference as experts
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.lora import Adapter, check_adapters
+from hf_fastattn.kernels.quantised import reference as quantised
 from hf_fastattn.patches.fused import forward, mixture, products
 
 
@@ -30,6 +31,8 @@ def fused_in_torch() -> Iterator[None]:
             patch.setattr(products, name, operation)
             if hasattr(mixture, name):
                 patch.setattr(mixture, name, operation)
+        patch.setattr(products.quantised, "matvec", _quantised_matvec)
+        patch.setattr(products.quantised, "gate_up_silu", lambda x, gate, up, **_: quantised.gate_up_silu(x, gate, up))
         patch.setattr(mixture, "route", _route)
         patch.setattr(mixture, "mixture", _mixture)
         yield
@@ -44,6 +47,12 @@ def _matvec(
         check_adapters(x, weights, lora, lora_numbers)
         outs = tuple(_adapted(x, out, one, lora_numbers) for out, one in zip(outs, lora, strict=True))
     return outs if residual is None else tuple(residual + out for out in outs)
+
+
+def _quantised_matvec(
+    x: Tensor, weights: Sequence[Any], biases: Any = None, *, residual: Tensor | None = None, **_: Any
+) -> tuple[Tensor, ...]:
+    return quantised.matvec(x, weights, biases, residual=residual)
 
 
 def _adapted(x: Tensor, y: Tensor, one: Adapter | None, numbers: Tensor | None) -> Tensor:

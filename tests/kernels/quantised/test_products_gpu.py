@@ -1,0 +1,63 @@
+"""Products with quantised weights on a CUDA device, at the widths of models, and with weights that the libraries made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.quantised import products, reference
+from hf_fastattn.quantised.modules import quantised_linear
+from tests.kernels.cases import assert_close
+from tests.kernels.layer.test_norm import rows
+from tests.kernels.quantised.test_products import check
+from tests.kernels.quantised.weight_cases import KINDS, of_kind
+
+pytestmark = pytest.mark.gpu
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1024, 3072, 4096, 14336])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_one_token(kind: str, k: int, dtype: torch.dtype) -> None:
+    weights = [of_kind(kind, count, k, "cuda", seed) for seed, count in enumerate((4096, 1024, 1000))]
+    check(1, weights, dtype, bias=True, weights_settled=True)
+    check(1, weights[:1], dtype, residual=dtype)
+    check(1, [of_kind(kind, 1001, k, "cuda", seed) for seed in range(2)], dtype, gated=True)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_weights_of_the_library(kind: str) -> None:
+    """Read as the library reads them: within twice its own error against fp64."""
+    linear = torch.nn.Linear(4096, 1024, bias=False, device="cuda", dtype=BF16)
+    if kind == "int8":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(linear, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
+    else:
+        bnb = pytest.importorskip("bitsandbytes")
+        linear = bnb.nn.Linear4bit(4096, 1024, bias=False, compute_dtype=BF16, quant_type=kind)
+        linear = linear.to(BF16).to("cuda").eval()
+    held = quantised_linear(linear, torch.device("cuda", torch.cuda.current_device()), BF16)
+    assert held is not None
+    x = rows(1, 4096, BF16, "cuda", 1)
+    with torch.no_grad():
+        library = linear(x)
+    (ours,) = products.matvec(x, [held.weight])
+    (exact,) = reference.matvec(x.double(), [held.weight])
+    assert_close("product", ours, library, exact)
+    # Far less than any other reading of the storage would give.
+    assert (library.double() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 flat", "fp4"])
+@pytest.mark.parametrize("k", [1024, 4096, 14336])
+@pytest.mark.parametrize("tokens", [5, 16])
+def test_several_tokens(kind: str, k: int, tokens: int) -> None:
+    sums = SplitSums(torch.device("cuda", torch.cuda.current_device()))
+    for dtype in (BF16, FP16):
+        weights = [of_kind(kind, count, k, "cuda", seed) for seed, count in enumerate((4096, 1024, 1000))]
+        check(tokens, weights, dtype, bias=True, weights_settled=True, sums=sums)
+        check(tokens, weights[:1], dtype, residual=dtype, sums=sums)
+        check(tokens, [of_kind(kind, 1001, k, "cuda", seed) for seed in range(2)], dtype, gated=True, sums=sums)
+    assert not sums.arrived.any()
