@@ -46,7 +46,7 @@ def summarise(cells: Sequence[dict[str, Any]], exact: bool) -> dict[str, Any]:
         found = _compared(cells)
         low, high = (-100 * end for end in reversed(found["interval"]))
         note = f"95%: {low:+.2f} to {high:+.2f}"
-        checks.append(Check("all", "points that 8 bits lose", -100 * found["difference"], MOST_POINTS, note))
+        checks.append(Check("all", "points that 8 bits lose", 0.0 - 100 * found["difference"], MOST_POINTS, note))
     return {
         "cells": list(cells),
         "tasks": tasks,
