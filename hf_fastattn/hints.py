@@ -58,7 +58,6 @@ HINTS = (
     ("has hooks", HOOKS),
     ("was replaced", UNWRAP),
     ("is called by a function of its own", "model.compile() is known; else set module._compiled_call_impl = None"),
-    ("Linear8bitLt may do more than launch kernels", "weights in 4 bits (nf4), or torchao's in 8"),
     ("may do more than launch kernels", "use PyTorch's or Transformers' module, or PEFT's, in its place"),
     ("may look at the whole batch", ROWS),
     (" adapter_names for ", "as many adapter_names as rows"),

@@ -55,7 +55,7 @@ def test_fields_of_reports() -> None:
     report = "patched family backend backend_reason config modules last_call pages_in_use page_bytes_allocated"
     assert {field.name for field in fields(Report)} >= set(report.split())
     counted = "forwards fallbacks prompt_tokens pages_allocated pages_shared pages_copied graphs_captured graphs_replayed"
-    counted += " appends_captured appends_replayed fast_loops uncaptured not_looped adapters_fused"
+    counted += " appends_captured appends_replayed fast_loops uncaptured not_looped adapters_fused quantised_products"
     assert {field.name for field in fields(CallCounters)} >= set(counted.split())
 
 
