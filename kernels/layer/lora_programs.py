@@ -249,7 +249,7 @@ def shrink_tokens(
 
 
 @triton.jit
-def _b_of_tokens(
+def b_of_tokens(
     which, n, rows, first, lora, ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rows n of an adapter's B, from column `first` on: `[BLOCK_N, COLUMNS]`."""
@@ -261,7 +261,7 @@ def _b_of_tokens(
 
 
 @triton.jit
-def _sums_of_tokens(
+def sums_of_tokens(
     which, first, tokens, lora, RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """h from row `first` on as it is now, `[COLUMNS, BLOCK_T]`, and how many of its parts are not there, of each."""
@@ -275,6 +275,33 @@ def _sums_of_tokens(
         lacks += (bits == MISSING).to(tl.int32)
         h += bits.to(tl.float32, bitcast=True)
     return h, lacks
+
+
+@triton.jit
+def _awaited(
+    h, lacks, which, first, tokens, lora,
+    RANK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """h of `sums_of_tokens`, read again until all parts are there."""
+    missing = tl.sum(lacks)
+    while missing > 0:
+        h, still = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+        missing = tl.sum(still)
+    return h
+
+
+@triton.jit
+def expand_held(
+    acc, which, b, h, lacks, tokens, lora,
+    ADAPTERS: tl.constexpr, RANKS: tl.constexpr, SAME: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc + s B h`, `[BLOCK_N, BLOCK_T]`, of all of B, which was loaded early, and of h and what it lacked then."""
+    if rank_of(which, RANKS, SAME) > 0:
+        h = _awaited(h, lacks, which, 0, tokens, lora, RANK, PARTS, RANK, BLOCK_T)
+        delta = tl.dot(b.to(tl.float32), h, input_precision=PRECISION)
+        acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
+    return acc
 
 
 @triton.jit
@@ -292,12 +319,9 @@ def expand_tokens(
         delta = tl.zeros(acc.shape, tl.float32)
         # Not unrolled: the loads of all columns at once would need all registers.
         for first in tl.range(0, RANK, COLUMNS, num_stages=1):
-            h, lacks = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-            b = _b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS).to(tl.float32)
-            missing = tl.sum(lacks)
-            while missing > 0:
-                h, still = _sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
-                missing = tl.sum(still)
+            h, lacks = sums_of_tokens(which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
+            b = b_of_tokens(which, n, rows, first, lora, ADAPTERS, RANKS, SAME, COLUMNS).to(tl.float32)
+            h = _awaited(h, lacks, which, first, tokens, lora, RANK, PARTS, COLUMNS, BLOCK_T)
             delta += tl.dot(b, h, input_precision=PRECISION)
         acc += delta * pick(which, lora.scale0, lora.scale1, lora.scale2, ADAPTERS)
     return acc

@@ -19,7 +19,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, matrix_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import ProductTile
-from hf_fastattn.kernels.layer.lora_programs import expand_tokens, shrink_tokens
+from hf_fastattn.kernels.layer.lora_programs import (
+    b_of_tokens,
+    expand_held,
+    expand_tokens,
+    shrink_tokens,
+    sums_of_tokens,
+)
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
@@ -84,7 +90,7 @@ def skinny_kernel(
     lora=None, RANKS: tl.constexpr = None, SAME: tl.constexpr = False, RANK: tl.constexpr = 0, PARTS: tl.constexpr = 0,
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
-    EXPAND_PRECISION: tl.constexpr = None, members=None,
+    EXPAND_PRECISION: tl.constexpr = None, EARLY: tl.constexpr = False, members=None,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
 
@@ -125,6 +131,12 @@ def skinny_kernel(
     w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
+    if EARLY:
+        # The first part adds what the adapter does; all others load nothing.
+        first_rows = tl.where(part == 0, rows, 0)
+        b = b_of_tokens(which, n, first_rows, 0, lora, ADAPTERS, RANKS, SAME, RANK)
+        if GATED:
+            b_u = b_of_tokens(1, n, first_rows, 0, lora, ADAPTERS, RANKS, SAME, RANK)
     if OVERLAP and SETTLED:
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -140,19 +152,37 @@ def skinny_kernel(
             acc_u, lost_u = _add_product(acc_u, lost_u, u, x, PRECISION)
     # The tile loaded first is multiplied last: with this product before the loop, the loop's pipeline would start late.
     x = _tokens(x_tile_ptr, ok_t, begin, end, EVEN, BLOCK_K)
+    if EARLY:
+        # They come with x. Mostly all are there.
+        first_tokens = tl.where(part == 0, tokens, 0)
+        h, lacks = sums_of_tokens(which, 0, first_tokens, lora, RANK, PARTS, RANK, BLOCK_T)
+        if GATED:
+            h_u, lacks_u = sums_of_tokens(1, 0, first_tokens, lora, RANK, PARTS, RANK, BLOCK_T)
     acc, lost = _add_product(acc, lost, w_first, x, PRECISION)
     if GATED:
         acc_u, lost_u = _add_product(acc_u, lost_u, u_first, x, PRECISION)
     if lora is not None:
-        # The first part adds what the adapter does: for all others, and for the sum of the parts, nothing changes.
+        # For all other parts, and for the sum of the parts, nothing changes.
         if part == 0:
-            acc = expand_tokens(
-                acc, which, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T, EXPAND_PRECISION
-            )  # fmt: skip
-            if GATED:
-                acc_u = expand_tokens(
-                    acc_u, 1, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T, EXPAND_PRECISION
+            if EARLY:
+                acc = expand_held(
+                    acc, which, b, h, lacks, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T, EXPAND_PRECISION
                 )  # fmt: skip
+                if GATED:
+                    acc_u = expand_held(
+                        acc_u, 1, b_u, h_u, lacks_u, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, BLOCK_T,
+                        EXPAND_PRECISION,
+                    )  # fmt: skip
+            else:
+                acc = expand_tokens(
+                    acc, which, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T,
+                    EXPAND_PRECISION,
+                )  # fmt: skip
+                if GATED:
+                    acc_u = expand_tokens(
+                        acc_u, 1, n, rows, tokens, lora, ADAPTERS, RANKS, SAME, RANK, PARTS, COLUMNS, BLOCK_T,
+                        EXPAND_PRECISION,
+                    )  # fmt: skip
     if SPLIT == 1:
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
