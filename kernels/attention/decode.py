@@ -319,6 +319,7 @@ def decode_launch(
     # Dependent launch pays only with one program per SM: elsewhere the waiting programs take room from running ones.
     overlap = tile.programs == 1 and overlaps_launches(arch)
     factor, cap = score_factors(scale, softcap, variant.hooks)
+    precision = "tf32x3" if tile.on_matrix_unit else matrix_precision(q.dtype, block_m)
     partial, partial_sum, arrived = workspace.split_kv(parts, block_m, block_d)
     launch = Launch(
         split_kv_kernel, (groups, chunks),
@@ -338,7 +339,7 @@ def decode_launch(
             OVERLAP=overlap, ONE_BLOCK=queries <= block_m,
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
-            PRECISION=matrix_precision(q.dtype, block_m), HOOKS=variant.hooks_for(q.dtype),
+            PRECISION=precision, HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
