@@ -76,16 +76,27 @@ def _decode(
 def _append(
     q: Tensor, k: Tensor, v: Tensor, layout: CausalLayout, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Several new tokens a row."""
-    from hf_fastattn.kernels.attention.paged import paged_attention
-
+    """Several new tokens a row. The first layer of a forward plans and checks the launch, those like it repeat it."""
     rows, heads, queries, dim = q.shape
     packed = q.transpose(1, 2).reshape(rows * queries, heads, dim).contiguous()
-    out, lse = paged_attention(
+    stream = _stream(q.device)
+    like = (q.shape, k.shape, k.stride(), q.dtype, q.device, scale, softcap, stream)
+    known = layout.launches.get(like)
+    if known is not None:
+        launch, lse = known
+        out = torch.empty_like(packed)
+        with on_device_of(q):
+            launch.again(packed, k, v, out)
+        return with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
+    from hf_fastattn.kernels.attention.paged import attention_launch
+
+    out, lse, made = attention_launch(
         packed, *_paged(k, v), layout.page_table(_row_step(k), _page_size(k)), layout.cu_seqlens(queries), layout.seq_lens,
         max_query_len=queries, scale=scale, window=layout.window if layout.is_narrow else None, softcap=softcap,
-        workspace=layout.workspace(q.device, _stream(q.device)),
+        workspace=layout.workspace(q.device, stream),
     )  # fmt: skip
+    if made is not None:
+        layout.launches[like] = made, lse
     return with_sinks(out, lse, sinks).view(rows, queries, heads, dim)
 
 

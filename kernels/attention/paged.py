@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.decode import paged_decode, tile_of_decode
-from hf_fastattn.kernels.attention.prefill import paged_prefill, tile_of_prefill
+from hf_fastattn.kernels.attention.decode import decode_launch, paged_decode, tile_of_decode
+from hf_fastattn.kernels.attention.prefill import paged_prefill, prefill_launch, tile_of_prefill
 from hf_fastattn.kernels.attention.visited import Visited, list_rows, list_tiles
 from hf_fastattn.kernels.attention.widened_pages import pays, widened_pages
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.page_formats import is_eight_bits
+from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 # Up to this many packed query rows (new tokens * R) for each (row, kv head) the GPU is full only with the keys split.
@@ -96,6 +97,31 @@ def paged_attention(
     return paged_decode(
         q, k_pages, v_pages, page_table, seq_lens, **options,
         cu_seqlens_q=cu_seqlens_q, max_query_len=max_query_len, workspace=workspace,
+    )  # fmt: skip
+
+
+def attention_launch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor, Launch | None]:
+    """`paged_attention` by the Triton kernels, and its launch, to be repeated on other queries, keys, values and output."""
+    batch = (page_table, cu_seqlens_q, seq_lens)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    if _fills_the_gpu(q, k_pages, max_query_len, workspace.processors):
+        return prefill_launch(q, k_pages, v_pages, *batch, **options)
+    return decode_launch(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q=cu_seqlens_q, max_query_len=max_query_len,
+        workspace=workspace, **options,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import attention_end, empty_state, score_factors, store_output
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
 from hf_fastattn.kernels.launch import arch_of, check_pages, matrix_precision, on_device_of, power_of_2
-from hf_fastattn.kernels.rehearsal import prepared
+from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
 
@@ -161,6 +161,29 @@ def paged_prefill(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
+    out, lse, _ = prefill_launch(
+        q, k_pages, v_pages, page_table, cu_seqlens_q, seq_lens, scale=scale, window=window, softcap=softcap,
+        batch_invariant=batch_invariant, variant=variant, visited=visited,
+    )  # fmt: skip
+    return out, lse
+
+
+def prefill_launch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    batch_invariant: bool = False,
+    variant: CompiledVariant = PLAIN,
+    visited: Visited | None = None,
+) -> tuple[Tensor, Tensor, Launch | None]:
+    """`paged_prefill`, and the launch, to be repeated on other queries, keys, values and output; None without tokens."""
     check_pages(q, k_pages, v_pages)
     tokens, heads, dim = q.shape
     rows, page, groups = seq_lens.shape[0], k_pages.shape[1], k_pages.shape[2]
@@ -172,7 +195,7 @@ def paged_prefill(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:
-        return out, lse
+        return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     tile = tile_of_prefill(q, k_pages, batch_invariant)
     tiles = prefill_tiles(tokens * ratio, rows, tile.block_m)
@@ -180,12 +203,15 @@ def paged_prefill(
         check_visited(visited, tiles, tile.block_m, tile.block_n)
     factor, cap = score_factors(scale, softcap, variant.hooks)
     window = variant.window_with(window)
-    with on_device_of(q):
-        prepared(prefill_kernel)[(tiles * groups,)](
+    launch = Launch(
+        prefill_kernel, (tiles * groups,),
+        (
             q, k_pages, v_pages, out, lse, page_table, cu_seqlens_q, seq_lens,
             rows, window or 0, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors, None if visited is None else visited.for_kernel(),
+        ),
+        dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             STAGES=stages_with(variant, tile.stages, tile.block_m, tile.block_n),
@@ -193,5 +219,8 @@ def paged_prefill(
             LISTS=1 if visited is None else visited.counts.shape[1],
             HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
             PRECISION=matrix_precision(q.dtype, tile.block_m), HOOKS=variant.hooks_for(q.dtype), num_warps=tile.warps,
-        )  # fmt: skip
-    return out, lse
+        ),
+    )  # fmt: skip
+    with on_device_of(q):
+        launch.first()
+    return out, lse, launch

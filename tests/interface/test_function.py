@@ -41,7 +41,9 @@ def test_dense_keys_as_pages(name: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["one query", "one query, window, sinks"])
+@pytest.mark.parametrize(
+    "name", ["one query", "one query, window, sinks", "plain", "sinks", "all queries, long", "heads before rows"]
+)
 def test_layers_that_repeat_a_launch(name: str) -> None:
     check_repeated(name, "cpu")
 

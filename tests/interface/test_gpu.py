@@ -65,7 +65,7 @@ def test_dense_keys_as_pages_on_a_gpu(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["one query", "one query, window, sinks"])
+@pytest.mark.parametrize("name", ["one query", "one query, window, sinks", "plain", "all queries, long"])
 def test_layers_that_repeat_a_launch_on_a_gpu(name: str, dtype: torch.dtype, rows: int) -> None:
     check_repeated(name, "cuda", dtype, rows)
 
