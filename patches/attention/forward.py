@@ -96,7 +96,7 @@ def attention_forward_mask_first(
 
 
 ATTENTION_FORWARDS = tuple(
-    patched_forward(forward)
+    patched_forward(forward, over=PagedCache)
     for forward in (attention_forward, attention_forward_with_positions, attention_forward_mask_first)
 )
 

@@ -100,7 +100,7 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
     state: ModuleState | None = vars(self).get(STATE)
     if state is None:
         return call_original(self, cache, **arguments, **kwargs)
-    given, cache = cache, state.runtime.take_in(self, cache)
+    given, cache = cache, cache if cache is None else state.runtime.take_in(self, cache)
     if cache is None and state.runtime.variants:
         return _forward_with_variants(self, arguments, kwargs)
     if not isinstance(cache, PagedCache):

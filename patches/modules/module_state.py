@@ -22,7 +22,7 @@ from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.modules.plain_copies import STATE, PlainCopies, plain_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.runtime import Runtime
-from hf_fastattn.transformers_version import CACHE, NEW_NAME, spelled_as_here, supported_versions
+from hf_fastattn.transformers_version import CACHE, NEW_NAME, OLD_NAME, spelled_as_here, supported_versions
 from hf_fastattn.wrappers import compiled_from, is_class_forward
 
 # Where a module keeps a forward of its own: `_old_forward` is what accelerate's hook calls, and puts into `forward` again
@@ -56,11 +56,17 @@ class ModuleState:
         return {slot: self.original or (theirs if slot == "_old_forward" else None) for slot in ours}
 
 
-def patched_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, spelled as this Transformers does, and known as ours wherever it is found."""
+def patched_forward(forward: Callable[..., Any], over: type | None = None) -> Callable[..., Any]:
+    """`forward`, spelled as this Transformers does, and known as ours wherever it is found.
+
+    Args:
+        over: the class of caches that it serves; with another one, or none, it does no more than call the original.
+    """
     ours = spelled_as_here(forward)
     if CACHE != NEW_NAME:
         ours = _without_foreign_caches(ours)
+    if over is not None:
+        ours = _only_over(over, ours)
     ours.patched_forward = ours  # type: ignore[attr-defined]
     return ours
 
@@ -72,6 +78,21 @@ def _without_foreign_caches(ours: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if NEW_NAME in kwargs:
             return original_forward(self)(*args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return forward
+
+
+def _only_over(kind: type, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """The original at once where no cache of this kind is given: with another cache a layer does no more than it did."""
+
+    @functools.wraps(ours)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Hidden states are the only argument that Transformers gives by position; a second one may be the cache.
+        if len(args) < 2 and not (isinstance(kwargs.get(CACHE), kind) or isinstance(kwargs.get(OLD_NAME), kind)):
+            state = vars(self).get(STATE)
+            if state is None or state.variant is None:
+                return original_forward(self)(*args, **kwargs)
         return ours(self, *args, **kwargs)
 
     return forward

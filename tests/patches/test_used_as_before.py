@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import hf_fastattn
+from hf_fastattn.patches.attention import forward as attention
 from hf_fastattn.transformers_version import CACHE
 from tests.patches.snapshots import assert_patched_equals, generate, snapshot
 from tests.tools.models import CORE, assert_fast, padded_batch, pair, real_tokens, tiny
@@ -26,6 +27,24 @@ class Count(ModelHook):
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         return args, kwargs
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_layers_of_no_cache_of_ours_do_no_more_than_before(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, model = pair("llama")
+    called: list[Any] = []
+    monkeypatch.setattr(attention, "call_original", lambda *given, **kwargs: called.append(given))
+    with torch.no_grad():
+        ours, theirs = (
+            one(**padded_batch(), use_cache=cached, **({CACHE: DynamicCache(config=one.config)} if cached else {})).logits
+            for one in (model, stock)
+        )
+    assert torch.equal(ours, theirs) and not called
+    # A cache of ours, even one given by position, is not by-passed.
+    layer, states = model.model.layers[0].self_attn, torch.zeros(1, 4, model.config.hidden_size)
+    embeddings = model.model.rotary_emb(states, torch.arange(4)[None])
+    layer(states, embeddings, None, hf_fastattn.PagedCache(model.config))
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
