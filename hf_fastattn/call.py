@@ -35,6 +35,10 @@ class Call:
     prompt: Any = None
     # Forwards compute the prompt.
     prefilling: bool = False
+    # Which row of the prompt under way each row of the batch goes on from; None where each has its own.
+    copies: list[int] | None = None
+    # What a rehearsal of the prompt rehearses besides: how tokens are chosen behind it.
+    rehearses_too: Callable[[], None] | None = None
     # The device's loop is under way, and its static tensors are in use.
     looping: bool = False
     token: Callable[[], Token | None] = lambda: None

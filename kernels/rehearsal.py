@@ -97,11 +97,13 @@ def rehearsal() -> Iterator[None]:
     Whatever launches would have written is arbitrary: nothing inside may read it but other launches, and the forward is to
     run again from the same inputs.
     """
-    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
     before = _rehearses.set(True)
     try:
         with _Threads(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
             yield
     finally:
+        # Triton 3.6 leaves a mode on whose kernels did not all compile, and would hand its threads every later launch.
+        active_mode.set(None)
         _rehearses.reset(before)

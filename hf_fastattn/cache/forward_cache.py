@@ -284,6 +284,11 @@ class ForwardCache(DenseCache):
         """Forwards of a token a row that the call under way makes after this one, at most."""
         return max(self.room - self._columns - self._query_length - 1, 0)
 
+    @property
+    def lengths_ahead(self) -> list[int]:
+        """Tokens of each row behind the forward under way."""
+        return self.lengths if self._batch is None else self._batch.known.seq_lens
+
     @in_turn
     def reserve_more(self, tokens: int) -> None:
         """Give every row that was not released pages for `tokens` more.

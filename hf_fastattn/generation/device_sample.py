@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,13 @@ def device_sample(
         return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
 
     request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask)
-    started = None if request is None else start(model, input_ids, request, generation_config, model_kwargs, spread=True)
+    if request is None:
+        return None
+    with _rehearsing(model, request, cache, input_ids):
+        started = start(model, input_ids, request, generation_config, model_kwargs, spread=True)
     if started is None:
         return None
-    assert request is not None and cache is not None
+    assert cache is not None
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
     kept = kept_prompt(model, cache)
@@ -82,6 +85,26 @@ def device_sample(
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+@contextmanager
+def _rehearsing(model: Any, request: LoopRequest, cache: Any, input_ids: Tensor) -> Iterator[None]:
+    """A rehearsal of the prompt inside has the kernels of the choice compiled with its own, not after them."""
+    call = model._fastattn.runtime.current
+
+    def choice() -> None:
+        # Not before: it imports Triton.
+        from hf_fastattn.loop.rehearsed_choice import rehearse_choice
+
+        rehearse_choice(model, request, cache, input_ids.shape[0], fused_logits)
+
+    if call is not None:
+        call.rehearses_too = choice
+    try:
+        yield
+    finally:
+        if call is not None:
+            call.rehearses_too = None
 
 
 @dataclass(frozen=True)

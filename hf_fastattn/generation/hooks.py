@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -126,7 +125,7 @@ class FastGenerationMixin(PlainCopies):
         def compute(ids: Tensor, inputs: dict[str, Any]) -> Any:
             return prefill(ids, generation_config, inputs, is_first_iteration)
 
-        with runtime.prefill():
+        with runtime.prefill(None if rows is None else rows.copies):
             if not isinstance(cache, PagedCache) or cache.get_seq_length():
                 return compute(input_ids, model_kwargs)
             if rows is None:
@@ -144,7 +143,9 @@ class FastGenerationMixin(PlainCopies):
         """A forward, uncompiled if it is over pages."""
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        with uncompiled() if self._runs_uncompiled(kwargs.get(CACHE)) else nullcontext():
+        if not self._runs_uncompiled(kwargs.get(CACHE)):
+            return self._fast_forward(*args, **kwargs)
+        with uncompiled():
             return self._fast_forward(*args, **kwargs)
 
     def _runs_uncompiled(self, cache: Any) -> bool:
@@ -163,8 +164,8 @@ class FastGenerationMixin(PlainCopies):
         if call is not None:
             kept = kwargs.get("logits_to_keep")
             call.logits_read = kept if isinstance(kept, int) and kept > 0 else 1
-        own = not args and input_ids is not None and not runtime.prefilling and runtime.is_private(cache)
-        if not own or not isinstance(cache, PagedCache) or cache.get_seq_length():
+        own = not args and input_ids is not None and not runtime.prefilling
+        if not isinstance(cache, PagedCache) or not own or not runtime.is_private(cache) or cache.get_seq_length():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         assert isinstance(input_ids, Tensor)
         others = {name: value for name, value in kwargs.items() if name != "input_ids"}

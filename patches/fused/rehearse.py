@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.autocast import region_dtype
-from hf_fastattn.cache.batch import Batch, BatchOptions
+from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.graphs.drawn_offset import unmoved_offset
 from hf_fastattn.graphs.module_checks import submodules, why_not_module
 from hf_fastattn.kernels.launch import power_of_2
+from hf_fastattn.pages.shared_runs import Run
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import layers_of
 
@@ -47,6 +49,7 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
     # A linear attention leaves its states in the cache.
     if capturing or cache.recurrent_layers:
         return
+    call = vars(decoder)[STATE].runtime.current
     layers = one_of_each_kind(decoder, cache)
     if any(why_not_module(module, device) for layer in layers for module in submodules(layer)):
         # Somebody else's code is called once.
@@ -55,7 +58,9 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
     def run() -> None:
         walk(layers, states, positions)
         if steps:
-            _step(decoder, cache, layers, states, walk)
+            _step(decoder, cache, layers, states, walk, None if call is None else call.copies)
+        if call is not None and call.rehearses_too is not None:
+            call.rehearses_too()
 
     with unmoved_offset(device):
         compile_ahead(device, run)
@@ -63,12 +68,15 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
     batch.forget_tables()
 
 
-def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk) -> None:
-    """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing."""
+def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:
+    """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing.
+
+    `copies`: which of the prompt's rows each row goes on from, if that is not its own.
+    """
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.loop.device_state import bucket_of
 
-    device, rows = states.device, bucket_of(len(cache.lengths))
+    device, rows = states.device, bucket_of(len(copies or cache.lengths))
 
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -81,10 +89,34 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     )
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
-    copies = vars(decoder)[STATE].runtime.rotary_copies
-    embeddings = copies.tables(decoder.rotary_emb, tokens, position_ids, device)
-    with cache.using(Batch.static(tensors, rows, options)):
+    rotary = vars(decoder)[STATE].runtime.rotary_copies
+    embeddings = rotary.tables(decoder.rotary_emb, tokens, position_ids, device)
+    shared = None if copies is None else _shared(cache, copies, device)
+    with cache.using(Batch.static(tensors, rows, options, shared)):
         walk(layers, tokens, {"position_embeddings": embeddings, "position_ids": position_ids})
+
+
+def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:
+    """The prefixes of rows that go on from the same ones, as the loop will find them; None where each row reads its own."""
+    keys = cache.groups.group(None).storage.any_pages() if None in cache.tables else None
+    if keys is None or cache.groups.batch_invariant:
+        return None
+    size, lengths = cache.groups.page_size, cache.lengths_ahead
+    runs, first = list[Run](), 0
+    for past in range(1, len(copies) + 1):
+        if past == len(copies) or copies[past] != copies[first]:
+            whole = lengths[copies[first]] // size * size
+            if past - first > 1 and whole:
+                runs.append((first, past, whole))
+            first = past
+    groups = PrefixGroups(tuple(runs), 2 * keys[0, 0].nbytes).worthwhile()
+    if not groups.groups:
+        return None
+
+    def numbers(count: int) -> Tensor:
+        return torch.zeros((1, count), dtype=torch.int32, device=device)
+
+    return SharedPrefixes(numbers(groups.group_count + 1), numbers(groups.group_count), groups.sharers)
 
 
 def one_of_each_kind(decoder: Any, cache: PagedCache) -> list[Any]:

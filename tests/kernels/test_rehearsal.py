@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.runtime import driver
 
 import hf_fastattn
@@ -60,6 +62,21 @@ def test_nothing_is_launched_and_all_is_compiled(launched: list[tuple[Any, ...]]
 def test_an_error_ends_it(launched: list[tuple[Any, ...]]) -> None:
     with pytest.raises(ZeroDivisionError), rehearsal():
         launch(copy_kernel, (2,), (torch.zeros(64), torch.zeros(64), None, 1 // 0), OPTIONS)
+    assert can_rehearse()
+    launch(copy_kernel, (2,), (torch.zeros(64), torch.zeros(64), None, 64), OPTIONS)
+    assert len(launched) == 1
+
+
+@triton.jit
+def wrong_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK == 1)
+    tl.store(x_ptr, 0.0)
+
+
+def test_a_kernel_that_does_not_compile_ends_it(launched: list[tuple[Any, ...]]) -> None:
+    """Triton 3.6 would hand every later launch to threads that are gone."""
+    with pytest.raises(triton.CompilationError), rehearsal():
+        launch(wrong_kernel, (1,), (torch.zeros(64),), OPTIONS)
     assert can_rehearse()
     launch(copy_kernel, (2,), (torch.zeros(64), torch.zeros(64), None, 64), OPTIONS)
     assert len(launched) == 1

@@ -12,7 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 import hf_fastattn
+from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.call import Call
+from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.patches.fused.rehearse import rehearse
 from tests.tools.models import tiny
 
@@ -72,6 +75,45 @@ def test_a_prompt_and_its_steps(decoder: Any) -> None:
         decoder._fastattn.runtime.rehearsed.clear()
         with forward(decoder, 3, 9, room) as cache:
             assert walks(decoder, cache, 9) == [([decoder.layers[0]], (3, 9), False), *steps], room
+
+
+def within(decoder: Any, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(decoder._fastattn.runtime), "current", call)
+
+
+def test_steps_are_those_of_the_rows_that_go_on(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples: as many rows as there will be, and their prefixes in groups as the loop will find them."""
+    seen: list[Any] = []
+    begun = Batch.static
+
+    def static(*given: Any) -> Batch:
+        seen.append(given[3])
+        return begun(*given)
+
+    monkeypatch.setattr(Batch, "static", static)
+    # The layers before the step have made them.
+    monkeypatch.setattr(PageStorage, "any_pages", lambda self: torch.zeros(1, size, 1, 16))
+    size = decoder._fastattn.runtime.config.page_size
+    samples = [0] * 5 + [1] * 4
+    for copies, pays, groups in ((samples, True, 8), (samples, False, 0), ([0, 1], True, 0), (None, True, 0)):
+        monkeypatch.setattr("hf_fastattn.cache.prefix_groups.WORTH_BYTES", 1 if pays else 2**60)
+        seen.clear()
+        decoder._fastattn.runtime.rehearsed.clear()
+        within(decoder, Call(copies=copies), monkeypatch)
+        with forward(decoder, 2, size + 3, size + 9) as cache:
+            found = walks(decoder, cache, size + 3)
+        rows = 16 if copies is samples else 2
+        assert [walk[1] for walk in found] == [(2, size + 3), (rows, 1)], (copies, pays)
+        assert [0 if shared is None else shared.max_group_rows for shared in seen] == [groups], (copies, pays)
+
+
+def test_the_choice_is_rehearsed_with_the_prompt(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed: list[str] = []
+    within(decoder, Call(rehearses_too=lambda: rehearsed.append("choice")), monkeypatch)
+    for _ in range(2):
+        with forward(decoder, 2, 9) as cache:
+            walks(decoder, cache, 9)
+    assert rehearsed == ["choice"]
 
 
 def test_one_layer_of_each_kind() -> None:
