@@ -46,10 +46,10 @@ def steps(device: str) -> int:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_in_the_interpreter(kind: str) -> None:
+def test_in_the_interpreter() -> None:
+    """With 8 bits: codes of 4 are looked up there by comparisons, which takes minutes."""
     with reexecuted_loop():
-        stock, model = both(kind, "cpu")
+        stock, model = both("int8", "cpu")
         assert torch.equal(run(model, NEW, **single()), run(stock, NEW, **single()))
         assert assert_looped(model).quantised_products
 
