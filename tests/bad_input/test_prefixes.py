@@ -82,8 +82,10 @@ def test_a_full_pool_lets_go_of_what_stays_before_it_fails() -> None:
 
 def test_short_memory_takes_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the device has no memory for more pages, those that stay make room."""
+    from hf_fastattn.cache import prefix_store
     from hf_fastattn.pages.page_storage import PageStorage
 
+    monkeypatch.setattr(prefix_store, "SPARE_TOKENS", 0)
     stock, model = pair("llama", {"page_size": 4, "prefix_cache": True}, **SMALL)
     generate(model, 0)
     kept, grown = hf_fastattn.report(model).pages_kept, PageStorage._grown
