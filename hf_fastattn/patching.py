@@ -32,7 +32,7 @@ from hf_fastattn.patches.family import Family
 from hf_fastattn.patches.fused.expert_blocks import BLOCK_FORWARDS, is_known_block
 from hf_fastattn.patches.fused.experts import why_not_captured
 from hf_fastattn.patches.modules.module_state import release_slots, replace_forward
-from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
+from hf_fastattn.patches.modules.plain_copies import STATE, plain_class, written_class
 from hf_fastattn.patches.modules.scope import PatchScope
 from hf_fastattn.patches.modules.unchanged import layer_without_our_attention
 from hf_fastattn.patches.registry import family_of
@@ -230,7 +230,7 @@ def _check_kv_dtype(model: Any, family: Family, config: FastAttnConfig) -> None:
 
 
 def _attentions(model: Any, family: Family) -> list[Any]:
-    return [module for module in model.modules() if plain_class(type(module)).__name__ == family.attention]
+    return [module for module in model.modules() if written_class(type(module)).__name__ == family.attention]
 
 
 def _attention_layers(model: Any, family: Family) -> list[int]:
@@ -275,7 +275,7 @@ def _rotation_of(model: Any, family: Family, device: torch.device, config: FastA
             f"rope='inside' with kv_dtype={config.kv_dtype!r}: the kernels that rotate keys read them as the model gives "
             "them; use one of the two, or give key_transform and query_transform of your own"
         )
-    decoder = next(module for module in model.modules() if plain_class(type(module)).__name__ == family.decoder)
+    decoder = next(module for module in model.modules() if written_class(type(module)).__name__ == family.decoder)
     if config.streaming is None:
         return ModelRotation(decoder, family, device, 1)
     layout = config.streaming.layout(config.page_size)
@@ -286,7 +286,7 @@ def _replace_forwards(model: Any, scope: PatchScope, runtime: Runtime, family: F
     """Patch the decoder, its attention modules and expert blocks; the names of all, and the decoder's."""
     names, decoders = [], []
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind = written_class(type(module)).__name__
         if kind == family.decoder:
             replace_forward(scope, module, DECODER_FORWARDS, runtime, family, name)
             decoders.append(name)

@@ -33,6 +33,11 @@ def why_counted(model: nn.Module) -> str | None:
     return None
 
 
+def unsharded_class(kind: Any) -> Any:
+    """The class that FSDP 2 derived `kind` from, which a module had before its weights were sharded; else `kind`."""
+    return next((base for base in kind.__mro__ if not is_sharded_kind(base)), kind)
+
+
 @functools.lru_cache(maxsize=256)
 def is_sharded_kind(kind: type) -> bool:
     """Whether modules of this class are FSDP's."""

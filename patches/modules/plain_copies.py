@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_fastattn.parallel.gathered_weights import unsharded_class
 from hf_fastattn.patches.modules.scope import replaced
 
 # What we attach to every object whose class we replaced.
@@ -47,6 +48,11 @@ class PlainCopies:
 def plain_class(kind: Any) -> Any:
     """`kind` as it would be had we never replaced it or a class that it was derived from since (FSDP2 derives some)."""
     return _plain_class(kind)
+
+
+def written_class(kind: Any) -> Any:
+    """The class in a model's code that `kind` is derived from, by us, by FSDP 2, or by both in any order."""
+    return unsharded_class(plain_class(kind))
 
 
 @functools.cache

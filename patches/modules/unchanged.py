@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fastattn.patches.modules.module_state import ModuleState
-from hf_fastattn.patches.modules.plain_copies import STATE, plain_class
+from hf_fastattn.patches.modules.plain_copies import STATE, plain_class, written_class
 from hf_fastattn.patches.modules.plain_modules import layers_of
 
 # Packages whose functions compute what Transformers' own do: Liger's RoPE is the same in one kernel.
@@ -99,7 +99,7 @@ def _why_not_attention(decoder: Any) -> str | None:
             function = registry.get(name)
             if function is not None and not _is_equivalent(function):
                 return f"attn_implementation={name!r} is a function of {function.__module__}"
-    for module in {plain_class(type(decoder)).__module__, *_modules_of(decoder)}:
+    for module in {written_class(type(decoder)).__module__, *_modules_of(decoder)}:
         held = vars(sys.modules[module])
         for looked_up in names:
             if looked_up in held and not _is_equivalent(held[looked_up]):
@@ -110,7 +110,7 @@ def _why_not_attention(decoder: Any) -> str | None:
 def _modules_of(decoder: Any) -> set[str]:
     first = next(iter(layers_of(decoder)), None)
     attention = None if first is None else _attention_of(first)
-    return set() if attention is None else {plain_class(type(attention)).__module__}
+    return set() if attention is None else {written_class(type(attention)).__module__}
 
 
 def _is_equivalent(function: Any) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers.models.llama import modeling_llama
 
 import hf_fastattn
 from hf_fastattn.patches.decoder import chunked_prefill
@@ -38,7 +39,12 @@ def in_parts(model: Any, how: str) -> Any:
     if how == "zero3":
         return partition(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers if how != "root" else ():
+    if how == "inside":
+        # As accelerate's wrapping by size does, whatever a module is.
+        for layer in model.model.layers:
+            fully_shard(layer.self_attn, mesh=mesh)
+        fully_shard(model.model, mesh=mesh)
+    for layer in model.model.layers if how not in ("root", "inside") else ():
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh) if how != "layers" else model
 
@@ -91,7 +97,7 @@ def generated(
     """A patched model's tokens on this rank's prompts, one whole stock model's, counters, and the report.
 
     Args:
-        how: "layers and root", "layers", "root" or "zero3".
+        how: "layers and root", "layers", "root", "inside" (attention, decoder and root) or "zero3".
         kind: of prompts, see `ids_of`; "long": for rank 0 alone they are long enough to be computed in pieces.
         change: factor on all weights between two calls of the model in parts, the second of which counts.
     """
@@ -127,6 +133,18 @@ def generated(
         with torch.no_grad():
             assert torch.equal(model.generate(ids, **{**options, "max_new_tokens": 2})[:, : ids.shape[1]], ids)
     return ours, want, report.last_call, str(report)
+
+
+def with_another_rope(patch_first: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Tokens of a sharded model that was patched, and of a whole one that was not, once RoPE was exchanged by name."""
+    stock, model = tiny("llama"), tiny("llama")
+    model = in_parts(hf_fastattn.patch(model), "inside") if patch_first else hf_fastattn.patch(in_parts(model, "inside"))
+    ids, rotate = ids_of(dist.get_rank(), "different", model.config.vocab_size), modeling_llama.apply_rotary_pos_emb
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: rotate(-3 * q, k, *rest))
+        ours = model.generate(ids, max_new_tokens=8, do_sample=False)
+        want = stock.generate(ids, max_new_tokens=8, do_sample=False)
+    return ours, want, hf_fastattn.report(model).last_call
 
 
 def error_of_streaming(how: str) -> str:

@@ -35,9 +35,17 @@ def check(found: list[Any], how: str) -> None:
 
 
 @pytest.mark.parametrize("patch_first", [False, True], ids=["patched after", "patched before"])
-@pytest.mark.parametrize("how", ["layers and root", "layers", "root", "zero3"])
+@pytest.mark.parametrize("how", ["layers and root", "layers", "root", "inside", "zero3"])
 def test_one_process_s_tokens(two: Processes, how: str, patch_first: bool) -> None:
     check(two.run(sharded.generated, how, "different", GREEDY, patch_first), how)
+
+
+@pytest.mark.parametrize("patch_first", [False, True], ids=["patched after", "patched before"])
+def test_what_sharded_attention_looks_up_is_looked_at(two: Processes, patch_first: bool) -> None:
+    """FSDP's classes are of a module of its own, in which nobody exchanges RoPE."""
+    for tokens, want, call in two.run(sharded.with_another_rope, patch_first):
+        assert torch.equal(tokens, want)
+        assert list(call.fallbacks) == ["transformers.models.llama.modeling_llama.apply_rotary_pos_emb was replaced"]
 
 
 @pytest.mark.parametrize("kind", ["begin alike", "equal", "long"])
