@@ -26,7 +26,9 @@ WANTED = os.environ.get("FASTATTN_TARGETS", "")
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], list[Resources]]]:
     """What the kernels of a case take on a target; worker processes compile the selected cases ahead."""
-    chosen = [item.callspec.params for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    # Other modules may have a fixture of this name.
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    chosen = [item.callspec.params for item in items if "compiled" in item.fixturenames]
     if hasattr(request.config, "workerinput"):
         # Under pytest-xdist the list is that of all workers.
         chosen = []
