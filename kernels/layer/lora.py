@@ -31,10 +31,10 @@ LEAST_RANK = 16
 AT_ONCE = 2**19
 # Columns that are worth a program of their own, and the most such programs of an A. The products of several tokens nearly
 # fill a Hopper GPU, and memory answers the next step of a program late while all others read weights: down of 8,192 columns
-# is quicker with 16 programs, some of which belong to a second wave, than with the eight that fit beside its 256 (H200: by
-# 1 us of 11).
+# is quicker with 16 programs, some of which belong to a second wave, than with the eight that fit beside its 256 (H200,
+# eight tokens: by 1 us of 11). With more than 16 tokens registers do not hold so many sums.
 PART_COLUMNS, MOST_PARTS = 256, 16
-PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS = 512, 16
+PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS, MOST_PARTS_OF_MANY_TOKENS = 512, 16, 8
 # Rows of A a program, at most, where the matrix unit multiplies: wgmma, from 64 rows on, would take more registers.
 MOST_ROWS = 32
 # Columns of B that the matrix unit multiplies at once, at most: registers hold them beside the sums.
@@ -143,6 +143,8 @@ def lora_tile(block_t: int, k: int, rank: int, room: int = 0) -> LoraTile:
     # Registers hold a tile of fp32, and for several tokens what the matrix unit makes of a block of rows.
     block_k = 4096 // rank if block_t == 1 else 64 if rank <= 16 and block_t <= 32 else 32 if block_t <= 32 else 16
     columns, most = (PART_COLUMNS, MOST_PARTS) if block_t == 1 else (PART_COLUMNS_OF_TOKENS, MOST_PARTS_OF_TOKENS)
+    if block_t > 16:
+        most = MOST_PARTS_OF_MANY_TOKENS
     parts = min(k // columns, most) if room <= most or block_t == 1 else min(k // PART_COLUMNS, room, MOST_PARTS)
     return LoraTile(block_k, max(parts, 1))
 
