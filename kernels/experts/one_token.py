@@ -11,15 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.layer.activation import silu_gate
-
-
-@triton.jit
-def _weights(pointers, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
-    if WIDTH % BLOCK_K == 0:
-        return tl.load(pointers + k, eviction_policy="evict_first")
-    column = k + tl.arange(0, BLOCK_K)
-    return tl.load(pointers + k, mask=(column < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
+from hf_fastattn.kernels.layer.tiles import weight_tile
 
 
 @triton.jit
@@ -56,11 +48,11 @@ def one_gate_up_kernel(
     off_w = tl.minimum(n, INNER - 1)[:, None] * H + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
     gate_ptr = w_ptr + expert * (2 * INNER * H) + off_w
     up_ptr = gate_ptr + INNER * H
-    gate, up = _weights(gate_ptr, 0, H, BLOCK_K), _weights(up_ptr, 0, H, BLOCK_K)
+    gate, up = weight_tile(gate_ptr, 0, H, BLOCK_K), weight_tile(up_ptr, 0, H, BLOCK_K)
     x = _x_tile(x_ptr, 0, H, BLOCK_K)
     acc, acc_up = _products(gate, x, VECTOR), _products(up, x, VECTOR)  # [BLOCK_N, BLOCK_K / VECTOR]
     for k in tl.range(BLOCK_K, H, BLOCK_K, num_stages=STAGES):
-        gate, up = _weights(gate_ptr, k, H, BLOCK_K), _weights(up_ptr, k, H, BLOCK_K)
+        gate, up = weight_tile(gate_ptr, k, H, BLOCK_K), weight_tile(up_ptr, k, H, BLOCK_K)
         x = _x_tile(x_ptr, k, H, BLOCK_K)
         acc += _products(gate, x, VECTOR)
         acc_up += _products(up, x, VECTOR)
@@ -84,7 +76,7 @@ def one_down_kernel(
         gdc_wait()
     # The launch ahead started this one when the choice was final. .cg bypasses the L1 cache, which may hold older values.
     expert = tl.load(chosen_ptr, cache_modifier=".cg").to(tl.int64)
-    w = _weights(w_ptr + expert * (H * INNER) + off_w, 0, INNER, BLOCK_K)
+    w = weight_tile(w_ptr + expert * (H * INNER) + off_w, 0, INNER, BLOCK_K)
     if OVERLAP and SETTLED:
         gdc_wait()
     ok = n < H
@@ -100,7 +92,7 @@ def one_down_kernel(
         slot = step // STEPS
         k = (step % STEPS) * BLOCK_K
         expert = tl.load(chosen_ptr + slot).to(tl.int64)
-        w = _weights(w_ptr + expert * (H * INNER) + off_w, k, INNER, BLOCK_K)
+        w = weight_tile(w_ptr + expert * (H * INNER) + off_w, k, INNER, BLOCK_K)
         x = _x_tile(states_ptr + slot * INNER, k, INNER, BLOCK_K) * tl.load(weights_ptr + slot)
         acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1) + added

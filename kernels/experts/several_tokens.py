@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.layer.activation import silu_gate
+from hf_fastattn.kernels.layer.tiles import weight_tile
 
 
 @triton.jit
@@ -23,15 +24,6 @@ def tokens_of(chosen_ptr, expert, t, tokens, K: tl.constexpr, BLOCK_K: tl.conste
     ok = (t < tokens)[:, None] & (k < K)[None, :]
     here = (tl.load(chosen_ptr + pair, mask=ok, other=-1) == expert).to(tl.int32)
     return tl.max(here, 1) > 0, tl.sum(here * pair, 1)
-
-
-@triton.jit
-def _weights(pointers, k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
-    if WIDTH % BLOCK == 0:
-        return tl.load(pointers + k, eviction_policy="evict_first")
-    column = k + tl.arange(0, BLOCK)
-    return tl.load(pointers + k, mask=(column < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -82,8 +74,8 @@ def several_gate_up_kernel(
     lost_up = acc
     for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         x = _tokens(x_tile_ptr, ok_t, k, H, BLOCK_K)
-        acc, lost = add_product(acc, lost, _weights(gate_ptr, k, H, BLOCK_K), x, PRECISION)
-        acc_up, lost_up = add_product(acc_up, lost_up, _weights(up_ptr, k, H, BLOCK_K), x, PRECISION)
+        acc, lost = add_product(acc, lost, weight_tile(gate_ptr, k, H, BLOCK_K), x, PRECISION)
+        acc_up, lost_up = add_product(acc_up, lost_up, weight_tile(up_ptr, k, H, BLOCK_K), x, PRECISION)
     y = silu_gate(acc, acc_up).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + pair[None, :] * INNER + n[:, None], y, mask=(n < INNER)[:, None] & ok_t[None, :])
 
@@ -138,7 +130,7 @@ def several_down_kernel(
         ok_t = tl.max(here.to(tl.int32), 1) > 0  # [BLOCK_T]
         pair = tl.sum(tl.where(here, pairs, 0), 1)
         weight = tl.sum(tl.where(here, weights, 0.0), 1)
-        w = _weights(w_ptr + expert.to(tl.int64) * (H * INNER) + off_w, k, INNER, BLOCK_K)
+        w = weight_tile(w_ptr + expert.to(tl.int64) * (H * INNER) + off_w, k, INNER, BLOCK_K)
         x = _tokens(states_ptr + pair[:, None] * INNER + inner, ok_t, k, INNER, BLOCK_K)
         product = tl.dot(w, x, input_precision=PRECISION)
         total += tl.where(ok_t[None, :], product * weight[None, :], 0.0)

@@ -29,19 +29,10 @@ from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, check_ad
 from hf_fastattn.kernels.layer.lora_programs import b_of_token, early_sums, expand_token, shrink_token
 from hf_fastattn.kernels.layer.skinny import skinny_product
 from hf_fastattn.kernels.layer.split_sums import SplitSums
-from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.layer.tiles import find_tile, pick, weight_tile
 from hf_fastattn.kernels.rehearsal import prepared
 
 MOST_WEIGHTS = 3
-
-
-@triton.jit
-def _weights(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
-    if K % BLOCK_K == 0:
-        return tl.load(pointers + k, eviction_policy="evict_first")
-    column = k + tl.arange(0, BLOCK_K)
-    return tl.load(pointers + k, mask=(column < K)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -93,9 +84,9 @@ def matvec_kernel(
     off_w = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
     if OVERLAP and not SETTLED:
         gdc_wait()
-    w = _weights(w_ptr + off_w, 0, K, BLOCK_K)
+    w = weight_tile(w_ptr + off_w, 0, K, BLOCK_K)
     if GATED:
-        u = _weights(w1_ptr + off_w, 0, K, BLOCK_K)
+        u = weight_tile(w1_ptr + off_w, 0, K, BLOCK_K)
     if lora is not None:
         b = b_of_token(which, n, rows, lora, ADAPTERS, RANKS, SAME, RANK)
         if GATED:
@@ -119,9 +110,9 @@ def matvec_kernel(
     if GATED:
         acc_u = _products(u, x, x_ptr.dtype.element_ty, VECTOR)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        w = _weights(w_ptr + off_w, k, K, BLOCK_K)
+        w = weight_tile(w_ptr + off_w, k, K, BLOCK_K)
         if GATED:
-            u = _weights(w1_ptr + off_w, k, K, BLOCK_K)
+            u = weight_tile(w1_ptr + off_w, k, K, BLOCK_K)
         x = _x_tile(x_ptr, k, K, BLOCK_K)
         acc += _products(w, x, x_ptr.dtype.element_ty, VECTOR)
         if GATED:

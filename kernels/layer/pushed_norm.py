@@ -21,10 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.layer.norm import ELEMENTS_PER_WARP, MAX_HIDDEN
+from hf_fastattn.kernels.layer.summed_norm import LOOKS, add_to_residual, check_added
 from hf_fastattn.kernels.rehearsal import prepared
 
-# Looks at the inbox, of about half a microsecond each, until a rank counts as late: more than compiling kernels takes.
-LOOKS = 1 << 28
 # Bytes of a word that hold elements; the other half is a number.
 HELD = 4
 # Words that are looked at at once, in registers.
@@ -89,13 +88,7 @@ def pushed_norm_kernel(
         tl.store(late_ptr, 1)
     # Not before every thread has read it: none is past the first look until all have come to it.
     tl.store(launch_ptr + row, number)
-    x = total.to(x_ptr.dtype.element_ty).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=ok_column, other=0.0)
-        x = (x + bias.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
-    x = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + row * hidden + column, x, mask=ok_column)
-    wide = x.to(tl.float32)
+    wide = add_to_residual(total, residual, x_ptr, bias_ptr, sum_ptr + row * hidden, column, ok_column)
     inverse = tl.rsqrt(tl.sum(tl.sum(wide * wide, 1), 0) / hidden + eps)
     scale = weight.to(tl.float32)
     if UNIT_OFFSET:
@@ -156,11 +149,7 @@ def pushed_norm(
             f"contiguous, of a dtype among {DTYPES}"
         )
     tokens, hidden = x.shape
-    if residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32) or residual.stride(-1) != 1:
-        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as x, {tuple(x.shape)}, or in fp32")
-    for name, one in (("weight", weight), ("bias", bias)):
-        if one is not None and (one.shape != (hidden,) or not one.is_contiguous()):
-            raise ValueError(f"{name} {tuple(one.shape)} must be [hidden] = {[hidden]} and contiguous")
+    check_added(x, residual, weight, bias)
     if inboxes.ndim != 1 or not 0 <= rank < len(inboxes) or tokens > min(room, len(launches)):
         raise ValueError(
             f"inboxes {tuple(inboxes.shape)} must be [ranks] with rank={rank} among them, and room={room} and launches "

@@ -26,7 +26,7 @@ from hf_fastattn.kernels.layer.lora_programs import (
     shrink_tokens,
     sums_of_tokens,
 )
-from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums
+from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums, leave_part, sum_parts
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
 
@@ -187,24 +187,9 @@ def skinny_kernel(
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_T
-        SUMS: tl.constexpr = 2 if GATED else 1
         cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_T + t[None, :]  # [BLOCK_N, BLOCK_T]
-        parts = partial_ptr + number.to(tl.int64) * (SPLIT * SUMS * SIZE)
-        tl.store(parts + part * (SUMS * SIZE) + cell, acc)
-        if GATED:
-            tl.store(parts + part * (SUMS * SIZE) + SIZE + cell, acc_u)
-        # Every thread has stored its share of the part before one of them counts it.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            tl.store(arrived_ptr + number, 0)
-            total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            total_u = total
-            for other in tl.static_range(SPLIT):
-                # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-                total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
-                if GATED:
-                    total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
+        if leave_part(acc, acc_u, cell, number, part, partial_ptr, arrived_ptr, SIZE, SPLIT, GATED):
+            total, total_u = sum_parts(cell, number, partial_ptr, arrived_ptr, SIZE, SPLIT, GATED)
             _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
 
 

@@ -27,6 +27,18 @@ LOOKS = 1 << 28
 
 
 @triton.jit
+def add_to_residual(total, residual, x_ptr, bias_ptr, sum_ptr, column, ok):
+    """The sum over ranks, rounded to the dtype of x, and with a bias again, and the residual; stored, and in fp32."""
+    x = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=ok, other=0.0)
+        x = (x + bias.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
+    x = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + column, x, mask=ok)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def summed_norm_kernel(
     parts_ptr, flags_ptr, launch_ptr, late_ptr, x_ptr, residual_ptr, bias_ptr, weight_ptr, out_ptr, sum_ptr, eps, stride_r,
     rank, most_looks,
@@ -65,18 +77,21 @@ def summed_norm_kernel(
         total += tl.load(part_ptr + row * HIDDEN + column, mask=ok, other=0.0, volatile=True).to(tl.float32)
     if OVERLAP:
         gdc_launch_dependents()
-    x = total.to(x_ptr.dtype.element_ty).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=ok, other=0.0)
-        x = (x + bias.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
-    x = (x + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + row * HIDDEN + column, x, mask=ok)
-    wide = x.to(tl.float32)
+    wide = add_to_residual(total, residual, x_ptr, bias_ptr, sum_ptr + row * HIDDEN, column, ok)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
     scale = weight.to(tl.float32)
     if UNIT_OFFSET:
         scale += 1.0
     tl.store(out_ptr + row * HIDDEN + column, (wide * inverse * scale).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def check_added(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise a ValueError if a residual, a norm's weight or a bias do not fit the rows of x."""
+    if residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32) or residual.stride(-1) != 1:
+        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as x, {tuple(x.shape)}, or in fp32")
+    for name, one in (("weight", weight), ("bias", bias)):
+        if one is not None and (one.shape != x.shape[1:] or not one.is_contiguous()):
+            raise ValueError(f"{name} {tuple(one.shape)} must be [hidden] = {list(x.shape[1:])} and contiguous")
 
 
 def summed_norm(
@@ -124,11 +139,7 @@ def summed_norm(
             f"among {DTYPES}"
         )
     tokens, hidden = x.shape
-    if residual.shape != x.shape or residual.dtype not in (x.dtype, torch.float32) or residual.stride(-1) != 1:
-        raise ValueError(f"residual {tuple(residual.shape)}, {residual.dtype}, must be as x, {tuple(x.shape)}, or in fp32")
-    for name, one in (("weight", weight), ("bias", bias)):
-        if one is not None and (one.shape != (hidden,) or not one.is_contiguous()):
-            raise ValueError(f"{name} {tuple(one.shape)} must be [hidden] = {[hidden]} and contiguous")
+    check_added(x, residual, weight, bias)
     if parts.shape != flags.shape or parts.ndim != 1 or not 0 <= rank < len(parts) or len(launches) < tokens:
         raise ValueError(
             f"parts {tuple(parts.shape)} and flags {tuple(flags.shape)} must be [ranks] with rank={rank} among them, and "

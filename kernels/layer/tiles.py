@@ -1,4 +1,4 @@
-"""Tiles of a launch for up to three weights: which weight a tile belongs to, and that weight's pointer."""
+"""Tiles of a launch for up to three weights: which weight one belongs to, that weight's pointer, and what is read of it."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def pick(which, p0_ptr, p1_ptr, p2_ptr, WEIGHTS: tl.constexpr):
         if which == 2:
             chosen = p2_ptr
     return chosen
+
+
+@triton.jit
+def weight_tile(pointers, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile `[BLOCK_N, BLOCK]` from column `first` on. A weight is read once a launch: it need not stay in the cache."""
+    if WIDTH % BLOCK == 0:
+        return tl.load(pointers + first, eviction_policy="evict_first")
+    column = first + tl.arange(0, BLOCK)
+    return tl.load(pointers + first, mask=(column < WIDTH)[None, :], other=0, eviction_policy="evict_first")

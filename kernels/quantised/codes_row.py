@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.layer.tiles import find_tile, pick, weight_tile
 from hf_fastattn.kernels.quantised.nibbles import block_scales, dot_of_codes
 
 # Words of a row that a thread has at once.
@@ -42,15 +42,6 @@ def pick_codes(which, w0, w1, w2, WEIGHTS: tl.constexpr, NESTED: tl.constexpr):
         levels = pick(which, w0.levels_ptr, w1.levels_ptr, w2.levels_ptr, WEIGHTS)
         offset = tl.load(pick(which, w0.offset_ptr, w1.offset_ptr, w2.offset_ptr, WEIGHTS))
     return codes, absmax, nested, levels, offset
-
-
-@triton.jit
-def _words(pointers, word, WORDS: tl.constexpr, BLOCK_W: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_W]` of words from `word` on. Every weight is read once a launch, so it need not stay."""
-    if WORDS % BLOCK_W == 0:
-        return tl.load(pointers + word, eviction_policy="evict_first")
-    column = word + tl.arange(0, BLOCK_W)
-    return tl.load(pointers + word, mask=(column < WORDS)[None, :], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -116,12 +107,12 @@ def codes_row_kernel(
     if GATED:
         codes_u_ptr, absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u = pick_codes(1, w0, w1, w2, 2, NESTED)
     chunk = tl.arange(0, BLOCK_W // CHUNK) * CHUNK
-    w = _words(codes_ptr + off_w, 0, WORDS, BLOCK_W)
+    w = weight_tile(codes_ptr + off_w, 0, WORDS, BLOCK_W)
     block = tl.minimum(chunk, WORDS - 1) // (BLOCK // 8)
     scale = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, row[:, None], block[None, :], BLOCKS, NESTED)
     u, scale_u = w, scale
     if GATED:
-        u = _words(codes_u_ptr + off_w, 0, WORDS, BLOCK_W)
+        u = weight_tile(codes_u_ptr + off_w, 0, WORDS, BLOCK_W)
         scale_u = block_scales(
             absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, row[:, None], block[None, :], BLOCKS, NESTED
         )
@@ -136,12 +127,12 @@ def codes_row_kernel(
         added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
     acc, acc_u = _partial(w, u, scale, scale_u, x_ptr, 0, GATED, WORDS, KIND)
     for word in tl.range(BLOCK_W, WORDS, BLOCK_W, num_stages=STAGES):
-        w = _words(codes_ptr + off_w, word, WORDS, BLOCK_W)
+        w = weight_tile(codes_ptr + off_w, word, WORDS, BLOCK_W)
         block = tl.minimum(word + chunk, WORDS - 1) // (BLOCK // 8)
         scale = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, row[:, None], block[None, :], BLOCKS, NESTED)
         u, scale_u = w, scale
         if GATED:
-            u = _words(codes_u_ptr + off_w, word, WORDS, BLOCK_W)
+            u = weight_tile(codes_u_ptr + off_w, word, WORDS, BLOCK_W)
             scale_u = block_scales(
                 absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, row[:, None], block[None, :], BLOCKS, NESTED
             )

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.layer.activation import silu_gate
+from hf_fastattn.kernels.layer.split_sums import leave_part, sum_parts
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.quantised.codes_row import pick_codes
 from hf_fastattn.kernels.quantised.nibbles import block_scales, numbers_of
@@ -108,22 +109,7 @@ def codes_tokens_kernel(
         _store(acc, acc_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)
     else:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_T
-        SUMS: tl.constexpr = 2 if GATED else 1
         cell = t[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [BLOCK_T, BLOCK_N]
-        parts = partial_ptr + number.to(tl.int64) * (SPLIT * SUMS * SIZE)
-        tl.store(parts + part * (SUMS * SIZE) + cell, acc)
-        if GATED:
-            tl.store(parts + part * (SUMS * SIZE) + SIZE + cell, acc_u)
-        # Every thread has stored its share of the part before one of them counts it.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            tl.store(arrived_ptr + number, 0)
-            total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-            total_u = total
-            for other in tl.static_range(SPLIT):
-                # .cg bypasses the L1 cache, which may hold values from before another program wrote.
-                total += tl.load(parts + other * (SUMS * SIZE) + cell, cache_modifier=".cg")
-                if GATED:
-                    total_u += tl.load(parts + other * (SUMS * SIZE) + SIZE + cell, cache_modifier=".cg")
+        if leave_part(acc, acc_u, cell, number, part, partial_ptr, arrived_ptr, SIZE, SPLIT, GATED):
+            total, total_u = sum_parts(cell, number, partial_ptr, arrived_ptr, SIZE, SPLIT, GATED)
             _store(total, total_u, y_ptr, residual_ptr, b_ptr, n, t, rows, tokens, column, stride_y, stride_r, GATED)

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.eight_bits import widened
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.layer.tiles import find_tile, pick, weight_tile
 
 # Columns that a thread adds up at once.
 CHUNK = tl.constexpr(16)
@@ -24,15 +24,6 @@ class IntPointers(NamedTuple):
 
     integers_ptr: Any
     scales_ptr: Any
-
-
-@triton.jit
-def _integers(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile `[BLOCK_N, BLOCK_K]` from column k on. Every weight is read once a launch, so it need not stay in the cache."""
-    if K % BLOCK_K == 0:
-        return tl.load(pointers + k, eviction_policy="evict_first")
-    column = k + tl.arange(0, BLOCK_K)
-    return tl.load(pointers + k, mask=(column < K)[None, :], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -59,10 +50,10 @@ def ints_row_kernel(
     if OVERLAP and not SETTLED:
         gdc_wait()
     integers_ptr = pick(which, w0.integers_ptr, w1.integers_ptr, w2.integers_ptr, WEIGHTS)
-    w = _integers(integers_ptr + off_w, 0, K, BLOCK_K)
+    w = weight_tile(integers_ptr + off_w, 0, K, BLOCK_K)
     scale = tl.load(pick(which, w0.scales_ptr, w1.scales_ptr, w2.scales_ptr, WEIGHTS) + row).to(tl.float32)
     if GATED:
-        u = _integers(w1.integers_ptr + off_w, 0, K, BLOCK_K)
+        u = weight_tile(w1.integers_ptr + off_w, 0, K, BLOCK_K)
         scale_u = tl.load(w1.scales_ptr + row).to(tl.float32)
     if OVERLAP and SETTLED:
         gdc_wait()
@@ -78,11 +69,11 @@ def ints_row_kernel(
     if GATED:
         acc_u = _partial(u, x)
     for k in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        w = _integers(integers_ptr + off_w, k, K, BLOCK_K)
+        w = weight_tile(integers_ptr + off_w, k, K, BLOCK_K)
         x = tl.load(x_ptr + k + k_n, mask=k + k_n < K, other=0.0).to(tl.float32)
         acc += _partial(w, x)
         if GATED:
-            acc_u += _partial(_integers(w1.integers_ptr + off_w, k, K, BLOCK_K), x)
+            acc_u += _partial(weight_tile(w1.integers_ptr + off_w, k, K, BLOCK_K), x)
     y = tl.sum(acc, 1) * scale  # [BLOCK_N]
     if GATED:
         y = silu_gate(y, tl.sum(acc_u, 1) * scale_u)
