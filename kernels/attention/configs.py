@@ -25,6 +25,7 @@ class Tile:
         warps: warps a program.
         stages: pipeline stages of the K/V loop; the page lookup ahead of each load takes up every second stage.
         programs: programs that split-KV launches for each multiprocessor (SM).
+        overlaps: they start before the launch ahead ends, and wait for it inside.
         on_matrix_unit: fp32 is multiplied there, in three TF32 products, however few rows the tile has.
     """
 
@@ -33,6 +34,7 @@ class Tile:
     warps: int
     stages: int
     programs: int = 2
+    overlaps: bool = False
     on_matrix_unit: bool = False
 
 
@@ -90,8 +92,8 @@ FEW_PAIRS = 4
 FEW_PAIRS_OF_8_BITS = 2
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 1, 128): Tile(16, 128, 4, 5),
-    (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
-    (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
+    (90, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
+    (100, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
 }
 # Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {

@@ -112,8 +112,12 @@ def split_kv_kernel(
         off_q = (first_token + token).to(tl.int64) * stride_qt + (head * RATIO + query % RATIO) * stride_qh
         q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & (d < D)[None, :], other=0.0)
         last_key = length - new + token
+        q_idx = last_key
+        if tensors is not None:
+            # Rows past the last query take its position: a variant's tables are read for no others.
+            q_idx = length - new + tl.minimum(token, new - 1)
         h = head * RATIO + query % RATIO
-        q = hooked_query(q, h, last_key, tensors, HOOKS, q_ptr + off_q, ok_m, D, BLOCK_N)
+        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_m, D, BLOCK_N)
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         table = page_table_ptr + b.to(tl.int64) * stride_table
         listed = None
@@ -129,11 +133,12 @@ def split_kv_kernel(
                 start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
         row_max, row_sum, acc = attend_tiles(
             q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, table, head * stride_head, last_key, lowest, length,
-            window, scale, softcap, stride_page, stride_slot, b, head, h, last_key, tensors,
+            window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed,
+            True, visited is not None,
         )  # fmt: skip
         if take == count:
-            out, lse = attention_end(row_max, row_sum, acc, h, last_key, tensors, HOOKS)
+            out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
             out_row = (first_token + token).to(tl.int64) * (GROUPS * RATIO) + head * RATIO + query % RATIO
             store_output(out_ptr, lse_ptr, out_row, ok_m, out, lse, D)
         else:
@@ -316,8 +321,7 @@ def decode_launch(
     if batch_invariant:
         unit, in_flight = INVARIANT_KEYS // tile.block_n, MERGE_ELEMENTS
         parts = rows * groups * blocks * (triton.cdiv(page_table.shape[1] * page, INVARIANT_KEYS) + 1)
-    # Dependent launch pays only with one program per SM: elsewhere the waiting programs take room from running ones.
-    overlap = tile.programs == 1 and overlaps_launches(arch)
+    overlap = tile.overlaps and overlaps_launches(arch)
     factor, cap = score_factors(scale, softcap, variant.hooks)
     precision = "tf32x3" if tile.on_matrix_unit else matrix_precision(q.dtype, block_m)
     partial, partial_sum, arrived = workspace.split_kv(parts, block_m, block_d)
@@ -332,7 +336,7 @@ def decode_launch(
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
+            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n, masked=visited is None),
             ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),

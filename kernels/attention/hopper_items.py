@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from hf_fastattn.kernels.attention.prefix_items import ITEM
-from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING, number_of
 
 
 @gluon.jit
@@ -61,12 +61,6 @@ def listed_tile(lists, j):
     listed, whole, partly, columns = lists
     at = gl.where(j < partly, columns - partly + j, j - partly)
     return gl.load(listed + at, mask=whole + partly > 0, other=0)
-
-
-@gluon.jit
-def number_of(tile):
-    """The number of a marked tile."""
-    return tile & (MASK_HIDES_NOTHING - 1)
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_tile, lists_of, number_of, tile_of
+from hf_fastattn.kernels.attention.hopper_items import item_of, key_of, listed_tile, lists_of, tile_of
 from hf_fastattn.kernels.attention.hopper_registers import (
     copy_registers,
     pack_pairs,
@@ -29,6 +29,7 @@ from hf_fastattn.kernels.attention.hopper_registers import (
 )
 from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, shown_pairs, softmax_step, values_of_distances
 from hf_fastattn.kernels.attention.prefix_items import ITEM
+from hf_fastattn.kernels.attention.visited import number_of
 from hf_fastattn.kernels.gluon_spelling import load_box
 
 

@@ -171,7 +171,7 @@ def visited_tiles(
             from hf_fastattn.kernels.attention import hopper_prefill
 
             packed = hopper_prefill.packed_heads(heads[0] // heads[1], variant)
-            options |= {"heads": (heads[0], heads[0] // packed), "block_m": hopper_prefill.BLOCK_M, "marked": True}
+            options |= {"heads": (heads[0], heads[0] // packed), "block_m": hopper_prefill.BLOCK_M}
             return list_tiles(variant, cu_seqlens_q, seq_lens, block_n=hopper_prefill.TILES[q.shape[2]][0], **options)
         if not variant.hides_tiles:
             return None

@@ -30,7 +30,7 @@ class Visited(NamedTuple):
     Attributes:
         counts: `[items, lists, 2]` int32: tiles that all queries of the item see wholly, and those that one sees in part.
         tiles: `[items, lists, columns]` int32, numbers of tiles: those seen wholly from the front on, those seen in part
-            before the end; for the Gluon kernel with MASK_HIDES_NOTHING added where that is so. An item is a tile of
+            before the end; with MASK_HIDES_NOTHING added where that is so. An item is a tile of
             `block_m` packed queries of one row, numbered as by `prefill.py`; or, if `block_m` is 0, a row of the batch, and
             all its tiles count as seen in part. There is a list a key/value head, or one for all.
         block_m: packed queries of an item, or 0.
@@ -45,6 +45,12 @@ class Visited(NamedTuple):
     def for_kernel(self) -> tuple[Tensor, Tensor, int]:
         """As kernels take it."""
         return self.counts, self.tiles, self.tiles.shape[2]
+
+
+@triton.jit
+def number_of(entry):
+    """The number of the tile of a list's entry."""
+    return entry & (MASK_HIDES_NOTHING - 1)
 
 
 @triton.jit
@@ -71,7 +77,7 @@ def visited_kernel(
     counts_ptr, tiles_ptr, cu_seqlens_ptr, seq_lens_ptr, rows, window, columns, tensors,
     LISTS: tl.constexpr, RATIO: tl.constexpr, BY_HEAD: tl.constexpr, BY_ROW: tl.constexpr, BLOCK_B: tl.constexpr,
     TILE: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, MARKED: tl.constexpr, HOOKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """The lists of one item and key/value head: all queries of a row (BY_ROW), or a tile of TILE packed queries.
 
@@ -128,8 +134,7 @@ def visited_kernel(
                 if HOOKS.mask_mod is not None:
                     before = seen
                     seen = seen & HOOKS.mask_mod(b, h[:, None], q_idx[:, None], key_n[None, :], tensors)
-                    if MARKED:
-                        hidden_n = tl.maximum(hidden_n, tl.max((before & (seen == 0)).to(tl.int32), 0))
+                    hidden_n = tl.maximum(hidden_n, tl.max((before & (seen == 0)).to(tl.int32), 0))
                 any_n = tl.maximum(any_n, tl.max(seen.to(tl.int32), 0))
                 all_n = tl.minimum(all_n, tl.min((seen | (ok_m == 0)[:, None]).to(tl.int32), 0))
             some_t = tl.max(tl.reshape(any_n, (TILES, BLOCK_N)), 1)
@@ -137,10 +142,8 @@ def visited_kernel(
             if BY_ROW:
                 all_t = tl.zeros_like(all_t)
             part_t = some_t - all_t
-            number = tile + t
-            if MARKED:
-                hidden_t = tl.max(tl.reshape(hidden_n, (TILES, BLOCK_N)), 1)
-                number = tl.where(hidden_t == 0, number + MASK_HIDES_NOTHING, number)
+            hidden_t = tl.max(tl.reshape(hidden_n, (TILES, BLOCK_N)), 1)
+            number = tile + t + tl.where(hidden_t == 0, MASK_HIDES_NOTHING, 0)
             tl.store(list_ptr + whole + tl.cumsum(all_t, 0) - 1, number, mask=all_t != 0)
             tl.store(list_ptr + columns - partly - tl.cumsum(part_t, 0), number, mask=part_t != 0)
             whole += tl.sum(all_t, 0)
@@ -172,7 +175,7 @@ def list_rows(
         window: keys a query sees, itself included; all by default.
     """
     items = seq_lens.shape[0]
-    return _listed(variant, cu_seqlens_q, seq_lens, items, max_query_len, heads, most_keys, 0, block_n, window, False)
+    return _listed(variant, cu_seqlens_q, seq_lens, items, max_query_len, heads, most_keys, 0, block_n, window)
 
 
 def list_tiles(
@@ -186,19 +189,17 @@ def list_tiles(
     block_m: int,
     block_n: int,
     window: int | None = None,
-    marked: bool = False,
 ) -> Visited:
     """The tiles that each tile of packed queries sees, for `prefill.py`.
 
     Args:
         tokens: new tokens of all rows (T).
         block_m: packed queries of a tile.
-        marked: with MASK_HIDES_NOTHING, as the Gluon kernel takes them.
     """
     ratio = heads[0] // heads[1]
     items = prefill_tiles(tokens * ratio, seq_lens.shape[0], block_m)
     most = block_m // ratio if block_m % ratio == 0 else block_m // ratio + 2
-    return _listed(variant, cu_seqlens_q, seq_lens, items, most, heads, most_keys, block_m, block_n, window, marked)
+    return _listed(variant, cu_seqlens_q, seq_lens, items, most, heads, most_keys, block_m, block_n, window)
 
 
 def prefill_tiles(queries: int, rows: int, block_m: int) -> int:
@@ -221,7 +222,7 @@ def check_visited(visited: Visited, items: int, block_m: int, block_n: int) -> N
 
 def _listed(
     variant: CompiledVariant, cu_seqlens_q: Tensor | None, seq_lens: Tensor, items: int, most_tokens: int,
-    heads: tuple[int, int], most_keys: int, block_m: int, block_n: int, window: int | None, marked: bool,
+    heads: tuple[int, int], most_keys: int, block_m: int, block_n: int, window: int | None,
 ) -> Visited:  # fmt: skip
     ratio, by_head, device = heads[0] // heads[1], variant.mask_by_head, seq_lens.device
     lists, columns, window = heads[1] if by_head else 1, triton.cdiv(most_keys, block_n), variant.window_with(window)
@@ -234,7 +235,7 @@ def _listed(
             counts, tiles, cu_seqlens_q, seq_lens, seq_lens.shape[0], window or 0, columns, variant.tensors,
             LISTS=lists, RATIO=ratio, BY_HEAD=by_head, BY_ROW=block_m == 0, BLOCK_B=max(power_of_2(seq_lens.shape[0]), 16),
             TILE=block_m, QUERIES=queries, BLOCK_N=block_n, TILES=at_once,
-            HAS_WINDOW=window is not None, MARKED=marked and variant.hides_tiles, HOOKS=variant.hooks,
+            HAS_WINDOW=window is not None, HOOKS=variant.hooks,
             num_warps=4 if queries * at_once * block_n < PAIRS else 8,
         )  # fmt: skip
     return Visited(counts, tiles, block_m, block_n)

@@ -65,8 +65,10 @@ TABLE = torch.randn(4, 40, generator=torch.Generator().manual_seed(3))
 INTEGERS = {
     "floor division": lambda s, b, h, q, k: (k - q) // 3,
     "floor division by a negative": lambda s, b, h, q, k: (k - q) // -5,
+    "floor division by a power of two": lambda s, b, h, q, k: (k - q) // 4,
     "floor division of tensors": lambda s, b, h, q, k: (k - q) // (h - 5),
     "remainder": lambda s, b, h, q, k: (k - q) % 3,
+    "remainder of a power of two": lambda s, b, h, q, k: (k - q) % 8 + s % 2,
     "remainder of a negative": lambda s, b, h, q, k: (k - q) % -7,
     "fmod": lambda s, b, h, q, k: torch.fmod(k - q, 3),
     "truncated division": lambda s, b, h, q, k: torch.div(k - q, 4, rounding_mode="trunc"),

@@ -17,7 +17,7 @@ from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.variants import built_in
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.variant import Variant
-from tests.kernels.cases import Batch, make_batch
+from tests.kernels.cases import Batch, in_eight_bits, make_batch
 from tests.kernels.variants.mods import MODS
 from tests.kernels.variants.test_kernels import FP32, double, tables_on_the_gpu  # noqa: F401
 
@@ -38,13 +38,18 @@ def make(kind: str, ratio: int, device: str = "cpu") -> Batch:
     return make_batch(*BATCHES[kind], page=16, groups=28 // ratio // 2, ratio=ratio, dim=16, scattered=True, device=device)
 
 
-def lists_of(batch: Batch, kind: str, variant: Variant, **more: bool) -> Visited:
+def number_of(entries: torch.Tensor) -> torch.Tensor:
+    """Entries of lists without their marks."""
+    return entries & (MASK_HIDES_NOTHING.value - 1)
+
+
+def lists_of(batch: Batch, kind: str, variant: Variant) -> Visited:
     compiled, heads = compile_variant(variant, 16, batch.q.device), (batch.q.shape[1], batch.k_pages.shape[2])
     options = {"heads": heads, "most_keys": batch.page_table.shape[1] * 16}
     if kind == "prefill":
         tile = tile_of_prefill(batch.q, batch.k_pages, False)
         options |= {"tokens": batch.q.shape[0], "block_m": tile.block_m, "block_n": tile.block_n}
-        return list_tiles(compiled, batch.cu_seqlens_q, batch.seq_lens, **options, **more)
+        return list_tiles(compiled, batch.cu_seqlens_q, batch.seq_lens, **options)
     most = max(batch.counts)
     tile = tile_of_decode(batch.q, batch.k_pages, len(batch.counts), most, 1, False, compiled)
     begins = None if kind == "decode" else batch.cu_seqlens_q
@@ -94,32 +99,32 @@ def test_lists_are_those_of_the_mask(name, kind):
                 keys = shown[:, tile * visited.block_n : (tile + 1) * visited.block_n]
                 some[tile], whole[tile] = keys.any(), keys.all() and keys.shape[1] == visited.block_n
             whole &= visited.block_m > 0
-            counts, tiles = visited.counts[item, place].tolist(), visited.tiles[item, place].tolist()
+            counts, tiles = visited.counts[item, place].tolist(), number_of(visited.tiles[item, place]).tolist()
             assert tiles[: counts[0]] == whole.nonzero()[:, 0].tolist()
             assert sorted(tiles[len(tiles) - counts[1] :]) == (some & ~whole).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_marks_say_where_the_mask_hides_nothing(name):
-    variant, batch = VARIANTS[name], make("prefill", 4)
+def test_marks_say_where_the_mask_hides_nothing(name, kind):
+    variant, batch = VARIANTS[name], make(kind, 4)
     shown_by_all = dataclasses.replace(variant, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0)
-    plain, marked = (lists_of(batch, "prefill", variant, marked=marked) for marked in (False, True))
-    size, marks = plain.block_n, 0
-    for item, (row, first, last) in enumerate(items_of(batch, plain)):
+    visited = lists_of(batch, kind, variant)
+    size, marks = visited.block_n, 0
+    for item, (row, first, last) in enumerate(items_of(batch, visited)):
         seen, most = (seen_by(x, batch, row)[:, first // 4 : (last - 1) // 4 + 1] for x in (variant, shown_by_all))
-        for place, (whole, partly) in enumerate(plain.counts[item].tolist()):
-            heads = slice(place * 4, place * 4 + 4) if plain.counts.shape[1] > 1 else slice(0, 1)
-            columns = plain.tiles.shape[2]
+        for place, (whole, partly) in enumerate(visited.counts[item].tolist()):
+            heads = slice(place * 4, place * 4 + 4) if visited.counts.shape[1] > 1 else slice(0, 1)
+            columns = visited.tiles.shape[2]
             for column in (*range(whole), *range(columns - partly, columns)):
-                tile, number = plain.tiles[item, place, column].item(), marked.tiles[item, place, column].item()
+                entry = visited.tiles[item, place, column]
+                tile = number_of(entry).item()
                 keys = slice(tile * size, (tile + 1) * size)
                 hides = bool((most[heads, :, keys] & ~seen[heads, :, keys]).any())
-                assert number == tile + (0 if hides else MASK_HIDES_NOTHING.value)
+                assert entry.item() == tile + (0 if hides else MASK_HIDES_NOTHING.value)
                 marks += not hides
-    items = len(items_of(batch, plain))
-    assert torch.equal(plain.counts[:items], marked.counts[:items])
-    assert bool(marks) == (name not in ("dilated window", "nothing"))
+    assert bool(marks) == (name != "nothing" and (name, kind) != ("dilated window", "prefill"))
 
 
 def attend(batch: Batch, kind: str, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,6 +177,26 @@ def test_hidden_tiles_are_not_read(kind):
         for page in batch.table[row][first // 16 : max(last, 0) // 16]:
             batch.v_pages[page] = math.nan
     torch.testing.assert_close(attend(batch, kind, variant)[0], want.float(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_decode_evaluates_no_mask_in_marked_tiles(kv_dtype):
+    """With all tiles marked, all keys of the tiles on the list are seen."""
+    sparse = Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx >= 64) & (kv_idx % 3 == 0))
+    in_tiles = Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 64)
+    batch = make("decode", 4) if kv_dtype is None else in_eight_bits(make("decode", 4), kv_dtype)
+    inputs = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens)
+    options = {"scale": batch.scale, "workspace": Workspace(batch.q.device)}
+    found = []
+    for variant, mark in ((sparse, True), (in_tiles, False), (sparse, False)):
+        visited = lists_of(batch, "decode", variant)
+        if mark:
+            visited.tiles.copy_(number_of(visited.tiles) + MASK_HIDES_NOTHING.value)
+        options |= {"variant": compile_variant(variant, 16, batch.q.device), "visited": visited}
+        found.append(paged_decode(*inputs, **options)[0])
+    torch.testing.assert_close(found[0], found[1])
+    assert (found[0] - found[2]).abs().max() > 0.01
 
 
 @pytest.mark.interpreter
