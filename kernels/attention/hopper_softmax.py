@@ -56,6 +56,16 @@ def shown_pairs(first_key, pairs, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, M
 
 
 @gluon.jit
+def _inside(last_key, first_key, q_idx, window, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What causality, the row's end and the window show of a tile, `[64, BLOCK_N]`."""
+    column = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
+    inside = column <= gl.expand_dims(last_key - first_key, 1)
+    if window is not None:
+        inside = inside & (column > gl.expand_dims(q_idx - window - first_key, 1))
+    return inside
+
+
+@gluon.jit
 def softmax_step(
     scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG: gl.constexpr,
     LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
@@ -78,15 +88,15 @@ def softmax_step(
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
-    if MASK == 2 and HOOKS.mask_mod is not None:
-        scores = gl.where(seen, scores, float("-inf"))
-    if MASK > 0 and window is not None:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        outside = gl.expand_dims(column, 0) <= gl.expand_dims(q_idx - window - first_key, 1)
-        scores = gl.where(outside, float("-inf"), scores)
-    if MASK > 0:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        scores = gl.where(gl.expand_dims(column, 0) <= gl.expand_dims(last_key - first_key, 1), scores, float("-inf"))
+    if MASK == 2 and HOOKS.mask_mod is not None and tensors is None:
+        # As one condition: apart, the values of a mask that reads no tensor were kept in registers, and spilled.
+        inside = seen & _inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N)
+        scores = gl.where(inside, scores, float("-inf"))
+    else:
+        if MASK == 2 and HOOKS.mask_mod is not None:
+            scores = gl.where(seen, scores, float("-inf"))
+        if MASK > 0:
+            scores = gl.where(_inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N), scores, float("-inf"))
     if HOOKS.sigmoid:
         # Added up as they are.
         weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
