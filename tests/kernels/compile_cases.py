@@ -26,6 +26,7 @@ from tests.kernels.compile_launches import (
     decode,
     delta,
     delta_prompt,
+    dilated,
     experts_of,
     forked,
     gated,
@@ -317,6 +318,11 @@ CASES = {
         ("visited_kernel", "split_kv_kernel"),
         programs=2,
     ),
+    "decode, 8 bits, variant, listed": Case(
+        lambda: decode(4, 128, listed=True, kv_dtype="int8", variant=varied(mask_mod="block_sparse")),
+        ("visited_kernel", "split_kv_kernel"),
+        programs=2,
+    ),
     "hopper prefill": Case(lambda: hopper(4, 128), **HOPPER),
     "hopper prefill, R = 7": Case(lambda: hopper(7, 64, page=64), **HOPPER),
     "hopper prefill, D = 256": Case(lambda: hopper(1, 256, page=128), **HOPPER),
@@ -339,6 +345,7 @@ CASES = {
     "hopper prefill, documents": Case(
         lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=64
     ),
+    "hopper prefill, dilated window": Case(lambda: hopper(4, 128, listed=True, variant=dilated()), **LISTED, spilled=144),
     "hopper prefill, block-sparse, D = 256": Case(
         lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)),
         **LISTED,

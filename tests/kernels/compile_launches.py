@@ -43,6 +43,7 @@ from hf_fastattn.kernels.sampling.params import SamplingParams
 from hf_fastattn.kernels.sampling.penalty import process_logits
 from hf_fastattn.kernels.sampling.slide import slide
 from hf_fastattn.kernels.sampling.typical import typical_scores
+from hf_fastattn.kernels.variants import built_in
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
@@ -145,6 +146,11 @@ def inside(dim: int = 128, width: int | None = None, run: int = 128) -> Compiled
     """RoPE inside attention, of so many elements of a head."""
     variant = Variant(rope="inside").rotated_by(RotaryFrequencies.of(torch.ones((width or dim) // 2), run=run))
     return compile_variant(variant, dim, torch.device("cpu"))
+
+
+def dilated() -> CompiledVariant:
+    """A window of 512 keys, every fourth."""
+    return compile_variant(built_in.dilated(4, 512), 128, torch.device("cpu"))
 
 
 COS, SIN = torch.ones(2, 4096, 128)
