@@ -85,19 +85,27 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     (90, 4, 128): Tile(64, 32, 4, 2),
     (100, 2, 128): Tile(64, 32, 4, 6),
 }
-# One program per SM, with dependent launch; of 8 bits two. Used if rows * kv_heads <= SMs and either occupancy is no lower
-# than with the default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
+# One program per SM, with dependent launch; of 8 bits two, for heads of 64 three. Used if rows * kv_heads <= SMs and either
+# occupancy is no lower than with the default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
 # Programs of one warp are slower where each reads so few tiles that it should be quick: measured at 64 pairs, not at 128.
 FEW_PAIRS_OF_8_BITS = 2
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 1, 128): Tile(16, 128, 4, 5),
+    (90, 2, 64): Tile(16, 128, 2, 5, programs=3),
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
 }
 # Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 64): Tile(64, 128, 2, 5, programs=3),
     (90, 2, 128): Tile(64, 32, 4, 6, programs=3),
+}
+# Four programs of two warps per SM, for pairs of which each takes one to four whole: on an H200 64 rows of 560, 1,024 and
+# 2,048 keys (8 kv heads of 128) take 42.0, 69.1 and 130.2 us, where two programs of four warps took 48.2, 74.4 and 134.4.
+SPLIT_KV_WHOLE: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 64): Tile(64, 64, 2, 6, programs=4),
+    (90, 2, 128): Tile(64, 32, 2, 6, programs=4),
 }
 # Share of the programs that a stream-K split keeps busy.
 LIST_FILL = 0.8
@@ -133,7 +141,7 @@ def element_bytes(q: Tensor, k_pages: Tensor) -> int:
 
 def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, block_d: int) -> Tile | None:
     """The entry of the smallest head dim that holds `block_d`, of the architecture or else of `DEFAULT`; else None."""
-    for limit in (128, 256):
+    for limit in (64, 128, 256):
         for row in (arch, DEFAULT):
             if block_d <= limit and (row, itemsize, limit) in table:
                 return table[row, itemsize, limit]
@@ -186,7 +194,10 @@ def split_kv_tile(
     if rotated:
         return found
     few = tile_of(SPLIT_KV_FEW, arch, itemsize, block_d)
-    fitting = tile_of(SPLIT_KV_FITTING, arch, itemsize, block_d)
+    fitting, whole = (tile_of(table, arch, itemsize, block_d) for table in (SPLIT_KV_FITTING, SPLIT_KV_WHOLE))
+    if fitting and whole and pairs > found.programs * processors:
+        if _fill(whole, pairs, processors) > max(_fill(fitting, pairs, processors), LIST_FILL):
+            return whole
     many = pairs > 2 * found.programs * processors
     if fitting and (many or _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL)):
         found = fitting
@@ -197,9 +208,15 @@ def split_kv_tile(
 
 
 def _fill(tile: Tile, pairs: int, processors: int) -> float:
-    """Occupancy: the busy share of the programs, if each takes an equal part of one pair, or up to two whole pairs."""
+    """Occupancy: the busy share of the programs.
+
+    Each takes an equal part of one pair, or as many whole pairs as the others, up to `programs`; or a part of the list.
+    """
     programs = tile.programs * processors
-    return programs // pairs * pairs / programs if pairs <= programs else pairs / (2 * programs)
+    if pairs <= programs:
+        return programs // pairs * pairs / programs
+    items = -(-pairs // programs)
+    return pairs / (items * programs) if items <= tile.programs else LIST_FILL
 
 
 def shared_prefix_tile(
@@ -218,4 +235,6 @@ def shared_prefix_tile(
         tables = [few, usual]
     elif queries >= MANY_QUERIES and (transformed or pairs <= MANY_PAIRS * processors):
         tables = [SHARED_PREFIX_MANY, usual]
-    return next(tile for table in tables if (tile := tile_of(table, arch, itemsize, block_d)) is not None)
+    # Entries for heads of 64 were measured without shared prefixes.
+    limit = max(block_d, 128)
+    return next(tile for table in tables if (tile := tile_of(table, arch, itemsize, limit)) is not None)

@@ -142,16 +142,16 @@ CASES = {
     "decode, few rows": Case(lambda: decode(4, 128, rows=4, processors=132), ("split_kv_kernel",), programs=1),
     "decode, 16 rows": Case(lambda: decode(4, 128, rows=16, processors=132), ("split_kv_kernel",), programs=1),
     "decode, 16 rows, window": Case(
-        lambda: decode(8, 64, rows=16, processors=132, window=100), ("split_kv_kernel",), programs=1
+        lambda: decode(8, 64, rows=16, processors=132, window=100), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),
     "decode, 48 rows": Case(
         lambda: decode(4, 128, rows=48, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),
     "decode, 256 rows": Case(
-        lambda: decode(4, 128, rows=256, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
+        lambda: decode(4, 128, rows=256, processors=132), ("split_kv_kernel",), programs=4, targets=("sm_90",)
     ),
     "decode, 256 rows, window": Case(
-        lambda: decode(8, 64, rows=256, processors=132, window=100), ("split_kv_kernel",), programs=3, targets=("sm_90",)
+        lambda: decode(8, 64, rows=256, processors=132, window=100), ("split_kv_kernel",), programs=4, targets=("sm_90",)
     ),
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
@@ -236,6 +236,17 @@ CASES = {
         lambda: decode(4, 128, variant=varied(score_mod="relative_bias_table", mask_mod="document")),
         ("split_kv_kernel",),
         programs=2,
+    ),
+    "decode, 64 rows, variant": Case(
+        lambda: decode(
+            4, 128, rows=64, processors=132, variant=varied(score_mod="relative_bias_table", mask_mod="document")
+        ),
+        ("split_kv_kernel",),
+        programs=4,
+        targets=("sm_90",),
+    ),
+    "decode, 40 rows, D = 64": Case(
+        lambda: decode(4, 64, rows=40, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),
     # Keys are held in fp32 while they are transformed, which takes all registers.
     "decode, variant, transforms": Case(
