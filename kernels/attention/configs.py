@@ -178,12 +178,14 @@ def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) ->
 
 
 def split_kv_tile(
-    arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int, rotated: bool = False
-) -> Tile:
+    arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int, rotated: bool = False,
+    hooked: bool = False,
+) -> Tile:  # fmt: skip
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
 
     With `pairs` None it depends on architecture, dtype and head dim only. `rotated`: the kernel rotates keys; their angles
-    take registers, so that no more than two programs fit on a multiprocessor.
+    take registers, so that no more than two programs fit on a multiprocessor. `hooked`: it calls a variant's functions, with
+    which SPLIT_KV_WHOLE and the entries for heads of 64 were not measured.
     """
     found = tile_of(SPLIT_KV_TF32, arch, itemsize, block_d) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
@@ -193,9 +195,11 @@ def split_kv_tile(
         return tile_of(SPLIT_KV_APPEND, arch, itemsize, block_d) or found
     if rotated:
         return found
-    few = tile_of(SPLIT_KV_FEW, arch, itemsize, block_d)
-    fitting, whole = (tile_of(table, arch, itemsize, block_d) for table in (SPLIT_KV_FITTING, SPLIT_KV_WHOLE))
-    if fitting and whole and pairs > found.programs * processors:
+    limit = max(block_d, 128) if hooked else block_d
+    few, fitting, whole = (
+        tile_of(table, arch, itemsize, limit) for table in (SPLIT_KV_FEW, SPLIT_KV_FITTING, SPLIT_KV_WHOLE)
+    )
+    if fitting and whole and not hooked and pairs > found.programs * processors:
         if _fill(whole, pairs, processors) > max(_fill(fitting, pairs, processors), LIST_FILL):
             return whole
     many = pairs > 2 * found.programs * processors

@@ -217,8 +217,8 @@ def tile_of_decode(
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
     queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
-    itemsize = element_bytes(q, k_pages)
-    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated)
+    itemsize, hooked = element_bytes(q, k_pages), variant.hooks != NO_HOOKS
+    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated, hooked)
 
 
 def paged_decode(

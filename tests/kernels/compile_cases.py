@@ -237,14 +237,6 @@ CASES = {
         ("split_kv_kernel",),
         programs=2,
     ),
-    "decode, 64 rows, variant": Case(
-        lambda: decode(
-            4, 128, rows=64, processors=132, variant=varied(score_mod="relative_bias_table", mask_mod="document")
-        ),
-        ("split_kv_kernel",),
-        programs=4,
-        targets=("sm_90",),
-    ),
     "decode, 40 rows, D = 64": Case(
         lambda: decode(4, 64, rows=40, processors=132), ("split_kv_kernel",), programs=3, targets=("sm_90",)
     ),

@@ -51,6 +51,14 @@ def test_decode_on_hopper_takes_what_was_measured(dim):
         assert split_kv_tile(80, 2, dim, 4, pairs, 108) == Tile(64, 64, 4, 5), "another architecture"
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_functions_of_a_variant_take_tiles_that_were_measured_with_them(dim):
+    expected = {1: (128, 1), 16: (128, 1), 32: (64, 2), 48: (32, 3), 64: (64, 2), 256: (32, 3)}
+    for rows, tile in expected.items():
+        found = split_kv_tile(90, 2, dim, 4, rows * 8, 132, hooked=True)
+        assert (found.block_n, found.programs) == tile, rows
+
+
 def test_shared_prefixes_on_hopper_take_what_was_measured():
     """Rows of one prompt and 8 kv heads of 4 query heads; 256 rows without grouped heads; the same with keys transformed."""
     usual, many, few = Tile(64, 64, 4, 5), Tile(128, 64, 8, 5, programs=1), Tile(64, 64, 4, 7, programs=1)
