@@ -101,6 +101,25 @@ def can_rehearse() -> bool:
     return active_mode.get() is None and not _rehearses.get()
 
 
+@functools.cache
+def identify_compiler() -> threading.Thread:
+    """A thread that has Triton look at itself, once a process: files of 500 MB are read for the names of kernels on disk."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
+
+    def run() -> None:
+        try:
+            triton_key()
+            make_backend(driver.active.get_current_target()).hash()
+        except Exception as error:
+            # The first kernel finds the same fault, or there is none.
+            logger.debug("hf_fastattn could not look at Triton ahead: %s: %s", type(error).__name__, error)
+
+    thread = threading.Thread(target=run, name="hf_fastattn identifies Triton", daemon=True)
+    thread.start()
+    return thread
+
+
 def compile_ahead(device: torch.device, run: Callable[[], Any]) -> None:
     """Have the kernels compiled that `run` launches on the device, if that can be done ahead; see `rehearsal`."""
     if device.type not in DEVICES or not can_rehearse():
@@ -122,6 +141,7 @@ def rehearsal() -> Iterator[None]:
     """
     from triton.runtime._async_compile import active_mode
 
+    identify_compiler().join()
     before = _rehearses.set(True)
     try:
         with ThreadPoolExecutor(min(processors(), MOST_PROCESSES)) as threads, mode(threads):
