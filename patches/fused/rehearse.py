@@ -75,19 +75,20 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
     """What attention launches, where the dtype of its keys is known before there are any."""
     batch = cache.paged_batch
     assert batch is not None
-    for layer in layers:
-        for module in submodules(layer):
-            state = vars(module).get(STATE)
-            plain = isinstance(state, ModuleState) and all(part.dtype == states.dtype for part in module.parameters())
-            if not plain or not hasattr(module, "layer_idx") or region_dtype(states.device) is not None:
-                continue
-            config = module.config
-            q, k = (
-                states.new_empty(batch.tokens, heads, module.head_dim)
-                for heads in (config.num_attention_heads, config.num_key_value_heads)
-            )
-            pages, window = cache.pages_for(module.layer_idx, k), cache.layers[module.layer_idx].window
-            batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
+    modules: list[Any] = [module for layer in layers for module in submodules(layer)]
+    for module in modules:
+        state = vars(module).get(STATE)
+        if not isinstance(state, ModuleState) or not hasattr(module, "layer_idx"):
+            continue
+        if region_dtype(states.device) is not None or any(part.dtype != states.dtype for part in module.parameters()):
+            continue
+        config = module.config
+        q, k = (
+            states.new_empty(batch.tokens, heads, module.head_dim)
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        pages, window = cache.pages_for(module.layer_idx, k), cache.layers[module.layer_idx].window
+        batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
 def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:
