@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_fastattn import interface
 from hf_fastattn.dense import choice
 from hf_fastattn.dense.choice import ONE_LAUNCH
-from hf_fastattn.dense.stock_attention import stock_attention
+from hf_fastattn.dense.stock_attention import OneLaunch, stock_attention
 from hf_fastattn.interface import attention_forward, counters
 from tests.interface.operations import Operations
 
@@ -60,9 +60,16 @@ def test_a_layer_that_asks_for_more_is_not_repeated() -> None:
             want, _ = stock_attention(module, q, k, k, None, **more)
             torch.testing.assert_close(found, want)
             assert not torch.allclose(found, plain, atol=1e-3)
-        other = torch.randn(2, 2, 9, 16, generator=generator)[:, :, :7]
-        short, _ = attention_forward(module, q, other, other, mask)
-        assert not torch.allclose(short, plain, atol=1e-3)
+        # Keys that the mask does not fit: counted with another reason.
+        attention_forward(module, q, k[:, :, :7], k[:, :, :7], mask)
+        assert counters.fallbacks[ONE_LAUNCH] == 1 and sum(counters.fallbacks.values()) + sum(counters.kernels.values()) == 5
+
+
+@pytest.mark.parametrize("more", [{"position_bias": torch.full((1, 4, 1, 9), 0.1)}, {"output_attentions": True}])
+def test_a_layer_with_more_begins_nothing(more: dict[str, Any]) -> None:
+    q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
+    assert OneLaunch.of(Attention(), q, k, k, {}) is not None and OneLaunch.of(Attention(), q, k, k, more) is None
+    assert OneLaunch.of(Attention(), torch.randn(2, 4, 3, 16), k, k, {}) is None
 
 
 def test_what_hides_both_ways_is_hidden_in_further_layers() -> None:
