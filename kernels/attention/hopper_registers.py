@@ -1,9 +1,14 @@
-"""What the Hopper kernels need beyond Gluon, in PTX: named barriers, packed registers, reductions by thread, a fence."""
+"""What the Hopper kernels need beyond Gluon, in PTX: named barriers, packed registers, ordered reductions, a fence."""
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+# Triton 3.6 reduces what a thread holds in its order: the machine code is that of the reductions below, and half as much
+# has to be compiled. Later ones reduce by pairs, which rounds otherwise.
+REDUCES_IN_ORDER = gl.constexpr(triton.__version__.startswith("3.6."))
 
 
 @gluon.jit
@@ -62,18 +67,71 @@ def copy_registers(packed):
 
 
 @gluon.jit
+def _halves(x):
+    """`[M, N, K]` as its first and last half along N; no data moves."""
+    return gl.split(x.reshape([x.shape[0], 2, x.shape[1] // 2, x.shape[2]]).permute((0, 2, 3, 1)))
+
+
+@gluon.jit
+def _add_in_order(x):
+    """Sum of `[M, N, K]` along N, `[M, 1, K]`, each term added to the sum of those before it."""
+    first, last = _halves(x)
+    if x.shape[1] == 2:
+        return first + last
+    else:
+        return _add_to(_add_in_order(first), last)
+
+
+@gluon.jit
+def _add_to(start, x):
+    """`start: [M, 1, K]` plus the terms of `x: [M, N, K]`, in order."""
+    if x.shape[1] == 1:
+        return start + x
+    else:
+        first, last = _halves(x)
+        return _add_to(_add_to(start, first), last)
+
+
+@gluon.jit
+def _max_with(start, x):
+    """Maximum of `start: [M, 1, 4]` and the pairs of `x: [M, N, 8]`, in order."""
+    if x.shape[1] == 1:
+        even, odd = gl.split(x.reshape([x.shape[0], 1, 4, 2]))
+        return gl.maximum(gl.maximum(start, even), odd)
+    else:
+        first, last = _halves(x)
+        return _max_with(_max_with(start, first), last)
+
+
+@gluon.jit
+def _max_in_order(x):
+    """Maximum of `[M, N, 8]` along N and the pairs, `[M, 1, 4]`, in order."""
+    if x.shape[1] == 1:
+        even, odd = gl.split(x.reshape([x.shape[0], 1, 4, 2]))
+        return gl.maximum(even, odd)
+    else:
+        first, last = _halves(x)
+        return _max_with(_max_in_order(first), last)
+
+
+@gluon.jit
 def partial_row_sums(x):
     """fp32 `[M, N]` to `[M, 4]`: a sum for each of the four threads that share a row. They are added once, at the end."""
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]))
-    return gl.sum(even + odd, 1)
+    if REDUCES_IN_ORDER:
+        return gl.sum(even + odd, 1)
+    else:
+        return _add_in_order(even + odd).reshape([x.shape[0], 4])
 
 
 @gluon.jit
 def row_maxima(x, LAYOUT: gl.constexpr):
     """Maximum of each row of fp32 `[M, N]`, in slices of LAYOUT."""
-    # A thread's own numbers are reduced first, one after the other.
-    pairs = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))  # [M, 4, N / 8, 2]
-    each = gl.max(pairs.reshape([x.shape[0], 4, x.shape[1] // 4]), 2)
+    if REDUCES_IN_ORDER:
+        pairs = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))  # [M, 4, N / 8, 2]
+        each = gl.max(pairs.reshape([x.shape[0], 4, x.shape[1] // 4]), 2)
+    else:
+        each = _max_in_order(x.reshape([x.shape[0], x.shape[1] // 8, 8])).reshape([x.shape[0], 4])
     return gl.convert_layout(gl.max(each, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
 
 
