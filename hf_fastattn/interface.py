@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from hf_fastattn.dense.causal_layout import CausalLayout, layout_of, with_layout
+from hf_fastattn.dense.causal_layout import ATTRIBUTE, CausalLayout, layout_of, unpadded_mask, with_layout
 from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock, why_stock_is_enough
 from hf_fastattn.dense.dense_attention import dense_attention
 from hf_fastattn.dense.interface_counters import InterfaceCounters, counters
-from hf_fastattn.dense.stock_attention import stock_attention
+from hf_fastattn.dense.stock_attention import OneLaunch, stock_attention
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.stock_batching.attention import PagedLayer, paged_layer_attention
 from hf_fastattn.stock_batching.doors import NAME, NAMES, open_doors
@@ -113,7 +113,7 @@ def _padding_mask(
     """`[B, filled]` bool with its layout; None unless all padding of the mask `given` is on the left."""
     if given is None:
         layout: CausalLayout | None = CausalLayout.unpadded(rows, filled, device, kv_length, window)
-        mask = torch.ones(1, 1, dtype=torch.bool, device=device).expand(rows, filled)
+        mask = unpadded_mask(rows, filled, device)
     else:
         held = layout_of(given)
         if held is not None and (held.filled, held.kv_length, held.window) == (filled, kv_length, window):
@@ -142,12 +142,17 @@ def attention_forward(
         Output `[B, S, H, D]`, and None for the weights unless `output_attentions` is set.
     """
     mask = attention_mask
+    known = None if torch.compiler.is_compiling() else getattr(mask, ATTRIBUTE, None)
+    if known is not None and known.one_launch is not None and known.one_launch.fits(query, key, kwargs):
+        counters.fallbacks[ONE_LAUNCH] += 1
+        return known.one_launch.attend(module, query, key, value, kwargs), None
     batched = _layer_of_batch(module, key, value, kwargs)
     if batched is not None:
         return _attend_batched(batched, query, key, value, kwargs), None
-    if _is_known_to_suffice(query, key, mask, kwargs):
-        counters.fallbacks[ONE_LAUNCH] += 1
-        return stock_attention(module, query, key, value, None, **kwargs)
+    if known is not None and known.backends and not torch.is_grad_enabled():
+        chosen = known.backends.get(_like(module, query, key, value, kwargs))
+        if chosen is not None:
+            return _attend(query, key, value, known, chosen, kwargs), None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     # Not needed where the mask has a layout or is 4-D: then the mask itself says what is visible.
@@ -162,15 +167,14 @@ def attention_forward(
         if why is None:
             backend, why = _backend(query, key)
         if why is None:
-            counters.kernels[backend] += 1
+            if layout is not None:
+                layout.backends[_like(module, query, key, value, kwargs)] = backend
             layout = layout or CausalLayout.unpadded(query.shape[0], key.shape[2], query.device)
-            scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-            options = {"backend": backend, "scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
-            return dense_attention(query, key, value, layout, **options), None
+            return _attend(query, key, value, layout, backend, kwargs), None
         counters.fallbacks[why] += 1
         _log(why)
         if why is ONE_LAUNCH and layout is not None:
-            layout.one_launch = (query.shape, key.shape)
+            layout.one_launch = OneLaunch.of(module, query, key, value, kwargs)
     if mask is not None and mask.ndim == 2:
         mask = _dense_mask(mask, query, key, causal, window) if layout is None else layout.dense_mask(query.shape[2])
     return stock_attention(module, query, key, value, mask, **kwargs)
@@ -201,12 +205,22 @@ def _attend_batched(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor
     return paged_layer_attention(layer, query, backend=backend, **options)
 
 
-def _is_known_to_suffice(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer before, with this mask and these shapes, was best served by PyTorch's attention in one launch."""
-    if mask is None or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or torch.compiler.is_compiling():
-        return False
-    layout = layout_of(mask)
-    return layout is not None and layout.one_launch == (query.shape, key.shape)
+def _like(module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a choice depends on beside the mask, where nothing needs gradients."""
+    given = kwargs.get
+    causal, groups = getattr(module, "is_causal", True), getattr(module, "num_key_value_groups", 1)
+    options = (given("scaling"), given("softcap"), given("is_causal"), given("dropout"), given("output_attentions"))
+    absent = (given("s_aux") is None, given("position_bias") is None, given("cache") is None)
+    tensors = (query.shape, key.shape, value.shape, key.stride(), query.dtype, key.dtype, value.dtype, query.device)
+    return causal, groups, *options, *absent, *tensors
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, layout: CausalLayout, backend: str, kwargs: dict[str, Any]) -> Tensor:
+    """`[B, S, H, D]` of our kernels."""
+    counters.kernels[backend] += 1
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    options = {"backend": backend, "scale": scale, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    return dense_attention(query, key, value, layout, **options)
 
 
 def _layout(query: Tensor, key: Tensor, mask: Tensor, causal: bool, window: int | None) -> CausalLayout | None:
@@ -216,7 +230,7 @@ def _layout(query: Tensor, key: Tensor, mask: Tensor, causal: bool, window: int 
     if mask.ndim == 2 and layout is None and causal and mask.shape[1] <= keys:
         # A copy, as on another device where a model is split, has lost its layout.
         layout = CausalLayout.of_mask(mask, keys, window)
-    fits = layout is not None and len(layout.starts) == rows and layout.kv_length == keys and queries <= layout.filled
+    fits = layout is not None and layout.rows == rows and layout.kv_length == keys and queries <= layout.filled
     return layout if fits else None
 
 

@@ -118,7 +118,22 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     except BaseException:
         _take_back(target, scope)
         raise
+    _prepare_compiler(target, family, resolved)
     return model
+
+
+def _prepare_compiler(model: Any, family: Family, config: FastAttnConfig) -> None:
+    """Have Triton get ready, in a thread, where the first call will compile kernels."""
+    module = next(iter(_attentions(model, family)), None)
+    if module is None or config.backend == "reference":
+        return
+    device = next(module.parameters()).device
+    if device.type != "cuda" or choose_backend("auto", device, model.dtype, module.head_dim)[0] == "reference":
+        return
+    from hf_fastattn.kernels.rehearsal import can_rehearse, identify_compiler
+
+    if can_rehearse():
+        identify_compiler()
 
 
 def unpatch(model: Model) -> Model:

@@ -1,16 +1,19 @@
 """Rehearsals: forwards whose launches are compiled instead of made, by several threads at once.
 
-Triton compiles a kernel when it is first launched, one after the other. Most of that time it does not hold Python's lock, so
-that threads compile side by side: what comes after a rehearsal waited for the slowest of its kernels, not for all of them.
-The same holds for the launcher that Triton has a C compiler make for each list of arguments.
+Triton compiles a kernel when it is first launched, one after the other. In a rehearsal each has a thread that has a process
+compile it (`compile_aside.py`): what comes after waited for the slowest of its kernels, not for all of them. The same holds
+for the launcher that Triton has a C compiler make for each list of arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -20,23 +23,38 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
+from hf_fastattn.kernels.compile_aside import Aside
 from hf_fastattn.kernels.launch import TESTED
 
 logger = logging.getLogger("hf_fastattn")
 
 # Reading a kernel's source does hold the lock, a quarter of the time: with more threads the slowest one would wait longer.
 MOST_THREADS = 6
+# At a time; each takes a core and some 200 MB.
+MOST_PROCESSES = 32
 # Where launches are of compiled kernels; tests add the CPU.
 DEVICES = ("cuda",)
 # Of this thread alone: what others launch meanwhile is launched.
 _rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
 
 
-class _Threads(ThreadPoolExecutor):
-    """Threads that compile kernels, as Triton hands them over, and their launchers."""
+def mode(threads: Executor) -> Any:
+    """Triton's mode in which threads compile what launches ask for, each kernel in a process of its own where one helps."""
+    from triton.runtime._async_compile import AsyncCompileMode
 
-    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
-        return super().submit(_with_launcher, compile_kernel)
+    aside, turns = Aside(), threading.BoundedSemaphore(MOST_THREADS)
+
+    def compiled(key: str, compile_kernel: Callable[[], Any]) -> Any:
+        aside.compile(key, functools.partial(_with_launcher, compile_kernel))
+        # From disk, if another process has compiled it.
+        with contextlib.nullcontext() if aside.works else turns:
+            return _with_launcher(compile_kernel)
+
+    class Mode(AsyncCompileMode):
+        def submit(self, key: str, compile_kernel: Callable[[], Any], *finish: Any) -> Any:
+            return super().submit(key, functools.partial(compiled, key, compile_kernel), *finish)
+
+    return Mode(threads)
 
 
 def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
@@ -69,13 +87,37 @@ def is_under_way() -> bool:
     return _rehearses.get()
 
 
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def can_rehearse() -> bool:
     """Whether kernels are compiled, by a version of Triton whose threads were tried, and nobody else compiles ahead."""
-    if knobs.runtime.interpret or not triton.__version__.startswith(TESTED) or (os.cpu_count() or 1) < 2:
+    if knobs.runtime.interpret or not triton.__version__.startswith(TESTED) or processors() < 2:
         return False
     from triton.runtime._async_compile import active_mode
 
     return active_mode.get() is None and not _rehearses.get()
+
+
+@functools.cache
+def identify_compiler() -> threading.Thread:
+    """A thread that has Triton look at itself, once a process: files of 500 MB are read for the names of kernels on disk."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
+
+    def run() -> None:
+        try:
+            triton_key()
+            make_backend(driver.active.get_current_target()).hash()
+        except Exception as error:
+            # The first kernel finds the same fault, or there is none.
+            logger.debug("hf_fastattn could not look at Triton ahead: %s: %s", type(error).__name__, error)
+
+    thread = threading.Thread(target=run, name="hf_fastattn identifies Triton", daemon=True)
+    thread.start()
+    return thread
 
 
 def compile_ahead(device: torch.device, run: Callable[[], Any]) -> None:
@@ -97,11 +139,12 @@ def rehearsal() -> Iterator[None]:
     Whatever launches would have written is arbitrary: nothing inside may read it but other launches, and the forward is to
     run again from the same inputs.
     """
-    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+    from triton.runtime._async_compile import active_mode
 
+    identify_compiler().join()
     before = _rehearses.set(True)
     try:
-        with _Threads(min(os.cpu_count() or 1, MOST_THREADS)) as threads, AsyncCompileMode(threads):
+        with ThreadPoolExecutor(min(processors(), MOST_PROCESSES)) as threads, mode(threads):
             yield
     finally:
         # Triton 3.6 leaves a mode on whose kernels did not all compile, and would hand its threads every later launch.

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 
 if TYPE_CHECKING:
+    from hf_fastattn.dense.stock_attention import OneLaunch
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.kernels.relaunch import Launch
 
@@ -31,16 +32,19 @@ class CausalLayout:
     """Queries that are the last of `filled` tokens; each sees the real keys up to its own, `window` of them at most.
 
     Attributes:
-        starts: `[B]` int32, the first key of each row that is no padding.
+        rows: sequences (B).
+        device: of the tensors.
         padded: whether a row has padding, host.
         filled: keys that hold tokens; what lies behind them in a static cache is never read.
         kv_length: keys that the tensor has room for (L).
         window: keys a query sees, itself included; None for all.
         launches: those of the first layer of a kind, with their LSE, which further layers repeat; by what must agree.
-        one_launch: shapes of queries and keys for which PyTorch's attention without a mask does all in one launch.
+        one_launch: PyTorch's attention without a mask, if that did all in one launch for a layer before.
+        backends: those chosen for calls of earlier layers, by all that the choice depends on.
     """
 
-    starts: Tensor
+    rows: int
+    device: torch.device
     padded: bool
     filled: int
     kv_length: int
@@ -49,15 +53,15 @@ class CausalLayout:
     _plans: dict[tuple[int, int], ReadPlan] = field(default_factory=dict)
     _workspaces: dict[int, Workspace] = field(default_factory=dict)
     launches: dict[tuple[Any, ...], tuple[Launch, Tensor]] = field(default_factory=dict)
-    one_launch: tuple[torch.Size, torch.Size] | None = None
+    one_launch: OneLaunch | None = None
+    backends: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     @classmethod
     def unpadded(
         cls, rows: int, filled: int, device: torch.device, kv_length: int | None = None, window: int | None = None
     ) -> CausalLayout:
         """The layout of `rows` rows of `filled` tokens."""
-        starts = torch.zeros(rows, dtype=torch.int32, device=device)
-        return cls(starts, False, filled, kv_length or filled, window)
+        return cls(rows, device, False, filled, kv_length or filled, window)
 
     @classmethod
     def of_mask(cls, mask: Tensor, kv_length: int, window: int | None = None) -> CausalLayout | None:
@@ -72,9 +76,19 @@ class CausalLayout:
         places = torch.arange(filled, device=mask.device)
         on_the_left = (real == (places >= starts[:, None])).all()
         left, padded = torch.stack((on_the_left, (starts > 0).any())).tolist()
-        return cls(starts, padded, filled, kv_length, window) if left else None
+        return cls.of_starts(starts, padded, filled, kv_length, window) if left else None
+
+    @classmethod
+    def of_starts(cls, starts: Tensor, padded: bool, filled: int, kv_length: int, window: int | None = None) -> CausalLayout:
+        """The layout of rows whose first real keys are `starts`, `[B]` int32."""
+        return cls(len(starts), starts.device, padded, filled, kv_length, window, {("starts", 0, 0): starts})
 
     # ---- for the Triton kernels -------------------------------------------------------------------------------
+
+    @property
+    def starts(self) -> Tensor:
+        """`[B]` int32, the first key of each row that is no padding."""
+        return self._made("starts", 0, 0)
 
     @property
     def seq_lens(self) -> Tensor:
@@ -140,33 +154,52 @@ class CausalLayout:
             self._tensors[key] = getattr(self, f"_make_{name}")(first, second)
         return self._tensors[key]
 
+    def _make_starts(self, _: int, __: int) -> Tensor:
+        return torch.zeros(self.rows, dtype=torch.int32, device=self.device)
+
     def _make_seq_lens(self, _: int, __: int) -> Tensor:
         if not self.padded:
-            return torch.full_like(self.starts, self.filled)
+            return torch.full((self.rows,), self.filled, dtype=torch.int32, device=self.device)
         return self.filled - self.starts
 
     def _make_cu_seqlens(self, queries: int, _: int) -> Tensor:
-        rows, device = len(self.starts), self.starts.device
-        return torch.arange(rows + 1, dtype=torch.int32, device=device) * queries
+        return torch.arange(self.rows + 1, dtype=torch.int32, device=self.device) * queries
 
     def _make_page_table(self, row_step: int, page_size: int) -> Tensor:
-        rows, device = len(self.starts), self.starts.device
+        rows, device = self.rows, self.device
         pages = torch.arange(0, self.filled, page_size, dtype=torch.int32, device=device)[None]
         if rows > 1 and row_step:
             pages = torch.arange(0, rows * row_step, row_step, dtype=torch.int32, device=device)[:, None] + pages
         return pages + self.starts[:, None] if self.padded or len(pages) < rows else pages
 
     def _make_real_queries(self, queries: int, _: int) -> Tensor:
-        return torch.arange(self.filled - queries, self.filled, device=self.starts.device) >= self.starts[:, None]
+        return torch.arange(self.filled - queries, self.filled, device=self.device) >= self.starts[:, None]
 
     def _make_dense_mask(self, queries: int, _: int) -> Tensor:
-        device = self.starts.device
+        device = self.device
         key = torch.arange(self.kv_length, device=device)
         query = torch.arange(self.filled - queries, self.filled, device=device)[:, None]
         seen = key <= query
         if self.window is not None:
             seen = seen & (key > query - self.window)
         return (seen & (key >= self.starts[:, None, None]))[:, None]
+
+
+def unpadded_mask(rows: int, filled: int, device: torch.device) -> Tensor:
+    """`[B, filled]` bool, true; launches nothing but for the first time on a device."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # Memory made in a capture belongs to its graph.
+    one = _make_true(device) if capturing else _kept_true(device)
+    return one.expand(rows, filled)
+
+
+def _make_true(device: torch.device) -> Tensor:
+    # It outlives the mode that it is made in.
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, dtype=torch.bool, device=device)
+
+
+_kept_true = functools.lru_cache(maxsize=16)(_make_true)
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+
+# Options with which attention is more than a softmax over what the mask shows.
+NOT_PLAIN = frozenset(("softcap", "s_aux", "output_attentions", "position_bias", "cache"))
+
+
+@dataclass(frozen=True)
+class OneLaunch:
+    """A call of PyTorch's attention without a mask, as `sdpa_attention_forward` makes it of plain causal attention.
+
+    Further layers make it without looking again at what is the same for all of them: of the host's time for attention,
+    Transformers' function takes a third.
+
+    Attributes:
+        queries: the shape of queries; `keys` that of keys.
+        shared: whether several query heads share keys.
+    """
+
+    queries: torch.Size
+    keys: torch.Size
+    shared: bool
+
+    @classmethod
+    def of(cls, module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> OneLaunch | None:
+        """The call for one query, or as many as keys; None where Transformers does more, or an option asks for more."""
+        shared = getattr(module, "num_key_value_groups", 1) > 1
+        if not NOT_PLAIN.isdisjoint(kwargs) or query.shape[2] not in (1, key.shape[2]):
+            return None
+        if shared and not use_gqa_in_sdpa(None, key, value):
+            return None
+        return cls(query.shape, key.shape, shared)
+
+    def fits(self, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether another layer's call is the same but for the tensors."""
+        return query.shape == self.queries and key.shape == self.keys and NOT_PLAIN.isdisjoint(kwargs)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """`[B, S, H, D]`."""
+        causal = False
+        if self.queries[2] > 1:
+            given = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if given is None else given
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=kwargs.get("dropout", 0.0), is_causal=causal, scale=kwargs.get("scaling"),
+            enable_gqa=self.shared,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous()
 
 
 def stock_attention(

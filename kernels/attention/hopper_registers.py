@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+# Triton 3.6 reduces what a thread holds in its order: the machine code is that of the reductions below, and half as much
+# has to be compiled. Later ones reduce by pairs, which rounds otherwise.
+REDUCES_IN_ORDER = gl.constexpr(triton.__version__.startswith("3.6."))
 
 
 @gluon.jit
@@ -113,13 +118,20 @@ def _max_in_order(x):
 def partial_row_sums(x):
     """fp32 `[M, N]` to `[M, 4]`: a sum for each of the four threads that share a row. They are added once, at the end."""
     even, odd = gl.split(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]))
-    return _add_in_order(even + odd).reshape([x.shape[0], 4])
+    if REDUCES_IN_ORDER:
+        return gl.sum(even + odd, 1)
+    else:
+        return _add_in_order(even + odd).reshape([x.shape[0], 4])
 
 
 @gluon.jit
 def row_maxima(x, LAYOUT: gl.constexpr):
     """Maximum of each row of fp32 `[M, N]`, in slices of LAYOUT."""
-    each = _max_in_order(x.reshape([x.shape[0], x.shape[1] // 8, 8])).reshape([x.shape[0], 4])
+    if REDUCES_IN_ORDER:
+        pairs = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))  # [M, 4, N / 8, 2]
+        each = gl.max(pairs.reshape([x.shape[0], 4, x.shape[1] // 4]), 2)
+    else:
+        each = _max_in_order(x.reshape([x.shape[0], x.shape[1] // 8, 8])).reshape([x.shape[0], 4])
     return gl.convert_layout(gl.max(each, 1), gl.SliceLayout(1, LAYOUT), assert_trivial=True)
 
 

@@ -20,6 +20,7 @@ from hf_fastattn.graphs.drawn_offset import unmoved_offset
 from hf_fastattn.graphs.module_checks import submodules, why_not_module
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.pages.shared_runs import Run
+from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import layers_of
 
@@ -56,16 +57,38 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
         return
 
     def run() -> None:
+        # What takes longest is begun first: a prompt's attention, and drawing.
+        _attention(cache, layers, states)
+        if call is not None and call.rehearses_too is not None:
+            call.rehearses_too()
         walk(layers, states, positions)
         if steps:
             _step(decoder, cache, layers, states, walk, None if call is None else call.copies)
-        if call is not None and call.rehearses_too is not None:
-            call.rehearses_too()
 
     with unmoved_offset(device):
         compile_ahead(device, run)
     # What one layer makes for the others was not made.
     batch.forget_tables()
+
+
+def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
+    """What attention launches, where the dtype of its keys is known before there are any."""
+    batch = cache.paged_batch
+    assert batch is not None
+    modules: list[Any] = [module for layer in layers for module in submodules(layer)]
+    for module in modules:
+        state = vars(module).get(STATE)
+        if not isinstance(state, ModuleState) or not hasattr(module, "layer_idx"):
+            continue
+        if region_dtype(states.device) is not None or any(part.dtype != states.dtype for part in module.parameters()):
+            continue
+        config = module.config
+        q, k = (
+            states.new_empty(batch.tokens, heads, module.head_dim)
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        pages, window = cache.pages_for(module.layer_idx, k), cache.layers[module.layer_idx].window
+        batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
 def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:

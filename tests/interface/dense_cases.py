@@ -79,7 +79,7 @@ def check_repeated(name: str, device: str, dtype: torch.dtype = torch.float32, r
     def outputs(shared: bool) -> list[Tensor]:
         def seen() -> CausalLayout:
             room = (layout.padded, layout.filled, layout.kv_length, layout.window)
-            return CausalLayout(layout.starts[:rows].to(device), *room)
+            return CausalLayout.of_starts(layout.starts[:rows].to(device), *room)
 
         one = seen()
         layers = [[(t[:rows] * factor).to(device, dtype) for t in (case.q, case.k, case.v)] for factor in (1.0, 0.5, -0.7)]

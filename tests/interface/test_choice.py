@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fastattn import interface
 from hf_fastattn.dense import choice
@@ -19,25 +17,9 @@ from hf_fastattn.dense.choice import ONE_LAUNCH, SMALL_ON_CPU, why_stock_is_enou
 from hf_fastattn.dense.stock_attention import stock_attention
 from hf_fastattn.interface import attention_forward, counters
 from hf_fastattn.transformers_version import CACHE
+from tests.interface.operations import Operations
 from tests.interface.tiny import NEW, build_pair, tokens
 from tests.tools.models import padded_batch, tiny
-
-# Views launch nothing.
-VIEWS = ("view", "slice", "select", "transpose", "expand", "unsqueeze", "as_strided", "t.", "detach", "alias", "permute")
-
-
-class Operations(TorchDispatchMode):
-    """Counts what would be launched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        if not any(word in name for word in VIEWS):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step_operations(model: Any, padded: bool, layers: int) -> float:
@@ -194,7 +176,7 @@ def test_the_rule_on_a_cpu(
 
 def rule(cuda: bool, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
     options = {"padded": False, "filled": 40, "kv_length": 40, "window": None, **layout}
-    seen = CausalLayout(torch.zeros(2, dtype=torch.int32), **options)
+    seen = CausalLayout.of_starts(torch.zeros(2, dtype=torch.int32), **options)
     module, key = SimpleNamespace(num_key_value_groups=4), tensors(cuda, heads=2, queries=options["kv_length"])
     return why_stock_is_enough(module, tensors(cuda, **query), key, seen, kwargs)
 

@@ -53,7 +53,7 @@ def test_dense_keys_as_pages_on_a_gpu(name: str) -> None:
     want = oracle(case, 0.3, options.get("window"), softcap, logits)
     layout = layout_of(case.mask)
     assert layout is not None
-    layout = CausalLayout(layout.starts.cuda(), True, layout.filled, layout.kv_length, layout.window)
+    layout = CausalLayout.of_starts(layout.starts.cuda(), True, layout.filled, layout.kv_length, layout.window)
     value = case.v.transpose(1, 2).contiguous().transpose(1, 2) if other else case.v
     out = dense_attention.dense_attention(
         case.q.cuda(), case.k.cuda(), value.cuda(), layout, backend="triton", scale=0.3, softcap=softcap,

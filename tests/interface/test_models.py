@@ -108,7 +108,7 @@ def test_the_models_would_notice(fault: str, monkeypatch: pytest.MonkeyPatch) ->
         shift = {"one more key": -1, "one key less": 1}.get(fault, 0)
         starts = (layout.starts + shift * (layout.starts > 0)).int()
         window = None if layout.window is None else layout.window + wider
-        layout = CausalLayout(starts, layout.padded, layout.filled, layout.kv_length, window)
+        layout = CausalLayout.of_starts(starts, layout.padded, layout.filled, layout.kv_length, window)
         drop = {"no softcap": "softcap", "no sinks": "sinks"}.get(fault)
         options = {name: None if name == drop else value for name, value in options.items()}
         return right(q, k, v, layout, scale=scale * (1.1 if fault == "scale" else 1), **options)

@@ -134,3 +134,32 @@ def test_a_rehearsal_that_fails_is_no_failure(decoder: Any, caplog: pytest.LogCa
     with caplog.at_level("INFO", "hf_fastattn"), forward(decoder, 2, 9) as cache:
         assert len(walks(decoder, cache, 9, fails=True)) == 1
     assert "no such kernel" in caplog.text
+
+
+def test_attention_and_the_choice_are_begun_first(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def attend(
+        batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Any, *, scale: float, variant: Any
+    ) -> None:
+        seen.append((q.shape, q.dtype, k.shape[1:], window, scale, batch.tokens))
+
+    monkeypatch.setattr(Batch, "attend", attend)
+    within(decoder, Call(rehearses_too=lambda: seen.append("choice")), monkeypatch)
+    real = decoder.layers[0].self_attn
+    with forward(decoder, 2, 9) as cache, monkeypatch.context() as patched:
+        rehearsed = "hf_fastattn.kernels.rehearsal.compile_ahead"
+        patched.setattr(rehearsed, lambda device, run: (run(), seen.append("end")))
+        walks(decoder, cache, 9)
+        heads = (decoder.config.num_attention_heads, decoder.config.num_key_value_heads)
+        size = (decoder._fastattn.runtime.config.page_size, heads[1], real.head_dim)
+        assert seen == [((18, heads[0], real.head_dim), torch.float32, size, None, real.scaling, 18), "choice", "end"]
+
+
+def test_keys_whose_dtype_is_not_known_are_not_made(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Batch, "attend", lambda *given, **options: seen.append("attention"))
+    decoder.layers[0].self_attn.q_proj.to(torch.bfloat16)
+    with forward(decoder, 2, 9) as cache:
+        assert len(walks(decoder, cache, 9)) == 1
+    assert seen == []

@@ -22,6 +22,7 @@ FLOORS = {
     "kernels": (
         "page_formats",
         "launch",
+        "compile_aside",
         "rehearsal",
         "relaunch",
         "quick_launch",

@@ -1,0 +1,133 @@
+"""`Aside`: a kernel compiled in a process of its own, which leaves it on disk for the one that launches it.
+
+Triton reads a kernel's source, and LLVM's passes run their Python parts, under Python's lock: of a first call's two dozen
+kernels threads compile few at once. A forked process has all modules loaded, so that it begins at once, and a lock of its
+own. It touches no device, and ends without any clean-up of what it has inherited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime.cache import get_cache_manager
+
+logger = logging.getLogger("hf_fastattn")
+
+# A process of much memory takes long to fork, and holds Python's lock meanwhile.
+SLOW_FORK = 0.2
+# Seconds after which a process is given up, as one that waits for a lock which a thread held when it was forked.
+MOST_SECONDS = 120
+# Without the numbers of source lines, which profilers show, the largest kernels compile in three quarters of the time.
+LINES = "TRITON_DISABLE_LINE_INFO"
+# Tokenizers' library warns on the terminal of every fork after it has used threads, where this variable is not set.
+TOKENIZERS = "TOKENIZERS_PARALLELISM"
+
+
+class Aside:
+    """Processes that compile, as long as all goes well: the first that fails, or is slow to fork, is the last.
+
+    Attributes:
+        works: whether another one would be tried.
+    """
+
+    def __init__(self) -> None:
+        self.works = _can_fork()
+        self._forking = threading.Lock()
+
+    def compile(self, key: str, run: Callable[[], Any]) -> None:
+        """Have `run` called in another process, if what it compiles is not on disk; returns when it has ended.
+
+        Args:
+            key: Triton's, of the kernel.
+        """
+        if not self.works or _is_kept(key):
+            return
+        try:
+            with self._forking:
+                began = time.perf_counter()
+                process = _fork(run) if self.works else None
+                self.works &= time.perf_counter() - began < SLOW_FORK
+            if process is not None and not _ends_well(process):
+                self.works = False
+        except OSError as error:
+            self.works = False
+            logger.info("hf_fastattn compiles in threads alone: %s", error)
+
+
+def _can_fork() -> bool:
+    """Whether a process can be forked, and waited for, without harm to what else runs."""
+    # Networks may have pages registered that must not be copied.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return alone and hasattr(os, "fork") and hasattr(os, "pidfd_open") and not knobs.compilation.always_compile
+
+
+def _is_kept(key: str) -> bool:
+    """Whether Triton finds the kernel on disk; also if kernels are kept in a way that is not known."""
+    folder = getattr(get_cache_manager(hashlib.sha256(key.encode()).hexdigest()), "cache_dir", None)
+    return folder is None or any(Path(folder).glob("__grp__*.json"))
+
+
+def _fork(run: Callable[[], Any]) -> int:
+    """The id of a process that calls `run` and ends, with status 0 if nothing was raised."""
+    with _quiet_tokenizers():
+        process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        # What is collected may be a tensor's memory on a device that this process must not call.
+        gc.disable()
+        os.environ.setdefault(LINES, "1")
+        run()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@contextlib.contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    sets = "tokenizers" in sys.modules and TOKENIZERS not in os.environ
+    if sets:
+        # What it does without the variable.
+        os.environ[TOKENIZERS] = "true"
+    try:
+        yield
+    finally:
+        if sets:
+            os.environ.pop(TOKENIZERS, None)
+
+
+def _ends_well(process: int) -> bool:
+    """Waits for a process, which is ended if it takes too long or waiting is interrupted."""
+    ended = False
+    try:
+        watched = os.pidfd_open(process)
+        try:
+            poll = select.poll()
+            poll.register(watched, select.POLLIN)
+            ended = bool(poll.poll(1000 * MOST_SECONDS))
+        finally:
+            os.close(watched)
+    finally:
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+        try:
+            _, status = os.waitpid(process, 0)
+        except ChildProcessError:
+            # Where signals of children are ignored, nobody has to wait, and nobody learns how one ended.
+            status = 0
+    return ended and status == 0
