@@ -1,4 +1,9 @@
-"""Triton: products of 1 to 16 tokens with weights of 4-bit codes (bitsandbytes), on the matrix unit."""
+"""Triton: products of 1 to 16 tokens with weights of 4-bit codes (bitsandbytes), on the matrix unit.
+
+A program takes 16 rows of a weight, or of gate and of up; its warps share the columns, 256 at a time. Codes become pairs of
+16-bit numbers by a table of all bytes in shared memory, which each lane has a bank of (`fragments.py`). Blocks are multiplied
+with numbers of 16 bits, and their sums with the magnitudes in fp32: a value errs less than by rounding to 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -11,272 +16,219 @@ from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.quantised.codes_row import pick_codes
-from hf_fastattn.kernels.quantised.fragments import codes_assembly, permuted_assembly, table_assembly
-from hf_fastattn.kernels.quantised.nibbles import MATRIX, _compared, block_scales, matrix_bits
+from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly, table_assembly
+from hf_fastattn.kernels.quantised.lanes import (
+    added_up,
+    by_half,
+    either,
+    emulated_product,
+    no_sums,
+    numbers_of,
+    of_lane,
+    plus_scaled,
+    store_sums,
+    two_words,
+)
+from hf_fastattn.kernels.quantised.nibbles import MATRIX, compared, matrix_bits
+from hf_fastattn.kernels.quantised.weights import VALUES
 
-BF16, FP16 = torch.bfloat16, torch.float16
-NF4, FP4 = "nf4", "fp4"
+# Rows of a fragment, and columns that a warp takes at once: four of its blocks.
+ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(256)
+# What a fragment's product takes at once; blocks are no smaller.
+PRODUCT_COLUMNS = tl.constexpr(64)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TABLES = tl.constexpr({
     f"{kind} {name} {entries}": table_assembly(matrix_bits(kind, dtype), entries)
-    for kind in ("nf4", "fp4") for name, dtype in (("bf16", BF16), ("fp16", FP16)) for entries in (1, 2, 4)
-})
-PRODUCTS = tl.constexpr({f"{name} {groups}": codes_assembly(form, groups) for name, form in (("bf16", "bf16"), ("fp16", "f16")) for groups in (1, 2)})
-PERMUTED = tl.constexpr({f"bf16 {groups}": permuted_assembly("bf16", groups, matrix_bits("nf4", BF16)) for groups in (1, 2)})
-SHUFFLED = tl.constexpr([f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff;" for lane in range(4)])
+    for kind in VALUES for name, dtype in DTYPES.items() for entries in (1, 2, 4)
+})  # fmt: skip
+PRODUCTS = tl.constexpr({f"{name} {groups}": codes_assembly(name, groups) for name in FORMS for groups in (1, 2)})
 
 
 @triton.jit
-def _table(tid, THREADS: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
-    ENTRIES: tl.constexpr = 256 // THREADS if THREADS < 256 else 1
-    return tl.inline_asm_elementwise(
-        TABLES.value[f"{KIND} {dtype} {ENTRIES}"], "=&r,r,r,r", [tid & 255, tid & 31, tl.full(tid.shape, THREADS, tl.int32)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )
-
-
-@triton.jit
-def _of_lane(x, LANE: tl.constexpr):
-    """x of lane number LANE of the four that share rows."""
+def _table(thread, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Where in shared memory the column of each lane in the table of values begins."""
+    THREADS: tl.constexpr = thread.shape[0]
     if ASSEMBLY:
-        found = tl.inline_asm_elementwise(SHUFFLED.value[LANE], "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+        ENTRIES: tl.constexpr = 256 // THREADS if THREADS < 256 else 1
+        distance = tl.full(thread.shape, THREADS, tl.int32)
+        table = tl.inline_asm_elementwise(
+            TABLES.value[f"{KIND} {dtype} {ENTRIES}"], "=&r,r,r,r", [thread % 256, thread % 32, distance],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
     else:
-        four = tl.reshape(x, (x.shape[0] // 4, 4))
-        column = tl.arange(0, 4)[None, :]
-        found = tl.sum(tl.where(column == LANE, four, 0.0), 1)
-        found = tl.reshape(tl.broadcast_to(found[:, None], (x.shape[0] // 4, 4)), x.shape)
+        table = thread
+    return table
+
+
+@triton.jit
+def _product(low, high, x, table, KIND: tl.constexpr, dtype: tl.constexpr, SUMS: tl.constexpr):
+    """The sums of 64 columns, as those of `plus_scaled`."""
+    if not ASSEMBLY:
+        values: tl.constexpr = MATRIX.value[f"{KIND} {dtype}"]
+        at = tl.arange(0, 16)[None, :]
+        # The upper code of a byte is that of the earlier column.
+        shift = (8 * (at // 2) + 4 * (1 - at % 2)).to(tl.int64)
+        a, b = compared(low[:, None] >> shift & 15, values), compared(high[:, None] >> shift & 15, values)
+        found = emulated_product(a, b, numbers_of(x[0], x[1], x[2], x[3], dtype))
+        if SUMS == 8:
+            found = found + emulated_product(a, b, numbers_of(x[4], x[5], x[6], x[7], dtype))
+    elif SUMS == 8:
+        found = tl.inline_asm_elementwise(
+            PRODUCTS.value[f"{dtype} 2"], "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,l,l,r",
+            [low, high, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], table],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            PRODUCTS.value[f"{dtype} 1"], "=&f,=&f,=&f,=&f,l,l,l,l,l,l,r", [low, high, x[0], x[1], x[2], x[3], table],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
     return found
 
 
 @triton.jit
-def _words(low_ptr, high_ptr, at):
-    """Codes of four blocks of rows g and g + 8."""
-    return (
-        tl.load(low_ptr + at, eviction_policy="evict_first"), tl.load(high_ptr + at, eviction_policy="evict_first"),
-        tl.load(low_ptr + at + 4, eviction_policy="evict_first"), tl.load(high_ptr + at + 4, eviction_policy="evict_first"),
-        tl.load(low_ptr + at + 8, eviction_policy="evict_first"), tl.load(high_ptr + at + 8, eviction_policy="evict_first"),
-        tl.load(low_ptr + at + 12, eviction_policy="evict_first"), tl.load(high_ptr + at + 12, eviction_policy="evict_first"),
-    )
+def _held(weight, low, high, lane, part, K: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr):
+    """Of part number `part` of rows `low` and `high`: 8 bytes of codes in each of four times 64 columns, and two magnitudes.
 
-
-@triton.jit
-def _one_group(low, high, x, table, dtype: tl.constexpr, PERM: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        PERMUTED.value[f"{dtype} 1"] if PERM else PRODUCTS.value[f"{dtype} 1"], "=&f,=&f,=&f,=&f,l,l,l,l,l,l,r", [low, high, x[0], x[1], x[2], x[3], table],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
-    )
-
-
-@triton.jit
-def _two_groups(low, high, x, table, dtype: tl.constexpr, PERM: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        PERMUTED.value[f"{dtype} 2"] if PERM else PRODUCTS.value[f"{dtype} 2"], "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,l,l,l,l,l,l,l,l,l,l,r",
-        [low, high, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], table],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=False, pack=1,
-    )
-
-
-WIDE = tl.constexpr("ld.global.v2.b64 {$0, $1}, [$2];")
-WIDE_ONCE = tl.constexpr("ld.global.L1::evict_first.v2.b64 {$0, $1}, [$2];")
-
-
-@triton.jit
-def two_words(pointers, ONCE: tl.constexpr):
-    """Two int64 side by side, at addresses of whole 16 bytes."""
-    if ASSEMBLY:
-        first, second = tl.inline_asm_elementwise(
-            WIDE_ONCE if ONCE else WIDE, "=l,=l,l", [pointers.to(tl.int64)], dtype=(tl.int64, tl.int64), is_pure=False, pack=1
-        )
+    Magnitudes are as they lie in memory: what they stand for is looked up when they are there, and no load waits for another.
+    """
+    codes_ptr, absmax_ptr, nested_ptr, _, _ = weight
+    # Where there are no more columns the last are read again: x is zero there.
+    last: tl.constexpr = K // PRODUCT_COLUMNS.value - 1
+    p, q = codes_ptr + low * (K // 16) + lane, codes_ptr + high * (K // 16) + lane
+    if K % COLUMNS.value == 0:
+        first = 4 * tl.minimum(part, K // COLUMNS.value - 1)
+        block = first + lane
+        a = 4 * first
+        b, c, d = a + 4, a + 8, a + 12
     else:
-        first, second = tl.load(pointers), tl.load(pointers + 1)
-    return first, second
+        first = 4 * part
+        block = tl.minimum(first + lane, last)
+        a, b = 4 * tl.minimum(first, last), 4 * tl.minimum(first + 1, last)
+        c, d = 4 * tl.minimum(first + 2, last), 4 * tl.minimum(first + 3, last)
+    words = (
+        tl.load(p + a, eviction_policy="evict_first"), tl.load(q + a, eviction_policy="evict_first"),
+        tl.load(p + b, eviction_policy="evict_first"), tl.load(q + b, eviction_policy="evict_first"),
+        tl.load(p + c, eviction_policy="evict_first"), tl.load(q + c, eviction_policy="evict_first"),
+        tl.load(p + d, eviction_policy="evict_first"), tl.load(q + d, eviction_policy="evict_first"),
+    )  # fmt: skip
+    at_low = low * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
+    at_high = high * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
+    absmax = (tl.load(absmax_ptr + at_low), tl.load(absmax_ptr + at_high))
+    if NESTED:
+        absmax = absmax + (tl.load(nested_ptr + at_low // 256), tl.load(nested_ptr + at_high // 256))
+    return words, absmax
 
 
 @triton.jit
-def _x_of(x_ptr, at, GROUPS: tl.constexpr, stride_x):
-    p = x_ptr + at
-    a, b = two_words(p, False)
-    c, d = two_words(p + 2, False)
+def _scales(weight, absmax, NESTED: tl.constexpr):
+    """The magnitudes that two rows have."""
+    _, _, _, levels_ptr, offset = weight
+    if NESTED:
+        low = tl.load(levels_ptr + absmax[0].to(tl.int32)) * absmax[2] + offset
+        high = tl.load(levels_ptr + absmax[1].to(tl.int32)) * absmax[3] + offset
+    else:
+        low, high = absmax
+    return low, high
+
+
+@triton.jit
+def _of_either(up, a, b, NESTED: tl.constexpr):
+    """For each thread what a kernel reads of weight b where `up`, and of a elsewhere."""
+    codes = either(up, a[0], b[0])
+    absmax = either(up, a[1], b[1])
+    nested, levels, offset = absmax, absmax, 0.0
+    if NESTED:
+        nested = either(up, a[2], b[2])
+        levels = either(up, a[3], b[3])
+        offset = tl.where(up, b[4], a[4])
+    return codes, absmax, nested, levels, offset
+
+
+@triton.jit
+def _x_of(x_ptr, other_ptr, product, K: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr):
+    """16 columns, those of product number `product`, of each lane's token, and with eight sums of its other token."""
+    last: tl.constexpr = K // PRODUCT_COLUMNS.value - 1
+    at = 16 * (product if WHOLE else tl.minimum(product, last))
+    a, b = two_words(x_ptr + at, False)
+    c, d = two_words(x_ptr + at + 2, False)
+    if not WHOLE:
+        inside = product <= last
+        a, b, c, d = tl.where(inside, a, 0), tl.where(inside, b, 0), tl.where(inside, c, 0), tl.where(inside, d, 0)
     found = (a, b, c, d)
-    if GROUPS == 2:
-        q = p + 8 * (stride_x // 4)
-        e, f = two_words(q, False)
-        h, i = two_words(q + 2, False)
-        found = (a, b, c, d, e, f, h, i)
+    if SUMS == 8:
+        e, f = two_words(other_ptr + at, False)
+        g, h = two_words(other_ptr + at + 2, False)
+        if not WHOLE:
+            e, f, g, h = tl.where(inside, e, 0), tl.where(inside, f, 0), tl.where(inside, g, 0), tl.where(inside, h, 0)
+        found = (a, b, c, d, e, f, g, h)
     return found
-
-
-@triton.jit
-def _block(acc, low, high, x, s_low, s_high, table, ONE: tl.constexpr, GROUPS: tl.constexpr, dtype: tl.constexpr, PERM: tl.constexpr):
-    if ONE:
-        c0, c1, c2, c3 = _one_group(low, high, x, table, dtype, PERM)
-        found = (acc[0] + c0 * s_low, acc[1] + c2 * s_high)
-    elif GROUPS == 1:
-        c0, c1, c2, c3 = _one_group(low, high, x, table, dtype, PERM)
-        found = (acc[0] + c0 * s_low, acc[1] + c1 * s_low, acc[2] + c2 * s_high, acc[3] + c3 * s_high)
-    else:
-        c0, c1, c2, c3, d0, d1, d2, d3 = _two_groups(low, high, x, table, dtype, PERM)
-        found = (
-            acc[0] + c0 * s_low, acc[1] + c1 * s_low, acc[2] + c2 * s_high, acc[3] + c3 * s_high,
-            acc[4] + d0 * s_low, acc[5] + d1 * s_low, acc[6] + d2 * s_high, acc[7] + d3 * s_high,
-        )
-    return found
-
-
-@triton.jit
-def _zeros(THREADS: tl.constexpr, ONE: tl.constexpr, GROUPS: tl.constexpr):
-    z = tl.zeros([THREADS], tl.float32)
-    if ONE:
-        found = (z, z)
-    elif GROUPS == 1:
-        found = (z, z, z, z)
-    else:
-        found = (z, z, z, z, z, z, z, z)
-    return found
-
-
-@triton.jit
-def _added_up(acc, ONE: tl.constexpr, GROUPS: tl.constexpr):
-    """`[32, sums]`."""
-    W: tl.constexpr = acc[0].shape[0] // 32
-    if ONE:
-        all = tl.reshape(tl.join(acc[0], acc[1]), (W, 32, 2))
-    elif GROUPS == 1:
-        all = tl.reshape(tl.join(tl.join(acc[0], acc[2]), tl.join(acc[1], acc[3])), (W, 32, 4))
-    else:
-        first = tl.join(tl.join(acc[0], acc[2]), tl.join(acc[1], acc[3]))
-        all = tl.reshape(tl.join(first, tl.join(tl.join(acc[4], acc[6]), tl.join(acc[5], acc[7]))), (W, 32, 8))
-    return tl.sum(all, 0)
-
-
-@triton.jit
-def _store(y, y_ptr, residual_ptr, b_ptr, first, rows, tokens, column, stride_y, stride_r, ONE: tl.constexpr, GROUPS: tl.constexpr):
-    Q: tl.constexpr = y.shape[1]
-    lane = tl.arange(0, 32)[:, None]
-    q = tl.arange(0, Q)[None, :]
-    if ONE:
-        half, token = q, 2 * (lane % 4) + 0 * q
-    elif GROUPS == 1:
-        half, token = q // 2, 2 * (lane % 4) + q % 2
-    else:
-        half, token = q // 4, 2 * (lane % 4) + q // 2 % 2 + 8 * (q % 2)
-    n = first + lane // 4 + 8 * half
-    ok = (n < rows) & (token < tokens)
-    if b_ptr is not None:
-        y += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + token * stride_r + n, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * stride_y + column + n, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
 def codes_matrix_kernel(
     x_ptr, w0, w1, w2, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, tokens, n0, n1, n2, stride_x, stride_y, stride_r,
     K: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, FACTOR: tl.constexpr,
-    WEIGHTS: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, PERM: tl.constexpr,
-    SETTLED: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
+    SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """16 rows of one weight, or of w0 and w1 by half of the warps each if GATED, times `x: [tokens, K]`."""
     if OVERLAP:
         gdc_launch_dependents()
-    THREADS: tl.constexpr = 32 * WARPS
-    BLOCKS: tl.constexpr = K // BLOCK
-    ROUNDS: tl.constexpr = (K // 256 + WARPS - 1) // WARPS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    OWN: tl.constexpr = 16 if GATED else 16 * TILES
-    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, OWN, WEIGHTS)
-    tid = tl.arange(0, THREADS)
-    g = tid % 32 // 4
-    t = tid % 4
-    warp = tid // 32
+    # Warps that share the columns of a weight, and how often each takes some.
+    SHARERS: tl.constexpr = WARPS // 2 if GATED else WARPS
+    ROUNDS: tl.constexpr = (K + COLUMNS.value * SHARERS - 1) // (COLUMNS.value * SHARERS)
+    WHOLE: tl.constexpr = K % (COLUMNS.value * SHARERS) == 0
+    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, ROWS.value, WEIGHTS)
+    thread = tl.arange(0, 32 * WARPS)
+    group, lane, warp = thread % 32 // 4, thread % 4, thread // 32 % SHARERS
+    up = thread >= 32 * SHARERS
     if OVERLAP and not SETTLED:
         gdc_wait()
-    codes_ptr, absmax_ptr, nested_ptr, levels_ptr, offset = pick_codes(which, w0, w1, w2, WEIGHTS, NESTED)
-    r0 = tl.minimum(tile * OWN + g, rows - 1).to(tl.int64)
-    r1 = tl.minimum(tile * OWN + g + 8, rows - 1).to(tl.int64)
-    p0 = codes_ptr + r0 * (K // 16) + t
-    p1 = codes_ptr + r1 * (K // 16) + t
-    if TILES == 2:
-        if GATED:
-            codes_u_ptr, absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u = pick_codes(1, w0, w1, w2, 2, NESTED)
-            r2, r3 = r0, r1
-        else:
-            codes_u_ptr, absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u = codes_ptr, absmax_ptr, nested_ptr, levels_ptr, offset
-            r2 = tl.minimum(tile * OWN + g + 16, rows - 1).to(tl.int64)
-            r3 = tl.minimum(tile * OWN + g + 24, rows - 1).to(tl.int64)
-        p2 = codes_u_ptr + r2 * (K // 16) + t
-        p3 = codes_u_ptr + r3 * (K // 16) + t
-    WHOLE: tl.constexpr = K % (256 * WARPS) == 0
-    LAST: tl.constexpr = K // 256 - 1
-    at = warp
-    w = _words(p0, p1, 16 * tl.minimum(at, LAST))
-    u = w
-    if TILES == 2:
-        u = _words(p2, p3, 16 * tl.minimum(at, LAST))
-    b = (256 * tl.minimum(at, LAST) + 64 * t) // BLOCK
-    s0 = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r0, b, BLOCKS, NESTED)
-    s1 = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r1, b, BLOCKS, NESTED)
-    s2, s3 = s0, s1
-    if TILES == 2:
-        s2 = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r2, b, BLOCKS, NESTED)
-        s3 = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r3, b, BLOCKS, NESTED)
-    if PERM:
-        table = tid
-    else:
-        table = _table(tid, THREADS, KIND, dtype)
-        tl.debug_barrier()
+    weight = pick_codes(which, w0, w1, w2, WEIGHTS, NESTED)
+    if GATED:
+        weight = _of_either(up, weight, pick_codes(1, w0, w1, w2, 2, NESTED), NESTED)
+    # Instead of masks: past the last row or token, the last one is read again. Offsets in words of 8 bytes fit 32 bits.
+    low = tl.minimum(tile * ROWS.value + group, rows - 1)
+    high = tl.minimum(tile * ROWS.value + group + 8, rows - 1)
+    words, absmax = _held(weight, low, high, lane, warp, K, BLOCK, NESTED)
+    next_words, next_absmax = words, absmax
+    if DEPTH == 2 and ROUNDS > 1:
+        next_words, next_absmax = _held(weight, low, high, lane, warp + SHARERS, K, BLOCK, NESTED)
+    # The table is made while the first codes are on their way.
+    table = _table(thread, KIND, dtype)
     if OVERLAP and SETTLED:
         gdc_wait()
-    x4_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + (0 if ONE else g * (stride_x // 4)) + 4 * t
-    acc = _zeros(THREADS, ONE, GROUPS)
-    acc_u = acc
+    x8_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + 4 * lane
+    other_ptr = x8_ptr + tl.minimum(group + 8, tokens - 1) * (stride_x // 4)
+    if SUMS > 2:
+        x8_ptr += tl.minimum(group, tokens - 1) * (stride_x // 4)
+    acc = no_sums(32 * WARPS, SUMS)
     for round in tl.range(0, ROUNDS, num_stages=1):
-        if not WHOLE:
-            inside = tl.where(at <= LAST, 1.0, 0.0)
-            s0 *= inside
-            s1 *= inside
-            if TILES == 2:
-                s2 *= inside
-                s3 *= inside
-        here = tl.minimum(at, LAST)
-        at += WARPS
-        nw, nu, n0_, n1_, n2_, n3_ = w, u, s0, s1, s2, s3
-        if AHEAD:
-            if round + 1 < ROUNDS:
-                there = tl.minimum(at, LAST)
-                b = (256 * there + 64 * t) // BLOCK
-                n0_ = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r0, b, BLOCKS, NESTED)
-                n1_ = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r1, b, BLOCKS, NESTED)
-                if TILES == 2:
-                    n2_ = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r2, b, BLOCKS, NESTED)
-                    n3_ = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r3, b, BLOCKS, NESTED)
-                nw = _words(p0, p1, 16 * there)
-                if TILES == 2:
-                    nu = _words(p2, p3, 16 * there)
+        part = round * SHARERS + warp
+        last_words, last_absmax = next_words, next_absmax
+        if round + DEPTH < ROUNDS:
+            last_words, last_absmax = _held(weight, low, high, lane, part + DEPTH * SHARERS, K, BLOCK, NESTED)
+        scale_low, scale_high = _scales(weight, absmax, NESTED)
         for i in tl.static_range(4):
-            x = _x_of(x4_ptr, here * 64 + 16 * i, GROUPS, stride_x)
-            acc = _block(acc, w[2 * i], w[2 * i + 1], x, _of_lane(s0, i), _of_lane(s1, i), table, ONE, GROUPS, dtype, PERM)
-            if TILES == 2:
-                acc_u = _block(acc_u, u[2 * i], u[2 * i + 1], x, _of_lane(s2, i), _of_lane(s3, i), table, ONE, GROUPS, dtype, PERM)
-        w, u, s0, s1, s2, s3 = nw, nu, n0_, n1_, n2_, n3_
-        if not AHEAD:
-            if round + 1 < ROUNDS:
-                here = tl.minimum(at, LAST)
-                w = _words(p0, p1, 16 * here)
-                if TILES == 2:
-                    u = _words(p2, p3, 16 * here)
-                b = (256 * here + 64 * t) // BLOCK
-                s0 = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r0, b, BLOCKS, NESTED)
-                s1 = block_scales(absmax_ptr, nested_ptr, levels_ptr, offset, r1, b, BLOCKS, NESTED)
-                if TILES == 2:
-                    s2 = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r2, b, BLOCKS, NESTED)
-                    s3 = block_scales(absmax_u_ptr, nested_u_ptr, levels_u_ptr, offset_u, r3, b, BLOCKS, NESTED)
+            x = _x_of(x8_ptr, other_ptr, 4 * part + i, K, SUMS, WHOLE)
+            product = _product(words[2 * i], words[2 * i + 1], x, table, KIND, dtype, SUMS)
+            acc = plus_scaled(acc, product, of_lane(scale_low, i), of_lane(scale_high, i), SUMS)
+        if DEPTH == 2:
+            words, absmax = next_words, next_absmax
+        else:
+            words, absmax = last_words, last_absmax
+        next_words, next_absmax = last_words, last_absmax
+    if GATED:
+        gate, of_up = by_half(added_up(acc, SUMS, 2))
+        y = silu_gate(gate / FACTOR, of_up / FACTOR)
+    else:
+        y = tl.sum(added_up(acc, SUMS, 1), 0) / FACTOR
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
-    y = _added_up(acc, ONE, GROUPS) / FACTOR
-    if GATED:
-        y = silu_gate(y, _added_up(acc_u, ONE, GROUPS) / FACTOR)
-    _store(y, y_ptr, residual_ptr, b_ptr, tile * OWN, rows, tokens, column, stride_y, stride_r, ONE, GROUPS)
-    if TILES == 2 and not GATED:
-        y = _added_up(acc_u, ONE, GROUPS) / FACTOR
-        _store(y, y_ptr, residual_ptr, b_ptr, tile * OWN + 16, rows, tokens, column, stride_y, stride_r, ONE, GROUPS)
+    store_sums(y, y_ptr, residual_ptr, b_ptr, tile * ROWS.value, rows, tokens, column, stride_y, stride_r)

@@ -1,4 +1,9 @@
-"""Triton: products of 1 to 8 tokens with weights in tinygemm's tiles, on the matrix unit."""
+"""Triton: products of 1 to 16 tokens with weights in tinygemm's tiles (`weights.TiledInts`), on the matrix unit.
+
+As `codes_matrix.py`; two tiles of 8 rows are the fragments of 16. Fragments hold `128 + q`, a number of bf16 whose last bits are
+those of the code, so that a pair of codes costs two instructions. The 136 that are too many are taken off the sums in fp32,
+where the sum of x, a product with ones, also takes the offset: `s (sum (128 + q) x) + (z - 136 s) (sum x)`.
+"""
 
 from __future__ import annotations
 
@@ -8,132 +13,213 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
-from hf_fastattn.kernels.quantised.codes_matrix import _added_up, _store, _zeros, two_words
-from hf_fastattn.kernels.quantised.fragments import tile_assembly
+from hf_fastattn.kernels.quantised.fragments import ones_assembly, tile_assembly
+from hf_fastattn.kernels.quantised.lanes import (
+    added_up,
+    by_half,
+    either,
+    emulated_product,
+    no_sums,
+    plus_scaled,
+    store_sums,
+    two_words,
+)
 
-PRODUCT, SUM = (tl.constexpr(tile_assembly(1, ones)) for ones in (False, True))
-PRODUCT_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f,l,l,l,l" + ",r" * 16)
-SUM_CONSTRAINTS = tl.constexpr("=&f,=&f,=&f,=&f" + ",r" * 16)
+# Rows of a fragment, and columns that a warp takes at once: those of a tile.
+ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(128)
+PRODUCTS = tl.constexpr([tile_assembly(groups) for groups in (1, 2)])
+ONES = tl.constexpr([ones_assembly(groups) for groups in (1, 2)])
+EIGHT_ZEROS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f")
+FOUR_ZEROS = tl.constexpr("=&f,=&f,=&f,=&f")
+WORDS = tl.constexpr(",r" * 16)
 
 
 class TilePointers(NamedTuple):
-    """What a kernel reads of a weight."""
+    """What a kernel reads of a weight: words as int64, scale and offset of a group as one int32."""
 
     words_ptr: Any
     scales_ptr: Any
 
 
 @triton.jit
-def _words(p, q, at):
-    a, b = two_words(p + at, True)
-    c, d = two_words(q + at, True)
-    return a, b, c, d
+def _held(words_ptr, scales_ptr, low, high, height, part, lane, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    """Of part number `part` of two tiles: 16 bytes of a lane of each, and the scales and offsets of its rows."""
+    at = part * 64 + lane * 2
+    a, b = two_words(words_ptr + low.to(tl.int64) * (PARTS * 64) + at, True)
+    c, d = two_words(words_ptr + high.to(tl.int64) * (PARTS * 64) + at, True)
+    scales = scales_ptr + (part * 128 // GROUP) * (8 * height) + lane // 4
+    return (a, b, c, d), tl.load(scales + 8 * low), tl.load(scales + 8 * high)
 
 
 @triton.jit
-def _tile(acc, w, scale_low, scale_high, x, sums, ONE: tl.constexpr):
-    c0, c1, c2, c3 = tl.inline_asm_elementwise(
-        PRODUCT, PRODUCT_CONSTRAINTS,
-        [w[0], w[1], w[2], w[3], x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+def _x_of(x_ptr, other_ptr, part, SUMS: tl.constexpr):
+    """16 words of x of each lane's token in a part of 128 columns, and with eight sums as many of its other token."""
+    p = x_ptr + part * 64
+    found = (
+        tl.load(p), tl.load(p + 4), tl.load(p + 8), tl.load(p + 12),
+        tl.load(p + 16), tl.load(p + 20), tl.load(p + 24), tl.load(p + 28),
+        tl.load(p + 32), tl.load(p + 36), tl.load(p + 40), tl.load(p + 44),
+        tl.load(p + 48), tl.load(p + 52), tl.load(p + 56), tl.load(p + 60),
+    )  # fmt: skip
+    if SUMS == 8:
+        found = found + _x_of(other_ptr, other_ptr, part, 4)
+    return found
+
+
+@triton.jit
+def _columns_of(x, FIRST: tl.constexpr):
+    """The 32 numbers in 16 words of each thread, from word FIRST on, in fp32: `[32 * warps, 32]`."""
+    at = tl.arange(0, 16)[None, :]
+    words = tl.zeros((x[0].shape[0], 16), tl.int32)
+    for i in tl.static_range(16):
+        words = tl.where(at == i, x[FIRST + i][:, None], words)
+    return _joined(words << 16, words & -65536)
+
+
+@triton.jit
+def _joined(first, second):
+    return tl.reshape(
+        tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)), (first.shape[0], 32)
     )
-    s = (scale_low << 16).to(tl.float32, bitcast=True)
-    z = (scale_low & -65536).to(tl.float32, bitcast=True) - 136.0 * s
-    s_h = (scale_high << 16).to(tl.float32, bitcast=True)
-    z_h = (scale_high & -65536).to(tl.float32, bitcast=True) - 136.0 * s_h
-    if ONE:
-        found = (acc[0] + (c0 * s + sums[0] * z), acc[1] + (c2 * s_h + sums[0] * z_h))
+
+
+@triton.jit
+def _weights_of(a, b):
+    """`128 + q` of the 32 codes in two int64 of each thread, in the order of `_columns_of`."""
+    at = tl.arange(0, 16)[None, :]
+    words = tl.where(at < 8, a[:, None], b[:, None]) >> (32 * (at // 4 % 2)).to(tl.int64)
+    first = words >> (4 * (at % 4)).to(tl.int64)
+    even, odd = (first & 15).to(tl.float32) + 128.0, (first >> 16 & 15).to(tl.float32) + 128.0
+    return tl.reshape(tl.join(even, odd), (a.shape[0], 32))
+
+
+@triton.jit
+def _product(w, x, SUMS: tl.constexpr):
+    """The sums of 128 columns of two tiles, as those of `plus_scaled`."""
+    if not ASSEMBLY:
+        low, high = _weights_of(w[0], w[1]), _weights_of(w[2], w[3])
+        found = emulated_product(low, high, _columns_of(x, 0))
+        if SUMS == 8:
+            found = found + emulated_product(low, high, _columns_of(x, 16))
+    elif SUMS == 8:
+        found = tl.inline_asm_elementwise(
+            PRODUCTS.value[1], EIGHT_ZEROS.value + ",l,l,l,l" + WORDS.value + WORDS.value, w + x,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
     else:
-        found = (
-            acc[0] + (c0 * s + sums[0] * z), acc[1] + (c1 * s + sums[1] * z),
-            acc[2] + (c2 * s_h + sums[0] * z_h), acc[3] + (c3 * s_h + sums[1] * z_h),
-        )
+        found = tl.inline_asm_elementwise(
+            PRODUCTS.value[0], FOUR_ZEROS.value + ",l,l,l,l" + WORDS.value, w + x,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _sums_of(x, SUMS: tl.constexpr):
+    """The sums of 128 columns of x, as those of a product."""
+    if not ASSEMBLY:
+        columns = _columns_of(x, 0)
+        found = emulated_product(columns * 0.0 + 1.0, columns * 0.0 + 1.0, columns)
+        if SUMS == 8:
+            others = _columns_of(x, 16)
+            found = found + emulated_product(others * 0.0 + 1.0, others * 0.0 + 1.0, others)
+    elif SUMS == 8:
+        found = tl.inline_asm_elementwise(
+            ONES.value[1], EIGHT_ZEROS.value + WORDS.value + WORDS.value, x,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            ONES.value[0], FOUR_ZEROS.value + WORDS.value, x,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _plus_product(sums, w, scale_low, scale_high, x, SUMS: tl.constexpr):
+    """The sums plus the product of a part with x."""
+    low = (scale_low << 16).to(tl.float32, bitcast=True)
+    high = (scale_high << 16).to(tl.float32, bitcast=True)
+    offset_low = (scale_low & -65536).to(tl.float32, bitcast=True) - 136.0 * low
+    offset_high = (scale_high & -65536).to(tl.float32, bitcast=True) - 136.0 * high
+    # Both terms are large and nearly cancel: they meet before they are added to what other parts gave.
+    both = plus_scaled(plus_scaled(no_sums(x[0].shape[0], SUMS), _sums_of(x, SUMS), offset_low, offset_high, SUMS),
+                       _product(w, x, SUMS), low, high, SUMS)  # fmt: skip
+    return plus_scaled(sums, _as_product(both, SUMS), 1.0, 1.0, SUMS)
+
+
+@triton.jit
+def _as_product(sums, SUMS: tl.constexpr):
+    """Sums that a lane keeps, where a product has them."""
+    if SUMS == 2:
+        found = (sums[0], sums[0], sums[1], sums[1])
+    else:
+        found = sums
     return found
 
 
 @triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
 def tiles_matrix_kernel(
     x_ptr, w0, w1, w2, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, tokens, n0, n1, n2, stride_x, stride_y, stride_r,
-    K: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, ONE: tl.constexpr, TILES: tl.constexpr,
-    SETTLED: tl.constexpr, OVERLAP: tl.constexpr, WARPS: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr,
+    DEPTH: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """16 rows of one weight, or of w0 and w1 by half of the warps each if GATED, times `x: [tokens, K]`."""
     if OVERLAP:
         gdc_launch_dependents()
-    THREADS: tl.constexpr = 32 * WARPS
-    PARTS: tl.constexpr = K // 128
-    OWN: tl.constexpr = 16 if GATED else 16 * TILES
-    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, OWN, WEIGHTS)
-    tid = tl.arange(0, THREADS)
-    lane = tid % 32
-    g = lane // 4
-    t = tid % 4
-    warp = tid // 32
+    PARTS: tl.constexpr = K // COLUMNS.value
+    # Warps that share the columns of a weight; each takes equally many.
+    SHARERS: tl.constexpr = WARPS // 2 if GATED else WARPS
+    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, ROWS.value, WEIGHTS)
+    thread = tl.arange(0, 32 * WARPS)
+    lane, warp = thread % 32, thread // 32 % SHARERS
     if OVERLAP and not SETTLED:
         gdc_wait()
     words_ptr = pick(which, w0.words_ptr, w1.words_ptr, w2.words_ptr, WEIGHTS)
     scales_ptr = pick(which, w0.scales_ptr, w1.scales_ptr, w2.scales_ptr, WEIGHTS)
+    if GATED:
+        up = thread >= 32 * SHARERS
+        words_ptr, scales_ptr = either(up, words_ptr, w1.words_ptr), either(up, scales_ptr, w1.scales_ptr)
     height = (rows + 7) // 8
-    i0 = tl.minimum(tile * (OWN // 8), height - 1)
-    i1 = tl.minimum(tile * (OWN // 8) + 1, height - 1)
-    p0 = words_ptr + (i0.to(tl.int64) * PARTS + warp) * 64 + lane * 2
-    p1 = words_ptr + (i1.to(tl.int64) * PARTS + warp) * 64 + lane * 2
-    if TILES == 2:
-        if GATED:
-            words_u_ptr, scales_u_ptr = w1.words_ptr, w1.scales_ptr
-            i2, i3 = i0, i1
-        else:
-            words_u_ptr, scales_u_ptr = words_ptr, scales_ptr
-            i2 = tl.minimum(tile * (OWN // 8) + 2, height - 1)
-            i3 = tl.minimum(tile * (OWN // 8) + 3, height - 1)
-        p2 = words_u_ptr + (i2.to(tl.int64) * PARTS + warp) * 64 + lane * 2
-        p3 = words_u_ptr + (i3.to(tl.int64) * PARTS + warp) * 64 + lane * 2
-    w = _words(p0, p1, 0)
-    if TILES == 2:
-        u = _words(p2, p3, 0)
+    # Instead of a mask: past the last tile or token, the last one is read again.
+    low = tl.minimum(2 * tile, height - 1)
+    high = tl.minimum(2 * tile + 1, height - 1)
+    words, scale_low, scale_high = _held(words_ptr, scales_ptr, low, high, height, warp, lane, PARTS, GROUP)
+    next_words, next_low, next_high = words, scale_low, scale_high
+    if DEPTH == 2 and PARTS > SHARERS:
+        next_words, next_low, next_high = _held(words_ptr, scales_ptr, low, high, height, warp + SHARERS, lane, PARTS, GROUP)
     if OVERLAP and SETTLED:
         gdc_wait()
-    x2_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + (0 if ONE else g * (stride_x // 2)) + t
-    acc = _zeros(THREADS, ONE, 1)
-    acc_u = acc
-    # The leading dimension of the scales is that of whole groups.
-    for round in tl.range(0, PARTS // WARPS, num_stages=1):
-        part = round * WARPS + warp
-        at = (part * 128 // GROUP) * (8 * height) + g
-        s0 = tl.load(scales_ptr + at + 8 * i0)
-        s1 = tl.load(scales_ptr + at + 8 * i1)
-        if TILES == 2:
-            s2 = tl.load(scales_u_ptr + at + 8 * i2)
-            s3 = tl.load(scales_u_ptr + at + 8 * i3)
-        xp = x2_ptr + part * 64
-        x = (
-            tl.load(xp), tl.load(xp + 4), tl.load(xp + 8), tl.load(xp + 12), tl.load(xp + 16), tl.load(xp + 20), tl.load(xp + 24), tl.load(xp + 28),
-            tl.load(xp + 32), tl.load(xp + 36), tl.load(xp + 40), tl.load(xp + 44), tl.load(xp + 48), tl.load(xp + 52), tl.load(xp + 56), tl.load(xp + 60),
-        )
-        if round + 1 < PARTS // WARPS:
-            next_w = _words(p0, p1, (round + 1) * WARPS * 64)
-            if TILES == 2:
-                next_u = _words(p2, p3, (round + 1) * WARPS * 64)
+    x2_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + lane % 4
+    other_ptr = x2_ptr + tl.minimum(lane // 4 + 8, tokens - 1) * (stride_x // 2)
+    if SUMS > 2:
+        x2_ptr += tl.minimum(lane // 4, tokens - 1) * (stride_x // 2)
+    acc = no_sums(32 * WARPS, SUMS)
+    for first in tl.range(0, PARTS, SHARERS, num_stages=1):
+        part = first + warp
+        last_words, last_low, last_high = next_words, next_low, next_high
+        if first + DEPTH * SHARERS < PARTS:
+            after = part + DEPTH * SHARERS
+            last_words, last_low, last_high = _held(words_ptr, scales_ptr, low, high, height, after, lane, PARTS, GROUP)
+        x = _x_of(x2_ptr, other_ptr, part, SUMS)
+        acc = _plus_product(acc, words, scale_low, scale_high, x, SUMS)
+        if DEPTH == 2:
+            words, scale_low, scale_high = next_words, next_low, next_high
         else:
-            next_w = w
-            if TILES == 2:
-                next_u = u
-        sums = tl.inline_asm_elementwise(
-            SUM, SUM_CONSTRAINTS, [x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14], x[15]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )
-        acc = _tile(acc, w, s0, s1, x, sums, ONE)
-        w = next_w
-        if TILES == 2:
-            acc_u = _tile(acc_u, u, s2, s3, x, sums, ONE)
-            u = next_u
+            words, scale_low, scale_high = last_words, last_low, last_high
+        next_words, next_low, next_high = last_words, last_low, last_high
+    if GATED:
+        gate, of_up = by_half(added_up(acc, SUMS, 2))
+        y = silu_gate(gate, of_up)
+    else:
+        y = tl.sum(added_up(acc, SUMS, 1), 0)
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
-    y = _added_up(acc, ONE, 1)
-    if GATED:
-        y = silu_gate(y, _added_up(acc_u, ONE, 1))
-    _store(y, y_ptr, residual_ptr, b_ptr, tile * OWN, rows, tokens, column, stride_y, stride_r, ONE, 1)
-    if TILES == 2 and not GATED:
-        _store(_added_up(acc_u, ONE, 1), y_ptr, residual_ptr, b_ptr, tile * OWN + 16, rows, tokens, column, stride_y, stride_r, ONE, 1)
+    store_sums(y, y_ptr, residual_ptr, b_ptr, tile * ROWS.value, rows, tokens, column, stride_y, stride_r)
