@@ -19,7 +19,7 @@ from hf_fastattn.kernels.quantised.codes_row import pick_codes
 from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly, table_assembly
 from hf_fastattn.kernels.quantised.lanes import (
     added_up,
-    by_half,
+    added_up_apart,
     either,
     emulated_product,
     no_sums,
@@ -224,10 +224,10 @@ def codes_matrix_kernel(
             words, absmax = last_words, last_absmax
         next_words, next_absmax = last_words, last_absmax
     if GATED:
-        gate, of_up = by_half(added_up(acc, SUMS, 2))
+        gate, of_up = added_up_apart(acc, up, SUMS)
         y = silu_gate(gate / FACTOR, of_up / FACTOR)
     else:
-        y = tl.sum(added_up(acc, SUMS, 1), 0) / FACTOR
+        y = added_up(acc, SUMS) / FACTOR
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)

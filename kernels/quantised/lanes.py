@@ -90,22 +90,29 @@ def plus_scaled(sums, c, low, high, SUMS: tl.constexpr):
 
 
 @triton.jit
-def added_up(sums, SUMS: tl.constexpr, PARTS: tl.constexpr):
-    """`[PARTS, 32, SUMS]`, over the warps of each part; number `q` of a lane is of the row and token that `store_sums` says."""
+def _joined(sums, SUMS: tl.constexpr):
+    """`[threads, SUMS]`, in the order that `store_sums` says."""
     if SUMS == 2:
         joined = tl.join(sums[0], sums[1])
     else:
         joined = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
         if SUMS == 8:
             joined = tl.join(joined, tl.join(tl.join(sums[4], sums[6]), tl.join(sums[5], sums[7])))
-    return tl.sum(tl.reshape(joined, (PARTS, sums[0].shape[0] // (32 * PARTS), 32, SUMS)), 1)
+    return tl.reshape(joined, (sums[0].shape[0], SUMS))
 
 
 @triton.jit
-def by_half(both):
-    """Both halves of `[2, 32, SUMS]`."""
-    second = (tl.arange(0, 2) == 1)[:, None, None]
-    return tl.sum(tl.where(second, 0.0, both), 0), tl.sum(tl.where(second, both, 0.0), 0)
+def added_up(sums, SUMS: tl.constexpr):
+    """`[32, SUMS]`, the sums of all warps."""
+    return tl.sum(tl.reshape(_joined(sums, SUMS), (sums[0].shape[0] // 32, 32, SUMS)), 0)
+
+
+@triton.jit
+def added_up_apart(sums, second, SUMS: tl.constexpr):
+    """`[32, SUMS]` twice: the sums of the threads that are not `second`, and of those that are."""
+    joined = _joined(sums, SUMS)
+    both = tl.join(tl.where(second[:, None], 0.0, joined), tl.where(second[:, None], joined, 0.0))
+    return tl.split(tl.sum(tl.reshape(both, (sums[0].shape[0] // 32, 32, SUMS, 2)), 0))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.quantised.fragments import ones_assembly, tile_assembly
 from hf_fastattn.kernels.quantised.lanes import (
     added_up,
-    by_half,
+    added_up_apart,
     either,
     emulated_product,
     no_sums,
@@ -183,8 +183,8 @@ def tiles_matrix_kernel(
         gdc_wait()
     words_ptr = pick(which, w0.words_ptr, w1.words_ptr, w2.words_ptr, WEIGHTS)
     scales_ptr = pick(which, w0.scales_ptr, w1.scales_ptr, w2.scales_ptr, WEIGHTS)
+    up = thread >= 32 * SHARERS
     if GATED:
-        up = thread >= 32 * SHARERS
         words_ptr, scales_ptr = either(up, words_ptr, w1.words_ptr), either(up, scales_ptr, w1.scales_ptr)
     height = (rows + 7) // 8
     # Instead of a mask: past the last tile or token, the last one is read again.
@@ -215,10 +215,10 @@ def tiles_matrix_kernel(
             words, scale_low, scale_high = last_words, last_low, last_high
         next_words, next_low, next_high = last_words, last_low, last_high
     if GATED:
-        gate, of_up = by_half(added_up(acc, SUMS, 2))
+        gate, of_up = added_up_apart(acc, up, SUMS)
         y = silu_gate(gate, of_up)
     else:
-        y = tl.sum(added_up(acc, SUMS, 1), 0)
+        y = added_up(acc, SUMS)
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
