@@ -1,8 +1,8 @@
 """Triton: products of 1 to 16 tokens with weights of 4-bit codes (bitsandbytes), on the matrix unit.
 
 A program takes 16 rows of a weight, or of gate and of up; its warps share the columns, 256 at a time. Codes become pairs of
-16-bit numbers by a table of all bytes in shared memory, which each lane has a bank of (`fragments.py`). Blocks are multiplied
-with numbers of 16 bits, and their sums with the magnitudes in fp32: a value errs less than by rounding to 16 bits.
+16-bit numbers by a table of all bytes in shared memory, of which each lane has a copy in its own bank (`fragments.py`). The
+sums of 64 columns are multiplied with their magnitudes in fp32: a weight errs less than if it were rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _product(low, high, x, table, KIND: tl.constexpr, dtype: tl.constexpr, SUMS:
 def _held(weight, low, high, lane, part, K: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr):
     """Of part number `part` of rows `low` and `high`: 8 bytes of codes in each of four times 64 columns, and two magnitudes.
 
-    Magnitudes are as they lie in memory: what they stand for is looked up when they are there, and no load waits for another.
+    Magnitudes are as they lie in memory: what they stand for is looked up later, so that no load waits for another.
     """
     codes_ptr, absmax_ptr, nested_ptr, _, _ = weight
     # Where there are no more columns the last are read again: x is zero there.

@@ -1,9 +1,9 @@
 """PTX of products with quantised weights on the matrix unit, from fragments that are made of codes as they lie in memory.
 
-`mma.m16n8k16` multiplies 16 rows of a weight with 8 tokens. Lane `4 g + t` of a warp gives four columns of rows g and g + 8, and the
-same columns of token g; it gets the sums of both rows for tokens 2 t and 2 t + 1. Which columns these are is free as long as weight
-and x agree: here they are those that a lane has loaded. So no lane needs what another has, and nothing goes through shared memory.
-Operands are named by what they hold; `groups` of eight tokens share the fragments of a weight.
+`mma.m16n8k16` multiplies 16 rows of a weight with 8 tokens. Lane `4 g + t` of a warp gives four columns of rows g and g + 8,
+and the same columns of token g; it gets the sums of both rows for tokens 2 t and 2 t + 1. Which columns these are is free as
+long as weight and x agree: here they are those that a lane has loaded. So no lane needs what another has, and no weight goes
+through shared memory. `groups` of eight tokens share the fragments of a weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _entry(number: int) -> str:
     )
     # Eight threads side by side write to eight different groups of banks.
     writes = "".join(
-        f"add.u32 at, byte, {part}; and.b32 at, at, 7; mad.lo.u32 at, at, 16, row; st.shared.v4.b32 [at], {{pair, pair, pair, pair}}; "
+        f"add.u32 at, byte, {part}; and.b32 at, at, 7; mad.lo.u32 at, at, 16, row; "
+        "st.shared.v4.b32 [at], {pair, pair, pair, pair}; "
         for part in range(8)
     )
     # The upper code is that of the earlier column.
@@ -75,10 +76,13 @@ def codes_assembly(dtype: str, groups: int) -> str:
         first = 2 * (number % 2)
         for name, source, byte in (("a0", "w", first), ("a1", "v", first), ("a2", "w", first + 1), ("a3", "v", first + 1)):
             text.append(
-                f"bfe.u32 byte, {source}{number // 2}, {8 * byte}, 8; mad.lo.u32 byte, byte, {PAIR_STRIDE}, ${2 + 2 * sums}; "
-                f"ld.shared.b32 {name}, [byte]; "
+                f"bfe.u32 byte, {source}{number // 2}, {8 * byte}, 8; "
+                f"mad.lo.u32 byte, byte, {PAIR_STRIDE}, ${2 + 2 * sums}; ld.shared.b32 {name}, [byte]; "
             )
-        text += [_multiplied(dtype, group, f"x{8 * group + 2 * number}", f"x{8 * group + 2 * number + 1}") for group in range(groups)]
+        text += [
+            _multiplied(dtype, group, f"x{8 * group + 2 * number}", f"x{8 * group + 2 * number + 1}")
+            for group in range(groups)
+        ]
     return "".join(text) + "}"
 
 
@@ -124,6 +128,5 @@ def _multiplied(dtype: str, group: int, x0: str, x1: str) -> str:
     """The product of the fragment in a0 to a3 with two words of x, added to the sums of a group."""
     sums = ", ".join(f"${4 * group + i}" for i in range(4))
     form = FORMS[dtype]
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{form}.{form}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, {{{x0}, {x1}}}, {{{sums}}}; "
-    )
+    kind = f"mma.sync.aligned.m16n8k16.row.col.f32.{form}.{form}.f32"
+    return f"{kind} {{{sums}}}, {{a0, a1, a2, a3}}, {{{x0}, {x1}}}, {{{sums}}}; "

@@ -21,7 +21,12 @@ def two_words(pointers, ONCE: tl.constexpr):
     """Two int64 side by side, at addresses of whole 16 bytes; with ONCE they need not stay in the cache."""
     if ASSEMBLY:
         first, second = tl.inline_asm_elementwise(
-            WIDE_ONCE if ONCE else WIDE, "=l,=l,l", [pointers.to(tl.int64)], dtype=(tl.int64, tl.int64), is_pure=False, pack=1
+            WIDE_ONCE if ONCE else WIDE,
+            "=l,=l,l",
+            [pointers.to(tl.int64)],
+            dtype=(tl.int64, tl.int64),
+            is_pure=False,
+            pack=1,
         )
     else:
         first, second = tl.load(pointers), tl.load(pointers + 1)

@@ -34,7 +34,9 @@ def _codes_of(words: Tensor) -> Tensor:
     tiles, parts = words.shape[:2]
     # Columns of a word: by tile of 16 columns, its half, and their parity; the parity is the word's half.
     shifts = torch.tensor([[[0, 16], [4, 20]], [[8, 24], [12, 28]]], device=words.device)
-    codes = words.view(tiles, parts, 8, 4, 4, 1, 1, 1) >> shifts & 15  # [tiles, parts, row, lane % 4, word, 16s, half, parity]
+    codes = (
+        words.view(tiles, parts, 8, 4, 4, 1, 1, 1) >> shifts & 15
+    )  # [tiles, parts, row, lane % 4, word, 16s, half, parity]
     return codes.permute(0, 2, 1, 4, 5, 6, 3, 7).reshape(8 * tiles, 128 * parts)
 
 

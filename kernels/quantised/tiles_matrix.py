@@ -1,8 +1,8 @@
 """Triton: products of 1 to 16 tokens with weights in tinygemm's tiles (`weights.TiledInts`), on the matrix unit.
 
-As `codes_matrix.py`; two tiles of 8 rows are the fragments of 16. Fragments hold `128 + q`, a number of bf16 whose last bits are
-those of the code, so that a pair of codes costs two instructions. The 136 that are too many are taken off the sums in fp32,
-where the sum of x, a product with ones, also takes the offset: `s (sum (128 + q) x) + (z - 136 s) (sum x)`.
+As `codes_matrix.py`; two tiles of 8 rows are fragments of 16. They hold `128 + q`, a number of bf16 whose last bits are those
+of the code, so that a pair of codes costs two instructions. The 136 that are too many are taken off the sums in fp32, where
+the sum of x, a product with ones, takes the offset too: `s (sum (128 + q) x) + (z - 136 s) (sum x)`.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def _columns_of(x, FIRST: tl.constexpr):
 
 @triton.jit
 def _joined(first, second):
-    return tl.reshape(
-        tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)), (first.shape[0], 32)
-    )
+    return tl.reshape(tl.join(first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)), (first.shape[0], 32))
 
 
 @triton.jit
@@ -167,8 +165,8 @@ def _as_product(sums, SUMS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
 def tiles_matrix_kernel(
     x_ptr, w0, w1, w2, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, tokens, n0, n1, n2, stride_x, stride_y, stride_r,
-    K: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr,
-    DEPTH: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr,
+    WARPS: tl.constexpr, DEPTH: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """16 rows of one weight, or of w0 and w1 by half of the warps each if GATED, times `x: [tokens, K]`."""
     if OVERLAP:

@@ -117,7 +117,8 @@ SMALL_QKV, MLP = (2048, 512, 512), (8192, 8192)
 SPLIT = ProductTile(64, 128, warps=4, stages=4, split=4)
 
 ROW_KERNELS = {
-    "nf4": "codes_matrix_kernel", "fp4 flat": "codes_matrix_kernel", "tiled": "tiles_matrix_kernel", "ints": "ints_row_kernel",
+    "nf4": "codes_matrix_kernel", "fp4 flat": "codes_matrix_kernel", "tiled": "tiles_matrix_kernel",
+    "ints": "ints_row_kernel",
 }  # fmt: skip
 
 CASES = {

@@ -1,4 +1,4 @@
-"""The assembly of fragments, run by a warp on the CPU: each lane's sums are of the rows, columns and tokens that they say."""
+"""The assembly of fragments, run by a warp on the CPU: the sums of a lane are of its rows, columns and tokens."""
 
 from __future__ import annotations
 
