@@ -71,27 +71,25 @@ def no_sums(THREADS: tl.constexpr, SUMS: tl.constexpr):
     """SUMS zeros of each thread: 2 for one token, 4 for up to eight, 8 for up to 16."""
     zero = tl.zeros([THREADS], tl.float32)
     if SUMS == 2:
-        found = (zero, zero)
+        return (zero, zero)
     elif SUMS == 4:
-        found = (zero, zero, zero, zero)
+        return (zero, zero, zero, zero)
     else:
-        found = (zero, zero, zero, zero, zero, zero, zero, zero)
-    return found
+        return (zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
 def plus_scaled(sums, c, low, high, SUMS: tl.constexpr):
     """The sums plus those of a product, times the scales of their rows."""
     if SUMS == 2:
-        found = (sums[0] + c[0] * low, sums[1] + c[2] * high)
+        return (sums[0] + c[0] * low, sums[1] + c[2] * high)
     elif SUMS == 4:
-        found = (sums[0] + c[0] * low, sums[1] + c[1] * low, sums[2] + c[2] * high, sums[3] + c[3] * high)
+        return (sums[0] + c[0] * low, sums[1] + c[1] * low, sums[2] + c[2] * high, sums[3] + c[3] * high)
     else:
-        found = (
+        return (
             sums[0] + c[0] * low, sums[1] + c[1] * low, sums[2] + c[2] * high, sums[3] + c[3] * high,
             sums[4] + c[4] * low, sums[5] + c[5] * low, sums[6] + c[6] * high, sums[7] + c[7] * high,
         )  # fmt: skip
-    return found
 
 
 @triton.jit

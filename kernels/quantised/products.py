@@ -130,7 +130,7 @@ def _product(
 
 
 class _Launch(NamedTuple):
-    """A kernel, what it reads of each weight, rows of each that a program takes, its sizes, whether it takes several tokens."""
+    """A kernel, what it reads of each weight, rows of each that a program takes, its sizes, and if it takes several tokens."""
 
     kernel: Any
     held: list[Any]
