@@ -117,10 +117,12 @@ def _held(weight, low, high, lane, part, K: tl.constexpr, BLOCK: tl.constexpr, N
     )  # fmt: skip
     at_low = low * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
     at_high = high * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
-    absmax = (tl.load(absmax_ptr + at_low), tl.load(absmax_ptr + at_high))
+    absmax_low, absmax_high = tl.load(absmax_ptr + at_low), tl.load(absmax_ptr + at_high)
     if NESTED:
-        absmax = absmax + (tl.load(nested_ptr + at_low // 256), tl.load(nested_ptr + at_high // 256))
-    return words, absmax
+        nested_low, nested_high = tl.load(nested_ptr + at_low // 256), tl.load(nested_ptr + at_high // 256)
+        return words, (absmax_low, absmax_high, nested_low, nested_high)
+    else:
+        return words, (absmax_low, absmax_high)
 
 
 @triton.jit
@@ -158,14 +160,14 @@ def _x_of(x_ptr, other_ptr, product, K: tl.constexpr, SUMS: tl.constexpr, WHOLE:
     if not WHOLE:
         inside = product <= last
         a, b, c, d = tl.where(inside, a, 0), tl.where(inside, b, 0), tl.where(inside, c, 0), tl.where(inside, d, 0)
-    found = (a, b, c, d)
-    if SUMS == 8:
+    if SUMS != 8:
+        return (a, b, c, d)
+    else:
         e, f = two_words(other_ptr + at, False)
         g, h = two_words(other_ptr + at + 2, False)
         if not WHOLE:
             e, f, g, h = tl.where(inside, e, 0), tl.where(inside, f, 0), tl.where(inside, g, 0), tl.where(inside, h, 0)
-        found = (a, b, c, d, e, f, g, h)
-    return found
+        return (a, b, c, d, e, f, g, h)
 
 
 @triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])

@@ -130,7 +130,7 @@ def _product(
 
 
 class _Launch(NamedTuple):
-    """A kernel, what it reads of each weight, rows of each that a program takes, its sizes, and if it takes several tokens."""
+    """A kernel, what it reads of each weight, rows of each that a program takes, its sizes, if it takes several tokens."""
 
     kernel: Any
     held: list[Any]
@@ -146,6 +146,7 @@ def _launch_of(weights: Sequence[Any], gated: bool, dtype: torch.dtype, tokens: 
         tile = ints_tile(k, gated)
         sizes = {"K": k, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "STAGES": tile.stages, "num_warps": tile.warps}
         return _Launch(ints_row_kernel, [IntPointers(each.integers, each.scales) for each in weights], tile.rows, sizes)
+    held: list[Any]
     # Numbers that a lane keeps, of two rows.
     sums = 2 if tokens == 1 else 4 if tokens <= MOST_TOKENS // 2 else 8
     if isinstance(first, TiledInts):

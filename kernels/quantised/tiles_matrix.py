@@ -1,7 +1,7 @@
 """Triton: products of 1 to 16 tokens with weights in tinygemm's tiles (`weights.TiledInts`), on the matrix unit.
 
-As `codes_matrix.py`; two tiles of 8 rows are fragments of 16. They hold `128 + q`, a number of bf16 with the bits of the code
-at its end, so that a pair of codes costs two instructions. The 136 that are too many are taken off the sums in fp32, where
+As `codes_matrix.py`; two tiles of 8 rows are fragments of 16. They hold `128 + q`, a number of bf16 with the code's bits at
+its end, so that a pair of codes costs two instructions. The 136 that are too many are taken off the sums in fp32, where
 the sum of x, a product with ones, takes the offset too: `s (sum (128 + q) x) + (z - 136 s) (sum x)`.
 """
 
