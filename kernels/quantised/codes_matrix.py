@@ -19,8 +19,6 @@ from hf_fastattn.kernels.quantised.codes_row import pick_codes
 from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly, table_assembly
 from hf_fastattn.kernels.quantised.lanes import (
     added_up,
-    added_up_apart,
-    either,
     emulated_product,
     no_sums,
     numbers_of,
@@ -138,19 +136,6 @@ def _scales(weight, absmax, NESTED: tl.constexpr):
 
 
 @triton.jit
-def _of_either(up, a, b, NESTED: tl.constexpr):
-    """For each thread what a kernel reads of weight b where `up`, and of a elsewhere."""
-    codes = either(up, a[0], b[0])
-    absmax = either(up, a[1], b[1])
-    nested, levels, offset = absmax, absmax, 0.0
-    if NESTED:
-        nested = either(up, a[2], b[2])
-        levels = either(up, a[3], b[3])
-        offset = tl.where(up, b[4], a[4])
-    return codes, absmax, nested, levels, offset
-
-
-@triton.jit
 def _x_of(x_ptr, other_ptr, product, K: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr):
     """16 columns, those of product number `product`, of each lane's token, and with eight sums of its other token."""
     last: tl.constexpr = K // PRODUCT_COLUMNS.value - 1
@@ -174,33 +159,30 @@ def _x_of(x_ptr, other_ptr, product, K: tl.constexpr, SUMS: tl.constexpr, WHOLE:
 def codes_matrix_kernel(
     x_ptr, w0, w1, w2, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, tokens, n0, n1, n2, stride_x, stride_y, stride_r,
     K: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, FACTOR: tl.constexpr,
-    WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
+    WEIGHTS: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
     SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """16 rows of one weight, or of w0 and w1 by half of the warps each if GATED, times `x: [tokens, K]`."""
+    """16 rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`."""
     if OVERLAP:
         gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # Warps that share the columns of a weight, and how often each takes some.
-    SHARERS: tl.constexpr = WARPS // 2 if GATED else WARPS
-    ROUNDS: tl.constexpr = (K + COLUMNS.value * SHARERS - 1) // (COLUMNS.value * SHARERS)
-    WHOLE: tl.constexpr = K % (COLUMNS.value * SHARERS) == 0
+    # How often each warp takes some of the columns.
+    ROUNDS: tl.constexpr = (K + COLUMNS.value * WARPS - 1) // (COLUMNS.value * WARPS)
+    WHOLE: tl.constexpr = K % (COLUMNS.value * WARPS) == 0
     which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, ROWS.value, WEIGHTS)
     thread = tl.arange(0, 32 * WARPS)
-    group, lane, warp = thread % 32 // 4, thread % 4, thread // 32 % SHARERS
-    up = thread >= 32 * SHARERS
+    group, lane, warp = thread % 32 // 4, thread % 4, thread // 32
     if OVERLAP and not SETTLED:
         gdc_wait()
     weight = pick_codes(which, w0, w1, w2, WEIGHTS, NESTED)
-    if GATED:
-        weight = _of_either(up, weight, pick_codes(1, w0, w1, w2, 2, NESTED), NESTED)
     # Instead of masks: past the last row or token, the last one is read again. Offsets in words of 8 bytes fit 32 bits.
     low = tl.minimum(tile * ROWS.value + group, rows - 1)
     high = tl.minimum(tile * ROWS.value + group + 8, rows - 1)
     words, absmax = _held(weight, low, high, lane, warp, K, BLOCK, NESTED)
-    next_words, next_absmax = words, absmax
-    if DEPTH == 2 and ROUNDS > 1:
-        next_words, next_absmax = _held(weight, low, high, lane, warp + SHARERS, K, BLOCK, NESTED)
+    words_u, absmax_u = words, absmax
+    if GATED:
+        weight_u = pick_codes(1, w0, w1, w2, 2, NESTED)
+        words_u, absmax_u = _held(weight_u, low, high, lane, warp, K, BLOCK, NESTED)
     # The table is made while the first codes are on their way.
     table = _table(thread, KIND, dtype)
     if OVERLAP and SETTLED:
@@ -210,26 +192,35 @@ def codes_matrix_kernel(
     if SUMS > 2:
         x8_ptr += tl.minimum(group, tokens - 1) * (stride_x // 4)
     acc = no_sums(32 * WARPS, SUMS)
+    acc_u = acc
     for round in tl.range(0, ROUNDS, num_stages=1):
-        part = round * SHARERS + warp
-        last_words, last_absmax = next_words, next_absmax
-        if round + DEPTH < ROUNDS:
-            last_words, last_absmax = _held(weight, low, high, lane, part + DEPTH * SHARERS, K, BLOCK, NESTED)
+        part = round * WARPS + warp
+        next_words, next_absmax, next_words_u, next_absmax_u = words, absmax, words_u, absmax_u
+        if AHEAD:
+            if round + 1 < ROUNDS:
+                next_words, next_absmax = _held(weight, low, high, lane, part + WARPS, K, BLOCK, NESTED)
+                if GATED:
+                    next_words_u, next_absmax_u = _held(weight_u, low, high, lane, part + WARPS, K, BLOCK, NESTED)
         scale_low, scale_high = _scales(weight, absmax, NESTED)
+        scale_u_low, scale_u_high = scale_low, scale_high
+        if GATED:
+            scale_u_low, scale_u_high = _scales(weight_u, absmax_u, NESTED)
         for i in tl.static_range(4):
             x = _x_of(x8_ptr, other_ptr, 4 * part + i, K, SUMS, WHOLE)
             product = _product(words[2 * i], words[2 * i + 1], x, table, KIND, dtype, SUMS)
             acc = plus_scaled(acc, product, of_lane(scale_low, i), of_lane(scale_high, i), SUMS)
-        if DEPTH == 2:
-            words, absmax = next_words, next_absmax
-        else:
-            words, absmax = last_words, last_absmax
-        next_words, next_absmax = last_words, last_absmax
+            if GATED:
+                product = _product(words_u[2 * i], words_u[2 * i + 1], x, table, KIND, dtype, SUMS)
+                acc_u = plus_scaled(acc_u, product, of_lane(scale_u_low, i), of_lane(scale_u_high, i), SUMS)
+        words, absmax, words_u, absmax_u = next_words, next_absmax, next_words_u, next_absmax_u
+        if not AHEAD:
+            if round + 1 < ROUNDS:
+                words, absmax = _held(weight, low, high, lane, part + WARPS, K, BLOCK, NESTED)
+                if GATED:
+                    words_u, absmax_u = _held(weight_u, low, high, lane, part + WARPS, K, BLOCK, NESTED)
+    y = added_up(acc, SUMS) / FACTOR
     if GATED:
-        gate, of_up = added_up_apart(acc, up, SUMS)
-        y = silu_gate(gate / FACTOR, of_up / FACTOR)
-    else:
-        y = added_up(acc, SUMS) / FACTOR
+        y = silu_gate(y, added_up(acc_u, SUMS) / FACTOR)
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)

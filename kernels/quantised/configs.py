@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,21 @@ def codes_tile(k: int, gated: bool) -> RowTile:
     return RowTile(2 if gated else 4, held, 4 if held > 128 else 2, 1)
 
 
-def matrix_tile(k: int) -> dict[str, int]:
-    """Warps of a program that takes 16 rows of `k` columns, 4 bits each, which its warps share."""
-    warps = 8 if k >= 2048 else 4
-    return {"WARPS": warps, "DEPTH": 1, "num_warps": warps}
+def codes_matrix_tile(k: int, gated: bool, sums: int) -> dict[str, Any]:
+    """For 16 rows of `k` columns in 4-bit codes, which the warps of a program share.
+
+    Args:
+        sums: that a lane keeps, 2 of one token to 8 of 16.
+    """
+    warps = 4 if gated or k < 2048 else 8
+    # Codes are loaded before those at hand are multiplied, where registers for both leave programs enough.
+    return {"WARPS": warps, "AHEAD": not gated and sums < 8, "num_warps": warps}
+
+
+def tiles_matrix_tile(k: int, gated: bool) -> dict[str, Any]:
+    """For 16 rows of `k` columns in tinygemm's tiles; DEPTH is how many parts ahead a warp loads."""
+    warps = 4 if gated or k < 2048 else 16 if k >= 8192 and k % 2048 == 0 else 8
+    return {"WARPS": warps, "DEPTH": 1 if warps == 16 else 2, "num_warps": warps}
 
 
 def ints_tile(k: int, gated: bool) -> RowTile:

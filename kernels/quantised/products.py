@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
 from hf_fastattn.kernels.quantised.codes_matrix import PRODUCT_COLUMNS, ROWS, codes_matrix_kernel
 from hf_fastattn.kernels.quantised.codes_row import CodePointers, codes_row_kernel
-from hf_fastattn.kernels.quantised.configs import codes_tile, ints_tile, matrix_tile
+from hf_fastattn.kernels.quantised.configs import codes_matrix_tile, codes_tile, ints_tile, tiles_matrix_tile
 from hf_fastattn.kernels.quantised.ints_row import IntPointers, ints_row_kernel
 from hf_fastattn.kernels.quantised.nibbles import MATRIX_FACTORS, factor_of
 from hf_fastattn.kernels.quantised.tiles_matrix import TilePointers, tiles_matrix_kernel
@@ -151,12 +151,13 @@ def _launch_of(weights: Sequence[Any], gated: bool, dtype: torch.dtype, tokens: 
     sums = 2 if tokens == 1 else 4 if tokens <= MOST_TOKENS // 2 else 8
     if isinstance(first, TiledInts):
         held = [TilePointers(each.words.view(torch.int64), each.scales.view(torch.int32)) for each in weights]
-        sizes = {"K": k, "GROUP": first.group, "SUMS": sums, **matrix_tile(k)}
+        sizes = {"K": k, "GROUP": first.group, "SUMS": sums, **tiles_matrix_tile(k, gated)}
         return _Launch(tiles_matrix_kernel, held, ROWS.value, sizes, several=True)
     sizes = {"K": k, "BLOCK": first.block, "KIND": first.kind, "NESTED": first.nested is not None}
     if _on_matrix_unit(first, dtype):
         held = [_code_pointers(each, torch.int64) for each in weights]
-        sizes |= {"FACTOR": MATRIX_FACTORS[first.kind, dtype], "SUMS": sums, **matrix_tile(k)}
+        sizes |= {"FACTOR": MATRIX_FACTORS[first.kind, dtype], "SUMS": sums}
+        sizes |= codes_matrix_tile(k, gated, sums)
         return _Launch(codes_matrix_kernel, held, ROWS.value, sizes, several=True)
     row = codes_tile(k, gated)
     sizes |= {"FACTOR": factor_of(first.kind, dtype), "BLOCK_N": row.rows, "BLOCK_W": row.columns, "STAGES": row.stages}
