@@ -49,4 +49,6 @@ def tiles_matrix_tile(k: int, gated: bool) -> dict[str, Any]:
 def ints_tile(k: int, gated: bool) -> RowTile:
     """For `k` columns of 8 bits."""
     held = 2048 if k % 2048 == 0 or k >= 8192 else 1024 if k >= 1024 else 512
+    if held == 2048 and not gated:
+        return RowTile(8, held, 8, 2)
     return RowTile(2 if gated else 4, held, 4 if held > 512 else 2, 2)
