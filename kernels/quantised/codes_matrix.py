@@ -24,9 +24,7 @@ from hf_fastattn.kernels.quantised.lanes import (
     numbers_of,
     of_lane,
     plus_scaled,
-    staged,
     store_sums,
-    two_staged,
     two_words,
 )
 from hf_fastattn.kernels.quantised.nibbles import MATRIX, compared, matrix_bits
@@ -36,9 +34,6 @@ from hf_fastattn.kernels.quantised.weights import VALUES
 ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(256)
 # What a fragment's product takes at once; blocks are no smaller.
 PRODUCT_COLUMNS = tl.constexpr(64)
-
-# Bytes of x that shared memory holds beside the table.
-MOST_STAGED = tl.constexpr(14336)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TABLES = tl.constexpr({
@@ -176,8 +171,6 @@ def codes_matrix_kernel(
     WHOLE: tl.constexpr = K % (COLUMNS.value * WARPS) == 0
     which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, ROWS.value, WEIGHTS)
     thread = tl.arange(0, 32 * WARPS)
-    # One token is read by each warp as often as there are products.
-    STAGED: tl.constexpr = ASSEMBLY and SUMS == 2 and WHOLE and 2 * K <= MOST_STAGED.value
     group, lane, warp = thread % 32 // 4, thread % 4, thread // 32
     if OVERLAP and not SETTLED:
         gdc_wait()
@@ -198,8 +191,6 @@ def codes_matrix_kernel(
     other_ptr = x8_ptr + tl.minimum(group + 8, tokens - 1) * (stride_x // 4)
     if SUMS > 2:
         x8_ptr += tl.minimum(group, tokens - 1) * (stride_x // 4)
-    if STAGED:
-        begins = staged(x_ptr, thread, 2 * K)
     acc = no_sums(32 * WARPS, SUMS)
     acc_u = acc
     for round in tl.range(0, ROUNDS, num_stages=1):
@@ -215,11 +206,7 @@ def codes_matrix_kernel(
         if GATED:
             scale_u_low, scale_u_high = _scales(weight_u, absmax_u, NESTED)
         for i in tl.static_range(4):
-            if STAGED:
-                at = begins + 128 * (4 * part + i) + 32 * lane
-                x = two_staged(at) + two_staged(at + 16)
-            else:
-                x = _x_of(x8_ptr, other_ptr, 4 * part + i, K, SUMS, WHOLE)
+            x = _x_of(x8_ptr, other_ptr, 4 * part + i, K, SUMS, WHOLE)
             product = _product(words[2 * i], words[2 * i + 1], x, table, KIND, dtype, SUMS)
             acc = plus_scaled(acc, product, of_lane(scale_low, i), of_lane(scale_high, i), SUMS)
             if GATED:

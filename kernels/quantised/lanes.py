@@ -34,43 +34,6 @@ def two_words(pointers, ONCE: tl.constexpr):
 
 
 @triton.jit
-def staged(x_ptr, thread, BYTES: tl.constexpr):
-    """Where in shared memory a copy of BYTES of one token's x begins, made by all threads; whole 16 bytes."""
-    THREADS: tl.constexpr = thread.shape[0]
-    CHUNKS: tl.constexpr = BYTES // 16
-    begins = tl.inline_asm_elementwise(
-        f"{{ .shared .align 16 .b8 staged[{BYTES}]; mov.u32 $0, staged; }}", "=r,r", [thread],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    for first in tl.static_range(0, CHUNKS, THREADS):
-        # Past the last one, the last one is copied again.
-        chunk = tl.minimum(first + thread, CHUNKS - 1)
-        tl.inline_asm_elementwise(
-            "{ .reg .b64 a, b; ld.global.v2.b64 {a, b}, [$1]; st.shared.v2.b64 [$2], {a, b}; mov.b32 $0, 0; }",
-            "=r,l,r", [x_ptr.to(tl.int64) + 16 * chunk, begins + 16 * chunk], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    tl.debug_barrier()
-    return begins
-
-
-@triton.jit
-def two_staged(at):
-    """Two int64 side by side in shared memory."""
-    return tl.inline_asm_elementwise(
-        "ld.shared.v2.b64 {$0, $1}, [$2];", "=l,=l,r", [at], dtype=(tl.int64, tl.int64), is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def four_matrices(at):
-    """Words of four matrices of 8 x 8 numbers in shared memory, whose rows begin where eight lanes each say."""
-    return tl.inline_asm_elementwise(
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def of_lane(x, LANE: tl.constexpr):
     """x of lane number LANE of the four that share rows."""
     if ASSEMBLY:

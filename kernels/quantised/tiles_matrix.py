@@ -22,10 +22,8 @@ from hf_fastattn.kernels.quantised.lanes import (
     added_up_apart,
     either,
     emulated_product,
-    four_matrices,
     no_sums,
     plus_scaled,
-    staged,
     store_sums,
     two_words,
 )
@@ -33,8 +31,6 @@ from hf_fastattn.kernels.quantised.lanes import (
 # Rows of a fragment, and columns that a warp takes at once: those of a tile.
 ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(128)
 PRODUCTS = tl.constexpr([tile_assembly(groups) for groups in (1, 2)])
-# Bytes of x that shared memory holds beside what else it has to.
-MOST_STAGED = tl.constexpr(40960)
 ONES = tl.constexpr([ones_assembly(groups) for groups in (1, 2)])
 EIGHT_ZEROS = tl.constexpr("=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f")
 FOUR_ZEROS = tl.constexpr("=&f,=&f,=&f,=&f")
@@ -180,8 +176,6 @@ def tiles_matrix_kernel(
     SHARERS: tl.constexpr = WARPS // 2 if GATED else WARPS
     which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, ROWS.value, WEIGHTS)
     thread = tl.arange(0, 32 * WARPS)
-    # One token is read by each warp as often as there are parts: from shared memory, whose fragments cost least.
-    STAGED: tl.constexpr = ASSEMBLY and SUMS == 2 and 2 * K <= MOST_STAGED.value
     lane, warp = thread % 32, thread // 32 % SHARERS
     if OVERLAP and not SETTLED:
         gdc_wait()
@@ -204,8 +198,6 @@ def tiles_matrix_kernel(
     other_ptr = x2_ptr + tl.minimum(lane // 4 + 8, tokens - 1) * (stride_x // 2)
     if SUMS > 2:
         x2_ptr += tl.minimum(lane // 4, tokens - 1) * (stride_x // 2)
-    if STAGED:
-        begins = staged(x_ptr, thread, 2 * K)
     acc = no_sums(32 * WARPS, SUMS)
     for first in tl.range(0, PARTS, SHARERS, num_stages=1):
         part = first + warp
@@ -213,11 +205,7 @@ def tiles_matrix_kernel(
         if first + DEPTH * SHARERS < PARTS:
             after = part + DEPTH * SHARERS
             last_words, last_low, last_high = _held(words_ptr, scales_ptr, low, high, height, after, lane, PARTS, GROUP)
-        if STAGED:
-            at = begins + part * 256 + lane // 8 * 16
-            x = four_matrices(at) + four_matrices(at + 64) + four_matrices(at + 128) + four_matrices(at + 192)
-        else:
-            x = _x_of(x2_ptr, other_ptr, part, SUMS)
+        x = _x_of(x2_ptr, other_ptr, part, SUMS)
         acc = _plus_product(acc, words, scale_low, scale_high, x, SUMS)
         if DEPTH == 2:
             words, scale_low, scale_high = next_words, next_low, next_high
