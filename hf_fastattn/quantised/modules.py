@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_fastattn.kernels.quantised.weights import QuantisedWeight, why_not_weight
+from hf_fastattn.kernels.quantised.weights import QuantisedWeight, TiledInts, why_not_weight
 from hf_fastattn.quantised import bits_and_bytes, torchao
 from hf_fastattn.wrappers import runs_class_forward
 
@@ -32,11 +32,14 @@ def quantised_linear(module: nn.Module, device: torch.device, dtype: torch.dtype
         return None
     found: QuantisedWeight | None
     if type(module) is nn.Linear:
-        found = torchao.row_ints(weight, module.in_features)
+        found = torchao.weight_of(weight, module.in_features)
     else:
         found = bits_and_bytes.block_codes(module) if bits_and_bytes.computes_as(module, dtype) else None
     bias = held.get("bias")
     if found is None or why_not_weight(found, device) is not None:
+        return None
+    # For x of another dtype tinygemm rounds x, and then y.
+    if isinstance(found, TiledInts) and dtype is not torch.bfloat16:
         return None
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype is not dtype or bias.device != device):
         return None

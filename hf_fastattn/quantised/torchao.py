@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_fastattn.kernels.quantised.weights import RowInts
+from hf_fastattn.kernels.quantised.weights import QuantisedWeight, RowInts, TiledInts
 
 PACKAGE = "torchao."
-BYTES = "Int8Tensor"
+TILED, BYTES = "Int4TilePackedTo4dTensor", "Int8Tensor"
 # Weights whose products are operations of PyTorch on the tensors inside, and nothing else: a graph may hold them.
 LAUNCHING = frozenset((
-    BYTES, "Int4TilePackedTo4dTensor", "Int4Tensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor",
+    TILED, BYTES, "Int4Tensor", "Int4PlainInt32Tensor", "Int4PreshuffledTensor",
     "IntxUnpackedToInt8Tensor", "Float8Tensor",
 ))  # fmt: skip
 
@@ -35,15 +35,21 @@ def parts_of(weight: Any) -> tuple[Any, ...]:
     return type(weight).__name__, str(weight.__tensor_flatten__()[1]), *places
 
 
-def row_ints(weight: Any, columns: int) -> RowInts | None:
-    """A weight of integers with a scale for each row, multiplied with numbers; None of any other.
+def weight_of(weight: Any, columns: int) -> QuantisedWeight | None:
+    """A weight that is multiplied with numbers: tinygemm's tiles, or integers with a scale for each row; None of any other.
 
     Args:
-        columns: of the layer.
+        columns: of the layer; weights that are padded beyond them are not known.
     """
-    if not _is_of(weight, (BYTES,)) or weight.qdata.ndim != 2 or list(weight.block_size) != [1, columns]:
+    if not _is_of(weight, (TILED, BYTES)) or weight.act_pre_scale is not None:
         return None
-    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+    size = list(weight.block_size)
+    if _is_of(weight, (TILED,)):
+        if weight.qdata.ndim != 4 or size[:-1] != [1] or weight.shape[1] != columns:
+            return None
+        found = TiledInts(weight.qdata, weight.scale_and_zero, weight.shape[0], size[-1])
+        return found if found.columns == columns else None
+    if weight.act_quant_kwargs is not None or weight.qdata.ndim != 2 or size != [1, columns]:
         return None
     return RowInts(weight.qdata, weight.scale.flatten())
 

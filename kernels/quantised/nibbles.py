@@ -75,15 +75,6 @@ def product_assembly(bits: Sequence[int], form: str) -> str:
     )
 
 
-def numbers_assembly(bits: Sequence[int]) -> str:
-    """Four bytes, $4, to the 16 bits of their upper codes in $0 and $1, of their lower codes in $2 and $3."""
-    return (
-        f"{{ .reg .b32 code, late, a, b, h, l, h0, h1, h2, h3, l0, l1, l2, l3; {_begun(bits, '$4')}{_LOOKED_UP}"
-        "prmt.b32 $0, l, h, 0x7351; prmt.b32 $2, l, h, 0x6240; shr.b32 code, code, 16; shr.b32 late, late, 16; "
-        f"{_LOOKED_UP}prmt.b32 $1, l, h, 0x7351; prmt.b32 $3, l, h, 0x6240; }}"
-    )
-
-
 def _begun(bits: Sequence[int], word: str) -> str:
     """The tables of the values, and the selectors of the codes in a word: among eight, and of which eight."""
     high, low = _words([number >> 8 for number in bits]), _words([number & 255 for number in bits])
@@ -150,8 +141,6 @@ def matrix_values(kind: str, dtype: torch.dtype) -> list[float]:
     return torch.tensor(matrix_bits(kind, dtype), dtype=torch.uint16).view(dtype).tolist()
 
 
-NF4_TO_BF16, FP4_TO_BF16 = (tl.constexpr(numbers_assembly(matrix_bits(kind, BF16))) for kind in ("nf4", "fp4"))
-NF4_TO_FP16, FP4_TO_FP16 = (tl.constexpr(numbers_assembly(matrix_bits(kind, FP16))) for kind in ("nf4", "fp4"))
 MATRIX = tl.constexpr({
     f"{kind} {name}": matrix_values(kind, dtype) for kind in VALUES for name, dtype in (("bf16", BF16), ("fp16", FP16))
 })  # fmt: skip
@@ -172,40 +161,12 @@ def _dot(words, x0, x1, x2, x3, x4, x5, x6, x7, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _compared(code, values):
+def compared(code, values):
     """The value of each code in fp32, by 16 comparisons: for the interpreter, which runs no assembly."""
     value = tl.zeros(code.shape, tl.float32)
     for number in range(16):
         value = tl.where(code == number, values[number], value)
     return value
-
-
-@triton.jit
-def _numbers_bf16(packed, NUMBERS: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        NUMBERS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-    )
-
-
-@triton.jit
-def _numbers_fp16(packed, NUMBERS: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        NUMBERS, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-    )
-
-
-@triton.jit
-def numbers_of(packed, KIND: tl.constexpr, dtype: tl.constexpr):
-    """The values of the upper and of the lower codes of bytes, in bf16 or fp16; times `MATRIX_FACTORS`."""
-    NF4: tl.constexpr = KIND == "nf4"
-    if not ASSEMBLY:
-        upper = _compared(packed >> 4, MATRIX.value[f"{KIND} {dtype}"]).to(dtype)
-        lower = _compared(packed & 15, MATRIX.value[f"{KIND} {dtype}"]).to(dtype)
-    elif dtype == tl.float16:
-        upper, lower = _numbers_fp16(packed, NF4_TO_FP16 if NF4 else FP4_TO_FP16)
-    else:
-        upper, lower = _numbers_bf16(packed, NF4_TO_BF16 if NF4 else FP4_TO_BF16)
-    return upper, lower
 
 
 @triton.jit
@@ -217,7 +178,7 @@ def dot_of_codes(words, x0, x1, x2, x3, x4, x5, x6, x7, KIND: tl.constexpr, dtyp
         total = tl.zeros(words.shape, tl.float32)
         for column in range(8):
             code = words >> (8 * (column // 2) + (0 if column % 2 else 4)) & 15
-            total += _compared(code, HELD.value[f"{KIND} {dtype}"]) * x[column]
+            total += compared(code, HELD.value[f"{KIND} {dtype}"]) * x[column]
     elif dtype == tl.float16:
         total = _dot(words, x0, x1, x2, x3, x4, x5, x6, x7, NF4_FP16 if NF4 else FP4_FP16)
     elif dtype == tl.bfloat16:

@@ -3,6 +3,7 @@
 | class | of | a weight is |
 |---|---|---|
 | `BlockCodes` | bitsandbytes, 4 bits (Dettmers et al., 2023) | one of 16 values times the largest magnitude of its block |
+| `TiledInts` | PyTorch's tinygemm, 4 bits, by torchao | an integer times a scale and plus an offset of its group |
 | `RowInts` | torchao, 8 bits | an integer times a scale of its row |
 """
 
@@ -30,6 +31,8 @@ VALUES: dict[str, tuple[float, ...]] = {
 NESTED_BLOCK = 256
 # Weights that a 16-byte word of codes holds: blocks are no smaller.
 LEAST_BLOCK = 32
+# tinygemm's tiles: rows, columns. It pads columns to a multiple of eight tiles.
+TILE_ROWS, TILE_COLUMNS, PADDED_COLUMNS = 8, 128, 1024
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,30 @@ class BlockCodes:
 
 
 @dataclass(frozen=True)
+class TiledInts:
+    """`[N, K]` weights in tinygemm's order: `(q - 8) * scale + offset`, q from 0 to 15.
+
+    A tile has 8 rows and 128 columns. Lane `l` of 32 holds four words of row `l / 4`, word i the columns `32 i + 2 (l % 4) +
+    {0, 1, 8, 9, 16, 17, 24, 25}`, from its lowest bits on; the even ones in the word's lower half, the odd in its upper.
+
+    Attributes:
+        words: `[N / 8, K / 128, 32, 4]` int32; N rounded up.
+        scales: `[K / group, N, 2]` bf16, scale and offset of each group of columns; N rounded up to 8.
+        rows: N; the last tile may have more.
+        group: columns that share a scale.
+    """
+
+    words: Tensor
+    scales: Tensor
+    rows: int
+    group: int
+
+    @property
+    def columns(self) -> int:
+        return TILE_COLUMNS * self.words.shape[1]
+
+
+@dataclass(frozen=True)
 class RowInts:
     """`[N, K]` weights in 8 bits: `q * scale[row]`.
 
@@ -89,7 +116,7 @@ class RowInts:
         return self.integers.shape[1]
 
 
-QuantisedWeight: TypeAlias = BlockCodes | RowInts
+QuantisedWeight: TypeAlias = BlockCodes | TiledInts | RowInts
 
 
 def tensors_of(weight: QuantisedWeight) -> tuple[Tensor, ...]:
@@ -97,7 +124,7 @@ def tensors_of(weight: QuantisedWeight) -> tuple[Tensor, ...]:
     if isinstance(weight, BlockCodes):
         of = weight.nested
         return (weight.codes, weight.absmax, *(() if of is None else (of.absmax, of.levels, of.offset)))
-    return weight.integers, weight.scales
+    return (weight.words, weight.scales) if isinstance(weight, TiledInts) else (weight.integers, weight.scales)
 
 
 def why_not_weight(weight: QuantisedWeight, device: torch.device) -> str | None:
@@ -108,6 +135,8 @@ def why_not_weight(weight: QuantisedWeight, device: torch.device) -> str | None:
     n, k = weight.rows, weight.columns
     if isinstance(weight, BlockCodes):
         return _why_not_codes(weight, n, k)
+    if isinstance(weight, TiledInts):
+        return _why_not_tiles(weight, n, k)
     if weight.integers.dtype is not torch.int8 or weight.scales.shape != (n,) or not weight.scales.is_floating_point():
         return f"integers {weight.integers.dtype} with scales {tuple(weight.scales.shape)} for [{n}, {k}]"
     return None
@@ -125,3 +154,14 @@ def _why_not_codes(weight: BlockCodes, n: int, k: int) -> str | None:
     sizes = of.absmax.numel() == -(-blocks // NESTED_BLOCK) and of.levels.numel() == 256 and of.offset.numel() == 1
     known = weight.absmax.dtype is torch.uint8 and wide and sizes
     return None if known else f"nested magnitudes of {weight.absmax.dtype} with {of.absmax.numel()} scales for {blocks}"
+
+
+def _why_not_tiles(weight: TiledInts, n: int, k: int) -> str | None:
+    tiles = -(-n // TILE_ROWS)
+    if weight.words.dtype is not torch.int32 or weight.words.shape != (tiles, k // TILE_COLUMNS, 32, 4):
+        return f"words {weight.words.dtype} {tuple(weight.words.shape)} for [{n}, {k}]"
+    if weight.group % TILE_COLUMNS or k % weight.group or k % PADDED_COLUMNS:
+        return f"groups of {weight.group} in {k} columns"
+    if weight.scales.dtype is not torch.bfloat16 or weight.scales.shape != (k // weight.group, TILE_ROWS * tiles, 2):
+        return f"scales {weight.scales.dtype} {tuple(weight.scales.shape)} for [{n}, {k}]"
+    return None

@@ -173,7 +173,7 @@ class Products:
         pair = self._quantised((gate, up), normed) if silu and held is None else None
         if pair is not None and pair[0].bias is None and pair[1].bias is None and pair[0].weight.rows == pair[1].weight.rows:
             self.quantised_products += 2
-            return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, **self._launch), x
+            return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, weights_settled=True), x
         left, right = self._multiply((gate, up), held, normed)
         # The activations of a long prompt are the largest here.
         del normed
@@ -364,7 +364,7 @@ class Products:
         self.quantised_products += len(linears)
         biases = [held.bias for held in linears if held.bias is not None]
         weights = [held.weight for held in linears]
-        return quantised.matvec(x, weights, biases or None, residual=residual, **self._launch)
+        return quantised.matvec(x, weights, biases or None, residual=residual, weights_settled=True)
 
     def _options(self, held: Held) -> dict[str, Any]:
         """Keywords of a product of ours."""

@@ -117,7 +117,10 @@ QKV = (4096, 1024, 1024)
 SMALL_QKV, MLP = (2048, 512, 512), (8192, 8192)
 SPLIT = ProductTile(64, 128, warps=4, stages=4, split=4)
 
-ROW_KERNELS = {"nf4": "codes_row_kernel", "fp4 flat": "codes_row_kernel", "ints": "ints_row_kernel"}
+ROW_KERNELS = {
+    "nf4": "codes_matrix_kernel", "fp4 flat": "codes_matrix_kernel", "tiled": "tiles_matrix_kernel",
+    "ints": "ints_row_kernel",
+}  # fmt: skip
 
 CASES = {
     "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
@@ -434,15 +437,16 @@ CASES = {
         for kind, kernel in ROW_KERNELS.items()
         for what, k, counts in (("", 4096, SMALL_QKV), (", down", 14336, (512,)), (", gate and up", 4096, (512, 512)))
     },
-    "nf4, 16 tokens": Case(lambda: quantised("nf4", 16, 4096, SMALL_QKV), ("codes_tokens_kernel",), programs=2),
-    "nf4, 64 tokens": Case(lambda: quantised("nf4", 64, 4096, SMALL_QKV), ("codes_tokens_kernel",), programs=1),
-    "nf4, 16 tokens, gate and up": Case(
-        lambda: quantised("nf4", 16, 4096, (512, 512), gated=True), ("codes_tokens_kernel",), programs=1
-    ),
-    "nf4, 64 tokens, gate and up": Case(
-        lambda: quantised("nf4", 64, 4096, (512, 512), gated=True), ("codes_tokens_kernel",), programs=1
-    ),
-    "fp4, 16 tokens": Case(lambda: quantised("fp4 flat", 16, 14336, (512,), FP16), ("codes_tokens_kernel",), programs=1),
+    **{
+        f"{kind}, {tokens} tokens{what}": Case(
+            functools.partial(quantised, kind, tokens, k, counts, gated="gate" in what), (kernel,), programs=1
+        )
+        for kind, kernel in (("nf4", "codes_matrix_kernel"), ("tiled", "tiles_matrix_kernel"))
+        for tokens in (8, 16)
+        for what, k, counts in (("", 4096, SMALL_QKV), (", gate and up", 4096, (512, 512)))
+    },
+    "nf4, 16 tokens, small": Case(lambda: quantised("nf4", 16, 896, (896,)), ("codes_matrix_kernel",), programs=2),
+    "fp4, 16 tokens": Case(lambda: quantised("fp4 flat", 16, 14336, (512,), FP16), ("codes_matrix_kernel",), programs=2),
     "nf4, fp32": Case(lambda: quantised("nf4", 1, 4096, SMALL_QKV, FP32), ("codes_row_kernel",), programs=1, exact=True),
     "lora": Case(lambda: adapted(1, 2048, SMALL_QKV, (16, 16, 16)), ("matvec_kernel",), programs=3),
     "lora, down": Case(lambda: adapted(1, 8192, (2048,), (16,)), ("matvec_kernel",), programs=3),

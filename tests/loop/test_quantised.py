@@ -71,9 +71,9 @@ def test_more_rows_take_the_librarys(device: str, kind: str) -> None:
     assert assert_looped(model).graphs_captured == 1
 
 
-@pytest.mark.parametrize("rows", [6, 16])
+@pytest.mark.parametrize("rows", [2, 6, 16])
 def test_several_rows_of_four_bits_in_bf16(device: str, rows: int) -> None:
-    """From five rows on they take our kernel for several tokens; the tokens are those of our own layers, uncaptured."""
+    """Up to 16 rows take our kernel; the tokens are those of our own layers, uncaptured."""
     model = patch_with_graphs(quantised("nf4", device, torch.bfloat16))
     plain = hf_fastattn.patch(quantised("nf4", device, torch.bfloat16), cuda_graphs=False)
     batch = padded_batch(rows)
@@ -98,12 +98,14 @@ def test_outliers_are_looked_for_layer_by_layer(device: str, rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3])
-def test_tiles_of_four_bits_are_captured(rows: int) -> None:
-    """tinygemm's own kernel, called and captured; torchao packs its tiles on a GPU alone."""
-    stock, model = both("int4", "cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("hidden", [128, 1024])
+def test_tiles_of_four_bits_are_captured(rows: int, hidden: int) -> None:
+    """By our kernel, or by tinygemm's own where columns are padded; torchao packs its tiles on a GPU alone."""
+    stock, model = both("int4", "cuda", dtype=torch.bfloat16, hidden_size=hidden, intermediate_size=2 * hidden)
     given = single() if rows == 1 else {}
     run(model, NEW, **given)
-    assert assert_looped(model).graphs_captured == 1
+    call = assert_looped(model)
+    assert call.graphs_captured == 1 and call.quantised_products == (2 * LAYERS if hidden == 1024 else 0)
     assert (run(model, NEW, **given) == run(stock, NEW, **given)).float().mean() > 0.7
 
 

@@ -93,16 +93,6 @@ def test_thirds_add_up(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("word", WORDS)
-def test_numbers(kind: str, dtype: torch.dtype, word: int) -> None:
-    found = run(nibbles.numbers_assembly(nibbles.matrix_bits(kind, dtype)), {"$4": word})
-    halves = [found[name] >> 16 * half & 0xFFFF for name in ("$0", "$1", "$2", "$3") for half in (0, 1)]
-    codes = columns(word)
-    assert halves == [nibbles.matrix_bits(kind, dtype)[code] for code in codes[::2] + codes[1::2]]
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_values_are_near(kind: str, dtype: torch.dtype) -> None:
     """Nearer than the rounding of a number to the dtype may be, which is half of its epsilon."""
     exact = torch.tensor(nibbles.VALUES[kind], dtype=torch.float64)

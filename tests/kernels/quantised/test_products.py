@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.quantised import products, reference
 from hf_fastattn.kernels.quantised.weights import QuantisedWeight
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
-from tests.kernels.quantised.weight_cases import KINDS, block_codes, of_kind, row_ints
+from tests.kernels.quantised.weight_cases import KINDS, block_codes, of_kind, row_ints, tiled_ints
 from tests.tools.combinations import pairwise
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -56,18 +55,26 @@ def check(
 )
 def test_one_token(kind: str, dtype: torch.dtype, shape: tuple[int, tuple[int, ...]]) -> None:
     k, counts = shape
+    k, dtype = (1024, BF16) if kind == "tiled" else (k, dtype)
     check(1, [of_kind(kind, count, k, seed=number) for number, count in enumerate(counts)], dtype, bias=len(counts) > 1)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("kind", "dtype", "tokens"), pairwise(["nf4", "nf4 flat", "fp4"], [BF16, FP16], [2, 5, 16, 20, 64]))
+@pytest.mark.parametrize(("kind", "dtype", "tokens"), pairwise(["nf4", "nf4 flat", "fp4"], [BF16, FP16], [2, 5, 8, 9, 16]))
 def test_several_tokens(kind: str, dtype: torch.dtype, tokens: int) -> None:
-    sums = SplitSums(torch.device("cpu"))
-    weights = [of_kind(kind, count, 512, seed=number) for number, count in enumerate((40, 5, 64))]
-    check(tokens, weights, dtype, bias=True, sums=sums)
-    check(tokens, weights[:1], dtype, residual=FP32, sums=sums)
-    check(tokens, [of_kind(kind, 37, 640, seed=number) for number in range(2)], dtype, gated=True, sums=sums)
-    assert not sums.arrived.any()
+    weights = [of_kind(kind, count, 512, seed=number) for number, count in enumerate((16, 5, 20))]
+    check(tokens, weights, dtype, bias=True)
+    check(tokens, weights[:1], dtype, residual=FP32)
+    check(tokens, [of_kind(kind, 19, 448, seed=number) for number in range(2)], dtype, gated=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("tokens", "group", "k"), [(1, 256, 1024), (3, 128, 2048), (8, 1024, 1024), (11, 128, 1024)])
+def test_tiles(tokens: int, group: int, k: int) -> None:
+    weights = [tiled_ints(count, k, group, seed=number) for number, count in enumerate((16, 5, 21))]
+    check(tokens, weights, bias=True)
+    check(tokens, weights[2:], residual=FP32)
+    check(tokens, [tiled_ints(21, k, group, seed=number) for number in range(2)], gated=True)
 
 
 @pytest.mark.interpreter
@@ -82,6 +89,7 @@ def test_x_at_odd_addresses(tokens: int) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("kind", "dtype"), pairwise(KINDS, [BF16, FP16, FP32]))
 def test_gate_up_silu(kind: str, dtype: torch.dtype) -> None:
+    dtype = BF16 if kind == "tiled" else dtype
     check(1, [of_kind(kind, 11, 1024, seed=number) for number in range(2)], dtype, gated=True)
 
 
@@ -112,7 +120,11 @@ def test_what_is_refused() -> None:
     for message, weights, given in (
         ("must be alike", [codes, row_ints(8, 128)], x),
         ("expected 1 to 3", [codes] * 4, x),
-        ("T up to", [codes], torch.zeros(65, 128, dtype=BF16)),
+        ("T up to", [codes], torch.zeros(17, 128, dtype=BF16)),
+        ("T up to", [block_codes(8, 128, block=32)], torch.zeros(2, 128, dtype=BF16)),
+        ("T up to", [tiled_ints(8, 1024)], torch.zeros(1, 1024, dtype=FP16)),
+        ("groups of 64 in 1024", [tiled_ints(8, 1024, 64)], torch.zeros(1, 1024, dtype=BF16)),
+        ("groups of 128 in 896", [tiled_ints(8, 896)], torch.zeros(1, 896, dtype=BF16)),
         ("T up to", [codes], torch.zeros(1, 64, dtype=BF16)),
         ("blocks of 64 for 96", [block_codes(8, 96)], torch.zeros(1, 96, dtype=BF16)),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_fastattn.kernels.quantised.weights import BlockCodes, Nested, QuantisedWeight, RowInts
+from hf_fastattn.kernels.quantised.weights import BlockCodes, Nested, QuantisedWeight, RowInts, TiledInts
 
 
 def block_codes(
@@ -24,6 +24,14 @@ def block_codes(
     return BlockCodes(codes, rows, columns, kind, block, absmax, Nested(scales, values, offset))
 
 
+def tiled_ints(rows: int, columns: int, group: int = 128, device: str = "cpu", seed: int = 0) -> TiledInts:
+    draw = torch.Generator(device).manual_seed(seed)
+    shape = (-(-rows // 8), columns // 128, 32, 4)
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device=device, generator=draw)
+    scales = torch.randn(columns // group, 8 * shape[0], 2, device=device, generator=draw) * columns**-0.5 / 4
+    return TiledInts(words.int(), scales.bfloat16(), rows, group)
+
+
 def row_ints(rows: int, columns: int, scales: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> RowInts:
     draw = torch.Generator(device).manual_seed(seed)
     integers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device=device, generator=draw)
@@ -35,8 +43,10 @@ def of_kind(kind: str, rows: int, columns: int, device: str = "cpu", seed: int =
     """A weight by a short name."""
     if kind == "ints":
         return row_ints(rows, columns, device=device, seed=seed)
+    if kind == "tiled":
+        return tiled_ints(rows, columns, device=device, seed=seed)
     name, _, flat = kind.partition(" ")
     return block_codes(rows, columns, name, nested=not flat, device=device, seed=seed)
 
 
-KINDS = ("nf4", "nf4 flat", "fp4", "ints")
+KINDS = ("nf4", "nf4 flat", "fp4", "tiled", "ints")
