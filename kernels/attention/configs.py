@@ -93,6 +93,10 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
+# For a single row of one new token (`decode_row.py`), which else takes the tile of few pairs.
+SPLIT_KV_ROW: dict[tuple[int, int, int], Tile] = {
+    (90, 1, 128): Tile(16, 128, 4, 5, programs=1),
+}
 # Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 32, 4, 6, programs=3),
@@ -192,6 +196,13 @@ def split_kv_tile(
         as_full = itemsize != 1 and _fill(few, pairs, processors) >= _fill(found, pairs, processors)
         found = few if as_full or pairs * (FEW_PAIRS_OF_8_BITS if itemsize == 1 else FEW_PAIRS) <= processors else found
     return found
+
+
+def row_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
+    """The tile of the decode of a single row: see `split_kv_tile`."""
+    return tile_of(SPLIT_KV_ROW, arch, itemsize, block_d) or split_kv_tile(
+        arch, itemsize, block_d, queries, pairs, processors
+    )
 
 
 def _fill(tile: Tile, pairs: int, processors: int) -> float:

@@ -9,7 +9,7 @@ follows lengths that changed. There are two splits:
 - Even, for rows of similar length: every item is cut into the same number of parts ("Flash-Decoding", Dao et al., 2023),
   or every program takes the same number of whole items.
 A program leaves at most two partial states, of its first and its last item. The last program to arrive at a split item
-merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, of keys in 16 bits,
+merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, of queries in 16 bits,
 goes to `decode_row.py`.
 """
 
@@ -43,7 +43,6 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
-from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
@@ -291,8 +290,7 @@ def decode_launch(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
     window = variant.window_with(window)
-    plain = variant.hooks == NO_HOOKS and not is_eight_bits(k_pages)
-    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and plain:
+    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
         )

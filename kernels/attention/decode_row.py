@@ -3,7 +3,8 @@
 A program is a (kv head, part) pair: the keys of a kv head are cut into as many even parts as fill the GPU, or as there are
 tiles of keys, if these are fewer. The last program to arrive at a head merges its parts by LSE, many in one load, in fixed
 order ("Flash-Decoding", Dao et al., 2023). The keys of one row are read in a few microseconds; the prefix sums with which
-`decode.py` balances rows would take a good part of that. In 16 bits only: fp32 needs shorter sums than these parts give.
+`decode.py` balances rows would take a good part of that. For queries in 16 bits only, over keys of 16 or 8: fp32 needs
+shorter sums than these parts give.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import split_kv_tile
+from hf_fastattn.kernels.attention.configs import element_bytes, row_tile
+from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.tile import (
     empty_state,
     score_factors,
@@ -26,6 +28,7 @@ from hf_fastattn.kernels.attention.tile import (
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.relaunch import Launch
+from hf_fastattn.kernels.variants.hooks import NO_HOOKS
 
 # More parts than this take longer to merge than they save.
 MOST_PARTS = 32
@@ -39,7 +42,7 @@ def decode_row_kernel(
     splits, window, scale, softcap, stride_qh, stride_page, stride_slot, stride_head,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One part of one kv head; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
     if OVERLAP:
@@ -65,19 +68,27 @@ def decode_row_kernel(
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
         start = (first_tile + tiles * part // parts) * BLOCK_N
         stop = tl.minimum((first_tile + tiles * (part + 1) // parts) * BLOCK_N, length)
-        for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-            key_n = key + n  # [BLOCK_N]
-            ok_n = (key_n < length) & (key_n >= lowest)
-            page = tl.load(page_table_ptr + key_n // PAGE, mask=ok_n, other=0)
-            # One offset for K and V, whose strides agree.
-            slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
-            off_kv = slot[:, None] + (head * stride_head + d)[None, :]  # [BLOCK_N, BLOCK_D]
-            ok = ok_n[:, None] & ok_d[None, :]
-            k = tl.load(k_ptr + off_kv, mask=ok, other=0.0)
-            scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, "tf32")  # [BLOCK_M, BLOCK_N]
-            scores = tl.where(ok_n[None, :], scores, float("-inf"))
-            v = tl.load(v_ptr + off_kv, mask=ok, other=0.0)
-            row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, "tf32")
+        if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
+            last_key = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+            row_max, row_sum, acc = attend_tiles(
+                q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, page_table_ptr, head * stride_head, last_key, lowest,
+                length, window, scale, softcap, stride_page, stride_slot, 0, head, m, last_key, None,
+                D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, "tf32", HOOKS,
+            )  # fmt: skip
+        else:
+            for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+                key_n = key + n  # [BLOCK_N]
+                ok_n = (key_n < length) & (key_n >= lowest)
+                page = tl.load(page_table_ptr + key_n // PAGE, mask=ok_n, other=0)
+                # One offset for K and V, whose strides agree.
+                slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
+                off_kv = slot[:, None] + (head * stride_head + d)[None, :]  # [BLOCK_N, BLOCK_D]
+                ok = ok_n[:, None] & ok_d[None, :]
+                k = tl.load(k_ptr + off_kv, mask=ok, other=0.0)
+                scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, "tf32")  # [BLOCK_M, BLOCK_N]
+                scores = tl.where(ok_n[None, :], scores, float("-inf"))
+                v = tl.load(v_ptr + off_kv, mask=ok, other=0.0)
+                row_max, row_sum, acc = softmax_step(scores, v, row_max, row_sum, acc, scale, HAS_SOFTCAP, "tf32")
         # Only after the loop: the next launch prefetches weights, which would compete with the keys for bandwidth.
         if OVERLAP:
             gdc_launch_dependents()
@@ -155,7 +166,7 @@ def decode_row(
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((1, heads), dtype=torch.float32, device=q.device)
     ratio, block_d, arch = heads // groups, power_of_2(dim), arch_of(q.device)
-    tile = split_kv_tile(arch, q.element_size(), block_d, ratio, groups, workspace.processors)
+    tile = row_tile(arch, element_bytes(q, k_pages), block_d, ratio, groups, workspace.processors)
     splits = max(min(tile.programs * workspace.processors // groups, MOST_PARTS), 1)
     block_r = power_of_2(ratio)
     partial, partial_sum, arrived = workspace.split_kv(groups * splits, block_r, block_d)
@@ -171,7 +182,7 @@ def decode_row(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page, BLOCK_M=max(block_r, 16), BLOCK_R=block_r,
             BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
-            OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+            OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HOOKS=NO_HOOKS,
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
