@@ -42,7 +42,7 @@ WHOLE = {
     "tasks": ("--limit", "8"),
     "streaming": ("--tokens", "4000", "--window", "512", "--places", "40", "--new", "100"),
     "faults": (
-        *("--context", "96", "--stride", "24", "--seeds", "1"),
+        *("--context", "96", "--stride", "24", "--append", "20", "--piece", "7", "--decode", "12", "--seeds", "1"),
         *("--faults", "page", "mask", "scale", "step-page", "step-slot", "step-length", "step-rope"),
     ),
 }
@@ -58,7 +58,10 @@ QUICK = {
     "sampling": ("--prompts", "2", "--samples", "16", "--new", "5", "--calls", "2", "--length", "9"),
     "tasks": ("--limit", "2", "--num-fewshot", "1"),
     "streaming": ("--tokens", "1200", "--window", "192", "--places", "24", "--new", "16"),
-    "faults": ("--context", "64", "--stride", "24", "--windows", "2", "--seeds", "0", "--faults", "mask", "step-slot"),
+    "faults": (
+        *("--context", "64", "--stride", "24", "--windows", "2", "--append", "12", "--piece", "5", "--decode", "6"),
+        *("--seeds", "0", "--faults", "mask", "step-slot"),
+    ),
 }
 
 # The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
