@@ -78,6 +78,8 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     # More rows at once would take values byte by byte: see `eight_bit_tiles.py`.
     (80, 1, 128): Tile(16, 128, 4, 5),
     (80, 1, 256): Tile(16, 64, 8, 3),
+    # Dequantised for 32 rows at once.
+    (90, 1, 128): Tile(32, 64, 2, 5, programs=4),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (90, 4, 128): Tile(64, 32, 4, 2),
@@ -93,9 +95,9 @@ SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1),
 }
-# For a single row of one new token (`decode_row.py`), which else takes the tile of few pairs.
+# For the rows of one new token that `decode_row.py` takes; by default the tile of few pairs.
 SPLIT_KV_ROW: dict[tuple[int, int, int], Tile] = {
-    (90, 1, 128): Tile(16, 128, 4, 5, programs=1),
+    (90, 1, 128): Tile(16, 64, 2, 5),
 }
 # Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
@@ -199,7 +201,7 @@ def split_kv_tile(
 
 
 def row_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
-    """The tile of the decode of a single row: see `split_kv_tile`."""
+    """The tile of `decode_row.py`: see `split_kv_tile`."""
     return tile_of(SPLIT_KV_ROW, arch, itemsize, block_d) or split_kv_tile(
         arch, itemsize, block_d, queries, pairs, processors
     )

@@ -9,8 +9,8 @@ follows lengths that changed. There are two splits:
 - Even, for rows of similar length: every item is cut into the same number of parts ("Flash-Decoding", Dao et al., 2023),
   or every program takes the same number of whole items.
 A program leaves at most two partial states, of its first and its last item. The last program to arrive at a split item
-merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, of queries in 16 bits,
-goes to `decode_row.py`.
+merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, or a few of 8-bit
+keys, of queries in 16 bits, goes to `decode_row.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import Tile, element_bytes, split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
-from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.decode_row import MOST_ROWS_OF_8_BITS, decode_row
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import (
@@ -43,6 +43,7 @@ from hf_fastattn.kernels.launch import (
     overlaps_launches,
     power_of_2,
 )
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, PLAIN, CompiledVariant
 
@@ -290,7 +291,8 @@ def decode_launch(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
     window = variant.window_with(window)
-    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS:
+    few = rows <= (MOST_ROWS_OF_8_BITS if is_eight_bits(k_pages) else 1) and cu_seqlens_q is None and rows > 0
+    if few and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
         )
