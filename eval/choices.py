@@ -305,7 +305,7 @@ ROUTINGS = ("uniform", "zipf", "one")
 # Lines of `bench attention --variants`; what each is: `kernel_speed/variant_cases.py`.
 VARIANTS = (
     *("plain", "window 1024", "sinks and window", "chunked", "documents", "prefix-LM", "dilated", "block-sparse"),
-    *("softcap", "alibi", "bias table", "sinks", "sigmoid"),
+    *("softcap", "alibi", "bias table", "sinks", "sigmoid", "RoPE inside"),
 )
 
 # Windows of a run that plants faults. In 16 bits the scale fault is little more than rounding: the limits must be known
