@@ -202,18 +202,19 @@ def merge_parts(
 def tile_of_decode(
     q: Tensor,
     k_pages: Tensor,
-    rows: int,
+    page_table: Tensor,
     max_query_len: int,
     processors: int,
     batch_invariant: bool,
     variant: CompiledVariant,
 ) -> Tile:
     """The tile that a launch takes for these shapes."""
+    rows, keys = page_table.shape[0], page_table.shape[1] * k_pages.shape[1]
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
     queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
     itemsize = element_bytes(q, k_pages)
-    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated)
+    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated, keys)
 
 
 def paged_decode(
@@ -302,7 +303,7 @@ def decode_launch(
         return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     arch, queries = arch_of(q.device), max_query_len * ratio
-    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant, variant)
+    tile = tile_of_decode(q, k_pages, page_table, max_query_len, workspace.processors, batch_invariant, variant)
     if visited is not None:
         check_visited(visited, rows, 0, tile.block_n)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)
