@@ -33,15 +33,14 @@ def variants(on_gpu: bool) -> tuple[str, ...]:
     return (*VARIANTS, WITHOUT_GRAPHS) if on_gpu else VARIANTS
 
 
-def measure(family: str, name: str, common: Sequence[str], on_gpu: bool) -> dict[str, Any]:
+def measure(family: str, name: str, common: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
     """What the table keeps of one evaluation of one family: a verdict, and of each variant the check nearest its limit.
 
     Families that the device's loop does not take are looked at in forwards alone.
     """
     arguments = ["--model", f"{PREFIX}{family}", *common]
-    wanted = variants(on_gpu)
     if not _loops(family):
-        wanted = tuple(variant for variant in wanted if "loop=on" not in variant)
+        wanted = [variant for variant in wanted if "loop=on" not in variant]
     record = fault_table.evaluate(name, [*arguments, *(word for one in wanted for word in ("--variant", one))])
     found = fault_table.row(name, record, "", 0, None)
     alarms = [f"{check['variant']}: {check['name']} {check['value']:.3g}" for check in record["checks"] if check["alarms"]]
@@ -103,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for family in known:
             for name in arguments.evaluations:
                 try:
-                    rows.append(measure(family, name, common, on_gpu))
+                    rows.append(measure(family, name, common, arguments.variant or variants(on_gpu)))
+                    print(rows[-1], flush=True)
                 except Exception as error:
                     # The others are measured nevertheless.
                     failed.append((f"{family}, {name}", f"{type(error).__name__}: {error}"))
