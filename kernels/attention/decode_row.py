@@ -32,6 +32,8 @@ from hf_fastattn.kernels.variants.hooks import NO_HOOKS
 
 # More parts of a row than this take longer to merge than they save.
 MOST_PARTS = 32
+# Whether whole tiles of 8-bit keys have a loop without masks.
+WHOLE_TILES = True
 # Rows of 8-bit keys that take this kernel.
 MOST_ROWS_OF_8_BITS = 4
 # Fp32 elements of partial states in one load of a merging program.
@@ -45,7 +47,7 @@ def decode_row_kernel(
     ROWS: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HOOKS: tl.constexpr,
+    HOOKS: tl.constexpr, WHOLE_TILES: tl.constexpr,
 ):  # fmt: skip
     """One part of one kv head of one of `rows`, ROWS at most; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
     if OVERLAP:
@@ -85,6 +87,7 @@ def decode_row_kernel(
                 q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, page_table_ptr, head * stride_head, last_key, lowest,
                 length, window, scale, softcap, stride_page, stride_slot, 0, head, m, last_key, None,
                 D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, "tf32", HOOKS,
+                WHOLE_TILES=WHOLE_TILES,
             )  # fmt: skip
         else:
             for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
@@ -231,7 +234,7 @@ def decode_row(
             BLOCK_M=max(block_r, 16), BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HOOKS=NO_HOOKS,
-            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            WHOLE_TILES=WHOLE_TILES, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
     with on_device_of(q):
