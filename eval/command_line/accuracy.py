@@ -135,7 +135,7 @@ def add_families(made: argparse.ArgumentParser) -> None:
     pages of earlier prompts and without. Exits with 1 if one alarms."""
     made.add_argument("--families", nargs="+", metavar="FAMILY", help="only these (default: all)")
     made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=["perplexity", "parity"])
-    made.add_argument("--variant", action="append", help="as for perplexity; repeatable (default: graphs, sharing, prefixes)")
+    made.add_argument("--variant", action="append", help="as for perplexity; repeatable (default: all that differ)")
     made.add_argument("--context", type=int, default=160, help="tokens of a window")
     made.add_argument("--stride", type=int, default=40, help="tokens scored in a window")
     made.add_argument("--windows", type=int, default=16, help="windows of each family")

@@ -57,7 +57,7 @@ def half_of_blocks(device: torch.device) -> Variant:
 
 
 def rope_inside(device: torch.device) -> Variant:
-    """Keys and queries that come rotated to their places in runs, as `patch` has them, and are turned by those of the runs."""
+    """Keys and queries come rotated to their places in runs, as `patch` has them, and are turned by those of the runs."""
     frequencies = 10_000.0 ** -(torch.arange(0, DIM, 2, device=device) / DIM)
     return Variant(rope="inside").rotated_by(RotaryFrequencies.of(frequencies, run=128))
 

@@ -181,7 +181,7 @@ def split_kv_tile(
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
 
     With `pairs` None it depends on architecture, dtype and head dim only. `rotated`: the kernel rotates keys; their angles
-    take registers, so that no more than two programs fit on a multiprocessor. `keys`: the most that a row may have, if known.
+    take registers, so that no more than two programs fit on a multiprocessor. `keys`: the most of a row, if known.
     """
     found = tile_of(SPLIT_KV_TF32, arch, itemsize, block_d) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None

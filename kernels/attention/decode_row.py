@@ -210,7 +210,7 @@ def decode_row(
     softcap: float | None,
     workspace: Workspace,
 ) -> tuple[Tensor, Tensor, Launch]:
-    """`decode.decode_launch` of one row, or of a few of 8-bit keys, with one new token each; it has checked the arguments."""
+    """`decode.decode_launch` of one row, or of a few of 8-bit keys, with one new token each; arguments are checked."""
     rows, heads, dim = q.shape
     page, groups = k_pages.shape[1], k_pages.shape[2]
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)

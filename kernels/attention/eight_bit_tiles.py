@@ -37,7 +37,7 @@ def attend_tiles(
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
     listed=None, MASKED: tl.constexpr = True, WHOLE_TILES: tl.constexpr = True,
 ):  # fmt: skip
-    """See `tile.attend_tiles`. WHOLE_TILES: a loop of their own has no masks, of 8 bits; where there are few it does not pay."""
+    """See `tile.attend_tiles`. WHOLE_TILES: of 8 bits, tiles that no mask cuts have a loop of their own."""
     if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
         masked_from = lo
         if WHOLE_TILES and EDGE and listed is None and not HAS_WINDOW and q.shape[0] <= WORD_ROWS:

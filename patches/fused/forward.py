@@ -227,7 +227,7 @@ def fused_logits(
 
 
 def step_logits(model: Any, hidden: Tensor) -> Tensor:
-    """`fused_logits` of a patched model, `[T, vocabulary]`, without copies and adapters; `lm_head` itself where it is called."""
+    """`fused_logits` of a patched model without copies and adapters, `[T, vocabulary]`; `lm_head` where it is called."""
     called = calls_layers(model._fastattn.decoder(model))
     return model.lm_head(hidden) if called else fused_logits(model.lm_head, hidden)
 
