@@ -27,13 +27,14 @@ from hf_fastattn.kernels.attention.tile import (
 )
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.relaunch import Launch
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS
 
 # More parts of a row than this take longer to merge than they save.
 MOST_PARTS = 32
-# Whether whole tiles of 8-bit keys have a loop without masks.
-WHOLE_TILES = True
+# Keys of all rows, of 8 bits, from which on tiles that no mask cuts have a loop of their own.
+MANY_KEYS = 16384
 # Rows of 8-bit keys that take this kernel.
 MOST_ROWS_OF_8_BITS = 4
 # Fp32 elements of partial states in one load of a merging program.
@@ -234,7 +235,7 @@ def decode_row(
             BLOCK_M=max(block_r, 16), BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HOOKS=NO_HOOKS,
-            WHOLE_TILES=WHOLE_TILES, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            WHOLE_TILES=not is_eight_bits(k_pages) or rows * page_table.shape[1] * page >= MANY_KEYS, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
     with on_device_of(q):

@@ -66,6 +66,20 @@ def test_keys_of_eight_bits(kv_dtype, monkeypatch):
     assert len(launched) == 15
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("many", [0, 10**6])
+def test_rows_share_the_parts(kv_dtype, many, monkeypatch):
+    """By their lengths, in the kernel with two loops over keys and with one."""
+    monkeypatch.setattr(decode_row, "MANY_KEYS", many)
+    workspace = Workspace(torch.device("cpu"))
+    workspace.processors = 12
+    for keys in ([600, 40, 290], [-1, 500], [10, 700, 0, 130]):
+        batch = make_batch([1] * len(keys), keys, page=16, ratio=4, dim=64, groups=2, dtype=BF16, scattered=True)
+        check(in_eight_bits(batch, kv_dtype), workspace=workspace)
+        assert not workspace.split_kv(1, 4, 64)[2].any()
+
+
 @pytest.mark.gpu
 @shapes(tuple(shape for shape in SHAPES if shape.dtype != torch.float32))
 def test_sweep(shape):
