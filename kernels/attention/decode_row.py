@@ -235,7 +235,8 @@ def decode_row(
             BLOCK_M=max(block_r, 16), BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HOOKS=NO_HOOKS,
-            WHOLE_TILES=not is_eight_bits(k_pages) or rows * page_table.shape[1] * page >= MANY_KEYS, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            WHOLE_TILES=not is_eight_bits(k_pages) or rows * page_table.shape[1] * page >= MANY_KEYS,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip
     with on_device_of(q):
