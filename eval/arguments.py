@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 from hf_fastattn.eval.choices import DTYPES, SHIPPED
 from hf_fastattn.eval.command_line.accuracy import (
     add_all,
+    add_families,
     add_faults,
     add_lm_eval,
     add_logprobs,
@@ -121,6 +122,9 @@ COMMANDS = {
     ),
     "eval all": Command("hf_fastattn.eval.all_evaluations", "all evaluations of accuracy, and their verdicts", add_all),
     "eval faults": Command("hf_fastattn.eval.fault_table", "plant faults that the two evaluations must notice", add_faults),
+    "eval families": Command(
+        "hf_fastattn.eval.families", "perplexity and parity of a small random model of every family", add_families
+    ),
     "eval recall": Command(
         "hf_fastattn.eval.recall", "what both find again in long contexts, by length and depth", add_recall
     ),

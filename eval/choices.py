@@ -42,7 +42,7 @@ WHOLE = {
     "tasks": ("--limit", "8"),
     "streaming": ("--tokens", "4000", "--window", "512", "--places", "40", "--new", "100"),
     "faults": (
-        *("--context", "96", "--stride", "24", "--seeds", "1"),
+        *("--context", "96", "--stride", "24", "--append", "20", "--piece", "7", "--decode", "12", "--seeds", "1"),
         *("--faults", "page", "mask", "scale", "step-page", "step-slot", "step-length", "step-rope"),
     ),
 }
@@ -58,7 +58,10 @@ QUICK = {
     "sampling": ("--prompts", "2", "--samples", "16", "--new", "5", "--calls", "2", "--length", "9"),
     "tasks": ("--limit", "2", "--num-fewshot", "1"),
     "streaming": ("--tokens", "1200", "--window", "192", "--places", "24", "--new", "16"),
-    "faults": ("--context", "64", "--stride", "24", "--windows", "2", "--seeds", "0", "--faults", "mask", "step-slot"),
+    "faults": (
+        *("--context", "64", "--stride", "24", "--windows", "2", "--append", "12", "--piece", "5", "--decode", "6"),
+        *("--seeds", "0", "--faults", "mask", "step-slot"),
+    ),
 }
 
 # The recall tasks that the shipped checkpoint was trained for; the first three are what `eval recall` asks.
@@ -302,7 +305,7 @@ ROUTINGS = ("uniform", "zipf", "one")
 # Lines of `bench attention --variants`; what each is: `kernel_speed/variant_cases.py`.
 VARIANTS = (
     *("plain", "window 1024", "sinks and window", "chunked", "documents", "prefix-LM", "dilated", "block-sparse"),
-    *("softcap", "alibi", "bias table", "sinks", "sigmoid"),
+    *("softcap", "alibi", "bias table", "sinks", "sigmoid", "RoPE inside"),
 )
 
 # Windows of a run that plants faults. In 16 bits the scale fault is little more than rounding: the limits must be known

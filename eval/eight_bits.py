@@ -4,12 +4,14 @@
 
 Each shape of attention: its correctness first, then 16 bits and each 8-bit format as CUDA-graph replays in interleaved
 rounds. `generate()` is that of a model of Llama-3-8B's shape with random weights and as many layers as asked for, patched
-with 16 bits and with 8; the bytes of keys and values are what the allocator gives back when pages are released.
+with 16 bits and with 8; the bytes of keys and values are what the allocator gives back when pages are released. Each call
+gives two figures, of its prompts and of a token after them, since prompts take most of the time.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -20,7 +22,7 @@ import hf_fastattn
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.attention import our_launch
 from hf_fastattn.eval.generate_speed.cases import Case
-from hf_fastattn.eval.generate_speed.systems import System, twin
+from hf_fastattn.eval.generate_speed.systems import System, Timing, twin
 from hf_fastattn.eval.kernel_speed.append_speed import measure_formats
 from hf_fastattn.eval.kernel_speed.attention_cases import DIM, GROUPS, HEADS, Shape, make_inputs
 from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
@@ -70,11 +72,14 @@ def measure_generate(
     systems = {"16 bits": System("16 bits", hf_fastattn.patch(twin(model)), new)}
     systems |= {name: System(name, hf_fastattn.patch(twin(model), kv_dtype=name), new) for name in names}
     figures: dict[str, Any] = {}
-    for system in systems.values():
-        system.warm_up(case)
-    for number in range(1, pairs + 1):
+    for number in range(1 + pairs):
         for system in systems.values():
-            system.measure(case, number)
+            if number:
+                system.timings.append(timed_call(system, case, number))
+                print(system.name, system.timings[-1], flush=True)
+            else:
+                with system.watched():
+                    timed_call(system, case, number)
     for system in systems.values():
         call = hf_fastattn.report(system.model).last_call
         assert call is not None
@@ -92,6 +97,28 @@ def measure_generate(
     return {"shape": shape, "layers": layers, "rows": rows, "prompt": prompt, "new": new, "systems": figures}
 
 
+def timed_call(system: System, case: Case, number: int) -> Timing:
+    """One call on the prompts `number`: the seconds until their logits are there, and of each token after the first."""
+    model, ends = system.model, list[float]()
+    prefill = model._prefill
+
+    def watched_prefill(*args: Any, **kwargs: Any) -> Any:
+        out = prefill(*args, **kwargs)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        ends.append(time.perf_counter())
+        return out
+
+    model._prefill = watched_prefill
+    try:
+        whole = system.seconds(case, number, 1 + system.new)
+        # The prompts are made, and sent to the device, before the call.
+        first = whole - (time.perf_counter() - ends[0])
+        return Timing(first, (whole - first) / system.new)
+    finally:
+        del model._prefill
+
+
 def allocated(device: torch.device) -> int:
     """Bytes that tensors take on a CUDA device."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -99,16 +126,19 @@ def allocated(device: torch.device) -> int:
 
 def table(record: dict[str, Any], names: Sequence[str]) -> str:
     """The record as Markdown."""
-    lines = ["| decode, rows x keys | 16 bits, us |" + "".join(f" {name}, us | / 16 bits | of reading |" for name in names)]
-    lines += ["|" + "---|" * (2 + 3 * len(names))]
+    lines = []
+    if record["decode"]:
+        columns = "".join(f" {name}, us | / 16 bits | of reading |" for name in names)
+        lines = ["| decode, rows x keys | 16 bits, us |" + columns, "|" + "---|" * (2 + 3 * len(names))]
     for row in record["decode"]:
         cells = [f"{row['rows']} x {row['length']}", f"{row['us']['16 bits']:.1f}"]
         for name in names:
             wrong = "" if row["agrees"][name] else " WRONG"
             cells += [f"{row['us'][name]:.1f}", f"{row['ratios'][name]:.3f}{wrong}", f"{row['share_of_read'][name]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| append, new tokens | 16 bits, us |" + "".join(f" {name}, us |" for name in names)]
-    lines += ["|" + "---|" * (2 + len(names))]
+    if record["append"]:
+        lines += ["", "| append, new tokens | 16 bits, us |" + "".join(f" {name}, us |" for name in names)]
+        lines += ["|" + "---|" * (2 + len(names))]
     for tokens in record["append"]:
         lines.append(f"| {tokens['tokens']} | {tokens['us']['16 bits']:.2f} |" + "".join(
             f" {tokens['us'][name]:.2f} |" for name in names
@@ -136,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu, names = device.type == "cuda", options.kv_dtype
     read = measure_ceilings(device, torch.bfloat16 if on_gpu else torch.float32).read
     decode = []
-    for rows, length in DECODE if on_gpu else SMALL:
+    shapes = () if options.only_generate else DECODE if on_gpu else SMALL
+    for rows, length in shapes:
         decode.append(measure_decode(rows, length, names, device, options.rounds, read))
         print(decode[-1], flush=True)
     generate = []
@@ -149,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment(device),
         "read_tbs": read / 1e12,
         "decode": decode,
-        "append": [measure_formats(tokens, names, device, options.rounds) for tokens in APPEND if on_gpu],
+        "append": [measure_formats(tokens, names, device, options.rounds) for tokens in APPEND if shapes and on_gpu],
         "generate": generate,
     }
     lines = [

@@ -20,6 +20,7 @@ from hf_fastattn.eval.accuracy import options
 from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.stock_parts import StockParts
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.reporting import report
@@ -42,13 +43,13 @@ LEAST = 2
 WINDOW = 96
 
 
-def evaluate(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The record of one evaluation, run with these arguments."""
+def evaluate(name: str, arguments: Sequence[str], stock_parts: StockParts | None = None) -> dict[str, Any]:
+    """The record of one evaluation, run with these arguments; what is kept of stock is not measured again."""
     made = parser(f"eval {name}")
     # Whoever reads an error called this command.
     made.prog = "hf-fastattn eval faults"
     run_it, own = EVALUATIONS[name]
-    parsed, setup = options.set_up(name, made, ["--windows", str(WINDOWS_32), *own, *arguments])
+    parsed, setup = options.set_up(name, made, ["--windows", str(WINDOWS_32), *own, *arguments], stock_parts)
     return run_it(parsed, setup)
 
 
@@ -104,6 +105,8 @@ def run(
     for seed in range(seeds):
         plan += [(name, "", seed, WINDOW if seed % 2 else None) for name in names]
 
+    stock_parts = StockParts()
+
     def measure(part: tuple[str, str, int, int | None]) -> dict[str, Any]:
         name, fault, seed, window = part
         arguments = [*common, "--seed", str(seed), "--quiet"]
@@ -111,7 +114,9 @@ def run(
         arguments += ["--window", str(window)] if window else []
         # The last option counts.
         arguments += ["--model", str(MIXTURE)] if fault == "step-expert" and MIXTURE.exists() else []
-        return row(name, evaluate(name, arguments), fault, seed, window)
+        # Faults are planted in the texts of the first seed.
+        kept = stock_parts if seed == 0 else None
+        return row(name, evaluate(name, arguments, kept), fault, seed, window)
 
     with counted(len(plan), "faults and seeds", "run", quiet) as each:
         return measured(plan, measure, Journal(None, {}), each)
@@ -212,10 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.faults is None:
         arguments.faults = [*FAULTS, *(FORMAT_FAULTS if arguments.kv_dtype else ()), *STEP_FAULTS]
     common = []
-    for name in ("context", "stride", "windows", "dtype", "device", "model", "kv_dtype", "threads"):
-        common += (
-            [f"--{name.replace('_', '-')}", str(getattr(arguments, name))] if getattr(arguments, name) is not None else []
-        )
+    sizes = ("context", "stride", "windows", "append", "piece", "decode")
+    for name in (*sizes, "dtype", "device", "model", "kv_dtype", "threads"):
+        value = getattr(arguments, name)
+        common += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     common += [word for variant in arguments.variant or () for word in ("--variant", variant)]
     start = time.perf_counter()
     # Before the runs: the files may change under a long one, the modules in memory do not.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,20 +102,43 @@ def forward_logprobs(model: Any, rollout: WindowBatch, new: int) -> Tensor:
     return _chosen(whole(model, rollout, new + 1)[:, :-1], rollout)
 
 
-def measure_batch(setup: Setup, batch: WindowBatch, new: int, samples: int, top_k: int) -> dict[str, Any]:
-    """What each series says of one batch's rollout less what the trainer's forward says, `[prompts][samples * new]`."""
-    model, sampling = setup.model, {"max_new_tokens": new, "top_k": top_k, "num_return_sequences": samples}
+class StockPart(NamedTuple):
+    """What stock makes of one batch: a rollout, and log-probabilities `[B * samples, new]` of its tokens.
+
+    Attributes:
+        rollout: prompts and what stock has drawn.
+        later: by the trainer's forward.
+        exact: by the exact model's.
+        generated: by stock's `generate()`.
+    """
+
+    rollout: WindowBatch
+    later: Tensor
+    exact: Tensor
+    generated: Tensor
+
+
+def measure_stock(setup: Setup, batch: WindowBatch, new: int, sampling: dict[str, Any]) -> StockPart:
+    """The part of `measure_batch` that no variant and no fault reaches."""
+    model = setup.model
     rollout = drawn(model, batch, batch.ids.shape[1], setup.seed, **sampling)
     later = forward_logprobs(model, rollout, new)
     with models.in_precision(model, models.truth_dtype(setup.dtype)):
         exact = forward_logprobs(model, rollout, new)
+    with rounded_caches(setup.kv_dtype):
+        return StockPart(rollout, later, exact, generated_logprobs(model, batch, rollout, True))
+
+
+def measure_batch(setup: Setup, batch: WindowBatch, new: int, samples: int, top_k: int) -> dict[str, Any]:
+    """What each series says of one batch's rollout less what the trainer's forward says, `[prompts][samples * new]`."""
+    model, sampling = setup.model, {"max_new_tokens": new, "top_k": top_k, "num_return_sequences": samples}
+    part = setup.stock_part(batch, lambda: measure_stock(setup, batch, new, sampling))
+    rollout, later, exact, generated = part
 
     def by_prompt(difference: Tensor) -> list[list[float]]:
         return difference.view(len(batch.ids), -1).tolist()
 
-    with rounded_caches(setup.kv_dtype):
-        series = {STOCK: by_prompt(generated_logprobs(model, batch, rollout, True) - later)}
-    size = by_prompt(exact)
+    series, size = {STOCK: by_prompt(generated - later)}, by_prompt(exact)
     counters: dict[str, Any] = {}
     draws: dict[str, Any] = {}
     remains: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from hf_fastattn.eval.accuracy.random_families import is_random, random_family
 from hf_fastattn.eval.choices import MIXTURE as MIXTURE
 from hf_fastattn.eval.choices import SHIPPED as SHIPPED
 
@@ -60,7 +61,7 @@ def named(name: str, argument: str = "--model") -> Iterator[None]:
 
 def _find(name: str) -> None:
     """Ask the hub once for a model that is not here: loading would ask again and again for a minute."""
-    here = Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    here = is_random(name) or Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
     if here or constants.HF_HUB_OFFLINE:
         return
     try:
@@ -80,14 +81,15 @@ def check(name: str) -> None:
         ValueError: there is none.
     """
     with named(name):
-        AutoConfig.from_pretrained(name)
+        if not is_random(name):
+            AutoConfig.from_pretrained(name)
 
 
 def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) -> tuple[Any, Any]:
     """A model in eval mode on `device`, and its tokenizer.
 
     Args:
-        name: hub id or path.
+        name: hub id or path, or `random:FAMILY` (see `random_families`).
         dtype: of the weights.
         device: torch's name of it.
         window: load a Llama as a Mistral whose layers see this many keys.
@@ -96,8 +98,11 @@ def load(name: str, dtype: torch.dtype, device: str, window: int | None = None) 
         ValueError: there is no such model, or `window` is given and the model is no Llama.
     """
     with named(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(SHIPPED if is_random(name) else name)
+        if is_random(name):
+            model = random_family(name, len(tokenizer), dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     if window is not None:
         model = as_mistral(model, window)
     # Greedy and endless: whoever generates here says how much, and looks at raw logits.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +43,30 @@ from hf_fastattn.eval.reporting.progress import counted
 ONE, STOCK = "stock, one forward", "stock"
 
 
-def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
-    """The errors of every series on one batch, by window."""
-    # One column more than is scored: the logits before a token are those that it was chosen by.
-    model, keep = setup.model, min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
-    wide = models.truth_dtype(setup.dtype)
+class StockPart(NamedTuple):
+    """What stock and the exact model make of one batch.
+
+    Attributes:
+        exact: logits `[B, keep, V]` of the exact model.
+        exact_states: `[layers, B, S, hidden]`, likewise.
+        series: the errors of stock in one forward and in pieces.
+        likely: the errors of its log-probabilities, and the size of the exact ones.
+        path: what stock generates greedily.
+        exact_path: the exact logits that its tokens stand at.
+        bounds: `[layers]` what a token may be off in a layer, by both of stock's ways.
+    """
+
+    exact: Tensor
+    exact_states: Tensor
+    series: dict[str, dict[str, Any]]
+    likely: dict[str, Any]
+    path: Path
+    exact_path: Tensor
+    bounds: Tensor
+
+
+def measure_stock(setup: Setup, batch: WindowBatch, keep: int, new_tokens: int) -> StockPart:
+    """The part of `measure_batch` that no variant and no fault reaches."""
     with _exact(setup):
         exact, exact_states = _at_once(setup, batch, keep)
     true = window_logprobs(exact, batch)
@@ -61,12 +80,20 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
         stock = layer_errors(states, exact_states)
         series[STOCK] = {**logit_errors(logits, exact, batch), **_by_window(stock)}
         likely["pieces"] = logprob_errors(window_logprobs(logits, batch), true)
-        path = greedy_path(model, batch, new_tokens, share=False)
+        path = greedy_path(setup.model, batch, new_tokens, share=False)
     exact_path = _exact_along(setup, path, new_tokens)
     series[STOCK]["greedy"] = path_errors(path, path, exact_path, exact_path)
-    # Both of stock's ways bound what a token may be off in a layer.
     bounds = torch.maximum(one.amax((1, 2)), stock.amax((1, 2)))
+    return StockPart(exact, exact_states, series, likely, path, exact_path, bounds)
 
+
+def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str, Any]:
+    """The errors of every series on one batch, by window."""
+    # One column more than is scored: the logits before a token are those that it was chosen by.
+    model, keep = setup.model, min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
+    wide = models.truth_dtype(setup.dtype)
+    part = setup.stock_part(batch, lambda: measure_stock(setup, batch, keep, new_tokens))
+    exact, exact_states, series, likely, path, exact_path, bounds = part._replace(series=dict(part.series))
     counters: dict[str, Any] = {}
     loops: dict[str, Any] = {}
     for variant in setup.variants:

@@ -52,9 +52,8 @@ def token_losses(pieces: Iterator[Piece], batch: WindowBatch) -> list[list[float
     return [row[-window.scored :].tolist() for row, window in zip(losses, batch.windows, strict=True)]
 
 
-def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
-    """All series of one batch: nats by window and token, the counters of each variant, and where phases begin."""
-    keep = min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
+def stock_losses(setup: Setup, batch: WindowBatch, keep: int) -> dict[str, list[list[float]]]:
+    """The series of one batch that are stock's, from logits of the last `keep` columns."""
 
     def at_once() -> Iterator[Piece]:
         width = batch.ids.shape[1]
@@ -69,6 +68,13 @@ def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
         series[perplexity_summary.NOTHING_ROUNDED] = token_losses(
             in_pieces(setup.model, batch, setup.schedule, keep=keep), batch
         )
+    return series
+
+
+def score_batch(setup: Setup, batch: WindowBatch) -> dict[str, Any]:
+    """All series of one batch: nats by window and token, the counters of each variant, and where phases begin."""
+    keep = min(max(window.scored for window in batch.windows) + 1, batch.ids.shape[1])
+    series = dict(setup.stock_part(batch, lambda: stock_losses(setup, batch, keep)))
     counters = {}
     for variant in setup.variants:
         losses, counters[variant.name] = score_patched(setup, batch, variant, keep)

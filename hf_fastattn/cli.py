@@ -10,7 +10,7 @@ from hf_fastattn.eval.arguments import COMMANDS, Parser
 from hf_fastattn.version import __version__
 
 GROUPS = {
-    "eval": "compare the patched model with stock: perplexity, parity, faults, recall, sampling, tasks, streaming",
+    "eval": "compare the patched model with stock: perplexity, parity, families, faults, recall, sampling, tasks, streaming",
     "bench": "time it: generate, matrix, rollouts, parallel, batching, tasks, attention, eight-bits, experts",
 }
 

@@ -26,8 +26,10 @@ class FastAttnConfig:
         backend: `"reference"` (PyTorch, any device), `"triton"` (CUDA devices), `"hopper"` (these, and Gluon kernels for
             long prompts on H100 and H200), or `"auto"`, the last of them that can run.
         batch_invariant: attention of a row is bitwise the same whatever rows are computed with it (He et al., 2025,
-            "Defeating Nondeterminism in LLM Inference"); matrix products around it are PyTorch's. Triton backends only;
-            slower for few rows.
+            "Defeating Nondeterminism in LLM Inference"), and dense layers and `lm_head` are Transformers' own modules, in
+            recorded steps too, so that a step's products are those that a forward computes. Triton backends only; a step
+            takes a third longer than with our fused layers. Mixtures of experts, hybrids with linear attention and models on
+            several devices keep fused layers.
         cuda_graphs: on a CUDA device, decode steps are recorded once as CUDA graphs and replayed.
         keep_in_training: a model in train mode keeps what takes at most 128 MiB in all, and nothing of more, so that a
             training step finds its memory free; with this option as much as in eval mode: the pages of a rollout, its

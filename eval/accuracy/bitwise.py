@@ -15,6 +15,7 @@ from hf_fastattn.cache.batch_tensors import HostBatch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.eval.accuracy.feed import new_cache
 from hf_fastattn.eval.accuracy.windows import WindowBatch
+from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.transformers_version import CACHE
@@ -59,7 +60,9 @@ def layers_apart(model: Any, batch: WindowBatch, places: Sequence[int] = (-1, -2
 
     cache = new_cache(model)
     try:
-        with mock.patch.object(Batch, "attend", noted):
+        # A recorded forward that is replayed calls nothing.
+        launched = mock.patch.object(ForwardGraphs, "run", lambda *given: None)
+        with mock.patch.object(Batch, "attend", noted), launched:
             model(
                 batch.ids.to(model.device),
                 attention_mask=batch.mask.long().to(model.device),

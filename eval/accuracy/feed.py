@@ -26,7 +26,7 @@ from hf_fastattn.transformers_version import CACHE
 
 # What of the counters of calls says which path ran.
 COUNTED = ("forwards", "fast_loops", "graphs_captured", "graphs_replayed", "pages_shared", "tokens_reused")
-BY_REASON = ("fallbacks", "not_looped", "uncaptured")
+BY_REASON = ("fallbacks", "not_looped", "uncaptured", "prefix_unused")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CallLog:
         """Which path ran: paged forwards, loops of the device and their graphs, by reason what ran otherwise.
 
         `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once; `shares` is whether
-        any may.
+        any may, `keeps` whether pages of prompts stay for later ones.
         """
         calls = [call for call in self._calls if call]
         found: dict[str, Any] = {name: sum(getattr(call, name) for call in calls) for name in COUNTED}
@@ -110,7 +110,8 @@ class CallLog:
         steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
         # Layers with windows, and rows that must not depend on each other, read prefixes for themselves.
         shares = not runtime.config.batch_invariant and any(group.window is None for group in runtime.groups)
-        return {**found, "backend": report.backend, "steps": [list(step) for step in steps], "shares": shares}
+        held = {"backend": report.backend, "steps": [list(step) for step in steps]}
+        return {**found, **held, "shares": shares, "keeps": runtime.config.prefix_cache}
 
 
 def is_patched(model: Any) -> bool:

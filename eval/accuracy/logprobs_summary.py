@@ -37,8 +37,8 @@ stock's, in nats; the importance ratio is `exp(-difference)`. All series score t
 - *KL(generate() || forward)* is estimated by `ratio - 1 - log ratio` (Schulman, 2020, "Approximating KL divergence").
 - *drawn tokens*: rows that the device's loop drew for itself, by the exact model, as in parity.
 - In batch-invariant mode attention is held to be equal to the bit, in every layer, between decode and forward on equal
-  inputs. What then remains between decode and a forward over our pages is due to products and what they feed; their share
-  is what goes when every linear layer computes in a wider dtype and rounds once.
+  inputs. What then remains between decode and a forward over our pages is due to products and what they feed: at most what
+  stock's two ways differ by. Their share is what goes when every linear layer computes in a wider dtype and rounds once.
 - Floors: 4 roundings in fp32 of the rms of the exact log-probabilities. Intervals are Student's over {{kind}}."""
 
 
@@ -68,6 +68,7 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
     remains = {name: _remains([record["remains"][name] for record in records]) for name in records[0]["remains"]}
     for name, found in remains.items():
         checks.append(Check(name, "layers whose attention is not equal to the bit", found["apart"], 0))
+        checks.append(Check(name, "decode less a forward over our pages, rms", found["rms"], _rms(series[STOCK]) + floor))
     return {
         "prompts": len(error),
         "tokens": sum(map(len, error)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,12 +17,15 @@ from hf_fastattn.eval.accuracy.feed import Schedule
 from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.loop_feed import why_no_loop
 from hf_fastattn.eval.accuracy.processes import own_device, processes
+from hf_fastattn.eval.accuracy.stock_parts import StockParts
 from hf_fastattn.eval.accuracy.texts import Document, documents
 from hf_fastattn.eval.accuracy.variants import Variant
 from hf_fastattn.eval.accuracy.windows import WindowBatch, batches, choose
 from hf_fastattn.eval.arguments import Parser
 from hf_fastattn.eval.choices import FORMAT_FAULTS
 from hf_fastattn.eval.reporting.environment import command, default_device, environment, settings_hash
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Setup:
     output: Path | None
     quiet: bool
     seed: int
+    stock_parts: StockParts
+
+    def stock_part(self, batch: WindowBatch, measure: Callable[[], Part]) -> Part:
+        """What `measure` finds of stock alone on a batch, from an earlier run if one of the same settings has kept it."""
+        settings = {name: value for name, value in self.record["settings"].items() if name not in ("inject", "layer")}
+        key = self.record["evaluation"], settings_hash(settings), batch.windows
+        return self.stock_parts.of(key, measure)
 
     @property
     def documents(self) -> list[int]:
@@ -50,8 +60,10 @@ class Setup:
         return [window.document for batch in self.batches for window in batch.windows]
 
 
-def set_up(name: str, made: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Setup]:
-    """Parse, load the model and the text, open the journal."""
+def set_up(
+    name: str, made: Parser, argv: Sequence[str] | None, stock_parts: StockParts | None = None
+) -> tuple[argparse.Namespace, Setup]:
+    """Parse, load the model and the text, open the journal; `stock_parts` are those of earlier runs, none by default."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = made.parse(argv)
     arguments.device = own_device(arguments.device or default_device())
@@ -62,12 +74,12 @@ def set_up(name: str, made: Parser, argv: Sequence[str] | None) -> tuple[argpars
     if arguments.inject == "window" and not arguments.window and arguments.model == str(models.SHIPPED):
         arguments.window = 128
     try:
-        return arguments, _load(name, arguments, argv)
+        return arguments, _load(name, arguments, argv, StockParts() if stock_parts is None else stock_parts)
     except (ValueError, ImportError, OSError) as error:
         made.error(str(error))
 
 
-def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
+def _load(name: str, arguments: argparse.Namespace, argv: list[str], stock_parts: StockParts) -> Setup:
     torch.manual_seed(arguments.seed)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     texts = _texts(arguments)
@@ -119,6 +131,7 @@ def _load(name: str, arguments: argparse.Namespace, argv: list[str]) -> Setup:
         arguments.output,
         arguments.quiet,
         arguments.seed,
+        stock_parts,
     )
 
 

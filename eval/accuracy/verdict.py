@@ -52,7 +52,8 @@ def path_check(variant: str, counters: Sequence[dict[str, Any]]) -> Check:
 
 def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, compacts: bool) -> list[Check]:
     """The device's loop did what was asked of it: batches in which it did not run, nothing was replayed, prefixes were read
-    row by row, or rows that were over stayed in the steps. None may.
+    row by row, pages of earlier prompts were not found (though they are looked for), or rows that were over stayed in the
+    steps. None may.
 
     Args:
         share: rows share prefixes.
@@ -71,6 +72,10 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
     if share:
         alone = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))
         found.append(Check(variant, "batches whose prefixes were read row by row", alone, 0))
+    if any(call["keeps"] for call in counters):
+        lost = sum(1 for call in counters if not call["tokens_reused"] and not call["prefix_unused"])
+        why = sorted({reason for call in counters for reason in call["prefix_unused"]})
+        found.append(Check(variant, "batches that found no pages of earlier prompts", lost, 0, "; ".join(why)))
     if compacts:
         stayed = sum(1 for call in counters if len({rows for rows, _ in call["steps"]}) < 2)
         found.append(Check(variant, "batches that kept rows that were over", stayed, 0))

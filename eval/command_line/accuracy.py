@@ -32,6 +32,12 @@ def _add_kv_dtype(made: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_schedule(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--append", type=int, default=40, help="tokens of a window that are appended in pieces")
+    made.add_argument("--piece", type=int, default=13, help="tokens of such a piece")
+    made.add_argument("--decode", type=int, default=32, help="tokens of a window that are decoded one by one")
+
+
 def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
     add_model(made)
     made.add_argument(
@@ -48,9 +54,7 @@ def _add_accuracy(made: argparse.ArgumentParser, windows: int) -> None:
     made.add_argument("--stride", type=int, default=128, help="tokens scored in a window")
     made.add_argument("--windows", type=int, default=windows, help="windows drawn from all documents; 0 takes all")
     made.add_argument("--batch", type=int, default=8, help="windows that run together")
-    made.add_argument("--append", type=int, default=40, help="tokens of a window that are appended in pieces")
-    made.add_argument("--piece", type=int, default=13, help="tokens of such a piece")
-    made.add_argument("--decode", type=int, default=32, help="tokens of a window that are decoded one by one")
+    _add_schedule(made)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument(
         "--variant",
@@ -115,6 +119,7 @@ def add_faults(made: argparse.ArgumentParser) -> None:
     made.add_argument("--context", type=int, default=256)
     made.add_argument("--stride", type=int, default=64)
     made.add_argument("--windows", type=int, help=f"windows a run; default {WINDOWS_32} in float32, {WINDOWS_16} in 16 bits")
+    _add_schedule(made)
     made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
     made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
     made.add_argument("--model", type=checkpoint, help="hub id or path of a Llama (default: the shipped checkpoint)")
@@ -122,6 +127,24 @@ def add_faults(made: argparse.ArgumentParser) -> None:
     _add_kv_dtype(made)
     made.add_argument("--threads", type=int, help="CPU threads")
     made.add_argument("--output", type=Path, help="folder for faults.md, faults.json and faults.png")
+    made.add_argument("--quiet", action="store_true")
+
+
+def add_families(made: argparse.ArgumentParser) -> None:
+    """Perplexity and parity of small random models of every patched family, in forwards and in the device's loop, with
+    pages of earlier prompts and without. Exits with 1 if one alarms."""
+    made.add_argument("--families", nargs="+", metavar="FAMILY", help="only these (default: all)")
+    made.add_argument("--evaluations", nargs="+", choices=EVALUATED, default=["perplexity", "parity"])
+    made.add_argument("--variant", action="append", help="as for perplexity; repeatable (default: all that differ)")
+    made.add_argument("--context", type=int, default=160, help="tokens of a window")
+    made.add_argument("--stride", type=int, default=40, help="tokens scored in a window")
+    made.add_argument("--windows", type=int, default=16, help="windows of each family")
+    made.add_argument("--batch", type=int, default=8, help="windows that run together")
+    _add_schedule(made)
+    made.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU, else float32")
+    made.add_argument("--device", help="PyTorch's name of it (default: cuda if there is one, else cpu)")
+    made.add_argument("--threads", type=int, help="CPU threads")
+    made.add_argument("--output", type=Path, help="folder for families.md and families.json")
     made.add_argument("--quiet", action="store_true")
 
 

@@ -80,6 +80,7 @@ def add_eight_bits(made: argparse.ArgumentParser) -> None:
     made.add_argument("--rounds", type=positive, default=11, help="interleaved rounds, of which the medians count")
     made.add_argument("--layers", type=positive, default=8, help="layers of the model that generates, of Llama-3-8B's width")
     made.add_argument("--batch", type=int, default=64, help="its prompts; 0 leaves generate() out")
+    made.add_argument("--only-generate", action="store_true", help="leave out attention and the append")
     made.add_argument("--prompt", type=positive, default=4096, help="tokens of each")
     made.add_argument("--new", type=positive, default=512, help="tokens after the first that are timed")
     made.add_argument("--pairs", type=positive, default=3, help="interleaved rounds of generate()")

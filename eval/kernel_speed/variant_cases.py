@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_fastattn.eval.kernel_speed.attention_cases import GROUPS, HEADS, Inputs, Shape
+from hf_fastattn.eval.kernel_speed.attention_cases import DIM, GROUPS, HEADS, Inputs, Shape
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.variants import built_in
+from hf_fastattn.kernels.variants.rotation import RotaryFrequencies
 from hf_fastattn.kernels.variants.variant import Variant
 
 # A tile of the prefill kernels: tokens and keys.
@@ -55,6 +56,12 @@ def half_of_blocks(device: torch.device) -> Variant:
     return built_in.block_sparse((blocks | torch.eye(count, dtype=torch.bool)).to(device), 128)
 
 
+def rope_inside(device: torch.device) -> Variant:
+    """Keys and queries come rotated to their places in runs, as `patch` has them, and are turned by those of the runs."""
+    frequencies = 10_000.0 ** -(torch.arange(0, DIM, 2, device=device) / DIM)
+    return Variant(rope="inside").rotated_by(RotaryFrequencies.of(frequencies, run=128))
+
+
 VARIANTS: dict[str, Made] = {
     "window 1024": lambda device: built_in.sliding_window(1024),
     "sinks and window": lambda device: built_in.sinks_and_window(4, 1024),
@@ -68,6 +75,7 @@ VARIANTS: dict[str, Made] = {
     "bias table": bias_table,
     "sinks": lambda device: built_in.sinks(torch.linspace(-2, 2, HEADS, device=device)),
     "sigmoid": lambda device: built_in.sigmoid(-8.0),
+    "RoPE inside": rope_inside,
 }
 # Compiling FlexAttention takes seconds each.
 IN_FLEX = ("window 1024", "documents", "softcap", "bias table")

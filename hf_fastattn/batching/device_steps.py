@@ -22,7 +22,7 @@ from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.loop.piece_inputs import MOST_PIECES
 from hf_fastattn.loop.readback import Readback
 from hf_fastattn.loop.token_choice import choose, choose_first
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, step_logits
 
 # Steps and prompts that may be under way when another one is launched.
 DEPTH = 3
@@ -218,7 +218,7 @@ class DeviceSteps:
             arguments = {**state.arguments(key.rows), "use_cache": True, "return_dict": True}
             hidden = fused_forward(self._decoder, cache, **arguments).last_hidden_state
         batch.forget_tables()
-        return self._go_on(key, fused_logits(self._model.lm_head, hidden.flatten(0, 1)))
+        return self._go_on(key, step_logits(self._model, hidden.flatten(0, 1)))
 
     def _go_on(self, key: GraphKey, logits: Tensor) -> Tensor:
         """Choose tokens by `logits [rows, V]`, and have them be the next step's input; returns them packed."""

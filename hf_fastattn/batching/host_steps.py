@@ -16,7 +16,7 @@ from hf_fastattn.batching.packed_tokens import Arrived, pack, tokens_of, unpack
 from hf_fastattn.batching.row_tokens import UNLIMITED, Array
 from hf_fastattn.batching.slot_pages import SlotPages
 from hf_fastattn.kernels.sampling.reference import probabilities, token_logprobs
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, step_logits
 
 
 class HostSteps:
@@ -114,7 +114,7 @@ class HostSteps:
                 self._decoder, cache, input_ids=tokens_of(self._tokens[index])[:, None], inputs_embeds=None, use_cache=True,
                 position_ids=positions[:, None], attention_mask=self._mask, return_dict=True,
             ).last_hidden_state  # fmt: skip
-        logits = fused_logits(self._model.lm_head, hidden.flatten(0, 1))
+        logits = step_logits(self._model, hidden.flatten(0, 1))
         # The output layer may be on another device.
         self._tokens[index] = self._chosen(logits.to(self._device), self._params[torch.from_numpy(slots)])
         return self._tokens[:rows].clone()

@@ -15,7 +15,7 @@ from hf_fastattn.batching.packed_tokens import pack, tokens_of
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.piece_inputs import MOST_PIECES, Pieces
 from hf_fastattn.loop.token_choice import choose_first
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, step_logits
 
 # Tokens of a forward are a multiple of this: up to 128 a step of an H200 takes hardly longer than for one.
 UNIT = 128
@@ -99,7 +99,7 @@ class MixedSteps(DeviceSteps):
             hidden = fused_forward(self._decoder, cache, **given, use_cache=True, return_dict=True).last_hidden_state[0]
         batch.forget_tables()
         ends = hidden.index_select(0, pieces.ends + key.rows)
-        logits = fused_logits(self._model.lm_head, torch.cat((hidden[: key.rows], ends)))
+        logits = step_logits(self._model, torch.cat((hidden[: key.rows], ends)))
         chosen = self._go_on(key, logits[: key.rows])
         logprobs = torch.empty(MOST_PIECES, device=logits.device) if key.logprobs else None
         params = pieces.params if key.own_params else state.params

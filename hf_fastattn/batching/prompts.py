@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.batching.recorded_piece import recorded_piece
 from hf_fastattn.batching.slot_pages import SlotPages
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits
+from hf_fastattn.patches.fused.forward import fused_forward, step_logits
 
 
 def compute_pieces(
@@ -54,4 +54,4 @@ def compute_pieces(
     last = [end - 1 for end in accumulate(counts)]
     index = torch.tensor([last[place] for place in ends], dtype=torch.int64).to(device, non_blocking=True)
     # The last layers, and the output layer, may be on other devices.
-    return fused_logits(model.lm_head, hidden[0].to(device).index_select(0, index)).to(device)
+    return step_logits(model, hidden[0].to(device).index_select(0, index)).to(device)

@@ -22,7 +22,7 @@ from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.patches.decoder.forward import RECORDS, why_not_paged
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.fused.forward import fused_forward, fused_logits, fused_reason, why_not_walked
+from hf_fastattn.patches.fused.forward import calls_layers, fused_forward, fused_logits, fused_reason, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
@@ -201,7 +201,7 @@ def _parts_of_a_step(
         assert graphs.state is not None
         return TokenAdapters(graphs.state.adapters[:rows], names, stacks)
 
-    compiled = has_compiled(model)
+    compiled, called = has_compiled(model), calls_layers(model._fastattn.decoder(model))
 
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype), uncompiled() if compiled else nullcontext():
@@ -210,7 +210,7 @@ def _parts_of_a_step(
 
     def logits_of(lm_head: Any, hidden: Tensor) -> Tensor:
         with autocast_as(hidden.device, dtype), uncompiled() if compiled else nullcontext():
-            return fused_logits(lm_head, hidden, copies, adapters(hidden.shape[0]))
+            return lm_head(hidden) if called else fused_logits(lm_head, hidden, copies, adapters(hidden.shape[0]))
 
     return forward, logits_of
 

@@ -80,6 +80,8 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
     # More rows at once would take values byte by byte: see `eight_bit_tiles.py`.
     (80, 1, 128): Tile(16, 128, 4, 5),
     (80, 1, 256): Tile(16, 64, 8, 3),
+    # Dequantised for 32 rows at once.
+    (90, 1, 128): Tile(32, 64, 2, 5, programs=4),
     (80, 2, 128): Tile(64, 64, 4, 5),
     (80, 2, 256): Tile(64, 32, 8, 3),
     (90, 4, 128): Tile(64, 32, 4, 2),
@@ -88,13 +90,18 @@ SPLIT_KV_APPEND: dict[tuple[int, int, int], Tile] = {
 # One program per SM, with dependent launch; of 8 bits two, for heads of 64 three. Used if rows * kv_heads <= SMs and either
 # occupancy is no lower than with the default tile, or there are FEW_PAIRS SMs for each (row, kv head) pair.
 FEW_PAIRS = 4
-# Programs of one warp are slower where each reads so few tiles that it should be quick: measured at 64 pairs, not at 128.
-FEW_PAIRS_OF_8_BITS = 2
+# Programs of one warp are slower where each reads so few tiles that it should be quick: measured at 64 pairs, not at 128,
+# and of up to so many keys a row at 128 and 256 pairs.
+FEW_PAIRS_OF_8_BITS, FEW_KEYS_OF_8_BITS = 2, 2048
 SPLIT_KV_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 1, 128): Tile(16, 128, 4, 5),
     (90, 2, 64): Tile(16, 128, 2, 5, programs=3),
     (90, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
     (100, 2, 128): Tile(16, 128, 4, 5, programs=1, overlaps=True),
+}
+# For the rows of one new token that `decode_row.py` takes; by default the tile of few pairs.
+SPLIT_KV_ROW: dict[tuple[int, int, int], Tile] = {
+    (90, 1, 128): Tile(16, 64, 2, 5),
 }
 # Three programs per SM, for numbers of pairs that fill them better than two, and for many pairs.
 SPLIT_KV_FITTING: dict[tuple[int, int, int], Tile] = {
@@ -179,13 +186,13 @@ def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) ->
 
 def split_kv_tile(
     arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int, rotated: bool = False,
-    hooked: bool = False,
+    hooked: bool = False, keys: int | None = None,
 ) -> Tile:  # fmt: skip
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
 
     With `pairs` None it depends on architecture, dtype and head dim only. `rotated`: the kernel rotates keys; their angles
     take registers, so that no more than two programs fit on a multiprocessor. `hooked`: it calls a variant's functions, with
-    which SPLIT_KV_WHOLE and the entries for heads of 64 were not measured.
+    which SPLIT_KV_WHOLE and the entries for heads of 64 were not measured. `keys`: the most of a row, if known.
     """
     found = tile_of(SPLIT_KV_TF32, arch, itemsize, block_d) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
@@ -205,10 +212,19 @@ def split_kv_tile(
     many = pairs > 2 * found.programs * processors
     if fitting and (many or _fill(fitting, pairs, processors) > max(_fill(found, pairs, processors), LIST_FILL)):
         found = fitting
-    if few and pairs <= processors:
-        as_full = itemsize != 1 and _fill(few, pairs, processors) >= _fill(found, pairs, processors)
-        found = few if as_full or pairs * (FEW_PAIRS_OF_8_BITS if itemsize == 1 else FEW_PAIRS) <= processors else found
+    if few and itemsize == 1:
+        short = keys is not None and keys <= FEW_KEYS_OF_8_BITS and pairs <= few.programs * processors
+        found = few if short or pairs * FEW_PAIRS_OF_8_BITS <= processors else found
+    elif few and pairs <= processors:
+        as_full = _fill(few, pairs, processors) >= _fill(found, pairs, processors)
+        found = few if as_full or pairs * FEW_PAIRS <= processors else found
     return found
+
+
+def row_tile(arch: int, itemsize: int, block_d: int, queries: int, pairs: int, processors: int) -> Tile:
+    """The tile of `decode_row.py`: see `split_kv_tile`, whose entries for heads of 64 were measured with several rows."""
+    found = tile_of(SPLIT_KV_ROW, arch, itemsize, block_d)
+    return found or split_kv_tile(arch, itemsize, max(block_d, 128), queries, pairs, processors)
 
 
 def _fill(tile: Tile, pairs: int, processors: int) -> float:

@@ -9,8 +9,8 @@ follows lengths that changed. There are two splits:
 - Even, for rows of similar length: every item is cut into the same number of parts ("Flash-Decoding", Dao et al., 2023),
   or every program takes the same number of whole items.
 A program leaves at most two partial states, of its first and its last item. The last program to arrive at a split item
-merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, of keys in 16 bits,
-goes to `decode_row.py`.
+merges the parts by LSE in fixed order, so results are bitwise repeatable. A single row, or a few of 8-bit
+keys, of queries in 16 bits, goes to `decode_row.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import Tile, element_bytes, split_kv_tile, stages_with
 from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, plan_split
-from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.decode_row import MOST_ROWS_OF_8_BITS, decode_row
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.tile import (
@@ -207,18 +207,20 @@ def merge_parts(
 def tile_of_decode(
     q: Tensor,
     k_pages: Tensor,
-    rows: int,
+    page_table: Tensor,
     max_query_len: int,
     processors: int,
     batch_invariant: bool,
     variant: CompiledVariant,
 ) -> Tile:
     """The tile that a launch takes for these shapes."""
+    rows, keys = page_table.shape[0], page_table.shape[1] * k_pages.shape[1]
     heads, groups = q.shape[1], k_pages.shape[2]
     pairs = None if batch_invariant else rows * groups
     queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
+    arch, block_d = arch_of(q.device), power_of_2(q.shape[2])
     itemsize, hooked = element_bytes(q, k_pages), variant.hooks != NO_HOOKS
-    return split_kv_tile(arch_of(q.device), itemsize, power_of_2(q.shape[2]), queries, pairs, processors, rotated, hooked)
+    return split_kv_tile(arch, itemsize, block_d, queries, pairs, processors, rotated, hooked, keys)
 
 
 def paged_decode(
@@ -296,8 +298,8 @@ def decode_launch(
             f"page_table has {page_table.shape[0]} rows, seq_lens {rows} and q {tokens}; expected one a row, or cu_seqlens_q"
         )
     window = variant.window_with(window)
-    plain = variant.hooks == NO_HOOKS and not is_eight_bits(k_pages)
-    if rows == 1 and cu_seqlens_q is None and not batch_invariant and q.element_size() == 2 and plain:
+    few = rows <= (MOST_ROWS_OF_8_BITS if is_eight_bits(k_pages) else 1) and cu_seqlens_q is None and rows > 0
+    if few and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS:
         return decode_row(
             q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
         )
@@ -307,7 +309,7 @@ def decode_launch(
         return out, lse, None
     ratio, block_d = heads // groups, power_of_2(dim)
     arch, queries = arch_of(q.device), max_query_len * ratio
-    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant, variant)
+    tile = tile_of_decode(q, k_pages, page_table, max_query_len, workspace.processors, batch_invariant, variant)
     if visited is not None:
         check_visited(visited, rows, 0, tile.block_n)
     block_m = 16 if batch_invariant else min(max(power_of_2(queries), 16), tile.block_m)

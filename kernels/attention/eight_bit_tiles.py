@@ -36,12 +36,12 @@ def attend_tiles(
     stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    listed=None, MASKED: tl.constexpr = True, BY_MARK: tl.constexpr = False,
+    listed=None, MASKED: tl.constexpr = True, BY_MARK: tl.constexpr = False, WHOLE_TILES: tl.constexpr = True,
 ):  # fmt: skip
-    """See `tile.attend_tiles`."""
+    """See `tile.attend_tiles`. WHOLE_TILES: of 8 bits, tiles that no mask cuts have a loop of their own."""
     if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
         masked_from = lo
-        if EDGE and listed is None and not HAS_WINDOW and q.shape[0] <= WORD_ROWS:
+        if WHOLE_TILES and EDGE and listed is None and not HAS_WINDOW and q.shape[0] <= WORD_ROWS:
             # Masks are a quarter of the instructions of a tile, which count where half as many bytes are read.
             seen = length
             if HOOKS.causal:

@@ -180,8 +180,7 @@ def visited_tiles(
         return list_tiles(variant, cu_seqlens_q, seq_lens, **options)
     if not variant.hides_tiles:
         return None
-    rows = seq_lens.shape[0]
-    tile = tile_of_decode(q, k_pages, rows, max_query_len, workspace.processors, batch_invariant, variant)
+    tile = tile_of_decode(q, k_pages, page_table, max_query_len, workspace.processors, batch_invariant, variant)
     options |= {"max_query_len": max_query_len, "block_n": tile.block_n}
     return list_rows(variant, cu_seqlens_q, seq_lens, **options)
 

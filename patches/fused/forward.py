@@ -143,6 +143,8 @@ def _why_not_walked(decoder: Any) -> str | None:
     names, unknown = vars(decoder)[STATE].family.layers, _why_not_known(decoder)
     if names is None or unknown is not None:
         return unknown
+    if calls_layers(decoder):
+        return "batch_invariant=True: layers add up as Transformers wrote them"
     if has_global_hooks():
         return "hooks on all modules are registered"
     if drops_cache(decoder):
@@ -171,6 +173,18 @@ def _why_not_spread(decoder: Any, route: tuple[torch.device, ...]) -> str | None
     options, heads = vars(decoder)[STATE].runtime.config, key_shape(decoder.config)[1]
     backends = {choose_backend(options.backend, place, decoder.dtype, heads, options.batch_invariant)[0] for place in route}
     return "the devices that the layers are on take different kernels" if len(backends) > 1 else None
+
+
+def calls_layers(decoder: Any) -> bool:
+    """Whether batch-invariant mode has layers and `lm_head` called, so that products add up in one order in all forwards.
+
+    Only dense layers on one device: steps of others could not be recorded then.
+    """
+    state = vars(decoder)[STATE]
+    runtime, family = state.runtime, state.family
+    if not runtime.config.batch_invariant or runtime.ranks is not None or family.linear_attention:
+        return False
+    return (family.layers is None or family.layers.mixture is None) and len(route_of(decoder, None, decoder.device)) == 1
 
 
 def why_not_walked(decoder: Any, arguments: dict[str, Any]) -> str | None:
@@ -210,6 +224,12 @@ def fused_logits(
 
     products = Products(NO_LAYERS, (hidden.shape[0],), hidden.device, copies, adapters)
     return products.product(written_module(lm_head), hidden)
+
+
+def step_logits(model: Any, hidden: Tensor) -> Tensor:
+    """`fused_logits` of a patched model without copies and adapters, `[T, vocabulary]`; `lm_head` where it is called."""
+    called = calls_layers(model._fastattn.decoder(model))
+    return model.lm_head(hidden) if called else fused_logits(model.lm_head, hidden)
 
 
 def why_not_fused(decoder: Any, arguments: dict[str, Any]) -> str | None:

@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from hf_fastattn.eval import sampling
+from hf_fastattn.eval import models, sampling
 from tests.tools.reexecuted import reexecuted_loop
 
 FEW = ["--device", "cpu", "--quiet", "--prompts", "2", "--samples", "12", "--new", "5", "--calls", "2", "--length", "9"]
 MANY = ["--device", "cpu", "--quiet", "--prompts", "4", "--samples", "32", "--new", "6", "--calls", "2", "--length", "40"]
+
+
+@pytest.fixture(autouse=True)
+def shallow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the shipped checkpoint its first layers alone: a distribution that nobody knows will do."""
+    load = models.load
+
+    def load_shallow(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+        model, tokenizer = load(name, dtype, device)
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+        return model, tokenizer
+
+    monkeypatch.setattr(models, "load", load_shallow)
 
 
 def run(tmp_path: Path, *options: str) -> tuple[int, dict]:

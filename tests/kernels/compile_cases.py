@@ -179,10 +179,24 @@ CASES = {
         targets=FP8,
     ),
     "decode, 16 tokens, fp8": Case(
-        lambda: decode(4, 128, tokens=16, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
+        lambda: decode(4, 128, tokens=16, kv_dtype="fp8"),
+        ("split_kv_kernel",),
+        programs=1,
+        # Quicker than tiles of 16 rows, which do not spill.
+        spilled=128,
+        targets=FP8,
     ),
     "decode, one row, fp8": Case(
-        lambda: decode(4, 128, rows=1, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
+        lambda: decode(4, 128, rows=1, processors=132, kv_dtype="fp8"), ("decode_row_kernel",), programs=2, targets=FP8
+    ),
+    "decode, one row, int8": Case(
+        lambda: decode(7, 80, FP16, rows=1, processors=132, kv_dtype="int8", window=128), ("decode_row_kernel",), programs=1
+    ),
+    "decode, 3 rows, fp8": Case(
+        lambda: decode(4, 128, rows=3, processors=132, kv_dtype="fp8"), ("decode_row_kernel",), programs=2, targets=FP8
+    ),
+    "decode, 6 rows, fp8": Case(
+        lambda: decode(4, 128, rows=6, processors=132, kv_dtype="fp8"), ("split_kv_kernel",), programs=1, targets=FP8
     ),
     "shared prefix, fp8": Case(
         lambda: shared_prefix(4, 128, rows=16, kv_dtype="fp8"),

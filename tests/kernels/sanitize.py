@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import torch
 
 from hf_fastattn.kernels.layer.split_sums import SplitSums
+from hf_fastattn.kernels.page_formats import KV_DTYPES
 from tests.kernels.attention import (
     test_append,
     test_decode,
@@ -28,7 +29,7 @@ from tests.kernels.attention import (
     test_shared_prefix,
     test_work_list,
 )
-from tests.kernels.cases import make_batch
+from tests.kernels.cases import in_eight_bits, make_batch
 from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm
 from tests.kernels.linear import test_delta_prefill, test_delta_step
 from tests.kernels.sampling import test_advance, test_greedy, test_logprobs, test_typical
@@ -57,6 +58,9 @@ def decode() -> None:
 def decode_row() -> None:
     for past in (-1, 0, 700):
         attention(test_decode.check, [1], [past])
+        for kv_dtype in KV_DTYPES:
+            batch = make_batch([1], [past], page=16, groups=2, ratio=4, dim=128, dtype=BF16, scattered=True, device="cuda")
+            test_decode.check(in_eight_bits(batch, kv_dtype))
 
 
 def batch_invariant() -> None:

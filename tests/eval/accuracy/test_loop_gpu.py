@@ -71,3 +71,12 @@ def test_attention_is_equal_to_the_bit_in_every_layer(dtype: str) -> None:
     with hf_fastattn.patched(model, batch_invariant=True):
         assert layers_apart(model, batch) == [0.0] * model.config.num_hidden_layers
         assert not hf_fastattn.report(model).last_call.fallbacks
+
+
+def test_in_batch_invariant_mode_no_more_remains_than_between_stocks_two_ways() -> None:
+    record = evaluate("logprobs", "--dtype", "bfloat16", "--variant", "backend=triton,batch_invariant=on,share=on")
+    (found,) = record["remains"].values()
+    stock = next(row for row in record["series"] if row["series"] == "stock")
+    assert found["apart"] == 0 and found["rms"] <= stock["rms"]
+    checks = {check["name"]: check["alarms"] for check in record["checks"]}
+    assert not checks["decode less a forward over our pages, rms"]

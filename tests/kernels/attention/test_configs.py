@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_fastattn.kernels.attention import configs
-from hf_fastattn.kernels.attention.configs import Tile, shared_prefix_tile, split_kv_tile, tile_of
+from hf_fastattn.kernels.attention.configs import Tile, row_tile, shared_prefix_tile, split_kv_tile, tile_of
 
 TABLES = {name: table for name, table in vars(configs).items() if name.isupper() and isinstance(table, dict)}
 
@@ -57,6 +57,20 @@ def test_functions_of_a_variant_take_tiles_that_were_measured_with_them(dim):
     for rows, tile in expected.items():
         found = split_kv_tile(90, 2, dim, 4, rows * 8, 132, hooked=True)
         assert (found.block_n, found.programs) == tile, rows
+
+
+def test_decode_over_eight_bits_on_hopper_takes_what_was_measured():
+    """Rows of 8 kv heads; what is not known of their lengths may be long."""
+    few, many = Tile(16, 128, 4, 5), Tile(64, 32, 1, 5, programs=8)
+    for rows, keys, expected in (
+        (8, None, few), (8, 8192, few), (16, 8192, many), (16, None, many), (16, 2048, few), (32, 1024, few),
+        (32, 4096, many), (64, 512, many),
+    ):  # fmt: skip
+        assert split_kv_tile(90, 1, 128, 4, rows * 8, 132, keys=keys) == expected, (rows, keys)
+        assert split_kv_tile(90, 2, 128, 4, rows * 8, 132, keys=keys) == split_kv_tile(90, 2, 128, 4, rows * 8, 132)
+    assert split_kv_tile(90, 1, 128, 4, None, 132, keys=64) == many, "batch-invariant"
+    assert row_tile(90, 1, 128, 4, 8, 132) == Tile(16, 64, 2, 5)
+    assert row_tile(90, 2, 128, 4, 8, 132) == split_kv_tile(90, 2, 128, 4, 8, 132)
 
 
 def test_shared_prefixes_on_hopper_take_what_was_measured():

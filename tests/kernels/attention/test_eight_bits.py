@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.kernels.attention import paged, rope_reference, widened_pages
+from hf_fastattn.kernels.attention import decode, paged, rope_reference, widened_pages
 from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.prefill import paged_prefill
@@ -40,6 +40,12 @@ def attend(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+@pytest.fixture(params=[0, 4], ids=["by a list", "few rows"])
+def most_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are decoded without a work list; batches here have few."""
+    monkeypatch.setattr(decode, "MOST_ROWS_OF_8_BITS", request.param)
+
+
 def prefill(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     pages = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
     return paged_prefill(*pages, scale=batch.scale, **options)
@@ -49,6 +55,7 @@ def batch_of(kv_dtype: str, counts: list[int], pasts: list[int], **options: Any)
     return in_eight_bits(make_batch(counts, pasts, scattered=True, **options), kv_dtype)
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize(("shape", "dtype"), in_turn(SHAPES, [BF16, FP16, FP32]))
@@ -61,6 +68,7 @@ def test_decode(kv_dtype, shape, dtype):
     assert_attention(batch, attend(batch))
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize("window", [None, 70])
@@ -80,6 +88,7 @@ def test_appends_and_prompts(kv_dtype, dtype, counts):
     assert_attention(batch, prefill(batch))
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("window", [1, 50])
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -104,6 +113,7 @@ def test_shared_prefixes(kv_dtype, rows):
     assert_attention(batch, got)
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("magnitude", [2.0**-30, 2.0**-10, 2.0**12])
@@ -118,6 +128,7 @@ def test_magnitudes_that_fp16_does_not_hold_with_weights(dtype, magnitude):
     assert_attention(batch, attend(batch))
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 @pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**40])
 def test_queries_that_fp16_does_not_hold(magnitude):
@@ -131,6 +142,7 @@ def test_queries_that_fp16_does_not_hold(magnitude):
     assert_attention(batch, attend(batch))
 
 
+@pytest.mark.usefixtures("most_rows")
 @pytest.mark.interpreter
 def test_what_is_not_finite_reaches_only_who_sees_it():
     batch = batch_of("int8", [1, 1], [40, 40], page=16, ratio=2, dim=64, dtype=BF16)

@@ -51,7 +51,7 @@ def lists_of(batch: Batch, kind: str, variant: Variant) -> Visited:
         options |= {"tokens": batch.q.shape[0], "block_m": tile.block_m, "block_n": tile.block_n}
         return list_tiles(compiled, batch.cu_seqlens_q, batch.seq_lens, **options)
     most = max(batch.counts)
-    tile = tile_of_decode(batch.q, batch.k_pages, len(batch.counts), most, 1, False, compiled)
+    tile = tile_of_decode(batch.q, batch.k_pages, batch.page_table, most, 1, False, compiled)
     begins = None if kind == "decode" else batch.cu_seqlens_q
     return list_rows(compiled, begins, batch.seq_lens, max_query_len=most, block_n=tile.block_n, **options)
 
