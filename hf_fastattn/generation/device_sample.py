@@ -16,7 +16,6 @@ from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.generation.agreed_request import agreed_request
 from hf_fastattn.generation.prefix_call import keep_row, keep_streamed, kept_prompt
 from hf_fastattn.graphs.drawn_offset import settled_offset
-from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
@@ -201,7 +200,7 @@ def _parts_of_a_step(
         assert graphs.state is not None
         return TokenAdapters(graphs.state.adapters[:rows], names, stacks)
 
-    compiled = has_compiled(model)
+    compiled = model._runs_uncompiled(cache)
 
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype), uncompiled() if compiled else nullcontext():

@@ -1,0 +1,208 @@
+"""`look`: whether the modules of a model are as they were when somebody looked before, which is quicker to tell than what
+they are.
+
+What is asked of all modules before every call (what graphs depend on, who watches hidden states, which state keys belong
+to) is answered anew only after a change. What one look cannot vouch for is asked every time: hooks, tensors that are no
+parameters, other things that may change inside.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from numbers import Number
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_global_hooks
+
+# Attributes that every module has; of these `_Record` looks at those that say what a module computes.
+COMMON = frozenset(vars(nn.Module()))
+# Attributes that change nothing, or are looked at by whoever needs them.
+SWITCHED = frozenset(("_experts_implementation_internal",))
+CODE = (types.FunctionType, types.BuiltinFunctionType, type)
+VALUES = (torch.dtype, torch.device, torch.Size, torch.layout)
+# Of a parameter that ZeRO-3 has partitioned or gathered.
+ZERO_STATUS = "ds_status"
+# Looks that are remembered of a model: trainers switch between modes.
+MOST = 4
+
+Answer = TypeVar("Answer")
+
+
+class _UnsureError(Exception):
+    """Something may change without being seen to."""
+
+
+class _Record(NamedTuple):
+    """One module.
+
+    Attributes:
+        names: of its attributes, and `ids` of what they are; `kept` and `refs` hold what an id could be given to again.
+        tensors: of its parameters and buffers, as values to compare.
+        children: the names of the modules in it.
+        contents: of attributes that hold other values.
+    """
+
+    kind: type
+    forward: Any
+    names: list[str]
+    ids: list[int]
+    kept: list[Any]
+    refs: list[weakref.ref[Any]]
+    tensors: list[Any]
+    children: list[str]
+    contents: list[tuple[str, Any]]
+
+
+class Seen:
+    """The modules from a root down as they were found, with what was asked of them then."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._records: list[_Record] = []
+        self._configs: list[tuple[weakref.ref[Any], Any]] = []
+        self._answers: dict[Hashable, Any] = {}
+        self.is_sure = False
+        try:
+            if not has_global_hooks():
+                self._note(root)
+                self.is_sure = True
+        except _UnsureError:
+            self._records, self._configs = [], []
+
+    def answer(self, question: Hashable, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` says of these modules, which nothing else may decide; it is asked once if a change would be seen."""
+        if not self.is_sure:
+            return ask()
+        if question not in self._answers:
+            self._answers[question] = ask()
+        return cast(Answer, self._answers[question])
+
+    def _note(self, root: nn.Module) -> None:
+        configs: dict[int, Any] = {}
+        stack = [root]
+        while stack:
+            module = stack.pop()
+            self._records.append(_record(module, configs))
+            stack += [child for child in module._modules.values() if child is not None]
+        self._configs = [(weakref.ref(config), _contents(vars(config))) for config in configs.values()]
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether a look at the modules now would find the same."""
+        if not self.is_sure or has_global_hooks():
+            return False
+        stack = [root]
+        try:
+            for kind, forward, names, ids, _, refs, tensors, children, contents in self._records:
+                if not stack:
+                    return False
+                module = stack.pop()
+                state = module.__dict__
+                if type(module) is not kind or getattr(kind, "forward", None) is not forward or [*state] != names:
+                    return False
+                if [*map(id, state.values())] != ids or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+                    return False
+                if (state["_parameters"] or state["_buffers"] or tensors) and _tensors(state) != tensors:
+                    return False
+                held = state["_modules"]
+                if held or children:
+                    if [*held] != children:
+                        return False
+                    stack += [child for child in held.values() if child is not None]
+                if refs and any(ref() is None for ref in refs):
+                    return False
+                if contents and any(_contents(state[name]) != value for name, value in contents):
+                    return False
+            return not stack and all(_contents(vars(ref())) == contents for ref, contents in self._configs)
+        except _UnsureError:
+            return False
+
+
+# By root, the newest first.
+_looks: weakref.WeakKeyDictionary[nn.Module, list[Seen]] = weakref.WeakKeyDictionary()
+
+
+def look(root: nn.Module) -> Seen:
+    """The modules from `root` down: the same object as before if nothing has changed since."""
+    known = _looks.get(root, [])
+    found = next((seen for seen in known if seen.holds(root)), None)
+    if found is None:
+        found = Seen(root)
+    if not known or known[0] is not found:
+        _looks[root] = [found, *(seen for seen in known if seen is not found and seen.is_sure)][:MOST]
+    return found
+
+
+def _record(module: nn.Module, configs: dict[int, Any]) -> _Record:
+    state, kind = vars(module), type(module)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state:
+        raise _UnsureError
+    kept: list[Any] = []
+    refs: list[weakref.ref[Any]] = []
+    contents: list[tuple[str, Any]] = []
+    for name, value in state.items():
+        if value is None or type(value) in SCALARS or isinstance(value, VALUES):
+            kept.append(value)
+        elif name in COMMON:
+            continue
+        elif isinstance(value, dict | list | tuple | set | frozenset):
+            contents.append((name, _contents(value)))
+        elif isinstance(value, torch.Tensor):
+            raise _UnsureError
+        elif isinstance(value, Number | str):
+            kept.append(value)
+        else:
+            if isinstance(value, PretrainedConfig):
+                configs[id(value)] = value
+            refs.append(_reference(value))
+    return _Record(
+        kind, getattr(kind, "forward", None), [*state], [*map(id, state.values())], kept, refs, _tensors(state),
+        [*state["_modules"]], contents,
+    )  # fmt: skip
+
+
+def _reference(value: Any) -> weakref.ref[Any]:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        raise _UnsureError from None
+
+
+def _tensors(state: dict[str, Any]) -> list[Any]:
+    found: list[Any] = []
+    for held in (state["_parameters"], state["_buffers"]):
+        for name, tensor in held.items():
+            if tensor is None:
+                found.append(name)
+                continue
+            if type(tensor) not in PLAIN or ZERO_STATUS in tensor.__dict__:
+                raise _UnsureError
+            found += (
+                name, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride(),
+            )  # fmt: skip
+    return found
+
+
+def _contents(value: Any) -> Any:
+    """Values in a form that can be compared: numbers, texts, functions, containers of these.
+
+    Raises:
+        _UnsureError: something in it may change without being seen to.
+    """
+    if value is None or type(value) in SCALARS or isinstance(value, VALUES):
+        return value
+    if isinstance(value, dict):
+        return [(name, _contents(entry)) for name, entry in value.items() if name not in SWITCHED]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_contents(entry) for entry in value]
+    if isinstance(value, Number | str):
+        return type(value), repr(value)
+    if isinstance(value, CODE):
+        return _reference(value)
+    if isinstance(value, PretrainedConfig):
+        return _contents(vars(value))
+    raise _UnsureError
