@@ -19,7 +19,7 @@ from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
 from hf_fastattn.graphs.fingerprint import fingerprint_of
-from hf_fastattn.graphs.module_checks import SCALARS, has_foreign_hooks
+from hf_fastattn.graphs.module_checks import SCALARS
 from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -41,7 +41,6 @@ class KeptPrompt:
         rows: the tokens of each distinct row.
         copies: which of these each row of the batch is.
         paths: of each distinct row the pages of the index that hold it.
-        state: names the state of the model that the prompt was computed in.
     """
 
     store: PrefixStore
@@ -50,11 +49,6 @@ class KeptPrompt:
     rows: list[RowTokens]
     copies: Sequence[int]
     paths: dict[int, list[int]]
-    state: tuple[Any, ...]
-
-    def is_of(self, model: Any) -> bool:
-        """Whether the model is in this state still: streamers, processors and criteria are users' code."""
-        return why_rows_differ(model) is None and self.state == _state_of(model)
 
 
 def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -143,27 +137,17 @@ def compute_prompt(
             return prompt.compute(compute, input_ids, model_kwargs)
     decoder = model._fastattn.decoder(model)
     kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device, seen)
-    state = _state_of(model, seen)
-    root = kept.root_of(state)
+    root = kept.root_of(runtime.model_state.of(decoder, decoder.device, seen))
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
-    call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths, state)
-    # The decoder has no hooks of a user's, or its state would not be known.
-    unseen = not has_foreign_hooks(vars(model))
-    if not unseen:
-        return prompt.compute(compute, input_ids, model_kwargs)
+    call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
+    # No module has hooks of a user's, or the state would not be known.
     call.seen = seen
     try:
         with runtime.graphs.knowing(decoder, decoder.device, fingerprint):
             return prompt.compute(compute, input_ids, model_kwargs)
     finally:
         call.seen = None
-
-
-def _state_of(model: Any, seen: Seen | None = None) -> tuple[Any, ...]:
-    decoder = model._fastattn.decoder(model)
-    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device, seen)
-    return state
 
 
 def _rows(
@@ -196,7 +180,7 @@ def _rows(
         seen = look(model) if seen is None else seen
         reason = why_not_model(model, generation_config, seen)
         if reason is None and keep:
-            reason = runtime.model_state.why_not(model._fastattn.decoder(model), seen)
+            reason = runtime.model_state.why_not(model._fastattn.decoder(model), seen, model)
         if reason is None:
             return rows, found[1], worth, seen
         found = reason
@@ -217,33 +201,23 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
     """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result.
 
     Args:
-        ran: processors, criteria, streamer and loop of the call. The weights are looked at if one of them may be a user's.
+        ran: processors, criteria, streamer and loop of the call. Between two tokens a user's may have changed the model,
+            and changed it back: then only the prompt stays.
     """
     kept = kept_prompt(model, cache)
-    if kept is None:
+    if kept is None or any(map(may_be_users, ran)) or why_rows_differ(model) is not None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    unchanged = kept.is_of if any(map(_may_be_users, ran)) else _has_no_watchers
-    if len(sequences) == len(cache.lengths) and unchanged(model):
+    if len(sequences) == len(cache.lengths):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
 
 
-def _may_be_users(ran: Any) -> bool:
+def may_be_users(ran: Any) -> bool:
     """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
     own = str(getattr(ran, "__module__", "")).startswith("transformers.")
     return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
-
-
-def _has_no_watchers(model: Any) -> bool:
-    return why_rows_differ(model) is None
-
-
-def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
-    """`keep_row`, if what the user's streamer did has not changed the model."""
-    if kept.is_of(model):
-        keep_row(kept, place, number, new)
 
 
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:

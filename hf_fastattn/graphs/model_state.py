@@ -70,13 +70,19 @@ class ModelState:
             self._listed = None if others or not seen.is_sure else seen
         self._begun = [Launched(table) for table in self._tables]
 
-    def why_not(self, decoder: nn.Module, seen: Seen | None = None) -> str | None:
-        """Why a change of what the decoder computes could go unnoticed."""
-        seen = look(decoder) if seen is None else seen
-        return seen.answer(("state", self._checked, id(decoder)), lambda: self._why_not(decoder))
+    def why_not(self, decoder: nn.Module, seen: Seen | None = None, root: nn.Module | None = None) -> str | None:
+        """Why a change of what the decoder computes could go unnoticed.
 
-    def _why_not(self, decoder: nn.Module) -> str | None:
-        for module in (decoder, *submodules(decoder)):
+        Args:
+            seen: a look at the modules as they are, from `root` down.
+            root: the model that the decoder is in, whose hooks may do anything too; the decoder by default.
+        """
+        root = decoder if root is None else root
+        seen = look(root) if seen is None else seen
+        return seen.answer(("state", self._checked, id(decoder)), lambda: self._why_not(decoder, root))
+
+    def _why_not(self, decoder: nn.Module, root: nn.Module) -> str | None:
+        for module in (root, *submodules(root)):
             if has_foreign_hooks(vars(module)):
                 return f"a {type(module).__name__} has hooks, which may do something else in each call"
         for tensor in _weights(decoder) if self._checked else ():
