@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import weakref
 from collections.abc import Iterator
 from numbers import Number
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_foreign_hooks, submodules
-from hf_fastattn.graphs.seen_modules import SWITCHED, Seen, look
+from hf_fastattn.graphs.seen_modules import SWITCHED, Same, Seen, look
 from hf_fastattn.kernels.layer import weight_sum_reference
 from hf_fastattn.kernels.layer.weight_sum_host import host_sum
 
@@ -111,7 +110,7 @@ class ModelState:
         known, self._storages = self._storages, {}
         for tensor in weights:
             if type(tensor) not in PLAIN:
-                self._storages[-id(tensor)] = _Same(tensor)
+                self._storages[-id(tensor)] = Same(tensor)
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -189,21 +188,6 @@ def _scalars(decoder: Any) -> tuple[Any, ...]:
     return tuple(value for value in vars(decoder).values() if type(value) in SCALARS)
 
 
-class _Same:
-    """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
-
-    def __init__(self, value: Any) -> None:
-        try:
-            self._held: Any = weakref.ref(value)
-        except TypeError:
-            self._held = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (value := self._held()) is not None and value is other._held()
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def _weights_once(decoder: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in _weights(decoder)}.values())
 
@@ -247,7 +231,7 @@ def _frozen(value: Any) -> Any:
         return tuple((name, _frozen(entry)) for name, entry in value.items() if name not in SWITCHED)
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
-    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else _Same(value)
+    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else Same(value)
 
 
 def _sum_of(tensor: Tensor) -> tuple[int, ...]:

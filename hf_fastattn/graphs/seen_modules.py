@@ -8,7 +8,6 @@ parameters, other things that may change inside.
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Hashable
 from numbers import Number
@@ -24,7 +23,6 @@ from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_global_hooks
 COMMON = frozenset(vars(nn.Module()))
 # Attributes that change nothing, or are looked at by whoever needs them.
 SWITCHED = frozenset(("_experts_implementation_internal",))
-CODE = (types.FunctionType, types.BuiltinFunctionType, type)
 VALUES = (torch.dtype, torch.device, torch.Size, torch.layout)
 # Of a parameter that ZeRO-3 has partitioned or gathered.
 ZERO_STATUS = "ds_status"
@@ -36,6 +34,21 @@ Answer = TypeVar("Answer")
 
 class _UnsureError(Exception):
     """Something may change without being seen to."""
+
+
+class Same:
+    """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._held: Any = weakref.ref(value)
+        except TypeError:
+            self._held = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and (value := self._held()) is not None and value is other._held()
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Record(NamedTuple):
@@ -66,6 +79,8 @@ class Seen:
         self._records: list[_Record] = []
         self._configs: list[tuple[weakref.ref[Any], Any]] = []
         self._answers: dict[Hashable, Any] = {}
+        # The module that this look cannot vouch for.
+        self._unsure: weakref.ref[nn.Module] | None = None
         self.is_sure = False
         try:
             if not has_global_hooks():
@@ -73,6 +88,15 @@ class Seen:
                 self.is_sure = True
         except _UnsureError:
             self._records, self._configs = [], []
+
+    @property
+    def is_unsure_still(self) -> bool:
+        """Whether what a look cannot vouch for is there yet: to come upon it again may take long."""
+        module = None if self._unsure is None else self._unsure()
+        try:
+            return module is not None and not _record(module, {})
+        except _UnsureError:
+            return True
 
     def answer(self, question: Hashable, ask: Callable[[], Answer]) -> Answer:
         """What `ask` says of these modules, which nothing else may decide; it is asked once if a change would be seen."""
@@ -87,7 +111,11 @@ class Seen:
         stack = [root]
         while stack:
             module = stack.pop()
-            self._records.append(_record(module, configs))
+            try:
+                self._records.append(_record(module, configs))
+            except _UnsureError:
+                self._unsure = weakref.ref(module)
+                raise
             stack += [child for child in module._modules.values() if child is not None]
         self._configs = [(weakref.ref(config), _contents(vars(config))) for config in configs.values()]
 
@@ -129,6 +157,8 @@ _looks: weakref.WeakKeyDictionary[nn.Module, list[Seen]] = weakref.WeakKeyDictio
 def look(root: nn.Module) -> Seen:
     """The modules from `root` down: the same object as before if nothing has changed since."""
     known = _looks.get(root, [])
+    if known and known[0].is_unsure_still:
+        return known[0]
     found = next((seen for seen in known if seen.holds(root)), None)
     if found is None:
         found = Seen(root)
@@ -188,7 +218,7 @@ def _tensors(state: dict[str, Any]) -> list[Any]:
 
 
 def _contents(value: Any) -> Any:
-    """Values in a form that can be compared: numbers, texts, functions, containers of these.
+    """Values in a form that can be compared: numbers, texts, containers of these, all else by identity.
 
     Raises:
         _UnsureError: something in it may change without being seen to.
@@ -201,8 +231,8 @@ def _contents(value: Any) -> Any:
         return [_contents(entry) for entry in value]
     if isinstance(value, Number | str):
         return type(value), repr(value)
-    if isinstance(value, CODE):
-        return _reference(value)
     if isinstance(value, PretrainedConfig):
         return _contents(vars(value))
-    raise _UnsureError
+    if isinstance(value, torch.Tensor | nn.Module):
+        raise _UnsureError
+    return Same(value)
