@@ -31,12 +31,15 @@ def takes_packed_rows(hook: Hook) -> Hook:
     return hook
 
 
-def why_watched(root: nn.Module, by_row: bool = False) -> str | None:
+def why_watched(root: nn.Module, by_row: bool = False, seen: Seen | None = None) -> str | None:
     """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks.
 
     Args:
         by_row: whoever asks takes care of the adapters that PEFT's hooks choose for each row.
+        seen: a look at the modules as they are, from `root` down or around it, if there was one.
     """
+    if seen is not None:
+        return seen.answer(("watched", id(root), by_row), lambda: why_watched(root, by_row))
     return _first_reason(root, (_why_watched_but_by_row if by_row else _why_watched,))
 
 
