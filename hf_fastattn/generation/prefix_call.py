@@ -223,8 +223,6 @@ def may_be_users(ran: Any) -> bool:
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
     """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
     cache, prompt, found = kept.cache, kept.rows[kept.copies[number]], kept.paths.get(kept.copies[number], [])
-    size, count = cache.groups.page_size, cache.lengths[place] if cache.dense is None else 0
+    count = cache.lengths[place] if cache.dense is None else 0
     if len(prompt) <= count <= len(prompt) + len(new):
-        ids = np.concatenate((prompt.ids, new))[:count]
-        row = RowTokens(ids, size, (prompt, len(prompt) // size))
-        kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, True, found)
+        kept.store.index.insert(kept.root, prompt.longer(new, count), cache.tables[None].rows[place], count, True, found)
