@@ -80,8 +80,8 @@ class FastGenerationMixin(PlainCopies):
             check_drafts(self, generation_mode, generation_config, cache)
             return done
         # Transformers has made one of this model just now.
-        layers = (cache.layers or None) if supplied is None and type(cache) is DynamicCache else None
-        paged = runtime.new_cache(self, room, first, supplied, layers)
+        made = cache if supplied is None and type(cache) is DynamicCache else None
+        paged = runtime.new_cache(self, room, first, supplied, None if made is None else made.layers or None)
         if generation_config.is_assistant and supplied is None:
             paged.is_for_drafts = True
             paged.activate_past_recording()

@@ -24,7 +24,12 @@ def fast_class(base: Any) -> type:
         call = functools.partial(base.generate, self, *args, **kwargs)  # type: ignore[attr-defined]
         if runtime.prefixes is None:
             return runtime.call(self.training, call)
-        return runtime.call(self.training, lambda: (look_at_once(self, args, kwargs), call())[1])
+
+        def looked_at() -> Any:
+            look_at_once(self, args, kwargs)
+            return call()
+
+        return runtime.call(self.training, looked_at)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     bases = (FastGenerationMixin, FastBatchingMixin, base)

@@ -262,9 +262,8 @@ def test_programs_come_upon_pages_that_hold_a_part_of_a_prompt():
     """Found, copied before they are written to, kept with less than they have place for, and where no copy fits."""
     RandomPrefixes.met.clear()
     run_state_machine_as_test(RandomPrefixes, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
-    assert set(RandomPrefixes.met) >= {"none", "whole", "partial", "copied", "partial kept", "full", "partial, full"}, (
-        RandomPrefixes.met
-    )
+    wanted = {"none", "whole", "partial", "copied", "partial kept", "full", "partial, full"}
+    assert set(RandomPrefixes.met) >= wanted, RandomPrefixes.met
 
 
 def filled(*prompts: list[int]) -> tuple[PagePool, PrefixIndex]:
