@@ -55,21 +55,25 @@ class _Record(NamedTuple):
     """One module.
 
     Attributes:
-        names: of its attributes, and `ids` of what they are; `kept` and `refs` hold what an id could be given to again.
-        tensors: of its parameters and buffers, as values to compare.
+        count: of its attributes.
+        training: its mode.
+        scalars: the names of its own attributes that are numbers and the like, and `values` of these.
+        objects: other attributes of its own.
+        contents: attributes of its own that hold values.
+        tensors: of its parameters and buffers the kind, and where and how they lie.
         children: the names of the modules in it.
-        contents: of attributes that hold other values.
     """
 
     kind: type
     forward: Any
-    names: list[str]
-    ids: list[int]
-    kept: list[Any]
-    refs: list[weakref.ref[Any]]
-    tensors: list[Any]
-    children: list[str]
+    count: int
+    training: Any
+    scalars: list[str]
+    values: list[Any]
+    objects: list[tuple[str, weakref.ref[Any]]]
     contents: list[tuple[str, Any]]
+    tensors: list[tuple[Any, ...]]
+    children: list[str]
 
 
 class Seen:
@@ -125,29 +129,52 @@ class Seen:
             return False
         stack = [root]
         try:
-            for kind, forward, names, ids, _, refs, tensors, children, contents in self._records:
+            for record in self._records:
                 if not stack:
                     return False
                 module = stack.pop()
                 state = module.__dict__
-                if type(module) is not kind or getattr(kind, "forward", None) is not forward or [*state] != names:
-                    return False
-                if [*map(id, state.values())] != ids or state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                    return False
-                if (state["_parameters"] or state["_buffers"] or tensors) and _tensors(state) != tensors:
+                if type(module) is not record.kind or len(state) != record.count or not _is_as_noted(state, record):
                     return False
                 held = state["_modules"]
-                if held or children:
-                    if [*held] != children:
+                if held or record.children:
+                    if [*held] != record.children:
                         return False
                     stack += [child for child in held.values() if child is not None]
-                if refs and any(ref() is None for ref in refs):
-                    return False
-                if contents and any(_contents(state[name]) != value for name, value in contents):
-                    return False
             return not stack and all(_contents(vars(ref())) == contents for ref, contents in self._configs)
-        except _UnsureError:
+        except (_UnsureError, KeyError):
             return False
+
+
+def _is_as_noted(state: dict[str, Any], record: _Record) -> bool:
+    """Whether the attributes of a module are those of its record; no more is touched than has to be, which is rarely in a
+    processor's cache."""
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["training"] is not record.training:
+        return False
+    if record.scalars and [state[name] for name in record.scalars] != record.values:
+        return False
+    if getattr(record.kind, "forward", None) is not record.forward:
+        return False
+    for name, ref in record.objects:
+        if ref() is not state[name]:
+            return False
+    if record.contents and any(_contents(state[name]) != value for name, value in record.contents):
+        return False
+    # Those of one device never have the address of another's.
+    parameters, buffers, place = state["_parameters"], state["_buffers"], 0
+    for held in (parameters, buffers) if buffers else (parameters,) if parameters else ():
+        for tensor in held.values():
+            if tensor is None:
+                continue
+            if place == len(record.tensors):
+                return False
+            kind, address, shape, stride, dtype = record.tensors[place]
+            if type(tensor) is not kind or tensor.data_ptr() != address or tensor.dtype is not dtype:
+                return False
+            if tensor.shape != shape or tensor.stride() != stride:
+                return False
+            place += 1
+    return place == len(record.tensors)
 
 
 # By root, the newest first.
@@ -171,27 +198,25 @@ def _record(module: nn.Module, configs: dict[int, Any]) -> _Record:
     state, kind = vars(module), type(module)
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state:
         raise _UnsureError
-    kept: list[Any] = []
-    refs: list[weakref.ref[Any]] = []
+    scalars: dict[str, Any] = {}
+    objects: list[tuple[str, weakref.ref[Any]]] = []
     contents: list[tuple[str, Any]] = []
     for name, value in state.items():
-        if value is None or type(value) in SCALARS or isinstance(value, VALUES):
-            kept.append(value)
-        elif name in COMMON:
+        if name in COMMON:
             continue
+        if value is None or type(value) in SCALARS or isinstance(value, (*VALUES, Number, str)):
+            scalars[name] = value
         elif isinstance(value, dict | list | tuple | set | frozenset):
             contents.append((name, _contents(value)))
         elif isinstance(value, torch.Tensor):
             raise _UnsureError
-        elif isinstance(value, Number | str):
-            kept.append(value)
         else:
             if isinstance(value, PretrainedConfig):
                 configs[id(value)] = value
-            refs.append(_reference(value))
+            objects.append((name, _reference(value)))
     return _Record(
-        kind, getattr(kind, "forward", None), [*state], [*map(id, state.values())], kept, refs, _tensors(state),
-        [*state["_modules"]], contents,
+        kind, getattr(kind, "forward", None), len(state), state["training"], [*scalars], [*scalars.values()], objects,
+        contents, _tensors(state), [*state["_modules"]],
     )  # fmt: skip
 
 
@@ -202,18 +227,16 @@ def _reference(value: Any) -> weakref.ref[Any]:
         raise _UnsureError from None
 
 
-def _tensors(state: dict[str, Any]) -> list[Any]:
-    found: list[Any] = []
+def _tensors(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    found = []
     for held in (state["_parameters"], state["_buffers"]):
-        for name, tensor in held.items():
+        for tensor in held.values():
             if tensor is None:
-                found.append(name)
                 continue
-            if type(tensor) not in PLAIN or ZERO_STATUS in tensor.__dict__:
+            # Of tensors without an address, nothing would tell two devices apart.
+            if type(tensor) not in PLAIN or ZERO_STATUS in tensor.__dict__ or not tensor.data_ptr():
                 raise _UnsureError
-            found += (
-                name, id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride(),
-            )  # fmt: skip
+            found.append((type(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
     return found
 
 
