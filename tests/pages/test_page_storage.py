@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -140,12 +141,9 @@ def test_one_launch_copies_in_all_layers(count: int, eight_bits: torch.dtype | N
                 pages.copy_(values.to(pages.dtype) if eight_bits is None else (values % 251).to(pages.dtype))
         before = [pages.clone() for layer in range(LAYERS) for pages in copied_with(storage.layer(layer, states, capacity))]
         moves = [(2 * place + turn, 63 - place) for place in range(count)]
-        launched = []
-        with pytest.MonkeyPatch.context() as patch:
-            copy_pages = fork.copy_pages
-            patch.setattr(fork, "copy_pages", lambda *args: launched.append(1) or copy_pages(*args))
+        with mock.patch.object(fork, "copy_pages", side_effect=fork.copy_pages) as launched:
             storage.copy(moves, capacity)
-        assert len(launched) == 1
+        assert launched.call_count == 1
         after = [pages for layer in range(LAYERS) for pages in copied_with(storage.layer(layer, states, capacity))]
         for old, new in zip(before, after, strict=True):
             for source, target in moves:
