@@ -36,6 +36,10 @@ class _UnsureError(Exception):
     """Something may change without being seen to."""
 
 
+# The second one of modules that are not made as others are.
+UNSURE = (_UnsureError, KeyError)
+
+
 class Same:
     """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
 
@@ -90,7 +94,7 @@ class Seen:
             if not has_global_hooks():
                 self._note(root)
                 self.is_sure = True
-        except _UnsureError:
+        except UNSURE:
             self._records, self._configs = [], []
 
     @property
@@ -99,7 +103,7 @@ class Seen:
         module = None if self._unsure is None else self._unsure()
         try:
             return module is not None and not _record(module, {})
-        except _UnsureError:
+        except UNSURE:
             return True
 
     def answer(self, question: Hashable, ask: Callable[[], Answer]) -> Answer:
@@ -117,7 +121,7 @@ class Seen:
             module = stack.pop()
             try:
                 self._records.append(_record(module, configs))
-            except _UnsureError:
+            except UNSURE:
                 self._unsure = weakref.ref(module)
                 raise
             stack += [child for child in module._modules.values() if child is not None]
@@ -142,14 +146,14 @@ class Seen:
                         return False
                     stack += [child for child in held.values() if child is not None]
             return not stack and all(_contents(vars(ref())) == contents for ref, contents in self._configs)
-        except (_UnsureError, KeyError):
+        except UNSURE:
             return False
 
 
 def _is_as_noted(state: dict[str, Any], record: _Record) -> bool:
     """Whether the attributes of a module are those of its record; no more is touched than has to be, which is rarely in a
     processor's cache."""
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["training"] is not record.training:
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("training") is not record.training:
         return False
     if record.scalars and [state[name] for name in record.scalars] != record.values:
         return False
@@ -215,7 +219,7 @@ def _record(module: nn.Module, configs: dict[int, Any]) -> _Record:
                 configs[id(value)] = value
             objects.append((name, _reference(value)))
     return _Record(
-        kind, getattr(kind, "forward", None), len(state), state["training"], [*scalars], [*scalars.values()], objects,
+        kind, getattr(kind, "forward", None), len(state), state.get("training"), [*scalars], [*scalars.values()], objects,
         contents, _tensors(state), [*state["_modules"]],
     )  # fmt: skip
 

@@ -221,3 +221,18 @@ def test_adapters_that_change_are_seen() -> None:
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] *= 3.0
     assert look(model) is not before
+
+
+def test_a_compiled_module_has_no_mode_of_its_own() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    before = look(model)
+    assert look(model) is before or not before.is_sure
+    model.model.layers[1].mlp.training = True
+    assert look(model) is not before or not before.is_sure
+
+
+def test_a_module_without_attributes_is_asked_every_time() -> None:
+    model = tiny("llama")
+    del model.model.layers[0].mlp._forward_hooks
+    assert not look(model).is_sure
