@@ -360,61 +360,73 @@ def test_hooks_of_the_output_layer_may_change_the_model() -> None:
         assert [reason for reason in call.prefix_unused if "a Linear has hooks" in reason]
 
 
+# What may change before the prompt: weights, which are summed from the beginning of a call on, and modules.
+EARLY: dict[str, Callable[[Any], Any]] = {"weights": negate, "an attribute": epsilon}
+
+
 class Putter:
     """A streamer that changes the model when it gets the prompt, which is before that is computed."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.puts = model, 0
+    def __init__(self, change: Callable[[], Any]) -> None:
+        self.change, self.puts = change, 0
 
     def put(self, value: Any) -> None:
         if not self.puts:
-            negate(self.model)
+            self.change()
         self.puts += 1
 
     def end(self) -> None:
         pass
 
 
-def test_a_change_before_the_prompt_is_seen() -> None:
+def assert_seen_late(change: Callable[[Any], Any], prepare: Callable[[Any, Callable[[], Any]], dict[str, Any]]) -> None:
+    """Whatever `prepare` has a call run before its prompt may change the model; it gives options of the call."""
     stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
     answers(model)
-    negate(stock)
-    assert torch.equal(run(model, PROMPT, 12, streamer=Putter(model)), run(stock, PROMPT, 12))
+    assert answers(model)[1].tokens_reused == 69
+    change(stock)
+    expected = run(stock, PROMPT, 12)
+    assert torch.equal(run(model, PROMPT, 12, **prepare(model, lambda: change(model))), expected)
     assert hf_fastattn.report(model).last_call.tokens_reused == 0
 
 
-def test_a_model_with_a_function_of_its_own_is_looked_at_late() -> None:
-    """What the user has put in the place of a method may change the weights."""
-    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
-    answers(model)
-    prepare = model._prepare_generated_length
-
-    def prepared(**kwargs: Any) -> Any:
-        negate(model)
-        return prepare(**kwargs)
-
-    model._prepare_generated_length = prepared
-    negate(stock)
-    assert torch.equal(run(model, PROMPT, 12), run(stock, PROMPT, 12))
-    assert hf_fastattn.report(model).last_call.tokens_reused == 0
+@pytest.mark.parametrize("name", EARLY)
+def test_a_change_before_the_prompt_is_seen(name: str) -> None:
+    assert_seen_late(EARLY[name], lambda model, change: {"streamer": Putter(change)})
 
 
-def test_a_class_with_a_function_of_its_own_is_looked_at_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, model = tiny("llama"), hf_fastattn.patch(tiny("llama"), prefix_cache=True)
-    answers(model)
-    kind: Any = type(stock)
-    prepare = kind._prepare_generated_length
-    tokens = run(stock, PROMPT, 12)
+@pytest.mark.parametrize("name", EARLY)
+def test_a_model_with_a_function_of_its_own_is_looked_at_late(name: str) -> None:
+    """What the user has put in the place of a method may change the model."""
 
-    @functools.wraps(prepare)
-    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is model:
-            negate(self)
-        return prepare(self, *args, **kwargs)
+    def prepare(model: Any, change: Callable[[], Any]) -> dict[str, Any]:
+        prepare_length = model._prepare_generated_length
 
-    monkeypatch.setattr(kind, "_prepare_generated_length", prepared)
-    assert not torch.equal(run(model, PROMPT, 12), tokens)
-    assert hf_fastattn.report(model).last_call.tokens_reused == 0
+        def prepared(**kwargs: Any) -> Any:
+            change()
+            return prepare_length(**kwargs)
+
+        model._prepare_generated_length = prepared
+        return {}
+
+    assert_seen_late(EARLY[name], prepare)
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_class_with_a_function_of_its_own_is_looked_at_late(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: Any, change: Callable[[], Any]) -> dict[str, Any]:
+        kind: Any = type(model)._fastattn_base
+        prepare_length = kind._prepare_generated_length
+
+        @functools.wraps(prepare_length)
+        def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+            change()
+            return prepare_length(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "_prepare_generated_length", prepared)
+        return {}
+
+    assert_seen_late(EARLY[name], prepare)
 
 
 def prompts_of_one_document() -> dict[str, torch.Tensor]:
