@@ -33,6 +33,8 @@ class Call:
     encoded_from: dict[str, Any] = field(default_factory=dict)
     # What the prompt's rows consist of, where their pages are to stay after the call.
     prompt: Any = None
+    # A look at the model's modules, until code of the user's may run again.
+    seen: Any = None
     # Forwards compute the prompt.
     prefilling: bool = False
     # Which row of the prompt under way each row of the batch goes on from; None where each has its own.

@@ -24,7 +24,7 @@ from hf_fastattn.graphs.rotary_copies import RotaryCopies
 from hf_fastattn.hints import with_hint
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
-from hf_fastattn.pages.model_layout import keys_dtype
+from hf_fastattn.pages.model_layout import keys_dtype, template_layers
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.spans import Spans
 from hf_fastattn.pages.turn import Turn
@@ -356,7 +356,9 @@ class Runtime:
             self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups
 
-    def new_cache(self, model: Any, room: int, first: int, lender: DynamicCache | None = None) -> PagedCache:
+    def new_cache(
+        self, model: Any, room: int, first: int, lender: DynamicCache | None = None, templates: list[Any] | None = None
+    ) -> PagedCache:
         """A cache for the call under way.
 
         Args:
@@ -364,11 +366,13 @@ class Runtime:
             room: columns that the rows will have at most.
             first: columns that pages are made for before the prompt is computed.
             lender: a user's cache that it stands in for until the end of the call.
+            templates: `template_layers` of the model's configuration, if they are known.
         """
         call = self.current
         assert call is not None
         config = model.config.get_text_config(decoder=True)
-        cache = PagedCache(config, groups=self.groups_for(model), counters=self.counters, room=room)
+        templates = template_layers(config) if templates is None else templates
+        cache = PagedCache.of_layers(templates, config, self.groups_for(model), self.counters, room)
         cache.first = first
         if lender is not None:
             call.lent.append(LentCache(lender, cache))

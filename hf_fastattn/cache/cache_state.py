@@ -71,6 +71,7 @@ class CacheState(Cache):
         is_for_drafts: an assistant's; where states cannot be taken back, its next draft is worse, and nothing else.
         dense: Transformers' layers, if they and not pages hold the keys and values.
         lent: a user's layers, which get their keys back after a call.
+        templates: the layers that Transformers' cache of the model has.
         hidden: by layer, tokens that a mask hides and pages leave out.
     """
 
@@ -87,6 +88,7 @@ class CacheState(Cache):
     dense: DenseLayers | None
     lent: DenseLayers | None
     hidden: dict[int, Hidden]
+    templates: list[Any]
     hold_dense: Callable[[], None]
     _config: Any
     _layout: tuple[Any, ...]

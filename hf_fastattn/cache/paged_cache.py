@@ -55,8 +55,27 @@ class PagedCache(ForwardCache):
         counters: CallCounters | None = None,
         room: int = 0,
     ) -> None:
-        self._config = config
-        templates = template_layers(config)
+        self._begin(template_layers(config), config, fastattn_config, groups, counters, room)
+
+    @classmethod
+    def of_layers(
+        cls, templates: list[Any], config: Any, groups: PageGroups, counters: CallCounters, room: int
+    ) -> PagedCache:
+        """The same where the layers that Transformers' cache of this model has are known: making them takes long."""
+        cache = cls.__new__(cls)
+        cache._begin(templates, config, None, groups, counters, room)
+        return cache
+
+    def _begin(
+        self,
+        templates: list[Any],
+        config: Any,
+        fastattn_config: FastAttnConfig | None,
+        groups: PageGroups | None,
+        counters: CallCounters | None,
+        room: int,
+    ) -> None:
+        self._config, self.templates = config, templates
         self._layout = cache_layout(config, templates)
         self._options = fastattn_config
         self.groups = groups or PageGroups(config, fastattn_config or FastAttnConfig())

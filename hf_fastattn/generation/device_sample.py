@@ -14,9 +14,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.generation.agreed_request import agreed_request
-from hf_fastattn.generation.prefix_call import keep_row, keep_streamed, kept_prompt
+from hf_fastattn.generation.prefix_call import keep_row, kept_prompt, may_be_users
 from hf_fastattn.graphs.drawn_offset import settled_offset
-from hf_fastattn.graphs.module_checks import has_compiled
 from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
@@ -66,9 +65,8 @@ def device_sample(
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
     kept = kept_prompt(model, cache)
-    keep = None
-    if kept is not None:
-        keep = functools.partial(keep_row, kept) if streamer is None else functools.partial(keep_streamed, model, kept)
+    # What a user's streamer changes between two tokens, and changes back, nobody sees: then only the prompt stays.
+    keep = functools.partial(keep_row, kept) if kept and (streamer is None or not may_be_users(streamer)) else None
     runtime.looping = True
     try:
         loop = DecodeLoop(
@@ -201,7 +199,7 @@ def _parts_of_a_step(
         assert graphs.state is not None
         return TokenAdapters(graphs.state.adapters[:rows], names, stacks)
 
-    compiled, called = has_compiled(model), calls_layers(model._fastattn.decoder(model))
+    compiled, called = model._runs_uncompiled(cache), calls_layers(model._fastattn.decoder(model))
 
     def forward(decoder: Any, cache: Any, **arguments: Any) -> Any:
         with autocast_as(decoder.device, dtype), uncompiled() if compiled else nullcontext():

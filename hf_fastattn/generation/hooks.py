@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
@@ -18,6 +19,7 @@ from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, l
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
+from hf_fastattn.graphs.seen_modules import Seen
 from hf_fastattn.layer_variants import READS_ROW
 from hf_fastattn.patches.modules.plain_copies import PlainCopies
 from hf_fastattn.patches.modules.unchanged import why_not_ours
@@ -77,7 +79,9 @@ class FastGenerationMixin(PlainCopies):
                 runtime.count_fallback(reason)
             check_drafts(self, generation_mode, generation_config, cache)
             return done
-        paged = runtime.new_cache(self, room, first, supplied)
+        # Transformers has made one of this model just now.
+        made = cache if supplied is None and type(cache) is DynamicCache else None
+        paged = runtime.new_cache(self, room, first, supplied, None if made is None else made.layers or None)
         if generation_config.is_assistant and supplied is None:
             paged.is_for_drafts = True
             paged.activate_past_recording()
@@ -157,8 +161,12 @@ class FastGenerationMixin(PlainCopies):
             # Layers are not looked at in every forward of somebody's own loop.
             return isinstance(cache, PagedCache) and is_compiled_itself(model)
         if call.compiled is None:
-            call.compiled = bool(call.caches or isinstance(cache, PagedCache)) and has_compiled(model)
+            call.compiled = bool(call.caches or isinstance(cache, PagedCache)) and self._has_compiled(call.seen)
         return call.compiled
+
+    def _has_compiled(self, seen: Seen | None) -> bool:
+        model = cast(nn.Module, self)
+        return has_compiled(model) if seen is None else seen.answer("compiled", lambda: has_compiled(model))
 
     def _fast_forward(self, *args: Any, **kwargs: Any) -> Any:
         """A forward; the first one of a loop that is not Transformers' computes each distinct prompt once as well."""
@@ -202,7 +210,8 @@ class FastGenerationMixin(PlainCopies):
         origin = prepared_by(self)
         if not origin.startswith(("transformers.", "peft.")) and vars(self).keys() & set(PREPARING):
             return f"the model's inputs are prepared by {origin}"
-        return why_rows_differ(self)  # type: ignore[arg-type]
+        call = self._fastattn.runtime.current
+        return why_rows_differ(self, None if call is None else call.seen)  # type: ignore[arg-type]
 
     def _sample(
         self,

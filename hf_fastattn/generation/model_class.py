@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_fastattn.batching.hooks import FastBatchingMixin
 from hf_fastattn.generation.hooks import FastGenerationMixin
+from hf_fastattn.generation.prefix_call import look_at_once
 from hf_fastattn.runtime import Runtime
 
 
@@ -20,7 +21,15 @@ def fast_class(base: Any) -> type:
     @functools.wraps(base.generate)  # type: ignore[attr-defined]
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self._fastattn.runtime
-        return runtime.call(self.training, functools.partial(base.generate, self, *args, **kwargs))  # type: ignore[attr-defined]
+        call = functools.partial(base.generate, self, *args, **kwargs)  # type: ignore[attr-defined]
+        if runtime.prefixes is None:
+            return runtime.call(self.training, call)
+
+        def looked_at() -> Any:
+            look_at_once(self, args, kwargs)
+            return call()
+
+        return runtime.call(self.training, looked_at)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     bases = (FastGenerationMixin, FastBatchingMixin, base)

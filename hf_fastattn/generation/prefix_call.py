@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
-from hf_fastattn.graphs.fingerprint import Fingerprint, fingerprint_of
-from hf_fastattn.graphs.module_checks import has_foreign_hooks
+from hf_fastattn.graphs.fingerprint import fingerprint_of
+from hf_fastattn.graphs.module_checks import SCALARS
+from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
+from hf_fastattn.wrappers import origin_of
 
 # Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
+
+
+# Where the code stands that runs before a prompt if no user has replaced it.
+OURS = ("transformers.", "hf_fastattn.", "torch.")
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,6 @@ class KeptPrompt:
         rows: the tokens of each distinct row.
         copies: which of these each row of the batch is.
         paths: of each distinct row the pages of the index that hold it.
-        state: names the state of the model that the prompt was computed in.
     """
 
     store: PrefixStore
@@ -42,18 +49,59 @@ class KeptPrompt:
     rows: list[RowTokens]
     copies: Sequence[int]
     paths: dict[int, list[int]]
-    state: tuple[Any, ...]
 
-    def is_of(self, model: Any) -> bool:
-        """Whether the model is in this state still: streamers, processors and criteria are users' code."""
-        return why_rows_differ(model) is None and self.state == _state_of(model)
+
+def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """`look_ahead` when `generate()` has just been called, if none of the user's code runs before the prompt.
+
+    Args:
+        args: of `generate()`; `kwargs` likewise.
+    """
+    call, plain = model._fastattn.runtime.current, all(map(_is_plain, (*args, *kwargs.values())))
+    if call is None or model.training or not plain or "custom_generate" in kwargs or not _runs_as_written(type(model)):
+        return
+    seen = look(model)
+    if seen.is_sure and seen.answer("has no functions", lambda: _has_no_functions(model)):
+        _begin(model, call, seen)
 
 
 def look_ahead(model: Any, cache: Any) -> None:
     """Begin to look at the weights where the prompt of a call is likely to be served from pages of earlier ones."""
     runtime = model._fastattn.runtime
-    if runtime.prefixes is not None and not model.training and isinstance(cache, PagedCache) and not cache.get_seq_length():
-        runtime.model_state.begin(model._fastattn.decoder(model))
+    call = runtime.current
+    if runtime.prefixes is None or model.training or not isinstance(cache, PagedCache) or cache.get_seq_length():
+        call.seen = None
+    elif call.seen is None:
+        _begin(model, call, look(model))
+
+
+def _begin(model: Any, call: Any, seen: Seen) -> None:
+    call.seen = seen
+    model._fastattn.runtime.model_state.begin(model._fastattn.decoder(model), seen)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether nothing of the user's can run when `generate()` looks at an argument."""
+    if value is None or type(value) in (*SCALARS, Tensor, GenerationConfig):
+        return True
+    # Their entries are not called before the prompt is computed.
+    return type(value) in (list, LogitsProcessorList, StoppingCriteriaList)
+
+
+def _runs_as_written(kind: Any) -> bool:
+    """Whether `generate()` of a class, and what it calls, is Transformers' or ours."""
+    return all(origin_of(getattr(kind, name)).startswith(OURS) for name in _called_by_generate(kind._fastattn_base))
+
+
+@functools.cache
+def _called_by_generate(base: Any) -> tuple[str, ...]:
+    names = inspect.unwrap(GenerationMixin.generate).__code__.co_names
+    return ("generate", *(name for name in names if inspect.isfunction(getattr(base, name, None))))
+
+
+def _has_no_functions(model: Any) -> bool:
+    """Whether a model is one of text without functions in the place of its methods."""
+    return not any(map(callable, vars(model).values())) and model.config.get_text_config(decoder=True) is model.config
 
 
 def compute_prompt(
@@ -72,41 +120,46 @@ def compute_prompt(
         copies: which of the rows each row of the batch is a copy of, if there are equal ones.
         compute: the prompt's forward.
     """
-    runtime = model._fastattn.runtime
+    runtime, call = model._fastattn.runtime, model._fastattn.runtime.current
     keep = runtime.config.prefix_cache and not model.training
     wanted = keep or (len(input_ids) > 1 and runtime.shares_rows)
-    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep) if wanted else None
+    seen = None
+    if call is not None:
+        seen, call.seen = call.seen, None
+    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, seen) if wanted else None
     if found is None:
         return compute(input_ids, model_kwargs)
-    rows, shown, worth = found
-    new_cache = functools.partial(runtime.new_cache, model, 0, 0)
+    rows, shown, worth, seen = found
+    new_cache = functools.partial(runtime.new_cache, model, 0, 0, templates=cache.templates)
     if not keep:
         with closing(PrefixStore(cache.groups)) as store:
             prompt = SharedPrompt(new_cache, cache, store, -1, rows, shown, worth)
             return prompt.compute(compute, input_ids, model_kwargs)
     decoder = model._fastattn.decoder(model)
-    kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device)
-    state = _state_of(model, fingerprint)
-    root = kept.root_of(state)
+    kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device, seen)
+    root = kept.root_of(runtime.model_state.of(decoder, decoder.device, seen))
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
-    runtime.current.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths, state)
-    # The decoder has no hooks of a user's, or its state would not be known.
-    unseen = not has_foreign_hooks(vars(model))
-    with runtime.graphs.knowing(decoder, decoder.device, fingerprint) if unseen else nullcontext():
-        return prompt.compute(compute, input_ids, model_kwargs)
-
-
-def _state_of(model: Any, fingerprint: Fingerprint | None = None) -> tuple[Any, ...]:
-    decoder = model._fastattn.decoder(model)
-    state: tuple[Any, ...] = model._fastattn.runtime.model_state.of(decoder, decoder.device, fingerprint)
-    return state
+    call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
+    # No module has hooks of a user's, or the state would not be known.
+    call.seen = seen
+    try:
+        with runtime.graphs.knowing(decoder, decoder.device, fingerprint):
+            return prompt.compute(compute, input_ids, model_kwargs)
+    finally:
+        call.seen = None
 
 
 def _rows(
-    model: Any, cache: PagedCache, input_ids: Tensor, model_kwargs: dict[str, Any], generation_config: Any, keep: bool
-) -> tuple[list[RowTokens], Tensor, int] | None:
-    """The rows' tokens, where they stand, and what a turn has to save; None if nothing is shared, or may be."""
+    model: Any,
+    cache: PagedCache,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    generation_config: Any,
+    keep: bool,
+    seen: Seen | None,
+) -> tuple[list[RowTokens], Tensor, int, Seen] | None:
+    """The rows' tokens, where they stand, what a turn has to save, and the look; None if nothing is shared, or may be."""
     runtime = model._fastattn.runtime
     reason = None if runtime.is_private(cache) else "the cache is the user's"
     if cache.record_past:
@@ -124,11 +177,12 @@ def _rows(
         rows = rows_of_tokens(found[0], size)
         if not keep and tokens_in_common(rows, size) < worth:
             return None
-        reason = why_not_model(model, generation_config)
+        seen = look(model) if seen is None else seen
+        reason = why_not_model(model, generation_config, seen)
         if reason is None and keep:
-            reason = runtime.model_state.why_not(model._fastattn.decoder(model))
+            reason = runtime.model_state.why_not(model._fastattn.decoder(model), seen, model)
         if reason is None:
-            return rows, found[1], worth
+            return rows, found[1], worth, seen
         found = reason
     if keep:
         runtime.counters.prefix_unused[found] += 1
@@ -147,40 +201,28 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
     """What a call has generated stays with its prompt, if the cache holds its rows in the order of the result.
 
     Args:
-        ran: processors, criteria, streamer and loop of the call. The weights are looked at if one of them may be a user's.
+        ran: processors, criteria, streamer and loop of the call. Between two tokens a user's may have changed the model,
+            and changed it back: then only the prompt stays.
     """
     kept = kept_prompt(model, cache)
-    if kept is None:
+    if kept is None or any(map(may_be_users, ran)) or why_rows_differ(model) is not None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
-    unchanged = kept.is_of if any(map(_may_be_users, ran)) else _has_no_watchers
-    if len(sequences) == len(cache.lengths) and unchanged(model):
+    if len(sequences) == len(cache.lengths):
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
 
 
-def _may_be_users(ran: Any) -> bool:
+def may_be_users(ran: Any) -> bool:
     """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
     own = str(getattr(ran, "__module__", "")).startswith("transformers.")
     return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
 
 
-def _has_no_watchers(model: Any) -> bool:
-    return why_rows_differ(model) is None
-
-
-def keep_streamed(model: Any, kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
-    """`keep_row`, if what the user's streamer did has not changed the model."""
-    if kept.is_of(model):
-        keep_row(kept, place, number, new)
-
-
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
     """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
     cache, prompt, found = kept.cache, kept.rows[kept.copies[number]], kept.paths.get(kept.copies[number], [])
-    size, count = cache.groups.page_size, cache.lengths[place] if cache.dense is None else 0
+    count = cache.lengths[place] if cache.dense is None else 0
     if len(prompt) <= count <= len(prompt) + len(new):
-        ids = np.concatenate((prompt.ids, new))[:count]
-        row = RowTokens(ids, size, (prompt, len(prompt) // size))
-        kept.store.index.insert(kept.root, row, cache.tables[None].rows[place], count, True, found)
+        kept.store.index.insert(kept.root, prompt.longer(new, count), cache.tables[None].rows[place], count, True, found)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import names_by_row, submodules, why_not_kind
+from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.patches.modules.watched import why_rows_differ
@@ -101,13 +102,17 @@ def begin_alike(input_ids: Tensor, mask: Any, tokens: int) -> bool:
     return len({row.tobytes() for row in looked}) < len(looked)
 
 
-def why_not_model(model: Any, generation_config: Any) -> str | None:
-    """Why a token's keys may depend on more than the tokens before it."""
-    runtime = model._fastattn.runtime
+def why_not_model(model: Any, generation_config: Any, seen: Seen | None = None) -> str | None:
+    """Why a token's keys may depend on more than the tokens before it.
+
+    Args:
+        seen: a look at the model as it is, if there was one.
+    """
+    runtime, seen = model._fastattn.runtime, look(model) if seen is None else seen
     if runtime.variants:
         # What its functions read may change between calls, and is not part of the weights.
         return "layers have attention variants"
-    counted = why_counted(model)
+    counted = seen.answer("counted", lambda: why_counted(model))
     if counted is not None:
         return counted
     if any(getattr(generation_config, name, False) for name in _ASKED_OF_PROMPT):
@@ -121,6 +126,10 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
     decoder = model._fastattn.decoder(model)
     if drops_cache(decoder):
         return "forwards drop the cache"
+    return seen.answer("tokens", lambda: _why_not_modules(decoder)) or why_rows_differ(model, seen)
+
+
+def _why_not_modules(decoder: Any) -> str | None:
     for module in submodules(decoder):
         state = vars(module)
         if state["_forward_pre_hooks"] and names_by_row(module) is not None:
@@ -128,4 +137,4 @@ def why_not_model(model: Any, generation_config: Any) -> str | None:
         reason = why_not_kind(module) if "rope_type" in state else None
         if reason is not None:
             return reason
-    return why_rows_differ(model)
+    return None

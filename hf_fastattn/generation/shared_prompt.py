@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -209,12 +208,24 @@ def tokens_in_common(rows: Sequence[RowTokens], page_size: int, held: Sequence[i
     Args:
         held: of each row the tokens that are not computed in any case.
     """
-    order = sorted(range(len(rows)), key=lambda row: rows[row].ids.tobytes())
     saved = 0
-    for before, row in pairwise(order):
-        common = min(rows[row].common(rows[before]), len(rows[row]) - 1) // page_size * page_size
-        saved += max(common - (held[row] if held else 0), 0)
-    return saved
+    # Rows that begin with the same pages, and how many these are.
+    groups = [(list(range(len(rows))), 0)] if len(rows) > 1 else []
+    while groups:
+        alike, above = groups.pop()
+        first = rows[alike[0]]
+        pages = min(first.common(rows[row]) for row in alike[1:]) // page_size
+        known = max(above, held[alike[0]] // page_size if held else 0)
+        if pages > known:
+            # A row that ends with these pages computes its last token.
+            ending = sum(len(rows[row]) == pages * page_size for row in alike)
+            saved += (len(alike) - 1) * (pages - known) - max(ending - 1, 0)
+        parts: dict[bytes, list[int]] = {}
+        for row in alike:
+            if len(rows[row]) >= (pages + 1) * page_size:
+                parts.setdefault(rows[row].keys[pages], []).append(row)
+        groups += [(part, pages) for part in parts.values() if len(part) > 1]
+    return saved * page_size
 
 
 def _divided(now: Sequence[tuple[int, list[int], int]], new: Sequence[int]) -> list[list[tuple[int, list[int], int]]]:

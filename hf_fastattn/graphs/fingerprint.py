@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.graphs.module_checks import (
     KNOWN,
+    PLAIN,
+    SCALARS,
     has_foreign_hooks,
     has_global_hooks,
     names_by_row,
@@ -20,13 +22,12 @@ from hf_fastattn.graphs.module_checks import (
     why_not_module,
 )
 from hf_fastattn.graphs.placement import is_there, placed_submodules
+from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.parallel.shards import is_distributed, local_of
 from hf_fastattn.parallel.understood import is_understood
 from hf_fastattn.quantised.modules import is_quantised, parts_of
 
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
-SCALARS = frozenset((bool, int, float, str))
-PLAIN = (nn.Parameter, Tensor)
 # Attributes of modules that are looked at elsewhere, or not frozen.
 APART = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 # Attributes that every module has: of those that are scalars only `training` changes what it computes.
@@ -47,12 +48,22 @@ class Fingerprint(NamedTuple):
     adapter_names: tuple[str, ...] | None = None
 
 
-def fingerprint_of(decoder: nn.Module, device: torch.device) -> Fingerprint:
+def fingerprint_of(decoder: nn.Module, device: torch.device, seen: Seen | None = None) -> Fingerprint:
     """The fingerprint of a decoder; while it is the same, so is what `why_not_capturable` says.
 
     Taken before the first kernel of every call, so it has to be quick.
+
+    Args:
+        seen: a look at the decoder, or at the model that it is in, since which nothing has changed.
     """
-    parts: list[Any] = [device, region_dtype(device), _options(decoder), *_tensors(vars(decoder))]
+    options = device, region_dtype(device), _options(decoder)
+    seen = look(decoder) if seen is None else seen
+    return seen.answer(("fingerprint", id(decoder), options), lambda: _fingerprint(decoder, options))
+
+
+def _fingerprint(decoder: nn.Module, options: tuple[Any, ...]) -> Fingerprint:
+    device = options[0]
+    parts: list[Any] = [*options, *_tensors(vars(decoder))]
     hooked, names = has_global_hooks(), None
     for module, place in placed_submodules(decoder, device):
         state, kind = vars(module), type(module)

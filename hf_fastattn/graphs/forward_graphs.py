@@ -20,7 +20,7 @@ from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.placement import SEVERAL, route_of
-from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
+from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, is_captured, why_not_static
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
@@ -133,7 +133,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if not self._enabled or tokens.device.type not in self.forward_type.devices or batch is None:
             return None
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
-        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and batch.tokens > most_tokens(decoder)):
+        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and not is_captured(decoder, batch.tokens)):
             return None
         # The model's own dtype would be looked for among all its parameters, at every step. No tensor of the pages is held
         # here: they may be about to grow.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import weakref
 from collections.abc import Iterator
 from numbers import Number
 from typing import Any
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PretrainedConfig
 
-from hf_fastattn.graphs.fingerprint import PLAIN, SCALARS, Fingerprint, fingerprint_of
-from hf_fastattn.graphs.module_checks import has_foreign_hooks, submodules
+from hf_fastattn.graphs.fingerprint import fingerprint_of
+from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_foreign_hooks, submodules
+from hf_fastattn.graphs.seen_modules import SWITCHED, Same, Seen, look
 from hf_fastattn.kernels.layer import weight_sum_reference
 from hf_fastattn.kernels.layer.weight_sum_host import host_sum
 
 # Attributes that every module has, which the fingerprint looks at, and ours.
 OWN = frozenset(vars(nn.Module())) | {"_fastattn"}
-# generate() switches between implementations of experts, which compute the same.
-SWITCHED = "_experts_implementation_internal"
 
 
 class ModelState:
@@ -40,30 +38,50 @@ class ModelState:
         self._tables: list[Tensor] = []
         # Sums under way of what the tables list, or nothing.
         self._begun: list[Launched] = []
+        # A look at the model since which the tables list all of its weights.
+        self._listed: Seen | None = None
         self._storages: dict[int, Any] = {}
 
     def drop(self) -> None:
         """Hold no memory."""
-        self._places, self._tables, self._begun = None, [], []
+        self._places, self._tables, self._begun, self._listed = None, [], [], None
 
     def forget(self) -> None:
         """What was begun is out of date."""
         self._begun = []
 
-    def begin(self, decoder: nn.Module) -> None:
+    def begin(self, decoder: nn.Module, seen: Seen | None = None) -> None:
         """Have the device sum the weights, beside what it does next, for the `of` that follows.
 
         No user's code may run in between, and after a call without an `of` there has to be a `forget`.
+
+        Args:
+            seen: a look at the model as it is, if there was one.
         """
         self.forget()
-        weights = _weights_once(decoder) if self._checked and self._triton else []
-        if any(map(_is_whole, weights)):
-            self._place(weights)
-            self._begun = [Launched(table) for table in self._tables]
+        if not self._checked or not self._triton:
+            return
+        seen = look(decoder) if seen is None else seen
+        if self._listed is not seen:
+            if not seen.answer(("whole", id(decoder)), lambda: any(map(_is_whole, _weights(decoder)))):
+                return
+            others = self._place(_weights_once(decoder))
+            self._listed = None if others or not seen.is_sure else seen
+        self._begun = [Launched(table) for table in self._tables]
 
-    def why_not(self, decoder: nn.Module) -> str | None:
-        """Why a change of what the decoder computes could go unnoticed."""
-        for module in (decoder, *submodules(decoder)):
+    def why_not(self, decoder: nn.Module, seen: Seen | None = None, root: nn.Module | None = None) -> str | None:
+        """Why a change of what the decoder computes could go unnoticed.
+
+        Args:
+            seen: a look at the modules as they are, from `root` down.
+            root: the model that the decoder is in, whose hooks may do anything too; the decoder by default.
+        """
+        root = decoder if root is None else root
+        seen = look(root) if seen is None else seen
+        return seen.answer(("state", self._checked, id(decoder)), lambda: self._why_not(decoder, root))
+
+    def _why_not(self, decoder: nn.Module, root: nn.Module) -> str | None:
+        for module in (root, *submodules(root)):
             if has_foreign_hooks(vars(module)):
                 return f"a {type(module).__name__} has hooks, which may do something else in each call"
         for tensor in _weights(decoder) if self._checked else ():
@@ -73,25 +91,26 @@ class ModelState:
                 return "the weights are offloaded"
         return None
 
-    def of(self, decoder: nn.Module, device: torch.device, fingerprint: Fingerprint | None = None) -> tuple[Any, ...]:
+    def of(self, decoder: nn.Module, device: torch.device, seen: Seen | None = None) -> tuple[Any, ...]:
         """The state as values to compare; waits for the device, once.
 
         Args:
-            fingerprint: of the decoder as it is now, if it was taken.
+            seen: a look at the model as it is, if there was one.
         """
-        parts = (fingerprint or fingerprint_of(decoder, device)).parts, _scalars(decoder), _attributes(decoder)
-        weights = _weights_once(decoder)
+        seen = look(decoder) if seen is None else seen
+        held = seen.answer(("held", id(decoder)), lambda: (_scalars(decoder), _attributes(decoder)))
+        parts = fingerprint_of(decoder, device, seen).parts, held
         if not self._checked:
             # Where weights lie does not tell those that were replaced from those that were there before.
-            return *parts, self._storages_of(weights)
-        return *parts, self._sums(weights)
+            return *parts, self._storages_of(_weights_once(decoder))
+        return *parts, self._sums_of([]) if self._listed is seen else self._sums(_weights_once(decoder))
 
     def _storages_of(self, weights: list[Tensor]) -> tuple[Any, ...]:
         """What is equal for the same storages only: while a state holds them weakly, no other one has their address."""
         known, self._storages = self._storages, {}
         for tensor in weights:
             if type(tensor) not in PLAIN:
-                self._storages[-id(tensor)] = _Same(tensor)
+                self._storages[-id(tensor)] = Same(tensor)
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -99,9 +118,12 @@ class ModelState:
         return tuple(self._storages.values())
 
     def _sums(self, weights: list[Tensor]) -> tuple[int, ...]:
-        begun, others = self._begun, self._place(weights)
+        return self._sums_of(self._place(weights))
+
+    def _sums_of(self, others: list[Tensor]) -> tuple[int, ...]:
+        """Of what the tables list, and of other weights."""
         # Sums of other tensors than these were dropped with their tables.
-        launched, self._begun = begun if self._begun else [Launched(table) for table in self._tables], []
+        launched, self._begun = self._begun or [Launched(table) for table in self._tables], []
         with torch.inference_mode(False), torch.no_grad():
             sums = weight_sum_reference.weight_sum(tensor for tensor in others if tensor.device.type != "cpu")
             on_host = host_sum([tensor for tensor in others if tensor.device.type == "cpu"])
@@ -113,7 +135,7 @@ class ModelState:
         places = [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.device) for tensor in in_launches]
         if self._places != places:
             devices = dict.fromkeys(tensor.device for tensor in in_launches)
-            self._begun = []
+            self._begun, self._listed = [], None
             self._tables = [_table([tensor for tensor in in_launches if tensor.device == device]) for device in devices]
             self._places = places
         listed = set(map(id, in_launches))
@@ -166,21 +188,6 @@ def _scalars(decoder: Any) -> tuple[Any, ...]:
     return tuple(value for value in vars(decoder).values() if type(value) in SCALARS)
 
 
-class _Same:
-    """Stands for one object, and is equal to what stands for the same one alone: an address may be another's later."""
-
-    def __init__(self, value: Any) -> None:
-        try:
-            self._held: Any = weakref.ref(value)
-        except TypeError:
-            self._held = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and (value := self._held()) is not None and value is other._held()
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 def _weights_once(decoder: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in _weights(decoder)}.values())
 
@@ -221,10 +228,10 @@ def _frozen(value: Any) -> Any:
     if type(value) in PLAIN:
         return str(value.dtype), value.shape, value.tolist() if value.numel() <= 1 else _sum_of(value)
     if isinstance(value, dict):
-        return tuple((name, _frozen(entry)) for name, entry in value.items() if name != SWITCHED)
+        return tuple((name, _frozen(entry)) for name, entry in value.items() if name not in SWITCHED)
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
-    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else _Same(value)
+    return _frozen(vars(value)) if isinstance(value, PretrainedConfig) else Same(value)
 
 
 def _sum_of(tensor: Tensor) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ COPIES_FROM_HOST = ("peft.tuners.trainable_tokens.layer", "peft.tuners.fourierft
 CAPTURE_HOOK = "output_capturing_hook"
 # Hooks that change no value: they record outputs if they are asked for, or mark the embeddings for gradients.
 HARMLESS_HOOKS = (CAPTURE_HOOK, "make_inputs_require_grads", "make_inputs_require_grad")
+# Kinds of values, and of tensors, of which a look says everything.
+SCALARS = frozenset((bool, int, float, str))
+PLAIN = (nn.Parameter, torch.Tensor)
 # The hook by which PEFT tells its layers the adapter of each row, for the length of a call.
 NAMES_HOOK = ("peft.tuners.lora.model", "_adapter_names_pre_forward_hook")
 # Attributes of modules one of which torch.compile, or whoever compiled a forward before the patch, has left.

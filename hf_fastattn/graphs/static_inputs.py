@@ -85,6 +85,12 @@ class ForwardShape:
         return (self.rows, 1) if self.bucket is None else (1, self.bucket)
 
 
+def is_captured(decoder: Any, tokens: int) -> bool:
+    """Whether forwards of so many tokens are captured of this decoder."""
+    # To look at its weights takes the host as long as many launches.
+    return tokens <= FEWEST_CAPTURED or (tokens <= MOST_CAPTURED and tokens <= most_tokens(decoder))
+
+
 def most_tokens(decoder: Any) -> int:
     """Tokens of the largest forward that is captured of this decoder."""
     layers = getattr(decoder, "layers", None)

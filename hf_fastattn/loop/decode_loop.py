@@ -137,8 +137,9 @@ class DecodeLoop:
         stays = alone or self._moves or None not in cache.tables or bool(cache.recurrent_layers)
         # Rows that let tokens go are ordered by nothing, and share only their sinks.
         stays |= self._stream is not None
-        self._order = None if stays else sharing_order(cache.tables[None])
-        shares = not alone and not self._order and self._stream is None
+        # A single token takes no step, which could read pages together.
+        self._order = None if stays or self._most == 1 else sharing_order(cache.tables[None])
+        shares = not alone and not self._order and self._stream is None and self._most > 1
         self._prefixes = _prefix_groups(cache) if shares else PrefixGroups()
         self._key = self._key_for(self._used, self._prefixes)
         self._write_groups()
@@ -165,7 +166,8 @@ class DecodeLoop:
             self._take_states()
             if self._stream is not None:
                 self._cache.own_rows(self._most - 1)
-            self._reserve()
+            if self._most > 1 or self._moves or self._stream is not None:
+                self._reserve()
             self._rehearse(logits)
             packed = self._finish_step(self._key_for(len(self._numbers)), logits)
             self._launched = 1

@@ -67,7 +67,7 @@ class PageGroups:
         )
         self._largest: dict[int | None, int] = {}
         self._groups = {
-            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size, dtype))
+            window: PageGroup(window, PagePool(0, self._max_pages()), PageStorage(self.page_size, dtype, fastattn.backend))
             for window, dtype in dict(zip(windows, stored, strict=True)).items()
         }
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.kernels.page_formats import is_eight_bits, page_bytes, page_views, raw_pages
 from hf_fastattn.transformers_version import CACHE
 
 # Copies of pages in one statement that are listed one by one for each layer.
 FEW_COPIES = 8
+# Bytes that the kernel reads at a time, and a head dimension that every backend takes.
+WORD, HEAD_DIM = 8, 64
 
 
 class NarrowerKeysError(ValueError):
@@ -28,6 +31,7 @@ class PageStorage:
 
     Args:
         page_size: tokens a page (P).
+        backend: `FastAttnConfig.backend`.
         eight_bits: their dtype, if it is not that of the keys: see `kernels.page_formats`.
 
     Attributes:
@@ -35,12 +39,14 @@ class PageStorage:
         capacity: pages that every layer which has been written to holds.
     """
 
-    def __init__(self, page_size: int, eight_bits: torch.dtype | None = None) -> None:
-        self.page_size, self.eight_bits = page_size, eight_bits
+    def __init__(self, page_size: int, eight_bits: torch.dtype | None = None, backend: str = "auto") -> None:
+        self.page_size, self.eight_bits, self._backend = page_size, eight_bits, backend
         self.version = 0
         self.capacity = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}
         self._written: torch.dtype | None = None
+        # Where tensors of this version lie, by device, as `kernels.sampling.fork.copy_pages` reads it, if it can.
+        self._places: tuple[int, dict[torch.device, Tensor] | None] | None = None
 
     def layer(
         self, layer_idx: int, states: Tensor, capacity: int, may_replace: Callable[[], bool] = lambda: False
@@ -120,27 +126,52 @@ class PageStorage:
         """Copy pages `(source, target)` in every layer, grown to `capacity` pages."""
         if not moves:
             return
-        if len(moves) <= FEW_COPIES:
-            self._copy_few(moves, capacity)
-            return
-        host = torch.tensor(moves, device="cpu").T.contiguous()
-        places: dict[torch.device, Tensor] = {}
-        for layer_idx in list(self._pages):
-            pair = self.layer(layer_idx, self._pages[layer_idx][0], capacity)
-            device = pair[0].device
-            if device not in places:
-                # From pageable memory this returns once the data is staged, without waiting for the device.
-                places[device] = host.to(device, non_blocking=True)
-            source, target = places[device]
-            for pages in copied_with(pair):
-                with torch.no_grad():
-                    pages.index_copy_(0, target, pages.index_select(0, source))
-
-    def _copy_few(self, moves: list[tuple[int, int]], capacity: int) -> None:
-        """The same, in few launches: PyTorch copies tensors that are listed together."""
         # All layers first, since one that grows moves.
         pairs = [self.layer(layer_idx, self._pages[layer_idx][0], capacity) for layer_idx in list(self._pages)]
         held = [pages for pair in pairs for pages in copied_with(pair)]
+        places = self._places_of(held)
+        if places is not None:
+            # Not before: it imports Triton.
+            from hf_fastattn.kernels.sampling.fork import copy_pages
+
+            listed = torch.tensor([moves], dtype=torch.int32, device="cpu")
+            for device, own in places.items():
+                # From pageable memory this returns once the data is staged, without waiting for the device.
+                copy_pages(listed.to(device, non_blocking=True), own)
+            return
+        if len(moves) <= FEW_COPIES:
+            self._copy_few(moves, held)
+            return
+        host = torch.tensor(moves, device="cpu").T.contiguous()
+        on_devices: dict[torch.device, Tensor] = {}
+        for pages in held:
+            if pages.device not in on_devices:
+                on_devices[pages.device] = host.to(pages.device, non_blocking=True)
+            source, target = on_devices[pages.device]
+            with torch.no_grad():
+                pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def _places_of(self, tensors: list[Tensor]) -> dict[torch.device, Tensor] | None:
+        """Where all tensors of pages lie, by device, for the kernel that copies; None if it cannot."""
+        if self._places is None or self._places[0] != self.version:
+            places: dict[torch.device, list[tuple[int, int, int]]] = {}
+            for pages in tensors:
+                places.setdefault(pages.device, []).append((pages.data_ptr(), pages[0].nbytes // WORD, 0))
+            whole = all(pages[0].nbytes % WORD == 0 for pages in tensors)
+            usable = whole and all(self._has_kernels(device) for device in places)
+            with torch.inference_mode(False):
+                held = {device: torch.tensor(own).to(device) for device, own in places.items()} if usable else None
+            self._places = self.version, held
+        return self._places[1]
+
+    def _has_kernels(self, device: torch.device) -> bool:
+        # Heads do not matter, whose bytes are copied.
+        kernels = device.type == "cuda" and choose_backend(self._backend, device, torch.float16, HEAD_DIM)[0]
+        return kernels not in (False, "reference")
+
+    @staticmethod
+    def _copy_few(moves: list[tuple[int, int]], held: list[Tensor]) -> None:
+        """The same, in few launches: PyTorch copies tensors that are listed together."""
         for device in dict.fromkeys(pages.device for pages in held):
             here = [pages for pages in held if pages.device == device]
             with torch.no_grad():

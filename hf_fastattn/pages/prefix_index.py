@@ -10,6 +10,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from hf_fastattn.pages.shared_runs import common_pages
 
 # Pages after the last one found whole that are compared token by token, the newest ones.
 MOST_COMPARED = 16
+TOKEN_BYTES = 8
 
 
 class RowTokens:
@@ -38,9 +40,8 @@ class RowTokens:
     @functools.cached_property
     def keys(self) -> list[bytes]:
         """The tokens of each page; the last one may be of fewer than a page holds."""
-        raw, width = self.ids.tobytes(), self._page_size * self.ids.itemsize
         known = [] if self._before is None else self._before[0].keys[: self._before[1]]
-        return known + [raw[start : start + width] for start in range(len(known) * width, len(raw), width)]
+        return known + _cut(self.ids[len(known) * self._page_size :], self._page_size)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +55,24 @@ class RowTokens:
     def follow(self, other: RowTokens) -> None:
         """What the row has in common with another is not cut into pages again."""
         self._before = other, self.common(other) // self._page_size
+
+    def longer(self, new: NDArray[np.int64], count: int) -> LongerRow:
+        """The first `count` tokens, at least as many as there are, of this row and `new` ones after it."""
+        known = len(self.ids) // self._page_size
+        rest = np.concatenate((self.ids[known * self._page_size :], new))[: count - known * self._page_size]
+        return LongerRow(self.keys[:known] + _cut(rest, self._page_size))
+
+
+class LongerRow(NamedTuple):
+    """The tokens of a row as keys alone: thousands of tokens need not be copied for a few more."""
+
+    keys: list[bytes]
+
+
+def _cut(ids: NDArray[np.int64], page_size: int) -> list[bytes]:
+    """The bytes of each page of tokens."""
+    raw, width = ids.tobytes(), page_size * ids.itemsize
+    return [raw[start : start + width] for start in range(0, len(raw), width)]
 
 
 def common_tokens(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
@@ -154,7 +173,7 @@ class PrefixIndex:
     def insert(
         self,
         root: int,
-        row: RowTokens,
+        row: RowTokens | LongerRow,
         pages: Sequence[int],
         tokens: int,
         partial: bool = False,
@@ -181,7 +200,7 @@ class PrefixIndex:
             before = page
         rest = tokens % size
         if partial and rest and len(path) == tokens // size and path:
-            key = row.keys[len(path)][: rest * row.ids.itemsize]
+            key = row.keys[len(path)][: rest * TOKEN_BYTES]
             if len(path) < len(pages) and not any(other.startswith(key) for other in self._after.get(before, {})):
                 self._before_parts.add(before)
                 last = self._added(before, key, pages[len(path)])

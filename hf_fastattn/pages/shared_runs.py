@@ -90,11 +90,17 @@ class _Nested:
 def common_pages(one: Sequence[int], other: Sequence[int]) -> int:
     """How many first pages are the same, released ones apart."""
     low, high = 0, min(len(one), len(other))
-    # Most rows have nothing in common, or are samples of one prompt.
+    # Most rows have nothing in common, or are samples of one prompt, or end in pages of their own.
     if not high or one[0] != other[0]:
         return 0
-    if one[:high] == other[:high]:
-        low = high
+    same, step = high, 1
+    while same and one[same - 1] != other[same - 1]:
+        same, step = max(same - step, 0), 2 * step
+    if one[:same] == other[:same]:
+        low = same
+        while low < high and one[low] == other[low]:
+            low += 1
+        high = low
     while low < high:
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:

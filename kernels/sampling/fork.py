@@ -132,4 +132,16 @@ def fork(state: ForkTensors) -> None:
             state.parents, state.tables, state.own, state.seq_lens, state.live, state.moves, rows, columns,
             state.tables.stride(0), BEAMS=beams, BEAMS_BLOCK=power_of_2(beams), PAGE=state.page_size, BLOCK=64, num_warps=4,
         )  # fmt: skip
-        prepared(copy_pages_kernel)[(rows, state.places.shape[0])](state.moves, state.places, rows, BLOCK=1024, num_warps=4)
+    copy_pages(state.moves, state.places)
+
+
+def copy_pages(moves: Tensor, places: Tensor) -> None:
+    """Copy pages in all tensors of a model in one launch.
+
+    Args:
+        moves: `[W, R, 2]` int32, of each window the pages that are copied and where to; -1: none. None is both.
+        places: `[T, 3]` int64, the tensors: address, 8-byte words a page, index of the window.
+    """
+    rows = moves.shape[1]
+    with on_device_of(moves):
+        prepared(copy_pages_kernel)[(rows, places.shape[0])](moves, places, rows, BLOCK=1024, num_warps=4)

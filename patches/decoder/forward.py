@@ -15,6 +15,7 @@ from hf_fastattn.cache.hidden_tokens import can_hide, hide_tokens, show_again
 from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.module_checks import names_by_row, submodules
+from hf_fastattn.graphs.seen_modules import Seen
 from hf_fastattn.hints import with_hint
 from hf_fastattn.loop.row_adapters import RowAdapters
 from hf_fastattn.pages.model_layout import keys_dtype
@@ -212,8 +213,11 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         reason = why_not_paged(self, mask, cache, visible, kwargs)
     adapters = None
     if reason is None and new is not None:
-        adapters = _adapters_by_row(self, new, {**arguments, **kwargs})
-        reason = _why_padded(self, kwargs, adapters is not None)
+        call = state.runtime.current
+        seen = None if call is None else call.seen
+        # Who chooses adapters by row does so by hooks, for which no look vouches.
+        adapters = None if seen and seen.is_sure else _adapters_by_row(self, new, {**arguments, **kwargs})
+        reason = _why_padded(self, kwargs, adapters is not None, seen)
     if reason is None:
         reason = _why_not_tokens(arguments, columns)
     if reason is not None:
@@ -365,12 +369,12 @@ def _adapters_by_row(decoder: Any, visible: Tensor, arguments: dict[str, Any]) -
     return of_tokens(RowAdapters.of(rows), visible, decoder.device)
 
 
-def _why_padded(decoder: Any, kwargs: dict[str, Any], by_row: bool) -> str | None:
+def _why_padded(decoder: Any, kwargs: dict[str, Any], by_row: bool, seen: Seen | None) -> str | None:
     """Why the padding of a batch must stay; None if it may be taken out."""
     for name, value in kwargs.items():
         if isinstance(value, Tensor | list | tuple):
             return f"padding stays, since {name} may belong to rows or columns"
-    watched = why_watched(decoder, by_row)
+    watched = why_watched(decoder, by_row, seen)
     return None if watched is None else f"padding stays: {watched}"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, names_by_row, submodules
+from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.wrappers import below_trl, compiled_from, origin_of
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -30,18 +31,26 @@ def takes_packed_rows(hook: Hook) -> Hook:
     return hook
 
 
-def why_watched(root: nn.Module, by_row: bool = False) -> str | None:
+def why_watched(root: nn.Module, by_row: bool = False, seen: Seen | None = None) -> str | None:
     """Why the modules from `root` down may depend on how a batch is laid out; None if nobody looks.
 
     Args:
         by_row: whoever asks takes care of the adapters that PEFT's hooks choose for each row.
+        seen: a look at the modules as they are, from `root` down or around it, if there was one.
     """
+    if seen is not None:
+        return seen.answer(("watched", id(root), by_row), lambda: why_watched(root, by_row))
     return _first_reason(root, (_why_watched_but_by_row if by_row else _why_watched,))
 
 
-def why_rows_differ(root: nn.Module) -> str | None:
-    """Why equal rows may have different hidden states; None if each distinct one may be computed once."""
-    return _first_reason(root, (_why_watched, _why_random))
+def why_rows_differ(root: nn.Module, seen: Seen | None = None) -> str | None:
+    """Why equal rows may have different hidden states; None if each distinct one may be computed once.
+
+    Args:
+        seen: a look at the modules as they are, if there was one.
+    """
+    seen = look(root) if seen is None else seen
+    return seen.answer("rows differ", lambda: _first_reason(root, (_why_watched, _why_random)))
 
 
 def _first_reason(root: nn.Module, questions: tuple[Callable[[nn.Module], str | None], ...]) -> str | None:

@@ -172,7 +172,7 @@ def test_the_same_bits_before_and_after_a_capture(device: str) -> None:
 
 def test_what_is_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = both("llama", device)
-    monkeypatch.setattr(forward_graphs, "most_tokens", lambda decoder: 64)
+    monkeypatch.setattr(forward_graphs, "is_captured", lambda decoder, tokens: tokens <= 64)
     long = single(65)
     for _ in range(3):
         assert torch.equal(run(model, 2, **long), run(stock, 2, **long))
@@ -189,7 +189,7 @@ def test_what_is_not_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_steps_of_many_rows_are_captured(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_graphs, "most_tokens", lambda decoder: 2)
+    monkeypatch.setattr(forward_graphs, "is_captured", lambda decoder, tokens: tokens <= 2)
     stock, model = both("llama", device)
     batch = {**padded_batch(3), "num_beams": 2}
     for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -124,3 +125,37 @@ def test_pages_are_copied_in_every_layer(count: int, eight_bits: torch.dtype | N
     for layer in range(LAYERS):
         for pages, old in zip(copied_with(storage.pages(layer)), before[layer], strict=True):
             assert torch.equal(pages[: 2 * count], torch.cat((old[:count], old[:count].flip(0))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, FEW_COPIES + 5])
+@pytest.mark.parametrize("eight_bits", [None, torch.int8])
+def test_one_launch_copies_in_all_layers(count: int, eight_bits: torch.dtype | None) -> None:
+    from hf_fastattn.kernels.sampling import fork
+
+    storage, states = PageStorage(4, eight_bits), torch.zeros(2, 8, device="cuda")
+    for turn, capacity in enumerate((64, 96)):
+        for layer in range(LAYERS):
+            for pages in copied_with(storage.layer(layer, states, capacity)):
+                values = torch.arange(pages.numel(), device="cuda").view(pages.shape) + 7 * layer
+                pages.copy_(values.to(pages.dtype) if eight_bits is None else (values % 251).to(pages.dtype))
+        before = [pages.clone() for layer in range(LAYERS) for pages in copied_with(storage.layer(layer, states, capacity))]
+        moves = [(2 * place + turn, 63 - place) for place in range(count)]
+        with mock.patch.object(fork, "copy_pages", side_effect=fork.copy_pages) as launched:
+            storage.copy(moves, capacity)
+        assert launched.call_count == 1
+        after = [pages for layer in range(LAYERS) for pages in copied_with(storage.layer(layer, states, capacity))]
+        for old, new in zip(before, after, strict=True):
+            for source, target in moves:
+                old[target] = old[source]
+            assert torch.equal(old, new)
+
+
+@pytest.mark.gpu
+def test_the_reference_backend_launches_no_kernel_of_ours() -> None:
+    storage, states = PageStorage(4, backend="reference"), torch.zeros(2, 8, device="cuda")
+    for pages in storage.layer(0, states, 8):
+        pages.copy_(torch.arange(8.0, device="cuda")[:, None, None, None])
+    storage.copy([(1, 7)], 8)
+    assert storage._places is not None and storage._places[1] is None
+    assert all(bool((pages[7] == 1).all()) for pages in storage.layer(0, states, 8))

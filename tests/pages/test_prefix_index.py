@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.pages.page_pool import CacheFullError, PagePool
@@ -26,9 +34,14 @@ def row_of(tokens: list[int]) -> RowTokens:
 
 
 class RandomPrefixes(RuleBasedStateMachine):
-    """Tables and an index of one pool; what a page holds is written down, with the state of the model and all before it."""
+    """Tables and an index of one pool; what a page holds is written down, with the state of the model and all before it.
 
-    @initialize(limit=st.one_of(st.none(), st.integers(6, 30)))
+    What all programs together came upon is counted in `met`.
+    """
+
+    met: Counter[str] = Counter()
+
+    @initialize(limit=st.one_of(st.none(), st.integers(4, 16)))
     def start(self, limit):
         self.pool = PagePool(0, limit)
         self.index = PrefixIndex(self.pool, SIZE)
@@ -37,6 +50,8 @@ class RandomPrefixes(RuleBasedStateMachine):
         self.tables: list[PageTable] = []
         self.rows: list[list[int]] = []
         self.states: list[int] = []
+        # Rows of which pages may be in the index.
+        self.kept: list[tuple[int, list[int]]] = []
         # By page and place the state, and the tokens up to there: what a key depends on.
         self.memory: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
 
@@ -61,8 +76,14 @@ class RandomPrefixes(RuleBasedStateMachine):
     @precondition(lambda self: len(self.tables) < 4)
     @rule(data=st.data(), state=st.integers(-2, -1))
     def prompt(self, data, state):
-        """A prompt, of few different tokens, begins on pages that are found, and goes on."""
-        row = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=22))
+        """A prompt, of few different tokens, begins on pages that are found, and goes on; mostly as a row before it did."""
+        row: list[int] = []
+        if self.kept and data.draw(st.integers(0, 3)):
+            state, before = data.draw(st.sampled_from(self.kept[-4:]))
+            row = before[: len(before) - data.draw(st.integers(0, len(before)))]
+        count = data.draw(st.integers(1, 16 if row else 22))
+        drawn = data.draw(st.integers(0, 2**count - 1))
+        row = row + [drawn >> place & 1 for place in range(count)]
         table = PageTable(self.pool, SIZE)
         pages, tokens = self.index.match(state, row_of(row))
         for other, own in zip(self.rows, self.states, strict=True):
@@ -73,6 +94,7 @@ class RandomPrefixes(RuleBasedStateMachine):
                 assert self.index.match(state, row_of(row), near)[1] == tokens
         assert tokens < len(row)
         assert not tokens or tokens >= SIZE
+        self.met["whole" if tokens and not tokens % SIZE else "partial" if tokens else "none"] += 1
         for place in range(tokens):
             assert self.memory[pages[place // SIZE], place % SIZE] == (state, tuple(row[: place + 1])), "stale"
         self.index.touch([pages])
@@ -81,9 +103,12 @@ class RandomPrefixes(RuleBasedStateMachine):
         self.rows.append(row)
         self.states.append(state)
         self.held = [*getattr(self, "held", []), tokens]
+        copied = self.counters.pages_copied
         try:
             self.grow(len(self.tables) - 1, len(row))
+            self.met["copied"] += self.counters.pages_copied > copied
         except CacheFullError:
+            self.met["partial, full" if tokens % SIZE else "full"] += 1
             self.settle()
             self.forget(len(self.tables) - 1)
 
@@ -96,21 +121,33 @@ class RandomPrefixes(RuleBasedStateMachine):
             values.pop(which)
         self.tables.pop(which).clear()
 
+    @precondition(lambda self: len(self.tables) < 4)
+    @rule(data=st.data(), state=st.integers(-2, -1))
+    def call(self, data, state):
+        """A prompt, some tokens after it, and all of it stays."""
+        count = len(self.tables)
+        self.prompt(data, state)
+        if len(self.tables) > count:
+            self.decode(data, count)
+            self.keep(data, count, True)
+
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
-    def keep(self, data):
-        which = data.draw(st.integers(0, len(self.tables) - 1))
-        count = data.draw(st.integers(0, self.held[which]))
+    def keep(self, data, which=None, ends=None):
+        which = data.draw(st.integers(0, len(self.tables) - 1)) if which is None else which
+        count = self.held[which] if ends else data.draw(st.integers(0, self.held[which]))
         row, table, state = self.rows[which], self.tables[which], self.states[which]
-        ends = data.draw(st.booleans())
-        self.index.insert(state, row_of(row[:count]), table.rows[0], count, partial=ends)
+        ends = data.draw(st.booleans()) if ends is None else ends
+        path = self.index.insert(state, row_of(row[:count]), table.rows[0], count, partial=ends)
+        self.kept.append((state, row[:count]))
+        self.met["partial kept"] += len(path) * SIZE > count
         if ends:
             self.forget(which)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
-    def decode(self, data):
-        which = data.draw(st.integers(0, len(self.tables) - 1))
+    def decode(self, data, which=None):
+        which = data.draw(st.integers(0, len(self.tables) - 1)) if which is None else which
         self.rows[which].extend(data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=6)))
         try:
             self.grow(which, len(self.rows[which]))
@@ -219,6 +256,14 @@ class RandomPrefixes(RuleBasedStateMachine):
 
 RandomPrefixes.TestCase.settings = settings(max_examples=PROGRAMS, stateful_step_count=30, deadline=None)
 TestRandomPrefixes = RandomPrefixes.TestCase
+
+
+def test_programs_come_upon_pages_that_hold_a_part_of_a_prompt():
+    """Found, copied before they are written to, kept with less than they have place for, and where no copy fits."""
+    RandomPrefixes.met.clear()
+    run_state_machine_as_test(RandomPrefixes, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
+    wanted = {"none", "whole", "partial", "copied", "partial kept", "full", "partial, full"}
+    assert set(RandomPrefixes.met) >= wanted, RandomPrefixes.met
 
 
 def filled(*prompts: list[int]) -> tuple[PagePool, PrefixIndex]:

@@ -83,3 +83,13 @@ def test_a_chain_of_prefixes_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     found = nested_runs(rows, 3)
     assert len(found) == 3 and len(calls) < 2000
     assert_sound(rows, found)
+
+
+def test_pages_in_common_end_where_two_rows_first_differ() -> None:
+    """Also where the same page follows different ones."""
+    draw = random.Random(3)
+    for _ in range(5000):
+        one = [draw.randrange(3) for _ in range(draw.randrange(12))]
+        other = one[: draw.randrange(len(one) + 1)] + [draw.randrange(3) for _ in range(draw.randrange(8))]
+        same = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+        assert common_pages(one, other) == (min(len(one), len(other)) if same is None else same)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.sampling import fork_reference
-from hf_fastattn.kernels.sampling.fork import MOST_BEAMS, ForkTensors, fork
+from hf_fastattn.kernels.sampling.fork import MOST_BEAMS, ForkTensors, copy_pages, fork
 
 # Pages `[N, P, G, D]` whose words a page are no power of two.
 HEADS, DIM = 3, 8
@@ -117,6 +117,21 @@ def test_a_run_that_is_taken_back_writes_no_page():
     fork(beams.state)
     assert all(torch.equal(pages, held) for pages, held in zip(beams.pages, before, strict=True))
     assert (beams.state.moves[..., 0] == -1).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dim", [1, 8, 200])
+def test_pages_are_copied_in_all_tensors(dim):
+    tensors = [torch.arange(9 * 4 * 2 * dim).view(9, 4, 2, dim) + 1000 * index for index in range(3)]
+    expected = [pages.clone() for pages in tensors]
+    moves = [(0, 8), (-1, 5), (3, 7), (1, 6), (0, 4)]
+    for pages in expected:
+        for source, target in moves:
+            if source >= 0:
+                pages[target] = pages[source]
+    places = torch.tensor([[pages.data_ptr(), pages[0].nbytes // 8, 0] for pages in tensors])
+    copy_pages(torch.tensor([moves], dtype=torch.int32), places)
+    assert all(torch.equal(pages, held) for pages, held in zip(tensors, expected, strict=True))
 
 
 @pytest.mark.interpreter
