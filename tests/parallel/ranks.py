@@ -17,9 +17,10 @@ from transformers.distributed import DistributedConfig
 import hf_fastattn
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, shared_heads, watch
+from hf_fastattn.parallel.later_sums import CopiedSums, GroupSums, LaterSum
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
-from hf_fastattn.patches.fused import products
+from hf_fastattn.patches.fused import halves, products
 from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
 
@@ -162,6 +163,56 @@ def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> 
         patch.setattr(products, "summed_norm", slots.summed_norm)
         patch.setattr(products, "pushed_norm", slots.pushed_norm)
         return *one(model, call), slots.sums, slots.ways
+
+
+def generate_in_halves(path: str, call: dict[str, Any], slots: bool) -> tuple[Any, Any, list[tuple[int, ...]]]:
+    """Tokens and counters of a call whose prompt is computed in two halves, and the shapes of the sums made meanwhile."""
+    model = load(path)
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in (("FEWEST_TOKENS", 8), ("TILE", 24), ("most_tokens", lambda _: 0)):
+            patch.setattr(halves, name, value)
+        later = LaterSlots(model.config.hidden_size) if slots else WatchedSums()
+        patch.setattr(model._fastattn.runtime.ranks, "later_sums", lambda *_: later)
+        return *one(model, call), later.shapes
+
+
+class WatchedSums(GroupSums):
+    """Sums by the process group, whose result is not to be read before it was waited for."""
+
+    def __init__(self) -> None:
+        self.shapes = list[tuple[int, ...]]()
+
+    def begin(self, part: Any, bias: Any, group: Any) -> LaterSum:
+        self.shapes.append(tuple(part.shape))
+        made = super().begin(part.clone(), bias, group)
+        part.fill_(float("nan"))
+        return made._replace(part=part, wait=lambda: (made.wait(), part.copy_(made.part)))
+
+
+class LaterSlots(WatchedSums):
+    """Stands for sums by copies: a slot is not written again before the norm has read it."""
+
+    copies = True
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.slots = [torch.full((128, hidden), float("nan")) for _ in range(CopiedSums.SLOTS)]
+
+    def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Any:
+        return self.slots[len(self.shapes) % CopiedSums.SLOTS][:rows]
+
+    def begin(self, part: Any, bias: Any, group: Any) -> LaterSum:
+        assert part.data_ptr() == self.room(*part.shape, part.dtype).data_ptr()
+        self.shapes.append(tuple(part.shape))
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        work = torch.distributed.all_gather(parts, part.clone(), group=group, async_op=True)
+        other = torch.full_like(part, float("nan"))
+        return LaterSum(part, other, bias, lambda: (work.wait(), other.copy_(parts[1 - rank()])))
 
 
 def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,0 +1,143 @@
+"""A prompt's layers in two halves of its tokens: while sums over ranks of one half are made, the other half is multiplied.
+
+Attention, which tokens of one half need of the other, is computed at once for both. All else is done for a token by itself:
+
+    q, k, v of the first half, and of the second; attention; o of the first, sum; o of the second, sum; MLP of the first, ...
+
+so that of the four sums of a layer three are made behind products of about their own length, or of several times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.static_inputs import most_tokens
+from hf_fastattn.parallel.peer_memory import Delta
+from hf_fastattn.parallel.shards import ROWS
+from hf_fastattn.patches.attention.forward import attend_projected
+from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.any_products import AnyProducts, PlainProducts
+from hf_fastattn.patches.fused.experts import held_experts
+from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, linear_parameters, plain_shard
+from hf_fastattn.patches.modules.product_layers import runs_our_forward
+
+if TYPE_CHECKING:
+    # It imports Triton.
+    from hf_fastattn.patches.fused.products import Products
+
+# Tokens of a prompt that is worth two products where there was one.
+FEWEST_TOKENS = 4096
+# A half begins at a multiple of so many tokens, as tiles of products do.
+TILE = 256
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+Halves: TypeAlias = "tuple[Products, Products]"
+Mlp: TypeAlias = "Callable[[Any, Tensor, Delta, Products], tuple[Tensor, Delta]]"
+
+
+def halves_of(
+    decoder: Any,
+    products: AnyProducts,
+    cache: PagedCache,
+    x: Tensor,
+    make_products: Callable[[tuple[int, ...], torch.device], AnyProducts],
+) -> Callable[[], Halves] | None:
+    """What makes the operations on each half of a prompt's tokens; None if it is computed whole.
+
+    Every rank decides alike: by sizes, and by modules, of which each rank has the same.
+
+    Args:
+        decoder: whose layers are walked.
+        products: of all tokens.
+        x: `[T, hidden]`, what the first layer is given.
+    """
+    ranks, batch, tokens = vars(decoder)[STATE].runtime.ranks, cache.paged_batch, len(x)
+    if ranks is None or isinstance(products, PlainProducts) or products.narrowed or batch is None or batch.is_decode:
+        return None
+    # A graph would hold events of sums that were made before it.
+    if tokens < FEWEST_TOKENS or tokens <= most_tokens(decoder):
+        return None
+    if not all(_takes_halves(layer, products.names, x) for layer in layers_of(decoder)):
+        return None
+    first = -(-tokens // (2 * TILE)) * TILE
+    later = ranks.later_sums(first, x.shape[1], x.dtype)
+    if later is None:
+        return None
+
+    def make() -> Halves:
+        halves: Any = tuple(make_products((1, count), x.device) for count in (first, tokens - first))
+        for half in halves:
+            half.later = later
+        return halves
+
+    return make
+
+
+def _takes_halves(layer: Any, names: LayerNames, x: Tensor) -> bool:
+    """Whether all that the layer does of a token but attention, or its sums, is computed here and not called."""
+    modules = layer._modules
+    attention, mlp = modules.get("self_attn"), modules["mlp"]
+    if attention is None or not runs_our_forward(attention, x.device):
+        return False
+    inner = attention._modules
+    if any(linear_parameters(inner[name], x.device, (x.dtype,)) is None for name in PROJECTIONS):
+        return False
+    part = plain_shard(inner["o_proj"])
+    if part is None or part.kind != ROWS:
+        return False
+    if is_plain(mlp, names.mlp, x.device):
+        down = plain_shard(mlp._modules["down_proj"])
+        return "act_fn" in mlp._modules and down is not None and down.kind == ROWS
+    held = held_experts(mlp, names, x.device, x.dtype)
+    return held is not None and held.group is not None
+
+
+def run_in_halves(
+    layers: Iterable[Any],
+    x: Tensor,
+    products: Halves,
+    cache: PagedCache,
+    positions: dict[str, Any],
+    mlp: Mlp,
+) -> tuple[list[Tensor], list[Delta]]:
+    """What layers make of `x: [T, hidden]`: the residual stream of each half, and what the next norm is to add to it.
+
+    Args:
+        layers: whose attention runs our forward.
+        products: of each half's tokens, whose sums are made later.
+        cache: with a paged batch of all tokens under way.
+        positions: of all tokens, as attention takes them.
+        mlp: a layer's second part, of some tokens.
+    """
+    counts = [half.tokens for half in products]
+    streams, deltas = list(x.split(counts)), list[Delta]([None, None])
+    for layer in layers:
+        modules = layer._modules
+        module, norm = modules["self_attn"], modules["input_layernorm"]
+        inner = module._modules
+        linears = tuple(inner[name] for name in PROJECTIONS)
+        q, k, v = (x.new_empty(len(x), _rows_of(linear, x)) for linear in linears)
+        parts = [one.split(counts) for one in (q, k, v)]
+        for half in (0, 1):
+            outs = tuple(part[half] for part in parts)
+            streams[half] = products[half].project_to(norm, linears, streams[half], deltas[half], outs)
+        states = attend_projected(module, q, k, v, cache=cache, **positions).split(counts)
+        # An MLP's activations are the largest: nothing is kept beside them.
+        del q, k, v, parts, outs
+        for half in (0, 1):
+            streams[half], deltas[half] = products[half].add_product(inner["o_proj"], states[half], streams[half])
+        del states
+        for half in (0, 1):
+            streams[half], deltas[half] = mlp(layer, streams[half], deltas[half], products[half])
+    return streams, deltas
+
+
+def _rows_of(linear: Any, x: Tensor) -> int:
+    held = linear_parameters(linear, x.device, (x.dtype,))
+    assert held is not None
+    return held[0].shape[0]
