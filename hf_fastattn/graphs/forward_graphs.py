@@ -36,6 +36,8 @@ MAX_SHAPES = 256
 LARGE_STATES = 128 * 2**20
 # Failed captures after which no more are tried, until the model changes.
 MAX_FAILURES = 3
+# Forwards over several devices that were launched one by one, and whose static inputs are kept for the capture.
+MAX_LAUNCHED = 2
 
 Key = tuple[ForwardShape, int, int]
 
@@ -45,7 +47,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
 
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
-    products have the same sizes, and give the same bits, captured or not. Forwards of more tokens than `most_tokens` says
+    products have the same sizes, and give the same bits, captured or not. Over several devices the capture takes what these
+    launches left, and computes the forward while it is recorded: it is to take no longer than launches one by one. Forwards of more tokens than `most_tokens` says
     keep the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
@@ -65,6 +68,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     ) -> None:
         super().__init__(enabled, stocks_draws, why_not_experts, variants)
         self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._launched: OrderedDict[Key, Entry] = OrderedDict()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
         # Weak reference to the token of the call under way; gives None once the call has ended.
@@ -89,6 +93,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """Forget all graphs, and the places of states; caches keep those that they hold."""
         super().drop()
         self._states = None
+        self._launched.clear()
 
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""
@@ -186,6 +191,11 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             # Something has changed that graphs do not depend on.
             return None
         elif self._is_due(key) and settled:
+            launched = self._launched.pop(key, None)
+            if launched is not None and launched.groups() is cache.groups and launched.inputs.columns >= needed:
+                hidden = self._capture_running(key, launched, decoder, arguments, cache, forward, counters)
+                if hidden is not None:
+                    return hidden, launched.outputs
             entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
         else:
             entry = None
@@ -200,7 +210,12 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         entry = self._entry(key, worth_having, cache)
         self.wait()
         entry.write(arguments, cache, batch)
-        return entry.launcher(decoder, forward, cache)(), entry.outputs
+        hidden = entry.launcher(decoder, forward, cache)()
+        if entry.crossing is not None:
+            self._launched[key] = entry
+            if len(self._launched) > MAX_LAUNCHED:
+                self._launched.popitem(last=False)
+        return hidden, entry.outputs
 
     @staticmethod
     def _replay(entry: Entry, decoder: Any, forward: Callable[..., Any], cache: PagedCache) -> Tensor:
@@ -234,6 +249,48 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if len(self._seen) > MAX_SHAPES:
             self._seen.popitem(last=False)
         return False
+
+    def _capture_running(
+        self,
+        key: Key,
+        entry: Entry,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Tensor | None:
+        """The last hidden states of a forward that is recorded while it runs; None if it has to be captured as any other.
+
+        Args:
+            entry: whose launches were made one by one before: kernels are compiled, workspaces have their size.
+        """
+        batch = cache.paged_batch
+        recorded: Any = entry.recorded
+        assert batch is not None
+        try:
+            entry.write(arguments, cache, batch)
+            entry.storage_version = cache.groups.storage_version
+            with uncompiled():
+                hidden = recorded.capture_running(entry.launcher(decoder, forward, cache))
+            if not entry.fits(cache, 0):
+                raise RuntimeError("pages were moved meanwhile")
+        except Exception as error:
+            # What it has written so far is written again.
+            self.drop()
+            logger.info("hf_fastattn could not record a forward while it runs: %s: %s", type(error).__name__, error)
+            return None
+        self._keep(key, entry, counters)
+        counters.appends_replayed += 1
+        return hidden
+
+    def _keep(self, key: Key, entry: Entry, counters: CallCounters) -> None:
+        decode = key[0].bucket is None
+        self.keep(key, entry, MAX_GRAPHS if decode else MAX_EXTENDS, lambda other: (other[0].bucket is None) == decode)
+        if decode:
+            counters.graphs_captured += 1
+        else:
+            counters.appends_captured += 1
 
     def _capture(
         self,
@@ -270,12 +327,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self._failures, self._resting = self._failures + 1, True
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return None
-        decode = key[0].bucket is None
-        self.keep(key, entry, MAX_GRAPHS if decode else MAX_EXTENDS, lambda other: (other[0].bucket is None) == decode)
-        if key[0].bucket is None:
-            counters.graphs_captured += 1
-        else:
-            counters.appends_captured += 1
+        self._keep(key, entry, counters)
         return entry
 
     def _entry(self, key: Key, columns: int, cache: PagedCache) -> Entry:
