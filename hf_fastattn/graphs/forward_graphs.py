@@ -47,9 +47,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
 
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
-    products have the same sizes, and give the same bits, captured or not. Over several devices the capture takes what these
-    launches left, and computes the forward while it is recorded: it is to take no longer than launches one by one. Forwards of more tokens than `most_tokens` says
-    keep the GPU busy for longer than their launches take, and are not captured.
+    products have the same sizes, and give the same bits, captured or not. Over several devices the capture takes over what
+    they left, and computes the forward while it records it: it is to take no longer than launches one by one. Forwards of
+    more tokens than `most_tokens` says keep the GPU busy for longer than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;

@@ -121,6 +121,38 @@ def test_prompts(way: str, gpus: bool) -> None:
     assert counts == [(0, 0), (1, 1), (0, 1), (0, 1)]
 
 
+def test_a_prompt_is_recorded_in_one_pass(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that records takes one pass over the layers, over what the one before it left; where that fails, as ever."""
+    stock, model = both(gpus=gpus)
+    graphs = model._fastattn.runtime.graphs
+    captures: Counter[str] = Counter()
+    for name in ("capture", "capture_running"):
+        monkeypatch.setattr(graphs.staged_type, name, _counted(getattr(graphs.staged_type, name), name, captures))
+    for seed in range(3):
+        batch = padded_batch(seed=seed)
+        assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
+        assert len(graphs._launched) == (1 if seed == 0 else 0)
+    assert captures == {"capture_running": 1}
+
+    def failing(self: Any, run: Any) -> Any:
+        raise RuntimeError("a kernel would have to be compiled")
+
+    monkeypatch.setattr(graphs.staged_type, "capture_running", _counted(failing, "failing", captures))
+    for seed in range(3):
+        batch = padded_batch(2, seed=seed)
+        assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
+    assert captures == {"capture_running": 1, "failing": 1, "capture": 1}
+    assert hf_fastattn.report(model).last_call.appends_replayed == 1
+
+
+def _counted(function: Any, name: str, counts: Counter[str]) -> Any:
+    def counted(*args: Any) -> Any:
+        counts[name] += 1
+        return function(*args)
+
+    return counted
+
+
 def test_steps_of_transformers_own_loop(gpus: bool) -> None:
     """Recorded from device to device too."""
     stock, model = both(gpus=gpus)
