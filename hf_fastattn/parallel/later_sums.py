@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hf_fastattn.parallel.symmetric import without_multicast
 
-# Rows of a sum: half a piece of a prompt (`patches/decoder/chunked_prefill.py`).
-MOST_ROWS = 4096
+# Rows of a sum at most, half a piece of a prompt (`patches/decoder/chunked_prefill.py`), and by how many slots grow.
+MOST_ROWS, ROWS_STEP = 4096, 1024
 
 
 class LaterSum(NamedTuple):
@@ -83,18 +83,20 @@ class CopiedSums:
     Args:
         group: of both ranks, which make this at the same time.
         device: this rank's.
-        hidden: columns of a part.
+        rows: of a part, at most.
+        hidden: columns.
         dtype: of parts.
     """
 
     SLOTS = 3
     copies = True
 
-    def __init__(self, group: Any, device: torch.device, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, group: Any, device: torch.device, rows: int, hidden: int, dtype: torch.dtype) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        self.hidden, self.dtype, self.device, self.rank = hidden, dtype, device, dist.get_rank(group)
-        shape = (self.SLOTS, MOST_ROWS, hidden)
+        self.rows, self.hidden, self.dtype = rows, hidden, dtype
+        self.device, self.rank = device, dist.get_rank(group)
+        shape = (self.SLOTS, rows, hidden)
         with torch.inference_mode(False), torch.cuda.device(device), without_multicast():
             held = symmetric.empty(math.prod(shape), dtype=dtype, device=device)
             self._handle = symmetric.rendezvous(held, group)
@@ -107,7 +109,7 @@ class CopiedSums:
 
     def takes(self, rows: int, hidden: int, dtype: torch.dtype) -> bool:
         """Those that the slots have room for."""
-        return rows <= MOST_ROWS and hidden == self.hidden and dtype is self.dtype
+        return rows <= self.rows and hidden == self.hidden and dtype is self.dtype
 
     def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
         """A slot, which the other rank has copied."""
@@ -131,7 +133,7 @@ def is_right(sums: CopiedSums, group: Any) -> bool:
     """Whether sums are those of the process group, in each slot and twice over."""
     right, device = True, sums.device
     for number in range(2 * CopiedSums.SLOTS + 1):
-        part = sums.room(MOST_ROWS, sums.hidden, sums.dtype)
+        part = sums.room(sums.rows, sums.hidden, sums.dtype)
         # Small whole numbers, whose sums are exact.
         part.copy_((torch.arange(part.numel(), device=device) % 7 + sums.rank + number).view_as(part))
         want = part.clone()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_fastattn.parallel import later_sums
 from hf_fastattn.parallel.all_reduce import all_gather
-from hf_fastattn.parallel.later_sums import CopiedSums, GroupSums, LaterSums
+from hf_fastattn.parallel.later_sums import MOST_ROWS, ROWS_STEP, CopiedSums, GroupSums, LaterSums
 from hf_fastattn.parallel.peer_memory import PeerMemory, is_right, places_of, why_not_peers
 from hf_fastattn.parallel.shared_heads import SharedHeads
 from hf_fastattn.parallel.understood import group_of, sums_of, why_not_understood
@@ -120,11 +120,12 @@ class Ranks:
         """What sums so many rows while others are computed; None before `set_up_peers`. All ranks ask at the same time."""
         if not self._asked:
             return None
-        if self._later is None:
-            sums = None
+        if self._later is None or (self._later.copies and rows <= MOST_ROWS and not self._later.takes(rows, hidden, dtype)):
+            self._later, sums = None, None
             if self.peers is not None and self.count == 2:
                 try:
-                    sums = CopiedSums(self._group, self._device, hidden, dtype)
+                    room = -(-min(rows, MOST_ROWS) // ROWS_STEP) * ROWS_STEP
+                    sums = CopiedSums(self._group, self._device, room, hidden, dtype)
                     sums = sums if later_sums.is_right(sums, self._group) else None
                 except Exception as error:
                     logger.info("hf_fastattn sums prompts by the process group: %s: %s", type(error).__name__, error)

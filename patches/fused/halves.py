@@ -40,61 +40,73 @@ Halves: TypeAlias = "tuple[Products, Products]"
 Mlp: TypeAlias = "Callable[[Any, Tensor, Delta, Products], tuple[Tensor, Delta]]"
 
 
+def takes_halves(decoder: Any, tokens: int) -> bool:
+    """Whether a prompt of so many tokens may be computed in halves, as far as this rank's modules go."""
+    names = vars(decoder)[STATE].family.layers
+    if names is None or tokens < FEWEST_TOKENS:
+        return False
+    return all(_takes_halves(layer, names, decoder.device, decoder.dtype) for layer in layers_of(decoder))
+
+
+def _takes_halves(layer: Any, names: LayerNames, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all that the layer does with a token but attention, or its sums, is computed here and not called."""
+    modules = layer._modules
+    attention, mlp = modules.get("self_attn"), modules["mlp"]
+    if attention is None or not runs_our_forward(attention, device):
+        return False
+    inner = attention._modules
+    if any(linear_parameters(inner[name], device, (dtype,)) is None for name in PROJECTIONS):
+        return False
+    if not _is_summed(inner["o_proj"]):
+        return False
+    if is_plain(mlp, names.mlp, device):
+        return "act_fn" in mlp._modules and _is_summed(mlp._modules["down_proj"])
+    held = held_experts(mlp, names, device, dtype)
+    return held is not None and held.group is not None
+
+
+def _is_summed(linear: Any) -> bool:
+    part = plain_shard(linear)
+    return part is not None and part.kind == ROWS
+
+
 def halves_of(
     decoder: Any,
     products: AnyProducts,
     cache: PagedCache,
-    x: Tensor,
+    states: Tensor,
     make_products: Callable[[tuple[int, ...], torch.device], AnyProducts],
 ) -> Callable[[], Halves] | None:
     """What makes the operations on each half of a prompt's tokens; None if it is computed whole.
 
-    Every rank decides alike: by sizes, and by modules, of which each rank has the same.
+    Every rank decides alike: by sizes, and by what all ranks found of their modules before the prompt.
 
     Args:
         decoder: whose layers are walked.
         products: of all tokens.
-        x: `[T, hidden]`, what the first layer is given.
+        states: `[B, S, hidden]`, what the first layer is given.
     """
-    ranks, batch, tokens = vars(decoder)[STATE].runtime.ranks, cache.paged_batch, len(x)
-    if ranks is None or isinstance(products, PlainProducts) or products.narrowed or batch is None or batch.is_decode:
+    runtime = vars(decoder)[STATE].runtime
+    call, batch, tokens = runtime.current, cache.paged_batch, products.tokens
+    if call is None or not call.in_halves or batch is None or batch.is_decode or tokens < FEWEST_TOKENS:
         return None
-    # A graph would hold events of sums that were made before it.
-    if tokens < FEWEST_TOKENS or tokens <= most_tokens(decoder):
+    if isinstance(products, PlainProducts) or products.narrowed or states.dtype is not decoder.dtype:
         return None
-    if not all(_takes_halves(layer, products.names, x) for layer in layers_of(decoder)):
+    # A graph would wait for events of sums that were made before it.
+    if tokens <= most_tokens(decoder):
         return None
     first = -(-tokens // (2 * TILE)) * TILE
-    later = ranks.later_sums(first, x.shape[1], x.dtype)
+    later = runtime.ranks.later_sums(first, states.shape[-1], states.dtype)
     if later is None:
         return None
 
     def make() -> Halves:
-        halves: Any = tuple(make_products((1, count), x.device) for count in (first, tokens - first))
+        halves: Any = tuple(make_products((1, count), states.device) for count in (first, tokens - first))
         for half in halves:
             half.later = later
         return halves
 
     return make
-
-
-def _takes_halves(layer: Any, names: LayerNames, x: Tensor) -> bool:
-    """Whether all that the layer does of a token but attention, or its sums, is computed here and not called."""
-    modules = layer._modules
-    attention, mlp = modules.get("self_attn"), modules["mlp"]
-    if attention is None or not runs_our_forward(attention, x.device):
-        return False
-    inner = attention._modules
-    if any(linear_parameters(inner[name], x.device, (x.dtype,)) is None for name in PROJECTIONS):
-        return False
-    part = plain_shard(inner["o_proj"])
-    if part is None or part.kind != ROWS:
-        return False
-    if is_plain(mlp, names.mlp, x.device):
-        down = plain_shard(mlp._modules["down_proj"])
-        return "act_fn" in mlp._modules and down is not None and down.kind == ROWS
-    held = held_experts(mlp, names, x.device, x.dtype)
-    return held is not None and held.group is not None
 
 
 def run_in_halves(

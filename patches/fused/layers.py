@@ -66,7 +66,7 @@ def walk(
     leading, runtime = tuple(states.shape[:-1]), vars(decoder)[STATE].runtime
     products = make_products(leading, states.device)
     positions = _positions(decoder, states, position_ids, place)
-    make_halves = halves_of(decoder, products, cache, states.flatten(0, -2), make_products)
+    make_halves = halves_of(decoder, products, cache, states, make_products)
     if not isinstance(products, PlainProducts):
 
         def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
