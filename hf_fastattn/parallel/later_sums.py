@@ -35,6 +35,15 @@ class LaterSum(NamedTuple):
     bias: Tensor | None
     wait: Callable[[], Any]
 
+    def ready(self, apart: bool) -> tuple[Tensor, Tensor | None]:
+        """The sum, for what the current stream does next, with its bias; `apart`: in two parts, if there are two."""
+        self.wait()
+        if apart or self.other is None:
+            total, other = self.part, self.other
+        else:
+            total, other = self.part + self.other, None
+        return total if self.bias is None else total + self.bias.to(total.dtype), other
+
 
 class LaterSums(Protocol):
     """What makes them, in the order in which every rank asks for them.

@@ -18,6 +18,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import on_device_of
 from hf_fastattn.parallel.all_reduce import embedding
+from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
@@ -91,7 +92,7 @@ def walk(
         if wanted != place:
             runtime.counters.count_products(products.adapters_fused, products.quantised_products)
             # A model that is spread over ranks is on one device in each.
-            assert not isinstance(delta, PeerSum)
+            assert not isinstance(delta, PeerSum | LaterSum)
             place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
             products = make_products(leading, x.device)
             if layers:

@@ -149,21 +149,17 @@ class Products:
                     norm_eps(module), **added,
                 )  # fmt: skip
             delta = self._sum_of(delta.part.clone(), delta.bias, delta.group)
-        other: dict[str, Any] = {}
+        other = None
         if isinstance(delta, LaterSum):
-            delta.wait()
             fits = weight is not None and delta.bias is None and x.dtype in (delta.part.dtype, torch.float32)
-            if delta.other is not None and fits:
-                delta, other = delta.part, {"other": delta.other}
-            else:
-                delta = _total(delta)
+            delta, other = delta.ready(apart=fits)
         if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
             x = x if delta is None else x + delta
             return self.call(module, x), x
         options: dict[str, Any] = {"unit_offset": self.names.unit_offset, "weights_settled": True, "dtype": dtype}
         if delta is None:
             return rms_norm(x, weight, norm_eps(module), **options), x
-        return add_rms_norm(delta, x, weight, norm_eps(module), **options, **other)
+        return add_rms_norm(delta, x, weight, norm_eps(module), **options, other=other)
 
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
@@ -418,9 +414,3 @@ class Products:
         stacked = any(adapter is not None and adapter.members is not None for adapter in held.adapters)
         numbers = self._tokens_adapters.numbers if stacked and self._tokens_adapters is not None else None
         return {**self._launch, "lora": held.adapters, "lora_sums": self._lora_sums, "lora_numbers": numbers}
-
-
-def _total(delta: LaterSum) -> Tensor:
-    """A sum that was waited for, rounded before the bias is added."""
-    total = delta.part if delta.other is None else delta.part + delta.other
-    return total if delta.bias is None else total + delta.bias.to(total.dtype)
