@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_fastattn.patches.fused.halves import takes_halves
+from hf_fastattn.patches.fused.halves import halves_from
 
 ELSEWHERE = "another rank runs Transformers' own loop: its report has the reason"
 
@@ -33,8 +33,8 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
     history = [*runtime.graphs.history, *runtime.loop_graphs.history, *pages, int(runtime.graphs.prompts_rest)]
     asked = [_digest(request, runtime.row_limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
     # Where a rank has a hook, it calls modules, whose sums would not meet those of halves.
-    halves = able and takes_halves(model._fastattn.decoder(model), input_ids.numel())
-    mine = [int(able), int(halves), zlib.crc32(repr(runtime.config).encode()), *history, *asked]
+    halves = halves_from(model._fastattn.decoder(model), input_ids.numel()) if able else 0
+    mine = [int(able), halves, zlib.crc32(repr(runtime.config).encode()), *history, *asked]
     found = runtime.ranks.gathered(mine)
     other = _other(found, mine, slice(2, 3))
     if other is not None:
@@ -56,7 +56,8 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
             "compute one model together need the same call on each: give every rank the same input_ids and options"
         )
     if runtime.current is not None:
-        runtime.current.in_halves = all(values[1] for values in found)
+        wanted = [values[1] for values in found]
+        runtime.current.halves_from = max(wanted) if all(wanted) else 0
     if runtime.config.backend != "reference":
         runtime.ranks.set_up_peers(model)
     return request

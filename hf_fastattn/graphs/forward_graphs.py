@@ -19,6 +19,7 @@ from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
+from hf_fastattn.graphs.launched_forwards import Key, LaunchedForwards
 from hf_fastattn.graphs.placement import SEVERAL, route_of
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, most_tokens, why_not_static
 from hf_fastattn.layer_variants import LayerVariants
@@ -36,10 +37,6 @@ MAX_SHAPES = 256
 LARGE_STATES = 128 * 2**20
 # Failed captures after which no more are tried, until the model changes.
 MAX_FAILURES = 3
-# Forwards over several devices that were launched one by one, and whose static inputs are kept for the capture.
-MAX_LAUNCHED = 2
-
-Key = tuple[ForwardShape, int, int]
 
 
 class ForwardGraphs(GraphStore[Key, Entry]):
@@ -48,8 +45,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
     products have the same sizes, and give the same bits, captured or not. Over several devices the capture takes over what
-    they left, and computes the forward while it records it: it is to take no longer than launches one by one. Forwards of
-    more tokens than `most_tokens` says keep the GPU busy for longer than their launches take, and are not captured.
+    they left, and computes the forward while it records it; so does the first forward of a shape whose kernels are there,
+    since one of about its size was launched. Forwards of more tokens than `most_tokens` says keep the GPU busy for longer
+    than their launches take, and are not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
@@ -68,7 +66,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     ) -> None:
         super().__init__(enabled, stocks_draws, why_not_experts, variants)
         self._seen: OrderedDict[Key, None] = OrderedDict()
-        self._launched: OrderedDict[Key, Entry] = OrderedDict()
+        self._launched = LaunchedForwards()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
         # Weak reference to the token of the call under way; gives None once the call has ended.
@@ -93,7 +91,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """Forget all graphs, and the places of states; caches keep those that they hold."""
         super().drop()
         self._states = None
-        self._launched.clear()
+        self._launched.drop()
 
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""
@@ -191,8 +189,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             # Something has changed that graphs do not depend on.
             return None
         elif self._is_due(key) and settled:
-            launched = self._launched.pop(key, None)
-            if launched is not None and launched.groups() is cache.groups and launched.inputs.columns >= needed:
+            launched = self._launched.take(key, cache, needed)
+            if launched is not None:
                 hidden = self._capture_running(key, launched, decoder, arguments, cache, forward, counters)
                 if hidden is not None:
                     return hidden, launched.outputs
@@ -207,14 +205,32 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return self._replay(entry, decoder, forward, cache), entry.outputs
         if is_decode:
             return None
-        entry = self._entry(key, worth_having, cache)
+        return self._launch(key, worth_having, settled, decoder, arguments, cache, forward, counters)
+
+    def _launch(
+        self,
+        key: Key,
+        columns: int,
+        settled: bool,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> tuple[Tensor, Any]:
+        """A forward of several tokens a row, layer by layer over static inputs; see `_hidden`."""
+        entry, batch = self._entry(key, columns, cache), cache.paged_batch
+        assert batch is not None
+        if settled and entry.crossing is not None and self._launched.is_known(key):
+            found = self._capture_running(key, entry, decoder, arguments, cache, forward, counters)
+            if found is not None:
+                return found, entry.outputs
+            entry = self._entry(key, columns, cache)
         self.wait()
         entry.write(arguments, cache, batch)
         hidden = entry.launcher(decoder, forward, cache)()
         if entry.crossing is not None:
-            self._launched[key] = entry
-            if len(self._launched) > MAX_LAUNCHED:
-                self._launched.popitem(last=False)
+            self._launched.add(key, entry)
         return hidden, entry.outputs
 
     @staticmethod
@@ -231,6 +247,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             if not self.compare(decoder, device):
                 self.drop()
                 self._failures, self._resting, self._crossing = 0, False, None
+                self._launched.drop(changed=True)
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._reason is None and self.adapter_names is not None:
             return BY_ROW
@@ -278,6 +295,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         except Exception as error:
             # What it has written so far is written again.
             self.drop()
+            self._launched.failed()
             logger.info("hf_fastattn could not record a forward while it runs: %s: %s", type(error).__name__, error)
             return None
         self._keep(key, entry, counters)

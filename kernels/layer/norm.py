@@ -72,6 +72,7 @@ def _launch(
     weights_settled: bool,
     dtype: torch.dtype | None,
     other: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if x.ndim != 2 or x.dtype not in DTYPES or x.stride(-1) != 1 or not 0 < x.shape[-1] <= MAX_HIDDEN:
         raise ValueError(
@@ -91,7 +92,10 @@ def _launch(
     dtype = dtype or stream.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} must be among {DTYPES}")
-    out = torch.empty((tokens, hidden), dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty((tokens, hidden), dtype=dtype, device=x.device)
+    elif out.shape != x.shape or out.dtype is not dtype or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)}, {out.dtype}, must be {tuple(x.shape)}, {dtype}, contiguous")
     total = None if residual is None else torch.empty((tokens, hidden), dtype=stream.dtype, device=x.device)
     if not tokens:
         return out, total
@@ -117,9 +121,10 @@ def rms_norm(
     unit_offset: bool = False,
     weights_settled: bool = False,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm of every row; see `add_rms_norm`."""
-    return _launch(x, None, weight, eps, unit_offset, weights_settled, dtype)[0]
+    return _launch(x, None, weight, eps, unit_offset, weights_settled, dtype, None, out)[0]
 
 
 def add_rms_norm(
@@ -132,6 +137,7 @@ def add_rms_norm(
     weights_settled: bool = False,
     dtype: torch.dtype | None = None,
     other: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of `x + residual`, and that sum.
 
@@ -144,6 +150,7 @@ def add_rms_norm(
         weights_settled: no launch that may still be running writes `weight`, so it is read before these have ended.
         dtype: of the normalised rows; by default that of the residual.
         other: added to x first, and the sum rounded; of the shape and dtype of x, contiguous.
+        out: `[T, hidden]` for the normalised rows, contiguous.
 
     Returns:
         The normalised rows and the sums, the latter in the dtype of the residual, both `[T, hidden]`, contiguous.
@@ -151,6 +158,6 @@ def add_rms_norm(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled, dtype, other)
+    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled, dtype, other, out)
     assert total is not None
     return out, total

@@ -132,8 +132,17 @@ class Products:
         out = module(x.view(*self.leading, -1))
         return (out[0] if isinstance(out, tuple) else out).reshape(self.tokens, -1)
 
-    def norm(self, module: Any, x: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + delta`, in `dtype` where given and possible, and that sum."""
+    def norm_to(self, out: Tensor, module: Any, x: Tensor, delta: LaterSum | None) -> Tensor:
+        """Write the norm of `x + delta` to `out`; returns the sum."""
+        normed, total = self.norm(module, x, delta, out=out)
+        if normed.data_ptr() != out.data_ptr():
+            out.copy_(normed)
+        return total
+
+    def norm(
+        self, module: Any, x: Tensor, delta: Delta, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of `x + delta`, in `dtype` and in `out` where given and possible, and that sum."""
         weight = norm_weight(module, self.names.norm, x.device, (x.dtype,)) if x.shape[1] <= MAX_HIDDEN else None
         if isinstance(delta, PeerSum):
             if weight is not None and x.dtype in (delta.part.dtype, torch.float32):
@@ -158,8 +167,8 @@ class Products:
             return self.call(module, x), x
         options: dict[str, Any] = {"unit_offset": self.names.unit_offset, "weights_settled": True, "dtype": dtype}
         if delta is None:
-            return rms_norm(x, weight, norm_eps(module), **options), x
-        return add_rms_norm(delta, x, weight, norm_eps(module), **options, other=other)
+            return rms_norm(x, weight, norm_eps(module), **options, out=out), x
+        return add_rms_norm(delta, x, weight, norm_eps(module), **options, other=other, out=out)
 
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
@@ -167,16 +176,13 @@ class Products:
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
 
-    def project_to(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta, outs: tuple[Tensor, ...]) -> Tensor:
-        """`project`, of many tokens: the products are written to `outs`, the sum is returned."""
-        normed, x = self.norm(norm, x, delta)
-        for linear, out in zip(linears, outs, strict=True):
-            held = linear_parameters(linear, x.device, (x.dtype,))
-            if held is None or held[1] is not None or normed.dtype is not out.dtype:
-                out.copy_(self._apply(linear, normed))
-            else:
-                torch.mm(normed, held[0].t(), out=out)
-        return x
+    def multiply_to(self, out: Tensor, linear: Any, x: Tensor) -> None:
+        """Write the product of many tokens, `x: [T, K]`, with the weight of a layer to `out: [T, N]`."""
+        held = linear_parameters(linear, x.device, (x.dtype,))
+        if held is None or held[1] is not None or x.dtype is not out.dtype:
+            out.copy_(self._apply(linear, x))
+        else:
+            torch.mm(x, held[0].t(), out=out)
 
     def multiply(self, linears: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The products of `x: [T, K]`, in the dtype of a product, with several weights, `[T, N_i]` each."""

@@ -174,7 +174,7 @@ def generate_in_halves(path: str, call: dict[str, Any], slots: bool) -> tuple[An
         hf_fastattn.patched(model, cuda_graphs=True),
         pytest.MonkeyPatch.context() as patch,
     ):
-        for name, value in (("FEWEST_TOKENS", 8), ("TILE", 24), ("most_tokens", lambda _: 0)):
+        for name, value in (("FEWEST_TOKENS", 8), ("FEWEST_PRODUCTS", 1), ("TILE", 24), ("most_tokens", lambda _: 0)):
             patch.setattr(halves, name, value)
         later = LaterSlots(model.config.hidden_size) if slots else WatchedSums()
         patch.setattr(model._fastattn.runtime.ranks, "later_sums", lambda *_: later)

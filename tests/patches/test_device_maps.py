@@ -129,10 +129,14 @@ def test_a_prompt_is_recorded_in_one_pass(gpus: bool, monkeypatch: pytest.Monkey
     for name in ("capture", "capture_running"):
         monkeypatch.setattr(graphs.staged_type, name, _counted(getattr(graphs.staged_type, name), name, captures))
     for seed in range(3):
-        batch = padded_batch(seed=seed)
+        batch = padded_batch(longest=120, seed=seed)
         assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
         assert len(graphs._launched) == (1 if seed == 0 else 0)
     assert captures == {"capture_running": 1}
+    # Of about the same size: in its first call.
+    batch = padded_batch(longest=90)
+    assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
+    assert captures == {"capture_running": 2}
 
     def failing(self: Any, run: Any) -> Any:
         raise RuntimeError("a kernel would have to be compiled")
@@ -141,7 +145,7 @@ def test_a_prompt_is_recorded_in_one_pass(gpus: bool, monkeypatch: pytest.Monkey
     for seed in range(3):
         batch = padded_batch(2, seed=seed)
         assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
-    assert captures == {"capture_running": 1, "failing": 1, "capture": 1}
+    assert captures == {"capture_running": 2, "failing": 1, "capture": 1}
     assert hf_fastattn.report(model).last_call.appends_replayed == 1
 
 

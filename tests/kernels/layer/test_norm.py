@@ -81,6 +81,10 @@ def check_parts(tokens, hidden, dtype, stream, device):
     got, total = norm.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other)
     plain, plain_total = reference.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other)
     assert torch.equal(total, plain_total) and not torch.equal(total, residual + x)
+    room = torch.full_like(got, float("nan"))
+    again, _ = norm.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other, out=room)
+    assert again is room and torch.equal(room, got)
+    assert torch.equal(norm.rms_norm(x, weight, 1e-5, out=room.zero_()), norm.rms_norm(x, weight, 1e-5))
     want, _ = reference.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5, other=other.double())
     assert_close("norm of the sum", got, plain, want)
 
@@ -115,6 +119,8 @@ def test_what_does_not_fit_is_refused():
         norm.add_rms_norm(x, x[:1], torch.ones(64), 1e-5)
     with pytest.raises(ValueError, match="other"):
         norm.add_rms_norm(x, x, torch.ones(64), 1e-5, other=x[:1])
+    with pytest.raises(ValueError, match="out"):
+        norm.rms_norm(x, torch.ones(64), 1e-5, out=x[:1])
     with pytest.raises(ValueError, match="contiguous"):
         norm.rms_norm(x.T, torch.ones(2), 1e-5)
 
