@@ -191,7 +191,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         elif self._is_due(key) and settled:
             launched = self._launched.take(key, cache, needed)
             if launched is not None:
-                hidden = self._capture_running(key, launched, decoder, arguments, cache, forward, counters)
+                launched.write(arguments, cache, batch)
+                hidden = self._capture_running(key, launched, launched.launcher(decoder, forward, cache), cache, counters)
                 if hidden is not None:
                     return hidden, launched.outputs
             entry = self._capture(key, worth_having, decoder, arguments, cache, forward, counters)
@@ -205,31 +206,16 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             return self._replay(entry, decoder, forward, cache), entry.outputs
         if is_decode:
             return None
-        return self._launch(key, worth_having, settled, decoder, arguments, cache, forward, counters)
-
-    def _launch(
-        self,
-        key: Key,
-        columns: int,
-        settled: bool,
-        decoder: Any,
-        arguments: dict[str, Any],
-        cache: PagedCache,
-        forward: Callable[..., Any],
-        counters: CallCounters,
-    ) -> tuple[Tensor, Any]:
-        """A forward of several tokens a row, layer by layer over static inputs; see `_hidden`."""
-        entry, batch = self._entry(key, columns, cache), cache.paged_batch
-        assert batch is not None
-        if settled and entry.crossing is not None and self._launched.is_known(key):
-            found = self._capture_running(key, entry, decoder, arguments, cache, forward, counters)
-            if found is not None:
-                return found, entry.outputs
-            entry = self._entry(key, columns, cache)
-        self.wait()
-        entry.write(arguments, cache, batch)
-        hidden = entry.launcher(decoder, forward, cache)()
-        if entry.crossing is not None:
+        for records in (True, False) if settled and self._launched.is_known(key) else (False,):
+            entry = self._entry(key, worth_having, cache)
+            self.wait()
+            entry.write(arguments, cache, batch)
+            run = entry.launcher(decoder, forward, cache)
+            hidden = self._capture_running(key, entry, run, cache, counters) if records else run()
+            if hidden is not None:
+                break
+        assert entry is not None and hidden is not None
+        if entry.crossing is not None and not records:
             self._launched.add(key, entry)
         return hidden, entry.outputs
 
@@ -268,35 +254,26 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         return False
 
     def _capture_running(
-        self,
-        key: Key,
-        entry: Entry,
-        decoder: Any,
-        arguments: dict[str, Any],
-        cache: PagedCache,
-        forward: Callable[..., Any],
-        counters: CallCounters,
+        self, key: Key, entry: Entry, run: Callable[[], Tensor], cache: PagedCache, counters: CallCounters
     ) -> Tensor | None:
-        """The last hidden states of a forward that is recorded while it runs; None if it has to be captured as any other.
+        """What `run` gives, recorded while it runs; None if that failed, and what it has written is to be written again.
 
         Args:
-            entry: whose launches were made one by one before: kernels are compiled, workspaces have their size.
+            entry: over several devices; kernels are compiled, and workspaces have their size.
+            run: its launcher, over inputs that are written.
         """
-        batch = cache.paged_batch
         recorded: Any = entry.recorded
-        assert batch is not None
+        entry.storage_version = cache.groups.storage_version
         try:
-            entry.write(arguments, cache, batch)
-            entry.storage_version = cache.groups.storage_version
             with uncompiled():
-                hidden = recorded.capture_running(entry.launcher(decoder, forward, cache))
+                hidden: Tensor = recorded.capture_running(run)
             if not entry.fits(cache, 0):
                 raise RuntimeError("pages were moved meanwhile")
         except Exception as error:
-            # What it has written so far is written again.
+            logger.info("hf_fastattn could not record a forward while it ran: %s: %s", type(error).__name__, error)
+            # Counters of a workspace that grew meanwhile were not zeroed.
             self.drop()
             self._launched.failed()
-            logger.info("hf_fastattn could not record a forward while it runs: %s: %s", type(error).__name__, error)
             return None
         self._keep(key, entry, counters)
         counters.appends_replayed += 1
