@@ -62,6 +62,13 @@ class ReexecutedStep(RecordedForward):
         self._output = run()
         return self._output.clone()
 
+    def capture_launched(self, run: Callable[[], Tensor], launched: Callable[[], None]) -> Tensor:
+        """As `StagedForward`'s: the first run counts."""
+        out = run()
+        launched()
+        self._output = run()
+        return out
+
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         assert self._output is not None
         with torch.inference_mode(False), torch.no_grad():

@@ -122,7 +122,7 @@ class StagedForward:
         The host makes one pass over the layers where `capture` and a replay take two, and does not wait for the devices.
 
         Args:
-            run: as `capture` takes it; its launches have been made before, over the same static inputs.
+            run: as `capture` takes it; its kernels are compiled, and their workspace has its size.
 
         Returns:
             The output, as `replay` would give it.
@@ -134,6 +134,24 @@ class StagedForward:
             finally:
                 self._ran = None
         return self._output.clone()
+
+    def capture_launched(self, run: Callable[[], Tensor], launched: Callable[[], None]) -> Tensor:
+        """Launch, then record; what was launched counts, and nothing is replayed.
+
+        Args:
+            run: as `capture` takes it; it may be run twice from the same inputs.
+            launched: called between the two.
+
+        Returns:
+            The output of the launches.
+        """
+        with self._pool.streams():
+            with self._pool.draws_again():
+                out = run()
+            launched()
+            with no_garbage_collection():
+                self._output = self._record(run)
+        return out
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         """Run the recorded launches on the current streams; returns the output; see `RecordedForward.replay`."""

@@ -154,6 +154,15 @@ def test_each_graph_runs_once_it_is_recorded() -> None:
     assert pool.log == ["enter", "replay on cpu", "replay on cpu:0"]
 
 
+def test_what_was_launched_counts() -> None:
+    pool = TapePool()
+    forward, step = StagedForward(pool), Step(pool)
+    assert forward.capture_launched(step, lambda: pool.log.append("launched")).tolist() == [3.0] * 3
+    assert pool.log == ["launched", "begin on cpu", "end on cpu", "begin on cpu:0", "end on cpu:0"]
+    step.number.fill_(10)
+    assert forward.replay(step).tolist() == [21.0] * 3
+
+
 def test_a_running_capture_that_fails() -> None:
     pool = TapePool()
     forward, step = StagedForward(pool), Doubled(pool)

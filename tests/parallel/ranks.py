@@ -165,8 +165,13 @@ def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> 
         return *one(model, call), slots.sums, slots.ways
 
 
-def generate_in_halves(path: str, call: dict[str, Any], slots: bool) -> tuple[Any, Any, list[tuple[int, ...]]]:
-    """Tokens and counters of a call whose prompt is computed in two halves, and the shapes of the sums made meanwhile."""
+def generate_in_halves(
+    path: str, call: dict[str, Any], slots: bool, hooked: int | None = None
+) -> tuple[Any, Any, list[tuple[int, ...]]]:
+    """Tokens and counters of a call whose prompt is computed in two halves, and the shapes of the sums made meanwhile.
+
+    `hooked`: a rank on which somebody looks at a layer's MLP.
+    """
     model = load(path)
     with (
         reexecuted_loop(),
@@ -178,7 +183,23 @@ def generate_in_halves(path: str, call: dict[str, Any], slots: bool) -> tuple[An
             patch.setattr(halves, name, value)
         later = LaterSlots(model.config.hidden_size) if slots else WatchedSums()
         patch.setattr(model._fastattn.runtime.ranks, "later_sums", lambda *_: later)
-        return *one(model, call), later.shapes
+        looked = model.model.layers[1].mlp.register_forward_hook(lambda *_: None) if rank() == hooked else None
+        try:
+            return *one(model, call), later.shapes
+        finally:
+            if looked is not None:
+                looked.remove()
+
+
+def kind_of_later_sums(path: str, call: dict[str, Any]) -> list[str]:
+    """What sums while others are computed, before a call and after it."""
+    model, found = load(path), []
+    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True):
+        ranks = model._fastattn.runtime.ranks
+        for _ in range(2):
+            found.append(type(ranks.later_sums(4, model.config.hidden_size, model.dtype)).__name__)
+            one(model, call)
+    return found
 
 
 class WatchedSums(GroupSums):

@@ -69,6 +69,18 @@ def test_prompts_in_halves(two: Processes, saved: Any, family: str, slots: bool)
         assert shapes == [(72, 64), (56, 64)] * 2 * 3
 
 
+def test_a_rank_with_a_hook_keeps_the_others_from_halves(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    for tokens, _, shapes in two.run(ranks.generate_in_halves, saved("llama"), call, False, 1):
+        assert torch.equal(tokens, want) and shapes == []
+
+
+def test_without_peers_the_group_sums_prompts(two: Processes, saved: Any) -> None:
+    call = {**single(), "max_new_tokens": 2, "do_sample": False}
+    assert two.run(ranks.kind_of_later_sums, saved("llama"), call) == [["NoneType", "GroupSums"]] * 2
+
+
 def test_tied_embeddings(two: Processes, saved: Any) -> None:
     calls = [{**padded_batch(), "max_new_tokens": 12, "do_sample": False}]
     want = one_process("llama", calls, tie_word_embeddings=True)
