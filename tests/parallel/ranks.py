@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from transformers.distributed import DistributedConfig
 
 import hf_fastattn
+from hf_fastattn.generation import agreed_request
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, shared_heads, watch
 from hf_fastattn.parallel.later_sums import CopiedSums, GroupSums, LaterSum
@@ -166,11 +167,11 @@ def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> 
 
 
 def generate_in_halves(
-    path: str, call: dict[str, Any], slots: bool, hooked: int | None = None
+    path: str, call: dict[str, Any], slots: bool, unable: int | None = None
 ) -> tuple[Any, Any, list[tuple[int, ...]]]:
     """Tokens and counters of a call whose prompt is computed in two halves, and the shapes of the sums made meanwhile.
 
-    `hooked`: a rank on which somebody looks at a layer's MLP.
+    `unable`: a rank whose modules do not allow it.
     """
     model = load(path)
     with (
@@ -183,12 +184,9 @@ def generate_in_halves(
             patch.setattr(halves, name, value)
         later = LaterSlots(model.config.hidden_size) if slots else WatchedSums()
         patch.setattr(model._fastattn.runtime.ranks, "later_sums", lambda *_: later)
-        looked = model.model.layers[1].mlp.register_forward_hook(lambda *_: None) if rank() == hooked else None
-        try:
-            return *one(model, call), later.shapes
-        finally:
-            if looked is not None:
-                looked.remove()
+        if rank() == unable:
+            patch.setattr(agreed_request, "halves_from", lambda *_: 0)
+        return *one(model, call), later.shapes
 
 
 def kind_of_later_sums(path: str, call: dict[str, Any]) -> list[str]:

@@ -69,11 +69,12 @@ def test_prompts_in_halves(two: Processes, saved: Any, family: str, slots: bool)
         assert shapes == [(72, 64), (56, 64)] * 2 * 3
 
 
-def test_a_rank_with_a_hook_keeps_the_others_from_halves(two: Processes, saved: Any) -> None:
+def test_a_rank_that_cannot_keeps_the_others_from_halves(two: Processes, saved: Any) -> None:
     call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
     want = one_process("llama", [call])[0]
-    for tokens, _, shapes in two.run(ranks.generate_in_halves, saved("llama"), call, False, 1):
+    for tokens, counted, shapes in two.run(ranks.generate_in_halves, saved("llama"), call, False, 1):
         assert torch.equal(tokens, want) and shapes == []
+        assert_looped(counted)
 
 
 def test_without_peers_the_group_sums_prompts(two: Processes, saved: Any) -> None:
