@@ -1,14 +1,14 @@
 """Sums over ranks of many tokens, made while the products of other tokens run: see `patches/fused/halves.py`.
 
 Between two GPUs that read each other's memory, a sum is a copy: each rank's copy engine brings the other's part over, which
-takes no multiprocessor from the products, and the norm adds both. Elsewhere the process group sums on a stream of its own.
+takes no multiprocessor from the products, and the norm adds both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,63 +24,24 @@ class LaterSum(NamedTuple):
     """A sum over ranks that is under way.
 
     Attributes:
-        part: `[T, hidden]`; the sum, once `wait` was called, if there is no `other`.
-        other: the other rank's part, there once `wait` was called; contiguous.
+        part: this rank's, `[T, hidden]`.
+        other: the other rank's, there once `wait` was called; contiguous.
         bias: `[hidden]`, to be added once.
         wait: has what the current stream does next wait for it; the host waits for nothing.
     """
 
     part: Tensor
-    other: Tensor | None
+    other: Tensor
     bias: Tensor | None
     wait: Callable[[], Any]
 
     def ready(self, apart: bool) -> tuple[Tensor, Tensor | None]:
-        """The sum, for what the current stream does next, with its bias; `apart`: in two parts, if there are two."""
+        """The sum, for what the current stream does next, with its bias; `apart`: its two parts, where it has no bias."""
         self.wait()
-        if apart or self.other is None:
-            total, other = self.part, self.other
-        else:
-            total, other = self.part + self.other, None
-        return total if self.bias is None else total + self.bias.to(total.dtype), other
-
-
-class LaterSums(Protocol):
-    """What makes them, in the order in which every rank asks for them.
-
-    Attributes:
-        copies: sums have an `other`.
-    """
-
-    copies: bool
-
-    def takes(self, rows: int, hidden: int, dtype: torch.dtype) -> bool:
-        """Whether sums of this size can be made."""
-
-    def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor | None:
-        """Where the part of the next sum is to be written, `[rows, hidden]`; None: anywhere."""
-
-    def begin(self, part: Tensor, bias: Tensor | None, group: Any) -> LaterSum:
-        """The sum of every rank's part, which lies where `room` said."""
-
-
-class GroupSums:
-    """Sums by the process group."""
-
-    copies = False
-
-    def takes(self, rows: int, hidden: int, dtype: torch.dtype) -> bool:
-        """All."""
-        return True
-
-    def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor | None:
-        """Anywhere."""
-        return None
-
-    def begin(self, part: Tensor, bias: Tensor | None, group: Any) -> LaterSum:
-        """The sum, which is written to `part`."""
-        work: Any = dist.all_reduce(part, group=group, async_op=True)
-        return LaterSum(part, None, bias, work.wait)
+        if apart and self.bias is None:
+            return self.part, self.other
+        total = self.part + self.other
+        return total if self.bias is None else total + self.bias.to(total.dtype), None
 
 
 class CopiedSums:
@@ -98,7 +59,6 @@ class CopiedSums:
     """
 
     SLOTS = 3
-    copies = True
 
     def __init__(self, group: Any, device: torch.device, rows: int, hidden: int, dtype: torch.dtype) -> None:
         import torch.distributed._symmetric_memory as symmetric
@@ -120,13 +80,13 @@ class CopiedSums:
         """Those that the slots have room for."""
         return rows <= self.rows and hidden == self.hidden and dtype is self.dtype
 
-    def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
-        """A slot, which the other rank has copied."""
+    def room(self, rows: int) -> Tensor:
+        """Where the part of the next sum is to be written, `[rows, hidden]`: a slot, which the other rank has copied."""
         torch.cuda.current_stream(self.device).wait_event(self._met[(self._slot + 1) % self.SLOTS])
         return self._mine[self._slot, :rows]
 
-    def begin(self, part: Tensor, bias: Tensor | None, group: Any) -> LaterSum:
-        """The parts of both ranks."""
+    def begin(self, part: Tensor, bias: Tensor | None) -> LaterSum:
+        """The sum of both ranks' parts; this one's lies where `room` said."""
         slot, self._slot = self._slot, (self._slot + 1) % self.SLOTS
         other, done = torch.empty_like(part), torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -142,13 +102,12 @@ def is_right(sums: CopiedSums, group: Any) -> bool:
     """Whether sums are those of the process group, in each slot and twice over."""
     right, device = True, sums.device
     for number in range(2 * CopiedSums.SLOTS + 1):
-        part = sums.room(sums.rows, sums.hidden, sums.dtype)
+        part = sums.room(sums.rows)
         # Small whole numbers, whose sums are exact.
         part.copy_((torch.arange(part.numel(), device=device) % 7 + sums.rank + number).view_as(part))
         want = part.clone()
         dist.all_reduce(want, group=group)
-        found = sums.begin(part, None, group)
+        found = sums.begin(part, None)
         found.wait()
-        assert found.other is not None
         right &= torch.equal(found.part + found.other, want)
     return right

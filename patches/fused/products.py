@@ -32,7 +32,7 @@ from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.quantised import products as quantised
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
-from hf_fastattn.parallel.later_sums import LaterSum, LaterSums
+from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 from hf_fastattn.parallel.peer_memory import MOST_PUSHED, Delta, PeerMemory, PeerSum
 from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.parallel.shared_heads import HEADS
@@ -103,7 +103,7 @@ class Products:
         self.adapters_fused = 0
         self.quantised_products = 0
         self._peers, self._slot = peers, 0
-        self.later: LaterSums | None = None
+        self.later: CopiedSums | None = None
 
     @property
     def narrowed(self) -> bool:
@@ -160,8 +160,7 @@ class Products:
             delta = self._sum_of(delta.part.clone(), delta.bias, delta.group)
         other = None
         if isinstance(delta, LaterSum):
-            fits = weight is not None and delta.bias is None and x.dtype in (delta.part.dtype, torch.float32)
-            delta, other = delta.ready(apart=fits)
+            delta, other = delta.ready(apart=weight is not None and x.dtype in (delta.part.dtype, torch.float32))
         if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
             x = x if delta is None else x + delta
             return self.call(module, x), x
@@ -210,10 +209,7 @@ class Products:
         part = plain_shard(linear)
         if part is not None and part.kind == ROWS:
             if self.later is not None:
-                like = states.new_empty(0, part.weight.shape[0])
-                return x, self._begun(
-                    lambda out: self._product_of(part.weight, states, out=out), like, part.bias, part.group
-                )
+                return x, self._begun(lambda out: self._product_of(part.weight, states, out=out), part.bias)
             return x, self._by_peers(part, states) or self._summed(part, states)
         dtype = self._dtype_of(states)
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
@@ -242,7 +238,7 @@ class Products:
             like: of the shape and dtype of a part.
         """
         if self.later is not None:
-            return self._begun(compute, like, None, group)
+            return self._begun(compute, None)
         memory = self._peers
         if memory is None or self.narrowed or not memory.takes(self.tokens, like.shape[1], like.dtype):
             return self._sum_of(compute(None), None, group)
@@ -259,18 +255,18 @@ class Products:
         total = product if is_under_way() else all_reduce(product, group)
         return total if bias is None else total + bias.to(total.dtype)
 
-    def _begun(self, compute: Callable[[Tensor | None], Tensor], like: Tensor, bias: Tensor | None, group: Any) -> LaterSum:
+    def _begun(self, compute: Callable[[Tensor | None], Tensor], bias: Tensor | None) -> LaterSum:
         """The same, under way; see `summed_part`."""
         later = self.later
         assert later is not None
         if is_under_way():
             part = compute(None)
-            return LaterSum(part, torch.empty_like(part) if later.copies else None, bias, lambda: None)
-        room = later.room(self.tokens, like.shape[1], like.dtype)
+            return LaterSum(part, torch.empty_like(part), bias, lambda: None)
+        room = later.room(self.tokens)
         part = compute(room)
-        if room is not None and part.data_ptr() != room.data_ptr():
+        if part.data_ptr() != room.data_ptr():
             part = room.copy_(part)
-        return later.begin(part, bias, group)
+        return later.begin(part, bias)
 
     def _by_peers(self, part: Shard, states: Tensor) -> PeerSum | None:
         """The same, left to the norm that adds it; None if it is to be made at once."""

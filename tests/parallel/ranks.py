@@ -18,7 +18,7 @@ import hf_fastattn
 from hf_fastattn.generation import agreed_request
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, shared_heads, watch
-from hf_fastattn.parallel.later_sums import CopiedSums, GroupSums, LaterSum
+from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
 from hf_fastattn.patches.fused import halves, products
@@ -182,54 +182,46 @@ def generate_in_halves(
     ):
         for name, value in (("FEWEST_TOKENS", 8), ("FEWEST_PRODUCTS", 1), ("TILE", 24), ("most_tokens", lambda _: 0)):
             patch.setattr(halves, name, value)
-        later = LaterSlots(model.config.hidden_size) if slots else WatchedSums()
-        patch.setattr(model._fastattn.runtime.ranks, "later_sums", lambda *_: later)
+        own = model._fastattn.runtime.ranks
+        later = (LaterSlots if slots else WatchedSums)(own._group, model.config.hidden_size)
+        patch.setattr(own, "later_sums", lambda *_: later)
         if rank() == unable:
             patch.setattr(agreed_request, "halves_from", lambda *_: 0)
         return *one(model, call), later.shapes
 
 
-def kind_of_later_sums(path: str, call: dict[str, Any]) -> list[str]:
-    """What sums while others are computed, before a call and after it."""
-    model, found = load(path), []
-    with reexecuted_loop(), fused_in_torch(), hf_fastattn.patched(model, cuda_graphs=True):
-        ranks = model._fastattn.runtime.ranks
-        for _ in range(2):
-            found.append(type(ranks.later_sums(4, model.config.hidden_size, model.dtype)).__name__)
-            one(model, call)
-    return found
-
-
-class WatchedSums(GroupSums):
+class WatchedSums:
     """Sums by the process group, whose result is not to be read before it was waited for."""
 
-    def __init__(self) -> None:
-        self.shapes = list[tuple[int, ...]]()
+    def __init__(self, group: Any, hidden: int) -> None:
+        self.group, self.hidden, self.shapes = group, hidden, list[tuple[int, ...]]()
 
-    def begin(self, part: Any, bias: Any, group: Any) -> LaterSum:
+    def room(self, rows: int) -> Any:
+        return torch.empty(rows, self.hidden)
+
+    def begin(self, part: Any, bias: Any) -> LaterSum:
         self.shapes.append(tuple(part.shape))
-        made = super().begin(part.clone(), bias, group)
+        total = part.clone()
+        work = torch.distributed.all_reduce(total, group=self.group, async_op=True)
         part.fill_(float("nan"))
-        return made._replace(part=part, wait=lambda: (made.wait(), part.copy_(made.part)))
+        return LaterSum(part, torch.zeros_like(part), bias, lambda: (work.wait(), part.copy_(total)))
 
 
 class LaterSlots(WatchedSums):
     """Stands for sums by copies: a slot is not written again before the norm has read it."""
 
-    copies = True
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
+    def __init__(self, group: Any, hidden: int) -> None:
+        super().__init__(group, hidden)
         self.slots = [torch.full((128, hidden), float("nan")) for _ in range(CopiedSums.SLOTS)]
 
-    def room(self, rows: int, hidden: int, dtype: torch.dtype) -> Any:
+    def room(self, rows: int) -> Any:
         return self.slots[len(self.shapes) % CopiedSums.SLOTS][:rows]
 
-    def begin(self, part: Any, bias: Any, group: Any) -> LaterSum:
-        assert part.data_ptr() == self.room(*part.shape, part.dtype).data_ptr()
+    def begin(self, part: Any, bias: Any) -> LaterSum:
+        assert part.data_ptr() == self.room(len(part)).data_ptr()
         self.shapes.append(tuple(part.shape))
-        parts = [torch.empty_like(part) for _ in range(group.size())]
-        work = torch.distributed.all_gather(parts, part.clone(), group=group, async_op=True)
+        parts = [torch.empty_like(part) for _ in range(2)]
+        work = torch.distributed.all_gather(parts, part.clone(), group=self.group, async_op=True)
         other = torch.full_like(part, float("nan"))
         return LaterSum(part, other, bias, lambda: (work.wait(), other.copy_(parts[1 - rank()])))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_fastattn.parallel.later_sums import CopiedSums, GroupSums, LaterSum
+from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 
 ROWS, HIDDEN = 4, 3
 
@@ -63,24 +63,24 @@ def test_a_slot_is_written_once_the_ranks_have_met_after_it_was_copied(sums: Cop
     slots: list[int] = []
     for number in range(7):
         log.clear()
-        part = sums.room(2, HIDDEN, torch.float32)
+        part = sums.room(2)
         slots.append(next(slot for slot in range(CopiedSums.SLOTS) if part.data_ptr() == sums._mine[slot].data_ptr()))
         # The sum before the last one.
         assert log == [f"products wait for met {(number - 2) % 3}"]
         log.clear()
-        found = sums.begin(part.fill_(number), None, None)
+        found = sums.begin(part.fill_(number), None)
         assert log == ["copies wait for products", "ranks meet", f"record met {slots[-1]}", "record copied"]
         log.clear()
         found.wait()
         assert log == ["products wait for copied"]
-        assert found.other is not None and found.other.tolist() == [[1.0] * HIDDEN] * 2
+        assert found.other.tolist() == [[1.0] * HIDDEN] * 2
     assert slots == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_sizes(sums: CopiedSums) -> None:
     assert sums.takes(ROWS, HIDDEN, torch.float32)
     for other in ((ROWS + 1, HIDDEN, torch.float32), (1, HIDDEN + 1, torch.float32), (1, HIDDEN, torch.float16)):
-        assert not sums.takes(*other) and GroupSums().takes(*other)
+        assert not sums.takes(*other)
 
 
 def test_what_a_norm_is_given() -> None:
@@ -91,8 +91,7 @@ def test_what_a_norm_is_given() -> None:
     for made, want in (
         (LaterSum(part, other, None, lambda: waited.append(1)), 3.0),
         (LaterSum(part, other, bias, lambda: waited.append(1)), 3.5),
-        (LaterSum(part, None, bias, lambda: waited.append(1)), 1.5),
     ):
-        total, nothing = made.ready(apart=False)
+        total, nothing = made.ready(apart=made.bias is not None)
         assert nothing is None and total.tolist() == [[want] * 3] * 2
-    assert len(waited) == 4
+    assert len(waited) == 3

@@ -77,11 +77,6 @@ def test_a_rank_that_cannot_keeps_the_others_from_halves(two: Processes, saved: 
         assert_looped(counted)
 
 
-def test_without_peers_the_group_sums_prompts(two: Processes, saved: Any) -> None:
-    call = {**single(), "max_new_tokens": 2, "do_sample": False}
-    assert two.run(ranks.kind_of_later_sums, saved("llama"), call) == [["NoneType", "GroupSums"]] * 2
-
-
 def test_tied_embeddings(two: Processes, saved: Any) -> None:
     calls = [{**padded_batch(), "max_new_tokens": 12, "do_sample": False}]
     want = one_process("llama", calls, tie_word_embeddings=True)
