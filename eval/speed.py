@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hf_fastattn.eval.rank_speed import bench as rank_bench
 
         return rank_bench.run(made, options, argv)
+    if options.layers or options.samples:
+        made.error("--layers and --samples are measured over ranks: give --tp, under torchrun")
     dtype: torch.dtype = getattr(torch, options.dtype)
     try:
         cases = choose(options.kind, options.batch, options.prompt, on_gpu)

@@ -37,6 +37,8 @@ class Call:
     seen: Any = None
     # Forwards compute the prompt.
     prefilling: bool = False
+    # From how many tokens on a prompt is computed in two halves, on every rank that computes the model; 0: never.
+    halves_from: int = 0
     # Which row of the prompt under way each row of the batch goes on from; None where each has its own.
     copies: list[int] | None = None
     # What a rehearsal of the prompt rehearses besides: how tokens are chosen behind it.

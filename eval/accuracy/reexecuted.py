@@ -57,6 +57,18 @@ class ReexecutedStep(RecordedForward):
             warmed_up()
             self._output = run()
 
+    def capture_running(self, run: Callable[[], Tensor]) -> Tensor:
+        """As `StagedForward`'s: there is no first run."""
+        self._output = run()
+        return self._output.clone()
+
+    def capture_launched(self, run: Callable[[], Tensor], launched: Callable[[], None]) -> Tensor:
+        """As `StagedForward`'s: the first run counts."""
+        out = run()
+        launched()
+        self._output = run()
+        return out
+
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         assert self._output is not None
         with torch.inference_mode(False), torch.no_grad():

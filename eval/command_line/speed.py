@@ -41,6 +41,9 @@ def add_generate(made: argparse.ArgumentParser) -> None:
     made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="further options of patch()")
     ranks = 'tensor parallel, under torchrun: the model in parts (tp_plan="auto"), against one GPU where it fits, and sums'
     made.add_argument("--tp", action="store_true", help=ranks)
+    made.add_argument("--layers", type=positive, help="with --tp and --shape: so many layers instead of all")
+    sampled = "with --tp: so many samples of each prompt instead, one for each of --batch or for all, shared and not"
+    made.add_argument("--samples", type=positive, nargs="+", help=sampled)
     made.add_argument(
         "--check",
         choices=("kind", "case"),

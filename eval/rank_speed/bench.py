@@ -28,8 +28,9 @@ from hf_fastattn.eval.generate_speed.cases import Case
 from hf_fastattn.eval.generate_speed.limit import key_value_bytes, weight_bytes
 from hf_fastattn.eval.generate_speed.systems import System
 from hf_fastattn.eval.kernel_speed.ceilings import measure_ceilings
+from hf_fastattn.eval.rank_speed.samples import measure_samples
 from hf_fastattn.eval.rank_speed.sums import measure_sums
-from hf_fastattn.eval.rank_speed.table import markdown
+from hf_fastattn.eval.rank_speed.table import markdown, samples_markdown
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.environment import command, environment
 from hf_fastattn.eval.shapes import random_model, random_part, shape_config
@@ -58,12 +59,13 @@ def run(made: Parser, options: argparse.Namespace, argv: list[str]) -> int:
         made.error(f"--{unused[0]} is not measured over ranks; leave it out")
     with _group() as device:
         bench = _RankBench(options, device)
-        record = bench.record()
+        record = bench.samples() if options.samples else bench.record()
         record = {"command": command("hf_fastattn.eval.speed", argv), "environment": environment(device), **record}
         if dist.get_rank() == 0:
-            report.write(options.output, "ranks", markdown(record), record, None)
+            name, text = ("ranks-samples", samples_markdown) if options.samples else ("ranks", markdown)
+            report.write(options.output, name, text(record), record, None)
             print(json.dumps(report.finite(record)))
-    return 1 if record["failed"] or any(row["problems"] for row in record["cases"]) else 0
+    return 1 if record["failed"] or any(row.get("problems") for row in record["cases"]) else 0
 
 
 @contextmanager
@@ -127,13 +129,8 @@ class _RankBench:
                 row = {**asdict(case), "name": case.name, "limit_ms": limits[number], "ours": measured}
                 row |= {"one": one[number], "stock": stock[number], "problems": measured.pop("problems")}
                 rows.append(row)
-        settings = {
-            "model": self._name(), "shape": self.options.shape, "dtype": self.options.dtype, "ranks": self.ranks,
-            "patch": self.patch, "new": self.options.new, "stock_new": self.options.stock_new, "pairs": self.options.pairs,
-        }  # fmt: skip
         return {
-            "settings": settings,
-            "seconds": time.perf_counter() - self.start,
+            **self._settings(),
             "read_tbs": None if read is None else read / 1e12,
             "peers": f"by the process group ({why})" if why else "in memory that all GPUs read",
             "cases": rows,
@@ -141,15 +138,37 @@ class _RankBench:
             "failed": self.failed,
         }
 
+    def samples(self) -> dict[str, Any]:
+        """All that is measured of samples."""
+        model = hf_fastattn.patch(self._spread(), **self.patch)
+        counts = self.options.samples * (len(self.cases) // len(self.options.samples) or 1)
+        rows = []
+        for case, count in zip(self.cases, counts, strict=False):
+            try:
+                rows.append(measure_samples(model, case, count, self.options.new, self.options.pairs, self.say))
+            except Exception as error:
+                self.failed.append({"case": f"{case.name}, {count} samples", "error": f"{type(error).__name__}: {error}"})
+                self.say(f"{case.name}, {count} samples failed: {error}")
+        return {**self._settings(), "cases": rows, "failed": self.failed}
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {
+            "model": self._name(), "shape": self.options.shape, "layers": self.options.layers, "dtype": self.options.dtype,
+            "ranks": self.ranks, "patch": self.patch, "new": self.options.new, "stock_new": self.options.stock_new,
+            "pairs": self.options.pairs,
+        }  # fmt: skip
+        return {"settings": settings, "seconds": time.perf_counter() - self.start}
+
     def _name(self) -> str:
         if self.options.shape:
-            return f"{self.options.shape}, random weights"
+            layers = f", {self.options.layers} layers" if self.options.layers else ""
+            return f"{self.options.shape}, random weights{layers}"
         return "the shipped checkpoint" if self.options.model == str(SHIPPED) else Path(self.options.model).name
 
     def _spread(self) -> Any:
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         if self.options.shape:
-            model = random_part(shape_config(self.options.shape), mesh, self.device, self.dtype)
+            model = random_part(shape_config(self.options.shape, self.options.layers), mesh, self.device, self.dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=self.dtype, tp_plan="auto").eval()
         self.say(f"{self._name()}, in {self.ranks} parts")
@@ -203,13 +222,13 @@ class _RankBench:
         if not self.on_gpu or not self.options.shape:
             return True
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(shape_config(self.options.shape), dtype=self.dtype)
+            whole = AutoModelForCausalLM.from_config(shape_config(self.options.shape, self.options.layers), dtype=self.dtype)
         room = torch.cuda.get_device_properties(self.device).total_memory
         return sum(weight.nbytes for weight in whole.parameters()) < MOST_WEIGHTS * room
 
     def _whole(self) -> Any:
         if self.options.shape:
-            return random_model(self.options.shape, self.device, self.dtype)
+            return random_model(self.options.shape, self.device, self.dtype, self.options.layers)
         return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=self.dtype).to(self.device).eval()
 
 

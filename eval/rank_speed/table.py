@@ -17,6 +17,30 @@ SUMS = (
 )  # fmt: skip
 
 
+SAMPLES_NOTES = """First: from the call to the first step; a token: of the loop that runs on the device, over `new`; ms,
+medians of whole calls of `generate()`, sampled, on other prompts each. Shared: a prompt is computed once, and attention
+reads its pages once for all samples where that pays; alone: each sample computes and reads its own."""
+SAMPLES = ("case", "first, shared, ms", "alone", "less by", "a token, shared, ms", "alone", "less by")
+
+
+def samples_markdown(record: dict[str, Any]) -> str:
+    """The whole report of samples."""
+    settings = record["settings"]
+    lines = ["# Samples of a model over several GPUs", "", report.environment_lines(record), ""]
+    lines += [f"{settings['model']}, {settings['dtype']}, {settings['ranks']} ranks, `new` {settings['new']}, "]
+    lines[-1] += f"{settings['pairs']} rounds."
+    rows = []
+    for row in record["cases"]:
+        cells = [f"{row['prompts']} x {row['prompt']}, {row['samples']} samples each"]
+        for name in ("first_ms", "token_ms"):
+            shared, alone = row["shared"][name], row["alone"][name]
+            cells += [_shown(shared), _shown(alone), f"{100 * (1 - shared / alone):.1f}%"]
+        rows.append(cells)
+    lines += ["", SAMPLES_NOTES, "", *_table(SAMPLES, rows), ""]
+    lines += [f"- **{found['case']} failed**: {found['error']}" for found in record["failed"]]
+    return "\n".join(lines)
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The whole report."""
     settings = record["settings"]

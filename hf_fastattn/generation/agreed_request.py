@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_fastattn.patches.fused.halves import halves_from
+
 ELSEWHERE = "another rank runs Transformers' own loop: its report has the reason"
 
 
@@ -30,14 +32,16 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
     pages = (group.storage.capacity for group in runtime.groups)
     history = [*runtime.graphs.history, *runtime.loop_graphs.history, *pages, int(runtime.graphs.prompts_rest)]
     asked = [_digest(request, runtime.row_limits), *input_ids.shape, _sum_of(input_ids)] if able else [0] * 4
-    mine = [int(able), zlib.crc32(repr(runtime.config).encode()), *history, *asked]
+    # Where a rank has a hook, it calls modules, whose sums would not meet those of halves.
+    halves = halves_from(model._fastattn.decoder(model), input_ids.numel()) if able else 0
+    mine = [int(able), halves, zlib.crc32(repr(runtime.config).encode()), *history, *asked]
     found = runtime.ranks.gathered(mine)
-    other = _other(found, mine, slice(1, 2))
+    other = _other(found, mine, slice(2, 3))
     if other is not None:
         raise ValueError(
             f"the model was patched with other options on rank {other} than on this one; give patch() the same on every rank"
         )
-    if _other(found, mine, slice(2, -4)) is not None:
+    if _other(found, mine, slice(3, -4)) is not None:
         # Where pages are made anew, the next forward is not recorded.
         runtime.graphs.forget()
         runtime.loop_graphs.forget()
@@ -51,6 +55,9 @@ def agreed_request(model: Any, request: Any, input_ids: Tensor) -> Any:
             f"generate() was called with another prompt or other options on rank {other} than on this one; processes that "
             "compute one model together need the same call on each: give every rank the same input_ids and options"
         )
+    if runtime.current is not None:
+        wanted = [values[1] for values in found]
+        runtime.current.halves_from = max(wanted) if all(wanted) else 0
     if runtime.config.backend != "reference":
         runtime.ranks.set_up_peers(model)
     return request

@@ -6,7 +6,8 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
 from hf_fastattn.graphs.placement import SEVERAL, route_of
 from hf_fastattn.graphs.static_inputs import ForwardShape, StaticInputs, columns_for, is_captured, why_not_static
+from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
@@ -36,17 +38,21 @@ MAX_SHAPES = 256
 LARGE_STATES = 128 * 2**20
 # Failed captures after which no more are tried, until the model changes.
 MAX_FAILURES = 3
+# Numbers of tokens that are multiples of it are alike to kernels.
+EVEN = 64
 
 Key = tuple[ForwardShape, int, int]
 
 
 class ForwardGraphs(GraphStore[Key, Entry]):
-    """Runs the decoder from graphs, one a shape, captured when a shape comes up for the second time.
+    """Runs the decoder from graphs, one a shape, on a single device captured when a shape comes up for the second time.
 
     A shape is a decode step of a number of rows, or a bucket of tokens of a number of rows: prompts, drafts to verify,
     chat turns. Before the capture, layers launched one by one already read the same padded static inputs, so that the
-    products have the same sizes, and give the same bits, captured or not. Forwards of more tokens than `most_tokens` says
-    keep the GPU busy for longer than their launches take, and are not captured.
+    products have the same sizes, and give the same bits, captured or not. Over several devices the first forward of a shape
+    is recorded: while it runs, if one of about its size has been launched, whose kernels are there, else behind its
+    launches. Forwards of more tokens than `most_tokens` says keep the GPU busy for longer than their launches take, and are
+    not captured.
 
     What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
     in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
@@ -65,6 +71,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     ) -> None:
         super().__init__(enabled, stocks_draws, why_not_experts, variants)
         self._seen: OrderedDict[Key, None] = OrderedDict()
+        # Over several devices, about which sizes forwards had that were launched; None if recording one failed.
+        self._launched: set[tuple[Key, bool]] | None = set()
         # The decoder whose fingerprint this call has compared.
         self._checked: weakref.ref[Any] | None = None
         # Weak reference to the token of the call under way; gives None once the call has ended.
@@ -89,6 +97,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """Forget all graphs, and the places of states; caches keep those that they hold."""
         super().drop()
         self._states = None
+        if self._launched is not None:
+            self._launched.clear()
 
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""
@@ -198,6 +208,11 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if is_decode:
             return None
         entry = self._entry(key, worth_having, cache)
+        if entry.crossing is not None and self._launched is not None:
+            hidden = self._capture_first(key, entry, decoder, arguments, cache, forward, counters)
+            if hidden is not None:
+                return hidden, entry.outputs
+            entry = self._entry(key, worth_having, cache)
         self.wait()
         entry.write(arguments, cache, batch)
         return entry.launcher(decoder, forward, cache)(), entry.outputs
@@ -215,7 +230,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if self._checked is None or self._checked() is not decoder or not self._in_call:
             if not self.compare(decoder, device):
                 self.drop()
-                self._failures, self._resting, self._crossing = 0, False, None
+                self._failures, self._resting, self._crossing, self._launched = 0, False, None, set()
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._reason is None and self.adapter_names is not None:
             return BY_ROW
@@ -234,6 +249,55 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if len(self._seen) > MAX_SHAPES:
             self._seen.popitem(last=False)
         return False
+
+    def _capture_first(
+        self,
+        key: Key,
+        entry: Entry,
+        decoder: Any,
+        arguments: dict[str, Any],
+        cache: PagedCache,
+        forward: Callable[..., Any],
+        counters: CallCounters,
+    ) -> Tensor | None:
+        """The last hidden states of a shape's first forward over several devices, which is recorded; None if that failed."""
+        batch, recorded, about = cache.paged_batch, cast(Any, entry.recorded), _about(key, cache)
+        assert batch is not None and self._launched is not None
+        try:
+            cache.grow_tensors()
+            self.wait()
+            entry.write(arguments, cache, batch)
+            run = entry.launcher(decoder, forward, cache)
+
+            def settled() -> None:
+                entry.storage_version = cache.groups.storage_version
+
+            with uncompiled():
+                if about in self._launched and not cache.groups.is_growing(cache.tables):
+                    settled()
+                    hidden: Tensor = recorded.capture_running(run)
+                else:
+                    # Layers that are launched make the tensors of pages where there were none.
+                    hidden = recorded.capture_launched(run, settled)
+            if not entry.fits(cache, 0):
+                raise RuntimeError("pages were moved meanwhile")
+        except Exception as error:
+            # A workspace may have grown meanwhile whose counters were not zeroed; what was written is written again.
+            self.drop()
+            self._launched = None
+            logger.info("hf_fastattn could not record a first forward: %s: %s", type(error).__name__, error)
+            return None
+        self._launched.add(about)
+        self._keep(key, entry, counters)
+        return hidden
+
+    def _keep(self, key: Key, entry: Entry, counters: CallCounters) -> None:
+        decode = key[0].bucket is None
+        self.keep(key, entry, MAX_GRAPHS if decode else MAX_EXTENDS, lambda other: (other[0].bucket is None) == decode)
+        if decode:
+            counters.graphs_captured += 1
+        else:
+            counters.appends_captured += 1
 
     def _capture(
         self,
@@ -270,12 +334,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             self._failures, self._resting = self._failures + 1, True
             self.count_reason(f"capturing it failed with {type(error).__name__}: {error}", counters)
             return None
-        decode = key[0].bucket is None
-        self.keep(key, entry, MAX_GRAPHS if decode else MAX_EXTENDS, lambda other: (other[0].bucket is None) == decode)
-        if key[0].bucket is None:
-            counters.graphs_captured += 1
-        else:
-            counters.appends_captured += 1
+        self._keep(key, entry, counters)
         return entry
 
     def _entry(self, key: Key, columns: int, cache: PagedCache) -> Entry:
@@ -340,3 +399,14 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 graphs._entries.pop(key, None)
 
         return weakref.ref(groups, gone)
+
+
+def _about(key: Key, cache: PagedCache) -> tuple[Key, bool]:
+    """What forwards have in common that launch the same kernels: about as many tokens, in buckets of one alignment.
+
+    Where steps follow, their kernels are compiled beside those of the prompt's launches.
+    """
+    shape, layers, groups = key
+    assert shape.bucket is not None
+    bucket = power_of_2(shape.bucket) if shape.bucket % EVEN == 0 else -shape.bucket
+    return (replace(shape, bucket=bucket), layers, groups), cache.steps_to_come > 0

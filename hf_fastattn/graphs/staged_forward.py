@@ -88,6 +88,8 @@ class StagedForward:
         # Replays of graphs and copies between them, in order.
         self._stages: list[Callable[[], Any]] = []
         self._under_way: GraphCapture | None = None
+        # Of these so many have run; None while they are only recorded.
+        self._ran: int | None = None
         self._output: Tensor | None = None
 
     @staticmethod
@@ -113,6 +115,43 @@ class StagedForward:
             warmed_up()
             with no_garbage_collection():
                 self._output = self._record(run)
+
+    def capture_running(self, run: Callable[[], Tensor]) -> Tensor:
+        """Record without a first run; each graph is replayed once it is there, while the host records the next one.
+
+        The host makes one pass over the layers where `capture` and a replay take two, and does not wait for the devices.
+
+        Args:
+            run: as `capture` takes it; its kernels are compiled, and their workspace has its size.
+
+        Returns:
+            The output, as `replay` would give it.
+        """
+        with self._pool.streams(), no_garbage_collection():
+            self._ran = 0
+            try:
+                self._output = self._record(run)
+            finally:
+                self._ran = None
+        return self._output.clone()
+
+    def capture_launched(self, run: Callable[[], Tensor], launched: Callable[[], None]) -> Tensor:
+        """Launch, then record; what was launched counts, and nothing is replayed.
+
+        Args:
+            run: as `capture` takes it; it may be run twice from the same inputs.
+            launched: called between the two.
+
+        Returns:
+            The output of the launches.
+        """
+        with self._pool.streams():
+            with self._pool.draws_again():
+                out = run()
+            launched()
+            with no_garbage_collection():
+                self._output = self._record(run)
+        return out
 
     def replay(self, run: Callable[[], Tensor], copy: bool = True) -> Tensor:
         """Run the recorded launches on the current streams; returns the output; see `RecordedForward.replay`."""
@@ -142,6 +181,7 @@ class StagedForward:
                 entry.copy_(tensor, non_blocking=True)
 
         self._stages.append(copies)
+        self._run_recorded()
         self._begin(device)
         return entries
 
@@ -167,3 +207,10 @@ class StagedForward:
         assert self._under_way is not None
         graph, self._under_way = self._under_way, None
         self._stages.append(graph.end().replay)
+        self._run_recorded()
+
+    def _run_recorded(self) -> None:
+        if self._ran is not None:
+            for stage in self._stages[self._ran :]:
+                stage()
+            self._ran = len(self._stages)

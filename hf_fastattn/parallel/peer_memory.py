@@ -7,15 +7,15 @@ the norm writes the part to the inbox of every rank instead (`kernels/layer/push
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
 import zlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from hf_fastattn.parallel.later_sums import LaterSum
+from hf_fastattn.parallel.symmetric import without_multicast
 
 # Rows of a sum that the slots hold, and bytes that a rank reads of those of the others; more are summed by NCCL, in whose
 # sums each byte crosses twice, however many ranks there are. Four H200 took as long either way at about this size.
@@ -26,8 +26,6 @@ MOST_PUSHED = 16
 HELD, WORD, MOST_WORDS = 4, 8, 8192
 # Looks at a flag in the first sums: some seconds, in which the other ranks compile the kernel too.
 LOOKS_IN_TRIAL = 1 << 24
-# Multicast over NVLink is not needed here, and setting it up can fail where plain reads between GPUs work.
-NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
 class PeerSum(NamedTuple):
@@ -47,8 +45,8 @@ class PeerSum(NamedTuple):
     group: Any
 
 
-# What the next norm adds to the residual stream: a tensor, a sum over ranks that is not made yet, or nothing.
-Delta: TypeAlias = Tensor | PeerSum | None
+# What the next norm adds to the residual stream: a tensor, a sum over ranks that is not made yet or under way, or nothing.
+Delta: TypeAlias = Tensor | PeerSum | LaterSum | None
 
 
 class PeerMemory:
@@ -76,7 +74,7 @@ class PeerMemory:
         flag_bytes = -(-MOST_ROWS * group.size() * 4 // 256) * 256
         self._words = 0 if hidden * dtype.itemsize % HELD else hidden * dtype.itemsize // HELD
         inbox_bytes = 2 * group.size() * MOST_PUSHED * self._words * WORD
-        with torch.inference_mode(False), torch.cuda.device(device), _without_multicast():
+        with torch.inference_mode(False), torch.cuda.device(device), without_multicast():
             self._held = symmetric.empty(2 * slot_bytes + flag_bytes + inbox_bytes, dtype=torch.uint8, device=device)
             self._handle = symmetric.rendezvous(self._held, group)
             self._held.zero_()
@@ -174,16 +172,3 @@ def _boot() -> str:
             return file.read()
     except OSError:
         return ""
-
-
-@contextlib.contextmanager
-def _without_multicast() -> Iterator[None]:
-    before = os.environ.get(NO_MULTICAST)
-    os.environ[NO_MULTICAST] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NO_MULTICAST]
-        else:
-            os.environ[NO_MULTICAST] = before

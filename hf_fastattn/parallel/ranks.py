@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_fastattn.parallel import later_sums
 from hf_fastattn.parallel.all_reduce import all_gather
+from hf_fastattn.parallel.later_sums import MOST_ROWS, ROWS_STEP, CopiedSums
 from hf_fastattn.parallel.peer_memory import PeerMemory, is_right, places_of, why_not_peers
 from hf_fastattn.parallel.shared_heads import SharedHeads
 from hf_fastattn.parallel.understood import group_of, sums_of, why_not_understood
@@ -44,6 +46,8 @@ class Ranks:
         self.peers: PeerMemory | None = None
         self.why_no_peers: str | None = None
         self._asked = False
+        self._later: CopiedSums | None = None
+        self._may_copy = True
 
     def watched(self, call: Callable[[], Any]) -> Any:
         """What the call returns.
@@ -112,6 +116,21 @@ class Ranks:
         else:
             self.why_no_peers = reason or "it failed on another rank"
             logger.info("hf_fastattn sums over ranks by the process group alone: %s", self.why_no_peers)
+
+    def later_sums(self, rows: int, hidden: int, dtype: torch.dtype) -> CopiedSums | None:
+        """What makes sums of so many rows beside products; None if nothing does. All ranks ask at the same time."""
+        if self.peers is None or self.count != 2 or rows > MOST_ROWS or not self._may_copy:
+            return None
+        if self._later is None or not self._later.takes(rows, hidden, dtype):
+            self._later, sums = None, None
+            try:
+                sums = CopiedSums(self._group, self._device, -(-rows // ROWS_STEP) * ROWS_STEP, hidden, dtype)
+                sums = sums if later_sums.is_right(sums, self._group) else None
+            except Exception as error:
+                logger.info("hf_fastattn sums prompts by the process group: %s: %s", type(error).__name__, error)
+            self._may_copy = self.everywhere(sums is not None)
+            self._later = sums if self._may_copy else None
+        return self._later
 
     def gathered(self, values: Sequence[int]) -> list[list[int]]:
         """The values of every rank, as many of each; waits for them."""

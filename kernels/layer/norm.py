@@ -3,7 +3,8 @@
 RMSNorm (Zhang and Sennrich, 2019): `s = x + residual`, `y = s / sqrt(mean(s^2) + eps) * weight`. The sum is rounded to
 the dtype of the residual before it is squared, as Transformers does; all else is fp32 with one rounding at the end. A
 program takes one row. Under autocast the residual is fp32, x what a product gave in 16 bits, and y again what the next
-product takes. The plain PyTorch version is `reference.add_rms_norm`.
+product takes. Of two ranks x may be this one's part of a sum and `other` the other's: their sum is rounded as an all-reduce
+would. The plain PyTorch version is `reference.add_rms_norm`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ ELEMENTS_PER_WARP = 256
 
 @triton.jit
 def rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, stride_x, stride_r,
+    x_ptr, residual_ptr, other_ptr, weight_ptr, out_ptr, sum_ptr, eps, stride_x, stride_r,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, UNIT_OFFSET: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row of `[T, HIDDEN]`; `residual_ptr` and `sum_ptr` are None in a norm without residual."""
+    """One row of `[T, HIDDEN]`; `residual_ptr` and `sum_ptr` are None in a norm without residual.
+
+    `other_ptr`: another part of x, contiguous, or None.
+    """
     column = tl.arange(0, BLOCK)  # [BLOCK], as all below
     ok = column < HIDDEN
     row = tl.program_id(0).to(tl.int64)
@@ -42,6 +46,9 @@ def rms_norm_kernel(
     if OVERLAP and SETTLED:
         gdc_wait()
     x = tl.load(x_ptr + row * stride_x + column, mask=ok, other=0.0)
+    if other_ptr is not None:
+        other = tl.load(other_ptr + row * HIDDEN + column, mask=ok, other=0.0)
+        x = (x.to(tl.float32) + other.to(tl.float32)).to(x_ptr.dtype.element_ty)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row * stride_r + column, mask=ok, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
@@ -64,6 +71,8 @@ def _launch(
     unit_offset: bool,
     weights_settled: bool,
     dtype: torch.dtype | None,
+    other: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if x.ndim != 2 or x.dtype not in DTYPES or x.stride(-1) != 1 or not 0 < x.shape[-1] <= MAX_HIDDEN:
         raise ValueError(
@@ -78,10 +87,15 @@ def _launch(
         raise ValueError(
             f"residual {tuple(stream.shape)}, {stream.dtype}, must be as x, {tuple(x.shape)}, {x.dtype}, or in fp32"
         )
+    if other is not None and (other.shape != x.shape or other.dtype is not x.dtype or not other.is_contiguous()):
+        raise ValueError(f"other {tuple(other.shape)}, {other.dtype}, must be as x, {tuple(x.shape)}, {x.dtype}, contiguous")
     dtype = dtype or stream.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} must be among {DTYPES}")
-    out = torch.empty((tokens, hidden), dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty((tokens, hidden), dtype=dtype, device=x.device)
+    elif out.shape != x.shape or out.dtype is not dtype or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)}, {out.dtype}, must be {tuple(x.shape)}, {dtype}, contiguous")
     total = None if residual is None else torch.empty((tokens, hidden), dtype=stream.dtype, device=x.device)
     if not tokens:
         return out, total
@@ -90,7 +104,7 @@ def _launch(
     with on_device_of(x):
         launch(
             rms_norm_kernel, (tokens,),
-            (x, residual, weight, out, total, eps, x.stride(0), 0 if residual is None else residual.stride(0)),
+            (x, residual, other, weight, out, total, eps, x.stride(0), 0 if residual is None else residual.stride(0)),
             dict(
                 HIDDEN=hidden, BLOCK=block, UNIT_OFFSET=unit_offset, SETTLED=weights_settled, OVERLAP=overlap,
                 num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), **({"launch_pdl": True} if overlap else {}),
@@ -107,9 +121,10 @@ def rms_norm(
     unit_offset: bool = False,
     weights_settled: bool = False,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm of every row; see `add_rms_norm`."""
-    return _launch(x, None, weight, eps, unit_offset, weights_settled, dtype)[0]
+    return _launch(x, None, weight, eps, unit_offset, weights_settled, dtype, None, out)[0]
 
 
 def add_rms_norm(
@@ -121,6 +136,8 @@ def add_rms_norm(
     unit_offset: bool = False,
     weights_settled: bool = False,
     dtype: torch.dtype | None = None,
+    other: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of `x + residual`, and that sum.
 
@@ -132,6 +149,8 @@ def add_rms_norm(
         unit_offset: multiply by `1 + weight`.
         weights_settled: no launch that may still be running writes `weight`, so it is read before these have ended.
         dtype: of the normalised rows; by default that of the residual.
+        other: added to x first, and the sum rounded; of the shape and dtype of x, contiguous.
+        out: `[T, hidden]` for the normalised rows, contiguous.
 
     Returns:
         The normalised rows and the sums, the latter in the dtype of the residual, both `[T, hidden]`, contiguous.
@@ -139,6 +158,6 @@ def add_rms_norm(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled, dtype)
+    out, total = _launch(x, residual, weight, eps, unit_offset, weights_settled, dtype, other, out)
     assert total is not None
     return out, total

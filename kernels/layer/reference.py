@@ -22,9 +22,10 @@ def add_rms_norm(
     *,
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of `x + residual`, rounded to `dtype` if given, and that sum, both `[T, hidden]`."""
-    total = residual + x
+    """The norm of `x + other + residual`, rounded to `dtype` if given, and that sum, both `[T, hidden]`."""
+    total = residual + (x if other is None else x + other)
     return rms_norm(total, weight, eps, unit_offset).to(dtype or total.dtype), total
 
 

@@ -6,6 +6,7 @@ everything else that layers need is made on each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
@@ -17,11 +18,13 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
 from hf_fastattn.kernels.launch import on_device_of
 from hf_fastattn.parallel.all_reduce import embedding
+from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.parallel.shards import VOCABULARY
 from hf_fastattn.patches.attention.forward import attend_projected
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_batched
+from hf_fastattn.patches.fused.halves import Halves, halves_of, run_in_halves
 from hf_fastattn.patches.fused.linear import add_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.patches.fused.rehearse import rehearse
@@ -64,21 +67,32 @@ def walk(
     leading, runtime = tuple(states.shape[:-1]), vars(decoder)[STATE].runtime
     products = make_products(leading, states.device)
     positions = _positions(decoder, states, position_ids, place)
+    make_halves = halves_of(decoder, products, cache, states, make_products)
     if not isinstance(products, PlainProducts):
 
         def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
+            if make_halves is not None and tuple(states.shape[:-1]) == leading:
+                _in_halves(decoder, layers, states.flatten(0, -2), make_halves(), cache, positions)
+                return
             again = make_products(tuple(states.shape[:-1]), states.device)
             x, delta = _run(layers, states.flatten(0, -2), None, again, cache, positions, attention_mask)
             if place_of(decoder.norm, place) == place:
                 again.norm(written_module(decoder.norm), x, delta)
 
         rehearse(decoder, cache, states, positions, rehearsed)
+    if make_halves is not None:
+        with on_device_of(states):
+            halves = make_halves()
+            hidden = _in_halves(decoder, layers_of(decoder), states.flatten(0, -2), halves, cache, positions)
+        for half in halves:
+            runtime.counters.count_products(half.adapters_fused, half.quantised_products)
+        return hidden.view(*states.shape)
     x, delta = states.flatten(0, -2), cast(Delta, None)
     for wanted, layers in _by_place(decoder, place):
         if wanted != place:
             runtime.counters.count_products(products.adapters_fused, products.quantised_products)
             # A model that is spread over ranks is on one device in each.
-            assert not isinstance(delta, PeerSum)
+            assert not isinstance(delta, PeerSum | LaterSum)
             place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
             products = make_products(leading, x.device)
             if layers:
@@ -140,6 +154,16 @@ def _run(
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products, is_step)
     return x, delta
+
+
+def _in_halves(
+    decoder: Any, layers: Iterable[Any], x: Tensor, halves: Halves, cache: PagedCache, positions: dict[str, Any]
+) -> Tensor:
+    """Hidden states after the last norm, `[T, hidden]`, computed in two halves."""
+    streams, deltas = run_in_halves(layers, x, halves, cache, positions, functools.partial(_mlp, is_step=False))
+    norm = written_module(decoder.norm)
+    found = [half.norm(norm, one, delta)[0] for half, one, delta in zip(halves, streams, deltas, strict=True)]
+    return torch.cat(found)
 
 
 def _embedded(module: Any, input_ids: Tensor | None) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
@@ -47,7 +48,7 @@ class PlainProducts:
     def norm(self, module: Any, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """The norm of `x + delta`, and that sum."""
         # Sums over ranks are made by the layers that are called.
-        assert not isinstance(delta, PeerSum)
+        assert not isinstance(delta, PeerSum | LaterSum)
         x = x if delta is None else x + delta
         weight = None if self.names.unit_offset else norm_weight(module, self.names.norm, x.device, (x.dtype,))
         if weight is None or x.dtype not in (*NARROW, torch.float32):

@@ -32,6 +32,7 @@ from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.quantised import products as quantised
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
+from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 from hf_fastattn.parallel.peer_memory import MOST_PUSHED, Delta, PeerMemory, PeerSum
 from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.parallel.shared_heads import HEADS
@@ -73,6 +74,7 @@ class Products:
         peers: memory in which sums over ranks are made, if there is any.
 
     Attributes:
+        later: makes these sums while other tokens are computed, if anything does.
         adapters_fused: LoRA layers that our products took in so far.
         quantised_products: layers with quantised weights that were multiplied with by our kernels so far.
     """
@@ -101,6 +103,7 @@ class Products:
         self.adapters_fused = 0
         self.quantised_products = 0
         self._peers, self._slot = peers, 0
+        self.later: CopiedSums | None = None
 
     @property
     def narrowed(self) -> bool:
@@ -129,8 +132,17 @@ class Products:
         out = module(x.view(*self.leading, -1))
         return (out[0] if isinstance(out, tuple) else out).reshape(self.tokens, -1)
 
-    def norm(self, module: Any, x: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + delta`, in `dtype` where given and possible, and that sum."""
+    def norm_to(self, out: Tensor, module: Any, x: Tensor, delta: LaterSum | None) -> Tensor:
+        """Write the norm of `x + delta` to `out`; returns the sum."""
+        normed, total = self.norm(module, x, delta, out=out)
+        if normed.data_ptr() != out.data_ptr():
+            out.copy_(normed)
+        return total
+
+    def norm(
+        self, module: Any, x: Tensor, delta: Delta, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of `x + delta`, in `dtype` and in `out` where given and possible, and that sum."""
         weight = norm_weight(module, self.names.norm, x.device, (x.dtype,)) if x.shape[1] <= MAX_HIDDEN else None
         if isinstance(delta, PeerSum):
             if weight is not None and x.dtype in (delta.part.dtype, torch.float32):
@@ -146,19 +158,30 @@ class Products:
                     norm_eps(module), **added,
                 )  # fmt: skip
             delta = self._sum_of(delta.part.clone(), delta.bias, delta.group)
+        other = None
+        if isinstance(delta, LaterSum):
+            delta, other = delta.ready(apart=weight is not None and x.dtype in (delta.part.dtype, torch.float32))
         if weight is None or (delta is not None and delta.dtype is not x.dtype and x.dtype is not torch.float32):
             x = x if delta is None else x + delta
             return self.call(module, x), x
         options: dict[str, Any] = {"unit_offset": self.names.unit_offset, "weights_settled": True, "dtype": dtype}
         if delta is None:
-            return rms_norm(x, weight, norm_eps(module), **options), x
-        return add_rms_norm(delta, x, weight, norm_eps(module), **options)
+            return rms_norm(x, weight, norm_eps(module), **options, out=out), x
+        return add_rms_norm(delta, x, weight, norm_eps(module), **options, other=other, out=out)
 
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
+
+    def multiply_to(self, out: Tensor, linear: Any, x: Tensor) -> None:
+        """Write the product of many tokens, `x: [T, K]`, with the weight of a layer to `out: [T, N]`."""
+        held = linear_parameters(linear, x.device, (x.dtype,))
+        if held is None or held[1] is not None or x.dtype is not out.dtype:
+            out.copy_(self._apply(linear, x))
+        else:
+            torch.mm(x, held[0].t(), out=out)
 
     def multiply(self, linears: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The products of `x: [T, K]`, in the dtype of a product, with several weights, `[T, N_i]` each."""
@@ -185,6 +208,8 @@ class Products:
         """The residual stream with the product of `states: [T, K]` in it, or as it was and the product beside it."""
         part = plain_shard(linear)
         if part is not None and part.kind == ROWS:
+            if self.later is not None:
+                return x, self._begun(lambda out: self._product_of(part.weight, states, out=out), part.bias)
             return x, self._by_peers(part, states) or self._summed(part, states)
         dtype = self._dtype_of(states)
         held = self._parameters((linear,), states) if dtype is states.dtype and x.dtype in (dtype, torch.float32) else None
@@ -212,6 +237,8 @@ class Products:
             compute: gives this rank's part, where it was told to write it or elsewhere.
             like: of the shape and dtype of a part.
         """
+        if self.later is not None:
+            return self._begun(compute, None)
         memory = self._peers
         if memory is None or self.narrowed or not memory.takes(self.tokens, like.shape[1], like.dtype):
             return self._sum_of(compute(None), None, group)
@@ -227,6 +254,19 @@ class Products:
         # In a rehearsal nothing is launched, so nothing may wait for other ranks.
         total = product if is_under_way() else all_reduce(product, group)
         return total if bias is None else total + bias.to(total.dtype)
+
+    def _begun(self, compute: Callable[[Tensor | None], Tensor], bias: Tensor | None) -> LaterSum:
+        """The same, under way; see `summed_part`."""
+        later = self.later
+        assert later is not None
+        if is_under_way():
+            part = compute(None)
+            return LaterSum(part, torch.empty_like(part), bias, lambda: None)
+        room = later.room(self.tokens)
+        part = compute(room)
+        if part.data_ptr() != room.data_ptr():
+            part = room.copy_(part)
+        return later.begin(part, bias)
 
     def _by_peers(self, part: Shard, states: Tensor) -> PeerSum | None:
         """The same, left to the norm that adds it; None if it is to be made at once."""
@@ -264,6 +304,8 @@ class Products:
         if ours and beats_cublas(self.arch, dtype.itemsize, self.tokens, x.shape[1], weight.shape[0], 1, False):
             options = self._launch if splits else {"weights_settled": True}
             return matvec(x, [weight], None if bias is None else [bias], **options, out=out)[0]
+        if out is not None and bias is None and self._region is None and out.dtype is x.dtype is weight.dtype:
+            return torch.mm(x, weight.t(), out=out)
         # Autocast, if it is on, casts all three.
         return functional.linear(x, weight, bias)
 

@@ -33,8 +33,9 @@ def run(output: Path, *given: str) -> tuple[int, dict[str, Any], str]:
             started.terminate()
             started.wait(30)
             raise
-    assert (output / "ranks.json").exists(), errors[-3000:]
-    return started.returncode, json.loads((output / "ranks.json").read_text()), (output / "ranks.md").read_text()
+    name = "ranks-samples" if "--samples" in given else "ranks"
+    assert (output / f"{name}.json").exists(), errors[-3000:]
+    return started.returncode, json.loads((output / f"{name}.json").read_text()), (output / f"{name}.md").read_text()
 
 
 @pytest.mark.parametrize("shape", ["llama-3-8b", "qwen3-30b-a3b"])
@@ -45,6 +46,16 @@ def test_shapes(tmp_path: Path, shape: str) -> None:
     for row in record["cases"]:
         assert not row["problems"] and f"| {row['name']} |" in table
         assert all(row[way]["token_ms"] > 0 for way in ("ours", "one", "stock"))
+
+
+def test_samples(tmp_path: Path) -> None:
+    status, record, table = run(tmp_path, "--shape", "llama-3-8b", "--layers", "1", "--samples", "2", "3")
+    assert status == 0 and not record["failed"] and record["settings"]["layers"] == 1
+    assert [(row["prompts"], row["samples"]) for row in record["cases"]] == [(1, 2), (3, 3)]
+    for row in record["cases"]:
+        rows = row["prompts"] * row["samples"]
+        assert row["shared"]["computed"] == 9 * row["prompts"] and row["alone"]["computed"] == 9 * rows
+        assert f"| {row['prompts']} x 9, {row['samples']} samples each |" in table
 
 
 def test_a_red_case_and_a_failed_one_are_named(tmp_path: Path) -> None:

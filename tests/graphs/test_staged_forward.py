@@ -101,6 +101,20 @@ class Step:
         return out
 
 
+class Doubled(Step):
+    """The same without what a step leaves for the next one; on the second device it reads what was copied there alone."""
+
+    def __call__(self) -> Tensor:
+        recording = self._pool.recording
+        assert recording is not None
+        states = recording.cut([self.number * 2], SECOND)
+        # Not what the tape computed while it was recorded.
+        assert states[0].tolist() == [2.0] * 3
+        if self.fails:
+            raise RuntimeError("a launch that cannot be recorded")
+        return states[0] + 1
+
+
 def captured(pool: TapePool) -> tuple[StagedForward, Step]:
     forward, step = StagedForward(pool), Step(pool)
 
@@ -124,6 +138,41 @@ def test_replays() -> None:
     assert pool.log == ["enter", "replay on cpu", "replay on cpu:0"] * 3
     assert forward.replay(step, copy=False) is forward.replay(step, copy=False)
     assert len({out.data_ptr() for out in outs}) == 3
+
+
+def test_each_graph_runs_once_it_is_recorded() -> None:
+    pool = TapePool()
+    forward, step = StagedForward(pool), Doubled(pool)
+    out = forward.capture_running(step)
+    assert pool.log == [
+        "begin on cpu", "end on cpu", "replay on cpu", "begin on cpu:0", "end on cpu:0", "replay on cpu:0",
+    ]  # fmt: skip
+    assert out.tolist() == [3.0] * 3 and pool.recording is None
+    pool.log.clear()
+    step.number.fill_(5)
+    assert forward.replay(step).tolist() == [11.0] * 3 and out.tolist() == [3.0] * 3
+    assert pool.log == ["enter", "replay on cpu", "replay on cpu:0"]
+
+
+def test_what_was_launched_counts() -> None:
+    pool = TapePool()
+    forward, step = StagedForward(pool), Step(pool)
+    assert forward.capture_launched(step, lambda: pool.log.append("launched")).tolist() == [3.0] * 3
+    assert pool.log == ["launched", "begin on cpu", "end on cpu", "begin on cpu:0", "end on cpu:0"]
+    step.number.fill_(10)
+    assert forward.replay(step).tolist() == [21.0] * 3
+
+
+def test_a_running_capture_that_fails() -> None:
+    pool = TapePool()
+    forward, step = StagedForward(pool), Doubled(pool)
+    step.fails = True
+    with pytest.raises(RuntimeError):
+        forward.capture_running(step)
+    assert pool.log[-1] == "abandon on cpu:0" and pool.recording is None
+    pool.graphs.clear()
+    forward, step = captured(pool)
+    assert forward.replay(step).tolist() == [3.0] * 3
 
 
 def test_the_host_may_write_between() -> None:

@@ -391,6 +391,7 @@ CASES = {
     "add, norm": Case(lambda: add_norm(4096), ("rms_norm_kernel",), programs=1),
     "add, norm, 16 tokens": Case(lambda: add_norm(4096, tokens=16), ("rms_norm_kernel",), programs=1),
     "add, norm, 16384": Case(lambda: add_norm(16384, FP32), ("rms_norm_kernel",), programs=1),
+    "add, norm of two parts": Case(lambda: add_norm(8192, tokens=16, parts=2), ("rms_norm_kernel",), programs=1),
     "sum over ranks, norm": Case(lambda: summed(4096), ("summed_norm_kernel",), programs=1),
     "sum over 8 ranks, norm": Case(
         lambda: summed(8192, tokens=16, ranks=8), ("summed_norm_kernel",), programs=1, spilled=96

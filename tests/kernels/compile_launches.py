@@ -179,9 +179,12 @@ def hopper(ratio: int, dim: int, *, page: int = 16, listed: bool = False, **opti
     return hopper_prefill(q, *held, page_table, begins, lengths, scale=1.0, processors=132, **options)
 
 
-def add_norm(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None) -> object:
+def add_norm(
+    hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, stream: torch.dtype | None = None, parts: int = 1
+) -> object:
     x, residual = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=stream or dtype)
-    return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype)
+    other = x if parts == 2 else None
+    return add_rms_norm(x, residual, residual[0], 1e-5, weights_settled=True, dtype=dtype, other=other)
 
 
 def summed(hidden: int, dtype: torch.dtype = BF16, *, tokens: int = 1, ranks: int = 2) -> object:

@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from transformers.distributed import DistributedConfig
 
 import hf_fastattn
+from hf_fastattn.generation import agreed_request
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.parallel import all_reduce, shared_heads, watch
+from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
-from hf_fastattn.patches.fused import products
+from hf_fastattn.patches.fused import halves, products
 from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.reexecuted import ReexecutedLoopStep, reexecuted_loop
 
@@ -162,6 +164,66 @@ def generate_by_peers(path: str, call: dict[str, Any], pushes: bool = False) -> 
         patch.setattr(products, "summed_norm", slots.summed_norm)
         patch.setattr(products, "pushed_norm", slots.pushed_norm)
         return *one(model, call), slots.sums, slots.ways
+
+
+def generate_in_halves(
+    path: str, call: dict[str, Any], slots: bool, unable: int | None = None
+) -> tuple[Any, Any, list[tuple[int, ...]]]:
+    """Tokens and counters of a call whose prompt is computed in two halves, and the shapes of the sums made meanwhile.
+
+    `unable`: a rank whose modules do not allow it.
+    """
+    model = load(path)
+    with (
+        reexecuted_loop(),
+        fused_in_torch(),
+        hf_fastattn.patched(model, cuda_graphs=True),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in (("FEWEST_TOKENS", 8), ("FEWEST_PRODUCTS", 1), ("TILE", 24), ("most_tokens", lambda _: 0)):
+            patch.setattr(halves, name, value)
+        own = model._fastattn.runtime.ranks
+        later = (LaterSlots if slots else WatchedSums)(own._group, model.config.hidden_size)
+        patch.setattr(own, "later_sums", lambda *_: later)
+        if rank() == unable:
+            patch.setattr(agreed_request, "halves_from", lambda *_: 0)
+        return *one(model, call), later.shapes
+
+
+class WatchedSums:
+    """Sums by the process group, whose result is not to be read before it was waited for."""
+
+    def __init__(self, group: Any, hidden: int) -> None:
+        self.group, self.hidden, self.shapes = group, hidden, list[tuple[int, ...]]()
+
+    def room(self, rows: int) -> Any:
+        return torch.empty(rows, self.hidden)
+
+    def begin(self, part: Any, bias: Any) -> LaterSum:
+        self.shapes.append(tuple(part.shape))
+        total = part.clone()
+        work = torch.distributed.all_reduce(total, group=self.group, async_op=True)
+        part.fill_(float("nan"))
+        return LaterSum(part, torch.zeros_like(part), bias, lambda: (work.wait(), part.copy_(total)))
+
+
+class LaterSlots(WatchedSums):
+    """Stands for sums by copies: a slot is not written again before the norm has read it."""
+
+    def __init__(self, group: Any, hidden: int) -> None:
+        super().__init__(group, hidden)
+        self.slots = [torch.full((128, hidden), float("nan")) for _ in range(CopiedSums.SLOTS)]
+
+    def room(self, rows: int) -> Any:
+        return self.slots[len(self.shapes) % CopiedSums.SLOTS][:rows]
+
+    def begin(self, part: Any, bias: Any) -> LaterSum:
+        assert part.data_ptr() == self.room(len(part)).data_ptr()
+        self.shapes.append(tuple(part.shape))
+        parts = [torch.empty_like(part) for _ in range(2)]
+        work = torch.distributed.all_gather(parts, part.clone(), group=self.group, async_op=True)
+        other = torch.full_like(part, float("nan"))
+        return LaterSum(part, other, bias, lambda: (work.wait(), other.copy_(parts[1 - rank()])))
 
 
 def generate_with_own_seed(path: str, call: dict[str, Any]) -> tuple[Any, Any]:

@@ -57,6 +57,26 @@ def test_sums_in_peer_memory(two: Processes, saved: Any, pushes: bool) -> None:
         assert sums == 2 * 3 * 12
 
 
+@pytest.mark.parametrize("slots", [False, True], ids=["group", "copies"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_prompts_in_halves(two: Processes, saved: Any, family: str, slots: bool) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process(family, [call])[0]
+    for tokens, counted, shapes in two.run(ranks.generate_in_halves, saved(family), call, slots):
+        assert torch.equal(tokens, want)
+        assert_looped(counted)
+        # Two of each of three layers, of each half of 69 tokens, which are padded to 128.
+        assert shapes == [(72, 64), (56, 64)] * 2 * 3
+
+
+def test_a_rank_that_cannot_keeps_the_others_from_halves(two: Processes, saved: Any) -> None:
+    call = {**padded_batch(), "max_new_tokens": 12, "do_sample": False}
+    want = one_process("llama", [call])[0]
+    for tokens, counted, shapes in two.run(ranks.generate_in_halves, saved("llama"), call, False, 1):
+        assert torch.equal(tokens, want) and shapes == []
+        assert_looped(counted)
+
+
 def test_tied_embeddings(two: Processes, saved: Any) -> None:
     calls = [{**padded_batch(), "max_new_tokens": 12, "do_sample": False}]
     want = one_process("llama", calls, tie_word_embeddings=True)

@@ -110,7 +110,7 @@ def test_layers_are_not_called(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("way", WAYS)
 def test_prompts(way: str, gpus: bool) -> None:
-    """Recorded when their size comes up again, whatever they hold."""
+    """Recorded when their size comes up first, and then replayed whatever they hold."""
     stock, model = both(gpus=gpus, **WAYS[way])
     counts = []
     for seed in range(4):
@@ -118,7 +118,45 @@ def test_prompts(way: str, gpus: bool) -> None:
         assert torch.equal(run(model, 4, **batch), run(stock, 4, **batch))
         call = assert_looped(model)
         counts.append((call.appends_captured, call.appends_replayed))
-    assert counts == [(0, 0), (1, 1), (0, 1), (0, 1)]
+    assert counts == [(1, 0), (0, 1), (0, 1), (0, 1)]
+
+
+def test_a_prompt_is_recorded_in_its_first_call(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind its launches, or while it runs where kernels are there; where that fails, in the second call as ever."""
+    stock, model = both(gpus=gpus)
+    graphs = model._fastattn.runtime.graphs
+    captures: Counter[str] = Counter()
+    for name in ("capture", "capture_launched", "capture_running"):
+        monkeypatch.setattr(graphs.staged_type, name, _counted(getattr(graphs.staged_type, name), name, captures))
+
+    def check(**batch: Any) -> None:
+        assert torch.equal(run(model, 1, **batch), run(stock, 1, **batch))
+
+    for seed in range(2):
+        check(**padded_batch(longest=120, seed=seed))
+    assert captures == {"capture_launched": 1}
+    # About as long, and there are pages enough.
+    for seed in range(2):
+        check(**padded_batch(longest=90, seed=seed))
+    assert captures == {"capture_launched": 1, "capture_running": 1} and len(graphs) == 2
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("a kernel would have to be compiled")
+
+    monkeypatch.setattr(graphs.staged_type, "capture_launched", _counted(failing, "failing", captures))
+    captures.clear()
+    for seed in range(3):
+        check(**padded_batch(2, seed=seed))
+    assert captures == {"failing": 1, "capture": 1} and graphs._launched is None
+    assert hf_fastattn.report(model).last_call.appends_replayed == 1
+
+
+def _counted(function: Any, name: str, counts: Counter[str]) -> Any:
+    def counted(*args: Any) -> Any:
+        counts[name] += 1
+        return function(*args)
+
+    return counted
 
 
 def test_steps_of_transformers_own_loop(gpus: bool) -> None:
@@ -145,8 +183,8 @@ def test_each_layer_reads_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None
     first, second = (model._fastattn.runtime.loop_graphs.state.inputs[torch.device(place)] for place in ("cpu", "cpu:0"))
     # One that warms up, and the steps.
     assert (read.pop(first.tables.data_ptr()), read.pop(second.tables.data_ptr())) == (NEW, 2 * NEW)
-    # The prompt has tensors of its own on both.
-    assert sorted(read.values()) == [1, 2]
+    # The prompt has tensors of its own on both, and is recorded behind its launches.
+    assert sorted(read.values()) == [2, 4]
 
 
 @pytest.mark.interpreter

@@ -90,7 +90,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = Fals
 
 
 def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: Any = None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    total = residual + x
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False, dtype: Any = None,
+    other: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total = residual + (x if other is None else x + other)
     return _rms_norm(total, weight, eps, unit_offset=unit_offset, dtype=dtype), total

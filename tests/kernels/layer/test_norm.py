@@ -69,6 +69,28 @@ def test_an_fp32_residual(dtype):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("stream", [None, FP32])
+def test_two_parts(dtype, stream):
+    """A sum over two ranks is rounded before it is added to the residual, as an all-reduce would round it."""
+    check_parts(7, 200, dtype, stream or dtype, "cpu")
+
+
+def check_parts(tokens, hidden, dtype, stream, device):
+    x, other = (rows(tokens, hidden, dtype, device, seed) for seed in (1, 2))
+    residual, weight = rows(tokens, hidden, stream, device, 3), rows(1, hidden, stream, device, 4)[0]
+    got, total = norm.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other)
+    plain, plain_total = reference.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other)
+    assert torch.equal(total, plain_total) and not torch.equal(total, residual + x)
+    room = torch.full_like(got, float("nan"))
+    again, _ = norm.add_rms_norm(x, residual, weight, 1e-5, dtype=dtype, other=other, out=room)
+    assert again is room and torch.equal(room, got)
+    assert torch.equal(norm.rms_norm(x, weight, 1e-5, out=room.zero_()), norm.rms_norm(x, weight, 1e-5))
+    want, _ = reference.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5, other=other.double())
+    assert_close("norm of the sum", got, plain, want)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (2, 896), (3, 63), (8, 1), (16, 1000)])
 def test_shapes(dtype, unit_offset, tokens, hidden):
@@ -95,6 +117,10 @@ def test_what_does_not_fit_is_refused():
         norm.rms_norm(x, torch.ones(63), 1e-5)
     with pytest.raises(ValueError, match="residual"):
         norm.add_rms_norm(x, x[:1], torch.ones(64), 1e-5)
+    with pytest.raises(ValueError, match="other"):
+        norm.add_rms_norm(x, x, torch.ones(64), 1e-5, other=x[:1])
+    with pytest.raises(ValueError, match="out"):
+        norm.rms_norm(x, torch.ones(64), 1e-5, out=x[:1])
     with pytest.raises(ValueError, match="contiguous"):
         norm.rms_norm(x.T, torch.ones(2), 1e-5)
 
@@ -107,3 +133,9 @@ def test_what_does_not_fit_is_refused():
 def test_sweep(hidden, dtype, unit_offset):
     for tokens in (1, 2, 5, 16, 63, 1000, 8192):
         check(tokens, hidden, dtype, unit_offset=unit_offset, strided=tokens % 2 == 1, settled=True, device="cuda")
+
+
+@pytest.mark.gpu
+def test_two_parts_gpu():
+    for tokens, hidden in ((1, 896), (63, 4096), (4096, 4096), (1000, 16384)):
+        check_parts(tokens, hidden, BF16, BF16, "cuda")
