@@ -9,15 +9,27 @@ from hf_fastattn.kernels.attention.shares import program_of
 
 
 @triton.jit
-def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
-    """Tokens that each row shares in one level, by binary search for its prefix group; 0 past the last one."""
+def group_of_rows(group_starts_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
+    """Each row's prefix group in one level, by binary search; the group's first row, and the row past its last.
+
+    Past the last group, the last one.
+    """
     group = tl.zeros_like(row)
+    first = group
     for i in tl.static_range(STEPS):
         middle = group + (1 << (STEPS - 1 - i))
         known = valid & (middle < prefix_groups)
         start = tl.load(group_starts_ptr + middle, mask=known, other=0)
-        group = tl.where(known & (start <= row), middle, group)
-    stop = tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
+        later = known & (start <= row)
+        group = tl.where(later, middle, group)
+        first = tl.where(later, start, first)
+    return group, first, tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
+
+
+@triton.jit
+def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
+    """Tokens that each row shares in one level; 0 past the last prefix group."""
+    group, _, stop = group_of_rows(group_starts_ptr, row, valid, prefix_groups, STEPS)
     return tl.load(prefix_lens_ptr + group, mask=valid & (row < stop), other=0)
 
 

@@ -55,6 +55,7 @@ FEW_ROWS = 1
 # (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
 BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LONGER_PREFIXES = tl.constexpr(2)
+AT_ONCE = True
 # The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled, and rows times the keys that
 # a row may have are at least so many.
 GLUON_ROWS, GLUON_FILLED, GLUON_KEYS = 128, 0.75, 160 * 1024
@@ -151,11 +152,12 @@ def attend_prefixes(
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    STEPS: tl.constexpr, LEVELS: tl.constexpr,
+    STEPS: tl.constexpr, LEVELS: tl.constexpr, done_ptr=None,
 ):  # fmt: skip
     """Tiles of prefixes, the range of program `number` of `programs`: states of the queries of all rows that share them.
 
-    `upto: [BLOCK_P]` says where each prefix group ends in the list.
+    `upto: [BLOCK_P]` says where each prefix group ends in the list. The tiles that are done are added up in `done_ptr`, if
+    given, for each (first row of a query block, kv head).
     """
     TILE_ROWS: tl.constexpr = BLOCK_M // RATIO
     m = tl.arange(0, BLOCK_M)
@@ -206,6 +208,10 @@ def attend_prefixes(
                 place_ptr = places_ptr + pair * PLACE + level * 2
                 tl.store(place_ptr, first, mask=ok_m & (m % RATIO == 0))
                 tl.store(place_ptr + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
+        if done_ptr is not None:
+            # Every thread has stored its share of the state before one of them counts it.
+            tl.debug_barrier()
+            tl.atomic_add(done_ptr + tile_row * GROUPS + head, take, sem="release", scope="gpu")
         position += take
 
 
@@ -370,6 +376,13 @@ def paged_decode_shared(
     prefix_programs = room.processors if gluon else programs
     factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
+    if AT_ONCE and levels == 1 and not gluon:
+        from hf_fastattn.kernels.attention.shared_at_once import decode_at_once
+
+        return decode_at_once(
+            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, block_m=block_m, tile=tile,
+            programs=(room.processors, programs), scale=scale, softcap=softcap, workspace=room, variant=variant,
+        )  # fmt: skip
     suffix_base = 2 * prefix_programs * block_m
     whole_base = suffix_base + 2 * programs * block_s
     partial, partial_sum, _ = room.split_kv(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 16, block_d)
