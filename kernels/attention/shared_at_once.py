@@ -8,6 +8,8 @@ It waits for programs of lower number only, which are started before it, so that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,6 @@ from hf_fastattn.kernels.attention.prefix_merge import PLACE
 from hf_fastattn.kernels.attention.shared_prefix import attend_prefixes
 from hf_fastattn.kernels.attention.shares import program_of
 from hf_fastattn.kernels.attention.tile import attention_end, empty_state, merge_step, score_factors, store_output
-from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
@@ -41,6 +42,28 @@ MERGE_PARTS = 4
 MAXNREG = None
 
 
+@dataclass(frozen=True)
+class States:
+    """Room for partial states, and who computes them.
+
+    Attributes:
+        partial: `[states, BLOCK_D]` fp32, sums of weighted values; `sums: [states, 2]` fp32, maximum (base 2) and sum.
+        counters: int32, zero, two for each (row, kv head).
+        prefix_programs: two blocks of states each come first, `suffix_programs` from `suffix_base` on; from `whole_base` on
+            those of prefixes that are not split.
+        places: of prefixes, if the launch ahead has computed them; see `prefix_merge.PLACE`.
+    """
+
+    partial: Tensor
+    sums: Tensor
+    counters: Tensor
+    prefix_programs: int
+    suffix_programs: int
+    suffix_base: int
+    whole_base: int
+    places: Tensor | None = None
+
+
 @triton.jit(do_not_specialize=["rows", "prefix_groups", "prefix_programs", "suffix_base", "whole_base", "stride_table"])
 def shared_at_once_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
@@ -50,11 +73,12 @@ def shared_at_once_kernel(
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr, PREFIXES: tl.constexpr,
 ):  # fmt: skip
     """One program: a share of the tiles of prefixes if its number is below `prefix_programs`, else one of suffixes.
 
-    `counters_ptr` are two for each (row, kv head), zero between launches: arrivals of a suffix's parts, then tiles of prefixes.
+    Without PREFIXES the launch ahead has left their states. `counters_ptr` are two for each (row, kv head), zero between
+    launches: arrivals of a suffix's parts, then tiles of prefixes.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -62,7 +86,7 @@ def shared_at_once_kernel(
     pid = tl.program_id(0)
     row = tl.arange(0, BLOCK_B)
     done_ptr = counters_ptr + rows * GROUPS
-    if pid < prefix_programs:
+    if PREFIXES and pid < prefix_programs:
         is_group, upto, blocks = prefix_list(
             group_starts_ptr, prefix_lens_ptr, prefix_groups, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, 1
         )  # fmt: skip
@@ -79,16 +103,16 @@ def shared_at_once_kernel(
         is_row = row < rows
         group, firsts, stops = group_of_rows(group_starts_ptr, row, is_row, prefix_groups, STEPS)
         starts = tl.load(prefix_lens_ptr + group, mask=is_row & (row < stops), other=0)
-        stops = tl.minimum(stops, rows)
         lengths = tl.load(seq_lens_ptr + row, mask=is_row, other=0)
         tiles = tl.maximum((lengths - starts + BLOCK_N - 1) // BLOCK_N, 1)
         suffixes_to_outputs(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
             counters_ptr, done_ptr,
-            pid - prefix_programs, tl.num_programs(0) - prefix_programs, starts, firsts, stops,
+            pid - prefix_programs, tl.num_programs(0) - prefix_programs, starts, firsts, tl.minimum(stops, rows),
             tl.cumsum(tl.where(is_row, tiles, 0), 0), row, is_row, suffix_base, scale, softcap,
             stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
             GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_M, BLOCK_S, BLOCK_N, STAGES, MERGE_PARTS, HAS_SOFTCAP, PRECISION, HOOKS,
+            PREFIXES,
         )  # fmt: skip
 
 
@@ -99,7 +123,7 @@ def suffixes_to_outputs(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of suffixes, the range of program `number` of `programs`, and the outputs of the rows that it ends.
 
@@ -151,41 +175,39 @@ def suffixes_to_outputs(
                     ok_s, BLOCK_S, MERGE_PARTS,
                 )  # fmt: skip
         if ends:
-            if start > 0:
-                row_max, row_sum, acc = with_prefix(
-                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, places_ptr + pair * PLACE, done_ptr + head,
-                    b, start, length, tl.sum(tl.where(row == b, firsts, 0), 0), tl.sum(tl.where(row == b, stops, 0), 0),
-                    s, ok_s, GROUPS, RATIO, BLOCK_M, BLOCK_N, MERGE_PARTS,
-                )  # fmt: skip
+            place_ptr = places_ptr + pair * PLACE
+            if WAIT and start > 0:
+                first_row = tl.sum(tl.where(row == b, firsts, 0), 0)
+                past_row = tl.sum(tl.where(row == b, stops, 0), 0)
+                tile_row, readers = query_block(b, first_row, past_row, BLOCK_M // RATIO)
+                wait_for_prefix(done_ptr + tile_row * GROUPS + head, (start + BLOCK_N - 1) // BLOCK_N, readers)
+            # A row without keys has no prefix either, whatever its group has.
+            has_prefix = (start > 0) & (length > 0)
+            prefix_at = tl.load(place_ptr, mask=has_prefix, other=0, cache_modifier=".cg")
+            prefix_parts = tl.load(place_ptr + 1, mask=has_prefix, other=0, cache_modifier=".cg")
+            row_max, row_sum, acc = with_parts(
+                row_max, row_sum, acc, partial_ptr, partial_sum_ptr, prefix_at, prefix_parts, s, ok_s, BLOCK_M, MERGE_PARTS
+            )
             out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
             store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + s, ok_s, out, lse, D)
         position += take
 
 
 @triton.jit
-def with_prefix(
-    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, place_ptr, done_ptr, b, prefix, length, first_row, past_row, s, ok_s,
-    GROUPS: tl.constexpr, RATIO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_PARTS: tl.constexpr,
-):  # fmt: skip
-    """The state of row `b`, merged with that of its `prefix` tokens, once all of these are done."""
-    TILE_ROWS: tl.constexpr = BLOCK_M // RATIO
+def query_block(b, first_row, past_row, TILE_ROWS: tl.constexpr):
+    """The first row of the query block that row `b` of a prefix group is in, and how many rows it has."""
     tile_row = first_row + (b - first_row) // TILE_ROWS * TILE_ROWS
-    readers = tl.minimum(past_row - tile_row, TILE_ROWS)
-    tiles = (prefix + BLOCK_N - 1) // BLOCK_N
-    counter_ptr = done_ptr + tile_row * GROUPS
+    return tile_row, tl.minimum(past_row - tile_row, TILE_ROWS)
+
+
+@triton.jit
+def wait_for_prefix(counter_ptr, tiles, readers):
+    """Wait until all `tiles` of a query block are done. The last of its `readers` has the counter at zero again."""
     done = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     while done % READ < tiles:
         done = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    # A row without keys sees no prefix either.
-    first = tl.load(place_ptr, cache_modifier=".cg")
-    parts = tl.where(length > 0, tl.load(place_ptr + 1, cache_modifier=".cg"), 0)
-    row_max, row_sum, acc = with_parts(
-        row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, s, ok_s, BLOCK_M, MERGE_PARTS
-    )
-    # The last reader of a query block has its counter at zero again.
     if tl.atomic_add(counter_ptr, READ, sem="relaxed", scope="gpu") == (readers - 1) * READ + tiles:
         tl.store(counter_ptr, 0)
-    return row_max, row_sum, acc
 
 
 @triton.jit
@@ -220,50 +242,46 @@ def decode_at_once(
     group_starts: Tensor,
     prefix_lens: Tensor,
     *,
+    states: States,
     block_m: int,
+    block_s: int,
     tile: Tile,
-    programs: tuple[int, int],
     scale: float,
     softcap: float | None,
-    workspace: Workspace,
     variant: CompiledVariant,
 ) -> tuple[Tensor, Tensor]:
     """`shared_prefix.paged_decode_shared`, which has checked the arguments, of one level of prefixes.
 
     Args:
         group_starts: `[groups + 1]` or `[1, groups + 1]` int32; `prefix_lens` `[groups]` or `[1, groups]`.
-        block_m: packed query rows of a tile of a prefix.
+        states: room for partial states, and who computes them.
+        block_m: packed query rows of a tile of a prefix; `block_s` of a suffix.
         tile: launch configuration.
-        programs: how many take prefixes, and how many suffixes.
     """
     rows, heads, dim = q.shape
     page, kv_heads, groups = k_pages.shape[1], k_pages.shape[2], prefix_lens.shape[-1]
-    ratio, block_d, arch = heads // kv_heads, power_of_2(dim), arch_of(q.device)
-    block_s = max(power_of_2(ratio), 16)
     factor, cap = score_factors(scale, softcap, variant.hooks)
-    suffix_base = 2 * programs[0] * block_m
-    whole_base = suffix_base + 2 * programs[1] * block_s
-    pairs = rows * kv_heads
-    partial, partial_sum, counters = workspace.split_kv(
-        max(triton.cdiv(whole_base + rows * heads, 16), 2 * pairs), 16, block_d
-    )  # fmt: skip
-    places = torch.empty((pairs, PLACE.value), dtype=torch.int32, device=q.device)
+    places = states.places
+    if places is None:
+        places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
+    arch = arch_of(q.device)
     overlap = overlaps_launches(arch)
+    prefix_programs = states.prefix_programs if states.places is None else 0
     with on_device_of(q):
-        prepared(shared_at_once_kernel)[(sum(programs),)](
+        prepared(shared_at_once_kernel)[(prefix_programs + states.suffix_programs,)](
             q, k_pages, v_pages, out, lse, page_table, seq_lens, group_starts, prefix_lens,
-            partial, partial_sum, places, counters,
-            rows, groups, programs[0], suffix_base, whole_base, factor, cap,
+            states.partial, states.sums, places, states.counters,
+            rows, groups, prefix_programs, states.suffix_base, states.whole_base, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
-            GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+            GROUPS=kv_heads, RATIO=heads // kv_heads, D=dim, BLOCK_D=power_of_2(dim), PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=max(power_of_2(groups), 16),
             STEPS=max(power_of_2(groups), 16).bit_length() - 1,
             BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
             STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n), MERGE_PARTS=MERGE_PARTS,
-            OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+            OVERLAP=overlap, HAS_SOFTCAP=softcap is not None, PREFIXES=states.places is None,
             PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, maxnreg=MAXNREG, **({"launch_pdl": True} if overlap else {}),
             **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),

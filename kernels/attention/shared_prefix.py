@@ -373,19 +373,14 @@ def paged_decode_shared(
     steps = max(power_of_2(groups), 16).bit_length() - 1
     block_p = max(power_of_2(groups * levels), 16)
     programs = max(tile.programs * room.processors, 2)
-    prefix_programs = room.processors if gluon else programs
+    prefix_programs = room.processors if gluon or (AT_ONCE and levels == 1) else programs
     factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
-    if AT_ONCE and levels == 1 and not gluon:
-        from hf_fastattn.kernels.attention.shared_at_once import decode_at_once
-
-        return decode_at_once(
-            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, block_m=block_m, tile=tile,
-            programs=(room.processors, programs), scale=scale, softcap=softcap, workspace=room, variant=variant,
-        )  # fmt: skip
     suffix_base = 2 * prefix_programs * block_m
     whole_base = suffix_base + 2 * programs * block_s
-    partial, partial_sum, _ = room.split_kv(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 16, block_d)
+    parts = max(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 2 * pairs)
+    partial, partial_sum, counters = room.split_kv(parts, 16, block_d)
+    places = None
     if gluon:
         from hf_fastattn.kernels.attention.hopper_prefixes import hopper_prefixes
 
@@ -393,7 +388,15 @@ def paged_decode_shared(
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, scale=scale,
             programs=prefix_programs, whole_base=whole_base, work_lists={} if work_lists is None else work_lists,
         )  # fmt: skip
-    else:
+    if AT_ONCE and levels == 1:
+        from hf_fastattn.kernels.attention.shared_at_once import States, decode_at_once
+
+        states = States(partial, partial_sum, counters, prefix_programs, programs, suffix_base, whole_base, places)
+        return decode_at_once(
+            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, states=states, block_m=block_m,
+            block_s=block_s, tile=tile, scale=scale, softcap=softcap, variant=variant,
+        )  # fmt: skip
+    if places is None:
         places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     with on_device_of(q):
         prepared(shared_prefix_kernel)[(programs,)](
