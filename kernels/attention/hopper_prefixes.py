@@ -101,5 +101,6 @@ def hopper_prefixes(
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=ratio,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, LISTS=0, HOOKS=NO_HOOKS,
             DISTANCES=1, PREFIXES=True, num_warps=4, maxnreg=168, ptx_options=ASSEMBLER_OPTIONS,
+            launch_pdl=True,
         )  # fmt: skip
     return cast(Tensor, places)

@@ -9,28 +9,37 @@ from hf_fastattn.kernels.attention.shares import program_of
 
 
 @triton.jit
-def group_of_rows(group_starts_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
-    """Each row's prefix group in one level, by binary search; the group's first row, and the row past its last.
-
-    Past the last group, the last one.
-    """
+def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
+    """Tokens that each row shares in one level, by binary search for its prefix group; 0 past the last one."""
     group = tl.zeros_like(row)
-    first = group
     for i in tl.static_range(STEPS):
         middle = group + (1 << (STEPS - 1 - i))
         known = valid & (middle < prefix_groups)
         start = tl.load(group_starts_ptr + middle, mask=known, other=0)
-        later = known & (start <= row)
-        group = tl.where(later, middle, group)
-        first = tl.where(later, start, first)
-    return group, first, tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
+        group = tl.where(known & (start <= row), middle, group)
+    stop = tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
+    return tl.load(prefix_lens_ptr + group, mask=valid & (row < stop), other=0)
 
 
 @triton.jit
-def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS: tl.constexpr):
-    """Tokens that each row shares in one level; 0 past the last prefix group."""
-    group, _, stop = group_of_rows(group_starts_ptr, row, valid, prefix_groups, STEPS)
-    return tl.load(prefix_lens_ptr + group, mask=valid & (row < stop), other=0)
+def prefix_of_row(
+    group_starts_ptr, prefix_lens_ptr, b, prefix_groups, BLOCK_P: tl.constexpr, LEVELS: tl.constexpr
+):  # fmt: skip
+    """Tokens that row `b` shares in all levels together, and in which of these it shares some, a bit each."""
+    group = tl.arange(0, BLOCK_P)
+    known = group < prefix_groups
+    shared = 0
+    shares = 0
+    for level in tl.static_range(LEVELS):
+        starts_ptr = group_starts_ptr + level * (prefix_groups + 1) + group
+        first = tl.load(starts_ptr, mask=known, other=0)
+        past = tl.load(starts_ptr + 1, mask=known, other=0)
+        held = tl.load(prefix_lens_ptr + level * prefix_groups + group, mask=known, other=0)
+        # Its prefix group is the only one that is not empty and holds it.
+        tokens = tl.sum(tl.where((first <= b) & (b < past), held, 0), 0)
+        shares += (tokens > shared).to(tl.int32) << level
+        shared = tl.maximum(shared, tokens)
+    return shared, shares
 
 
 @triton.jit

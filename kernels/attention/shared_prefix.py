@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import MANY_PAIRS, element_bytes, shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.configs import MANY_PAIRS, Tile, element_bytes, shared_prefix_tile, stages_with
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
@@ -33,6 +33,7 @@ from hf_fastattn.kernels.attention.prefix_lists import (
     used_programs,
 )
 from hf_fastattn.kernels.attention.prefix_merge import MOST_LEVELS, PLACE, merge_prefixes
+from hf_fastattn.kernels.attention.suffixes import SuffixTile, suffix_tile, suffixes_with_prefixes
 from hf_fastattn.kernels.attention.tile import empty_state, score_factors
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -55,10 +56,44 @@ FEW_ROWS = 1
 # (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
 BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LONGER_PREFIXES = tl.constexpr(2)
-AT_ONCE = True
+SPLIT_LAUNCHES = True
 # The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled, and rows times the keys that
 # a row may have are at least so many.
 GLUON_ROWS, GLUON_FILLED, GLUON_KEYS = 128, 0.75, 160 * 1024
+
+
+@triton.jit(do_not_specialize=["rows", "prefix_groups", "whole_base", "stride_table"])
+def prefixes_kernel(
+    q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+    partial_ptr, partial_sum_ptr, places_ptr,
+    rows, prefix_groups, whole_base, scale, softcap,
+    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SKIP_MASKS: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+):  # fmt: skip
+    """One persistent program: a share of the tiles of prefixes.
+
+    A tile holds the queries of BLOCK_M // RATIO rows. The partial states: two blocks a program, from `whole_base` on those of
+    prefixes that are not split.
+    """
+    if OVERLAP:
+        # In this order: the launch behind reads what the launches ahead wrote, before it waits for this one.
+        gdc_wait()
+        gdc_launch_dependents()
+    is_group, upto, blocks = prefix_list(
+        group_starts_ptr, prefix_lens_ptr, prefix_groups, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
+    )  # fmt: skip
+    programs = used_programs(tl.num_programs(0), tl.maximum(tl.sum(blocks, 0) * GROUPS, 1))
+    attend_prefixes(
+        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+        partial_ptr, partial_sum_ptr, places_ptr,
+        tl.program_id(0), programs, tl.max(upto, 0) * GROUPS, upto, is_group, prefix_groups, tl.arange(0, BLOCK_B), rows,
+        whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, SKIP_MASKS, HAS_SOFTCAP, PRECISION,
+        HOOKS, STEPS, LEVELS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "prefix_groups", "suffix_base", "whole_base", "stride_table"])
@@ -152,12 +187,11 @@ def attend_prefixes(
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     SKIP_MASKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    STEPS: tl.constexpr, LEVELS: tl.constexpr, done_ptr=None,
+    STEPS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of prefixes, the range of program `number` of `programs`: states of the queries of all rows that share them.
 
-    `upto: [BLOCK_P]` says where each prefix group ends in the list. The tiles that are done are added up in `done_ptr`, if
-    given, for each (first row of a query block, kv head).
+    `upto: [BLOCK_P]` says where each prefix group ends in the list.
     """
     TILE_ROWS: tl.constexpr = BLOCK_M // RATIO
     m = tl.arange(0, BLOCK_M)
@@ -208,10 +242,6 @@ def attend_prefixes(
                 place_ptr = places_ptr + pair * PLACE + level * 2
                 tl.store(place_ptr, first, mask=ok_m & (m % RATIO == 0))
                 tl.store(place_ptr + 1, parts + tl.zeros_like(m), mask=ok_m & (m % RATIO == 0))
-        if done_ptr is not None:
-            # Every thread has stored its share of the state before one of them counts it.
-            tl.debug_barrier()
-            tl.atomic_add(done_ptr + tile_row * GROUPS + head, take, sem="release", scope="gpu")
         position += take
 
 
@@ -373,14 +403,17 @@ def paged_decode_shared(
     steps = max(power_of_2(groups), 16).bit_length() - 1
     block_p = max(power_of_2(groups * levels), 16)
     programs = max(tile.programs * room.processors, 2)
-    prefix_programs = room.processors if gluon or (AT_ONCE and levels == 1) else programs
+    prefix_programs = room.processors if gluon else programs
     factor, cap = score_factors(scale, softcap, variant.hooks)
     overlap = overlaps_launches(arch)
+    if SPLIT_LAUNCHES:
+        return _two_launches(
+            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, gluon=gluon, tile=tile, block_m=block_m,
+            scale=scale, softcap=softcap, room=room, variant=variant, work_lists={} if work_lists is None else work_lists,
+        )  # fmt: skip
     suffix_base = 2 * prefix_programs * block_m
     whole_base = suffix_base + 2 * programs * block_s
-    parts = max(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 2 * pairs)
-    partial, partial_sum, counters = room.split_kv(parts, 16, block_d)
-    places = None
+    partial, partial_sum, _ = room.split_kv(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 16, block_d)
     if gluon:
         from hf_fastattn.kernels.attention.hopper_prefixes import hopper_prefixes
 
@@ -388,15 +421,7 @@ def paged_decode_shared(
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, scale=scale,
             programs=prefix_programs, whole_base=whole_base, work_lists={} if work_lists is None else work_lists,
         )  # fmt: skip
-    if AT_ONCE and levels == 1:
-        from hf_fastattn.kernels.attention.shared_at_once import States, decode_at_once
-
-        states = States(partial, partial_sum, counters, prefix_programs, programs, suffix_base, whole_base, places)
-        return decode_at_once(
-            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, states=states, block_m=block_m,
-            block_s=block_s, tile=tile, scale=scale, softcap=softcap, variant=variant,
-        )  # fmt: skip
-    if places is None:
+    else:
         places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
     with on_device_of(q):
         prepared(shared_prefix_kernel)[(programs,)](
@@ -416,4 +441,52 @@ def paged_decode_shared(
     return merge_prefixes(
         partial, partial_sum, places, seq_lens, (rows, heads, dim), q.dtype, block_m, block_s,
         levels=levels, overlap=overlap, variant=variant,
+    )  # fmt: skip
+
+
+def _two_launches(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, seq_lens: Tensor, group_starts: Tensor,
+    prefix_lens: Tensor, *, gluon: bool, tile: Tile, block_m: int, scale: float, softcap: float | None, room: Workspace,
+    variant: CompiledVariant, work_lists: WorkLists, suffix: SuffixTile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, heads, dim = q.shape
+    page, kv_heads, groups = k_pages.shape[1], k_pages.shape[2], prefix_lens.shape[-1]
+    levels = prefix_lens.shape[0] if prefix_lens.ndim == 2 else 1
+    pairs, ratio, block_d, arch = rows * kv_heads, heads // kv_heads, power_of_2(dim), arch_of(q.device)
+    suffix = suffix or suffix_tile(arch, element_bytes(q, k_pages), block_d, pairs, room.processors)
+    programs = room.processors if gluon else max(tile.programs * room.processors, 2)
+    suffix_base = 2 * programs * block_m
+    whole_base = suffix_base + pairs * suffix.parts * power_of_2(ratio)
+    partial, partial_sum, arrived = room.split_kv(
+        max(triton.cdiv(whole_base + levels * rows * heads, 16), pairs), 16, block_d
+    )  # fmt: skip
+    if gluon:
+        from hf_fastattn.kernels.attention.hopper_prefixes import hopper_prefixes
+
+        places = hopper_prefixes(
+            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, scale=scale,
+            programs=programs, whole_base=whole_base, work_lists=work_lists,
+        )  # fmt: skip
+    else:
+        places = torch.empty((pairs, PLACE.value), dtype=torch.int32, device=q.device)
+        factor, cap = score_factors(scale, softcap, variant.hooks)
+        overlap = overlaps_launches(arch)
+        with on_device_of(q):
+            prepared(prefixes_kernel)[(programs,)](
+                q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
+                rows, groups, whole_base, factor, cap,
+                q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+                variant.tensors,
+                GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+                BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=max(power_of_2(groups * levels), 16),
+                STEPS=max(power_of_2(groups), 16).bit_length() - 1, LEVELS=levels,
+                BLOCK_M=block_m, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
+                SKIP_MASKS=pairs > FEW_ROWS * room.processors, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+                PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
+                num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+                **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
+            )  # fmt: skip
+    return suffixes_with_prefixes(
+        q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places, arrived,
+        suffix_base=suffix_base, block_m=block_m, tile=suffix, scale=scale, softcap=softcap, variant=variant,
     )  # fmt: skip

@@ -31,7 +31,6 @@ class ProductTile:
     stages: int
     split: int = 1
     vector: int = 1
-    ahead: int = 0
 
 
 # Token counts are rounded up to a bucket, and share its entry.

@@ -27,7 +27,7 @@ from hf_fastattn.kernels.layer.lora_programs import (
     sums_of_tokens,
 )
 from hf_fastattn.kernels.layer.split_sums import MOST_TILES, SplitSums, leave_part, sum_parts
-from hf_fastattn.kernels.layer.tiles import ask_ahead, find_tile, pick
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
 
 
@@ -80,10 +80,10 @@ def _store(
     tl.store(y_ptr + t[None, :] * stride_y + (column + n)[:, None], acc.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2", "ahead"])
+@triton.jit(do_not_specialize=["tokens", "n0", "n1", "n2"])
 def skinny_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, partial_ptr, arrived_ptr,
-    tokens, n0, n1, n2, ahead, stride_x, stride_y, stride_r,
+    tokens, n0, n1, n2, stride_x, stride_y, stride_r,
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -91,7 +91,6 @@ def skinny_kernel(
     SHRINK_PART: tl.constexpr = 0, SHRINK_K: tl.constexpr = 0, SHRINK_ROWS: tl.constexpr = 0,
     SHRINKERS: tl.constexpr = 0, COLUMNS: tl.constexpr = 0, SHRINK_PRECISION: tl.constexpr = None,
     EXPAND_PRECISION: tl.constexpr = None, EARLY: tl.constexpr = False, members=None,
-    CHUNKS: tl.constexpr = 0,
 ):  # fmt: skip
     """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [tokens, K]`, in PART of its columns.
 
@@ -129,10 +128,6 @@ def skinny_kernel(
     x_tile_ptr = x_ptr + t[:, None] * stride_x + inner  # [BLOCK_T, BLOCK_K]
     if OVERLAP and not SETTLED:
         gdc_wait()
-    if CHUNKS:
-        ask_ahead(w_ptr, n, rows, begin, end, ahead, K, CHUNKS)
-        if GATED:
-            ask_ahead(w1_ptr, n, rows, begin, end, ahead, K, CHUNKS)
     w_first = _weights(w_ptr + off_w, begin, end, EVEN, BLOCK_K)
     if GATED:
         u_first = _weights(w1_ptr + off_w, begin, end, EVEN, BLOCK_K)
@@ -244,15 +239,12 @@ def skinny_product(
         partial = room.partial(tiles * split * tile.block_n * block_t * (2 if gated else 1))
         arrived = room.arrived
     overlap = overlaps_launches(arch_of(x.device))
-    asks = overlap and weights_settled and tile.ahead and k % 8 == 0
-    chunks = max(32 * tile.warps // tile.block_n, 1) if asks else 0
     with on_device_of(x):
         prepared(skinny_kernel)[(shrinkers + tiles * split,) if shrinkers else (tiles, split)](
             x, *weights, *spare, *added, y, residual, partial, arrived,
-            tokens, *counts, min(tile.ahead, part * tile.block_k), x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
+            tokens, *counts, x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0),
             K=k, WEIGHTS=used, GATED=gated, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             STAGES=tile.stages, SPLIT=split, PART=part * tile.block_k, PRECISION=matrix_precision(x.dtype, tile.block_n),
             SETTLED=weights_settled, OVERLAP=overlap,
-            CHUNKS=chunks,
             num_warps=tile.warps, **adapted, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

@@ -49,19 +49,3 @@ def weight_tile(pointers, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         return tl.load(pointers + first, eviction_policy="evict_first")
     column = first + tl.arange(0, BLOCK)
     return tl.load(pointers + first, mask=(column < WIDTH)[None, :], other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def ask_ahead(w_ptr, n, rows, begin, end, ahead, K: tl.constexpr, CHUNKS: tl.constexpr):
-    """Have the L2 cache load up to `ahead` columns from `begin` on of the rows `n: [BLOCK_N]`, in CHUNKS pieces of a row.
-
-    Nothing waits for them. Only from Hopper on, and for pieces of a multiple of 16 bytes.
-    """
-    size = ahead // CHUNKS
-    column = begin + tl.arange(0, CHUNKS)[None, :] * size + tl.zeros_like(n)[:, None]  # [BLOCK_N, CHUNKS]
-    wanted = tl.where((n < rows)[:, None], tl.minimum(end - column, size), 0) * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    address = (w_ptr + n.to(tl.int64)[:, None] * K + column).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [address, wanted], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
