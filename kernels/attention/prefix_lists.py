@@ -1,4 +1,4 @@
-"""What the programs of `shared_prefix.py` compute from lengths and prefix groups on the device, and where states go."""
+"""What programs over shared prefixes and suffixes compute from lengths and groups on the device, and where states go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 from hf_fastattn.kernels.attention.shares import program_of
+
+# Levels of prefixes within prefixes.
+MOST_LEVELS = 3
+# Int32 numbers for each (row, kv head): of every level the row of the prefix's first state, and the number of its states.
+# Padded for alignment.
+PLACE = tl.constexpr(8)
 
 
 @triton.jit
@@ -118,26 +124,6 @@ def prefix_entry(
     blocks = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
     tile_row = first_row + tile // count % blocks * TILE_ROWS
     return level, first_row, past_row, tile_row, tile // count // blocks, begin, stop, count, tile % count
-
-
-@triton.jit
-def suffix_list(
-    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups,
-    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """`[BLOCK_B]`: where each row's suffix begins; the running count of tiles of suffixes, each of at least one; and in
-    which levels the row shares a prefix, a bit each."""
-    starts = prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS)
-    shares = (starts > 0).to(tl.int32)
-    for level in tl.static_range(1, LEVELS):
-        starts_ptr = group_starts_ptr + level * (prefix_groups + 1)
-        lens_ptr = prefix_lens_ptr + level * prefix_groups
-        tokens = prefix_of_rows(starts_ptr, lens_ptr, row, valid, prefix_groups, STEPS)
-        shares += (tokens > starts).to(tl.int32) << level
-        starts = tl.maximum(starts, tokens)
-    lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
-    tiles = tl.maximum((lengths - starts + BLOCK_N - 1) // BLOCK_N, 1)
-    return starts, tl.cumsum(tl.where(valid, tiles, 0), 0), shares
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The second launch of `shared_prefix.py`: every row's suffix, merged with its prefixes, which the first launch has computed.
+"""The second launch of `shared_prefix.py`: every row's suffix, merged with its prefixes, which the first launch computes.
 
 A program takes a part of the suffix of one (row, kv head). It begins as soon as the launches ahead of the first one have
 ended, beside the programs of the first launch, and waits for these only when its part is computed. The last program to
@@ -8,19 +8,16 @@ repeatable. Parts are as many as there are PART_KEYS keys, within the number tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import stages_with
+from hf_fastattn.kernels.attention.configs import Tile, stages_with
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
-from hf_fastattn.kernels.attention.prefix_lists import prefix_of_row, store_state
-from hf_fastattn.kernels.attention.prefix_merge import PLACE
+from hf_fastattn.kernels.attention.prefix_lists import PLACE, prefix_of_row, store_state
 from hf_fastattn.kernels.attention.tile import attention_end, empty_state, merge_step, score_factors, store_output
 from hf_fastattn.kernels.launch import arch_of, dot_precision, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
@@ -28,25 +25,9 @@ from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 # Fewest keys of a part of a suffix.
 PART_KEYS = tl.constexpr(128)
-# Partial states whose loads are in flight together.
-MERGE_PARTS = 4
-
-
-@dataclass(frozen=True)
-class SuffixTile:
-    """Launch configuration of the suffixes.
-
-    Attributes:
-        block_n: keys a tile.
-        warps: warps a program.
-        stages: pipeline stages of the loop over keys.
-        parts: programs of each (row, kv head), the most parts of its suffix.
-    """
-
-    block_n: int
-    warps: int
-    stages: int
-    parts: int
+# Fp32 elements of partial states that a thread has in flight, and the most of these states.
+MERGE_ELEMENTS, MOST_MERGED = 64, 16
+EARLY = False
 
 
 @triton.jit(do_not_specialize=["prefix_groups", "suffix_base", "stride_table"])
@@ -57,21 +38,22 @@ def suffix_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_P: tl.constexpr, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One part of the suffix of a (row, kv head); nothing if the row has fewer parts."""
-    if OVERLAP:
+    if OVERLAP and EARLY:
         gdc_launch_dependents()
     head = tl.program_id(0)
     b = tl.program_id(1)
     part = tl.program_id(2)
+    most_parts = tl.num_programs(2)
     length = tl.load(seq_lens_ptr + b)
     start, shares = prefix_of_row(group_starts_ptr, prefix_lens_ptr, b, prefix_groups, BLOCK_P, LEVELS)
     # A row without keys sees no prefix, whatever its group has.
     shares = tl.where(length > 0, shares, 0)
     tiles = (tl.maximum(length - start, 0) + BLOCK_N - 1) // BLOCK_N
-    parts = tl.minimum(tl.maximum((tiles * BLOCK_N + PART_KEYS - 1) // PART_KEYS, 1), PARTS)
+    parts = tl.minimum(tl.maximum((tiles * BLOCK_N + PART_KEYS - 1) // PART_KEYS, 1), most_parts)
     if part < parts:
         s = tl.arange(0, BLOCK_S)
         d = tl.arange(0, BLOCK_D)
@@ -94,19 +76,25 @@ def suffix_kernel(
             last_key, 0, length, 0, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
+        # Only after the loop: the next launch prefetches weights, which would compete with the keys for bandwidth.
+        if OVERLAP and not EARLY:
+            gdc_launch_dependents()
         pair = b * GROUPS + head
+        r = tl.arange(0, BLOCK_R)
+        ok_r = r < RATIO  # [BLOCK_R]
+        row_max, row_sum, acc = first_rows(row_max, row_sum, acc, BLOCK_R)
         ends = True
         if parts > 1:
-            first = suffix_base + pair * (PARTS * BLOCK_R)
-            store_state(partial_ptr, partial_sum_ptr, first + part * BLOCK_R + s, ok_s, row_max, row_sum, acc)
+            first = suffix_base + pair * (most_parts * BLOCK_R)
+            store_state(partial_ptr, partial_sum_ptr, first + part * BLOCK_R + r, ok_r, row_max, row_sum, acc)
             # Every thread has stored its share of the part before one of them counts it.
             tl.debug_barrier()
             ends = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu") == parts - 1
             if ends:
                 tl.store(arrived_ptr + pair, 0)
-                row_max, row_sum, acc = empty_state(BLOCK_S, BLOCK_D)
+                row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
                 row_max, row_sum, acc = with_parts(
-                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, s, ok_s, BLOCK_R, False, MERGE_PARTS
+                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, r, ok_r, BLOCK_R, False, MERGE_PARTS
                 )
         if ends:
             if OVERLAP:
@@ -117,43 +105,50 @@ def suffix_kernel(
                 first = tl.load(place_ptr, mask=has_prefix, other=0, cache_modifier=".cg")
                 prefix_parts = tl.load(place_ptr + 1, mask=has_prefix, other=0, cache_modifier=".cg")
                 row_max, row_sum, acc = with_parts(
-                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, prefix_parts, s, ok_s, BLOCK_M, True,
+                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, prefix_parts, r, ok_r, BLOCK_M, True,
                     MERGE_PARTS,
                 )  # fmt: skip
-            out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
-            store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + s, ok_s, out, lse, D)
+            h_r = head * RATIO + tl.minimum(r, RATIO - 1)
+            q_idx_r = tl.zeros_like(r) + length - 1
+            out, lse = attention_end(row_max, row_sum, acc, h_r, q_idx_r, tensors, HOOKS)
+            store_output(out_ptr, lse_ptr, pair.to(tl.int64) * RATIO + r, ok_r, out, lse, D)
+
+
+@triton.jit
+def first_rows(row_max, row_sum, acc, ROWS: tl.constexpr):
+    """The state of the first ROWS query rows: merging takes no time and registers for rows that the matrix unit needs."""
+    if acc.shape[0] > ROWS:
+        PIECES: tl.constexpr = acc.shape[0] // ROWS
+        kept = tl.arange(0, PIECES)[:, None] == 0
+        acc = tl.sum(tl.where(kept[:, :, None], tl.reshape(acc, (PIECES, ROWS, acc.shape[1])), 0.0), 0)
+        row_max = tl.sum(tl.where(kept, tl.reshape(row_max, (PIECES, ROWS)), 0.0), 0)
+        row_sum = tl.sum(tl.where(kept, tl.reshape(row_sum, (PIECES, ROWS)), 0.0), 0)
+    return row_max, row_sum, acc
 
 
 @triton.jit
 def with_parts(
-    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, s, ok_s,
+    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, r, ok_r,
     STRIDE: tl.constexpr, IN_PAIRS: tl.constexpr, MERGE_PARTS: tl.constexpr,
 ):  # fmt: skip
     """A state merged with `parts` more, in order, of which the first begins in row `first` of the partial states."""
     d = tl.arange(0, acc.shape[1])
     for number in range(0, parts, MERGE_PARTS):
-        # Unrolled: the loads of MERGE_PARTS parts are in flight together.
+        # Unrolled, and without a reduction over threads: the loads of MERGE_PARTS parts are in flight together.
         for u in tl.static_range(MERGE_PARTS):
             i = number + u
-            ok = ok_s & (i < parts)
+            ok = ok_r & (i < parts)
             if IN_PAIRS:
                 # A split prefix starts in the second block of its first program, and goes on in the first of the others.
-                at = first + tl.maximum(2 * i - 1, 0) * STRIDE + s  # [BLOCK_S]
+                at = first + tl.maximum(2 * i - 1, 0) * STRIDE + r  # [BLOCK_R]
             else:
-                at = first + i * STRIDE + s
+                at = first + i * STRIDE + r
             part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
             part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-            off_part = at[:, None] * acc.shape[1] + d[None, :]  # [BLOCK_S, BLOCK_D]
+            off_part = at[:, None] * acc.shape[1] + d[None, :]  # [BLOCK_R, BLOCK_D]
             part_acc = tl.load(partial_ptr + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
             row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
     return row_max, row_sum, acc
-
-
-def suffix_tile(arch: int, itemsize: int, block_d: int, pairs: int, processors: int) -> SuffixTile:
-    """The tile of `pairs` (row, kv head) pairs."""
-    parts = min(max(power_of_2(8 * processors // pairs + 1) // 2, 2), 32)
-    block_n = 64 if block_d <= 128 and itemsize <= 2 else 32 if itemsize <= 2 else 16
-    return SuffixTile(block_n, 4 if block_d <= 128 else 8, 3, parts)
 
 
 def suffixes_with_prefixes(
@@ -171,7 +166,8 @@ def suffixes_with_prefixes(
     *,
     suffix_base: int,
     block_m: int,
-    tile: SuffixTile,
+    tile: Tile,
+    parts: int,
     scale: float,
     softcap: float | None,
     variant: CompiledVariant,
@@ -186,6 +182,7 @@ def suffixes_with_prefixes(
         arrived: `[B * G]` int32, zero.
         block_m: states from a program's block to its next, of prefixes.
         tile: launch configuration.
+        parts: programs of each (row, kv head), the most parts of its suffix.
 
     Returns:
         Output `[B, H, D]` and LSE `[B, H]` fp32, natural logarithm; 0 and -inf for a row without keys.
@@ -197,18 +194,19 @@ def suffixes_with_prefixes(
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=q.device)
     overlap = overlaps_launches(arch_of(q.device))
-    block_s = max(power_of_2(ratio), 16)
+    block_s, block_r, block_d = max(power_of_2(ratio), 16), power_of_2(ratio), power_of_2(dim)
+    merged = min(max(MERGE_ELEMENTS * 32 * tile.warps // (block_r * block_d), 1), MOST_MERGED)
     with on_device_of(q):
-        prepared(suffix_kernel)[(kv_heads, rows, tile.parts)](
+        prepared(suffix_kernel)[(kv_heads, rows, parts)](
             q, k_pages, v_pages, out, lse, page_table, seq_lens, group_starts, prefix_lens,
             partial, partial_sum, places, arrived,
             groups, suffix_base, factor, cap,
             q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
             variant.tensors,
-            GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=power_of_2(dim), PAGE=page,
+            GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_P=max(power_of_2(groups), 16), LEVELS=levels, BLOCK_M=block_m, BLOCK_S=block_s,
-            BLOCK_R=power_of_2(ratio), BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages, block_s, tile.block_n),
-            PARTS=tile.parts, MERGE_PARTS=MERGE_PARTS, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+            BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages, block_s, tile.block_n),
+            MERGE_PARTS=merged, OVERLAP=overlap, EARLY=EARLY, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

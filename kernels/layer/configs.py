@@ -42,6 +42,8 @@ HOPPER = 90
 MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     **{(HOPPER, bucket, 4096, 4096): ProductTile(64, 256, 4, 3, split=2) for bucket in (2, 4, 8, 16)},
     (HOPPER, 64, 4096, 6144): ProductTile(64, 64, 4, 6, split=2),
+    # Gate and up of a small model: adding up the parts of both would take longer than reading their weights.
+    (HOPPER, 64, 1024, 6144): ProductTile(64, 64, 4, 6),
     (HOPPER, 1, 8192, 2048): ProductTile(2, 2048, 4, 2, vector=8),
     # Columns of `down_proj` on each of several ranks: steps of 2048 would leave half of the last one empty.
     (HOPPER, 1, 7168, 4096): ProductTile(4, 4096, 8, 2, vector=8),
