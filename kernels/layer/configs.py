@@ -78,6 +78,8 @@ LONG_ROWS = 8192
 # Above this many tokens cuBLAS is as quick for some shapes in 16 bits (in fp32 it is not, computing on the CUDA cores);
 # other GPUs were not measured there.
 FEW_TOKENS = 16
+# Elements of a weight up to which cuBLAS is quicker for more tokens: of models of 1,024 hidden dimensions.
+SMALL_WEIGHT = 4 * 1024 * 1024
 
 
 def bucket_of(tokens: int) -> int:
@@ -99,8 +101,8 @@ def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weigh
         return False
     if itemsize == 4:
         return True
-    # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse.
-    return adapted or weights > 1 or k >= 2 * rows
+    # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse, and is not small.
+    return adapted or weights > 1 or (k >= 2 * rows and k * rows > SMALL_WEIGHT)
 
 
 @functools.cache
