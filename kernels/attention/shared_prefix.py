@@ -54,9 +54,9 @@ from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
-# The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled, and rows times the keys that
-# a row may have are at least so many.
-GLUON_ROWS, GLUON_FILLED, GLUON_KEYS = 128, 0.5, 160 * 1024
+# The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled (by a single group of rows,
+# less is enough), and rows times the keys that a row may have are at least so many.
+GLUON_ROWS, GLUON_FILLED, GLUON_FILLED_BY_ONE, GLUON_KEYS = 128, 0.75, 0.5, 160 * 1024
 
 
 @triton.jit(do_not_specialize=["rows", "prefix_groups", "whole_base", "stride_table"])
@@ -168,7 +168,9 @@ def worth_gluon(
     `queries` is the number of packed query rows of a prefix group.
     """
     filled = queries / (triton.cdiv(queries, GLUON_ROWS) * GLUON_ROWS)
-    if is_eight_bits(k_pages) or filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
+    one_group = queries * k_pages.shape[2] >= q.shape[0] * q.shape[1]
+    least = GLUON_FILLED_BY_ONE if one_group else GLUON_FILLED
+    if is_eight_bits(k_pages) or filled < least or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
         return False
     from hf_fastattn.kernels.attention.hopper_prefixes import why_not_prefixes
 

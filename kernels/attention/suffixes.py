@@ -27,7 +27,6 @@ from hf_fastattn.kernels.variants.hooks import CompiledVariant
 PART_KEYS = tl.constexpr(128)
 # Fp32 elements of partial states that a thread has in flight, and the most of these states.
 MERGE_ELEMENTS, MOST_MERGED = 64, 16
-EARLY = False
 
 
 @triton.jit(do_not_specialize=["prefix_groups", "suffix_base", "stride_table"])
@@ -39,11 +38,9 @@ def suffix_kernel(
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_P: tl.constexpr, LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MERGE_PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr, EARLY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
     """One part of the suffix of a (row, kv head); nothing if the row has fewer parts."""
-    if OVERLAP and EARLY:
-        gdc_launch_dependents()
     head = tl.program_id(0)
     b = tl.program_id(1)
     part = tl.program_id(2)
@@ -77,7 +74,7 @@ def suffix_kernel(
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
         )  # fmt: skip
         # Only after the loop: the next launch prefetches weights, which would compete with the keys for bandwidth.
-        if OVERLAP and not EARLY:
+        if OVERLAP:
             gdc_launch_dependents()
         pair = b * GROUPS + head
         r = tl.arange(0, BLOCK_R)
@@ -206,7 +203,7 @@ def suffixes_with_prefixes(
             GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_P=max(power_of_2(groups), 16), LEVELS=levels, BLOCK_M=block_m, BLOCK_S=block_s,
             BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages, block_s, tile.block_n),
-            MERGE_PARTS=merged, OVERLAP=overlap, EARLY=EARLY, HAS_SOFTCAP=softcap is not None,
+            MERGE_PARTS=merged, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
             PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
