@@ -135,7 +135,7 @@ def test_strides():
 @pytest.mark.interpreter
 def test_a_workspace_serves_one_launch_after_another():
     workspace, options = Workspace(torch.device("cpu")), {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
-    groups: list[Group] = [(96, [5, 17]), (16, [90, 1])]
+    groups: list[Group] = [(96, [5, 17]), (16, [300, 1])]
     first = check(groups, None, workspace, **options)
     batch = make_batch([1] * 3, [5, 300, 64], **options)
     got = paged_decode(
