@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_fastattn.kernels.launch import DEFAULT
+from hf_fastattn.kernels.launch import DEFAULT, power_of_2
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 
@@ -139,6 +139,20 @@ MANY_PAIRS = 8
 SHARED_PREFIX_FEW: dict[tuple[int, int, int], Tile] = {
     (90, 2, 128): Tile(64, 64, 4, 7, programs=1),
 }
+# For the suffixes of rows that share prefixes, a part of one (row, kv head) each; so many programs are launched for each
+# multiprocessor, most of which have nothing to do where suffixes are short.
+SUFFIX: dict[tuple[int, int, int], Tile] = {
+    (80, 1, 128): Tile(16, 64, 4, 3, programs=8),
+    (80, 1, 256): Tile(16, 32, 4, 3, programs=8),
+    (80, 2, 128): Tile(16, 64, 4, 3, programs=8),
+    (80, 2, 256): Tile(16, 32, 4, 3, programs=8),
+    (80, 4, 256): Tile(16, 16, 8, 2, programs=8),
+}
+# For more (row, kv head) pairs than multiprocessors: small programs, of which many run at once.
+SUFFIX_MANY: dict[tuple[int, int, int], Tile] = {
+    (90, 2, 128): Tile(16, 32, 2, 4, programs=8),
+}
+MOST_PARTS = 32
 
 
 def element_bytes(q: Tensor, k_pages: Tensor) -> int:
@@ -258,3 +272,16 @@ def shared_prefix_tile(
     # Entries for heads of 64 were measured without shared prefixes.
     limit = max(block_d, 128)
     return next(tile for table in tables if (tile := tile_of(table, arch, itemsize, limit)) is not None)
+
+
+def suffix_tile(arch: int, itemsize: int, block_d: int, pairs: int, processors: int) -> Tile:
+    """The tile of the suffixes of rows that share prefixes, of `pairs` (row, kv head) pairs."""
+    many = tile_of(SUFFIX_MANY, arch, itemsize, block_d) if pairs > processors else None
+    found = many or tile_of(SUFFIX, arch, itemsize, block_d)
+    assert found is not None
+    return found
+
+
+def parts_of_suffixes(tile: Tile, pairs: int, processors: int) -> int:
+    """Programs of each of `pairs` (row, kv head) pairs: at least two, so that one long suffix among short ones is shared."""
+    return min(max(power_of_2(tile.programs * processors // pairs + 1) // 2, 2), MOST_PARTS)

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_fastattn.kernels.attention.hopper_items import items_of_program
+from hf_fastattn.kernels.attention.hopper_registers import start_launch_behind, wait_for_launch_ahead
 from hf_fastattn.kernels.attention.hopper_roles import consumer, producer
 from hf_fastattn.kernels.attention.tile import score_factors
 from hf_fastattn.kernels.attention.visited import Visited, check_visited, prefill_tiles
@@ -48,6 +49,10 @@ def hopper_prefill_kernel(
     stored are their states, not normalised. `visited` is a `Visited` of LISTS lists an item, or None; `window` is None
     without one.
     """
+    if PREFIXES:
+        # In this order: the launch behind reads what the launches ahead wrote, before it waits for this one.
+        wait_for_launch_ahead()
+        start_launch_behind()
     CFG: gl.constexpr = (BLOCK_M, BLOCK_N, D, BUFFERS, PAGE, HEADS_FIRST, PACKED, DISTANCES, PREFIXES)
     dtype: gl.constexpr = q_desc.dtype
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)

@@ -2,7 +2,7 @@
 
 The kernel is that of `hopper_prefill.py`, with parts of prefixes for work items (`prefix_items.py`): matrix products bind a
 prefix that many rows share, and that kernel runs them at about twice the rate of Triton's. It leaves the states of the parts
-where `prefix_merge.py` looks for those of `shared_prefix.py`.
+where `suffixes.py` looks for those of `shared_prefix.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def hopper_prefixes(
         work_lists: of earlier launches for the same lengths and groups, as by other layers of a forward.
 
     Returns:
-        `[B * G, PLACE]` int32 of `prefix_merge.py`, of which the places of prefixes are written.
+        `[B * G, PLACE]` int32; see `prefix_lists.PLACE`.
 
     Raises:
         ValueError: the kernel cannot take such queries or pages; see `why_not_prefixes`.
@@ -101,5 +101,6 @@ def hopper_prefixes(
             BLOCK_M=BLOCK_M, BLOCK_N=block_n, D=dim, BUFFERS=buffers, PAGE=page, HEADS_FIRST=bool(order), PACKED=ratio,
             CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, LISTS=0, HOOKS=NO_HOOKS,
             DISTANCES=1, PREFIXES=True, num_warps=4, maxnreg=168, ptx_options=ASSEMBLER_OPTIONS,
+            launch_pdl=True,
         )  # fmt: skip
     return cast(Tensor, places)

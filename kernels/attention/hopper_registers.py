@@ -12,6 +12,20 @@ REDUCES_IN_ORDER = gl.constexpr(triton.__version__.startswith("3.6."))
 
 
 @gluon.jit
+def wait_for_launch_ahead():
+    """Wait until the launch ahead has ended, and what it wrote is there."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def start_launch_behind():
+    """Let the launch behind begin, once all programs have come to this."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def turn_wait(WARPGROUP: gl.constexpr):
     """Wait for this warpgroup's turn on the tensor cores (named barriers 9 and 10, 256 threads)."""
     if WARPGROUP == 0:

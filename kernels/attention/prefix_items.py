@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_fastattn.kernels.attention.prefix_lists import (
+    PLACE,
     entry_at,
     equal_range,
     part_rows,
@@ -20,7 +21,6 @@ from hf_fastattn.kernels.attention.prefix_lists import (
     prefix_list,
     used_programs,
 )
-from hf_fastattn.kernels.attention.prefix_merge import PLACE
 from hf_fastattn.kernels.launch import on_device_of, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
 

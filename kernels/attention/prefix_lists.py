@@ -1,4 +1,4 @@
-"""What the programs of `shared_prefix.py` compute from lengths and prefix groups on the device, and where states go."""
+"""What programs over shared prefixes and suffixes compute from lengths and groups on the device, and where states go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import triton
 import triton.language as tl
 
 from hf_fastattn.kernels.attention.shares import program_of
+
+# Levels of prefixes within prefixes.
+MOST_LEVELS = 3
+# Int32 numbers for each (row, kv head): of every level the row of the prefix's first state, and the number of its states.
+# Padded for alignment.
+PLACE = tl.constexpr(8)
 
 
 @triton.jit
@@ -19,6 +25,27 @@ def prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups,
         group = tl.where(known & (start <= row), middle, group)
     stop = tl.load(group_starts_ptr + group + 1, mask=valid, other=0)
     return tl.load(prefix_lens_ptr + group, mask=valid & (row < stop), other=0)
+
+
+@triton.jit
+def prefix_of_row(
+    group_starts_ptr, prefix_lens_ptr, b, prefix_groups, BLOCK_P: tl.constexpr, LEVELS: tl.constexpr
+):  # fmt: skip
+    """Tokens that row `b` shares in all levels together, and in which of these it shares some, a bit each."""
+    group = tl.arange(0, BLOCK_P)
+    known = group < prefix_groups
+    shared = 0
+    shares = 0
+    for level in tl.static_range(LEVELS):
+        starts_ptr = group_starts_ptr + level * (prefix_groups + 1) + group
+        first = tl.load(starts_ptr, mask=known, other=0)
+        past = tl.load(starts_ptr + 1, mask=known, other=0)
+        held = tl.load(prefix_lens_ptr + level * prefix_groups + group, mask=known, other=0)
+        # Its prefix group is the only one that is not empty and holds it.
+        tokens = tl.sum(tl.where((first <= b) & (b < past), held, 0), 0)
+        shares += (tokens > shared).to(tl.int32) << level
+        shared = tl.maximum(shared, tokens)
+    return shared, shares
 
 
 @triton.jit
@@ -97,26 +124,6 @@ def prefix_entry(
     blocks = (past_row - first_row + TILE_ROWS - 1) // TILE_ROWS
     tile_row = first_row + tile // count % blocks * TILE_ROWS
     return level, first_row, past_row, tile_row, tile // count // blocks, begin, stop, count, tile % count
-
-
-@triton.jit
-def suffix_list(
-    seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups,
-    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """`[BLOCK_B]`: where each row's suffix begins; the running count of tiles of suffixes, each of at least one; and in
-    which levels the row shares a prefix, a bit each."""
-    starts = prefix_of_rows(group_starts_ptr, prefix_lens_ptr, row, valid, prefix_groups, STEPS)
-    shares = (starts > 0).to(tl.int32)
-    for level in tl.static_range(1, LEVELS):
-        starts_ptr = group_starts_ptr + level * (prefix_groups + 1)
-        lens_ptr = prefix_lens_ptr + level * prefix_groups
-        tokens = prefix_of_rows(starts_ptr, lens_ptr, row, valid, prefix_groups, STEPS)
-        shares += (tokens > starts).to(tl.int32) << level
-        starts = tl.maximum(starts, tokens)
-    lengths = tl.load(seq_lens_ptr + row, mask=valid, other=0)
-    tiles = tl.maximum((lengths - starts + BLOCK_N - 1) // BLOCK_N, 1)
-    return starts, tl.cumsum(tl.where(valid, tiles, 0), 0), shares
 
 
 @triton.jit

@@ -3,12 +3,11 @@
 A prefix group is a run of neighbouring rows whose first tokens lie in the same pages. Of prefixes within prefixes (a system
 prompt, below it questions, below each of them samples) every level has groups of its own, which begin where those above
 them end. The queries of a group's rows and of the R heads of a key/value head are the rows of one matrix product over the
-prefix (Ye et al., 2024, "Cascade Inference"; Juravsky et al., 2024, "Hydragen"); every row then reads its own suffix as in
-`decode.py`. There are two work lists of tiles of keys: the prefixes, by (prefix group, kv head, query block), and the
-suffixes, by (row, kv head). Each program computes its range of both from tensors on the device ("Stream-K", Osama et al.,
-2023), so a captured graph follows lengths and groups that changed. The second launch, `prefix_merge.py`, merges the parts of
-a row's prefixes and suffix. On Hopper the prefixes of large groups are a launch of their own, `hopper_prefixes.py`: there
-matrix products take the time.
+prefix (Ye et al., 2024, "Cascade Inference"; Juravsky et al., 2024, "Hydragen"). The first launch computes the prefixes: its
+work list is the tiles of keys by (prefix group, kv head, query block), of which each program computes its range from tensors
+on the device ("Stream-K", Osama et al., 2023), so a captured graph follows lengths and groups that changed. On Hopper it is
+`hopper_prefixes.py` for large groups, where matrix products take the time. The second launch, `suffixes.py`, reads every
+row's suffix beside it, and merges the parts of a row's prefixes and suffix.
 """
 
 from __future__ import annotations
@@ -19,20 +18,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.configs import MANY_PAIRS, element_bytes, shared_prefix_tile, stages_with
+from hf_fastattn.kernels.attention.configs import (
+    element_bytes,
+    parts_of_suffixes,
+    shared_prefix_tile,
+    stages_with,
+    suffix_tile,
+)
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
 from hf_fastattn.kernels.attention.prefix_lists import (
-    entry_at,
+    MOST_LEVELS,
+    PLACE,
     equal_range,
     part_rows,
     prefix_entry,
     prefix_list,
     store_state,
-    suffix_list,
     used_programs,
 )
-from hf_fastattn.kernels.attention.prefix_merge import MOST_LEVELS, PLACE, merge_prefixes
+from hf_fastattn.kernels.attention.suffixes import suffixes_with_prefixes
 from hf_fastattn.kernels.attention.tile import empty_state, score_factors
 from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -49,97 +54,43 @@ from hf_fastattn.kernels.page_formats import is_eight_bits
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import PLAIN, CompiledVariant
 
-# Up to this many (row, kv head) pairs per SM latency counts: one program per SM.
-FEW_ROWS = 1
-# BESIDE: some programs take prefixes, the others suffixes (fewest prologues). IN_TURN: all take prefixes, then all suffixes
-# (best balance). BY_LENGTH: IN_TURN if prefixes have LONGER_PREFIXES times the tiles of suffixes, else BESIDE.
-BESIDE, IN_TURN, BY_LENGTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-LONGER_PREFIXES = tl.constexpr(2)
-# The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled, and rows times the keys that
-# a row may have are at least so many.
-GLUON_ROWS, GLUON_FILLED, GLUON_KEYS = 128, 0.75, 160 * 1024
+# The Gluon kernel's packed query rows a tile; it is quicker where that share of them is filled (by a single group of rows,
+# less is enough), and rows times the keys that a row may have are at least so many.
+GLUON_ROWS, GLUON_FILLED, GLUON_FILLED_BY_ONE, GLUON_KEYS = 128, 0.75, 0.5, 160 * 1024
 
 
-@triton.jit(do_not_specialize=["rows", "prefix_groups", "suffix_base", "whole_base", "stride_table"])
-def shared_prefix_kernel(
+@triton.jit(do_not_specialize=["rows", "prefix_groups", "whole_base", "stride_table"])
+def prefixes_kernel(
     q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
     partial_ptr, partial_sum_ptr, places_ptr,
-    rows, prefix_groups, suffix_base, whole_base, scale, softcap,
+    rows, prefix_groups, whole_base, scale, softcap,
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, STEPS: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    ORDER: tl.constexpr, OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    PREFIXES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SKIP_MASKS: tl.constexpr,
+    OVERLAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
 ):  # fmt: skip
-    """One persistent program: a share of the tiles of prefixes (if PREFIXES), and one of the tiles of suffixes.
+    """One persistent program: a share of the tiles of prefixes.
 
-    A tile of a prefix holds the queries of BLOCK_M // RATIO rows. The partial states: two blocks a program of prefixes, from
-    `suffix_base` on two a program of suffixes, from `whole_base` on unsplit prefixes and suffixes.
+    A tile holds the queries of BLOCK_M // RATIO rows. The partial states: two blocks a program, from `whole_base` on those
+    of prefixes that are not split.
     """
     if OVERLAP:
-        gdc_launch_dependents()
+        # In this order: the launch behind reads what the launches ahead wrote, before it waits for this one.
         gdc_wait()
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
-    row = tl.arange(0, BLOCK_B)
-    is_row = row < rows
-    suffix_first = 0
-    if PREFIXES:
-        is_group, prefix_upto, blocks = prefix_list(
-            group_starts_ptr, prefix_lens_ptr, prefix_groups, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
-        )  # fmt: skip
-        triples = tl.maximum(tl.sum(blocks, 0) * GROUPS, 1)
-        prefix_total = tl.max(prefix_upto, 0) * GROUPS
-        suffix_total = 0
-        if ORDER != IN_TURN:
-            _, suffix_upto, _ = suffix_list(
-                seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
-            )  # fmt: skip
-            suffix_total = tl.max(suffix_upto, 0) * GROUPS
-        prefix_programs, suffix_first = divide_programs(
-            programs, triples, prefix_total, suffix_total, rows * GROUPS, ORDER
-        )  # fmt: skip
-        attend_prefixes(
-            q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
-            partial_ptr, partial_sum_ptr, places_ptr,
-            pid, prefix_programs, prefix_total, prefix_upto, is_group, prefix_groups, row, rows, whole_base, scale, softcap,
-            stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
-            GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, ORDER != BESIDE, HAS_SOFTCAP, PRECISION,
-            HOOKS, STEPS, LEVELS,
-        )  # fmt: skip
-    # Computed a second time: kept over the prefixes, it would take registers that their loop needs.
-    starts, suffix_upto, shares = suffix_list(
-        seq_lens_ptr, group_starts_ptr, prefix_lens_ptr, row, is_row, prefix_groups, STEPS, BLOCK_N, LEVELS
+        gdc_launch_dependents()
+    is_group, upto, blocks = prefix_list(
+        group_starts_ptr, prefix_lens_ptr, prefix_groups, BLOCK_P, BLOCK_N, BLOCK_M // RATIO, STEPS, LEVELS
     )  # fmt: skip
-    attend_suffixes(
-        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
-        pid - suffix_first, programs - suffix_first, starts, suffix_upto, shares, row, is_row, rows,
-        suffix_base, whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table,
-        tensors, GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_S, BLOCK_N, STAGES, HAS_SOFTCAP, PRECISION, HOOKS, LEVELS,
+    programs = used_programs(tl.num_programs(0), tl.maximum(tl.sum(blocks, 0) * GROUPS, 1))
+    attend_prefixes(
+        q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, group_starts_ptr, prefix_lens_ptr,
+        partial_ptr, partial_sum_ptr, places_ptr,
+        tl.program_id(0), programs, tl.max(upto, 0) * GROUPS, upto, is_group, prefix_groups, tl.arange(0, BLOCK_B), rows,
+        whole_base, scale, softcap, stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
+        GROUPS, RATIO, D, BLOCK_D, PAGE, BLOCK_B, BLOCK_M, BLOCK_N, STAGES, SKIP_MASKS, HAS_SOFTCAP, PRECISION,
+        HOOKS, STEPS, LEVELS,
     )  # fmt: skip
-
-
-@triton.jit
-def divide_programs(programs, triples, prefix_total, suffix_total, pairs, ORDER: tl.constexpr):
-    """How many programs work on prefixes, and the first one that works on suffixes.
-
-    `triples` is the number of (prefix group, kv head, query block), `pairs` that of (row, kv head).
-    """
-    prefix_programs = used_programs(programs, triples)
-    suffix_first = 0
-    if ORDER != IN_TURN:
-        # A suffix costs about one tile more than it has: its first tile is loaded with no work to hide the latency.
-        suffix_cost = suffix_total + pairs
-        divided = (prefix_total.to(tl.int64) * programs // (prefix_total + suffix_cost)).to(tl.int32)
-        in_turn = False
-        if ORDER == BY_LENGTH:
-            in_turn = prefix_total >= LONGER_PREFIXES * suffix_cost
-            divided = tl.where(divided >= triples, (divided + triples // 2) // triples * triples, divided)
-        if not in_turn:
-            prefix_programs = tl.where(prefix_total > 0, tl.minimum(tl.maximum(divided, 1), programs - 1), 0)
-            suffix_first = prefix_programs
-    return prefix_programs, suffix_first
 
 
 @triton.jit
@@ -209,74 +160,17 @@ def attend_prefixes(
         position += take
 
 
-@triton.jit
-def attend_suffixes(
-    q_ptr, k_ptr, v_ptr, page_table_ptr, seq_lens_ptr, partial_ptr, partial_sum_ptr, places_ptr,
-    number, programs, starts, upto, shares, row, is_row, rows, suffix_base, whole_base, scale, softcap,
-    stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors,
-    GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    HOOKS: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """Tiles of suffixes, the range of program `number` of `programs`: states of each row's queries over its own keys.
-
-    `starts: [BLOCK_B]` says where each row's suffix begins, `upto: [BLOCK_B]` where it ends in the list, `shares: [BLOCK_B]`
-    in which levels it has a prefix.
-    """
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    position, end, share, extra = equal_range(number, programs, tl.max(upto, 0) * GROUPS)
-    while position < end:
-        b, tile = entry_at(position, upto, is_row, GROUPS)
-        length = tl.load(seq_lens_ptr + b)
-        start = tl.sum(tl.where(row == b, starts, 0), 0)
-        count = tl.maximum((length - start + BLOCK_N - 1) // BLOCK_N, 1)
-        head = tile // count
-        unit = tile % count
-        take = tl.minimum(count - unit, end - position)
-        ok_s = s < RATIO  # [BLOCK_S]
-        off_q = b.to(tl.int64) * stride_qt + (head * RATIO + s) * stride_qh  # [BLOCK_S]
-        q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_s[:, None] & (d < D)[None, :], other=0.0)
-        h = head * RATIO + tl.minimum(s, RATIO - 1)
-        q_idx = tl.zeros_like(s) + length - 1
-        q = hooked_query(q, h, q_idx, tensors, HOOKS, q_ptr + off_q, ok_s, D, BLOCK_N)
-        row_max, row_sum, acc = empty_state(BLOCK_S, BLOCK_D)
-        last_key = tl.full([BLOCK_S], 0, tl.int32) + length
-        table = page_table_ptr + b.to(tl.int64) * stride_table
-        lo = start + unit * BLOCK_N
-        row_max, row_sum, acc = attend_tiles(
-            q, row_max, row_sum, acc, lo, tl.minimum(lo + take * BLOCK_N, length), k_ptr, v_ptr, table, head * stride_head,
-            last_key, 0, length, 0, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, False, HAS_SOFTCAP, PRECISION, HOOKS,
-        )  # fmt: skip
-        pair = b * GROUPS + head
-        whole = whole_base + (LEVELS * rows * GROUPS + pair) * RATIO + s
-        at, begin, parts = part_rows(number, position, unit, count, take, share, extra, suffix_base, whole, s, BLOCK_S)
-        store_state(partial_ptr, partial_sum_ptr, at, ok_s, row_max, row_sum, acc)
-        if unit == 0:
-            place_ptr = places_ptr + pair * PLACE + LEVELS * 2
-            tl.store(place_ptr + tl.zeros_like(s), begin, mask=s == 0)
-            tl.store(place_ptr + 1, parts)
-            tl.store(place_ptr + 2, tl.where(length > 0, tl.sum(tl.where(row == b, shares, 0), 0), 0))
-        position += take
-
-
-def order_of_work(pairs: int, queries: int, processors: int) -> tl.constexpr:
-    """BESIDE, IN_TURN or BY_LENGTH for `pairs` (row, kv head) pairs, and `queries` packed query rows a prefix group."""
-    if queries > 16 and pairs <= MANY_PAIRS * processors:
-        return BY_LENGTH
-    return BESIDE if pairs <= FEW_ROWS * processors else IN_TURN
-
-
 def worth_gluon(
     q: Tensor, k_pages: Tensor, most_keys: int, queries: int, softcap: float | None, variant: CompiledVariant
 ) -> bool:
-    """Whether the Gluon kernel can take the prefixes, and its tiles are full enough to be worth two more launches.
+    """Whether the Gluon kernel can take the prefixes, and its tiles are full enough.
 
     `queries` is the number of packed query rows of a prefix group.
     """
     filled = queries / (triton.cdiv(queries, GLUON_ROWS) * GLUON_ROWS)
-    if is_eight_bits(k_pages) or filled < GLUON_FILLED or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
+    one_group = queries * k_pages.shape[2] >= q.shape[0] * q.shape[1]
+    least = GLUON_FILLED_BY_ONE if one_group else GLUON_FILLED
+    if is_eight_bits(k_pages) or filled < least or q.shape[0] * most_keys < GLUON_KEYS or softcap is not None:
         return False
     from hf_fastattn.kernels.attention.hopper_prefixes import why_not_prefixes
 
@@ -320,8 +214,8 @@ def paged_decode_shared(
         softcap: scores become `softcap * tanh(score / softcap)`.
         workspace: room for partial states, for one stream; a new one by default.
         variant: what attention does besides; without a window.
-        hopper: take the Gluon kernel for the prefixes where it is quicker, in a launch of its own and one for its work
-            list; see `backends.choose_backend`.
+        hopper: take the Gluon kernel for the prefixes where it is quicker, with one more launch for its work list; see
+            `backends.choose_backend`.
         work_lists: what earlier calls for the same lengths and groups have made, and this one adds to: the work of the Gluon
             kernel. To be emptied before lengths or groups change.
 
@@ -361,43 +255,41 @@ def paged_decode_shared(
     tile = shared_prefix_tile(
         arch, element_bytes(q, k_pages), block_d, ratio if gluon else queries, pairs, room.processors, transformed
     )
-    block_s = max(power_of_2(ratio), 16)
-    block_m = GLUON_ROWS if gluon else max(min(power_of_2(queries), tile.block_m), block_s)
-    # Of one level, and of all of them.
-    steps = max(power_of_2(groups), 16).bit_length() - 1
-    block_p = max(power_of_2(groups * levels), 16)
-    programs = max(tile.programs * room.processors, 2)
-    prefix_programs = room.processors if gluon else programs
-    factor, cap = score_factors(scale, softcap, variant.hooks)
-    overlap = overlaps_launches(arch)
-    suffix_base = 2 * prefix_programs * block_m
-    whole_base = suffix_base + 2 * programs * block_s
-    partial, partial_sum, _ = room.split_kv(triton.cdiv(whole_base + (levels + 1) * rows * heads, 16), 16, block_d)
+    suffix = suffix_tile(arch, element_bytes(q, k_pages), block_d, pairs, room.processors)
+    parts = parts_of_suffixes(suffix, pairs, room.processors)
+    block_m = GLUON_ROWS if gluon else max(min(power_of_2(queries), tile.block_m), power_of_2(ratio), 16)
+    programs = room.processors if gluon else max(tile.programs * room.processors, 2)
+    suffix_base = 2 * programs * block_m
+    whole_base = suffix_base + pairs * parts * power_of_2(ratio)
+    states = max(triton.cdiv(whole_base + levels * rows * heads, 16), pairs)
+    partial, partial_sum, arrived = room.split_kv(states, 16, block_d)
     if gluon:
         from hf_fastattn.kernels.attention.hopper_prefixes import hopper_prefixes
 
         places = hopper_prefixes(
             q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, scale=scale,
-            programs=prefix_programs, whole_base=whole_base, work_lists={} if work_lists is None else work_lists,
+            programs=programs, whole_base=whole_base, work_lists={} if work_lists is None else work_lists,
         )  # fmt: skip
     else:
-        places = torch.empty((rows * kv_heads, PLACE.value), dtype=torch.int32, device=q.device)
-    with on_device_of(q):
-        prepared(shared_prefix_kernel)[(programs,)](
-            q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
-            rows, groups, suffix_base, whole_base, factor, cap,
-            q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
-            variant.tensors,
-            GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
-            BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=block_p, STEPS=steps, LEVELS=levels,
-            BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_N=tile.block_n,
-            STAGES=stages_with(variant, tile.stages, max(block_m, block_s), tile.block_n),
-            ORDER=order_of_work(pairs, queries, room.processors), OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
-            PREFIXES=not gluon, PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
-            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
-            **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
-        )  # fmt: skip
-    return merge_prefixes(
-        partial, partial_sum, places, seq_lens, (rows, heads, dim), q.dtype, block_m, block_s,
-        levels=levels, overlap=overlap, variant=variant,
+        places = torch.empty((pairs, PLACE.value), dtype=torch.int32, device=q.device)
+        factor, cap = score_factors(scale, softcap, variant.hooks)
+        overlap = overlaps_launches(arch)
+        with on_device_of(q):
+            prepared(prefixes_kernel)[(programs,)](
+                q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places,
+                rows, groups, whole_base, factor, cap,
+                q.stride(0), q.stride(1), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), page_table.stride(0),
+                variant.tensors,
+                GROUPS=kv_heads, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
+                BLOCK_B=max(power_of_2(rows), 16), BLOCK_P=max(power_of_2(groups * levels), 16),
+                STEPS=max(power_of_2(groups), 16).bit_length() - 1, LEVELS=levels,
+                BLOCK_M=block_m, BLOCK_N=tile.block_n, STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
+                SKIP_MASKS=queries > 16 or pairs > room.processors, OVERLAP=overlap, HAS_SOFTCAP=softcap is not None,
+                PRECISION=dot_precision(q.dtype), HOOKS=variant.hooks_for(q.dtype),
+                num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+                **({"ptx_options": ASSEMBLER_OPTIONS} if arch == 90 else {}),
+            )  # fmt: skip
+    return suffixes_with_prefixes(
+        q, k_pages, v_pages, page_table, seq_lens, group_starts, prefix_lens, partial, partial_sum, places, arrived,
+        suffix_base=suffix_base, block_m=block_m, tile=suffix, parts=parts, scale=scale, softcap=softcap, variant=variant,
     )  # fmt: skip

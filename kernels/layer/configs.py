@@ -42,6 +42,8 @@ HOPPER = 90
 MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     **{(HOPPER, bucket, 4096, 4096): ProductTile(64, 256, 4, 3, split=2) for bucket in (2, 4, 8, 16)},
     (HOPPER, 64, 4096, 6144): ProductTile(64, 64, 4, 6, split=2),
+    # Gate and up of a small model: adding up the parts of both would take longer than reading their weights.
+    (HOPPER, 64, 1024, 6144): ProductTile(64, 64, 4, 6),
     (HOPPER, 1, 8192, 2048): ProductTile(2, 2048, 4, 2, vector=8),
     # Columns of `down_proj` on each of several ranks: steps of 2048 would leave half of the last one empty.
     (HOPPER, 1, 7168, 4096): ProductTile(4, 4096, 8, 2, vector=8),
@@ -76,6 +78,8 @@ LONG_ROWS = 8192
 # Above this many tokens cuBLAS is as quick for some shapes in 16 bits (in fp32 it is not, computing on the CUDA cores);
 # other GPUs were not measured there.
 FEW_TOKENS = 16
+# Elements of a weight up to which cuBLAS is quicker for more tokens: of models of 1,024 hidden dimensions.
+SMALL_WEIGHT = 4 * 1024 * 1024
 
 
 def bucket_of(tokens: int) -> int:
@@ -97,8 +101,8 @@ def beats_cublas(arch: int, itemsize: int, tokens: int, k: int, rows: int, weigh
         return False
     if itemsize == 4:
         return True
-    # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse.
-    return adapted or weights > 1 or k >= 2 * rows
+    # A single weight only if it has far more columns than rows, where cuBLAS's split-K is worse, and is not small.
+    return adapted or weights > 1 or (k >= 2 * rows and k * rows > SMALL_WEIGHT)
 
 
 @functools.cache

@@ -84,7 +84,7 @@ class Case:
 
 # GPUs of capability 8.0 do not convert e4m3.
 FP8 = ("sm_90", "sm_100")
-SHARED_PREFIX = ("shared_prefix_kernel", "merge_prefixes_kernel")
+SHARED_PREFIX = ("prefixes_kernel", "suffix_kernel")
 
 # Their producer and consumers take all registers and nearly all shared memory of a multiprocessor.
 HOPPER: dict[str, Any] = {
@@ -96,7 +96,7 @@ HOPPER: dict[str, Any] = {
 LISTED: dict[str, Any] = {**HOPPER, "kernels": ("visited_kernel", *HOPPER["kernels"])}
 PREFIXES: dict[str, Any] = {
     **HOPPER,
-    "kernels": ("prefix_items_kernel", "hopper_prefill_kernel", "shared_prefix_kernel", "merge_prefixes_kernel"),
+    "kernels": ("prefix_items_kernel", "hopper_prefill_kernel", "suffix_kernel"),
 }
 
 SAMPLED = ("scan_logits_kernel", "draw_kernel")

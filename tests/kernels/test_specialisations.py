@@ -26,7 +26,7 @@ SAMPLING_KERNELS = {
 }
 MOST_OF_SAMPLING = 100
 # Of the shared prefixes: those of 5 shapes with few and with many rows, and of the long prompts.
-PREFIX_KERNELS = {"shared_prefix_kernel", "merge_prefixes_kernel"}
+PREFIX_KERNELS = {"prefixes_kernel", "suffix_kernel"}
 MOST_OF_PREFIXES = 50
 # Of the end of a step: those of 9 blocks of rows, with one window and two, with and without tokens seen.
 LOOP_KERNELS = {"advance_kernel"}

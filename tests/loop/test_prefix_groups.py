@@ -16,7 +16,7 @@ from hf_fastattn.cache.prefix_groups import PrefixGroups
 from hf_fastattn.eval.accuracy import reexecuted
 from hf_fastattn.generation import prefix_call
 from hf_fastattn.kernels import rehearsal
-from hf_fastattn.kernels.attention import prefix_merge
+from hf_fastattn.kernels.attention import prefix_lists
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.loop.graph_key import GraphKey
@@ -318,7 +318,7 @@ def test_levels_that_lose_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (shared.sharers, shared.group_count) == (8, 16)
     assert shared.keep([0, 2, 4, 5]) == PrefixGroups(((0, 4, 32),), 8, (((0, 2, 48), (2, 4, 64)),))
     assert shared.keep([0, 4]) == PrefixGroups(((0, 2, 32),), 8) and shared.keep([3]) == PrefixGroups((), 8)
-    assert prefix_groups.MOST_LEVELS == prefix_merge.MOST_LEVELS
+    assert prefix_groups.MOST_LEVELS == prefix_lists.MOST_LEVELS
     saved = 5 * 32 + 2 * 16 + 32 + 48
     for worth, pays in ((saved * 8, True), (saved * 8 + 1, False)):
         monkeypatch.setattr(prefix_groups, "WORTH_BYTES", worth)

@@ -87,7 +87,7 @@ def test_samples_of_prompts(compiled: Compiled) -> None:
     """Steps have more rows than the prompt, and read what these share once."""
     call = generate(repeats=SAMPLES, do_sample=True)
     assert call.prompt_tokens == PROMPTS * LENGTH
-    assert_at_once(compiled, "shared_prefix_kernel", "merge_prefixes_kernel", "draw_kernel", "advance_kernel")
+    assert_at_once(compiled, "prefixes_kernel", "suffix_kernel", "draw_kernel", "advance_kernel")
 
 
 def test_a_penalty(compiled: Compiled) -> None:

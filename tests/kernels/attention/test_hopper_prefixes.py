@@ -70,6 +70,7 @@ def stood_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prefix, "GLUON_FILLED", 0.0)
+    monkeypatch.setattr(shared_prefix, "GLUON_FILLED_BY_ONE", 0.0)
     monkeypatch.setattr(shared_prefix, "GLUON_KEYS", 0)
 
 
@@ -117,6 +118,9 @@ def test_where_it_is_worth_two_launches(monkeypatch: pytest.MonkeyPatch) -> None
 
     assert worth(256) and worth(96) and worth(128)
     assert not worth(64) and not worth(144) and not worth(256, 2048) and not worth(256, softcap=30.0)
+    # 16 rows of one prompt, half a tile.
+    q, pages = torch.zeros(16, 32, 64, dtype=BF16), torch.zeros(1, 16, 8, 64, dtype=BF16)
+    assert worth(64, 16384) and not worth(32, 16384) and not worth(64, 8192)
 
 
 @pytest.fixture

@@ -12,16 +12,13 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.attention import configs, shared_prefix
+from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
+from hf_fastattn.kernels.attention.work_list import WorkLists
 from hf_fastattn.kernels.attention.workspace import Workspace
 from tests.kernels.cases import Batch, assert_attention, make_batch
 
-ORDERS = {
-    "beside": shared_prefix.BESIDE,
-    "in turn": shared_prefix.IN_TURN,
-    "by length": shared_prefix.BY_LENGTH,
-}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Tokens of a prefix, and of each row's suffix; None is a row without keys.
 Group = tuple[int, list[int | None]]
@@ -98,31 +95,29 @@ def test_rows_past_the_last_group_share_nothing():
     assert_attention(batch, got)
 
 
-def test_order_of_work():
-    """16 samples of one prompt and 64, with 4 heads a kv head of 8; 4 samples of one prompt and of 64; 256 of one."""
-    cases = {(16, 16): "by length", (64, 64): "by length", (4, 4): "beside", (256, 4): "in turn", (256, 256): "in turn"}
-    for (rows, sharers), order in cases.items():
-        assert shared_prefix.order_of_work(rows * 8, sharers * 4, 132) == ORDERS[order], rows
+def test_parts_of_suffixes():
+    """Of 64 rows of 8 kv heads, of 16, of 4, of one, and of more than there are programs."""
+    tile = configs.suffix_tile(90, 2, 128, 64, 132)
+    assert [configs.parts_of_suffixes(tile, rows * 8, 132) for rows in (64, 16, 4, 1, 1000)] == [2, 8, 32, 32, 2]
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("rows", "order"), [*((17, order) for order in ORDERS), *zip((1, 5, 40), ORDERS, strict=True)])
-def test_query_blocks(rows, order, monkeypatch):
-    """More rows than a tile holds, with heads that do not divide it; and all ways of dividing the work."""
-    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+@pytest.mark.parametrize("rows", [1, 5, 17, 40])
+def test_query_blocks(rows, monkeypatch):
+    """More rows than a tile holds, with heads that do not divide it."""
     tile = configs.Tile(32, 32, 4, 3)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: tile)
     check([(80, [row % 3 for row in range(rows)]), (0, [40, 3])], groups=1, ratio=5, page=16, dim=32, dtype=BF16)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("order", ORDERS)
-def test_prefixes_and_suffixes_in_many_parts(order, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_prefixes_and_suffixes_in_many_parts(parts, monkeypatch):
+    """Suffixes of fewer parts than there are programs for, of as many, and of more."""
+    monkeypatch.setattr(shared_prefix, "parts_of_suffixes", lambda *args: parts)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
-    # Prefixes of more and of less than twice the cost of the suffixes.
     check([(400, [130])], groups=1, page=16, dim=32, dtype=BF16)
-    check([(160, [20, 300]), (48, [90])], groups=2, page=16, dim=32, dtype=BF16)
+    check([(160, [20, 700]), (48, [90])], groups=2, page=16, dim=32, dtype=BF16)
 
 
 @pytest.mark.interpreter
@@ -140,7 +135,7 @@ def test_strides():
 @pytest.mark.interpreter
 def test_a_workspace_serves_one_launch_after_another():
     workspace, options = Workspace(torch.device("cpu")), {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
-    groups: list[Group] = [(96, [5, 17]), (16, [90, 1])]
+    groups: list[Group] = [(96, [5, 17]), (16, [300, 1])]
     first = check(groups, None, workspace, **options)
     batch = make_batch([1] * 3, [5, 300, 64], **options)
     got = paged_decode(
@@ -229,9 +224,7 @@ NESTED: list[tuple[int, list[Group]]] = [
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("order", ORDERS)
-def test_prefixes_within_prefixes(order, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "order_of_work", lambda *args: ORDERS[order])
+def test_prefixes_within_prefixes(monkeypatch):
     check_nested(NESTED, page=16, dim=32, dtype=BF16)
     monkeypatch.setattr(shared_prefix, "shared_prefix_tile", lambda *args: configs.Tile(16, 16, 4, 3))
     check_nested(NESTED, 2, 5, groups=1, ratio=5, page=16, dim=32, dtype=FP32)
@@ -344,3 +337,58 @@ def test_a_captured_graph_follows_lengths_and_groups(most):
         (first, [0, 3, 6, 8], [2048, 512, 0]),
     ):
         replay(*step)()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "prefix", "hopper"), [(64, 512, True), (64, 512, False), (16, 4096, False), (64, 4096, True)]
+)
+def test_suffixes_begin_when_their_keys_are_there(rows, prefix, hopper):
+    """In a captured chain of layers: what is appended changes between replays, and was NaN before."""
+    heads, groups, dim, layers = 16, 8, 128, 8
+    suffixes: list[int | None] = [50 + row % 3 for row in range(rows)]
+    batches = [
+        make_shared([(prefix, suffixes)], ratio=heads // groups, groups=groups, dim=dim, page=16, dtype=BF16, device="cuda")
+        for _ in range(layers)
+    ]
+    workspace, cos = Workspace(batches[0][0].q.device), torch.ones(rows, dim, dtype=BF16, device="cuda")
+    new = [[torch.empty(rows, count, dim, dtype=BF16, device="cuda") for count in (heads, groups, groups)] for _ in batches]
+    lists: WorkLists = {}
+
+    def slots(batch: Batch) -> torch.Tensor:
+        last = batch.seq_lens.long() - 1
+        return batch.page_table.gather(1, last[:, None] // 16)[:, 0].long() * 16 + last % 16
+
+    def chain(shared: bool) -> list[torch.Tensor]:
+        lists.clear()
+        found = []
+        for (batch, starts, prefixes), inputs in zip(batches, new, strict=True):
+            q = rope_append(*inputs, cos, torch.zeros_like(cos), batch.k_pages, batch.v_pages, slots(batch))
+            where = (q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens)
+            if shared:
+                out, _ = paged_decode_shared(
+                    *where, starts, prefixes, max_group_rows=rows, scale=batch.scale, workspace=workspace, hopper=hopper,
+                    work_lists=lists,
+                )  # fmt: skip
+            else:
+                out, _ = paged_decode(*where, scale=batch.scale, workspace=workspace)
+            found.append(out)
+        return found
+
+    for inputs in new:
+        for x in inputs:
+            x.normal_()
+    chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(True)
+    for _ in range(3):
+        for (batch, _, _), inputs in zip(batches, new, strict=True):
+            for x in inputs:
+                x.normal_()
+            for pages in (batch.k_pages, batch.v_pages):
+                pages.view(-1, groups, dim)[slots(batch)] = math.nan
+        graph.replay()
+        replayed = [out.clone() for out in got]
+        for ours, plain in zip(replayed, chain(False), strict=True):
+            torch.testing.assert_close(ours, plain, atol=0.02, rtol=0.02)

@@ -234,6 +234,9 @@ def test_where_cublas_is_as_quick():
     assert not any(beats_cublas(arch, size, 17, *shape) for arch, size in ((80, 2), (80, 4)) for shape in shapes)
     assert all(beats_cublas(HOPPER, 4, 64, *shape) for shape in shapes)
     assert not beats_cublas(HOPPER, 2, 65, 14336, 4096, 1)
+    # o and down of Qwen3-0.6B
+    assert not beats_cublas(HOPPER, 2, 64, 2048, 1024, 1) and not beats_cublas(HOPPER, 2, 64, 3072, 1024, 1)
+    assert beats_cublas(HOPPER, 2, 16, 2048, 1024, 1)
     # An adapter beside cuBLAS would be launches of its own; where the tiles were not measured, it is that still.
     assert beats_cublas(HOPPER, 2, 64, 4096, 4096, 1, adapted=True)
     assert not any(beats_cublas(arch, size, 17, *shapes[0], adapted=True) for arch, size in ((80, 2), (80, 4)))
