@@ -98,7 +98,7 @@ def decode_row_kernel(
             if arrived == parts - 1:
                 tl.store(arrived_ptr + head, 0)
                 r = tl.arange(0, BLOCK_R)
-                total_max, total_sum, total = _merged(
+                total_max, total_sum, total = merged_parts(
                     partial_ptr, partial_sum_ptr, head * splits, parts, BLOCK_R, BLOCK_D, MERGE_PARTS
                 )
                 out_row = head * RATIO + r
@@ -108,7 +108,7 @@ def decode_row_kernel(
 
 
 @triton.jit
-def _merged(
+def merged_parts(
     partial_ptr, partial_sum_ptr, first, parts, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_PARTS: tl.constexpr
 ):
     """The state of parts `first` to `first + parts - 1`, MERGE_PARTS of them at a time.

@@ -1,0 +1,224 @@
+"""[qk-norm] + RoPE + append + attention of one new token of a single short row, in one launch.
+
+A program takes one query head and a part of the keys. Keys and values of earlier tokens do not depend on the launch ahead:
+a program asks for its first tile of them before it waits, and holds it in registers. Then it rotates its query and the new
+key by itself; the first program of a kv head writes the new key and value to their slot, which no program reads. Up to
+BLOCK_N earlier keys there is one part, and nothing to merge; more are cut as in `decode_row.py`. All arithmetic is fp32, on
+the CUDA cores; queries and keys are rounded to the dtype of the pages once they are rotated, as `append.py` does. The plain
+PyTorch versions are `rope_reference.rope_append` and `reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_fastattn.kernels.attention.decode_row import MERGE_ELEMENTS, merged_parts
+from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.launch import LOG2E, arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.quick_launch import launch
+
+
+@triton.jit
+def _with_partners(x_ptr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[BLOCK_D]` elements as they are, 0 from column D on, and those that RoPE rotates into each of them."""
+    d = tl.arange(0, BLOCK_D)
+    HALF: tl.constexpr = ROTARY // 2
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    return tl.load(x_ptr + d, mask=d < D, other=0.0), tl.load(x_ptr + partner, mask=d < ROTARY, other=0.0)
+
+
+@triton.jit
+def _rotated(
+    raw, norm, angles, eps, D: tl.constexpr, ROTARY: tl.constexpr, NORMS: tl.constexpr, UNIT_OFFSET: tl.constexpr
+):  # fmt: skip
+    """A head, normalised and rotated: `[BLOCK_D]`, fp32; all but eps are pairs of what `_with_partners` gives."""
+    x = raw[0].to(tl.float32)
+    y = raw[1].to(tl.float32)
+    if NORMS:
+        inverse = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        first = norm[0].to(tl.float32)
+        second = norm[1].to(tl.float32)
+        if UNIT_OFFSET:
+            first += 1.0
+            second += 1.0
+        x = x * inverse * first
+        y = y * inverse * second
+    if ROTARY > 0:
+        # The sign of rotate_half is folded into sin.
+        turned = x * angles[0].to(tl.float32) + y * angles[1].to(tl.float32)
+        x = tl.where(tl.arange(0, x.shape[0]) < ROTARY, turned, x)
+    return x
+
+
+@triton.jit
+def _tile(
+    k_pages_ptr, v_pages_ptr, page_table_ptr, key_n, past, offset, stride_page, stride_slot,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values `[BLOCK_N, BLOCK_D]` of the tokens `key_n`, 0 from token `past` on."""
+    d = tl.arange(0, BLOCK_D)
+    ok_n = key_n < past
+    page = tl.load(page_table_ptr + key_n // PAGE, mask=ok_n, other=0)
+    # One offset for K and V, whose strides agree.
+    slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot + offset
+    off_kv = slot[:, None] + d[None, :]
+    ok = ok_n[:, None] & (d < D)[None, :]
+    return tl.load(k_pages_ptr + off_kv, mask=ok, other=0.0), tl.load(v_pages_ptr + off_kv, mask=ok, other=0.0)
+
+
+@triton.jit
+def _add_tile(q, k, v, ok_n, scale, row_max, row_sum, acc):
+    """The state of the online softmax, two numbers and `acc: [BLOCK_D]`, after a tile of keys."""
+    scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale  # [BLOCK_N]
+    scores = tl.where(ok_n, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 0))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.math.exp2(scores - shift)
+    decay = tl.math.exp2(row_max - shift)
+    row_sum = row_sum * decay + tl.sum(p, 0)
+    acc = acc * decay + tl.sum(v.to(tl.float32) * p[:, None], 0)
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["window", "splits"])
+def short_row_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, k_pages_ptr, v_pages_ptr, page_table_ptr, seq_lens_ptr, slot_ptr,
+    q_norm_ptr, k_norm_ptr, partial_ptr, partial_sum_ptr, arrived_ptr, splits, window, scale, eps,
+    stride_qh, stride_kh, stride_vh, stride_page, stride_slot, stride_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr, HAS_WINDOW: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One query head and one part of its keys; parts hold TILES tiles, or as many as needed for no more than `splits`."""
+    head = tl.program_id(0) % HEADS
+    part = tl.program_id(0) // HEADS
+    group = head // RATIO
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    if OVERLAP and not SETTLED:
+        gdc_wait()
+    length = tl.load(seq_lens_ptr)
+    past = tl.maximum(length - 1, 0)
+    lowest = 0
+    if HAS_WINDOW:
+        lowest = tl.maximum(length - window, 0)
+    tiles = tl.cdiv(past - lowest, BLOCK_N)
+    parts = tl.maximum(tl.minimum(splits, tl.cdiv(tiles, TILES)), 1)
+    if part < parts:
+        start = lowest + tiles * part // parts * BLOCK_N
+        stop = tl.minimum(lowest + tiles * (part + 1) // parts * BLOCK_N, past)
+        offset = group * stride_head
+        k, v = _tile(
+            k_pages_ptr, v_pages_ptr, page_table_ptr, start + n, stop, offset, stride_page, stride_slot, PAGE, D, BLOCK_D
+        )
+        NORMS: tl.constexpr = q_norm_ptr is not None
+        q_norm = ()
+        k_norm = ()
+        if NORMS:
+            q_norm = _with_partners(q_norm_ptr, D, ROTARY, BLOCK_D)
+            k_norm = _with_partners(k_norm_ptr, D, ROTARY, BLOCK_D)
+        if OVERLAP:
+            gdc_launch_dependents()
+            if SETTLED:
+                gdc_wait()
+        # Everything is asked for before anything is computed.
+        turns = d < ROTARY
+        angles = (tl.load(cos_ptr + d, mask=turns, other=0.0), tl.load(sin_ptr + d, mask=turns, other=0.0))
+        raw_q = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
+        raw_k = _with_partners(k_ptr + group * stride_kh, D, ROTARY, BLOCK_D)
+        value = tl.load(v_ptr + group * stride_vh + d, mask=d < D, other=0.0)
+        slot = tl.load(slot_ptr).to(tl.int64)
+        dtype = k_pages_ptr.dtype.element_ty
+        q = _rotated(raw_q, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
+        row_max = float("-inf")
+        row_sum = 0.0
+        acc = tl.zeros([BLOCK_D], tl.float32)
+        if (part == 0) & (length > 0):
+            key = _rotated(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
+            written = (head % RATIO == 0) & (slot >= 0) & (d < D)
+            at = slot // PAGE * stride_page + slot % PAGE * stride_slot + offset + d
+            tl.store(k_pages_ptr + at, key, mask=written)
+            tl.store(v_pages_ptr + at, value, mask=written)
+            row_max = tl.sum(key.to(tl.float32) * q, 0) * scale
+            row_sum = 1.0
+            acc = value.to(tl.float32)
+        row_max, row_sum, acc = _add_tile(q, k, v, start + n < stop, scale, row_max, row_sum, acc)
+        for first in range(start + BLOCK_N, stop, BLOCK_N):
+            k, v = _tile(
+                k_pages_ptr, v_pages_ptr, page_table_ptr, first + n, stop, offset, stride_page, stride_slot,
+                PAGE, D, BLOCK_D,
+            )  # fmt: skip
+            row_max, row_sum, acc = _add_tile(q, k, v, first + n < stop, scale, row_max, row_sum, acc)
+        out_at = out_ptr + head * D + d
+        if parts == 1:
+            out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
+        else:
+            at = head * splits + part
+            tl.store(partial_ptr + at * BLOCK_D + d, acc)
+            tl.store(partial_sum_ptr + at * 2, row_max)
+            tl.store(partial_sum_ptr + at * 2 + 1, row_sum)
+            # Every thread has stored its share of the part before one of them counts it.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
+            if arrived == parts - 1:
+                tl.store(arrived_ptr + head, 0)
+                _, total_sum, total = merged_parts(
+                    partial_ptr, partial_sum_ptr, head * splits, parts, 1, BLOCK_D, MERGE_PARTS
+                )
+                out = tl.sum(total / tl.where(total_sum == 0.0, 1.0, total_sum)[:, None], 0)
+                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def short_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    workspace: Workspace,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    keys_settled: bool = False,
+    block_n: int = 256,
+    warps: int = 16,
+    tiles: int = 1,
+    maxnreg: int | None = None,
+) -> Tensor:
+    check_pages(q, k_pages, v_pages)
+    _, heads, dim = q.shape
+    groups, block_d = k_pages.shape[2], power_of_2(dim)
+    out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
+    splits = max(min(workspace.processors // heads, 16), 1)
+    partial, partial_sum, arrived = workspace.split_kv(heads * splits, 1, block_d)
+    overlap = overlaps_launches(arch_of(q.device))
+    with on_device_of(q):
+        launch(
+            short_row_kernel, (heads * splits,),
+            (
+                q, k, v, cos, sin, out, k_pages, v_pages, page_table, seq_lens, slot_mapping, q_norm, k_norm,
+                partial, partial_sum, arrived, splits, window or 0, scale * LOG2E, eps,
+                q.stride(1), k.stride(1), v.stride(1), *k_pages.stride()[:3],
+            ),
+            dict(
+                HEADS=heads, RATIO=heads // groups, D=dim, ROTARY=cos.shape[-1], PAGE=k_pages.shape[1], BLOCK_D=block_d,
+                BLOCK_N=block_n, TILES=tiles, MERGE_PARTS=max(min(MERGE_ELEMENTS // block_d, 16), 1),
+                UNIT_OFFSET=unit_offset, HAS_WINDOW=window is not None, SETTLED=keys_settled, OVERLAP=overlap,
+                num_warps=warps, **({"maxnreg": maxnreg} if maxnreg else {}), **({"launch_pdl": True} if overlap else {}),
+            ),
+        )  # fmt: skip
+    return out
