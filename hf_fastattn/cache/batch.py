@@ -177,6 +177,44 @@ class Batch:
             return append.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
         return rope_reference.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
 
+    def append_and_attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        window: int | None,
+        *,
+        scale: float,
+        variant: PreparedVariant | None = None,
+        **norms: Any,
+    ) -> Tensor:
+        """`rope_append`, then `attend`: one launch for a step of a single short row, two for everything else."""
+        alone = self._is_short_row(q, k_pages, window, variant)
+        if alone:
+            from hf_fastattn.kernels.attention.short_row import short_row
+
+            held = self.on(q.device)
+            return short_row(
+                q, k, v, cos, sin, k_pages, v_pages, held.slots[window], held.page_tables[window], held.seq_lens,
+                scale=scale, window=window, workspace=self._workspace(q.device), keys_settled=True, **norms,
+            )  # fmt: skip
+        q = self.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norms)
+        return self.attend(q, k_pages, v_pages, window, scale=scale, variant=variant)
+
+    def _is_short_row(self, q: Tensor, k_pages: Tensor, window: int | None, variant: PreparedVariant | None) -> bool:
+        # Only of static tensors: those that the host has just made may be written by the launch ahead.
+        if self.rows > 1 or not self.is_decode or self.host is not None or variant is not None or self.options.batch_invariant:
+            return False
+        if self._backend_of(q) == "reference" or (self.shared is not None and window is None):
+            return False
+        from hf_fastattn.kernels.attention.short_row import is_short_row
+
+        return is_short_row(q, k_pages, self.on(q.device).page_tables[window])
+
     def attend(
         self,
         q: Tensor,

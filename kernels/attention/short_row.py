@@ -22,6 +22,13 @@ from hf_fastattn.kernels.launch import LOG2E, arch_of, check_pages, on_device_of
 from hf_fastattn.kernels.quick_launch import launch
 
 
+# Keys that there is room for in the row's page table, at most.
+MOST_KEYS = 4096
+MOST_HEAD_DIM = 128
+# Architectures that this was measured on.
+HOPPER = 90
+
+
 @triton.jit
 def _with_partners(x_ptr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[BLOCK_D]` elements as they are, 0 from column D on, and those that RoPE rotates into each of them."""
@@ -174,6 +181,13 @@ def short_row_kernel(
                 tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
+def is_short_row(q: Tensor, k_pages: Tensor, page_table: Tensor) -> bool:
+    """Whether `short_row` is quicker than an append and an attention, for a row with this page table."""
+    if arch_of(q.device) != HOPPER or q.element_size() != 2 or k_pages.dtype is not q.dtype:
+        return False
+    return q.shape[-1] <= MOST_HEAD_DIM and page_table.shape[1] * k_pages.shape[1] <= MOST_KEYS
+
+
 def short_row(
     q: Tensor,
     k: Tensor,
@@ -194,14 +208,15 @@ def short_row(
     eps: float = 1e-6,
     unit_offset: bool = False,
     keys_settled: bool = False,
-    block_n: int = 256,
-    warps: int = 16,
+    block_n: int | None = None,
+    warps: int = 8,
     tiles: int = 1,
-    maxnreg: int | None = None,
+    maxnreg: int | None = 128,
 ) -> Tensor:
     check_pages(q, k_pages, v_pages)
     _, heads, dim = q.shape
     groups, block_d = k_pages.shape[2], power_of_2(dim)
+    block_n = block_n or 16384 // block_d
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
     splits = max(min(workspace.processors // heads, 16), 1)
     partial, partial_sum, arrived = workspace.split_kv(heads * splits, 1, block_d)

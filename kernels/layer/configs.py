@@ -64,6 +64,8 @@ SKINNY_FP32: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (16, True): ((ProductTile(64, 64, 4, 3), 2),),
     (64, True): ((ProductTile(64, 32, 4, 4), 2),),
 }
+# Bytes of weights of a launch of `one_wave.py` for each multiprocessor: what its registers hold beside what is computed.
+WAVE_BYTES = 96 * 1024
 # Multiprocessors (SMs) of an H100 or H200.
 PROCESSORS = 132
 MOST_SPLITS = 8
@@ -130,6 +132,18 @@ def product_tile(
         return _skinny_tile(bucket, k, rows, gated, SKINNY if itemsize == 2 else SKINNY_FP32)
     tile = _ampere_tile(bucket, k, rows, gated)
     return replace(tile, block_k=tile.block_k // 2) if itemsize == 4 else tile
+
+
+@functools.cache
+def one_wave_tile(arch: int, itemsize: int, k: int, rows: int, gated: bool) -> ProductTile | None:
+    """The tile of `one_wave.py` for one token times `rows` weight rows of `k` columns; None where `matvec.py` is quicker.
+
+    Args:
+        rows: of all weights; gate and up count as `2 * I` rows.
+    """
+    if arch != HOPPER or itemsize != 2 or rows * k * itemsize > WAVE_BYTES * PROCESSORS:
+        return None
+    return None if k % 1024 or k > 8192 else ProductTile(4, 2048 if k % 2048 == 0 else 1024, 8 if k % 2048 == 0 else 4, 1, vector=8)
 
 
 def room_beside(arch: int, tokens: int, tile: ProductTile, counts: Sequence[int]) -> int:
