@@ -13,6 +13,8 @@ from tests.kernels.layer.test_norm import rows
 from tests.tools.combinations import pairwise
 
 BF16, FP16 = torch.bfloat16, torch.float16
+# Of four rows and 1,024 columns.
+WIDE = ProductTile(4, 1024, 4, 1, vector=8)
 
 
 def check(
