@@ -16,17 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.decode_row import MERGE_ELEMENTS, merged_parts
+from hf_fastattn.kernels.attention.configs import ShortRowTile, short_row_tile
+from hf_fastattn.kernels.attention.decode_row import MERGE_ELEMENTS, MOST_PARTS, merged_parts
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import LOG2E, arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.quick_launch import launch
-
-
-# Keys that there is room for in the row's page table, at most.
-MOST_KEYS = 4096
-MOST_HEAD_DIM = 128
-# Architectures that this was measured on.
-HOPPER = 90
 
 
 @triton.jit
@@ -97,10 +91,10 @@ def short_row_kernel(
     q_norm_ptr, k_norm_ptr, partial_ptr, partial_sum_ptr, arrived_ptr, splits, window, scale, eps,
     stride_qh, stride_kh, stride_vh, stride_page, stride_slot, stride_head,
     HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, MERGE_PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_PARTS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, HAS_WINDOW: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One query head and one part of its keys; parts hold TILES tiles, or as many as needed for no more than `splits`."""
+    """One query head and one part of its keys; parts hold a tile, or as many as needed for no more than `splits` parts."""
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS
     group = head // RATIO
@@ -114,7 +108,7 @@ def short_row_kernel(
     if HAS_WINDOW:
         lowest = tl.maximum(length - window, 0)
     tiles = tl.cdiv(past - lowest, BLOCK_N)
-    parts = tl.maximum(tl.minimum(splits, tl.cdiv(tiles, TILES)), 1)
+    parts = tl.maximum(tl.minimum(splits, tiles), 1)
     if part < parts:
         start = lowest + tiles * part // parts * BLOCK_N
         stop = tl.minimum(lowest + tiles * (part + 1) // parts * BLOCK_N, past)
@@ -181,11 +175,9 @@ def short_row_kernel(
                 tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def is_short_row(q: Tensor, k_pages: Tensor, page_table: Tensor) -> bool:
-    """Whether `short_row` is quicker than an append and an attention, for a row with this page table."""
-    if arch_of(q.device) != HOPPER or q.element_size() != 2 or k_pages.dtype is not q.dtype:
-        return False
-    return q.shape[-1] <= MOST_HEAD_DIM and page_table.shape[1] * k_pages.shape[1] <= MOST_KEYS
+def takes(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether there is a tile for these queries and pages."""
+    return k_pages.dtype is q.dtype and short_row_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[-1])) is not None
 
 
 def short_row(
@@ -208,19 +200,18 @@ def short_row(
     eps: float = 1e-6,
     unit_offset: bool = False,
     keys_settled: bool = False,
-    block_n: int | None = None,
-    warps: int = 8,
-    tiles: int = 1,
-    maxnreg: int | None = 128,
+    tile: ShortRowTile | None = None,
 ) -> Tensor:
     check_pages(q, k_pages, v_pages)
     _, heads, dim = q.shape
     groups, block_d = k_pages.shape[2], power_of_2(dim)
-    block_n = block_n or 16384 // block_d
+    arch = arch_of(q.device)
+    tile = tile or short_row_tile(arch, q.element_size(), block_d)
+    assert tile is not None
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
-    splits = max(min(workspace.processors // heads, 16), 1)
+    splits = max(min(tile.programs * workspace.processors // heads, MOST_PARTS), 1)
     partial, partial_sum, arrived = workspace.split_kv(heads * splits, 1, block_d)
-    overlap = overlaps_launches(arch_of(q.device))
+    overlap = overlaps_launches(arch)
     with on_device_of(q):
         launch(
             short_row_kernel, (heads * splits,),
@@ -231,9 +222,9 @@ def short_row(
             ),
             dict(
                 HEADS=heads, RATIO=heads // groups, D=dim, ROTARY=cos.shape[-1], PAGE=k_pages.shape[1], BLOCK_D=block_d,
-                BLOCK_N=block_n, TILES=tiles, MERGE_PARTS=max(min(MERGE_ELEMENTS // block_d, 16), 1),
+                BLOCK_N=tile.block_n, MERGE_PARTS=max(min(MERGE_ELEMENTS // block_d, 16), 1),
                 UNIT_OFFSET=unit_offset, HAS_WINDOW=window is not None, SETTLED=keys_settled, OVERLAP=overlap,
-                num_warps=warps, **({"maxnreg": maxnreg} if maxnreg else {}), **({"launch_pdl": True} if overlap else {}),
+                num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
             ),
         )  # fmt: skip
     return out

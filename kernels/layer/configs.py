@@ -33,6 +33,19 @@ class ProductTile:
     vector: int = 1
 
 
+@dataclass(frozen=True)
+class RowTile:
+    """Launch configuration of one product of `one_wave.py`.
+
+    Attributes:
+        rows: weight rows a warp (of each of gate and up).
+        warps: warps a program.
+    """
+
+    rows: int
+    warps: int
+
+
 # Token counts are rounded up to a bucket, and share its entry.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MOST_TOKENS = BUCKETS[-1]
@@ -135,15 +148,15 @@ def product_tile(
 
 
 @functools.cache
-def one_wave_tile(arch: int, itemsize: int, k: int, rows: int, gated: bool) -> ProductTile | None:
+def one_wave_tile(arch: int, itemsize: int, k: int, rows: int, gated: bool) -> RowTile | None:
     """The tile of `one_wave.py` for one token times `rows` weight rows of `k` columns; None where `matvec.py` is quicker.
 
     Args:
         rows: of all weights; gate and up count as `2 * I` rows.
     """
-    if arch != HOPPER or itemsize != 2 or rows * k * itemsize > WAVE_BYTES * PROCESSORS:
+    if arch != HOPPER or itemsize != 2 or rows * k * itemsize > WAVE_BYTES * PROCESSORS or k > 4096:
         return None
-    return None if k % 1024 or k > 8192 else ProductTile(4, 2048 if k % 2048 == 0 else 1024, 8 if k % 2048 == 0 else 4, 1, vector=8)
+    return RowTile(1, 4)
 
 
 def room_beside(arch: int, tokens: int, tile: ProductTile, counts: Sequence[int]) -> int:

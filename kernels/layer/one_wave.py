@@ -20,97 +20,93 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.configs import RowTile
 from hf_fastattn.kernels.layer.tiles import find_tile, pick, weight_tile
 from hf_fastattn.kernels.rehearsal import prepared
 
 MOST_WEIGHTS = 3
-# Steps of columns whose weights a program holds at once.
-MOST_STEPS = 4
-
-
-@triton.jit
-def _wide(pointers, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[BLOCK_K]` elements from k on, in fp32; 0 past the end."""
-    column = k + tl.arange(0, BLOCK_K)
-    if K % BLOCK_K == 0:
-        return tl.load(pointers + column).to(tl.float32)
-    return tl.load(pointers + column, mask=column < K, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _factors(norm_ptr, k, K: tl.constexpr, BLOCK_K: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    """The norm's factors of `[BLOCK_K]` columns, fp32."""
-    weight = _wide(norm_ptr, k, K, BLOCK_K)
-    return weight + 1.0 if UNIT_OFFSET else weight
-
-
-@triton.jit
-def _products(w, x, VECTOR: tl.constexpr):
-    """`w: [BLOCK_N, BLOCK_K]` times `x: [BLOCK_K]`, VECTOR neighbours added up: `[BLOCK_N, BLOCK_K / VECTOR]`."""
-    products = w.to(tl.float32) * x[None, :]
-    return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // VECTOR, VECTOR)), 2)
+# A warp takes whole rows, so that no warp waits for another: a step is what its lanes load at once, 8 elements each.
+STEP = 256
+# Steps whose weights a program holds at once.
+MOST_STEPS = 16
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def one_wave_kernel(
     x_ptr, norm_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2, eps,
-    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, UNIT_OFFSET: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of one weight, or of w0 and w1 if GATED, times `x: [K]` or, with `norm_ptr`, its RMSNorm."""
+    """WARPS * ROWS rows of one weight, or of w0 and w1 if GATED, times `x: [K]` or, with `norm_ptr`, its RMSNorm."""
     if OVERLAP:
         gdc_launch_dependents()
-    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, BLOCK_N, WEIGHTS)
+    which, rows, column, tile = find_tile(tl.program_id(0), n0, n1, n2, WARPS * ROWS, WEIGHTS)
     w_ptr = pick(which, w0_ptr, w1_ptr, w2_ptr, WEIGHTS)
     b_ptr = b0_ptr
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    # Instead of a mask: past the last row, the last row is read again.
-    off_w = tl.minimum(n, rows - 1).to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]  # [BLOCK_N, BLOCK_K]
+    n = tile * (WARPS * ROWS) + tl.arange(0, WARPS)  # [WARPS]: the first row of each warp
+    step = tl.arange(0, STEP)[None, :]
+    # x once for each warp, which needs all of it.
+    columns = tl.zeros([WARPS, 1], tl.int32) + step  # [WARPS, STEP], as all that is loaded below
     dtype = x_ptr.dtype.element_ty
     if OVERLAP and not SETTLED:
         gdc_wait()
     w = ()
     u = ()
+    added = ()
+    for row in tl.static_range(ROWS):
+        # Instead of a mask: past the last row, the last row is read again.
+        off_w = tl.minimum(n + row * WARPS, rows - 1).to(tl.int64)[:, None] * K + step
+        for number in tl.static_range(STEPS):
+            w += (weight_tile(w_ptr + off_w, number * STEP, K, STEP),)
+            if GATED:
+                u += (weight_tile(w1_ptr + off_w, number * STEP, K, STEP),)
+        bias = tl.zeros([WARPS], tl.float32)
+        if b_ptr is not None:
+            bias = tl.load(b_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32)
+        added += (bias,)
     factors = ()
-    for step in tl.static_range(STEPS):
-        w += (weight_tile(w_ptr + off_w, step * BLOCK_K, K, BLOCK_K),)
-        if GATED:
-            u += (weight_tile(w1_ptr + off_w, step * BLOCK_K, K, BLOCK_K),)
+    for number in tl.static_range(STEPS):
         if norm_ptr is not None:
-            factors += (_factors(norm_ptr, step * BLOCK_K, K, BLOCK_K, UNIT_OFFSET),)
-    ok = n < rows
-    added = tl.zeros([BLOCK_N], tl.float32)
-    if b_ptr is not None:
-        added += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
+            factors += (tl.load(norm_ptr + columns + number * STEP, mask=columns + number * STEP < K, other=0.0),)
     if OVERLAP and SETTLED:
         gdc_wait()
     x = ()
-    for step in tl.static_range(STEPS):
-        x += (_wide(x_ptr, step * BLOCK_K, K, BLOCK_K),)
-    if residual_ptr is not None:
-        added += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    inverse = 1.0
+    for number in tl.static_range(STEPS):
+        x += (tl.load(x_ptr + columns + number * STEP, mask=columns + number * STEP < K, other=0.0).to(tl.float32),)
+    stream = ()
+    for row in tl.static_range(ROWS):
+        if residual_ptr is not None:
+            stream += (tl.load(residual_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32),)
     if norm_ptr is not None:
         squares = x[0] * x[0]
-        for step in tl.static_range(1, STEPS):
-            squares += x[step] * x[step]
-        inverse = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    acc = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    acc_u = acc
-    for step in tl.static_range(STEPS):
-        one = x[step]
-        if norm_ptr is not None:
-            one = (one * inverse * factors[step]).to(dtype).to(tl.float32)
-        acc += _products(w[step], one, VECTOR)
+        for number in tl.static_range(1, STEPS):
+            squares += x[number] * x[number]
+        inverse = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]  # [WARPS, 1]
+        normed = ()
+        for number in tl.static_range(STEPS):
+            factor = factors[number].to(tl.float32)
+            if UNIT_OFFSET:
+                factor += 1.0
+            normed += ((x[number] * inverse * factor).to(dtype).to(tl.float32),)
+        x = normed
+    for row in tl.static_range(ROWS):
+        acc = w[row * STEPS].to(tl.float32) * x[0]
+        for number in tl.static_range(1, STEPS):
+            acc += w[row * STEPS + number].to(tl.float32) * x[number]
+        y = tl.sum(acc, 1)  # [WARPS]
         if GATED:
-            acc_u += _products(u[step], one, VECTOR)
-    y = tl.sum(acc, 1)  # [BLOCK_N]
-    if GATED:
-        y = silu_gate(y, tl.sum(acc_u, 1))
-    tl.store(y_ptr + column + n, (y + added).to(y_ptr.dtype.element_ty), mask=ok)
+            acc = u[row * STEPS].to(tl.float32) * x[0]
+            for number in tl.static_range(1, STEPS):
+                acc += u[row * STEPS + number].to(tl.float32) * x[number]
+            y = silu_gate(y, tl.sum(acc, 1))
+        y += added[row]
+        if residual_ptr is not None:
+            y += stream[row]
+        at = n + row * WARPS
+        tl.store(y_ptr + column + at, y.to(y_ptr.dtype.element_ty), mask=at < rows)
 
 
 def one_wave(
@@ -118,7 +114,7 @@ def one_wave(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None = None,
     *,
-    tile: ProductTile,
+    tile: RowTile,
     residual: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
@@ -147,34 +143,33 @@ def one_wave(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    _check(x, weights, biases, residual, norm, gated, tile)
+    _check(x, weights, biases, residual, norm, gated)
     counts = [weight.shape[0] for weight in weights]
     y = torch.empty((1, counts[0] if gated else sum(counts)), dtype=x.dtype, device=x.device)
     used = 1 if gated else len(weights)
     spare: list[Tensor | None] = [None] * (MOST_WEIGHTS - len(weights))
     added = [*biases, *spare] if biases else [None] * MOST_WEIGHTS
     overlap = overlaps_launches(arch_of(x.device))
-    programs = sum(-(-count // tile.block_n) for count in counts[:used])
+    programs = sum(-(-count // (tile.rows * tile.warps)) for count in counts[:used])
     k = x.shape[1]
     with on_device_of(x):
         prepared(one_wave_kernel)[(programs,)](
             x, norm, *weights, *spare, *added, y, residual, *(counts + [0, 0])[:MOST_WEIGHTS], eps,
-            K=k, WEIGHTS=used, GATED=gated, UNIT_OFFSET=unit_offset, VECTOR=tile.vector,
-            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STEPS=-(-k // tile.block_k), SETTLED=weights_settled,
-            OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            K=k, WEIGHTS=used, GATED=gated, UNIT_OFFSET=unit_offset, WARPS=tile.warps, ROWS=tile.rows,
+            STEP=STEP, STEPS=-(-k // STEP), SETTLED=weights_settled, OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
 
 
 def _check(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None, norm: Tensor | None,
-    gated: bool, tile: ProductTile,
+    gated: bool,
 ) -> None:  # fmt: skip
     if x.ndim != 2 or x.shape[0] != 1 or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)}, {x.dtype}, must be [1, K], contiguous, bf16 or fp16")
     k = x.shape[1]
-    if -(-k // tile.block_k) > MOST_STEPS:
-        raise ValueError(f"tile of {tile.block_k} columns takes more than {MOST_STEPS} steps for K={k}; take matvec")
+    if k > STEP * MOST_STEPS:
+        raise ValueError(f"x of K={k} columns is longer than {STEP * MOST_STEPS}; take matvec")
     if not 1 <= len(weights) <= MOST_WEIGHTS or (biases is not None and len(biases) != len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases or ())} biases; expected 1 to 3, a bias for each or none")
     for weight in weights:

@@ -101,9 +101,9 @@ def products() -> None:
         numbers = [number % 3 - 1 for number in range(tokens)]
         test_lora.check_stacked(tokens, 1000, (1001, 63, 1), ((4, 9), (0, 0), (100, 0)), numbers, sums=sums, device="cuda")
         test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")
-    test_one_wave.check(1000, [1001, 63, 1], bias=True, norm=True, tile=test_one_wave.WIDE, device="cuda")
-    test_one_wave.check(896, [250, 250], FP16, gated=True, norm=True, tile=test_one_wave.WIDE, device="cuda")
-    test_one_wave.check(3072, [130], residual=True, tile=test_one_wave.WIDE, device="cuda")
+    test_one_wave.check(1000, [1001, 63, 1], bias=True, norm=True, device="cuda")
+    test_one_wave.check(896, [250, 250], FP16, gated=True, norm=True, device="cuda")
+    test_one_wave.check(3072, [130], residual=True, device="cuda")
 
 
 def between() -> None:

@@ -14,7 +14,7 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.kernels.attention import short_row
-from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.configs import RowTile
 from hf_fastattn.patches.fused import products
 from hf_fastattn.transformers_version import CACHE
 from tests.kernels.cases import assert_close
@@ -23,7 +23,7 @@ from tests.tools.models import COMMON, VOCAB
 
 BF16 = torch.bfloat16
 # Small enough for tiny layers.
-TILE = ProductTile(4, 64, 1, 1, vector=8)
+TILE = RowTile(1, 2)
 
 
 @pytest.fixture

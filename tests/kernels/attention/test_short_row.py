@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.attention import rope_reference
-from hf_fastattn.kernels.attention.append import rope_append
-from hf_fastattn.kernels.attention.decode_row import decode_row
+from hf_fastattn.kernels.attention.configs import ShortRowTile
 from hf_fastattn.kernels.attention.short_row import short_row
 from hf_fastattn.kernels.attention.workspace import Workspace
 from tests.kernels.attention.test_append import steps
@@ -31,7 +30,7 @@ def check(
     written: bool = True,
     workspace: Workspace | None = None,
     device: str = "cpu",
-    options: dict | None = None,
+    tile: ShortRowTile = ShortRowTile(64, 2),
     **shape,
 ) -> torch.Tensor:
     """Output, and the pages after the append, of a row of `past` tokens and a new one."""
@@ -62,7 +61,7 @@ def check(
         workspace.processors = PROCESSORS
     got = short_row(
         q, k, v, cos, sin, batch.k_pages, batch.v_pages, slot, batch.page_table, batch.seq_lens,
-        scale=batch.scale, window=window, workspace=workspace, unit_offset=unit_offset, **weights, **(options or {}),
+        scale=batch.scale, window=window, workspace=workspace, unit_offset=unit_offset, tile=tile, **weights,
     )  # fmt: skip
     outs = []
     for target in (dtype, torch.float64):
@@ -115,13 +114,12 @@ def test_a_row_without_a_slot_is_not_written():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize("processors", [1, 6, 132])
-def test_parts(processors, tiles, monkeypatch):
+def test_parts(processors, monkeypatch):
     """Few programs take several tiles each, many one: each time twice, since counters have to be zero again."""
     monkeypatch.setattr(f"{__name__}.PROCESSORS", processors)
     workspace = Workspace(torch.device("cpu"))
     for past in (15, 16, 17, 33, 100):
-        shape = {"page": 4, "ratio": 2, "groups": 1, "dim": 32, "dtype": BF16, "options": {"block_n": 16, "tiles": tiles}}
+        shape = {"page": 4, "ratio": 2, "groups": 1, "dim": 32, "dtype": BF16, "tile": ShortRowTile(16, 1)}
         first = check(past, workspace=workspace, **shape)
         assert torch.equal(first, check(past, workspace=workspace, **shape))

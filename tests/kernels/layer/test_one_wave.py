@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.layer import reference
-from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.configs import RowTile
 from hf_fastattn.kernels.layer.one_wave import one_wave
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
 from tests.tools.combinations import pairwise
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# Of four rows and 1,024 columns.
-WIDE = ProductTile(4, 1024, 4, 1, vector=8)
 
 
 def check(
@@ -28,7 +26,7 @@ def check(
     bias: bool = False,
     residual: bool = False,
     settled: bool = True,
-    tile: ProductTile = ProductTile(4, 64, 1, 1, vector=8),
+    tile: ProductTile = RowTile(2, 2),
     device: str = "cpu",
 ) -> None:
     x = rows(1, k, dtype, device, 1)
@@ -59,7 +57,7 @@ def check(
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("dtype", "norm", "kind", "k"),
-    pairwise([BF16, FP16], [False, True], ["plain", "bias", "residual", "gated"], [64, 72, 200, 256]),
+    pairwise([BF16, FP16], [False, True], ["plain", "bias", "residual", "gated"], [64, 200, 256, 600]),
 )
 def test_kinds(dtype, norm, kind, k):
     counts = {"residual": [37], "gated": [19, 19]}.get(kind, [16, 7, 21])
@@ -68,9 +66,9 @@ def test_kinds(dtype, norm, kind, k):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("options", [{"unit_offset": True}, {"settled": False}, {"tile": ProductTile(2, 128, 2, 1, vector=4)}])
+@pytest.mark.parametrize("options", [{"unit_offset": True}, {"settled": False}, {"tile": RowTile(1, 4)}])
 def test_options(options):
-    check(128, [9, 4], norm=True, **options)
+    check(300, [9, 4], norm=True, **options)
 
 
 @pytest.mark.interpreter
@@ -85,13 +83,13 @@ def test_options(options):
         ({"biases": [torch.zeros(7, dtype=BF16)]}, "bias"),
         ({"residual": torch.zeros(1, 9, dtype=BF16)}, "residual"),
         ({"gated": True}, "gated"),
-        ({"tile": ProductTile(4, 8, 1, 1, vector=8)}, "steps"),
+        ({"x": torch.zeros(1, 8192, dtype=BF16)}, "longer than"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     given = {
         "x": torch.zeros(1, 64, dtype=BF16), "weights": [torch.zeros(8, 64, dtype=BF16)],
-        "tile": ProductTile(4, 64, 1, 1, vector=8), **change,
+        "tile": RowTile(2, 2), **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         one_wave(given.pop("x"), given.pop("weights"), given.pop("biases", None), **given)
