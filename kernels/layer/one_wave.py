@@ -21,21 +21,30 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.launch import arch_of, on_device_of, overlaps_launches
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import RowTile
-from hf_fastattn.kernels.layer.tiles import find_tile, pick, weight_tile
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
 from hf_fastattn.kernels.rehearsal import prepared
 
 MOST_WEIGHTS = 3
-# A warp takes whole rows, so that no warp waits for another: a step is what its lanes load at once, 8 elements each.
-STEP = 256
-# Steps whose weights a program holds at once.
-MOST_STEPS = 16
+# Columns that the lanes of a warp load at once, 8 elements each. A warp takes whole rows, so that no warp waits for another.
+LANES = 256
+# Columns of a tile, and the most tiles of a row: a program holds the weights of all of them at once.
+BLOCK = 1024
+MOST_BLOCKS = 4
+
+
+@triton.jit
+def _tile(pointers, columns, K: tl.constexpr):
+    """Elements at `pointers`, which lie at `columns` of K."""
+    if K % (columns.shape[1] * columns.shape[2]) == 0:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=columns < K, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
 def one_wave_kernel(
     x_ptr, norm_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, y_ptr, residual_ptr, n0, n1, n2, eps,
     K: tl.constexpr, WEIGHTS: tl.constexpr, GATED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
-    WARPS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    WARPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, BLOCKS: tl.constexpr,
     SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """WARPS * ROWS rows of one weight, or of w0 and w1 if GATED, times `x: [K]` or, with `norm_ptr`, its RMSNorm."""
@@ -47,9 +56,9 @@ def one_wave_kernel(
     if b0_ptr is not None:
         b_ptr = pick(which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
     n = tile * (WARPS * ROWS) + tl.arange(0, WARPS)  # [WARPS]: the first row of each warp
-    step = tl.arange(0, STEP)[None, :]
-    # x once for each warp, which needs all of it.
-    columns = tl.zeros([WARPS, 1], tl.int32) + step  # [WARPS, STEP], as all that is loaded below
+    column_k = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [BLOCK / LANES, LANES]
+    # The first dimension is that of warps, as Triton lays such tiles out.
+    columns = column_k[None, :, :] + tl.zeros([WARPS, 1, 1], tl.int32)  # [WARPS, BLOCK / LANES, LANES]
     dtype = x_ptr.dtype.element_ty
     if OVERLAP and not SETTLED:
         gdc_wait()
@@ -58,50 +67,58 @@ def one_wave_kernel(
     added = ()
     for row in tl.static_range(ROWS):
         # Instead of a mask: past the last row, the last row is read again.
-        off_w = tl.minimum(n + row * WARPS, rows - 1).to(tl.int64)[:, None] * K + step
-        for number in tl.static_range(STEPS):
-            w += (weight_tile(w_ptr + off_w, number * STEP, K, STEP),)
+        off_w = tl.minimum(n + row * WARPS, rows - 1).to(tl.int64)[:, None, None] * K + columns
+        for block in tl.static_range(BLOCKS):
+            w += (_tile(w_ptr + off_w + block * BLOCK, columns + block * BLOCK, K),)
             if GATED:
-                u += (weight_tile(w1_ptr + off_w, number * STEP, K, STEP),)
+                u += (_tile(w1_ptr + off_w + block * BLOCK, columns + block * BLOCK, K),)
         bias = tl.zeros([WARPS], tl.float32)
         if b_ptr is not None:
             bias = tl.load(b_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32)
         added += (bias,)
     factors = ()
-    for number in tl.static_range(STEPS):
-        if norm_ptr is not None:
-            factors += (tl.load(norm_ptr + columns + number * STEP, mask=columns + number * STEP < K, other=0.0),)
+    if norm_ptr is not None:
+        for block in tl.static_range(BLOCKS):
+            at = column_k + block * BLOCK
+            factors += (tl.load(norm_ptr + at, mask=at < K, other=0.0),)
     if OVERLAP and SETTLED:
         gdc_wait()
     x = ()
-    for number in tl.static_range(STEPS):
-        x += (tl.load(x_ptr + columns + number * STEP, mask=columns + number * STEP < K, other=0.0).to(tl.float32),)
+    if norm_ptr is None:
+        # Once for each warp, which needs all of it.
+        for block in tl.static_range(BLOCKS):
+            at = columns + block * BLOCK
+            x += (tl.load(x_ptr + at, mask=at < K, other=0.0),)
+    else:
+        # Once for the program, which normalises it.
+        raw = ()
+        for block in tl.static_range(BLOCKS):
+            at = column_k + block * BLOCK
+            raw += (tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32),)
+        squares = raw[0] * raw[0]
+        for block in tl.static_range(1, BLOCKS):
+            squares += raw[block] * raw[block]
+        inverse = tl.rsqrt(tl.sum(squares) / K + eps)
+        for block in tl.static_range(BLOCKS):
+            factor = factors[block].to(tl.float32)
+            if UNIT_OFFSET:
+                factor += 1.0
+            x += ((raw[block] * inverse * factor).to(dtype)[None, :, :],)
     stream = ()
     for row in tl.static_range(ROWS):
         if residual_ptr is not None:
             stream += (tl.load(residual_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32),)
-    if norm_ptr is not None:
-        squares = x[0] * x[0]
-        for number in tl.static_range(1, STEPS):
-            squares += x[number] * x[number]
-        inverse = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]  # [WARPS, 1]
-        normed = ()
-        for number in tl.static_range(STEPS):
-            factor = factors[number].to(tl.float32)
-            if UNIT_OFFSET:
-                factor += 1.0
-            normed += ((x[number] * inverse * factor).to(dtype).to(tl.float32),)
-        x = normed
     for row in tl.static_range(ROWS):
-        acc = w[row * STEPS].to(tl.float32) * x[0]
-        for number in tl.static_range(1, STEPS):
-            acc += w[row * STEPS + number].to(tl.float32) * x[number]
+        acc = tl.zeros([WARPS, LANES], tl.float32)
+        acc_u = acc
+        for block in tl.static_range(BLOCKS):
+            wide = x[block].to(tl.float32)
+            acc += tl.sum(w[row * BLOCKS + block].to(tl.float32) * wide, 1)
+            if GATED:
+                acc_u += tl.sum(u[row * BLOCKS + block].to(tl.float32) * wide, 1)
         y = tl.sum(acc, 1)  # [WARPS]
         if GATED:
-            acc = u[row * STEPS].to(tl.float32) * x[0]
-            for number in tl.static_range(1, STEPS):
-                acc += u[row * STEPS + number].to(tl.float32) * x[number]
-            y = silu_gate(y, tl.sum(acc, 1))
+            y = silu_gate(y, tl.sum(acc_u, 1))
         y += added[row]
         if residual_ptr is not None:
             y += stream[row]
@@ -156,7 +173,7 @@ def one_wave(
         prepared(one_wave_kernel)[(programs,)](
             x, norm, *weights, *spare, *added, y, residual, *(counts + [0, 0])[:MOST_WEIGHTS], eps,
             K=k, WEIGHTS=used, GATED=gated, UNIT_OFFSET=unit_offset, WARPS=tile.warps, ROWS=tile.rows,
-            STEP=STEP, STEPS=-(-k // STEP), SETTLED=weights_settled, OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            BLOCK=BLOCK, LANES=LANES, BLOCKS=-(-k // BLOCK), SETTLED=weights_settled, OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
 
@@ -168,8 +185,8 @@ def _check(
     if x.ndim != 2 or x.shape[0] != 1 or x.dtype not in (torch.bfloat16, torch.float16) or not x.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)}, {x.dtype}, must be [1, K], contiguous, bf16 or fp16")
     k = x.shape[1]
-    if k > STEP * MOST_STEPS:
-        raise ValueError(f"x of K={k} columns is longer than {STEP * MOST_STEPS}; take matvec")
+    if k > BLOCK * MOST_BLOCKS:
+        raise ValueError(f"x of K={k} columns is longer than {BLOCK * MOST_BLOCKS}; take matvec")
     if not 1 <= len(weights) <= MOST_WEIGHTS or (biases is not None and len(biases) != len(weights)):
         raise ValueError(f"{len(weights)} weights and {len(biases or ())} biases; expected 1 to 3, a bias for each or none")
     for weight in weights:

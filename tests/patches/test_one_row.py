@@ -14,12 +14,14 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.kernels.attention import short_row
-from hf_fastattn.kernels.layer.configs import RowTile
+from hf_fastattn.kernels.attention.configs import MOST_SHORT_KEYS
+from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
 from hf_fastattn.patches.fused import products
 from hf_fastattn.transformers_version import CACHE
 from tests.kernels.cases import assert_close
 from tests.tools.fused_layers import LAYER_COUNT, build, count_launches
-from tests.tools.models import COMMON, VOCAB
+from tests.tools.models import COMMON, VOCAB, patch_with_graphs, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 BF16 = torch.bfloat16
 # Small enough for tiny layers.
@@ -84,41 +86,63 @@ def test_what_does_not_take_place_at_once(change: str, launched: Counter[str], e
     assert launched["one_wave"] == alone, dict(launched)
 
 
-def _batch(rows: int = 1, columns: int = 4, **options: Any) -> Batch:
+def _batch(short: bool, rows: int = 1, columns: int = 4, **options: Any) -> Batch:
     tensors = BatchTensors(
         slots={None: torch.zeros(rows, dtype=torch.int32)},
         page_tables={None: torch.zeros(rows, columns, dtype=torch.int32)},
         seq_lens=torch.ones(rows, dtype=torch.int32),
     )
-    return Batch.static(tensors, rows, BatchOptions(**options))
+    return Batch.static(tensors, rows, BatchOptions(**options), short=short)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "options", "dtype", "dim", "variant", "want"),
+    ("short", "options", "dtype", "dim", "variant", "want"),
     [
-        (1, 4, {}, BF16, 64, None, True),
-        (2, 4, {}, BF16, 64, None, False),
-        (1, short_row.MOST_KEYS // 16 + 1, {}, BF16, 64, None, False),
-        (1, 4, {"batch_invariant": True}, BF16, 64, None, False),
-        (1, 4, {}, torch.float32, 64, None, False),
-        (1, 4, {}, BF16, 256, None, False),
-        (1, 4, {}, BF16, 64, object(), False),
+        (True, {}, BF16, 64, None, True),
+        (False, {}, BF16, 64, None, False),
+        (True, {"batch_invariant": True}, BF16, 64, None, False),
+        (True, {}, torch.float32, 64, None, False),
+        (True, {}, BF16, 256, None, False),
+        (True, {}, BF16, 64, object(), False),
     ],
 )
-def test_which_rows_are_short(
-    rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype, dim: int, variant: Any, want: bool,
+def test_which_batches_are_short(
+    short: bool, options: dict[str, Any], dtype: torch.dtype, dim: int, variant: Any, want: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(Batch, "_backend_of", lambda *_: "triton")
-    monkeypatch.setattr(short_row, "arch_of", lambda _: short_row.HOPPER)
-    q, pages = torch.zeros(rows, 4, dim, dtype=dtype), torch.zeros(4, 16, 2, dim, dtype=dtype)
-    assert _batch(rows, columns, **options)._is_short_row(q, pages, None, variant) is want
-    assert not _batch(rows, columns, **options)._is_short_row(q, pages.to(torch.float8_e4m3fn), None, variant)
+    monkeypatch.setattr(short_row, "arch_of", lambda _: HOPPER)
+    q, pages = torch.zeros(1, 4, dim, dtype=dtype), torch.zeros(4, 16, 2, dim, dtype=dtype)
+    batch = _batch(short, **options)
+    assert batch._is_short_row(q, pages, variant) is want
+    assert not batch._is_short_row(q, pages.to(torch.float8_e4m3fn), variant)
+
+
+@pytest.mark.parametrize(("prompt", "new", "want"), [(20, 8, True), (MOST_SHORT_KEYS - 8, 9, False)])
+def test_the_loop_knows_how_many_keys_a_row_will_have(
+    prompt: int, new: int, want: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+    append_and_attend = Batch.append_and_attend
+
+    def noted(batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        if batch.host is None and batch.is_decode:
+            seen.append(batch.short)
+        return append_and_attend(batch, *args, **kwargs)
+
+    monkeypatch.setattr(Batch, "append_and_attend", noted)
+    model = patch_with_graphs(tiny("llama"))
+    with reexecuted_loop():
+        for rows, short in ((1, want), (3, False)):
+            seen.clear()
+            ids = torch.randint(1, VOCAB, (rows, prompt), generator=torch.Generator().manual_seed(1))
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+            assert hf_fastattn.report(model).last_call.fast_loops == 1
+            assert seen and set(seen) == {short}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_logits_on_a_gpu(cuda_graphs: bool, launched: Counter[str]) -> None:
+def test_logits_on_a_gpu(launched: Counter[str]) -> None:
     config = {
         **COMMON, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "num_hidden_layers": 2, "initializer_range": 0.02, "vocab_size": 8192,
@@ -126,22 +150,25 @@ def test_logits_on_a_gpu(cuda_graphs: bool, launched: Counter[str]) -> None:
     torch.manual_seed(0)
     with torch.device("cuda"):
         stock = Qwen3ForCausalLM(Qwen3Config(**config)).to(BF16).eval()
-    exact, model = copy.deepcopy(stock).float(), hf_fastattn.patch(copy.deepcopy(stock), cuda_graphs=cuda_graphs)
+    exact, model = copy.deepcopy(stock).float(), patch_with_graphs(copy.deepcopy(stock))
     for each in (stock, exact, model):
         rope = each.model.rotary_emb
         rope.inv_freq = type(rope)(each.model.config).to("cuda").inv_freq.float()
-    ids = torch.randint(0, 8192, (1, 330), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    ids = torch.randint(0, 8192, (1, 250), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    options = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    call = hf_fastattn.report(model).last_call
+    assert call.fast_loops == 1 and call.graphs_replayed > 70 and not call.fallbacks
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert bool(launched["one_wave"]) is bool(launched["short_row"]) is hopper
+    with torch.no_grad():
+        want, plain = exact(tokens).logits.double()[:, 249:-1], stock(tokens).logits.double()[:, 249:-1]
+    # What was chosen is the likeliest but for rounding.
+    chosen = want.gather(2, tokens[:, 250:, None])[..., 0]
+    assert (want.max(2).values - chosen).max() <= 2 * (plain - want).abs().max()
     cache, outs = hf_fastattn.PagedCache(model.config), []
     with torch.no_grad():
-        plain, want = stock(ids).logits.double(), exact(ids).logits.double()
-        begin = 0
-        for end in (250, *range(251, 331)):
-            outs.append(model(ids[:, begin:end], **{CACHE: cache}, use_cache=True).logits)
-            begin = end
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert bool(launched["one_wave"]) is hopper
-    assert bool(launched["short_row"]) is (hopper and cuda_graphs)
-    if cuda_graphs:
-        assert model._fastattn.runtime.counters.graphs_replayed > 0
-    error, allowed = ((x - want).abs() for x in (torch.cat(outs, 1).double(), plain))
+        for begin, end in ((0, 250), *((at, at + 1) for at in range(250, 329))):
+            outs.append(model(tokens[:, begin:end], **{CACHE: cache}, use_cache=True).logits)
+    error, allowed = ((x - want).abs() for x in (torch.cat(outs, 1).double()[:, 249:], plain))
     assert error.max() <= 2 * allowed.max() and error.mean() <= 2 * allowed.mean()

@@ -83,7 +83,7 @@ def test_options(options):
         ({"biases": [torch.zeros(7, dtype=BF16)]}, "bias"),
         ({"residual": torch.zeros(1, 9, dtype=BF16)}, "residual"),
         ({"gated": True}, "gated"),
-        ({"x": torch.zeros(1, 8192, dtype=BF16)}, "longer than"),
+        ({"x": torch.zeros(1, 4104, dtype=BF16)}, "longer than"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
