@@ -33,9 +33,9 @@ MOST_BLOCKS = 4
 
 
 @triton.jit
-def _tile(pointers, columns, K: tl.constexpr):
+def _tile(pointers, columns, K: tl.constexpr, BLOCK: tl.constexpr):
     """Elements at `pointers`, which lie at `columns` of K."""
-    if K % (columns.shape[1] * columns.shape[2]) == 0:
+    if K % BLOCK == 0:
         return tl.load(pointers, eviction_policy="evict_first")
     return tl.load(pointers, mask=columns < K, other=0.0, eviction_policy="evict_first")
 
@@ -69,9 +69,9 @@ def one_wave_kernel(
         # Instead of a mask: past the last row, the last row is read again.
         off_w = tl.minimum(n + row * WARPS, rows - 1).to(tl.int64)[:, None, None] * K + columns
         for block in tl.static_range(BLOCKS):
-            w += (_tile(w_ptr + off_w + block * BLOCK, columns + block * BLOCK, K),)
+            w += (_tile(w_ptr + off_w + block * BLOCK, columns + block * BLOCK, K, BLOCK),)
             if GATED:
-                u += (_tile(w1_ptr + off_w + block * BLOCK, columns + block * BLOCK, K),)
+                u += (_tile(w1_ptr + off_w + block * BLOCK, columns + block * BLOCK, K, BLOCK),)
         bias = tl.zeros([WARPS], tl.float32)
         if b_ptr is not None:
             bias = tl.load(b_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32)
