@@ -33,6 +33,13 @@ def _with_partners(x_ptr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
+def _angles(cos_ptr, sin_ptr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr):
+    """cos and sin of the token, `[BLOCK_D]` each."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(cos_ptr + d, mask=d < ROTARY, other=0.0), tl.load(sin_ptr + d, mask=d < ROTARY, other=0.0)
+
+
+@triton.jit
 def _rotated(
     raw, norm, angles, eps, D: tl.constexpr, ROTARY: tl.constexpr, NORMS: tl.constexpr, UNIT_OFFSET: tl.constexpr
 ):  # fmt: skip
@@ -108,71 +115,78 @@ def short_row_kernel(
     if HAS_WINDOW:
         lowest = tl.maximum(length - window, 0)
     tiles = tl.cdiv(past - lowest, BLOCK_N)
-    parts = tl.maximum(tl.minimum(splits, tiles), 1)
-    if part < parts:
-        start = lowest + tiles * part // parts * BLOCK_N
-        stop = tl.minimum(lowest + tiles * (part + 1) // parts * BLOCK_N, past)
-        offset = group * stride_head
-        k, v = _tile(
-            k_pages_ptr, v_pages_ptr, page_table_ptr, start + n, stop, offset, stride_page, stride_slot, PAGE, D, BLOCK_D
-        )
-        NORMS: tl.constexpr = q_norm_ptr is not None
-        q_norm = ()
+    parts = tl.minimum(splits, tiles)
+    if part > parts:
+        return
+    offset = group * stride_head
+    dtype = k_pages_ptr.dtype.element_ty
+    NORMS: tl.constexpr = q_norm_ptr is not None
+    q_norm = ()
+    if NORMS:
+        q_norm = _with_partners(q_norm_ptr, D, ROTARY, BLOCK_D)
+    if part == 0:
+        # The new token, whose key and value no other program needs.
         k_norm = ()
         if NORMS:
-            q_norm = _with_partners(q_norm_ptr, D, ROTARY, BLOCK_D)
             k_norm = _with_partners(k_norm_ptr, D, ROTARY, BLOCK_D)
         if OVERLAP:
             gdc_launch_dependents()
             if SETTLED:
                 gdc_wait()
-        # Everything is asked for before anything is computed.
-        turns = d < ROTARY
-        angles = (tl.load(cos_ptr + d, mask=turns, other=0.0), tl.load(sin_ptr + d, mask=turns, other=0.0))
-        raw_q = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
+        angles = _angles(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
+        raw = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
         raw_k = _with_partners(k_ptr + group * stride_kh, D, ROTARY, BLOCK_D)
         value = tl.load(v_ptr + group * stride_vh + d, mask=d < D, other=0.0)
         slot = tl.load(slot_ptr).to(tl.int64)
-        dtype = k_pages_ptr.dtype.element_ty
-        q = _rotated(raw_q, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
-        row_max = float("-inf")
-        row_sum = 0.0
-        acc = tl.zeros([BLOCK_D], tl.float32)
-        if (part == 0) & (length > 0):
-            key = _rotated(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
-            written = (head % RATIO == 0) & (slot >= 0) & (d < D)
-            at = slot // PAGE * stride_page + slot % PAGE * stride_slot + offset + d
-            tl.store(k_pages_ptr + at, key, mask=written)
-            tl.store(v_pages_ptr + at, value, mask=written)
-            row_max = tl.sum(key.to(tl.float32) * q, 0) * scale
-            row_sum = 1.0
-            acc = value.to(tl.float32)
-        row_max, row_sum, acc = _add_tile(q, k, v, start + n < stop, scale, row_max, row_sum, acc)
+        q = _rotated(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
+        key = _rotated(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
+        written = (head % RATIO == 0) & (slot >= 0) & (d < D)
+        at = slot // PAGE * stride_page + slot % PAGE * stride_slot + offset + d
+        tl.store(k_pages_ptr + at, key, mask=written)
+        tl.store(v_pages_ptr + at, value, mask=written)
+        row_max = tl.where(length > 0, tl.sum(key.to(tl.float32) * q, 0) * scale, float("-inf"))
+        row_sum = tl.where(length > 0, 1.0, 0.0)
+        acc = tl.where(length > 0, value.to(tl.float32), 0.0)
+    else:
+        start = lowest + tiles * (part - 1) // parts * BLOCK_N
+        stop = tl.minimum(lowest + tiles * part // parts * BLOCK_N, past)
+        k, v = _tile(
+            k_pages_ptr, v_pages_ptr, page_table_ptr, start + n, stop, offset, stride_page, stride_slot, PAGE, D, BLOCK_D
+        )
+        if OVERLAP:
+            gdc_launch_dependents()
+            if SETTLED:
+                gdc_wait()
+        angles = _angles(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
+        raw = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
+        q = _rotated(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
+        row_max, row_sum, acc = _add_tile(
+            q, k, v, start + n < stop, scale, float("-inf"), 0.0, tl.zeros([BLOCK_D], tl.float32)
+        )
         for first in range(start + BLOCK_N, stop, BLOCK_N):
             k, v = _tile(
                 k_pages_ptr, v_pages_ptr, page_table_ptr, first + n, stop, offset, stride_page, stride_slot,
                 PAGE, D, BLOCK_D,
             )  # fmt: skip
             row_max, row_sum, acc = _add_tile(q, k, v, first + n < stop, scale, row_max, row_sum, acc)
-        out_at = out_ptr + head * D + d
-        if parts == 1:
-            out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)
+    out_at = out_ptr + head * D + d
+    if parts == 0:
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+    else:
+        states = head * (splits + 1)
+        tl.store(partial_ptr + (states + part) * BLOCK_D + d, acc)
+        tl.store(partial_sum_ptr + (states + part) * 2, row_max)
+        tl.store(partial_sum_ptr + (states + part) * 2 + 1, row_sum)
+        # Every thread has stored its share of the part before one of them counts it.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
+        if arrived == parts:
+            tl.store(arrived_ptr + head, 0)
+            _, total_sum, total = merged_parts(
+                partial_ptr, partial_sum_ptr, states, parts + 1, 1, BLOCK_D, MERGE_PARTS
+            )
+            out = tl.sum(total / total_sum[:, None], 0)
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
-        else:
-            at = head * splits + part
-            tl.store(partial_ptr + at * BLOCK_D + d, acc)
-            tl.store(partial_sum_ptr + at * 2, row_max)
-            tl.store(partial_sum_ptr + at * 2 + 1, row_sum)
-            # Every thread has stored its share of the part before one of them counts it.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
-            if arrived == parts - 1:
-                tl.store(arrived_ptr + head, 0)
-                _, total_sum, total = merged_parts(
-                    partial_ptr, partial_sum_ptr, head * splits, parts, 1, BLOCK_D, MERGE_PARTS
-                )
-                out = tl.sum(total / tl.where(total_sum == 0.0, 1.0, total_sum)[:, None], 0)
-                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def takes(q: Tensor, k_pages: Tensor) -> bool:
@@ -210,11 +224,11 @@ def short_row(
     assert tile is not None
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
     splits = max(min(tile.programs * workspace.processors // heads, MOST_PARTS), 1)
-    partial, partial_sum, arrived = workspace.split_kv(heads * splits, 1, block_d)
+    partial, partial_sum, arrived = workspace.split_kv(heads * (splits + 1), 1, block_d)
     overlap = overlaps_launches(arch)
     with on_device_of(q):
         launch(
-            short_row_kernel, (heads * splits,),
+            short_row_kernel, (heads * (splits + 1),),
             (
                 q, k, v, cos, sin, out, k_pages, v_pages, page_table, seq_lens, slot_mapping, q_norm, k_norm,
                 partial, partial_sum, arrived, splits, window or 0, scale * LOG2E, eps,
