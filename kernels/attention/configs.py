@@ -168,7 +168,14 @@ def is_short(rows: int, keys: int) -> bool:
 
 def short_row_tile(arch: int, itemsize: int, block_d: int) -> ShortRowTile | None:
     """The tile of `short_row.py`; None where it was not measured."""
-    return next((SHORT_ROW[arch, itemsize, limit] for limit in (64, 128) if block_d <= limit and (arch, itemsize, limit) in SHORT_ROW), None)
+    return next(
+        (
+            SHORT_ROW[arch, itemsize, limit]
+            for limit in (64, 128)
+            if block_d <= limit and (arch, itemsize, limit) in SHORT_ROW
+        ),
+        None,
+    )
 
 
 def stages_with(variant: CompiledVariant, stages: int, block_m: int, block_n: int, *, masked: bool = True) -> int:

@@ -182,16 +182,16 @@ def short_row_kernel(
         arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
         if arrived == parts:
             tl.store(arrived_ptr + head, 0)
-            _, total_sum, total = merged_parts(
-                partial_ptr, partial_sum_ptr, states, parts + 1, 1, BLOCK_D, MERGE_PARTS
-            )
+            _, total_sum, total = merged_parts(partial_ptr, partial_sum_ptr, states, parts + 1, 1, BLOCK_D, MERGE_PARTS)
             out = tl.sum(total / total_sum[:, None], 0)
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def takes(q: Tensor, k_pages: Tensor) -> bool:
     """Whether there is a tile for these queries and pages."""
-    return k_pages.dtype is q.dtype and short_row_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[-1])) is not None
+    return (
+        k_pages.dtype is q.dtype and short_row_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[-1])) is not None
+    )
 
 
 def short_row(
@@ -216,12 +216,42 @@ def short_row(
     keys_settled: bool = False,
     tile: ShortRowTile | None = None,
 ) -> Tensor:
+    """`rope_append` and attention of the one new token of a single row, over pages that it is written to as well.
+
+    Args:
+        q: `[1, H, D]` queries, before norm and RoPE; bf16 or fp16, any stride but 1 in the last dimension.
+        k: `[1, G, D]` keys, likewise; `v` the values, stored as they are.
+        cos: `[1, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
+        k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides.
+        slot_mapping: `[1]` int32, `page * P + offset` of the new token; if negative, it is not written.
+        page_table: `[1, columns]` int32.
+        seq_lens: `[1]` int32, keys of the row with the new one.
+        scale: factor on the scores.
+        window: keys that the token sees, itself included; all by default.
+        workspace: room for partial states, for one stream.
+        q_norm: `[D]` weight of the RMSNorm on queries, if the model has one; `k_norm` on keys.
+        eps: of that norm.
+        unit_offset: the norm multiplies by `1 + weight`.
+        keys_settled: no launch that may still be running writes keys or values of earlier tokens, page table or length, so
+            these are read before the launch ahead has ended. Launches overlap, so the one before the last counts too.
+        tile: launch configuration, for measuring; by default that of `configs.short_row_tile`.
+
+    Returns:
+        `[1, H, D]` in the dtype of q.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit each other or the kernel.
+    """
     check_pages(q, k_pages, v_pages)
     _, heads, dim = q.shape
     groups, block_d = k_pages.shape[2], power_of_2(dim)
     arch = arch_of(q.device)
     tile = tile or short_row_tile(arch, q.element_size(), block_d)
-    assert tile is not None
+    if tile is None or q.element_size() != 2 or k_pages.dtype is not q.dtype or q.shape[0] != 1:
+        raise ValueError(
+            f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} must be one token of 16 bits, with a head dim that "
+            "has a tile; take rope_append and paged_attention"
+        )
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
     splits = max(min(tile.programs * workspace.processors // heads, MOST_PARTS), 1)
     partial, partial_sum, arrived = workspace.split_kv(heads * (splits + 1), 1, block_d)

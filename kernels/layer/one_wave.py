@@ -33,11 +33,29 @@ MOST_BLOCKS = 4
 
 
 @triton.jit
+def _none():
+    """What tuples of tiles begin as."""
+    return ()
+
+
+@triton.jit
 def _tile(pointers, columns, K: tl.constexpr, BLOCK: tl.constexpr):
     """Elements at `pointers`, which lie at `columns` of K."""
     if K % BLOCK == 0:
         return tl.load(pointers, eviction_policy="evict_first")
     return tl.load(pointers, mask=columns < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _lane_sums(w, x):
+    """Products of `[WARPS, BLOCK / LANES, LANES]` added up over the second dimension."""
+    return tl.sum(w.to(tl.float32) * x.to(tl.float32), 1)
+
+
+@triton.jit
+def _factor(weight, UNIT_OFFSET: tl.constexpr):
+    wide = weight.to(tl.float32)
+    return wide + 1.0 if UNIT_OFFSET else wide
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2"])
@@ -62,9 +80,9 @@ def one_wave_kernel(
     dtype = x_ptr.dtype.element_ty
     if OVERLAP and not SETTLED:
         gdc_wait()
-    w = ()
-    u = ()
-    added = ()
+    w = _none()
+    u = _none()
+    added = _none()
     for row in tl.static_range(ROWS):
         # Instead of a mask: past the last row, the last row is read again.
         off_w = tl.minimum(n + row * WARPS, rows - 1).to(tl.int64)[:, None, None] * K + columns
@@ -76,14 +94,14 @@ def one_wave_kernel(
         if b_ptr is not None:
             bias = tl.load(b_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32)
         added += (bias,)
-    factors = ()
+    factors = _none()
     if norm_ptr is not None:
         for block in tl.static_range(BLOCKS):
             at = column_k + block * BLOCK
             factors += (tl.load(norm_ptr + at, mask=at < K, other=0.0),)
     if OVERLAP and SETTLED:
         gdc_wait()
-    x = ()
+    x = _none()
     if norm_ptr is None:
         # Once for each warp, which needs all of it.
         for block in tl.static_range(BLOCKS):
@@ -91,7 +109,7 @@ def one_wave_kernel(
             x += (tl.load(x_ptr + at, mask=at < K, other=0.0),)
     else:
         # Once for the program, which normalises it.
-        raw = ()
+        raw = _none()
         for block in tl.static_range(BLOCKS):
             at = column_k + block * BLOCK
             raw += (tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32),)
@@ -100,11 +118,8 @@ def one_wave_kernel(
             squares += raw[block] * raw[block]
         inverse = tl.rsqrt(tl.sum(squares) / K + eps)
         for block in tl.static_range(BLOCKS):
-            factor = factors[block].to(tl.float32)
-            if UNIT_OFFSET:
-                factor += 1.0
-            x += ((raw[block] * inverse * factor).to(dtype)[None, :, :],)
-    stream = ()
+            x += ((raw[block] * inverse * _factor(factors[block], UNIT_OFFSET)).to(dtype)[None, :, :],)
+    stream = _none()
     for row in tl.static_range(ROWS):
         if residual_ptr is not None:
             stream += (tl.load(residual_ptr + n + row * WARPS, mask=n + row * WARPS < rows, other=0.0).to(tl.float32),)
@@ -112,10 +127,9 @@ def one_wave_kernel(
         acc = tl.zeros([WARPS, LANES], tl.float32)
         acc_u = acc
         for block in tl.static_range(BLOCKS):
-            wide = x[block].to(tl.float32)
-            acc += tl.sum(w[row * BLOCKS + block].to(tl.float32) * wide, 1)
+            acc += _lane_sums(w[row * BLOCKS + block], x[block])
             if GATED:
-                acc_u += tl.sum(u[row * BLOCKS + block].to(tl.float32) * wide, 1)
+                acc_u += _lane_sums(u[row * BLOCKS + block], x[block])
         y = tl.sum(acc, 1)  # [WARPS]
         if GATED:
             y = silu_gate(y, tl.sum(acc_u, 1))
@@ -173,7 +187,8 @@ def one_wave(
         prepared(one_wave_kernel)[(programs,)](
             x, norm, *weights, *spare, *added, y, residual, *(counts + [0, 0])[:MOST_WEIGHTS], eps,
             K=k, WEIGHTS=used, GATED=gated, UNIT_OFFSET=unit_offset, WARPS=tile.warps, ROWS=tile.rows,
-            BLOCK=BLOCK, LANES=LANES, BLOCKS=-(-k // BLOCK), SETTLED=weights_settled, OVERLAP=overlap, num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
+            BLOCK=BLOCK, LANES=LANES, BLOCKS=-(-k // BLOCK), SETTLED=weights_settled, OVERLAP=overlap,
+            num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y
 

@@ -158,10 +158,10 @@ class Products:
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
-        alone = self._one_wave(held, x, delta, norm)
-        if alone is not None:
+        at_once = self._one_wave(held, x, delta, norm)
+        if at_once is not None:
             assert held is not None
-            return alone.split([weight.shape[0] for weight in held.weights], -1), x
+            return at_once.split([weight.shape[0] for weight in held.weights], -1), x
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
 
@@ -172,9 +172,9 @@ class Products:
     def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
-        alone = self._one_wave(held, x, delta, norm, gated=True) if silu else None
-        if alone is not None:
-            return alone, x
+        at_once = self._one_wave(held, x, delta, norm, gated=True) if silu else None
+        if at_once is not None:
+            return at_once, x
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
         if held is not None and silu and held.biases is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held.weights, **self._options(held)), x
@@ -199,9 +199,9 @@ class Products:
         if held is None:
             alone = self._quantised((linear,), states) if x.dtype in (states.dtype, torch.float32) else None
             return (x, self._apply(linear, states)) if alone is None else (self._launched(alone, states, x)[0], None)
-        alone = self._one_wave(held, states, None, None, residual=x)
-        if alone is not None:
-            return alone, None
+        at_once = self._one_wave(held, states, None, None, residual=x)
+        if at_once is not None:
+            return at_once, None
         return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Products:
     def _one_wave(
         self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor | None:
-        """A token's products with all weights of `held`, of the norm of x if there is one, in a launch; None where none pays."""
+        """One token's products with all weights of `held`, behind the norm if there is one; None where `matvec` is quicker."""
         if self.tokens > 1 or held is None or held.adapters is not None or delta is not None or not x.is_contiguous():
             return None
         if (gated and held.biases is not None) or (residual is not None and residual.dtype is not x.dtype):

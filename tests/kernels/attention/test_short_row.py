@@ -18,6 +18,7 @@ from tests.tools.combinations import in_turn
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PROCESSORS = 132
+TILE = ShortRowTile(64, 2)
 
 
 def check(
@@ -30,7 +31,7 @@ def check(
     written: bool = True,
     workspace: Workspace | None = None,
     device: str = "cpu",
-    tile: ShortRowTile = ShortRowTile(64, 2),
+    tile: ShortRowTile = TILE,
     **shape,
 ) -> torch.Tensor:
     """Output, and the pages after the append, of a row of `past` tokens and a new one."""
@@ -66,7 +67,9 @@ def check(
     outs = []
     for target in (dtype, torch.float64):
         turned, key = steps(q, k, cos, sin, weights, unit_offset, target)
-        rows = [torch.cat((old[:-1].to(target), new)) if length else old for old, new in ((keys, key), (values, v.to(target)))]
+        rows = [
+            torch.cat((old[:-1].to(target), new)) if length else old for old, new in ((keys, key), (values, v.to(target)))
+        ]
         outs.append(dense_attention(replace(batch, q=turned, rows=[(rows[0], rows[1])]), target, window=window)[0])
         if length and written:
             assert torch.equal(batch.v_pages[place], v[0])

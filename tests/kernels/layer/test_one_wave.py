@@ -13,6 +13,7 @@ from tests.kernels.layer.test_norm import rows
 from tests.tools.combinations import pairwise
 
 BF16, FP16 = torch.bfloat16, torch.float16
+TWO = RowTile(2, 2)
 
 
 def check(
@@ -26,7 +27,7 @@ def check(
     bias: bool = False,
     residual: bool = False,
     settled: bool = True,
-    tile: ProductTile = RowTile(2, 2),
+    tile: RowTile = TWO,
     device: str = "cpu",
 ) -> None:
     x = rows(1, k, dtype, device, 1)
@@ -89,7 +90,7 @@ def test_options(options):
 def test_what_does_not_fit_is_refused(change, message):
     given = {
         "x": torch.zeros(1, 64, dtype=BF16), "weights": [torch.zeros(8, 64, dtype=BF16)],
-        "tile": RowTile(2, 2), **change,
+        "tile": TWO, **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         one_wave(given.pop("x"), given.pop("weights"), given.pop("biases", None), **given)
