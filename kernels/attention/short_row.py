@@ -1,9 +1,10 @@
 """[qk-norm] + RoPE + append + attention of one new token of a single short row, in one launch.
 
-A program takes one query head and a part of the keys. Keys and values of earlier tokens do not depend on the launch ahead:
-a program asks for its first tile of them before it waits, and holds it in registers. Then it rotates its query and the new
-key by itself; the first program of a kv head writes the new key and value to their slot, which no program reads. Up to
-BLOCK_N earlier keys there is one part, and nothing to merge; more are cut as in `decode_row.py`. All arithmetic is fp32, on
+A program takes one query head and a part of the keys; the new token is a part of its own. Keys and values of earlier tokens
+do not depend on the launch ahead: a program asks for its first tile of them before it waits, and holds it in registers. Then
+it rotates the query by itself. The first program of a kv head writes the new key and value to their slot, which no program
+reads. The last program to arrive at a head merges its parts by LSE, as in `decode_row.py`. Programs have one warp, which
+waits for no other: with so few keys a launch takes as long as its longest chain of instructions. All arithmetic is fp32, on
 the CUDA cores; queries and keys are rounded to the dtype of the pages once they are rotated, as `append.py` does. The plain
 PyTorch versions are `rope_reference.rope_append` and `reference.paged_attention`.
 """
@@ -101,7 +102,7 @@ def short_row_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_PARTS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, HAS_WINDOW: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One query head and one part of its keys; parts hold a tile, or as many as needed for no more than `splits` parts."""
+    """One query head and one part: the new token, or of the earlier ones a tile, or several if `splits` parts hold more."""
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS
     group = head // RATIO
@@ -249,8 +250,8 @@ def short_row(
     tile = tile or short_row_tile(arch, q.element_size(), block_d)
     if tile is None or q.element_size() != 2 or k_pages.dtype is not q.dtype or q.shape[0] != 1:
         raise ValueError(
-            f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} must be one token of 16 bits, with a head dim that "
-            "has a tile; take rope_append and paged_attention"
+            f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} must be one token of 16 bits, of a head dim "
+            "that has a tile; take rope_append and paged_attention"
         )
     out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
     splits = max(min(tile.programs * workspace.processors // heads, MOST_PARTS), 1)

@@ -1,8 +1,8 @@
 """Norms, products and activation of a layer: our kernels where the modules are plain, calls of the modules elsewhere.
 
 Between the layers stands the residual stream `x: [T, hidden]` and, where a module was called that nobody could add to x
-in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is always a launch of its own, which
-was measured to be quicker, even for one token, than a norm repeated by every program of the product behind it.
+in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is a launch of its own, but for one token of
+small models, where the programs of the product behind it each normalise it themselves (`kernels/layer/one_wave.py`).
 
 Under autocast, products take and give 16 bits, and fp32 weights are rounded for them; x, norms and their weights stay as
 they are. What a product takes is rounded by the norm before it.
@@ -260,7 +260,7 @@ class Products:
     def _one_wave(
         self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor | None:
-        """One token's products with all weights of `held`, behind the norm if there is one; None where `matvec` is quicker."""
+        """One token's products with the weights of `held`, behind the norm if there is one; None where `matvec` is quicker."""
         if self.tokens > 1 or held is None or held.adapters is not None or delta is not None or not x.is_contiguous():
             return None
         if (gated and held.biases is not None) or (residual is not None and residual.dtype is not x.dtype):
