@@ -51,13 +51,13 @@ class ShortRowTile:
     programs: int = 1
 
 
-# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile
+# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile; others were not measured.
 SHORT_ROW: dict[tuple[int, int, int], ShortRowTile] = {
-    (90, 2, 64): ShortRowTile(128, 4),
-    (90, 2, 128): ShortRowTile(64, 4),
+    (90, 2, 128): ShortRowTile(32, 1, programs=6),
 }
-# A row of up to so many keys is short.
+# A row of up to so many keys is short, if it has no more query heads than these: each of them reads the keys by itself.
 MOST_SHORT_KEYS = 1024
+MOST_SHORT_HEADS = 32
 
 # (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile. One byte: keys and values of 8
 # bits with queries of 16; with queries in fp32, the tiles of four bytes serve.
@@ -166,16 +166,11 @@ def is_short(rows: int, keys: int) -> bool:
     return rows == 1 and keys <= MOST_SHORT_KEYS
 
 
-def short_row_tile(arch: int, itemsize: int, block_d: int) -> ShortRowTile | None:
-    """The tile of `short_row.py`; None where it was not measured."""
-    return next(
-        (
-            SHORT_ROW[arch, itemsize, limit]
-            for limit in (64, 128)
-            if block_d <= limit and (arch, itemsize, limit) in SHORT_ROW
-        ),
-        None,
-    )
+def short_row_tile(arch: int, itemsize: int, block_d: int, heads: int) -> ShortRowTile | None:
+    """The tile of `short_row.py` for so many query heads; None where it is not known to be quicker."""
+    if heads > MOST_SHORT_HEADS or block_d > 128:
+        return None
+    return SHORT_ROW.get((arch, itemsize, 128))
 
 
 def stages_with(variant: CompiledVariant, stages: int, block_m: int, block_n: int, *, masked: bool = True) -> int:

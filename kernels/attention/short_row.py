@@ -190,9 +190,9 @@ def short_row_kernel(
 
 def takes(q: Tensor, k_pages: Tensor) -> bool:
     """Whether there is a tile for these queries and pages."""
-    return (
-        k_pages.dtype is q.dtype and short_row_tile(arch_of(q.device), q.element_size(), power_of_2(q.shape[-1])) is not None
-    )
+    _, heads, dim = q.shape
+    tile = short_row_tile(arch_of(q.device), q.element_size(), power_of_2(dim), heads)
+    return k_pages.dtype is q.dtype and tile is not None
 
 
 def short_row(
@@ -247,7 +247,7 @@ def short_row(
     _, heads, dim = q.shape
     groups, block_d = k_pages.shape[2], power_of_2(dim)
     arch = arch_of(q.device)
-    tile = tile or short_row_tile(arch, q.element_size(), block_d)
+    tile = tile or short_row_tile(arch, q.element_size(), block_d, heads)
     if tile is None or q.element_size() != 2 or k_pages.dtype is not q.dtype or q.shape[0] != 1:
         raise ValueError(
             f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} must be one token of 16 bits, of a head dim "

@@ -62,6 +62,33 @@ MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     (HOPPER, 1, 14336, 8192): ProductTile(4, 1024, 4, 2),
 }
 
+# (architecture, K, rows of all weights of the launch, gated) -> tile of `one_wave.py`, for 16-bit weights: where it was found
+# to be quicker than `matvec.py` in the chain of a model's launches, the norm before it counted in.
+ONE_WAVE: dict[tuple[int, int, int, bool], RowTile] = {
+    # Qwen3-0.6B: q, k and v; o; gate and up; down.
+    (HOPPER, 1024, 4096, False): RowTile(4, 4),
+    (HOPPER, 2048, 1024, False): RowTile(1, 1),
+    (HOPPER, 1024, 6144, True): RowTile(2, 8),
+    (HOPPER, 3072, 1024, False): RowTile(1, 4),
+    # Llama-3.2-1B, all but down; o is also that of Qwen3-1.7B.
+    (HOPPER, 2048, 3072, False): RowTile(4, 4),
+    (HOPPER, 2048, 2048, False): RowTile(1, 8),
+    (HOPPER, 2048, 16384, True): RowTile(1, 8),
+    # Qwen3-1.7B.
+    (HOPPER, 2048, 4096, False): RowTile(2, 4),
+    (HOPPER, 2048, 12288, True): RowTile(1, 4),
+    # Qwen2.5-0.5B.
+    (HOPPER, 896, 1152, False): RowTile(2, 4),
+    (HOPPER, 896, 896, False): RowTile(1, 2),
+    (HOPPER, 896, 9728, True): RowTile(1, 4),
+    # Qwen2.5-1.5B.
+    (HOPPER, 1536, 2048, False): RowTile(1, 4),
+    (HOPPER, 1536, 1536, False): RowTile(1, 2),
+    (HOPPER, 1536, 17920, True): RowTile(1, 4),
+    # Llama-3.2-3B, whose other products are as quick in `matvec.py`.
+    (HOPPER, 3072, 5120, False): RowTile(2, 4),
+}
+
 # (largest bucket, gated) -> (tile without its split, programs of it that an SM of Hopper holds), in order of preference
 SKINNY: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (16, False): ((ProductTile(64, 128, 4, 4), 2), (ProductTile(32, 256, 4, 3), 3)),
@@ -77,8 +104,6 @@ SKINNY_FP32: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (16, True): ((ProductTile(64, 64, 4, 3), 2),),
     (64, True): ((ProductTile(64, 32, 4, 4), 2),),
 }
-# Bytes of weights of a launch of `one_wave.py` for each multiprocessor: what its registers hold beside what is computed.
-WAVE_BYTES = 96 * 1024
 # Multiprocessors (SMs) of an H100 or H200.
 PROCESSORS = 132
 MOST_SPLITS = 8
@@ -147,16 +172,13 @@ def product_tile(
     return replace(tile, block_k=tile.block_k // 2) if itemsize == 4 else tile
 
 
-@functools.cache
 def one_wave_tile(arch: int, itemsize: int, k: int, rows: int, gated: bool) -> RowTile | None:
     """The tile of `one_wave.py` for one token times `rows` weight rows of `k` columns; None where `matvec.py` is quicker.
 
     Args:
         rows: of all weights; gate and up count as `2 * I` rows.
     """
-    if arch != HOPPER or itemsize != 2 or rows * k * itemsize > WAVE_BYTES * PROCESSORS or k > 4096:
-        return None
-    return RowTile(1, 4)
+    return ONE_WAVE.get((arch, k, rows, gated)) if itemsize == 2 else None
 
 
 def room_beside(arch: int, tokens: int, tile: ProductTile, counts: Sequence[int]) -> int:

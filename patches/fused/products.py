@@ -260,7 +260,7 @@ class Products:
     def _one_wave(
         self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor | None:
-        """One token's products with the weights of `held`, behind the norm if there is one; None where `matvec` is quicker."""
+        """One token's products with the weights of `held`, after the norm if there is one; None if `matvec` is quicker."""
         if self.tokens > 1 or held is None or held.adapters is not None or delta is not None or not x.is_contiguous():
             return None
         if (gated and held.biases is not None) or (residual is not None and residual.dtype is not x.dtype):

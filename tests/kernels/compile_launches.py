@@ -9,6 +9,7 @@ import torch
 
 from hf_fastattn.eval.kernel_speed.page_by_page import page_by_page
 from hf_fastattn.kernels.attention.append import rope_append
+from hf_fastattn.kernels.attention.configs import short_row_tile
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
 from hf_fastattn.kernels.attention.paged import visited_tiles
@@ -105,11 +106,13 @@ def short(
     groups, workspace = 8, Workspace(torch.device("cpu"))
     workspace.processors = 132
     q, k = (torch.zeros(1, count, dim, dtype=dtype) for count in (groups * ratio, groups))
+    # On every architecture that of Hopper.
+    tile = short_row_tile(HOPPER, q.element_size(), dim, groups)
     cos, weight = torch.zeros(1, rotary or dim, dtype=dtype), torch.ones(dim, dtype=dtype) if norm else None
     page_table, lengths = table(1, 16)
     return short_row(
         q, k, k, cos, cos, *pages(groups, dim, 16, dtype), lengths, page_table, lengths, scale=1.0, window=window,
-        workspace=workspace, keys_settled=True, q_norm=weight, k_norm=weight,
+        workspace=workspace, keys_settled=True, q_norm=weight, k_norm=weight, tile=tile,
     )  # fmt: skip
 
 

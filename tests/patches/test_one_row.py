@@ -14,7 +14,7 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.kernels.attention import short_row
-from hf_fastattn.kernels.attention.configs import MOST_SHORT_KEYS
+from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS
 from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
 from hf_fastattn.patches.fused import products
 from hf_fastattn.transformers_version import CACHE
@@ -115,6 +115,7 @@ def test_which_batches_are_short(
     q, pages = torch.zeros(1, 4, dim, dtype=dtype), torch.zeros(4, 16, 2, dim, dtype=dtype)
     batch = _batch(short, **options)
     assert batch._is_short_row(q, pages, variant) is want
+    assert not batch._is_short_row(q.repeat(1, MOST_SHORT_HEADS // 4 + 1, 1), pages, variant)
     assert not batch._is_short_row(q, pages.to(torch.float8_e4m3fn), variant)
 
 
