@@ -62,7 +62,7 @@ MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     (HOPPER, 1, 14336, 8192): ProductTile(4, 1024, 4, 2),
 }
 
-# (architecture, K, rows of all weights of the launch, gated) -> tile of `one_wave.py`, for 16-bit weights: where it was found
+# (architecture, K, rows of all weights of the launch, gated) -> tile of `one_wave.py`, 16-bit weights: where it was found
 # to be quicker than `matvec.py` in the chain of a model's launches, the norm before it counted in.
 ONE_WAVE: dict[tuple[int, int, int, bool], RowTile] = {
     # Qwen3-0.6B: q, k and v; o; gate and up; down.
