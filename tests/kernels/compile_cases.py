@@ -386,7 +386,7 @@ CASES = {
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
     "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
     "product, K = 7168": Case(lambda: product(1, 7168, (4096,)), ("matvec_kernel",), programs=1),
-    "product at once": Case(lambda: at_once(1024, (2048, 1024, 1024), norm=True), ("one_wave_kernel",), programs=5),
+    "product at once": Case(lambda: at_once(1024, (2048, 1024, 1024), norm=True), ("one_wave_kernel",), programs=3),
     "product at once, gate and up": Case(
         lambda: at_once(1024, (3072, 3072), norm=True, gated=True), ("one_wave_kernel",), programs=2
     ),

@@ -79,6 +79,8 @@ def check(
                 assert_close("key", batch.k_pages[place][None], plain_key, key)
     assert_close("output", got, *outs)
     for pages, old in zip((batch.k_pages, batch.v_pages), before, strict=True):
+        # A write to slot -1 shows in the page before the first.
+        assert pages._base is not None and pages._base[0].isnan().all()
         if length and written:
             pages[place] = old[place]
         assert torch.equal(pages.nan_to_num(7.0), old.nan_to_num(7.0))
