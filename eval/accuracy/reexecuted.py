@@ -91,6 +91,9 @@ class ReadBack(Batch):
         )
         return out
 
+    def _is_short_row(self, *_: Any) -> bool:
+        return False
+
     def attend(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, window: int | None, *, scale: float,
         variant: PreparedVariant | None = None,

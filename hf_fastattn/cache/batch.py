@@ -67,6 +67,7 @@ class Batch:
         options: backend and its mode.
         host: the rows as the host knows them; None where only the device does.
         shared: prefixes that layers without a window read once for all their rows, in decode.
+        short: the only row has few keys, one of them new, and launches under way write nothing but that one.
     """
 
     rows: int
@@ -76,6 +77,7 @@ class Batch:
     options: BatchOptions
     host: HostBatch | None = None
     shared: SharedPrefixes | None = None
+    short: bool = False
     _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     _work_lists: WorkLists = field(default_factory=dict)
@@ -87,7 +89,9 @@ class Batch:
         return Batch(len(counts), sum(counts), max(counts), all(count == 1 for count in counts), options, host)
 
     @staticmethod
-    def static(tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None) -> Batch:
+    def static(
+        tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None, short: bool = False
+    ) -> Batch:
         """The batch of a captured forward.
 
         Args:
@@ -97,7 +101,7 @@ class Batch:
         lengths, decode = tensors.seq_lens, tensors.cu_seqlens is None
         return Batch(
             len(lengths), tokens, 1 if decode else tokens, decode, options,
-            shared=shared, _tensors={lengths.device: tensors},
+            shared=shared, short=short, _tensors={lengths.device: tensors},
         )  # fmt: skip
 
     @property
@@ -176,6 +180,40 @@ class Batch:
 
             return append.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
         return rope_reference.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **norms)
+
+    def append_and_attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        window: int | None,
+        *,
+        scale: float,
+        variant: PreparedVariant | None = None,
+        **norms: Any,
+    ) -> Tensor:
+        """`rope_append`, then `attend`: one launch for a step of a single short row, two for everything else."""
+        if self._is_short_row(q, k_pages, variant):
+            from hf_fastattn.kernels.attention.short_row import short_row
+
+            held = self.on(q.device)
+            return short_row(
+                q, k, v, cos, sin, k_pages, v_pages, held.slots[window], held.page_tables[window], held.seq_lens,
+                scale=scale, window=window, workspace=self._workspace(q.device), keys_settled=True, **norms,
+            )  # fmt: skip
+        q = self.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norms)
+        return self.attend(q, k_pages, v_pages, window, scale=scale, variant=variant)
+
+    def _is_short_row(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
+        if not self.short or variant is not None or self.options.batch_invariant or self._backend_of(q) == "reference":
+            return False
+        from hf_fastattn.kernels.attention.short_row import takes
+
+        return takes(q, k_pages)
 
     def attend(
         self,

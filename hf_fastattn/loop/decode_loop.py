@@ -22,6 +22,7 @@ from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.module_checks import why_not_module
 from hf_fastattn.graphs.placement import place_of, route_of
+from hf_fastattn.kernels.attention.configs import is_short
 from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
@@ -110,9 +111,11 @@ class DecodeLoop:
             self._route = route_of(self._decoder, None, model.device)
         device = place_of(model.lm_head, self._route[-1])
         self._stream = cache.stream
-        columns = -(-(max(cache.lengths) + self._most) // page_size)
+        # A row's at the end of the call.
+        self._keys = max(cache.lengths) + self._most
+        columns = -(-self._keys // page_size)
         columns = columns if self._stream is None else self._stream.pages
-        model._fastattn.runtime.variants.reach(max(cache.lengths) + self._most)
+        model._fastattn.runtime.variants.reach(self._keys)
         self._state: DeviceState = self._graphs.state_for(device, self._used, columns, cache, vocabulary, self._route)
         self._state.slides = self._stream is not None
         assert self._graphs.readback is not None
@@ -245,7 +248,7 @@ class DecodeLoop:
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
             worth.sharers, worth.group_count, len(worth.levels) if worth.groups else 0, self._recorded, self._history,
-            self._adapters, forced=self._forced,
+            self._adapters, forced=self._forced, short=is_short(rows, self._keys),
         )  # fmt: skip
 
     def _launch(self) -> None:

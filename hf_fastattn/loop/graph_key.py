@@ -31,6 +31,7 @@ class GraphKey:
         logprobs: the step says how likely each token was.
         forced: columns of the tensor with tokens that rows take whatever is likeliest; 0 if they choose.
         pieces: tokens of prompts that the step computes beside its rows; 0 if there are none.
+        short: of a single row that has few keys in all steps of the call.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class GraphKey:
     logprobs: bool = False
     forced: int = 0
     pieces: int = 0
+    short: bool = False
 
     def of_beams(self, beams: BeamState) -> GraphKey:
         """The same for a step of a beam search."""

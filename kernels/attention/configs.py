@@ -38,6 +38,29 @@ class Tile:
     on_matrix_unit: bool = False
 
 
+@dataclass(frozen=True)
+class ShortRowTile:
+    """Launch configuration of `short_row.py`.
+
+    Attributes:
+        block_n: keys a tile.
+        warps: warps a program.
+        programs: that are launched for each multiprocessor.
+    """
+
+    block_n: int
+    warps: int
+    programs: int = 1
+
+
+# (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile; others were not measured.
+SHORT_ROW: dict[tuple[int, int, int], ShortRowTile] = {
+    (90, 2, 128): ShortRowTile(32, 1, programs=6),
+}
+# A row of up to so many keys is short, if it has no more query heads than these: each of them reads the keys by itself.
+MOST_SHORT_KEYS = 1024
+MOST_SHORT_HEADS = 32
+
 # (architecture, bytes of an element, largest head dim rounded up to a power of two) -> tile. One byte: keys and values of 8
 # bits with queries of 16; with queries in fp32, the tiles of four bytes serve.
 PREFILL: dict[tuple[int, int, int], Tile] = {
@@ -167,6 +190,18 @@ def tile_of(table: dict[tuple[int, int, int], Tile], arch: int, itemsize: int, b
             if block_d <= limit and (row, itemsize, limit) in table:
                 return table[row, itemsize, limit]
     return None
+
+
+def is_short(rows: int, keys: int) -> bool:
+    """Whether the launch for a single row of few keys is quicker than an append and split-KV."""
+    return rows == 1 and keys <= MOST_SHORT_KEYS
+
+
+def short_row_tile(arch: int, itemsize: int, block_d: int, heads: int) -> ShortRowTile | None:
+    """The tile of `short_row.py` for so many query heads; None where it is not known to be quicker."""
+    if heads > MOST_SHORT_HEADS or block_d > 128:
+        return None
+    return SHORT_ROW.get((arch, itemsize, 128))
 
 
 def stages_with(variant: CompiledVariant, stages: int, block_m: int, block_n: int, *, masked: bool = True) -> int:

@@ -125,7 +125,7 @@ def decode_row_kernel(
             if arrived == parts - 1:
                 tl.store(counter_ptr, 0)
                 r = tl.arange(0, BLOCK_R)
-                total_max, total_sum, total = _merged(
+                total_max, total_sum, total = merged_parts(
                     partial_ptr, partial_sum_ptr, head * splits + first_part, parts, BLOCK_R, BLOCK_D, MERGE_PARTS
                 )
                 out_row = (row * GROUPS + head) * RATIO + r
@@ -170,7 +170,7 @@ def _share(
 
 
 @triton.jit
-def _merged(
+def merged_parts(
     partial_ptr, partial_sum_ptr, first, parts, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_PARTS: tl.constexpr
 ):
     """The state of parts `first` to `first + parts - 1`, MERGE_PARTS of them at a time.

@@ -33,6 +33,19 @@ class ProductTile:
     vector: int = 1
 
 
+@dataclass(frozen=True)
+class RowTile:
+    """Launch configuration of one product of `one_wave.py`.
+
+    Attributes:
+        rows: weight rows a warp (of each of gate and up).
+        warps: warps a program.
+    """
+
+    rows: int
+    warps: int
+
+
 # Token counts are rounded up to a bucket, and share its entry.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MOST_TOKENS = BUCKETS[-1]
@@ -49,6 +62,33 @@ MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
     (HOPPER, 1, 7168, 4096): ProductTile(4, 4096, 8, 2, vector=8),
     (HOPPER, 1, 7168, 8192): ProductTile(4, 4096, 8, 2, vector=8),
     (HOPPER, 1, 14336, 8192): ProductTile(4, 1024, 4, 2),
+}
+
+# (architecture, K, rows of all weights of the launch, gated) -> tile of `one_wave.py`, 16-bit weights: where it was found
+# to be quicker than `matvec.py` in the chain of a model's launches, the norm before it counted in.
+ONE_WAVE: dict[tuple[int, int, int, bool], RowTile] = {
+    # Qwen3-0.6B: q, k and v; o; gate and up; down.
+    (HOPPER, 1024, 4096, False): RowTile(4, 4),
+    (HOPPER, 2048, 1024, False): RowTile(1, 1),
+    (HOPPER, 1024, 6144, True): RowTile(2, 8),
+    (HOPPER, 3072, 1024, False): RowTile(1, 4),
+    # Llama-3.2-1B, all but down; o is also that of Qwen3-1.7B.
+    (HOPPER, 2048, 3072, False): RowTile(4, 4),
+    (HOPPER, 2048, 2048, False): RowTile(1, 8),
+    (HOPPER, 2048, 16384, True): RowTile(1, 8),
+    # Qwen3-1.7B.
+    (HOPPER, 2048, 4096, False): RowTile(2, 4),
+    (HOPPER, 2048, 12288, True): RowTile(1, 4),
+    # Qwen2.5-0.5B.
+    (HOPPER, 896, 1152, False): RowTile(2, 4),
+    (HOPPER, 896, 896, False): RowTile(1, 2),
+    (HOPPER, 896, 9728, True): RowTile(1, 4),
+    # Qwen2.5-1.5B.
+    (HOPPER, 1536, 2048, False): RowTile(1, 4),
+    (HOPPER, 1536, 1536, False): RowTile(1, 2),
+    (HOPPER, 1536, 17920, True): RowTile(1, 4),
+    # Llama-3.2-3B, whose other products are as quick in `matvec.py`.
+    (HOPPER, 3072, 5120, False): RowTile(2, 4),
 }
 
 # (largest bucket, gated) -> (tile without its split, programs of it that an SM of Hopper holds), in order of preference
@@ -134,6 +174,15 @@ def product_tile(
         return _skinny_tile(bucket, k, rows, gated, SKINNY if itemsize == 2 else SKINNY_FP32)
     tile = _ampere_tile(bucket, k, rows, gated)
     return replace(tile, block_k=tile.block_k // 2) if itemsize == 4 else tile
+
+
+def one_wave_tile(arch: int, itemsize: int, k: int, rows: int, gated: bool) -> RowTile | None:
+    """The tile of `one_wave.py` for one token times `rows` weight rows of `k` columns; None where `matvec.py` is quicker.
+
+    Args:
+        rows: of all weights; gate and up count as `2 * I` rows.
+    """
+    return ONE_WAVE.get((arch, k, rows, gated)) if itemsize == 2 else None
 
 
 def room_beside(arch: int, tokens: int, tile: ProductTile, counts: Sequence[int]) -> int:

@@ -7,8 +7,8 @@ in fp32 and rounded once, after bias, residual and LoRA (see `lora.py`) are adde
 are rounded to the dtype of x as they are read; the residual is fp32 then, and so is the result.
 
 RMSNorm of x is a launch of its own (`norm.py`): fused here, every program would read the norm's weight beside x, which
-costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. The plain PyTorch
-versions are in `reference.py`.
+costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. Weights so small
+that all programs run at once take `one_wave.py`, with the norm. The plain PyTorch versions are in `reference.py`.
 """
 
 from __future__ import annotations

@@ -149,10 +149,14 @@ def attend_projected(
         inside = state.variant is not None and state.variant.rotates
         if inside or (family.rotates is not None and not family.rotates(module)):
             cos, sin = cos[:, :0], sin[:, :0]
-    q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
-    if family.query_scale is not None:
+    if family.query_scale is None:
+        out = batch.append_and_attend(
+            q, k, v, cos, sin, k_pages, v_pages, window, scale=module.scaling, variant=state.variant, **norm
+        )
+    else:
+        q = batch.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norm)
         q = q * _query_scale(module, family, position_ids, batch).to(q.dtype)
-    out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling, variant=state.variant)
+        out = batch.attend(q, k_pages, v_pages, window, scale=module.scaling, variant=state.variant)
     if gate is not None:
         out = out * torch.sigmoid(gate)
     return out.reshape(batch.tokens, -1)

@@ -1,8 +1,8 @@
 """Norms, products and activation of a layer: our kernels where the modules are plain, calls of the modules elsewhere.
 
 Between the layers stands the residual stream `x: [T, hidden]` and, where a module was called that nobody could add to x
-in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is always a launch of its own, which
-was measured to be quicker, even for one token, than a norm repeated by every program of the product behind it.
+in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is a launch of its own, but for one token of
+small models, where the programs of the product behind it each normalise it themselves (`kernels/layer/one_wave.py`).
 
 Under autocast, products take and give 16 bits, and fp32 weights are rounded for them; x, norms and their weights stay as
 they are. What a product takes is rounded by the norm before it.
@@ -22,10 +22,11 @@ from hf_fastattn.autocast import region_dtype
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
-from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
+from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas, one_wave_tile
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
+from hf_fastattn.kernels.layer.one_wave import one_wave
 from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
@@ -172,6 +173,10 @@ class Products:
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
+        at_once = self._one_wave(held, x, delta, norm)
+        if at_once is not None:
+            assert held is not None
+            return at_once.split([weight.shape[0] for weight in held.weights], -1), x
         normed, x = self.norm(norm, x, delta, None if held is None else self._dtype_of(x))
         return self._multiply(linears, held, normed), x
 
@@ -190,6 +195,9 @@ class Products:
     def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
+        at_once = self._one_wave(held, x, delta, norm, gated=True) if silu else None
+        if at_once is not None:
+            return at_once, x
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
         if held is not None and silu and held.biases is None and normed.dtype is dtype:
             return gate_up_silu(normed, *held.weights, **self._options(held)), x
@@ -216,6 +224,9 @@ class Products:
         if held is None:
             alone = self._quantised((linear,), states) if x.dtype in (states.dtype, torch.float32) else None
             return (x, self._apply(linear, states)) if alone is None else (self._launched(alone, states, x)[0], None)
+        at_once = self._one_wave(held, states, None, None, residual=x)
+        if at_once is not None:
+            return at_once, None
         return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
 
     def product(self, linear: Any, x: Tensor) -> Tensor:
@@ -285,6 +296,26 @@ class Products:
         if part.data_ptr() != out.data_ptr() and not is_under_way():
             out.copy_(part)
         return out, slot
+
+    def _one_wave(
+        self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
+    ) -> Tensor | None:
+        """One token's products with the weights of `held`, after the norm if there is one; None if `matvec` is quicker."""
+        if self.tokens > 1 or held is None or held.adapters is not None or delta is not None or not x.is_contiguous():
+            return None
+        if (gated and held.biases is not None) or (residual is not None and residual.dtype is not x.dtype):
+            return None
+        weight = None if norm is None else norm_weight(norm, self.names.norm, x.device, (x.dtype,))
+        if (weight is None and norm is not None) or self.narrowed or held.weights[0].dtype is not x.dtype:
+            return None
+        rows = sum(weight.shape[0] for weight in held.weights)
+        tile = one_wave_tile(self.arch, x.element_size(), x.shape[1], rows, gated)
+        if tile is None:
+            return None
+        return one_wave(
+            x, held.weights, held.biases, tile=tile, residual=residual, norm=weight, gated=gated, weights_settled=True,
+            eps=0.0 if norm is None else norm_eps(norm), unit_offset=self.names.unit_offset,
+        )  # fmt: skip
 
     def _gathered(self, part: Shard, x: Tensor) -> Tensor:
         """The products of `x: [T, K]` with all ranks' columns, `[T, N]`."""

@@ -96,6 +96,7 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
 
     `copies`: which of the prompt's rows each row goes on from, if that is not its own.
     """
+    from hf_fastattn.kernels.attention.configs import is_short
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.loop.device_state import bucket_of
 
@@ -115,7 +116,7 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     rotary = vars(decoder)[STATE].runtime.rotary_copies
     embeddings = rotary.tables(decoder.rotary_emb, tokens, position_ids, device)
     shared = None if copies is None else _shared(cache, copies, device)
-    with cache.using(Batch.static(tensors, rows, options, shared)):
+    with cache.using(Batch.static(tensors, rows, options, shared, is_short(rows, cache.room))):
         walk(layers, tokens, {"position_embeddings": embeddings, "position_ids": position_ids})
 
 

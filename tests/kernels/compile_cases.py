@@ -21,6 +21,7 @@ from tests.kernels.compile_launches import (
     add_norm,
     advanced,
     append,
+    at_once,
     chosen,
     continued,
     decode,
@@ -43,6 +44,7 @@ from tests.kernels.compile_launches import (
     rope,
     routed,
     shared_prefix,
+    short,
     slid,
     summed,
     tiles,
@@ -159,6 +161,11 @@ CASES = {
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),
+    "short row": Case(lambda: short(2, 128, norm=True), ("short_row_kernel",), programs=2),
+    "short row, D = 64": Case(lambda: short(4, 64), ("short_row_kernel",), programs=2),
+    "short row, D = 80, window": Case(
+        lambda: short(7, 80, FP16, rotary=32, norm=True, window=100), ("short_row_kernel",), programs=2
+    ),
     "append, fp8": Case(
         lambda: append(32, 8, 128, norm=True, kv_dtype="fp8"), ("rope_append_kernel",), programs=4, targets=FP8
     ),
@@ -407,6 +414,13 @@ CASES = {
     "product": Case(lambda: product(1, 4096, QKV), ("matvec_kernel",), programs=3),
     "product, K = 11008": Case(lambda: product(1, 11008, (4096,), residual=True), ("matvec_kernel",), programs=3),
     "product, K = 7168": Case(lambda: product(1, 7168, (4096,)), ("matvec_kernel",), programs=1),
+    "product at once": Case(lambda: at_once(1024, (2048, 1024, 1024), norm=True), ("one_wave_kernel",), programs=3),
+    "product at once, gate and up": Case(
+        lambda: at_once(1024, (3072, 3072), norm=True, gated=True), ("one_wave_kernel",), programs=2
+    ),
+    "product at once, K = 3072": Case(
+        lambda: at_once(3072, (1024,), FP16, residual=True, bias=True), ("one_wave_kernel",), programs=4
+    ),
     "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),
     "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),
     "product, lm head": Case(lambda: product(1, 4096, (128256,)), ("matvec_kernel",), programs=2),

@@ -9,11 +9,13 @@ import torch
 
 from hf_fastattn.eval.kernel_speed.page_by_page import page_by_page
 from hf_fastattn.kernels.attention.append import rope_append
+from hf_fastattn.kernels.attention.configs import short_row_tile
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
 from hf_fastattn.kernels.attention.paged import visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
+from hf_fastattn.kernels.attention.short_row import short_row
 from hf_fastattn.kernels.attention.widened_pages import widened_pages
 from hf_fastattn.kernels.attention.work_list import work_list
 from hf_fastattn.kernels.attention.workspace import Workspace
@@ -21,10 +23,11 @@ from hf_fastattn.kernels.experts import router
 from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.layer import weight_sum
 from hf_fastattn.kernels.layer.activation import silu_and_mul
-from hf_fastattn.kernels.layer.configs import ProductTile
+from hf_fastattn.kernels.layer.configs import HOPPER, ProductTile, one_wave_tile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
+from hf_fastattn.kernels.layer.one_wave import one_wave
 from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
 from hf_fastattn.kernels.linear.delta_parts import DeltaInputs, DeltaWeights, StepStates
@@ -95,6 +98,23 @@ def decode(
             q, held[0], batch[0], None, batch[1], max_query_len=1, workspace=workspace, variant=options["variant"]
         )
     return paged_decode(q, *held, *batch, scale=1.0, workspace=workspace, **options)
+
+
+def short(
+    ratio: int, dim: int, dtype: torch.dtype = BF16, *, rotary: int | None = None, norm: bool = False,
+    window: int | None = None,
+) -> object:  # fmt: skip
+    groups, workspace = 8, Workspace(torch.device("cpu"))
+    workspace.processors = 132
+    q, k = (torch.zeros(1, count, dim, dtype=dtype) for count in (groups * ratio, groups))
+    # On every architecture that of Hopper.
+    tile = short_row_tile(HOPPER, q.element_size(), dim, groups)
+    cos, weight = torch.zeros(1, rotary or dim, dtype=dtype), torch.ones(dim, dtype=dtype) if norm else None
+    page_table, lengths = table(1, 16)
+    return short_row(
+        q, k, k, cos, cos, *pages(groups, dim, 16, dtype), lengths, page_table, lengths, scale=1.0, window=window,
+        workspace=workspace, keys_settled=True, q_norm=weight, k_norm=weight, tile=tile,
+    )  # fmt: skip
 
 
 def shared_prefix(
@@ -223,6 +243,25 @@ def product(
         residual=torch.zeros(tokens, counts[0], dtype=wide) if residual else None,
         weights_settled=True,
         tile=tile,
+    )
+
+
+def at_once(
+    k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *, norm: bool = False, bias: bool = False,
+    residual: bool = False, gated: bool = False,
+) -> object:  # fmt: skip
+    x, weights = torch.zeros(1, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
+    tile = one_wave_tile(HOPPER, x.element_size(), k, sum(counts), gated)
+    assert tile is not None
+    return one_wave(
+        x,
+        weights,
+        [weight[:, 0].contiguous() for weight in weights] if bias else None,
+        tile=tile,
+        residual=torch.zeros(1, counts[0], dtype=dtype) if residual else None,
+        norm=x[0] if norm else None,
+        gated=gated,
+        weights_settled=True,
     )
 
 

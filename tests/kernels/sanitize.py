@@ -27,10 +27,11 @@ from tests.kernels.attention import (
     test_merge,
     test_prefill,
     test_shared_prefix,
+    test_short_row,
     test_work_list,
 )
 from tests.kernels.cases import in_eight_bits, make_batch
-from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm
+from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm, test_one_wave
 from tests.kernels.linear import test_delta_prefill, test_delta_step
 from tests.kernels.sampling import test_advance, test_greedy, test_logprobs, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
@@ -61,6 +62,13 @@ def decode_row() -> None:
         for kv_dtype in KV_DTYPES:
             batch = make_batch([1], [past], page=16, groups=2, ratio=4, dim=128, dtype=BF16, scattered=True, device="cuda")
             test_decode.check(in_eight_bits(batch, kv_dtype))
+
+
+def short_row() -> None:
+    for past in (-1, 0, 700):
+        options = {"page": 16, "dim": 80, "ratio": 3, "rotary": 32, "dtype": BF16, "device": "cuda"}
+        test_short_row.check(past, norm=True, **options)
+        test_short_row.check(past, window=40, **options)
 
 
 def batch_invariant() -> None:
@@ -97,6 +105,9 @@ def products() -> None:
         numbers = [number % 3 - 1 for number in range(tokens)]
         test_lora.check_stacked(tokens, 1000, (1001, 63, 1), ((4, 9), (0, 0), (100, 0)), numbers, sums=sums, device="cuda")
         test_matvec.check(tokens, 4864, (130,), residual=True, strided=True, sums=sums, device="cuda")
+    test_one_wave.check(1000, [1001, 63, 1], bias=True, norm=True, device="cuda")
+    test_one_wave.check(896, [250, 250], FP16, gated=True, norm=True, device="cuda")
+    test_one_wave.check(3072, [130], residual=True, device="cuda")
 
 
 def between() -> None:
@@ -132,7 +143,7 @@ def linear() -> None:
 
 
 RUNS = (
-    decode, decode_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, linear,
+    decode, decode_row, short_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, linear,
     sampling, advance,
 )  # fmt: skip
 
