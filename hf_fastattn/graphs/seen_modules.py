@@ -59,7 +59,7 @@ class _Record(NamedTuple):
     """One module.
 
     Attributes:
-        count: of its attributes.
+        held: of its attributes.
         training: its mode.
         scalars: the names of its own attributes that are numbers and the like, and `values` of these.
         objects: other attributes of its own.
@@ -70,7 +70,7 @@ class _Record(NamedTuple):
 
     kind: type
     forward: Any
-    count: int
+    held: int
     training: Any
     scalars: list[str]
     values: list[Any]
@@ -138,7 +138,7 @@ class Seen:
                     return False
                 module = stack.pop()
                 state = module.__dict__
-                if type(module) is not record.kind or len(state) != record.count or not _is_as_noted(state, record):
+                if type(module) is not record.kind or len(state) != record.held or not _is_as_noted(state, record):
                     return False
                 held = state["_modules"]
                 if held or record.children:
