@@ -160,8 +160,9 @@ class PageStorage:
             whole = all(pages[0].nbytes % WORD == 0 for pages in tensors)
             usable = whole and all(self._has_kernels(device) for device in places)
             with torch.inference_mode(False):
-                held = {device: torch.tensor(own).to(device) for device, own in places.items()} if usable else None
-            self._places = self.version, held
+                # Without waiting for the device: pages may have moved since the last copy, and steps are under way.
+                sent = {device: torch.tensor(own).to(device, non_blocking=True) for device, own in places.items() if usable}
+            self._places = self.version, sent if usable else None
         return self._places[1]
 
     def _has_kernels(self, device: torch.device) -> bool:
