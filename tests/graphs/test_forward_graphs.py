@@ -383,9 +383,9 @@ def test_a_fingerprint_that_is_known_is_taken_once(monkeypatch: pytest.MonkeyPat
 def test_a_hit_takes_one_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
 
-    def counted(module: Any, place: torch.device) -> Any:
+    def counted(module: Any, place: torch.device, *seen: Any) -> Any:
         taken.append(module)
-        return fingerprint_of(module, place)
+        return fingerprint_of(module, place, *seen)
 
     for where in (graph_store, prefix_call, model_state):
         monkeypatch.setattr(where, "fingerprint_of", counted)
