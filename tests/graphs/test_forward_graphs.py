@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import hf_fastattn
-from hf_fastattn.generation import columns_at_once, prefix_call
-from hf_fastattn.graphs import graph_store, model_state
+from hf_fastattn.generation import columns_at_once
+from hf_fastattn.graphs import fingerprint, graph_store
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
@@ -380,21 +380,20 @@ def test_a_fingerprint_that_is_known_is_taken_once(monkeypatch: pytest.MonkeyPat
     assert not graphs.compare(decoder, device) and len(taken) == 3
 
 
-def test_a_hit_takes_one_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_takes_a_fingerprint_only_of_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-
-    def counted(module: Any, place: torch.device, *seen: Any) -> Any:
-        taken.append(module)
-        return fingerprint_of(module, place, *seen)
-
-    for where in (graph_store, prefix_call, model_state):
-        monkeypatch.setattr(where, "fingerprint_of", counted)
+    take = fingerprint._fingerprint
+    monkeypatch.setattr(fingerprint, "_fingerprint", lambda module, *given: (taken.append(module), take(module, *given))[1])
     model = hf_fastattn.patch(tiny("llama"), prefix_cache=True)
     ids = torch.randint(1, 90, (1, 70), generator=torch.Generator().manual_seed(1))
+    asked = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with reexecuted():
         for _ in range(4):
             taken.clear()
-            model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0, eos_token_id=None)
-    call = hf_fastattn.report(model).last_call
-    assert call is not None and call.tokens_reused == 69 and call.graphs_replayed == 1
-    assert taken == [model.model]
+            model.generate(ids, **asked)
+        call = hf_fastattn.report(model).last_call
+        assert call is not None and call.tokens_reused == 69 and call.graphs_replayed == 1
+        assert not taken
+        model.model.norm.variance_epsilon *= 2
+        model.generate(ids, **asked)
+        assert taken == [model.model] and not hf_fastattn.report(model).last_call.tokens_reused
