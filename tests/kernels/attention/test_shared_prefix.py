@@ -137,6 +137,8 @@ def test_a_workspace_serves_one_launch_after_another():
     workspace, options = Workspace(torch.device("cpu")), {"page": 16, "dim": 32, "ratio": 4, "dtype": BF16}
     groups: list[Group] = [(96, [5, 17]), (16, [300, 1])]
     first = check(groups, None, workspace, **options)
+    *_, counters = workspace.split_kv(1, 16, 32)
+    assert not counters.any(), "the next launch counts from what this one left"
     batch = make_batch([1] * 3, [5, 300, 64], **options)
     got = paged_decode(
         batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens, scale=batch.scale, workspace=workspace
