@@ -261,9 +261,11 @@ TestRandomPrefixes = RandomPrefixes.TestCase
 def test_programs_come_upon_pages_that_hold_a_part_of_a_prompt():
     """Found, copied before they are written to, kept with less than they have place for, and where no copy fits."""
     RandomPrefixes.met.clear()
-    run_state_machine_as_test(RandomPrefixes, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
+    # The same programs each time: some of what is looked for is rare.
+    chosen = settings(max_examples=400, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+    run_state_machine_as_test(RandomPrefixes, settings=chosen)
     wanted = {"none", "whole", "partial", "copied", "partial kept", "full", "partial, full"}
-    assert set(RandomPrefixes.met) >= wanted, RandomPrefixes.met
+    assert {name for name, count in RandomPrefixes.met.items() if count} >= wanted, RandomPrefixes.met
 
 
 def filled(*prompts: list[int]) -> tuple[PagePool, PrefixIndex]:
