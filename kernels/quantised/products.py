@@ -122,8 +122,9 @@ def _product(
     apart = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0)) if launch.several else ()
     # Not `triton.cdiv`, which costs the host a microsecond a call.
     programs = sum(-(-count // launch.rows) for count in counts[:used])
+    run = prepared(launch.kernel)
     with on_device_of(x):
-        prepared(launch.kernel)[(programs,)](
+        run[(programs,)](
             x, *held, *added, y, residual, *several, *counts, *apart, **options, **launch.sizes
         )  # fmt: skip
     return y

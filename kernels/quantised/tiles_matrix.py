@@ -45,7 +45,7 @@ class TilePointers(NamedTuple):
 
 
 @triton.jit
-def _held(words_ptr, scales_ptr, low, high, height, part, lane, PARTS: tl.constexpr, GROUP: tl.constexpr):
+def _held_tiles(words_ptr, scales_ptr, low, high, height, part, lane, PARTS: tl.constexpr, GROUP: tl.constexpr):
     """Of part number `part` of two tiles: 16 bytes of a lane of each, and the scales and offsets of its rows."""
     at = part * 64 + lane * 2
     a, b = two_words(words_ptr + low.to(tl.int64) * (PARTS * 64) + at, True)
@@ -55,7 +55,7 @@ def _held(words_ptr, scales_ptr, low, high, height, part, lane, PARTS: tl.conste
 
 
 @triton.jit
-def _x_of(x_ptr, other_ptr, part, SUMS: tl.constexpr):
+def _x_of_tiles(x_ptr, other_ptr, part, SUMS: tl.constexpr):
     """16 words of x of each lane's token in a part of 128 columns, and with eight sums as many of its other token."""
     p = x_ptr + part * 64
     found = (
@@ -65,7 +65,7 @@ def _x_of(x_ptr, other_ptr, part, SUMS: tl.constexpr):
         tl.load(p + 48), tl.load(p + 52), tl.load(p + 56), tl.load(p + 60),
     )  # fmt: skip
     if SUMS == 8:
-        found = found + _x_of(other_ptr, other_ptr, part, 4)
+        found = found + _x_of_tiles(other_ptr, other_ptr, part, 4)
     return found
 
 
@@ -95,7 +95,7 @@ def _weights_of(a, b):
 
 
 @triton.jit
-def _product(w, x, SUMS: tl.constexpr):
+def _tile_product(w, x, SUMS: tl.constexpr):
     """The sums of 128 columns of two tiles, as those of `plus_scaled`."""
     if not ASSEMBLY:
         low, high = _weights_of(w[0], w[1]), _weights_of(w[2], w[3])
@@ -148,7 +148,7 @@ def _plus_product(sums, w, scale_low, scale_high, x, SUMS: tl.constexpr):
     offset_high = (scale_high & -65536).to(tl.float32, bitcast=True) - 136.0 * high
     # Both terms are large and nearly cancel: they meet before they are added to what other parts gave.
     both = plus_scaled(plus_scaled(no_sums(x[0].shape[0], SUMS), _sums_of(x, SUMS), offset_low, offset_high, SUMS),
-                       _product(w, x, SUMS), low, high, SUMS)  # fmt: skip
+                       _tile_product(w, x, SUMS), low, high, SUMS)  # fmt: skip
     return plus_scaled(sums, _as_product(both, SUMS), 1.0, 1.0, SUMS)
 
 
@@ -188,10 +188,12 @@ def tiles_matrix_kernel(
     # Instead of a mask: past the last tile or token, the last one is read again.
     low = tl.minimum(2 * tile, height - 1)
     high = tl.minimum(2 * tile + 1, height - 1)
-    words, scale_low, scale_high = _held(words_ptr, scales_ptr, low, high, height, warp, lane, PARTS, GROUP)
+    words, scale_low, scale_high = _held_tiles(words_ptr, scales_ptr, low, high, height, warp, lane, PARTS, GROUP)
     next_words, next_low, next_high = words, scale_low, scale_high
     if DEPTH == 2 and PARTS > SHARERS:
-        next_words, next_low, next_high = _held(words_ptr, scales_ptr, low, high, height, warp + SHARERS, lane, PARTS, GROUP)
+        next_words, next_low, next_high = _held_tiles(
+            words_ptr, scales_ptr, low, high, height, warp + SHARERS, lane, PARTS, GROUP
+        )
     if OVERLAP and SETTLED:
         gdc_wait()
     x2_ptr = x_ptr.to(tl.pointer_type(tl.int32)) + lane % 4
@@ -204,8 +206,10 @@ def tiles_matrix_kernel(
         last_words, last_low, last_high = next_words, next_low, next_high
         if first + DEPTH * SHARERS < PARTS:
             after = part + DEPTH * SHARERS
-            last_words, last_low, last_high = _held(words_ptr, scales_ptr, low, high, height, after, lane, PARTS, GROUP)
-        x = _x_of(x2_ptr, other_ptr, part, SUMS)
+            last_words, last_low, last_high = _held_tiles(
+                words_ptr, scales_ptr, low, high, height, after, lane, PARTS, GROUP
+            )
+        x = _x_of_tiles(x2_ptr, other_ptr, part, SUMS)
         acc = _plus_product(acc, words, scale_low, scale_high, x, SUMS)
         if DEPTH == 2:
             words, scale_low, scale_high = next_words, next_low, next_high

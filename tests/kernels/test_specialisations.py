@@ -42,7 +42,8 @@ MOST_OF_LINEAR = 60
 # What a loop of generate() changes from one step or call to the next.
 LAUNCHES = {
     "append, tokens": [lambda n=n: compile_cases.append(8, 2, 64, tokens=n) for n in (1, 2, 16, 100)],
-    "decode, rows": [lambda n=n: compile_cases.decode(4, 64, rows=n) for n in (1, 2, 16)],
+    # Of as many rows as take one tile.
+    "decode, rows": [lambda n=n: compile_cases.decode(4, 64, rows=n) for n in (1, 15, 16)],
     "decode, columns": [lambda n=n: compile_cases.decode(4, 64, columns=n) for n in (1, 2, 16)],
     "decode, window": [lambda n=n: compile_cases.decode(4, 64, window=n) for n in (1, 10, 16)],
     "shared prefix, rows": [lambda n=n: compile_cases.shared_prefix(4, 64, rows=n) for n in (1, 2, 16)],

@@ -14,7 +14,7 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.kernels.attention import short_row
-from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS
+from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS, ShortRowTile
 from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
 from hf_fastattn.patches.fused import products
 from hf_fastattn.transformers_version import CACHE
@@ -45,7 +45,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every single row is short, also one that the host has just made, and every product takes place at once."""
-    monkeypatch.setattr(Batch, "_is_short_row", lambda batch, *_: batch.rows == 1 and batch.is_decode)
+    monkeypatch.setattr(
+        Batch, "_is_short_row", lambda batch, q, *_: batch.rows == 1 and batch.is_decode and q.element_size() == 2
+    )
+    monkeypatch.setattr(short_row, "short_row_tile", lambda *_: ShortRowTile(16, 1))
     monkeypatch.setattr(products, "one_wave_tile", lambda _, itemsize, *__: TILE if itemsize == 2 else None)
 
 
