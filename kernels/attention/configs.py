@@ -309,9 +309,12 @@ def shared_prefix_tile(
     return next(tile for table in tables if (tile := tile_of(table, arch, itemsize, limit)) is not None)
 
 
-def suffix_tile(arch: int, itemsize: int, block_d: int, pairs: int, processors: int) -> Tile:
-    """The tile of the suffixes of rows that share prefixes, of `pairs` (row, kv head) pairs."""
-    many = tile_of(SUFFIX_MANY, arch, itemsize, block_d) if pairs > processors else None
+def suffix_tile(arch: int, itemsize: int, block_d: int, pairs: int, processors: int, transformed: bool = False) -> Tile:
+    """The tile of the suffixes of rows that share prefixes, of `pairs` (row, kv head) pairs.
+
+    `transformed`: a variant transforms keys, for which two warps have too few registers.
+    """
+    many = tile_of(SUFFIX_MANY, arch, itemsize, block_d) if pairs > processors and not transformed else None
     found = many or tile_of(SUFFIX, arch, itemsize, block_d)
     assert found is not None
     return found

@@ -255,7 +255,7 @@ def paged_decode_shared(
     tile = shared_prefix_tile(
         arch, element_bytes(q, k_pages), block_d, ratio if gluon else queries, pairs, room.processors, transformed
     )
-    suffix = suffix_tile(arch, element_bytes(q, k_pages), block_d, pairs, room.processors)
+    suffix = suffix_tile(arch, element_bytes(q, k_pages), block_d, pairs, room.processors, transformed)
     parts = parts_of_suffixes(suffix, pairs, room.processors)
     block_m = GLUON_ROWS if gluon else max(min(power_of_2(queries), tile.block_m), power_of_2(ratio), 16)
     programs = room.processors if gluon else max(tile.programs * room.processors, 2)

@@ -312,7 +312,7 @@ CASES = {
         lambda: shared_prefix(4, 128, rows=256, most=256, variant=varied(query_transform=rope, key_transform=rope)),
         SHARED_PREFIX,
         programs=1,
-        spilled=184,
+        spilled=128,
         targets=("sm_90",),
     ),
     "prefill, variant": Case(
