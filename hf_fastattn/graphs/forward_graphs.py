@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.transformers_version import CACHE
 from hf_fastattn.uncompiled import uncompiled
-
-logger = logging.getLogger("hf_fastattn")
 
 # Most graphs kept, of decode steps and of forwards of several tokens a row; the least recently used is evicted.
 MAX_GRAPHS, MAX_EXTENDS = 8, 16
@@ -285,7 +282,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             # A workspace may have grown meanwhile whose counters were not zeroed; what was written is written again.
             self.drop()
             self._launched = None
-            logger.info("hf_fastattn could not record a first forward: %s: %s", type(error).__name__, error)
+            self.count_reason(f"recording a first forward failed with {type(error).__name__}: {error}", counters)
             return None
         self._launched.add(about)
         self._keep(key, entry, counters)
