@@ -79,6 +79,7 @@ HINTS = (
     ("weights are offloaded", ONE_DEVICE),
     ("input_ids are on", "inputs.to(model.device)"),
     ("capturing it failed", "free memory, or report this with the error; cuda_graphs=False does without"),
+    ("recording a first forward failed", "nothing: the prompt ran without it; free memory if the error says so"),
     ("cuda_graphs=False", "patch with cuda_graphs=True"),
     ("backend ", "patch without backend=, on a CUDA device of capability 8.0 or later, in fp16 or bf16"),
     ("the call has no cache", CACHE_OPTION),
