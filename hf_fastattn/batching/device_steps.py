@@ -59,8 +59,9 @@ class DeviceSteps:
         self._device = device
         seed = torch.randint(2**62, (1,)) if choice.seed is None else torch.tensor([choice.seed])
         self._seed = seed.to(device)
-        self._readback = Readback(bucket_of(slots) + MOST_PIECES, device, DEPTH)
         self._start(columns)
+        # A step with pieces of prompts may have more rows than there are slots.
+        self._readback = Readback(self._state.rows + MOST_PIECES, device, DEPTH)
 
     def _start(self, columns: int) -> None:
         slots, vocabulary = self._size

@@ -71,6 +71,21 @@ def test_more_rows_than_slots_of_a_unit(mixing: str) -> None:
     assert driven.release().prompt_pieces_mixed >= 12
 
 
+def test_fewer_slots_than_rows_of_a_step(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with pieces has at least half a unit of rows, however few requests may run at once."""
+    from hf_fastattn.batching import mixed_steps
+
+    monkeypatch.setattr(mixed_steps, "UNIT", 128)
+    twins, given = Twins("llama", mixing, mixed_steps=True), prompts(6, 3, 20)
+    driven = Driven(twins, max_requests_per_batch=2)
+    for place, prompt in enumerate(given):
+        driven.add(str(place), prompt, 3 + 9 * (place % 2))
+    driven.run()
+    for place, prompt in enumerate(given):
+        assert driven.tokens(str(place)) == twins.alone(prompt, 3 + 9 * (place % 2))
+    assert driven.release().prompt_pieces_mixed > 0
+
+
 def test_page_pressure(mixing: str) -> None:
     """Who makes way for older ones starts over in such steps too."""
     twins, given = Twins("llama", mixing, page_size=PAGE, mixed_steps=True), prompts(8, 3, 20)
