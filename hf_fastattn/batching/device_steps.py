@@ -60,6 +60,8 @@ class DeviceSteps:
         seed = torch.randint(2**62, (1,)) if choice.seed is None else torch.tensor([choice.seed])
         self._seed = seed.to(device)
         self._start(columns)
+        # With a seed, the same requests draw the same tokens, whatever ran before.
+        self._held.step.zero_()
         # A step with pieces of prompts may have more rows than there are slots.
         self._readback = Readback(self._state.rows + MOST_PIECES, device, DEPTH)
 
@@ -94,7 +96,10 @@ class DeviceSteps:
         Args:
             slots: those that are alive, and `tokens` that they have chosen last.
         """
+        step = self._held.step.clone()
         self._start(max(columns, self.columns))
+        # Random numbers of earlier steps do not come again.
+        self._held.step.copy_(step)
         self.join(slots.tolist(), torch.from_numpy(tokens).to(self._device))
 
     def is_current(self) -> bool:

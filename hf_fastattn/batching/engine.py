@@ -209,19 +209,30 @@ class Engine:
         started, ended, streamed = batch.tokens.take(*arrived)
         for place in started:
             batch.by_place[place].started()
-        shown = [batch.by_place[place] for place in (*ended, *streamed)]
-        for place, request in enumerate(shown):
-            if place < len(ended) or request.state.streaming:
-                request.set_tokens(*batch.chosen(request))
-            request.note_time()
-        for request in shown[: len(ended)]:
-            request.finished()
-            batch.remove(request)
-            batch.counters.requests_batched += 1
-        shown = [request for request in shown if request.is_over or request.state.streaming]
+        shown = self._finish(ended)
+        if streamed:
+            for place, token, logprob in zip(streamed, *batch.tokens.last(streamed), strict=True):
+                request = batch.by_place[place]
+                request.note_time()
+                if request.state.streaming:
+                    request.append(token, logprob)
+                    shown.append(request)
         if shown:
             self._deliver(shown)
         return True
+
+    def _finish(self, ended: Sequence[int]) -> list[Request]:
+        """Requests whose last token has arrived."""
+        batch, over = self._batch, []
+        for place in ended:
+            request = batch.by_place[place]
+            request.set_tokens(*batch.chosen(request))
+            request.note_time()
+            request.finished()
+            batch.remove(request)
+            over.append(request)
+        batch.counters.requests_batched += len(over)
+        return over
 
     def record(self, rows: int, mixed: bool = False) -> None:
         """Record the step of so many rows, none of which takes part; and if it is to be, those with pieces of prompts."""

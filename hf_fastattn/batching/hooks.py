@@ -41,7 +41,10 @@ class FastBatchingMixin:
         if not isinstance(batching, ContinuousBatchingConfig):
             batching = ContinuousBatchingConfig()
         reason: Any = "a manager of Transformers' own was kept"
-        if not isinstance(held, ContinuousBatchingManager):
+        if self._fastattn.runtime.turn.is_mine():
+            # Its thread would wait for this one, which waits for its requests.
+            reason = "it was asked for inside a generate() of the same model"
+        elif not isinstance(held, ContinuousBatchingManager):
             reason = "there is no generation_config" if config is None else choice_of(self, config, batching)
         if isinstance(reason, str):
             self._fastattn.runtime.count_not_looped(f"continuous batching: {reason}")

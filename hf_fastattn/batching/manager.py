@@ -15,6 +15,7 @@ from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.batching.choice import Choice
 from hf_fastattn.batching.engine import Engine
 from hf_fastattn.batching.engine_parts import EngineParts
+from hf_fastattn.batching.outputs import LoopRouter
 from hf_fastattn.batching.requests import Request
 
 # Seconds that the thread waits for its turn at a time, and for new requests.
@@ -35,9 +36,11 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     # Transformers asks whether there is one.
     batch_processor: Any
+    output_router: LoopRouter
 
     def __init__(self, choice: Choice, model: Any, **options: Any) -> None:
         super().__init__(model=model, **options)
+        self.output_router = LoopRouter(self.cancel_queue.put)
         self._turn = model._fastattn.runtime.turn
         self._choice, self._hints = choice, options.get("workload_hints")
         self._parts: EngineParts | None = None
@@ -78,8 +81,8 @@ class FastBatchingManager(ContinuousBatchingManager):
 
     def register_result_handler(self, request_id: str, callback: Any) -> None:
         """Transformers' own; what has arrived already, since the request was added before, goes to the callback too."""
-        super().register_result_handler(request_id, callback)
         router = self.output_router
+        super().register_result_handler(request_id, router.once(callback))
         with router._lock:
             handler, loop = router.result_handlers[request_id]
             for output in drain_queue(router.output_queue):
@@ -171,9 +174,11 @@ class FastBatchingManager(ContinuousBatchingManager):
     def _rounds(self, engine: Engine) -> None:
         turn, status = self._turn, self.background_thread_status
         while True:
+            # Whoever cancels a request has added it before: it is among those that are taken after.
+            cancelled = drain_queue(self.cancel_queue)
             for state in drain_queue(self.input_queue):
                 self._add(engine, state)
-            self._cancel(engine, drain_queue(self.cancel_queue))
+            self._cancel(engine, cancelled)
             if engine.is_idle:
                 return
             engine.run()

@@ -100,6 +100,12 @@ class Request:
         self.state.generated_tokens = (self.earlier + chosen)[: self.state.max_new_tokens]
         self.state.logprobs = (self.earlier_logprobs + logprobs)[: self.state.max_new_tokens]
 
+    def append(self, token: int, logprob: float | None) -> None:
+        """Its output shows one token more."""
+        self.state.generated_tokens.append(token)
+        if logprob is not None:
+            self.state.logprobs.append(logprob)
+
     def note_time(self) -> None:
         """A token has arrived now."""
         if self.state.record_timestamps:

@@ -62,6 +62,16 @@ class RowTokens:
         found: list[int] = self._tokens[place, : self._counts[place]].tolist()
         return found
 
+    def last(self, places: Sequence[int]) -> tuple[list[int], list[float] | list[None]]:
+        """The last tokens of these places, and the logarithms of their probabilities, None if these do not come."""
+        index = np.asarray(places, np.int64)
+        columns = self._counts[index] - 1
+        tokens: list[int] = self._tokens[index, columns].tolist()
+        if self._logprobs is None:
+            return tokens, [None] * len(tokens)
+        logprobs: list[float] = self._logprobs[index, columns].tolist()
+        return tokens, logprobs
+
     def logprobs_of(self, place: int) -> list[float]:
         """The logarithms of their probabilities, if these come."""
         if self._logprobs is None:
