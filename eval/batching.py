@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import hf_fastattn
+from hf_fastattn.eval.accuracy import variants
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.batching_calls.cases import ON_CPU, ON_GPU, Case, arriving
 from hf_fastattn.eval.batching_calls.check import check
@@ -40,6 +41,8 @@ from hf_fastattn.eval.reporting.case_loop import measured_cases
 from hf_fastattn.eval.reporting.environment import command, default_device, environment
 from hf_fastattn.eval.shapes import random_model
 
+# Options of the command that records show.
+SETTINGS = ("layers", "pairs", "patch", "stock_seconds", "stock_new")
 # Rows of padded calls that are tried.
 SIZES = {"cuda": (64, 256), "cpu": (8, 32)}
 
@@ -57,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     auto = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     start = time.perf_counter()
-    bench = _Bench(options, device, dtype)
+    try:
+        bench = _Bench(options, device, dtype)
+    except ValueError as error:
+        made.error(f"argument --patch: {error}")
     cases = ((name, functools.partial(bench.measure, name)) for name in options.case)
     rows, failed = measured_cases(cases, briefly, start)
     record = {
         "command": command("hf_fastattn.eval.batching", argv),
         "environment": environment(device),
-        "settings": {name: getattr(options, name) for name in ("layers", "pairs", "stock_seconds", "stock_new")},
+        "settings": {name: getattr(options, name) for name in SETTINGS},
         "dtype": str(dtype).removeprefix("torch."),
         "read_tbs": bench.read and bench.read / 1e12,
         "seconds": time.perf_counter() - start,
@@ -80,6 +86,7 @@ class _Bench:
 
     def __init__(self, options: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._options, self._device, self._dtype = options, device, dtype
+        self._patch = dict(variants.parse(options.patch).options)
         self._model: Any = None
         self._named = ""
         self.read: float | None = None
@@ -92,7 +99,7 @@ class _Bench:
         if self.read is None and self._device.type == "cuda":
             self.read = measure_ceilings(self._device, self._dtype).read
         free_memory()
-        patched = patched_twin(self._model)
+        patched = patched_twin(self._model, self._patch)
         try:
             kinds = {"offline": self._offline, "arrival": self._arrival, "load": self._rates}
             found = kinds[case.kind](case, patched)

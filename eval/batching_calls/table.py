@@ -51,7 +51,8 @@ def markdown(record: dict[str, Any]) -> str:
     """The whole report."""
     lines = ["# Requests of different lengths", "", report.environment_lines(record), ""]
     read = f", reading {record['read_tbs']:.2f} TB/s" if record["read_tbs"] else ""
-    lines += [f"{record['dtype']}, {record['settings']['pairs']} rounds{read}.", ""]
+    patched = f", patched with `{record['settings']['patch']}`" if record["settings"].get("patch") else ""
+    lines += [f"{record['dtype']}, {record['settings']['pairs']} rounds{read}{patched}.", ""]
     lines += [f"- {_described(row)}" for row in record["cases"]]
     lines += ["", NOTES]
     for kind, head, cells in (("offline", OFFLINE, _offline), ("arrival", ARRIVAL, _arrival), ("load", LOAD, _load)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +188,6 @@ def _attentions() -> list[str]:
     return ["sdpa", "eager"]
 
 
-def patched_twin(model: Any) -> Any:
-    """The same weights, patched."""
-    return hf_fastattn.patch(twin(model))
+def patched_twin(model: Any, options: Mapping[str, Any]) -> Any:
+    """The same weights, patched with these options."""
+    return hf_fastattn.patch(twin(model), **options)

@@ -189,6 +189,7 @@ def add_batching(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--sizes", type=positive, nargs="+", help="rows of padded calls to try (default: 64 and 256 on a GPU, else 8 and 32)"
     )
+    made.add_argument("--patch", default="", metavar="OPTION=VALUE,...", help="options of patch(), such as mixed_steps=on")
     attention = "of stock's generate_batch() (default: the quickest of those that are there)"
     made.add_argument("--attention", help=attention)
     rates = "of the load, as shares of what is done where all requests are there at once (default: %(default)s)"

@@ -43,6 +43,8 @@ class SlotPages:
         cache.lengths = [0] * slots
         # `(window's place, slot, first column, pages)` that the device does not know of.
         self.changes: list[tuple[int, int, int, list[int]]] = []
+        # By window: columns of each slot up to which pages were released.
+        self._behind = np.zeros((len(cache.tables), slots), np.int64)
 
     @property
     def most(self) -> int | None:
@@ -111,20 +113,27 @@ class SlotPages:
 
     def release(self, slots: Sequence[int]) -> None:
         """These slots are empty."""
+        self._behind[:, list(slots)] = 0
         for table in self.cache.tables.values():
             table.release_rows(slots)
 
     def move(self, source: int, target: int) -> None:
         """An empty slot holds what another one held."""
+        self._behind[:, target], self._behind[:, source] = self._behind[:, source], 0
         for table in self.cache.tables.values():
             table.move_row(source, target)
         self._note(target, 0)
 
     def release_behind(self, lengths: NDArray[np.int64]) -> None:
         """Release pages that no query from `lengths[slot]` on can see through a window."""
-        held = lengths.tolist()
-        for table in self.cache.tables.values():
-            table.release_behind(held)
+        for behind, (window, table) in zip(self._behind, self.cache.tables.items(), strict=True):
+            if window is None:
+                continue
+            columns = np.maximum(lengths - window + 1, 0) // self.page_size
+            slots = np.flatnonzero(columns > behind)
+            if len(slots):
+                table.release_columns(slots.tolist(), columns[slots].tolist())
+                behind[slots] = columns[slots]
 
     def keep_prompt(self, slot: int, tokens: Any, found: Sequence[int]) -> list[int]:
         """Prompts to come find the pages of this one; returns those that hold it."""

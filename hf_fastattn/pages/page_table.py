@@ -425,10 +425,14 @@ class PageTable:
         # Rows that grow at different speeds may release a page some steps late, never early.
         self._release_at = max(lengths) + min(self.page_size - first % self.page_size for first in first_seen)
 
-    @_noted
     def _release_before(self, first_seen: Sequence[int]) -> None:
-        for pages, first in zip(self.rows, first_seen, strict=True):
-            column = first // self.page_size
+        self.release_columns(range(len(self.rows)), [first // self.page_size for first in first_seen])
+
+    @_noted
+    def release_columns(self, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Release the pages of `rows` in front of their `columns`."""
+        for row, column in zip(rows, columns, strict=True):
+            pages = self.rows[row]
             for behind in range(min(column, len(pages)) - 1, -1, -1):
                 if pages[behind] < 0:
                     break

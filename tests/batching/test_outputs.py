@@ -1,4 +1,4 @@
-"""Who asked for outputs may have gone, raise, wait in another thread, or be inside a call: others get theirs all the same."""
+"""Who asked for outputs may have gone, raise, wait in another thread, or be inside a call: others get theirs."""
 
 from __future__ import annotations
 
@@ -162,6 +162,8 @@ def test_streams_with_logprobs_after_starting_over() -> None:
     for place, prompt in enumerate(given):
         outputs = driven.outputs[str(place)]
         assert [one.generated_tokens for one in outputs] == [twins.alone(prompt)[:count] for count in range(1, NEW + 1)]
-        assert [one.logprobs for one in outputs] == [outputs[-1].logprobs[:count] for count in range(1, NEW + 1)] or not options
+        assert [one.logprobs for one in outputs] == [
+            outputs[-1].logprobs[:count] for count in range(1, NEW + 1)
+        ] or not options
         assert [len(one.timestamps) for one in outputs] == list(range(1, NEW + 1))
     assert driven.release().requests_preempted > 0

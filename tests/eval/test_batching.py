@@ -63,6 +63,20 @@ def test_all_cases(tmp_path: Path) -> None:
     assert record["cases"][3]["whole_s"] == pytest.approx(0.512 * held["long"]["ours"]["gap_ms"]["median"])
 
 
+def test_options_of_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    plain = hf_fastattn.patch
+    monkeypatch.setattr(
+        ways.hf_fastattn, "patch", lambda model, **options: (seen.append(options), plain(model, **options))[1]
+    )
+    status, record, table = run(tmp_path, "--case", "ragged", "--patch", "mixed_steps=on,page_size=32", system=("ours",))
+    assert status == 0 and seen == [{"mixed_steps": True, "page_size": 32}]
+    assert record["settings"]["patch"] in table and "patched with `mixed_steps=on,page_size=32`" in table
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--case", "ragged", "--patch", "mixed=on", system=("ours",))
+    assert "argument --patch: 'mixed=on'" in capsys.readouterr().err
+
+
 def test_stock_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its running batches take the attention that is quickest here, and stop when time is up."""
     # By default they take a share of the memory, and seconds for it.
