@@ -142,7 +142,7 @@ class Engine:
             self._restart(0)
         rows, prompts = self._batch.rows.count, len(self._batch.prompts)
         # Where many requests wait for their first token, they come first, for a while.
-        burst = BURST * prompts > rows and self._pieces < MOST_WAITED
+        burst = BURST * prompts > rows and (self._pieces < MOST_WAITED or not rows)
         self._pieces, self._rounds = self._pieces + 1, self._rounds + 1
         size = self._mixed_size(burst) if rows and prompts and self._steps.mixes else None
         if burst and size is None:

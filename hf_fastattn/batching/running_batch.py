@@ -72,7 +72,10 @@ class RunningBatch:
                 place += 1
                 continue
             elif not self._take_in(request):
-                break
+                if self.by_slot:
+                    break
+                # Nobody here will make place.
+                refused.append((request, self._no_pages(request)))
             del self.waiting[place]
         return refused
 
@@ -86,6 +89,13 @@ class RunningBatch:
         return CacheFullError(
             f"the request holds {len(request.prompt)} tokens, which need {needed} pages of {size}, and there are {most}: "
             "raise memory_limit, num_blocks or max_memory_percent"
+        )
+
+    def _no_pages(self, request: Request) -> Exception:
+        held = max(group.pool.in_use for group in self.pages.cache.groups)
+        return CacheFullError(
+            f"the prompt of {len(request.prompt)} tokens gets no pages of {self.pages.page_size}: of {self.pages.most} caches "
+            f"outside of the batch hold {held}; delete these, or raise memory_limit, num_blocks or max_memory_percent"
         )
 
     def _take_in(self, request: Request) -> bool:

@@ -126,6 +126,33 @@ def test_what_never_fits_fails_alone(device: str) -> None:
     driven.release()
 
 
+def test_pages_that_a_returned_cache_holds(device: str) -> None:
+    """A request that nobody would ever make place for fails, instead of waiting for ever; the next one does not."""
+    twins, (prompt,) = Twins("llama", device, page_size=PAGE, memory_limit=160 * 1024), prompts(1, 5, 60)
+    ids = torch.tensor([prompt * 3], device=twins.model.device)
+    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    held = twins.model.generate(ids, **given)
+    driven = Driven(twins)
+    driven.add("late", prompt * 3)
+    driven.run(50)
+    assert "caches outside of the batch hold" in driven.outputs["late"][-1].error
+    held.past_key_values.reset()
+    driven.add("again", prompt * 3)
+    driven.run()
+    assert driven.tokens("again") == twins.alone(prompt * 3)
+    driven.release()
+
+
+def test_a_prompt_alone_is_not_cut(device: str) -> None:
+    """Pieces are short where rows wait for them: a prompt that nobody waits beside is computed in the longest ones."""
+    twins, prompt = Twins("llama", device), prompts(1, 5, 60)[0] * 4
+    driven = Driven(twins, max_batch_tokens=16)
+    driven.add("long", prompt, 2)
+    driven.run()
+    assert driven.tokens("long") == twins.alone(prompt, 2)
+    assert driven.release().forwards == -(-len(prompt) // 16) > engine_module.MOST_WAITED + 1
+
+
 def test_equal_prompts_are_computed_once(device: str) -> None:
     twins, prompt = Twins("llama", device, page_size=PAGE), prompts(1, 5, 60)[0] * 3
     driven = Driven(twins)
