@@ -50,8 +50,9 @@ class FastBatchingManager(ContinuousBatchingManager):
         """The model's attention stays what it is."""
 
     def warmup(self) -> None:
-        """Compile kernels, and record the steps of as many rows as are expected."""
-        self._in_turn(lambda: self._parts_made().warm_up(self._hints))
+        """Compile kernels, and record the steps of as many rows as are expected; the thread, if it runs, does so itself."""
+        if not self.is_running():
+            self._in_turn(lambda: self._parts_made().warm_up(self._hints))
         self.warmed_up = True
 
     def stop(

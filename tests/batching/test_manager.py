@@ -221,6 +221,19 @@ def test_generate_beside(device: str) -> None:
     assert twins.report.pages_in_use == 0
 
 
+def test_warm_up_while_it_runs(device: str) -> None:
+    twins = Twins("llama", device)
+    with twins.model.continuous_batching_context_manager(generation_config=greedy(), warmup=False) as manager:
+        manager.add_request([5, 6, 7], request_id="first", max_new_tokens=200, streaming=True)
+        assert manager.get_result(timeout=30) is not None
+        manager.warmup()
+        manager.add_request([8, 9], request_id="second")
+        found = collect(manager, 2)
+    assert found["first"][-1].generated_tokens == twins.alone([5, 6, 7], 200)
+    assert found["second"][-1].generated_tokens == twins.alone([8, 9])
+    assert_served(twins, 2)
+
+
 def test_generate_need_not_wait_for_the_end(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However patient it is, and although there is always another step."""
     monkeypatch.setattr("hf_fastattn.runtime.PATIENCE", 60.0)
