@@ -153,6 +153,17 @@ def test_a_prompt_alone_is_not_cut(device: str) -> None:
     assert driven.release().forwards == -(-len(prompt) // 16) > engine_module.MOST_WAITED + 1
 
 
+def test_pages_behind_windows_are_free(device: str) -> None:
+    """Rows together are longer than all pages, and so is the next request of a slot."""
+    twins, given = Twins("mistral_window", device, page_size=PAGE), prompts(6, 3, 16)
+    driven = Driven(twins, 20 * PAGE, max_requests_per_batch=2)
+    for place, prompt in enumerate(given):
+        driven.add(str(place), prompt, 70)
+    driven.run()
+    assert [driven.tokens(str(place)) for place in range(6)] == [twins.alone(prompt, 70) for prompt in given]
+    assert driven.release().requests_preempted == 0
+
+
 def test_equal_prompts_are_computed_once(device: str) -> None:
     twins, prompt = Twins("llama", device, page_size=PAGE), prompts(1, 5, 60)[0] * 3
     driven = Driven(twins)

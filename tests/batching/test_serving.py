@@ -110,7 +110,7 @@ class Served:
 def left_of_requests() -> int:
     """Requests and outputs that somebody still refers to."""
     gc.collect()
-    return sum(isinstance(found, OF_REQUESTS) for found in gc.get_objects())
+    return sum(type(found) in OF_REQUESTS for found in gc.get_objects())
 
 
 @pytest.fixture(scope="module")
