@@ -94,8 +94,8 @@ class RunningBatch:
     def _no_pages(self, request: Request) -> Exception:
         held = max(group.pool.in_use for group in self.pages.cache.groups)
         return CacheFullError(
-            f"the prompt of {len(request.prompt)} tokens gets no pages of {self.pages.page_size}: of {self.pages.most} caches "
-            f"outside of the batch hold {held}; delete these, or raise memory_limit, num_blocks or max_memory_percent"
+            f"the prompt of {len(request.prompt)} tokens gets no pages: of {self.pages.most}, caches "
+            f"outside of the batch hold {held}; delete them, or raise memory_limit, num_blocks or max_memory_percent"
         )
 
     def _take_in(self, request: Request) -> bool:
