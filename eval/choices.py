@@ -18,7 +18,7 @@ FAULTS = ("page", "position", "mask", "scale", "window")
 ROUTING_FAULTS = ("expert", "weights")
 # Those that step_faults.py plants in what recorded steps of the device's loop read.
 STEP_FAULTS = {
-    "step-page": "two rows have exchanged an entry of their page tables",
+    "step-page": "two rows have exchanged an entry of their page tables, a row alone has an old one",
     "step-slot": "keys and values are written one slot further on",
     "step-scale": "scores are multiplied by 1.03",
     "step-length": "rows are read as if they were one key shorter",
@@ -26,7 +26,10 @@ STEP_FAULTS = {
     "step-sampler": "half as many tokens again may be drawn",
     "step-expert": "the second of a token's experts is taken for the first, and the first for the second",
     "step-prefix": "the first group of rows that share a prefix has one row too many",
+    "step-suffix": "the first group's prefix is a page too long, so that its rows' own tokens begin a page late",
 }
+# Of these what is read by rows that share a prefix alone.
+SHARING_FAULTS = ("step-prefix", "step-suffix")
 
 # The evaluations that faults are held against.
 EVALUATED = ("perplexity", "parity", "logprobs")
@@ -42,8 +45,8 @@ WHOLE = {
     "tasks": ("--limit", "8"),
     "streaming": ("--tokens", "4000", "--window", "512", "--places", "40", "--new", "100"),
     "faults": (
-        *("--context", "96", "--stride", "24", "--append", "20", "--piece", "7", "--decode", "12", "--seeds", "1"),
-        *("--faults", "page", "mask", "scale", "step-page", "step-slot", "step-length", "step-rope"),
+        *("--context", "64", "--stride", "24", "--windows", "4", "--append", "12", "--piece", "5", "--decode", "6"),
+        *("--seeds", "1", "--faults", "page", "mask", "scale", "step-page", "step-slot", "step-length", "step-rope"),
     ),
 }
 SMALL = (

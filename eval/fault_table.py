@@ -18,6 +18,7 @@ from typing import Any
 from hf_fastattn.eval import logprobs, models, parity, perplexity
 from hf_fastattn.eval.accuracy import options
 from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.noticed import caught, missed
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.stock_parts import StockParts
@@ -37,8 +38,6 @@ EVALUATIONS: dict[str, tuple[Callable[[Any, Setup], dict[str, Any]], tuple[str, 
         ("--new", "16", "--samples", "4"),
     ),
 }
-# How many of them have to notice a fault.
-LEAST = 2
 # More than the largest page that the default variants have.
 WINDOW = 96
 
@@ -79,20 +78,6 @@ def _share(check: dict[str, Any]) -> float:
 
 def _alarms(check: dict[str, Any]) -> bool:
     return bool(check["alarms"])
-
-
-def caught(found: dict[str, Any]) -> bool:
-    """Whether every variant alarmed, and not for having left the path that it was to take."""
-    return all(entry["caught_by"] and not entry["off_path"] for entry in found["variants"])
-
-
-def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The faults that fewer than two evaluations noticed, each with those that did."""
-    by_fault: dict[str, list[str]] = {found["fault"]: [] for found in rows if found["fault"]}
-    for found in rows:
-        if found["fault"] and caught(found):
-            by_fault[found["fault"]].append(found["evaluation"])
-    return [f"{fault} ({', '.join(names) or 'by none'})" for fault, names in by_fault.items() if len(names) < LEAST]
 
 
 def run(

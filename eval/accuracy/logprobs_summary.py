@@ -59,7 +59,8 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
     for variant in variants:
         name, counters = variant.name, [record["counters"][variant.name] for record in records]
         checks.append(path_check(name, counters))
-        checks += loop_checks(name, counters, share=True, compacts=False) if variant.loop else []
+        shares = not variant.alone
+        checks += loop_checks(name, counters, shares, compacts=False, alone=variant.alone) if variant.loop else []
         checks += _checks(name, clusters, series[name], series[STOCK], error, floor)
         if variant.loop:
             # A logit may be off by about as much as the trainer's log-probabilities are, at most.

@@ -47,6 +47,12 @@ class WindowBatch:
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
     @property
+    def each_alone(self) -> list[WindowBatch]:
+        """Every row as a batch of its own, as wide as this one."""
+        one = range(len(self.ids))
+        return [WindowBatch(self.windows[row : row + 1], self.ids[row : row + 1], self.mask[row : row + 1]) for row in one]
+
+    @property
     def shortest(self) -> int:
         """Tokens of the shortest row."""
         return int(self.mask.sum(1).min())
@@ -100,3 +106,9 @@ def batches(windows: Sequence[Window], size: int, pad: int) -> list[WindowBatch]
             mask[index, width - len(row.ids) :] = True
         made.append(WindowBatch(rows, ids, mask))
     return made
+
+
+def joined_rows(parts: Sequence[WindowBatch]) -> WindowBatch:
+    """Batches of one width as one, their rows in order."""
+    windows = tuple(window for part in parts for window in part.windows)
+    return WindowBatch(windows, torch.cat([part.ids for part in parts]), torch.cat([part.mask for part in parts]))

@@ -130,7 +130,12 @@ def test_variants(loaded: tuple[Any, Any]) -> None:
     defaults = variants.default_variants(loaded[0])
     assert {found.share for found in defaults} == {True, False}
     assert len({dict(found.options).get("page_size") for found in defaults}) == 2
-    for wrong in ("no_such=1", "page_size=17", "page_size", "backend=nothing"):
+    alone = variants.parse("loop=on,alone=on")
+    assert alone.alone and not alone.share and variants.parse(alone.name) == alone
+    assert variants.with_format([alone], "fp8") == [variants.parse("kv_dtype=fp8,loop=on,alone=on")]
+    # Their steps are what they are for several rows, where there is no GPU.
+    assert not any(found.alone for found in defaults)
+    for wrong in ("alone=on", "loop=on,share=on,alone=on", "no_such=1", "page_size=17", "page_size", "backend=nothing"):
         with pytest.raises(ValueError):
             variants.parse(wrong)
 
