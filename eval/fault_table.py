@@ -4,8 +4,8 @@
 
 Each fault is planted in turn, those of `faults.py` in hooks, those of `step_faults.py` in what recorded steps read, and at
 least two evaluations must turn red. Then all run without a fault over several seeds, which draw other windows, in turn on
-the checkpoint as it is and as a Mistral with a window, and must stay green. Exits with 1 if a fault was missed or a seed
-alarmed.
+the checkpoint as it is and as a Mistral with a window, and must stay green. With `--output` runs that have ended are kept as
+they come, and one of the same code and options goes on from them. Exits with 1 if a fault was missed or a seed alarmed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hf_fastattn.eval.accuracy import options
 from hf_fastattn.eval.accuracy.journal import Journal
 from hf_fastattn.eval.accuracy.noticed import caught, missed
 from hf_fastattn.eval.accuracy.options import Setup
-from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.processes import measured, processes
 from hf_fastattn.eval.accuracy.stock_parts import StockParts
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.reporting import report
-from hf_fastattn.eval.reporting.environment import command, default_device, environment
+from hf_fastattn.eval.reporting.environment import command, default_device, environment, settings_hash
 from hf_fastattn.eval.reporting.plots import draw_faults
 from hf_fastattn.eval.reporting.progress import counted
 
@@ -81,9 +81,14 @@ def _alarms(check: dict[str, Any]) -> bool:
 
 
 def run(
-    common: Sequence[str], seeds: int, faults: Sequence[str], quiet: bool, names: Sequence[str] = tuple(EVALUATIONS)
+    common: Sequence[str],
+    seeds: int,
+    faults: Sequence[str],
+    quiet: bool,
+    names: Sequence[str] = tuple(EVALUATIONS),
+    journal: Journal | None = None,
 ) -> list[dict[str, Any]]:
-    """All runs of the evaluations `names`: each fault once, then the seeds without a fault."""
+    """All runs of the evaluations `names`: each fault once, then the seeds without a fault; those that the journal lacks."""
     plan: list[tuple[str, str, int, int | None]] = []
     for fault in faults:
         plan += [(name, fault, 0, WINDOW if fault == "window" else None) for name in names]
@@ -104,7 +109,7 @@ def run(
         return row(name, evaluate(name, arguments, kept), fault, seed, window)
 
     with counted(len(plan), "faults and seeds", "run", quiet) as each:
-        return measured(plan, measure, Journal(None, {}), each)
+        return measured(plan, measure, Journal(None, {}) if journal is None else journal, each)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -210,11 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     # Before the runs: the files may change under a long one, the modules in memory do not.
     where = environment(arguments.device)
-    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations)
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "quiet")}
+    key = settings_hash({**settings, "environment": where})
+    kept = arguments.output is not None and processes().is_first
+    journal = Journal(arguments.output / ".journal" / f"faults-{key}.jsonl" if kept else None, settings)
+    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations, journal)
     record = {
         "evaluation": "faults",
         "command": command("hf_fastattn.eval.fault_table", argv),
-        "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "quiet")},
+        "settings": settings,
         "environment": where,
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
