@@ -18,6 +18,9 @@ from hf_fastattn.eval.accuracy.texts import Document
 
 # Shorter windows would leave nothing to prefill before the tokens that are appended.
 MIN_TOKENS = 16
+# Tokens that are kept, by tokenizer and text: more than the held-out texts have.
+MOST_KEPT = 2**20
+_kept: dict[tuple[str, int, str], list[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,22 @@ def choose(
         raise ValueError(f"stride={stride} must lie between 1 and context - 1 = {context - 1}")
     found: list[Window] = []
     for index, document in enumerate(texts):
-        tokens = tokenizer.encode(document.text, add_special_tokens=False, verbose=False)
-        found += cut(index, tokens, context, stride, tokenizer.bos_token_id)
+        found += cut(index, _tokens(document.text, tokenizer), context, stride, tokenizer.bos_token_id)
     if not found:
         raise ValueError(f"the text has no window of at least {MIN_TOKENS} tokens")
     order = np.random.default_rng(seed).permutation(len(found))
     return [found[i] for i in order[:count]]
+
+
+def _tokens(text: str, tokenizer: Any) -> Sequence[int]:
+    """Of a text; kept, since a table of faults asks for those of the same texts a hundred times."""
+    key = tokenizer.name_or_path, len(tokenizer), text
+    if key not in _kept:
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if sum(map(len, _kept.values())) + len(tokens) > MOST_KEPT:
+            return tokens
+        _kept[key] = tokens
+    return _kept[key]
 
 
 def batches(windows: Sequence[Window], size: int, pad: int) -> list[WindowBatch]:

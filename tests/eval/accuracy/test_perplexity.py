@@ -71,6 +71,25 @@ def test_windows_score_every_token_once() -> None:
         assert max(len(window.ids) for window in cut) == 64
 
 
+def test_texts_are_encoded_once(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_kept", {})
+    found, tokenizer = texts.documents()[:3], loaded[1]
+    encode, encoded = tokenizer.encode, list[str]()
+
+    def counted(text: str, **options: Any) -> Any:
+        encoded.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    sizes = {"context": 96, "stride": 32, "count": 3, "seed": 1}
+    first = windows.choose(found, tokenizer, **sizes)
+    assert windows.choose(found, tokenizer, **sizes) == first and encoded == [one.text for one in found]
+    # No more is kept than fits, and what is not kept is right all the same.
+    monkeypatch.setattr(windows, "_kept", {})
+    monkeypatch.setattr(windows, "MOST_KEPT", len(encode(found[0].text, add_special_tokens=False)))
+    assert [windows.choose(found, tokenizer, **sizes) for _ in range(2)] == [first] * 2 and len(encoded) == 3 + 3 + 2
+
+
 def test_resumes_after_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("hf_fastattn.eval.reporting.report._pyplot", lambda: None)
     arguments = [*SMALL, "--context", "64", "--windows", "2", "--batch", "1", *PLAIN, "--output", str(tmp_path)]
