@@ -16,6 +16,7 @@ from hf_fastattn.eval.accuracy.feed import Schedule, in_pieces
 from hf_fastattn.eval.choices import KV_DTYPES
 from tests.eval.reduced import PLAIN, SHARED, SMALL
 
+LAYERS = 3
 OPTIONS = {"perplexity": [], "parity": ["--new", "6"]}
 
 
