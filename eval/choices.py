@@ -22,7 +22,7 @@ STEP_FAULTS = {
     "step-slot": "keys and values are written one slot further on",
     "step-scale": "scores are multiplied by 1.03",
     "step-length": "rows are read as if they were one key shorter",
-    "step-rope": "the first row is turned by the angles of its first step, in all steps",
+    "step-rope": "a row is turned by the angles of its first step, in all steps",
     "step-sampler": "half as many tokens again may be drawn",
     "step-expert": "the second of a token's experts is taken for the first, and the first for the second",
     "step-prefix": "the first group of rows that share a prefix has one row too many",

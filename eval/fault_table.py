@@ -38,7 +38,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Any, Setup], dict[str, Any]], tuple[str, 
         ("--new", "16", "--samples", "4"),
     ),
 }
-# More than the largest page that the default variants have.
+# More than the largest page that the default variants have; less where rows are no longer than that.
 WINDOW = 96
 
 
@@ -85,15 +85,17 @@ def run(
     seeds: int,
     faults: Sequence[str],
     quiet: bool,
-    names: Sequence[str] = tuple(EVALUATIONS),
-    journal: Journal | None = None,
+    names: Sequence[str],
+    context: int,
+    journal: Journal,
 ) -> list[dict[str, Any]]:
     """All runs of the evaluations `names`: each fault once, then the seeds without a fault; those that the journal lacks."""
+    window = min(WINDOW, 3 * context // 4)
     plan: list[tuple[str, str, int, int | None]] = []
     for fault in faults:
-        plan += [(name, fault, 0, WINDOW if fault == "window" else None) for name in names]
+        plan += [(name, fault, 0, window if fault == "window" else None) for name in names]
     for seed in range(seeds):
-        plan += [(name, "", seed, WINDOW if seed % 2 else None) for name in names]
+        plan += [(name, "", seed, window if seed % 2 else None) for name in names]
 
     stock_parts = StockParts()
 
@@ -109,7 +111,7 @@ def run(
         return row(name, evaluate(name, arguments, kept), fault, seed, window)
 
     with counted(len(plan), "faults and seeds", "run", quiet) as each:
-        return measured(plan, measure, Journal(None, {}) if journal is None else journal, each)
+        return measured(plan, measure, journal, each)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -219,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = settings_hash({**settings, "environment": where})
     kept = arguments.output is not None and processes().is_first
     journal = Journal(arguments.output / ".journal" / f"faults-{key}.jsonl" if kept else None, settings)
-    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations, journal)
+    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations, arguments.context, journal)
     record = {
         "evaluation": "faults",
         "command": command("hf_fastattn.eval.fault_table", argv),

@@ -9,7 +9,8 @@ the loop stays on the device. Each is quiet: what is read instead is there, and 
                   holds zeros.
     step-scale    Scores are multiplied by 1.03, in prompts too.
     step-length   Rows are read as if they were one key shorter: a token does not see its own.
-    step-rope     The first row's queries and keys are turned by the angles of its first step, in all steps.
+    step-rope     The second row's queries and keys, or those of a row alone, are turned by the angles of its first step, in
+                  all steps.
     step-sampler  Where the k likeliest tokens may be drawn, k is half as large again.
     step-expert   The second of a token's experts is taken for the first, and the first for the second; in prompts too.
     step-prefix   The first group of rows that read a prefix once has one row too many, which then reads another's prefix.
@@ -128,9 +129,9 @@ def _stale_angles(model: Any, count: Callable[[], None]) -> list[Any]:
         given = arguments(self, rows, place)
         step = self.tensors(rows, False).step.long()
         # The row's number in the call: it may stand elsewhere on the device.
-        first = (self.numbers[:rows, None] == 0).long()
+        stale_row = (self.numbers[:rows, None] == min(1, rows - 1)).long()
         count()
-        return {**given, "position_ids": given["position_ids"] - first * (step - 1)}
+        return {**given, "position_ids": given["position_ids"] - stale_row * (step - 1)}
 
     return [mock.patch.object(DeviceState, "arguments", stale)]
 

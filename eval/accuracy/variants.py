@@ -131,6 +131,10 @@ def chosen(texts: Sequence[str] | None, model: Any, fault: str | None = None) ->
     """
     named = [parse(text) for text in texts] if texts else []
     found = named or default_variants(model)
+    if fault == "window" and not named:
+        # Whose pages are larger has none to lose.
+        window = model.config.sliding_window
+        found = [variant for variant in found if dict(variant.options).get("page_size", FastAttnConfig().page_size) < window]
     if fault in STEP_FAULTS:
         plain = [variant for variant in found if variant.share or (variant.alone and fault not in SHARING_FAULTS)]
         plain = [variant for variant in plain if variant.loop]
