@@ -100,9 +100,9 @@ def test_a_fault_that_was_missed_is_red(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_two_evaluations_notice_is_not_red(tmp_path: Path) -> None:
-    rows = json.loads((RESULTS / "faults-steps.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "faults.json").read_text())["rows"]
     assert not all(entry["caught_by"] for row in rows if row["fault"] for entry in row["variants"])
-    assert read(kept(tmp_path, "faults-steps", rows=rows))[0].wrong == []
+    assert read(kept(tmp_path, "faults", rows=rows))[0].wrong == []
 
 
 def test_what_a_record_is_about_is_read_off_its_name_and_text(tmp_path: Path) -> None:
