@@ -57,7 +57,8 @@ def markdown(record: dict[str, Any]) -> str:
     """The report."""
     outcomes = [Outcome(**one) for one in record["outcomes"]]
     title = f"# All evaluations: {record['verdict']}"
-    return "\n".join([title, "", table(outcomes), "", report.environment_lines(record)])
+    missing = [f"Not run: {', '.join(record['missing'])}.", ""] * bool(record["missing"])
+    return "\n".join([title, "", table(outcomes), "", *missing, report.environment_lines(record)])
 
 
 def sizes(name: str, quick: bool, in_16_bits: bool) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         common += [f"--{name}", str(value)] if value not in (None, "auto") else []
     outcomes: list[Outcome] = []
     record: dict[str, Any] = {}
-    for name in arguments.evaluations:
+    for place, name in enumerate(arguments.evaluations, 1):
         outcomes.append(run(name, [*sizes(name, arguments.quick, in_16_bits), *common]))
         # Anew: an evaluation sets the threads.
         record = {
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": command("hf_fastattn.eval.all_evaluations", argv),
             "environment": environment(device),
             "outcomes": [one._asdict() for one in outcomes],
+            "missing": arguments.evaluations[place:],
             "verdict": RED if any(one.verdict == RED for one in outcomes) else "green",
         }
         report.save(arguments.output, "all", markdown(record), record)
