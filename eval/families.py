@@ -4,12 +4,14 @@
 
 Each family's model (`accuracy/random_families.py`) is held against stock by the evaluations of the shipped checkpoint, in
 forwards and in the device's loop: with graphs and without, with pages that rows share and without, with pages of earlier
-prompts (`prefix_cache`) and without. Limits come from stock's own error in the same dtype. Exits with 1 if a family alarms.
+prompts (`prefix_cache`) and without. Limits come from stock's own error in the same dtype. Files are written anew after each
+family, so that a run that is stopped leaves what it has found. Exits with 1 if a family alarms.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +27,13 @@ from hf_fastattn.eval.reporting.environment import command, default_device, envi
 from hf_fastattn.eval.reporting.progress import counted
 
 VARIANTS = ("share=off", "share=on", "loop=on,share=off", "loop=on,share=on", "loop=on,share=on,prefix_cache=on")
-WITHOUT_GRAPHS = "share=on,cuda_graphs=off"
+# Steps are graphs, and take other kernels for a single row, on a GPU only.
+ON_GPU = ("share=on,cuda_graphs=off", "loop=on,alone=on")
 
 
 def variants(on_gpu: bool) -> tuple[str, ...]:
-    """What is compared with stock; steps are graphs on a GPU only."""
-    return (*VARIANTS, WITHOUT_GRAPHS) if on_gpu else VARIANTS
+    """What is compared with stock."""
+    return (*VARIANTS, *ON_GPU) if on_gpu else VARIANTS
 
 
 def measure(family: str, name: str, common: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
@@ -55,12 +58,18 @@ def _loops(family: str) -> bool:
     return bool(family_of(family.partition("-")[0]).causal_lm)
 
 
+def verdict(record: dict[str, Any]) -> str:
+    """`red` if a family alarms or fails, or none was measured; else `green`, whatever is still missing."""
+    rows = record["rows"]
+    return "green" if rows and not record["failed"] and all(row["verdict"] == "green" for row in rows) else "red"
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The report."""
-    rows = record["rows"]
+    rows, missing = record["rows"], record["missing"]
     red = [f"{row['family']} ({row['evaluation']})" for row in rows if row["verdict"] != "green"]
     lines = [
-        f"# Families: {'red: ' + ', '.join(red) if red else 'green'}",
+        f"# Families: {verdict(record)}{': ' + ', '.join(red) if red else ''}",
         "",
         f"Random weights, {record['settings']['dtype']}. A figure is the largest share of a limit that any check of the "
         "variant reached; above 1 it alarms. Limits come from stock's own error, as the reports of the evaluations derive.",
@@ -75,6 +84,7 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {row['family']} | {row['evaluation']} | " + " | ".join(cells) + f" | {kept} |")
     lines += [f"- {row['family']}, {row['evaluation']}: {alarm}" for row in rows for alarm in row["alarms"]]
     lines += ["", *(f"Not in this release of Transformers: {name}." for name in record["unknown"])]
+    lines += ["Not run: " + ", ".join(missing) + "."] * bool(missing)
     lines += [f"{name}: failed with {error}" for name, error in record["failed"]]
     return "\n".join([*lines, "", report.environment_lines(record)])
 
@@ -97,32 +107,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("context", "stride", "windows", "batch", "append", "piece", "decode", "threads"):
         value = getattr(arguments, name)
         common += [f"--{name}", str(value)] if value is not None else []
-    start, rows, failed = time.perf_counter(), list[dict[str, Any]](), list[tuple[str, str]]()
-    with counted(len(known), "families", "family", arguments.quiet) as each:
-        for family in known:
-            for name in arguments.evaluations:
-                try:
-                    rows.append(measure(family, name, common, arguments.variant or variants(on_gpu)))
-                    print(rows[-1], flush=True)
-                except Exception as error:
-                    # The others are measured nevertheless.
-                    failed.append((f"{family}, {name}", f"{type(error).__name__}: {error}"))
-                gc.collect()
-                if on_gpu:
-                    torch.cuda.empty_cache()
-            each()
-    record = {
-        "benchmark": "families",
+    record: dict[str, Any] = {
+        "evaluation": "families",
         "command": command("hf_fastattn.eval.families", argv),
         "settings": {"dtype": dtype, "device": device},
         "environment": environment(device),
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-        "failed": failed,
+        "seconds": 0.0,
+        "rows": [],
+        "failed": [],
         "unknown": [family for family in arguments.families or RANDOM if family not in known],
+        # The shallow look at all of them comes first.
+        "missing": [f"{family} ({name})" for name in arguments.evaluations for family in known],
     }
+    start = time.perf_counter()
+    with counted(len(record["missing"]), "families", "evaluation", arguments.quiet) as each:
+        for name, family in itertools.product(arguments.evaluations, known):
+            try:
+                record["rows"].append(measure(family, name, common, arguments.variant or variants(on_gpu)))
+            except Exception as error:
+                # The others are measured nevertheless.
+                record["failed"].append((f"{family}, {name}", f"{type(error).__name__}: {error}"))
+            record["missing"].pop(0)
+            record.update(seconds=round(time.perf_counter() - start, 1), verdict=verdict(record))
+            report.save(arguments.output, "families", markdown(record), record)
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+            each()
     report.write(arguments.output, "families", markdown(record), record, None)
-    return 1 if failed or any(row["verdict"] != "green" for row in rows) else 0
+    return 0 if verdict(record) == "green" else 1
 
 
 if __name__ == "__main__":

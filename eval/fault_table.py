@@ -4,8 +4,8 @@
 
 Each fault is planted in turn, those of `faults.py` in hooks, those of `step_faults.py` in what recorded steps read, and at
 least two evaluations must turn red. Then all run without a fault over several seeds, which draw other windows, in turn on
-the checkpoint as it is and as a Mistral with a window, and must stay green. Exits with 1 if a fault was missed or a seed
-alarmed.
+the checkpoint as it is and as a Mistral with a window, and must stay green. With `--output` runs that have ended are kept as
+they come, and one of the same code and options goes on from them. Exits with 1 if a fault was missed or a seed alarmed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 from hf_fastattn.eval import logprobs, models, parity, perplexity
 from hf_fastattn.eval.accuracy import options
 from hf_fastattn.eval.accuracy.journal import Journal
+from hf_fastattn.eval.accuracy.noticed import caught, missed
 from hf_fastattn.eval.accuracy.options import Setup
-from hf_fastattn.eval.accuracy.processes import measured
+from hf_fastattn.eval.accuracy.processes import measured, processes
 from hf_fastattn.eval.accuracy.stock_parts import StockParts
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, MIXTURE, STEP_FAULTS, WINDOWS_16, WINDOWS_32
 from hf_fastattn.eval.reporting import report
-from hf_fastattn.eval.reporting.environment import command, default_device, environment
+from hf_fastattn.eval.reporting.environment import command, default_device, environment, settings_hash
 from hf_fastattn.eval.reporting.plots import draw_faults
 from hf_fastattn.eval.reporting.progress import counted
 
@@ -37,9 +38,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Any, Setup], dict[str, Any]], tuple[str, 
         ("--new", "16", "--samples", "4"),
     ),
 }
-# How many of them have to notice a fault.
-LEAST = 2
-# More than the largest page that the default variants have.
+# More than the largest page that the default variants have; less where rows are no longer than that.
 WINDOW = 96
 
 
@@ -81,29 +80,22 @@ def _alarms(check: dict[str, Any]) -> bool:
     return bool(check["alarms"])
 
 
-def caught(found: dict[str, Any]) -> bool:
-    """Whether every variant alarmed, and not for having left the path that it was to take."""
-    return all(entry["caught_by"] and not entry["off_path"] for entry in found["variants"])
-
-
-def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The faults that fewer than two evaluations noticed, each with those that did."""
-    by_fault: dict[str, list[str]] = {found["fault"]: [] for found in rows if found["fault"]}
-    for found in rows:
-        if found["fault"] and caught(found):
-            by_fault[found["fault"]].append(found["evaluation"])
-    return [f"{fault} ({', '.join(names) or 'by none'})" for fault, names in by_fault.items() if len(names) < LEAST]
-
-
 def run(
-    common: Sequence[str], seeds: int, faults: Sequence[str], quiet: bool, names: Sequence[str] = tuple(EVALUATIONS)
+    common: Sequence[str],
+    seeds: int,
+    faults: Sequence[str],
+    quiet: bool,
+    names: Sequence[str],
+    context: int,
+    journal: Journal,
 ) -> list[dict[str, Any]]:
-    """All runs of the evaluations `names`: each fault once, then the seeds without a fault."""
+    """All runs of the evaluations `names`: each fault once, then the seeds without a fault; those that the journal lacks."""
+    window = min(WINDOW, 3 * context // 4)
     plan: list[tuple[str, str, int, int | None]] = []
     for fault in faults:
-        plan += [(name, fault, 0, WINDOW if fault == "window" else None) for name in names]
+        plan += [(name, fault, 0, window if fault == "window" else None) for name in names]
     for seed in range(seeds):
-        plan += [(name, "", seed, WINDOW if seed % 2 else None) for name in names]
+        plan += [(name, "", seed, window if seed % 2 else None) for name in names]
 
     stock_parts = StockParts()
 
@@ -119,7 +111,7 @@ def run(
         return row(name, evaluate(name, arguments, kept), fault, seed, window)
 
     with counted(len(plan), "faults and seeds", "run", quiet) as each:
-        return measured(plan, measure, Journal(None, {}), each)
+        return measured(plan, measure, journal, each)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -225,11 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     # Before the runs: the files may change under a long one, the modules in memory do not.
     where = environment(arguments.device)
-    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations)
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "quiet")}
+    key = settings_hash({**settings, "environment": where})
+    kept = arguments.output is not None and processes().is_first
+    journal = Journal(arguments.output / ".journal" / f"faults-{key}.jsonl" if kept else None, settings)
+    rows = run(common, arguments.seeds, arguments.faults, arguments.quiet, arguments.evaluations, arguments.context, journal)
     record = {
         "evaluation": "faults",
         "command": command("hf_fastattn.eval.fault_table", argv),
-        "settings": {key: str(value) for key, value in vars(arguments).items() if key not in ("output", "quiet")},
+        "settings": settings,
         "environment": where,
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,

@@ -35,7 +35,7 @@ from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.variants import Variant
-from hf_fastattn.eval.accuracy.windows import WindowBatch
+from hf_fastattn.eval.accuracy.windows import WindowBatch, joined_rows
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
 from hf_fastattn.eval.reporting.plots import draw_logprobs
@@ -166,11 +166,29 @@ def _scored(
         calls.look()
         return found, None
     with exercised(calls.model):
+        if variant.alone:
+            return _scored_alone(calls, batch, rollout, sampling, seed)
         found = generated_logprobs(calls.model, batch, rollout, False)
         calls.look()
         own = drawn(calls.model, batch, batch.ids.shape[1], seed + 1, **sampling)
         calls.look()
     return found, own
+
+
+def _scored_alone(
+    calls: CallLog, batch: WindowBatch, rollout: WindowBatch, sampling: dict[str, Any], seed: int
+) -> tuple[Tensor, WindowBatch]:
+    """The same of rows in calls of their own: all answers are scored, and one to each prompt is drawn."""
+    prompts, answers = batch.each_alone, rollout.each_alone
+    found, own = [], []
+    for number, answer in enumerate(answers):
+        found.append(generated_logprobs(calls.model, prompts[number * len(prompts) // len(answers)], answer, False))
+        calls.look()
+    for number, prompt in enumerate(prompts):
+        width = batch.ids.shape[1]
+        own.append(drawn(calls.model, prompt, width, seed + 1 + number, **{**sampling, "num_return_sequences": 1}))
+        calls.look()
+    return torch.cat(found), joined_rows(own)
 
 
 def _remaining(model: Any, batch: WindowBatch, rollout: WindowBatch, new: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hf_fastattn.eval.accuracy.loop_feed import exercised
 from hf_fastattn.eval.accuracy.options import Setup
 from hf_fastattn.eval.accuracy.parity_errors import first_beyond, layer_errors, logit_errors
 from hf_fastattn.eval.accuracy.parity_greedy import Path, greedy_path, path_errors
-from hf_fastattn.eval.accuracy.parity_loop import logprob_errors, loop_figures, run_loop, window_logprobs
+from hf_fastattn.eval.accuracy.parity_loop import joined, logprob_errors, loop_figures, run_loop, window_logprobs
 from hf_fastattn.eval.accuracy.processes import measured
 from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.eval.accuracy.windows import WindowBatch
@@ -101,7 +101,8 @@ def measure_batch(setup: Setup, batch: WindowBatch, new_tokens: int) -> dict[str
             calls = CallLog(model)
             if variant.loop:
                 with exercised(model):
-                    run = run_loop(calls, batch, new_tokens, variant.share, setup.seed)
+                    parts = batch.each_alone if variant.alone else [batch]
+                    run = joined([run_loop(calls, part, new_tokens, variant.share, setup.seed) for part in parts])
             else:
                 logits, states = _in_pieces(setup, batch, keep, variant.share)
                 ours = greedy_path(model, batch, new_tokens, variant.share)

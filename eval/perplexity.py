@@ -91,10 +91,12 @@ def score_patched(setup: Setup, batch: WindowBatch, variant: Variant, keep: int)
     with hf_fastattn.patched(setup.model, **dict(variant.options)), planted(setup.model, setup.fault, setup.layer) as fault:
         calls = CallLog(setup.model)
         if variant.loop:
-            with exercised(setup.model):
-                scores = forced_scores(setup.model, batch, variant.share)
-            calls.look()
-            losses = [(-logprobs.double()).tolist() for logprobs in scores.logprobs]
+            losses = []
+            for part in batch.each_alone if variant.alone else [batch]:
+                with exercised(setup.model):
+                    scores = forced_scores(setup.model, part, variant.share)
+                calls.look()
+                losses += [(-logprobs.double()).tolist() for logprobs in scores.logprobs]
         else:
             pieces = in_pieces(setup.model, batch, setup.schedule, keep=keep, share=variant.share)
             losses = token_losses(calls.watch(pieces), batch)

@@ -32,7 +32,8 @@ DERIVATION = f"""\
 A difference is the log-probability that `generate()` computed of a token less the one of the trainer's forward, which is
 stock's, in nats; the importance ratio is `exp(-difference)`. All series score the tokens of one rollout, which stock drew.
 - *mean square difference*, over that of stock's own scores: at most {MEAN_SQUARE_FACTOR:.0f}, as much error again as stock
-  has (variances add).
+  has (variances add). In some shapes stock's decode and forward are equal to the bit: then the forward's own error stands
+  for what they are apart.
 - *worst token*: at most {MAXIMUM_FACTOR:.0f} times stock's worst difference, or twice the error of the trainer's forward.
 - *KL(generate() || forward)* is estimated by `ratio - 1 - log ratio` (Schulman, 2020, "Approximating KL divergence").
 - *drawn tokens*: rows that the device's loop drew for itself, by the exact model, as in parity.
@@ -59,7 +60,8 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
     for variant in variants:
         name, counters = variant.name, [record["counters"][variant.name] for record in records]
         checks.append(path_check(name, counters))
-        checks += loop_checks(name, counters, share=True, compacts=False) if variant.loop else []
+        shares = not variant.alone
+        checks += loop_checks(name, counters, shares, compacts=False, alone=variant.alone) if variant.loop else []
         checks += _checks(name, clusters, series[name], series[STOCK], error, floor)
         if variant.loop:
             # A logit may be off by about as much as the trainer's log-probabilities are, at most.
@@ -105,8 +107,9 @@ def _row(clusters: Clusters, name: str, values: Windows, stock: Windows) -> dict
 
 
 def _checks(name: str, clusters: Clusters, ours: Windows, stock: Windows, error: Windows, floor: float) -> list[Check]:
-    relative = clusters.ratio_of_squares(ours, stock)
-    limit = MEAN_SQUARE_FACTOR + (floor / max(_rms(stock), 1e-300)) ** 2
+    peer = stock if _rms(stock) > 0 else error
+    relative = clusters.ratio_of_squares(ours, peer)
+    limit = MEAN_SQUARE_FACTOR + (floor / max(_rms(peer), 1e-150)) ** 2
     worst = MAXIMUM_FACTOR * max(_largest(stock), _largest(error)) + floor
     return [
         Check(name, "mean square difference / stock's", relative.value, limit),

@@ -85,7 +85,7 @@ def forced_scores(model: Any, batch: WindowBatch, share: bool) -> Scores:
     tokens = torch.full((len(rows) * copies, max(scored) + 1), end)
     for index, (row, count) in enumerate(zip(rows, scored, strict=True)):
         for copy in range(copies):
-            tokens[index * copies + copy, :count] = row[len(row) - count :].roll(copy)
+            tokens[index * copies + copy, :count] = row[len(row) - count :].roll(copy - _place(index, share))
         if share:
             tokens[index * copies + 2, min(3 + 2 * index, count) :] = end
     processor = ForcedTokens(tokens, [end])
@@ -101,10 +101,19 @@ def forced_scores(model: Any, batch: WindowBatch, share: bool) -> Scores:
         eos_token_id=end,
         logits_processor=LogitsProcessorList([processor]),
     )
-    own = [(index * copies, count) for index, count in enumerate(scored)]
+    own = [(index * copies + _place(index, share), count) for index, count in enumerate(scored)]
     return Scores(
         [processor.logprobs[row, :count] for row, count in own], [processor.choices[row, :count] for row, count in own]
     )
+
+
+def _place(index: int, share: bool) -> int:
+    """Which of a row's copies says what the window says: the second and the first in turn.
+
+    A first row is what others of its group are read by, and the one that a group before it takes in; a second row is one
+    that may be read by another.
+    """
+    return 1 - index % 2 if share else 0
 
 
 def _left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

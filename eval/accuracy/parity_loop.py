@@ -21,7 +21,7 @@ from hf_fastattn.eval.accuracy.feed import CallLog, whole
 from hf_fastattn.eval.accuracy.loop_feed import Scores, drawn, forced_scores
 from hf_fastattn.eval.accuracy.parity_greedy import Path
 from hf_fastattn.eval.accuracy.verdict import FLOOR_EPS, MAXIMUM_FACTOR, MEAN_SQUARE_FACTOR, Check
-from hf_fastattn.eval.accuracy.windows import WindowBatch
+from hf_fastattn.eval.accuracy.windows import WindowBatch, joined_rows
 
 # Draws: of this many of the likeliest tokens, after so much of a window, so many times.
 TOP_K, CONTEXT, SAMPLES = 8, 48, 4
@@ -70,6 +70,14 @@ def run_loop(calls: CallLog, batch: WindowBatch, new: int, share: bool, seed: in
     draws = drawn(model, batch, CONTEXT, seed, max_new_tokens=new, top_k=TOP_K, num_return_sequences=samples)
     calls.look()
     return LoopRun(scores, out[:, ids.shape[1] :].cpu(), draws)
+
+
+def joined(runs: Sequence[LoopRun]) -> LoopRun:
+    """Runs over rows of one batch as a run over all of them."""
+    scores = Scores(
+        [row for run in runs for row in run.scores.logprobs], [row for run in runs for row in run.scores.choices]
+    )
+    return LoopRun(scores, torch.cat([run.tokens for run in runs]), joined_rows([run.draws for run in runs]))
 
 
 def loop_figures(

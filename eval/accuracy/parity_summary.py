@@ -104,7 +104,7 @@ def summarise(
             parts = [record["loops"][name] for record in records]
             loops[name] = _loop_row(parts)
             own += [
-                *loop_checks(name, counters, variant.share, variant.share),
+                *loop_checks(name, counters, variant.share, variant.share, variant.alone),
                 *_loop_checks(name, parts, records, series, clusters),
             ]
         else:

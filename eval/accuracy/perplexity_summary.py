@@ -67,7 +67,7 @@ def summarise(records: Sequence[dict[str, Any]], documents: Sequence[int], varia
         name = variant.name
         counters = [record["counters"][name] for record in records]
         checks.append(path_check(name, counters))
-        checks += loop_checks(name, counters, variant.share, variant.share) if variant.loop else []
+        checks += loop_checks(name, counters, variant.share, variant.share, variant.alone) if variant.loop else []
         checks += _checks(name, clusters, errors, _minus(series[name], stock), _rms(exact))
     return {
         "tokens": int(sum(map(len, exact))),

@@ -3,15 +3,19 @@
 They are part of what a step launches, so that they are recorded with it, and hold in every replay; the layers stay fused,
 the loop stays on the device. Each is quiet: what is read instead is there, and no NaN.
 
-    step-page     The newest full pages of the first and of the last row are exchanged in the table that attention reads.
+    step-page     The newest full pages of the first and of the last row are exchanged in the table that attention reads. A
+                  row alone has the page before it there once more.
     step-slot     Keys and values of new tokens are written one slot further on, but for the last slot of a page; their own
                   holds zeros.
     step-scale    Scores are multiplied by 1.03, in prompts too.
     step-length   Rows are read as if they were one key shorter: a token does not see its own.
-    step-rope     The first row's queries and keys are turned by the angles of its first step, in all steps.
+    step-rope     The second row's queries and keys, or those of a row alone, are turned by the angles of its first step, in
+                  all steps.
     step-sampler  Where the k likeliest tokens may be drawn, k is half as large again.
     step-expert   The second of a token's experts is taken for the first, and the first for the second; in prompts too.
     step-prefix   The first group of rows that read a prefix once has one row too many, which then reads another's prefix.
+    step-suffix   The prefix of the first group is taken for a page longer, once all of its rows have that page: they read
+                  their first row's, and their suffixes begin a page late.
 """
 
 from __future__ import annotations
@@ -70,8 +74,6 @@ def _in_batches(change: Callable[[Any, BatchTensors, int], BatchTensors | None])
 
 
 def _pages_exchanged(model: Any, held: BatchTensors, rows: int) -> BatchTensors | None:
-    if rows < 2:
-        return None
     size, lengths = model._fastattn.runtime.groups.page_size, held.seq_lens
     order = torch.arange(rows, device=lengths.device)
     # The last row that takes part: the host does not wait to know it.
@@ -81,6 +83,10 @@ def _pages_exchanged(model: Any, held: BatchTensors, rows: int) -> BatchTensors 
     tables = {}
     for window, table in held.page_tables.items():
         entries = table[pair, column].flip(0)
+        if rows == 1:
+            before = table[pair, (column - 1).clamp(min=0)]
+            # Layers with a window may have let go of it.
+            entries = torch.where(before < 0, entries, before)
         tables[window] = table.clone().index_put_((pair, column), entries)
     return replace(held, page_tables=tables)
 
@@ -123,9 +129,9 @@ def _stale_angles(model: Any, count: Callable[[], None]) -> list[Any]:
         given = arguments(self, rows, place)
         step = self.tensors(rows, False).step.long()
         # The row's number in the call: it may stand elsewhere on the device.
-        first = (self.numbers[:rows, None] == 0).long()
+        stale_row = (self.numbers[:rows, None] == min(1, rows - 1)).long()
         count()
-        return {**given, "position_ids": given["position_ids"] - first * (step - 1)}
+        return {**given, "position_ids": given["position_ids"] - stale_row * (step - 1)}
 
     return [mock.patch.object(DeviceState, "arguments", stale)]
 
@@ -202,6 +208,32 @@ def _row_too_many(model: Any, count: Callable[[], None]) -> list[Any]:
     return [mock.patch.object(StepInputs, "batch", batch)]
 
 
+def _page_too_long(model: Any, count: Callable[[], None]) -> list[Any]:
+    # Not before: it imports Triton.
+    from hf_fastattn.loop.step_inputs import StepInputs
+
+    make, size = StepInputs.batch, model._fastattn.runtime.groups.page_size
+
+    def batch(self: StepInputs, key: Any, options: Any) -> Batch:
+        made = make(self, key, options)
+        # Where prefixes lie in each other, one of them would end after those within it.
+        if made.shared is None or len(made.shared.prefix_lens) > 1:
+            return made
+        count()
+        lens, starts = made.shared.prefix_lens, made.shared.group_starts[0]
+        lengths = made.on(self.tokens.device).seq_lens
+        # The first group that shares anything: rows between groups are in groups of no prefix.
+        first = (lens[0] > 0).int().argmax()
+        order = torch.arange(len(lengths), device=lengths.device)
+        inside = (order >= starts[first]) & (order < starts[first + 1]) & (lengths > 0)
+        long = torch.where(inside, lengths, lengths.amax()).amin() > lens[0, first] + size
+        changed = lens.clone()
+        changed[0] += torch.where((torch.arange(lens.shape[1], device=lens.device) == first) & long & (lens[0] > 0), size, 0)
+        return replace(made, shared=replace(made.shared, prefix_lens=changed))
+
+    return [mock.patch.object(StepInputs, "batch", batch)]
+
+
 _PLANT: dict[str, Callable[[Any, Callable[[], None]], list[Any]]] = {
     "step-page": _in_batches(_pages_exchanged),
     "step-slot": _in_batches(_slots_one_on),
@@ -211,4 +243,5 @@ _PLANT: dict[str, Callable[[Any, Callable[[], None]], list[Any]]] = {
     "step-sampler": _more_tokens,
     "step-expert": _experts_exchanged,
     "step-prefix": _row_too_many,
+    "step-suffix": _page_too_long,
 }

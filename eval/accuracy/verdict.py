@@ -50,7 +50,9 @@ def path_check(variant: str, counters: Sequence[dict[str, Any]]) -> Check:
     return Check(variant, "batches off the paged path", idle, 0, "; ".join(reasons))
 
 
-def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, compacts: bool) -> list[Check]:
+def loop_checks(
+    variant: str, counters: Sequence[dict[str, Any]], share: bool, compacts: bool, alone: bool = False
+) -> list[Check]:
     """The device's loop did what was asked of it: batches in which it did not run, nothing was replayed, prefixes were read
     row by row, pages of earlier prompts were not found (though they are looked for), or rows that were over stayed in the
     steps. None may.
@@ -58,6 +60,7 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
     Args:
         share: rows share prefixes.
         compacts: rows are over at different steps.
+        alone: each is in a call of its own.
     """
     idle = sum(1 for call in counters if not call["fast_loops"] or call["not_looped"])
     reasons = sorted({reason for call in counters for reason in call["not_looped"]})
@@ -69,9 +72,12 @@ def loop_checks(variant: str, counters: Sequence[dict[str, Any]], share: bool, c
         Check(variant, "batches off the device's loop", idle, 0, "; ".join(reasons)),
         Check(variant, "batches without replayed steps", still, 0, "; ".join(layered)),
     ]
+    if alone:
+        beside = sum(1 for call in counters if {rows for rows, _ in call["steps"]} != {1})
+        found.append(Check(variant, "batches whose rows were not alone in their steps", beside, 0))
     if share:
-        alone = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))
-        found.append(Check(variant, "batches whose prefixes were read row by row", alone, 0))
+        by_row = sum(1 for call in counters if call["shares"] and not any(sharers for _, sharers in call["steps"]))
+        found.append(Check(variant, "batches whose prefixes were read row by row", by_row, 0))
     if any(call["keeps"] for call in counters):
         lost = sum(1 for call in counters if not call["tokens_reused"] and not call["prefix_unused"])
         why = sorted({reason for call in counters for reason in call["prefix_unused"]})

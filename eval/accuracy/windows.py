@@ -18,6 +18,9 @@ from hf_fastattn.eval.accuracy.texts import Document
 
 # Shorter windows would leave nothing to prefill before the tokens that are appended.
 MIN_TOKENS = 16
+# Tokens that are kept, by tokenizer and text: more than the held-out texts have.
+MOST_KEPT = 2**20
+_kept: dict[tuple[str, int, str], list[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class WindowBatch:
     def positions(self) -> Tensor:
         """`[B, S]` position of each token in its row; 0 for padding."""
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def each_alone(self) -> list[WindowBatch]:
+        """Every row as a batch of its own, as wide as this one."""
+        one = range(len(self.ids))
+        return [WindowBatch(self.windows[row : row + 1], self.ids[row : row + 1], self.mask[row : row + 1]) for row in one]
 
     @property
     def shortest(self) -> int:
@@ -79,12 +88,22 @@ def choose(
         raise ValueError(f"stride={stride} must lie between 1 and context - 1 = {context - 1}")
     found: list[Window] = []
     for index, document in enumerate(texts):
-        tokens = tokenizer.encode(document.text, add_special_tokens=False, verbose=False)
-        found += cut(index, tokens, context, stride, tokenizer.bos_token_id)
+        found += cut(index, _tokens(document.text, tokenizer), context, stride, tokenizer.bos_token_id)
     if not found:
         raise ValueError(f"the text has no window of at least {MIN_TOKENS} tokens")
     order = np.random.default_rng(seed).permutation(len(found))
     return [found[i] for i in order[:count]]
+
+
+def _tokens(text: str, tokenizer: Any) -> Sequence[int]:
+    """Of a text; kept, since a table of faults asks for those of the same texts a hundred times."""
+    key = tokenizer.name_or_path, len(tokenizer), text
+    if key not in _kept:
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if sum(map(len, _kept.values())) + len(tokens) > MOST_KEPT:
+            return tokens
+        _kept[key] = tokens
+    return _kept[key]
 
 
 def batches(windows: Sequence[Window], size: int, pad: int) -> list[WindowBatch]:
@@ -100,3 +119,9 @@ def batches(windows: Sequence[Window], size: int, pad: int) -> list[WindowBatch]
             mask[index, width - len(row.ids) :] = True
         made.append(WindowBatch(rows, ids, mask))
     return made
+
+
+def joined_rows(parts: Sequence[WindowBatch]) -> WindowBatch:
+    """Batches of one width as one, their rows in order."""
+    windows = tuple(window for part in parts for window in part.windows)
+    return WindowBatch(windows, torch.cat([part.ids for part in parts]), torch.cat([part.mask for part in parts]))

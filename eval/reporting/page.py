@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 
 from hf_fastattn.eval.arguments import COMMANDS
+from hf_fastattn.eval.choices import FAULTS, FORMAT_FAULTS, ROUTING_FAULTS, STEP_FAULTS
+from hf_fastattn.eval.reporting.figures import FIGURES
 from hf_fastattn.eval.reporting.markdown_html import html_of
-from hf_fastattn.eval.reporting.records import FIGURES, Record
+from hf_fastattn.eval.reporting.records import KINDS, Record
 
-# What the names of records begin with, for commands that are named otherwise.
-KINDS = {"generate": "speed", "tasks": "harness"}
 STYLE = """
 :root { color-scheme: light; font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #f4f6f8; }
 body { max-width: 1180px; margin: 0 auto; padding: 1.5rem; }
@@ -78,6 +79,11 @@ def not_covered(records: Sequence[Record], source: str) -> list[str]:
     unknown = [record.name for record in records if not record.source]
     if unknown:
         found.append(f"tables alone, without a record of the code that made them: {', '.join(unknown)}")
+    known_faults = (*FAULTS, *ROUTING_FAULTS, *FORMAT_FAULTS, *STEP_FAULTS)
+    tables = [record.figures for record in records if record.kind == "faults"]
+    never = [fault for fault in known_faults if not any(re.search(rf"(: |, ){fault}[,;]", table) for table in tables)]
+    if never:
+        found.append(f"faults that no table plants: {', '.join(never)}")
     slow = [record.name for record in records if record.kind == "sampling" and "Transformers' loop" in record.figures]
     if slow:
         found.append(f"draws in the device's loop: {', '.join(slow)} saw Transformers' loop alone")
@@ -94,12 +100,19 @@ def _device(record: Record) -> str:
 def _cards(records: Sequence[Record], word: str) -> str:
     if not records:
         return f'<div class="card none"><p>No record of {word.lower()} on this device.</p></div>'
-    return "".join(map(_card, records))
+    whole, tables = ([record for record in records if bool(record.source) == kept] for kept in (True, False))
+    return "".join([*map(_card, whole), *([_tables_card(tables)] if tables else [])])
+
+
+def _tables_card(records: Sequence[Record]) -> str:
+    """One card for all that has no record beside its text."""
+    links = ", ".join(f'<a href="#{html.escape(one.name)}">{html.escape(one.name)}</a>' for one in records)
+    return f'<div class="card none"><p>{links}</p><p class="small">tables alone, without a record</p></div>'
 
 
 def _card(record: Record) -> str:
     name = html.escape(record.name)
-    state = "red" if record.wrong else ("green" if record.source else "none")
+    state = "red" if record.wrong else "green"
     lines = [f'<a href="#{name}">{name}</a>' + (" <strong>red</strong>" if record.wrong else "")]
     lines += [html.escape(record.figures)] if record.figures else []
     lines += [f'<span class="alarm">{html.escape(one)}</span>' for one in record.wrong[:3]]

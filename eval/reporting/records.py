@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Figures = dict[str, Any]
+from hf_fastattn.eval.accuracy.noticed import missed
+from hf_fastattn.eval.arguments import COMMANDS
+from hf_fastattn.eval.reporting.figures import FIGURES, Figures
+
+# What the names of records begin with, for commands that are named otherwise.
+KINDS = {"generate": "speed", "tasks": "harness"}
+# By what the names of records begin with, whether their commands are about accuracy.
+COMMANDED = {
+    (KINDS.get(word, word) if group == "bench" else word): group == "eval"
+    for group, _, word in (name.partition(" ") for name in COMMANDS)
+    if group in ("eval", "bench")
+}
 
 
 @dataclass(frozen=True)
@@ -52,20 +63,29 @@ def read(folder: Path) -> list[Record]:
 def _record(folder: Path, name: str) -> Record:
     data, picture = folder / f"{name}.json", folder / f"{name}.png"
     record: Figures = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
-    kind, where = name.split("-")[0], record.get("environment", {})
+    text = (folder / f"{name}.md").read_text(encoding="utf-8")
+    kind, where = _kind(name), record.get("environment", {})
     say = FIGURES.get(kind)
+    # The last line of a report says it, in one that has no record beside it too.
+    device = re.search(r"^(CPU|NVIDIA [\w-]+)[,;]", text, re.MULTILINE)
     return Record(
         name=name,
         kind=kind,
-        is_accuracy="evaluation" in record,
-        device=where.get("device") or ("NVIDIA H200" if "h200" in name else "not recorded"),
+        is_accuracy="evaluation" in record or COMMANDED.get(kind, False),
+        device=where.get("device") or ("NVIDIA H200" if "h200" in name else device[1] if device else "not recorded"),
         commit=where.get("commit", ""),
         source=where.get("source", ""),
         wrong=list(_wrong(record)),
         figures=say(record) if say is not None and record else "",
-        markdown=(folder / f"{name}.md").read_text(encoding="utf-8"),
+        markdown=text,
         picture=picture.read_bytes() if picture.is_file() else None,
     )
+
+
+def _kind(name: str) -> str:
+    """What the name of a record begins with: a command if there is one, else its first word."""
+    named = [kind for kind in COMMANDED if name == kind or name.startswith(f"{kind}-")]
+    return max(named, key=len, default=name.split("-")[0])
 
 
 def _wrong(record: Figures) -> Iterator[str]:
@@ -88,113 +108,7 @@ def _wrong(record: Figures) -> Iterator[str]:
 
 
 def _missed(rows: list[Figures]) -> Iterator[str]:
+    yield from (f"a fault was not noticed by two evaluations: {one}" for one in missed(rows))
     for found in rows:
-        caught = all(entry["caught_by"] and not entry["off_path"] for entry in found["variants"])
-        if found["fault"] and not caught:
-            yield f"the fault {found['fault']!r} was missed by {found['evaluation']}"
         if not found["fault"] and found["verdict"] != "green":
             yield f"{found['evaluation']} alarmed without a fault"
-
-
-def _perplexity(record: Figures) -> str:
-    ours = [row for row in record["series"] if "=" in row["series"]]
-    stock = next(row for row in record["series"] if row["series"] == "stock")
-    most = max((abs(row["difference"]) for row in ours), default=0.0)
-    return f"perplexity {stock['perplexity']:.2f} for both; ours differs by {most:.1e} nats a token at most"
-
-
-def _parity(record: Figures) -> str:
-    ours = [row for row in record["series"] if "=" in row["series"]]
-    same, kl = min(row["top1"] for row in ours), max(row["mean_kl"] for row in ours)
-    return f"likeliest tokens as the exact model's: {100 * same:.2f}%; KL divergence {kl:.1e} nats"
-
-
-def _faults(record: Figures) -> str:
-    planted = [row for row in record["rows"] if row["fault"]]
-    clean = [row for row in record["rows"] if not row["fault"]]
-    names = ", ".join(dict.fromkeys(row["fault"] for row in planted))
-    alarms = sum(row["verdict"] != "green" for row in clean)
-    return f"faults planted: {names}; {alarms} alarms in {len(clean)} runs without one"
-
-
-def _recall(record: Figures) -> str:
-    return "; ".join(
-        f"{one['task']}: stock {100 * one['stock']:.1f}%, ours {100 * one['ours']:.1f}%" for one in record["tasks"]
-    )
-
-
-def _tasks(record: Figures) -> str:
-    seconds = record["task_seconds"].values()
-    ratio = sum(one["stock"] for one in seconds) / sum(one["ours"] for one in seconds)
-    return f"{len(record['tasks'])} tasks scored alike, {ratio:.1f} times as fast as HFLM in all"
-
-
-def _sampling(record: Figures) -> str:
-    tests = [test for case in record["cases"] for test in case["tests"]]
-    tokens = sum(case["tokens"] for case in record["cases"])
-    least = min(test["corrected"] for test in tests)
-    return f"{len(tests)} tests of {tokens:,} draws by {record['path']}; smallest corrected p {least:.2g}"
-
-
-def _speed(record: Figures) -> str:
-    found = [case for case in record["cases"] if "stock" in case["systems"] and "patched" in case["systems"]]
-    ratios = [case["systems"]["stock"]["token_ms"] / case["systems"]["patched"]["token_ms"] for case in found]
-    return f"a token {min(ratios):.2f} to {max(ratios):.2f} times as fast as stock's, {len(found)} cases" if ratios else ""
-
-
-def _batching(record: Figures) -> str:
-    found = []
-    for case in record["cases"]:
-        systems = {name: one.get("seconds") for name, one in case["systems"].items()}
-        if systems.get("ours") and systems.get("stock_batch"):
-            found.append(f"{case['name']}: {systems['stock_batch'] / systems['ours']:.1f} times as fast as stock's batches")
-    return "; ".join(found)
-
-
-def _matrix(record: Figures) -> str:
-    cells = [cell["ratios"]["token"] for cell in record["cells"] if "token" in cell.get("ratios", {})]
-    return (
-        f"{len(record['cells'])} cells; a token takes {min(cells):.2f} to {max(cells):.2f} of stock's time" if cells else ""
-    )
-
-
-def _rollouts(record: Figures) -> str:
-    ratios = [state["stock"][1] / state["ours"][1] for state in record["states"]]
-    return f"a token {min(ratios):.1f} to {max(ratios):.1f} times as fast as stock's, {len(ratios)} states of a trainer"
-
-
-def _kernels(record: Figures) -> str:
-    ratios = [value for row in record["rows"] for value in row["ratios"].values()]
-    found = (
-        [f"{min(ratios):.2f} to {max(ratios):.2f} of the time of PyTorch's, {len(record['rows'])} shapes"] if ratios else []
-    )
-    saved = [row["ratios"]["not shared"] for row in record.get("shared", ()) if "not shared" in row.get("ratios", {})]
-    if saved:
-        found.append(
-            f"shared prefixes read {min(saved):.1f} to {max(saved):.1f} times as fast as row by row, {len(saved)} shapes"
-        )
-    return "; ".join(found)
-
-
-def _harness(record: Figures) -> str:
-    ratios = [case["ratio"] for case in record["cases"]]
-    return (
-        f"lm-evaluation-harness {min(ratios):.2f} to {max(ratios):.2f} times as fast, {len(ratios)} tasks" if ratios else ""
-    )
-
-
-FIGURES: dict[str, Callable[[Figures], str]] = {
-    "perplexity": _perplexity,
-    "parity": _parity,
-    "faults": _faults,
-    "recall": _recall,
-    "tasks": _tasks,
-    "sampling": _sampling,
-    "speed": _speed,
-    "batching": _batching,
-    "matrix": _matrix,
-    "rollouts": _rollouts,
-    "attention": _kernels,
-    "experts": _kernels,
-    "harness": _harness,
-}

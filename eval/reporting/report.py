@@ -24,15 +24,22 @@ def write(folder: Path | None, name: str, markdown: str, record: dict[str, Any],
     print(markdown)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
+    save(folder, name, markdown, record)
     pyplot = _pyplot() if draw is not None else None
     if draw is not None and pyplot is not None:
         figure = draw(pyplot)
         figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
     print(f"written: {name}.md, {name}.json{', ' + name + '.png' if pyplot else ''} in {folder}")
+
+
+def save(folder: Path | None, name: str, markdown: str, record: dict[str, Any]) -> None:
+    """The files of `write` alone, without a picture: for what is known in the middle of a long run."""
+    if folder is None or not processes().is_first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
 
 
 def _pyplot() -> Any:

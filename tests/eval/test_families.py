@@ -52,7 +52,9 @@ def test_all_text_models_that_are_patched_have_one() -> None:
 def test_one_family(tmp_path: Path) -> None:
     given = [*SMALL, "--families", "qwen3", "--evaluations", "perplexity", "--output", str(tmp_path)]
     assert families.main(given) == 0
-    (row,) = json.loads((tmp_path / "families.json").read_text())["rows"]
+    record = json.loads((tmp_path / "families.json").read_text())
+    assert record["verdict"] == "green" and record["missing"] == []
+    (row,) = record["rows"]
     assert row["verdict"] == "green" and row["pages_found"] == [""] and len(row["variants"]) == len(families.VARIANTS)
     assert "| qwen3 | perplexity |" in (tmp_path / "families.md").read_text()
 
@@ -70,6 +72,32 @@ def test_what_alarms_and_what_fails_is_named(monkeypatch: pytest.MonkeyPatch, ca
     shown = capsys.readouterr().out
     assert "# Families: red: qwen3 (perplexity)" in shown and "- qwen3, perplexity: share=off" in shown
     assert "arcee, perplexity: failed with RuntimeError: out of luck" in shown
+
+
+def test_what_was_found_is_kept_when_a_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all families say of perplexity comes before what one of them says of parity."""
+    asked: list[tuple[str, str]] = []
+    variant = {"variant": "share=on", "share": 0.5, "off_path": False}
+
+    def measured(family: str, name: str, *given: Any) -> dict[str, Any]:
+        asked.append((name, family))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {
+            "family": family, "evaluation": name, "verdict": "green", "variants": [variant], "alarms": [], "pages_found": []
+        }  # fmt: skip
+
+    monkeypatch.setattr(families, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        families.main([*SMALL, "--families", "llama", "qwen3", "--output", str(tmp_path)])
+    assert asked == [("perplexity", "llama"), ("perplexity", "qwen3"), ("parity", "llama")]
+    record, text = json.loads((tmp_path / "families.json").read_text()), (tmp_path / "families.md").read_text()
+    assert [row["family"] for row in record["rows"]] == ["llama", "qwen3"] and "# Families: green" in text
+    assert "Not run: llama (parity), qwen3 (parity)." in text
+
+
+def test_nothing_measured_is_not_green() -> None:
+    assert families.verdict({"rows": [], "failed": []}) == "red"
 
 
 def test_an_unknown_family_is_named() -> None:

@@ -28,6 +28,9 @@ def test_the_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["eval", "all", *given]) == 0
     assert time.process_time() - start < MOST_SECONDS
     shown = capsys.readouterr().out
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert record["verdict"] == "green" and [one["name"] for one in record["outcomes"]] == list(TOGETHER)
+    assert (tmp_path / "all.md").read_text() in shown + "\n"
     for name in TOGETHER:
         if name == "tasks" and importlib.util.find_spec("lm_eval") is None:
             assert "| tasks | not run: lm_eval is not installed | 0 | 0 |" in shown
@@ -131,7 +134,8 @@ def test_sixteen_bits_take_many_windows() -> None:
     for name in TOGETHER:
         wide, narrow = all_evaluations.sizes(name, False, False), all_evaluations.sizes(name, False, True)
         assert wide == WHOLE[name] == narrow[: len(wide)] and all_evaluations.sizes(name, True, True) == QUICK[name]
-        assert narrow[len(wide) :] == (("--windows", str(WINDOWS_16)) if name in EVALUATED else ())
+        more = name in (*EVALUATED, "faults")
+        assert narrow[len(wide) :] == (("--windows", str(WINDOWS_16)) if more else ())
         parser(f"eval {name}").parse(list(narrow))
 
 

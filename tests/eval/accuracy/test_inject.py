@@ -16,6 +16,7 @@ from hf_fastattn.eval.accuracy.feed import Schedule, in_pieces
 from hf_fastattn.eval.choices import KV_DTYPES
 from tests.eval.reduced import PLAIN, SHARED, SMALL
 
+LAYERS = 3
 OPTIONS = {"perplexity": [], "parity": ["--new", "6"]}
 
 
@@ -145,9 +146,14 @@ def test_bad_requests_are_refused(fed: Any, capsys: Any) -> None:
             pass
 
 
-def test_table_of_faults(tmp_path: Path) -> None:
+def test_table_of_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = ["--context", "64", "--stride", "24", "--windows", "2", "--device", "cpu", "--dtype", "float32"]
     chosen = ["--seeds", "0", "--kv-dtype", "fp8", "--faults", "kv_scale", "--evaluations", *OPTIONS]
+    assert fault_table.main([*size, *PLAIN, *chosen, "--output", str(tmp_path), "--quiet"]) == 0
+    # What has ended is there for a run that goes on.
+    (journal,) = (tmp_path / ".journal").glob("faults-*.jsonl")
+    assert len(journal.read_text().splitlines()) == 1 + len(OPTIONS)
+    monkeypatch.setattr(fault_table, "evaluate", None)
     assert fault_table.main([*size, *PLAIN, *chosen, "--output", str(tmp_path), "--quiet"]) == 0
     text = (tmp_path / "faults.md").read_text()
     assert "all caught by two evaluations or more" in text and "0 alarms in 0 runs" in text

@@ -12,7 +12,9 @@ from hf_fastattn.eval.choices import STEP_FAULTS
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from tests.eval.reduced import SMALL
 
+LAYERS = 3
 TOGETHER = ["--variant", "backend=reference,loop=on,share=on"]
+ALONE = ["--variant", "backend=reference,loop=on,alone=on"]
 OPTIONS = {"perplexity": [], "parity": ["--new", "6"], "logprobs": ["--new", "6", "--samples", "3"]}
 MIXTURE = ["--model", str(models.MIXTURE)]
 
@@ -21,12 +23,16 @@ MIXTURE = ["--model", str(models.MIXTURE)]
 def test_faults_in_steps_are_caught_by_two_evaluations(fault: str) -> None:
     model = MIXTURE if fault == "step-expert" else []
     names = ["perplexity", "logprobs"]
+    if fault == "step-suffix":
+        # The page behind the prefix has to be full before it can be read in place of another.
+        model = ["--new", "20"]
     if fault == "step-sampler":
         # Tokens that only a wrong threshold lets through are rare.
         names, model = ["parity", "logprobs"], ["--windows", "4", "--batch", "4", "--new", "20"]
     rows = []
     for name in names:
-        record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *TOGETHER, *model, "--inject", fault])
+        own = model if name != "perplexity" or fault != "step-suffix" else []
+        record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *TOGETHER, *own, "--inject", fault])
         assert record["verdict"] == "red" and record["planted"] > 0, name
         rows.append(fault_table.row(name, record, fault, 0, None))
         # Quiet faults: numbers that are wrong, not NaN, in the loop that was asked for.
@@ -35,6 +41,20 @@ def test_faults_in_steps_are_caught_by_two_evaluations(fault: str) -> None:
         assert all(check["value"] == check["value"] and check["limit"] > 0 for check in alarms)
     assert fault_table.missed(rows) == [] and len(rows) >= 2
     assert fault_table.missed(rows[:1]) == [f"{fault} ({names[0]})"]
+
+
+@pytest.mark.parametrize(("name", "fault"), [("perplexity", "step-page"), ("logprobs", "step-page"), ("parity", None)])
+def test_rows_alone(name: str, fault: str | None) -> None:
+    """Each in a call of its own, whose steps are of one row; what that row's page table says is seen."""
+    record = fault_table.evaluate(name, [*SMALL, *OPTIONS[name], *ALONE, *(["--inject", fault] if fault else [])])
+    found = fault_table.row(name, record, fault or "", 0, None)
+    assert record["verdict"] == ("red" if fault else "green") and fault_table.caught(found) == bool(fault)
+    checks = {check["name"]: check for check in record["checks"]}
+    assert checks["batches whose rows were not alone in their steps"]["value"] == 0
+    assert "batches whose prefixes were read row by row" not in checks
+    # A call for each window; of parity a greedy and a drawn one too, of logprobs one for each answer, and a drawn one.
+    calls = {"perplexity": 2, "parity": 6, "logprobs": 2 * 3 + 2}[name]
+    assert f"| {calls} calls | 1 |" in record["paths"][-1]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -55,13 +75,17 @@ def test_red_if_the_loop_that_was_asked_for_did_not_run(name: str, monkeypatch: 
     assert any("**not looked at**" in line and "of no reason" in line for line in record["paths"])
 
 
-def test_faults_in_hooks_are_planted_where_hooks_are_seen() -> None:
+def test_faults_in_hooks_are_planted_where_hooks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = models.load(str(models.SHIPPED), torch.float32, "cpu")
     every = variants.chosen(None, model)
     assert {variant.loop for variant in every} == {True, False}
     assert any(dict(variant.options).get("prefix_cache") for variant in every)
     assert not any(variant.loop for variant in variants.chosen(None, model, "scale"))
     assert [variant.name for variant in variants.chosen(None, model, "step-slot")] == [TOGETHER[1]]
+    both = [variants.parse(one[1]) for one in (TOGETHER, ALONE)]
+    monkeypatch.setattr(variants, "default_variants", lambda model: both)
+    assert variants.chosen(None, model, "step-slot") == both
+    assert variants.chosen(None, model, "step-suffix") == variants.chosen(None, model, "step-prefix") == both[:1]
     with hf_fastattn.patched(model):
         with pytest.raises(ValueError, match="leave out the layer"), faults.planted(model, "step-slot", 3):
             pass

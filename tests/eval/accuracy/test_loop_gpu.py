@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 SIZE = ["--device", "cuda", "--quiet", "--context", "128", "--stride", "48", "--windows", "8", "--batch", "8"]
 FED = ["--append", "20", "--piece", "7", "--decode", "12"]
 VARIANTS = ["--variant", "backend=triton,loop=on,share=on", "--variant", "backend=triton,loop=on,share=off"]
+ALONE = ["--variant", "backend=triton,loop=on,alone=on"]
 OPTIONS = {"perplexity": [], "parity": ["--new", "16"], "logprobs": ["--new", "16", "--samples", "4"]}
 
 
@@ -45,7 +46,7 @@ ADDS_UP_ELSEWHERE = "fp32 products add up in an order that depends on the tile's
     ],
 )
 def test_green_from_replays(name: str, dtype: str) -> None:
-    record = evaluate(name, "--dtype", dtype, *VARIANTS)
+    record = evaluate(name, "--dtype", dtype, *VARIANTS, *ALONE)
     assert record["verdict"] == "green", [check for check in record["checks"] if check["alarms"]]
     checks = {check["name"] for check in record["checks"]}
     assert {"batches off the device's loop", "batches whose prefixes were read row by row"} <= checks
@@ -59,6 +60,31 @@ def test_faults_in_graphs_are_caught(fault: str) -> None:
     for name in ("perplexity", "logprobs"):
         record = evaluate(name, "--dtype", "float32", *VARIANTS[:2], *model, "--inject", fault)
         assert fault_table.caught(fault_table.row(name, record, fault, 0, None)) and record["planted"] > 0, name
+
+
+@pytest.mark.parametrize("fault", ["step-page", "step-slot", "step-scale", "step-length", "step-rope"])
+def test_faults_in_graphs_of_one_row_are_caught(fault: str) -> None:
+    """What the launches for a single row read: its page table, its slot, its length, the scale, its angles."""
+    for name in ("perplexity", "logprobs"):
+        record = evaluate(name, "--dtype", "float32", *ALONE, "--inject", fault)
+        assert fault_table.caught(fault_table.row(name, record, fault, 0, None)) and record["planted"] > 0, name
+
+
+def test_rows_alone_take_the_launch_for_one_short_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_fastattn.kernels.attention import short_row as module
+
+    launch, seen = module.short_row, list[int]()
+
+    def noted(q: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        seen.append(len(q))
+        return launch(q, *given, **named)
+
+    monkeypatch.setattr(module, "short_row", noted)
+    record = evaluate("perplexity", "--dtype", "bfloat16", *ALONE)
+    config = models.load(str(models.SHIPPED), torch.bfloat16, "cuda")[0].config
+    shapes = (1, config.num_attention_heads, config.head_dim), (1, 16, config.num_key_value_heads, config.head_dim)
+    takes = module.takes(*(torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes))
+    assert record["verdict"] == "green" and bool(seen) == takes and set(seen) <= {1}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,25 @@ def test_windows_score_every_token_once() -> None:
         assert max(len(window.ids) for window in cut) == 64
 
 
+def test_texts_are_encoded_once(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_kept", {})
+    found, tokenizer = texts.documents()[:3], loaded[1]
+    encode, encoded = tokenizer.encode, list[str]()
+
+    def counted(text: str, **options: Any) -> Any:
+        encoded.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    sizes = {"context": 96, "stride": 32, "count": 3, "seed": 1}
+    first = windows.choose(found, tokenizer, **sizes)
+    assert windows.choose(found, tokenizer, **sizes) == first and encoded == [one.text for one in found]
+    # No more is kept than fits, and what is not kept is right all the same.
+    monkeypatch.setattr(windows, "_kept", {})
+    monkeypatch.setattr(windows, "MOST_KEPT", len(encode(found[0].text, add_special_tokens=False)))
+    assert [windows.choose(found, tokenizer, **sizes) for _ in range(2)] == [first] * 2 and len(encoded) == 3 + 3 + 2
+
+
 def test_resumes_after_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("hf_fastattn.eval.reporting.report._pyplot", lambda: None)
     arguments = [*SMALL, "--context", "64", "--windows", "2", "--batch", "1", *PLAIN, "--output", str(tmp_path)]
@@ -130,7 +149,12 @@ def test_variants(loaded: tuple[Any, Any]) -> None:
     defaults = variants.default_variants(loaded[0])
     assert {found.share for found in defaults} == {True, False}
     assert len({dict(found.options).get("page_size") for found in defaults}) == 2
-    for wrong in ("no_such=1", "page_size=17", "page_size", "backend=nothing"):
+    alone = variants.parse("loop=on,alone=on")
+    assert alone.alone and not alone.share and variants.parse(alone.name) == alone
+    assert variants.with_format([alone], "fp8") == [variants.parse("kv_dtype=fp8,loop=on,alone=on")]
+    # Their steps are what they are for several rows, where there is no GPU.
+    assert not any(found.alone for found in defaults)
+    for wrong in ("alone=on", "loop=on,share=on,alone=on", "no_such=1", "page_size=17", "page_size", "backend=nothing"):
         with pytest.raises(ValueError):
             variants.parse(wrong)
 

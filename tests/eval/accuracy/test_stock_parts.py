@@ -12,6 +12,7 @@ from hf_fastattn.eval.accuracy import stock_parts
 from hf_fastattn.eval.accuracy.stock_parts import StockParts
 from tests.eval.reduced import PLAIN, SMALL
 
+LAYERS = 2
 MEASURED: dict[str, tuple[Any, str, list[str]]] = {
     "perplexity": (perplexity, "stock_losses", []),
     "parity": (parity, "measure_stock", ["--new", "4"]),

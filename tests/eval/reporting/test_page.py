@@ -13,9 +13,10 @@ import pytest
 
 from hf_fastattn.eval import report_page
 from hf_fastattn.eval.arguments import COMMANDS
+from hf_fastattn.eval.reporting.figures import FIGURES
 from hf_fastattn.eval.reporting.markdown_html import html_of
 from hf_fastattn.eval.reporting.page import not_covered, page
-from hf_fastattn.eval.reporting.records import FIGURES, read
+from hf_fastattn.eval.reporting.records import read
 
 RESULTS = Path(__file__).resolve().parents[3] / "eval" / "results"
 ALONE = {"meta", "img", "br", "link"}
@@ -60,7 +61,7 @@ def test_everything_that_was_kept_is_on_one_page(tmp_path: Path) -> None:
     assert status == int(any(record.wrong for record in records))
     assert text.index(">Accuracy<") < text.index(">Speed<") < text.index("Not covered") < text.index("<h2>Reports")
     for record in records:
-        assert record.figures or record.kind not in FIGURES or not record.source or record.name == "batching-arrival-h200"
+        assert record.figures or record.kind not in FIGURES or not record.source, record.name
 
 
 def kept(folder: Path, name: str, **changes: object) -> Path:
@@ -88,10 +89,31 @@ def test_what_is_red_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_fault_that_was_missed_is_red(tmp_path: Path) -> None:
     rows = json.loads((RESULTS / "faults.json").read_text())["rows"]
-    rows[0]["variants"][0]["caught_by"] = 0
+    planted = [row for row in rows if row["fault"] == "page"]
+    for row in planted[:-1]:
+        row["variants"][0]["caught_by"] = 0
     rows[-1]["verdict"] = "red"
     wrong = read(kept(tmp_path, "faults", rows=rows))[0].wrong
-    assert wrong == ["the fault 'page' was missed by perplexity", "parity alarmed without a fault"]
+    name = planted[-1]["evaluation"]
+    alarm = f"{rows[-1]['evaluation']} alarmed without a fault"
+    assert wrong == [f"a fault was not noticed by two evaluations: page ({name})", alarm]
+
+
+def test_a_fault_that_two_evaluations_notice_is_not_red(tmp_path: Path) -> None:
+    rows = json.loads((RESULTS / "faults.json").read_text())["rows"]
+    assert not all(entry["caught_by"] for row in rows if row["fault"] for entry in row["variants"])
+    assert read(kept(tmp_path, "faults", rows=rows))[0].wrong == []
+
+
+def test_what_a_record_is_about_is_read_off_its_name_and_text(tmp_path: Path) -> None:
+    tables = {
+        "eight-bits-h200": ("eight-bits", False, "NVIDIA H200"), "streaming-h200": ("streaming", True, "NVIDIA H200"),
+        "perplexity-int8": ("perplexity", True, "CPU"), "many-rows-h200": ("many", False, "NVIDIA H200"),
+        "harness-speed-h200": ("harness", False, "NVIDIA H200"),
+    }  # fmt: skip
+    for name in tables:
+        shutil.copy(RESULTS / f"{name}.md", tmp_path)
+    assert {one.name: (one.kind, one.is_accuracy, one.device) for one in read(tmp_path)} == tables
 
 
 def test_what_no_record_covers_is_listed(tmp_path: Path) -> None:
@@ -101,6 +123,9 @@ def test_what_no_record_covers_is_listed(tmp_path: Path) -> None:
     assert "eval perplexity: no record on a GPU" in gaps and "eval parity: no record on a CPU or GPU" in gaps
     assert all(name in gaps for name in COMMANDS if name.startswith(("eval ", "bench ")))
     assert "of other code than what is here now: perplexity" in gaps and "tables alone" in gaps
+    assert "faults that no table plants: page, position, " in gaps
+    planted = "\n".join(not_covered(read(kept(tmp_path, "faults")), "0123456789ab"))
+    assert "table plants: expert, weights" in planted and "bench eight-bits: no record" in gaps
     assert "other code" not in "\n".join(not_covered(records, records[0].source))
     assert "No record of speed on this device" in page(records, "x")
 

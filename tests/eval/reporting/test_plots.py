@@ -34,7 +34,7 @@ DRAW = {
     "tasks": draw_tasks,
 }
 # These are tables alone.
-NOT_DRAWN = ("matrix", "rollouts", "experts", "families", "ranks", "harness")
+NOT_DRAWN = ("all", "matrix", "rollouts", "experts", "families", "ranks", "harness")
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json") if not path.stem.startswith(NOT_DRAWN))
 
 
