@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_a_failure_in_either_run_fails_both(
 def test_a_failure_is_named_at_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run that is cut off has no summary."""
     (folder / "test_cut_off.py").write_text(CUT_OFF)
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n1", str(folder / "test_cut_off.py")], timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "-n1", str(folder / "test_cut_off.py")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    subprocess.run(command, env=environment, timeout=300)
     written = capfd.readouterr()
     assert written.err.count("\nFAILED in call: test_cut_off.py::test_bad\n") == 1
     assert "short test summary" not in written.out
