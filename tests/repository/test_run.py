@@ -40,6 +40,30 @@ def test_one_line_for_both_runs(folder: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr().out.splitlines()[-1].startswith("passed 2, skipped 1 (1: no such device), in ")
 
 
+REPORT = f"""
+<testsuites><testsuite>
+<testcase name="test_left" file="tests/test_a.py"><skipped message="{run.RUN_BY_THE_OTHER}"/></testcase>
+<testcase name="test_done" file="tests/test_b.py"/>
+</testsuite></testsuites>
+"""
+
+
+@pytest.mark.parametrize(("asked", "second"), [([], ["tests/test_a.py"]), (["tests"], ["tests"])])
+def test_the_second_run_takes_the_files_that_were_left_to_it(
+    asked: list[str], second: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def reported(arguments: list[str], interpret: bool, report: Path) -> int:
+        report.write_text(REPORT.strip())
+        given.append((interpret, arguments))
+        return 0
+
+    monkeypatch.setattr(run, "run", reported)
+    assert run.main(asked) == 0
+    assert given == [(False, asked), (True, second)]
+
+
 # Ends the process that reports.
 CUT_OFF = """
 import os, signal, time
