@@ -1,5 +1,6 @@
-"""Shared test set-up: the `gpu` and `interpreter` markers, NaN where nothing was written, few threads, gradients."""
+"""Shared test set-up: the `gpu` and `interpreter` markers, names of failures, NaN where nothing was written, gradients."""
 
+import gc
 import math
 import os
 import sys
@@ -25,7 +26,18 @@ LARGE = 2**31
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class Failures:
+    """Says at once which test failed, for a run that is cut off before pytest's summary."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\nFAILED in {report.when}: {report.nodeid}", file=sys.stderr, flush=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Workers of pytest-xdist report to the process that started them.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures())
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
     config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter, in a pytest run of its own")
     if INTERPRETING:
@@ -44,6 +56,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreter") and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (`make test` runs pytest once more with it)"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_modules_are_not_collected() -> None:
+    """What PyTorch and Transformers made as they were imported outlives all tests: collections need not look through it.
+
+    Transformers' continuous batching collects often, and each time would look at more than a million objects.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # Some libraries report what is not collected at the end.
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,8 @@ RUN_BY_THE_OTHER = "needs TRITON_INTERPRET=1"
 
 def run(arguments: list[str], interpret: bool, report: Path) -> int:
     """One pytest run, reported to `report`; returns its exit status."""
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *workers(arguments), *arguments]
+    written = [f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command = [sys.executable, "-m", "pytest", "-q", *written, *workers(arguments), *arguments]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": str(int(interpret))}).returncode
 
 
@@ -36,9 +37,9 @@ def workers(arguments: list[str]) -> list[str]:
     return ["-n", str(min(cores, MOST_WORKERS))]
 
 
-def count(report: Path) -> tuple[Counter[str], Counter[str], int]:
-    """How many tests passed, failed, were skipped; how many were skipped for which reason; how many the other run has."""
-    outcomes, reasons, left = Counter[str](), Counter[str](), 0
+def count(report: Path) -> tuple[Counter[str], Counter[str], set[str]]:
+    """How many passed, failed, were skipped; how many were skipped for which reason; files with tests of the other run."""
+    outcomes, reasons, left = Counter[str](), Counter[str](), set[str]()
     for case in ElementTree.parse(report).iter("testcase"):
         skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
@@ -46,7 +47,7 @@ def count(report: Path) -> tuple[Counter[str], Counter[str], int]:
         elif skipped is None:
             outcomes["passed"] += 1
         elif skipped.get("message", "").startswith(RUN_BY_THE_OTHER):
-            left += 1
+            left.add(case.get("file", ""))
         else:
             outcomes["skipped"] += 1
             reasons[skipped.get("message", "")] += 1
@@ -66,6 +67,8 @@ def main(arguments: list[str]) -> int:
                     total.update(part)
                 if not left:
                     break
+                # Nothing was asked for by name: the second run need not import the files that have nothing for it.
+                arguments = arguments or sorted(left)
     parts = [f"{outcome} {outcomes[outcome]}" for outcome in ("failed", "passed", "skipped") if outcomes[outcome]]
     if reasons:
         parts[-1] += f" ({', '.join(f'{number}: {reason}' for reason, number in reasons.items())})"

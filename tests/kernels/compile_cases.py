@@ -53,8 +53,6 @@ from tests.kernels.compile_launches import (
     weights_summed,
     widened,
 )
-from tests.tools.fake_driver import fake_driver
-from tests.tools.resources import Resources, resources
 from tests.tools.targets import TARGETS
 
 # ptxas spills a few bytes outside the loops now and then; that costs nothing.
@@ -582,12 +580,3 @@ CASES = {
         lambda: advanced(MOST_ROWS, columns=16, windows=2, seen=True), ("advance_kernel",), programs=1
     ),
 }
-
-
-def compile_case(name: str, target_name: str) -> list[Resources]:
-    """What the kernels of one case take; runs in a worker process."""
-    target = TARGETS[target_name]
-    with fake_driver(target) as fake:
-        case = CASES[name]
-        case.launch()
-        return [resources(kernel, target, remarks=case.overlapped) for kernel in fake.compiled()]
