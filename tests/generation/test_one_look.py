@@ -1,5 +1,4 @@
-"""One look at the modules, when `generate()` is called, serves a call until its prompt's first kernel; and none where code of
-the user's runs between the two."""
+"""One look at the modules serves a call until its prompt's first kernel, if no code of the user's runs before that."""
 
 from __future__ import annotations
 
