@@ -285,8 +285,7 @@ class CacheState(Cache):
         self._wrote.add(layer_idx)
 
         def is_alone() -> bool:
-            held = sum(page >= 0 for pages in self.tables[window].rows for page in pages)
-            return self._columns == 0 and held == group.pool.in_use
+            return self._columns == 0 and self.tables[window].held == group.pool.in_use
 
         return group.storage.layer(layer_idx, states, group.pool.capacity, is_alone)
 

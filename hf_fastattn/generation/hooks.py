@@ -53,6 +53,8 @@ class FastGenerationMixin(PlainCopies):
         if runtime.current is None:
             return done
         if generation_mode not in LOOPED:
+            # A prompt that another loop computes is not told from what comes after it.
+            runtime.current.seen = None
             runtime.count_not_looped(f"the call asks for {generation_mode.value.replace('_', ' ')}")
         cache = model_kwargs.get(CACHE)
         if runtime.config.streaming is not None:

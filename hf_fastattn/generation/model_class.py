@@ -22,8 +22,6 @@ def fast_class(base: Any) -> type:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self._fastattn.runtime
         call = functools.partial(base.generate, self, *args, **kwargs)  # type: ignore[attr-defined]
-        if runtime.prefixes is None:
-            return runtime.call(self.training, call)
 
         def looked_at() -> Any:
             look_at_once(self, args, kwargs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from hf_fastattn.graphs.module_checks import SCALARS
 from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
-from hf_fastattn.wrappers import origin_of
+from hf_fastattn.wrappers import PREPARING, origin_of
 
 # Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
@@ -31,6 +32,8 @@ WORTH_A_TURN, WORTH_ON_CPU = 512, 64
 
 # Where the code stands that runs before a prompt if no user has replaced it.
 OURS = ("transformers.", "hf_fastattn.", "torch.")
+# What runs between `generate()` and the decoder besides what it names.
+BEHIND_GENERATE = ("generate", "_sample", "_beam_search", "_prefill", "__call__", "_call_impl", "forward", *PREPARING)
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,24 @@ class KeptPrompt:
 
 
 def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """`look_ahead` when `generate()` has just been called, if none of the user's code runs before the prompt.
+    """A look at the modules when `generate()` has just been called, if none of the user's code runs before the prompt.
+
+    All that is asked of the modules until the prompt's first kernel follows from it. Where the prompt is likely to be served
+    from pages of earlier calls, the weights are looked at from here on too.
 
     Args:
         args: of `generate()`; `kwargs` likewise.
     """
-    call, plain = model._fastattn.runtime.current, all(map(_is_plain, (*args, *kwargs.values())))
+    runtime = model._fastattn.runtime
+    call, plain = runtime.current, all(map(_is_plain, (*args, *kwargs.values())))
     if call is None or model.training or not plain or "custom_generate" in kwargs or not _runs_as_written(type(model)):
         return
     seen = look(model)
-    if seen.is_sure and seen.answer("has no functions", lambda: _has_no_functions(model)):
+    if not seen.is_sure or not seen.answer("has no functions", lambda: _has_no_functions(model)):
+        return
+    if runtime.prefixes is None:
+        call.seen = seen
+    else:
         _begin(model, call, seen)
 
 
@@ -69,9 +80,9 @@ def look_ahead(model: Any, cache: Any) -> None:
     """Begin to look at the weights where the prompt of a call is likely to be served from pages of earlier ones."""
     runtime = model._fastattn.runtime
     call = runtime.current
-    if runtime.prefixes is None or model.training or not isinstance(cache, PagedCache) or cache.get_seq_length():
+    if model.training or not isinstance(cache, PagedCache) or cache.get_seq_length():
         call.seen = None
-    elif call.seen is None:
+    elif call.seen is None and runtime.prefixes is not None:
         _begin(model, call, look(model))
 
 
@@ -89,14 +100,23 @@ def _is_plain(value: Any) -> bool:
 
 
 def _runs_as_written(kind: Any) -> bool:
-    """Whether `generate()` of a class, and what it calls, is Transformers' or ours."""
-    return all(origin_of(getattr(kind, name)).startswith(OURS) for name in _called_by_generate(kind._fastattn_base))
+    """Whether what runs between `generate()` of a class and its decoder is Transformers' or ours."""
+    base = kind._fastattn_base
+    methods = _called_by_generate(base)
+    return _are_known((*methods(kind), *methods(base)))
 
 
 @functools.cache
-def _called_by_generate(base: Any) -> tuple[str, ...]:
+def _called_by_generate(base: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """Gives a class's methods up to the decoder's forward."""
     names = inspect.unwrap(GenerationMixin.generate).__code__.co_names
-    return ("generate", *(name for name in names if inspect.isfunction(getattr(base, name, None))))
+    return attrgetter(*BEHIND_GENERATE, *(name for name in names if inspect.isfunction(getattr(base, name, None))))
+
+
+@functools.lru_cache(maxsize=64)
+def _are_known(methods: tuple[Any, ...]) -> bool:
+    # Where the code of a function stands never changes.
+    return all(origin_of(method).startswith(OURS) for method in methods)
 
 
 def _has_no_functions(model: Any) -> bool:
@@ -123,29 +143,41 @@ def compute_prompt(
     runtime, call = model._fastattn.runtime, model._fastattn.runtime.current
     keep = runtime.config.prefix_cache and not model.training
     wanted = keep or (len(input_ids) > 1 and runtime.shares_rows)
-    seen = None
+    given = None
     if call is not None:
-        seen, call.seen = call.seen, None
-    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, seen) if wanted else None
+        given, call.seen = call.seen, None
+    found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, given) if wanted else None
     if found is None:
-        return compute(input_ids, model_kwargs)
+        with _looked(model, call, given):
+            return compute(input_ids, model_kwargs)
     rows, shown, worth, seen = found
     new_cache = functools.partial(runtime.new_cache, model, 0, 0, templates=cache.templates)
     if not keep:
-        with closing(PrefixStore(cache.groups)) as store:
+        with closing(PrefixStore(cache.groups)) as store, _looked(model, call, given):
             prompt = SharedPrompt(new_cache, cache, store, -1, rows, shown, worth)
             return prompt.compute(compute, input_ids, model_kwargs)
     decoder = model._fastattn.decoder(model)
-    kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device, seen)
+    kept = runtime.prefix_store(cache.groups)
     root = kept.root_of(runtime.model_state.of(decoder, decoder.device, seen))
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
     call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
     # No module has hooks of a user's, or the state would not be known.
+    with _looked(model, call, seen):
+        return prompt.compute(compute, input_ids, model_kwargs)
+
+
+@contextmanager
+def _looked(model: Any, call: Any, seen: Seen | None) -> Iterator[None]:
+    """While the prompt's forwards run, what is asked of the modules follows from a look, if there was one."""
+    if call is None or seen is None:
+        yield
+        return
+    decoder, device = model._fastattn.decoder(model), model.device
     call.seen = seen
     try:
-        with runtime.graphs.knowing(decoder, decoder.device, fingerprint):
-            return prompt.compute(compute, input_ids, model_kwargs)
+        with model._fastattn.runtime.graphs.knowing(decoder, device, fingerprint_of(decoder, device, seen)):
+            yield
     finally:
         call.seen = None
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from numbers import Number
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_global_hooks
+from hf_fastattn.graphs.module_columns import ModuleColumns, ModuleRecord
 
-# Attributes that every module has; of these `_Record` looks at those that say what a module computes.
+# Attributes that every module has; of these `ModuleColumns` looks at those that say what a module computes.
 COMMON = frozenset(vars(nn.Module()))
 # Attributes that change nothing, or are looked at by whoever needs them.
 SWITCHED = frozenset(("_experts_implementation_internal",))
@@ -36,8 +37,8 @@ class _UnsureError(Exception):
     """Something may change without being seen to."""
 
 
-# The second one of modules that are not made as others are.
-UNSURE = (_UnsureError, KeyError)
+# The others of modules that are not made as others are, or have gone.
+UNSURE = (_UnsureError, KeyError, AttributeError)
 
 
 class Same:
@@ -55,36 +56,11 @@ class Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-class _Record(NamedTuple):
-    """One module.
-
-    Attributes:
-        held: of its attributes.
-        training: its mode.
-        scalars: the names of its own attributes that are numbers and the like, and `values` of these.
-        objects: other attributes of its own.
-        contents: attributes of its own that hold values.
-        tensors: of its parameters and buffers the kind, and where and how they lie.
-        children: the names of the modules in it.
-    """
-
-    kind: type
-    forward: Any
-    held: int
-    training: Any
-    scalars: list[str]
-    values: list[Any]
-    objects: list[tuple[str, weakref.ref[Any]]]
-    contents: list[tuple[str, Any]]
-    tensors: list[tuple[Any, ...]]
-    children: list[str]
-
-
 class Seen:
     """The modules from a root down as they were found, with what was asked of them then."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._records: list[_Record] = []
+        self._columns = ModuleColumns(())
         self._configs: list[tuple[weakref.ref[Any], Any]] = []
         self._answers: dict[Hashable, Any] = {}
         # The module that this look cannot vouch for.
@@ -95,7 +71,7 @@ class Seen:
                 self._note(root)
                 self.is_sure = True
         except UNSURE:
-            self._records, self._configs = [], []
+            self._configs = []
 
     @property
     def is_unsure_still(self) -> bool:
@@ -116,69 +92,29 @@ class Seen:
 
     def _note(self, root: nn.Module) -> None:
         configs: dict[int, Any] = {}
+        noted: list[tuple[nn.Module, ModuleRecord]] = []
         stack = [root]
         while stack:
             module = stack.pop()
             try:
-                self._records.append(_record(module, configs))
+                noted.append((module, _record(module, configs)))
             except UNSURE:
                 self._unsure = weakref.ref(module)
                 raise
             stack += [child for child in module._modules.values() if child is not None]
+        self._columns = ModuleColumns(noted)
         self._configs = [(weakref.ref(config), _contents(vars(config))) for config in configs.values()]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether a look at the modules now would find the same."""
         if not self.is_sure or has_global_hooks():
             return False
-        stack = [root]
         try:
-            for record in self._records:
-                if not stack:
-                    return False
-                module = stack.pop()
-                state = module.__dict__
-                if type(module) is not record.kind or len(state) != record.held or not _is_as_noted(state, record):
-                    return False
-                held = state["_modules"]
-                if held or record.children:
-                    if [*held] != record.children:
-                        return False
-                    stack += [child for child in held.values() if child is not None]
-            return not stack and all(_contents(vars(ref())) == contents for ref, contents in self._configs)
+            if not self._columns.hold(root, _contents):
+                return False
+            return all(_contents(vars(ref())) == contents for ref, contents in self._configs)
         except UNSURE:
             return False
-
-
-def _is_as_noted(state: dict[str, Any], record: _Record) -> bool:
-    """Whether the attributes of a module are those of its record; no more is touched than has to be, which is rarely in a
-    processor's cache."""
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("training") is not record.training:
-        return False
-    if record.scalars and [state[name] for name in record.scalars] != record.values:
-        return False
-    if getattr(record.kind, "forward", None) is not record.forward:
-        return False
-    for name, ref in record.objects:
-        if ref() is not state[name]:
-            return False
-    if record.contents and any(_contents(state[name]) != value for name, value in record.contents):
-        return False
-    # Those of one device never have the address of another's.
-    parameters, buffers, place = state["_parameters"], state["_buffers"], 0
-    for held in (parameters, buffers) if buffers else (parameters,) if parameters else ():
-        for tensor in held.values():
-            if tensor is None:
-                continue
-            if place == len(record.tensors):
-                return False
-            kind, address, shape, stride, dtype = record.tensors[place]
-            if type(tensor) is not kind or tensor.data_ptr() != address or tensor.dtype is not dtype:
-                return False
-            if tensor.shape != shape or tensor.stride() != stride:
-                return False
-            place += 1
-    return place == len(record.tensors)
 
 
 # By root, the newest first.
@@ -198,8 +134,8 @@ def look(root: nn.Module) -> Seen:
     return found
 
 
-def _record(module: nn.Module, configs: dict[int, Any]) -> _Record:
-    state, kind = vars(module), type(module)
+def _record(module: nn.Module, configs: dict[int, Any]) -> ModuleRecord:
+    state = vars(module)
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state:
         raise _UnsureError
     scalars: dict[str, Any] = {}
@@ -218,10 +154,8 @@ def _record(module: nn.Module, configs: dict[int, Any]) -> _Record:
             if isinstance(value, PretrainedConfig):
                 configs[id(value)] = value
             objects.append((name, _reference(value)))
-    return _Record(
-        kind, getattr(kind, "forward", None), len(state), state.get("training"), [*scalars], [*scalars.values()], objects,
-        contents, _tensors(state), [*state["_modules"]],
-    )  # fmt: skip
+    _check_tensors(state)
+    return ModuleRecord(scalars, objects, contents)
 
 
 def _reference(value: Any) -> weakref.ref[Any]:
@@ -231,17 +165,11 @@ def _reference(value: Any) -> weakref.ref[Any]:
         raise _UnsureError from None
 
 
-def _tensors(state: dict[str, Any]) -> list[tuple[Any, ...]]:
-    found = []
-    for held in (state["_parameters"], state["_buffers"]):
-        for tensor in held.values():
-            if tensor is None:
-                continue
-            # Of tensors without an address, nothing would tell two devices apart.
-            if type(tensor) not in PLAIN or ZERO_STATUS in tensor.__dict__ or not tensor.data_ptr():
-                raise _UnsureError
-            found.append((type(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
-    return found
+def _check_tensors(state: dict[str, Any]) -> None:
+    for tensor in (*state["_parameters"].values(), *state["_buffers"].values()):
+        # Of tensors without an address, nothing would tell two devices apart.
+        if tensor is not None and (type(tensor) not in PLAIN or ZERO_STATUS in tensor.__dict__ or not tensor.data_ptr()):
+            raise _UnsureError
 
 
 def _contents(value: Any) -> Any:

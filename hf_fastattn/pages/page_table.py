@@ -282,7 +282,7 @@ class PageTable:
     @property
     def held(self) -> int:
         """Entries of the rows that are pages."""
-        return sum(page >= 0 for pages in self.rows for page in pages)
+        return sum(len(pages) - pages.count(-1) for pages in self.rows)
 
     @_noted
     def hold(self, rows: Sequence[Sequence[int]]) -> None:

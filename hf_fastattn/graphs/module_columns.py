@@ -1,0 +1,148 @@
+"""`ModuleColumns`: what many modules are, attribute by attribute rather than module by module.
+
+A call of Python for each of four hundred modules takes a millisecond before every prompt. The same attribute of all of
+them is read and compared in one pass of the interpreter's own C, which takes a fifth of that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, call, getitem, is_, itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+STATE, SHAPE, DTYPE = attrgetter("__dict__"), attrgetter("shape"), attrgetter("dtype")
+# What every module has that may hold something.
+HELD = itemgetter("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
+class ModuleRecord(NamedTuple):
+    """Attributes of one module's own.
+
+    Attributes:
+        scalars: numbers and the like, by name.
+        objects: what is the same as long as it is the same object.
+        contents: what holds values, in a form that can be compared.
+    """
+
+    scalars: dict[str, Any]
+    objects: list[tuple[str, weakref.ref[Any]]]
+    contents: list[tuple[str, Any]]
+
+
+class ModuleColumns:
+    """The modules from a root down; none of them, and no tensor, is held.
+
+    Args:
+        noted: the root, the modules below it, and what they are.
+    """
+
+    def __init__(self, noted: Sequence[tuple[nn.Module, ModuleRecord]]) -> None:
+        modules = [module for module, _ in noted]
+        states = [*map(STATE, modules)]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._kinds, self._held = [*map(type, modules)], [*map(len, states)]
+        self._modes = [*map(_mode, states)]
+        self._forwards = {kind: getattr(kind, "forward", None) for kind in self._kinds}
+        children, *tensors, _, _ = _held(states)
+        self._child_counts, self._child_names, children = _entries(children)
+        self._children = [_nothing if child is None else weakref.ref(child) for child in children]
+        self._scalars = _Own([[*record.scalars.items()] for _, record in noted])
+        self._objects = _Own([record.objects for _, record in noted])
+        self._contents = _Own([record.contents for _, record in noted])
+        self._tensors = _Tensors(tensors)
+
+    def hold(self, root: nn.Module, contents_of: Callable[[Any], Any]) -> bool:
+        """Whether the modules from `root` down are those that were noted, and as they were.
+
+        Args:
+            contents_of: what holds values, in the form that it was noted in.
+
+        Raises:
+            AttributeError, KeyError: they are not.
+        """
+        # One that has gone is None, and has no state.
+        modules = [*map(call, self._modules)]
+        if not modules or modules[0] is not root:
+            return False
+        states = [*map(STATE, modules)]
+        children, *tensors, hooks, hooks_before = _held(states)
+        counts, names, inside = _entries(children)
+        return (
+            counts == self._child_counts
+            and names == self._child_names
+            and all(map(is_, inside, map(call, self._children)))
+            and [*map(type, modules)] == self._kinds
+            and [*map(len, states)] == self._held
+            and not any(hooks)
+            and not any(hooks_before)
+            and [*map(_mode, states)] == self._modes
+            and all(getattr(kind, "forward", None) is forward for kind, forward in self._forwards.items())
+            and self._scalars.now(states) == self._scalars.noted
+            and all(map(is_, self._objects.now(states), map(call, self._objects.noted)))
+            and [*map(contents_of, self._contents.now(states))] == self._contents.noted
+            and self._tensors.hold(tensors)
+        )
+
+
+class _Own:
+    """Attributes of one sort that modules have of their own.
+
+    Args:
+        noted: of each module the names, and what they are.
+    """
+
+    def __init__(self, noted: Sequence[Sequence[tuple[str, Any]]]) -> None:
+        self._places = [place for place, own in enumerate(noted) for _ in own]
+        self._names = [name for own in noted for name, _ in own]
+        self.noted = [value for own in noted for _, value in own]
+
+    def now(self, states: list[dict[str, Any]]) -> list[Any]:
+        return [*map(getitem, map(states.__getitem__, self._places), self._names)]
+
+
+class _Tensors:
+    """The parameters and buffers of modules: their kinds, and where and how they lie.
+
+    Args:
+        held: of each module its parameters, and of each its buffers.
+    """
+
+    def __init__(self, held: Sequence[Sequence[dict[str, Any]]]) -> None:
+        self._counts, self._names, tensors = _entries([*chain(*held)])
+        self._kinds = [*map(type, tensors)]
+        self._lie = _lie(tensors)
+
+    def hold(self, held: Sequence[Sequence[dict[str, Any]]]) -> bool:
+        counts, names, tensors = _entries([*chain(*held)])
+        same = counts == self._counts and names == self._names and [*map(type, tensors)] == self._kinds
+        # Those of one device never have the address of another's.
+        return same and _lie(tensors) == self._lie
+
+
+def _lie(held: list[Any]) -> tuple[list[Any], ...]:
+    tensors = [tensor for tensor in held if tensor is not None]
+    lie = [*map(Tensor.data_ptr, tensors)], [*map(SHAPE, tensors)], [*map(Tensor.stride, tensors)], [*map(DTYPE, tensors)]
+    return lie
+
+
+def _held(states: list[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
+    """Of each module the modules in it, its parameters, its buffers, and its hooks after and before its forward."""
+    return [*zip(*map(HELD, states), strict=True)] or [()] * 5
+
+
+def _entries(held: Sequence[dict[str, Any]]) -> tuple[list[int], list[str], list[Any]]:
+    """How many entries each has, their names, and the entries."""
+    return [*map(len, held)], [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
+
+
+def _mode(state: dict[str, Any]) -> Any:
+    # What torch.compile put around a module has no mode of its own.
+    return state.get("training")
+
+
+def _nothing() -> None:
+    """In the place of a module where there is none."""
