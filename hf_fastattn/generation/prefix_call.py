@@ -29,6 +29,8 @@ from hf_fastattn.wrappers import origin_of
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
 
 
+OTHER_STATE = "the model has changed on another rank, or its state is not known there"
+
 # Where the code stands that runs before a prompt if no user has replaced it.
 OURS = ("transformers.", "hf_fastattn.", "torch.")
 
@@ -127,6 +129,14 @@ def compute_prompt(
     if call is not None:
         seen, call.seen = call.seen, None
     found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, seen) if wanted else None
+    root = 0
+    if keep:
+        root = 0 if found is None else _root(model, cache, found[3])
+        if runtime.ranks is not None and not runtime.ranks.alike([int(found is None), root]):
+            # A rank whose weights have changed, or may have, looks for nothing, or elsewhere.
+            runtime.close_prefixes()
+            runtime.counters.prefix_unused[OTHER_STATE] += found is not None
+            found = None
     if found is None:
         return compute(input_ids, model_kwargs)
     rows, shown, worth, seen = found
@@ -137,7 +147,6 @@ def compute_prompt(
             return prompt.compute(compute, input_ids, model_kwargs)
     decoder = model._fastattn.decoder(model)
     kept, fingerprint = runtime.prefix_store(cache.groups), fingerprint_of(decoder, decoder.device, seen)
-    root = kept.root_of(runtime.model_state.of(decoder, decoder.device, seen))
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
     call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
@@ -148,6 +157,13 @@ def compute_prompt(
             return prompt.compute(compute, input_ids, model_kwargs)
     finally:
         call.seen = None
+
+
+def _root(model: Any, cache: PagedCache, seen: Seen) -> int:
+    """The beginning of pages that were made in the state of the model as it is."""
+    runtime, decoder = model._fastattn.runtime, model._fastattn.decoder(model)
+    root: int = runtime.prefix_store(cache.groups).root_of(runtime.model_state.of(decoder, decoder.device, seen))
+    return root
 
 
 def _rows(

@@ -97,6 +97,23 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if self._launched is not None:
             self._launched.clear()
 
+    def forget(self) -> None:
+        """`drop`, and count shapes and failures anew."""
+        super().forget()
+        self._seen.clear()
+        self._failures, self._resting = 0, False
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """See `GraphStore`; a shape is recorded when it comes again."""
+        return *super().history, len(self._seen), self._failures
+
+    def check(self, decoder: Any, device: torch.device) -> str | None:
+        """See `GraphStore`."""
+        if not self._enabled or device.type not in self.forward_type.devices:
+            return None
+        return self._why_not_decoder(decoder, device, lambda: SEVERAL)
+
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""
         if self._states is not None and held_bytes(self._states, self._states.device) > LARGE_STATES:
