@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hf_fastattn.eval import fault_table
+from hf_fastattn.eval.accuracy.processes import processes
 from hf_fastattn.eval.accuracy.random_families import PREFIX, RANDOM, is_known_here
 from hf_fastattn.eval.arguments import parser
 from hf_fastattn.eval.reporting import report
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in arguments.evaluations:
                 try:
                     rows.append(measure(family, name, common, arguments.variant or variants(on_gpu)))
-                    print(rows[-1], flush=True)
+                    if processes().is_first:
+                        print(rows[-1], flush=True)
                 except Exception as error:
                     # The others are measured nevertheless.
                     failed.append((f"{family}, {name}", f"{type(error).__name__}: {error}"))
