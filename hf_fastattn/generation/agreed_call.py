@@ -20,7 +20,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.generation.drawn_alike import digest_of_draws, draw_alike
 from hf_fastattn.graphs.module_checks import has_global_hooks, why_not_kind
 from hf_fastattn.pages.model_layout import keys_dtype
-from hf_fastattn.parallel.understood import looked_at
+from hf_fastattn.parallel.understood import last_look
 from hf_fastattn.patches.fused.forward import fused_reason
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.patches.modules.watched import why_rows_differ, why_watched
@@ -95,18 +95,19 @@ def agreed_path(
 def _reasons(model: Any, reason: str | None) -> tuple[str | None, ...]:
     """What is decided by, of the model's modules, as reasons."""
     runtime = model._fastattn.runtime
-    decoder = model._fastattn.decoder(model)
+    graphs, steps, ranks = runtime.graphs, runtime.loop_graphs, runtime.ranks
+    decoder, region = model._fastattn.decoder(model), region_dtype(model.device)
     with autocast_as(model.device, forward_dtype(model)):
-        of_steps = runtime.loop_graphs.check(model, model.device)
-    of_forwards = runtime.graphs.check(decoder, decoder.device)
-    kept = runtime.ranks.kept
-    seen = looked_at(model)
+        unchanged = steps.check(model, model.device)
+    # The decoder is a part of the model: one of the two is looked at before each prompt, as without ranks.
+    graphs.check(decoder, decoder.device, unchanged and ranks.checked_in == [region])
+    ranks.checked_in = [region]
+    kept, seen = ranks.kept, last_look(model)
     if kept is None or kept[0] is not seen:
         # To ask all modules takes the host milliseconds.
-        kept = runtime.ranks.kept = (
-            seen, (why_rows_differ(model), why_watched(decoder), fused_reason(decoder), why_not_kind(model)),
-        )  # fmt: skip
-    return (reason, of_forwards, of_steps, *kept[1])
+        kept = seen, (why_rows_differ(model), why_watched(decoder), fused_reason(decoder), why_not_kind(model))
+        ranks.kept = kept
+    return (reason, graphs.reason, steps.reason, *kept[1])
 
 
 def _facts(model: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:

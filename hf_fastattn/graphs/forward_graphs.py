@@ -108,11 +108,16 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """See `GraphStore`; a shape is recorded when it comes again."""
         return *super().history, len(self._seen), self._failures
 
-    def check(self, decoder: Any, device: torch.device) -> str | None:
-        """See `GraphStore`."""
+    def check(self, decoder: Any, device: torch.device, is_known: bool = False) -> bool:
+        """See `GraphStore`; with `is_known` the decoder is as it was, as a look at the model around it has shown."""
         if not self._enabled or device.type not in self.forward_type.devices:
-            return None
-        return self._why_not_decoder(decoder, device, lambda: SEVERAL)
+            return True
+        if is_known and self._in_call:
+            self._checked = weakref.ref(decoder)
+            return True
+        dropped = self._dropped
+        self._why_not_decoder(decoder, device, lambda: SEVERAL)
+        return self._dropped == dropped
 
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""

@@ -202,17 +202,19 @@ class GraphStore(Generic[Key, Held]):
             self._steps_alone = asked is not None and asked(decoder, steps=False) is not None
         return before is not None and now.parts == before.parts
 
-    def check(self, decoder: Any, device: torch.device) -> str | None:
-        """`compare` before ranks compare what they have recorded, which goes where something has changed.
-
-        Returns:
-            Why no forward can be recorded.
-        """
-        if not self._enabled or device.type not in self.forward_type.devices:
-            return None
-        if not self.compare(decoder, device):
-            self.drop()
+    @property
+    def reason(self) -> str | None:
+        """Why no forward can be recorded, when `compare` was last asked."""
         return self._reason
+
+    def check(self, decoder: Any, device: torch.device) -> bool:
+        """`compare` before ranks compare what they have recorded, which goes where something has changed."""
+        if not self._enabled or device.type not in self.forward_type.devices:
+            return True
+        unchanged = self.compare(decoder, device)
+        if not unchanged:
+            self.drop()
+        return unchanged
 
     @property
     def adapter_names(self) -> tuple[str, ...] | None:

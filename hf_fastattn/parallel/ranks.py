@@ -58,6 +58,8 @@ class Ranks:
         self.peers: PeerMemory | None = None
         self.why_no_peers: str | None = None
         self._asked = False
+        # The autocast dtype in which recorded forwards were compared with the model as it is.
+        self.checked_in: list[Any] = []
         # What was decided of the model's modules as they were looked at.
         self.kept: tuple[Any, tuple[str | None, ...]] | None = None
         self._later: CopiedSums | None = None

@@ -45,6 +45,12 @@ def looked_at(model: nn.Module) -> Look:
     return found
 
 
+def last_look(model: nn.Module) -> Look:
+    """What `looked_at` found last, of a model that it has looked at since code of the user's may have run."""
+    known = _looked_at.get(model)
+    return looked_at(model) if known is None else known
+
+
 def _parts_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """By which a model is known: its modules, their forwards, modes and hooks; and what it holds."""
     parts: list[Any] = []
