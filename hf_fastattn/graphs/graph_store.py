@@ -208,13 +208,17 @@ class GraphStore(Generic[Key, Held]):
         return self._reason
 
     def check(self, decoder: Any, device: torch.device) -> bool:
-        """`compare` before ranks compare what they have recorded, which goes where something has changed."""
+        """`compare` before ranks compare what they have recorded, which goes where something has changed.
+
+        Returns:
+            Whether everything is as it was, hooks too, for which nothing goes.
+        """
         if not self._enabled or device.type not in self.forward_type.devices:
             return True
-        unchanged = self.compare(decoder, device)
-        if not unchanged:
+        before = self._fingerprint
+        if not self.compare(decoder, device):
             self.drop()
-        return unchanged
+        return self._fingerprint is before
 
     @property
     def adapter_names(self) -> tuple[str, ...] | None:

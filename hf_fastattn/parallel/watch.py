@@ -34,6 +34,7 @@ FIRST_LOOK, LAST_LOOK = 0.0005, 0.05
 FAILED, DONE = "failed after ", "done"
 # Before the number of a rank: the name of what it has generated.
 RESULT = "result "
+NO_STORE = "the store of the process group does not answer, so the process that holds it has ended"
 
 
 def how_ended(store: Any, rank: int) -> tuple[int | None, str]:
@@ -161,11 +162,17 @@ class Watch:
             RankFailedError: another rank failed meanwhile.
             ValueError: the results differ.
         """
-        self._store.set(f"{RESULT}{self._rank}", str(result))
         names = [f"{RESULT}{other}" for other in self._others]
-        wait_for(self._store, names, LATE, self.check)
-        for other, name in zip(self._others, names, strict=True):
-            if int(self._store.get(name)) != result:
+        try:
+            self._store.set(f"{RESULT}{self._rank}", str(result))
+            wait_for(self._store, names, LATE, self.check)
+            results = [int(self._store.get(name)) for name in names]
+        except RankFailedError:
+            raise
+        except Exception as error:
+            raise RankFailedError(f"{NO_STORE} ({error})") from error
+        for other, found in zip(self._others, results, strict=True):
+            if found != result:
                 raise ValueError(
                     f"rank {other} has generated other tokens than this one: processors, stopping criteria and random "
                     "numbers have to be the same on every rank that computes the model"
@@ -180,7 +187,7 @@ class Watch:
                 self._store.set(str(self._rank), str(beat))
                 trouble = self._trouble(heard)
             except Exception as error:
-                trouble = f"the store of the process group does not answer, so the process that holds it has ended ({error})"
+                trouble = f"{NO_STORE} ({error})"
             if trouble is not None:
                 self._give_up(trouble)
                 break
@@ -238,13 +245,14 @@ class Watch:
         if self._ended.wait(GRACE):
             return
         self.failure = f"{trouble}; a call over several ranks cannot go on without it"
+        # While the process that holds the store may still be there.
+        self._say_how_it_ended()
         try:
             self._abort()
         except Exception as error:
             logger.warning("hf_fastattn could not abort the process group: %s", error)
         if not self._ended.wait(GRACE):
             # The call waits in PyTorch for what will never come, and no exception reaches it there.
-            self._say_how_it_ended()
             sys.stderr.write(f"hf_fastattn ends this process, rank {self._rank}: {self.failure}\n")
             sys.stderr.flush()
             os._exit(1)

@@ -14,6 +14,7 @@ import hf_fastattn
 from hf_fastattn.generation import columns_at_once
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.pages.page_storage import PageStorage
+from hf_fastattn.parallel import watch
 from tests.parallel.ranks import Same, load, rank
 from tests.tools.fused_in_torch import fused_in_torch
 from tests.tools.reexecuted import reexecuted_loop
@@ -188,6 +189,15 @@ class Prefers(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.token] = 1e4
         return scores
+
+
+def stops_alone(path: str) -> str:
+    """The error of a call that a criterion ends on rank 1 alone."""
+    watch.POLL, watch.GRACE, watch.SILENT = 0.1, 1.0, 3.0
+    model = load(path)
+    given = {"stopping_criteria": [StopsEarly(3) if rank() == 1 else Never()], "max_new_tokens": 30, "do_sample": False}
+    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), torch.no_grad():
+        return outcome(lambda: model.generate(torch.ones(1, 8, dtype=torch.long), **given))
 
 
 def outcome(function: Any) -> str:

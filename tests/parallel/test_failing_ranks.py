@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hf_fastattn.parallel import watch
 from hf_fastattn.parallel.watch import RankFailedError, Watch
-from tests.parallel import failing, ranks
+from tests.parallel import alone, failing, ranks
 from tests.tools.models import tiny
 from tests.tools.processes import processes
 
@@ -60,6 +60,17 @@ def test_all_are_interrupted_at_once(tmp_path: Path) -> None:
     with processes(2) as two:
         for said in two.run(failing.generate_and_fail, str(tmp_path), "step", "all are interrupted"):
             assert said == "KeyboardInterrupt: ; then nothing"
+
+
+def test_a_rank_that_stops_before_the_others(tmp_path: Path) -> None:
+    """Where a criterion ends one rank alone, the other waits for ever in stock; here both end."""
+    tiny("llama").save_pretrained(tmp_path)
+    errors = tmp_path / "errors"
+    with processes(2, str(errors)) as two:
+        two.send(alone.stops_alone, str(tmp_path))
+        ended, waited = two.receive(1, 60), two.receive(0, 60)
+    assert waited is None and "rank 1 has ended the call, and a step here waits for it" in errors.read_text()
+    assert ended.startswith("RankFailedError")
 
 
 class Store(dict[str, bytes]):
