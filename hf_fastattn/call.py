@@ -41,10 +41,21 @@ class Call:
     halves_from: int = 0
     # Which row of the prompt under way each row of the batch goes on from; None where each has its own.
     copies: list[int] | None = None
+    # Of a model over several ranks: the prompt, and what the call says of itself, by which the ranks know it.
+    input_ids: Any = None
+    synced: bool = False
+    # Why every rank runs Transformers' path; and what a loop may do that all of them run.
+    why_apart: str | None = None
+    is_private: bool = True
+    keeps_rows: bool = True
+    # What is to be done when it has ended.
+    at_end: list[Callable[[], None]] = field(default_factory=list)
     # What a rehearsal of the prompt rehearses besides: how tokens are chosen behind it.
     rehearses_too: Callable[[], None] | None = None
     # The device's loop is under way, and its static tensors are in use.
     looping: bool = False
+    # It has chosen the tokens.
+    looped: bool = False
     token: Callable[[], Token | None] = lambda: None
 
     def begin(self) -> Token:
@@ -62,6 +73,9 @@ class Call:
 
         Again after an exception, it goes on where that came.
         """
+        while self.at_end:
+            self.at_end[-1]()
+            self.at_end.pop()
         for lent in self.lent:
             lent.give_back()
             if getattr(result, CACHE, None) is lent.paged:

@@ -20,6 +20,7 @@ DEFAULTS = "leave the option out, or as it is by default"
 LOOPED = "nothing: Transformers' loop runs over recorded forwards"
 
 ALONE = "nothing: the prompt is computed as a whole"
+ALIKE = "the same hooks, modules, modes and caches on every rank"
 
 # (part of a reason, what to do), the first that fits.
 HINTS = (
@@ -100,7 +101,10 @@ HINTS = (
     ("past_key_values is ", OWN_CACHE),
     ("of cache ", OWN_CACHE),
     ("of past_key_values ", OWN_CACHE),
-    ("tensor parallel: the model was spread after patch()", UNDO),
+    ("tensor parallel: the model was spread, or changed, after patch()", UNDO),
+    ("tensor parallel: on this rank alone", ALIKE),
+    ("tensor parallel: another rank differs", ALIKE),
+    ("tensor parallel: ranks differ", ALIKE),
     ("tensor parallel: adapters", "merge_and_unload() before the model is saved, and load what was saved"),
     (
         "tensor parallel: ",

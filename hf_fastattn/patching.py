@@ -118,6 +118,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
     except BaseException:
         _take_back(target, scope)
         raise
+    if runtime.ranks is not None:
+        runtime.ranks.say_patched(True)
     _prepare_compiler(target, family, resolved)
     return model
 
@@ -157,8 +159,11 @@ def _take_back(model: Any, scope: PatchScope) -> None:
             release_slots(module)
     scope.undo()
     held = vars(model).get(STATE)
-    if held is not None and held.runtime.ranks is not None and held.runtime.ranks.heads is not None:
-        held.runtime.ranks.heads.drop()
+    ranks = None if held is None else held.runtime.ranks
+    if ranks is not None:
+        ranks.say_patched(False)
+        if ranks.heads is not None:
+            ranks.heads.drop()
     for module in model.modules() if held is not None else ():
         # The model itself, and shallow copies of patched modules, as accelerate's compile_regions() makes of them.
         if getattr(vars(module).get(STATE), "runtime", None) is held.runtime:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache.conversion import why_not_lent
@@ -74,6 +76,7 @@ class Runtime:
         self.config, self.ranks = config, ranks
         # Key heads are spread evenly, or the model is not understood.
         self._key_ranks = 1 if ranks is None else ranks.count
+        self._alike = None if ranks is None else lambda holds: ranks.alike([int(holds)])
         self.variants = LayerVariants() if variants is None else variants
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
@@ -81,7 +84,7 @@ class Runtime:
         self.turn = Turn()
         # Calls that run as if the model were not patched.
         self._aside = Spans()
-        self.groups = PageGroups(model_config, config, dtype, self.turn, self._key_ranks)
+        self.groups = PageGroups(model_config, config, dtype, self.turn, self._key_ranks, self._alike)
         stocks_draws = config.sampling == "transformers"
         recording = (stocks_draws, why_not_experts, self.variants)
         self.graphs = ForwardGraphs(config.cuda_graphs, *recording)
@@ -119,10 +122,19 @@ class Runtime:
             RankFailedError: another process that computes the model failed.
         """
         if self.ranks is not None:
-            generate = functools.partial(self.ranks.watched, generate)
+            generate = functools.partial(self.ranks.watched, functools.partial(self._compared, self.ranks, generate))
         if self.is_aside:
             return generate()
         return (self.turn.take(PATIENCE), self._call(training, generate))[1]
+
+    def _compared(self, ranks: Ranks, generate: Callable[[], Any]) -> Any:
+        """What a call over ranks returns, once they have seen that all return the same; the device's loop sees to it."""
+        result = generate()
+        call = self.current
+        if call is not None and not call.looped and len(self._calls) == 1:
+            tokens = result if isinstance(result, Tensor) else getattr(result, "sequences", None)
+            ranks.compare_results(0 if tokens is None else zlib.crc32(tokens.cpu().contiguous().numpy().tobytes()))
+        return result
 
     def _call(self, training: bool, generate: Callable[[], Any]) -> Any:
         if not self.turn.is_mine():
@@ -186,11 +198,12 @@ class Runtime:
     def prefix_store(self, groups: PageGroups) -> PrefixStore:
         """The pages that stay for prompts to come, of the call's groups."""
         if self.prefixes is None or self.prefixes.groups is not groups:
-            self._close_prefixes()
+            self.close_prefixes()
             self.prefixes = PrefixStore(groups, True, self.config.memory_limit is not None)
         return self.prefixes
 
-    def _close_prefixes(self) -> None:
+    def close_prefixes(self) -> None:
+        """Let go of the pages that stay for prompts to come."""
         if self.prefixes is not None:
             self.prefixes.close()
             self.prefixes = None
@@ -200,7 +213,7 @@ class Runtime:
             return
         if training:
             # Weights are about to change, and memory is wanted.
-            self._close_prefixes()
+            self.close_prefixes()
             return
         self.prefixes.trim()
         self.counters.prefix_pages_evicted += self.prefixes.index.evicted
@@ -213,7 +226,7 @@ class Runtime:
     def _release_memory(self) -> bool:
         if not self._settle() or self._calls:
             return False
-        self._close_prefixes()
+        self.close_prefixes()
         self.graphs.drop()
         self.loop_graphs.drop()
         self._batch_graphs = None
@@ -221,6 +234,22 @@ class Runtime:
         self.groups.shrink(0.0)
         self.groups.workspaces.clear()
         return True
+
+    @property
+    def history(self) -> list[int]:
+        """Numbers that are the same on two ranks that recorded the same forwards and hold the same pages."""
+        pages = (group.storage.capacity for group in self.groups)
+        prefixes = (0, 0) if self.prefixes is None else (len(self.prefixes.index), self.prefixes.named)
+        return [*self.graphs.history, *self.loop_graphs.history, *pages, int(self.graphs.prompts_rest), *prefixes]
+
+    def forget_recorded(self) -> None:
+        """Begin anew, as other ranks do: without recorded forwards, and without pages that nobody holds."""
+        self.close_prefixes()
+        self.graphs.forget()
+        self.loop_graphs.forget()
+        self.groups.shrink(0.0)
+        # Where pages are made anew, the next forward is not recorded.
+        self.graphs.prompts_rest = True
 
     def _keep_small(self) -> bool:
         """Whether pages and graphs are small; graphs of prompts are dropped if the others are without them."""
@@ -351,8 +380,8 @@ class Runtime:
         if self._made_for[-1] is None and self._made_for[:-1] == wanted[:-1]:
             self._made_for = wanted
         if self._made_for != wanted:
-            self._close_prefixes()
-            groups = PageGroups(model.config, self.config, wanted[0], self.turn, self._key_ranks)
+            self.close_prefixes()
+            groups = PageGroups(model.config, self.config, wanted[0], self.turn, self._key_ranks, self._alike)
             self.__dict__.update(groups=groups, _made_for=wanted)
         return self.groups
 

@@ -17,9 +17,10 @@ SUMS = (
 )  # fmt: skip
 
 
-SAMPLES_NOTES = """First: from the call to the first step; a token: of the loop that runs on the device, over `new`; ms,
-medians of whole calls of `generate()`, sampled, on other prompts each. Shared: a prompt is computed once, and attention
-reads its pages once for all samples where that pays; alone: each sample computes and reads its own."""
+SAMPLES_NOTES = """First: from the call to the first step; a token: between the tokens of two steps of the device's loop,
+the median behind its first ones; ms, medians of whole calls of `generate()`, sampled, on other prompts each; less by: the
+median over pairs of calls, one behind the other. Shared: a prompt is computed once, and attention reads its pages once for
+all samples where that pays; alone: each sample computes and reads its own."""
 SAMPLES = ("case", "first, shared, ms", "alone", "less by", "a token, shared, ms", "alone", "less by")
 
 
@@ -32,9 +33,9 @@ def samples_markdown(record: dict[str, Any]) -> str:
     rows = []
     for row in record["cases"]:
         cells = [f"{row['prompts']} x {row['prompt']}, {row['samples']} samples each"]
-        for name in ("first_ms", "token_ms"):
-            shared, alone = row["shared"][name], row["alone"][name]
-            cells += [_shown(shared), _shown(alone), f"{100 * (1 - shared / alone):.1f}%"]
+        for name in ("first", "token"):
+            shared, alone = row["shared"][f"{name}_ms"], row["alone"][f"{name}_ms"]
+            cells += [_shown(shared), _shown(alone), f"{100 * (1 - row[f'{name}_ratio']):.1f}%"]
         rows.append(cells)
     lines += ["", SAMPLES_NOTES, "", *_table(SAMPLES, rows), ""]
     lines += [f"- **{found['case']} failed**: {found['error']}" for found in record["failed"]]

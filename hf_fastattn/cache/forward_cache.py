@@ -160,7 +160,7 @@ class ForwardCache(DenseCache):
         for window in self.tables:
             group = self.groups.group(window)
             if group.storage.capacity < group.pool.capacity:
-                group.grow_storage()
+                group.grow_storage(self.groups.alike)
 
     @contextmanager
     def using(

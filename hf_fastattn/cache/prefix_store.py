@@ -42,6 +42,11 @@ class PrefixStore:
         spare = Spare(SPARE, SPARE_TOKENS // groups.page_size) if stays else Spare()
         group.pool.reclaim, group.pool.spare = self.index.evict, spare
 
+    @property
+    def named(self) -> int:
+        """How many states of the model have been met."""
+        return self._named
+
     def root_of(self, state: Any) -> int:
         """The beginning, for `index`, of pages that were made in a state of the model equal to this one."""
         for entry in self._states:

@@ -48,6 +48,8 @@ def device_beams(
             model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, started.positions, **started.parts
         )
         with settled_offset(model.device, lambda: loop.steps):
-            return loop.sequences(started.logits)
+            sequences = loop.sequences(started.logits)
+        runtime.current.looped = True
+        return sequences
     finally:
         runtime.looping = False

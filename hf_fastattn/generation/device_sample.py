@@ -54,9 +54,12 @@ def device_sample(
 
         return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
 
-    request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask)
+    # What a user's streamer changes between two tokens, and changes back, nobody sees: then only the prompt stays.
+    keeps = streamer is None or not may_be_users(streamer)
+    request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask, private, keeps)
     if request is None:
         return None
+    private, keeps = private and runtime.current.is_private, keeps and runtime.current.keeps_rows
     with _rehearsing(model, request, cache, input_ids):
         started = start(model, input_ids, request, generation_config, model_kwargs, spread=True)
     if started is None:
@@ -65,8 +68,7 @@ def device_sample(
     from hf_fastattn.loop.decode_loop import DecodeLoop
 
     kept = kept_prompt(model, cache)
-    # What a user's streamer changes between two tokens, and changes back, nobody sees: then only the prompt stays.
-    keep = functools.partial(keep_row, kept) if kept and (streamer is None or not may_be_users(streamer)) else None
+    keep = functools.partial(keep_row, kept) if kept and keeps else None
     runtime.looping = True
     try:
         loop = DecodeLoop(
@@ -77,6 +79,7 @@ def device_sample(
             tokens = loop.run(started.logits)
     finally:
         runtime.looping = False
+    runtime.current.looped = True
     sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
     if streamer is not None:
         streamer.end()
@@ -244,12 +247,21 @@ def _axes_agree(positions: Any) -> bool:
     return bool((last == last[:1]).all())
 
 
-def requested(model: Any, input_ids: Tensor, cache: Any, positions: Any, ask: Callable[[], Any]) -> Any | None:
+def requested(
+    model: Any,
+    input_ids: Tensor,
+    cache: Any,
+    positions: Any,
+    ask: Callable[[], Any],
+    private: bool = True,
+    keeps: bool = True,
+) -> Any | None:
     """What a call asks for, before the prompt is computed; None, and the reason is counted, if no loop can serve it.
 
     Args:
         positions: of the prompt, if they were given.
         ask: the request, or why there is none.
+        private: see `agreed_request`, and `keeps`.
     """
     runtime = model._fastattn.runtime
     reason = _why_no_loop(model, input_ids, cache)
@@ -260,7 +272,7 @@ def requested(model: Any, input_ids: Tensor, cache: Any, positions: Any, ask: Ca
         # Its forwards count why they keep nothing.
         request = "forwards drop the cache"
     if runtime.ranks is not None:
-        request = agreed_request(model, request, input_ids)
+        request = agreed_request(model, request, input_ids, private, keeps)
     if not isinstance(request, str):
         return request
     runtime.count_not_looped(request)

@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
+from hf_fastattn.generation.agreed_call import agreed_path
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
 from hf_fastattn.generation.device_sample import device_sample
@@ -76,6 +77,8 @@ class FastGenerationMixin(PlainCopies):
             reason = why_not_here(self) or why_not_ours(self._fastattn.decoder(self))
         if supplied is not None and not isinstance(supplied, PagedCache) and runtime.variants.rotates:
             reason = f"{CACHE} is a {type(supplied).__name__}, and RoPE is inside attention: give a PagedCache"
+        if runtime.ranks is not None:
+            reason = agreed_path(self, reason, generation_config, generation_mode, model_kwargs)
         if reason is not None:
             if reason:
                 runtime.count_fallback(reason)
@@ -91,6 +94,13 @@ class FastGenerationMixin(PlainCopies):
         check_drafts(self, generation_mode, generation_config, paged)
         return done
 
+    def _extract_generation_mode_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, Any] = super()._extract_generation_mode_kwargs(*args, **kwargs)  # type: ignore[misc]
+        call = self._fastattn.runtime.current
+        if call is not None:
+            call.synced = bool(made.get("synced_gpus"))
+        return made
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
@@ -100,6 +110,8 @@ class FastGenerationMixin(PlainCopies):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         runtime.expansion = expansion_of(expand_size, before, expanded)
+        if runtime.ranks is not None and runtime.current is not None:
+            runtime.current.input_ids = ids
         return ids, expanded
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -192,7 +204,8 @@ class FastGenerationMixin(PlainCopies):
 
     def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
         runtime = self._fastattn.runtime
-        if not runtime.shares_rows:
+        call = runtime.current
+        if not runtime.shares_rows or (call is not None and call.why_apart is not None):
             return None
         config = self.config  # type: ignore[attr-defined]
         rows = distinct_rows(input_ids, inputs, runtime.expansion, config, runtime.take_encoded_from())

@@ -30,6 +30,8 @@ from hf_fastattn.wrappers import PREPARING, origin_of
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
 
 
+OTHER_STATE = "the model has changed on another rank, or its state is not known there"
+
 # Where the code stands that runs before a prompt if no user has replaced it.
 OURS = ("transformers.", "hf_fastattn.", "torch.")
 # What runs between `generate()` and the decoder besides what it names.
@@ -147,6 +149,14 @@ def compute_prompt(
     if call is not None:
         given, call.seen = call.seen, None
     found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, given) if wanted else None
+    root = 0
+    if keep:
+        root = 0 if found is None else _root(model, cache, found[3])
+        if runtime.ranks is not None and not runtime.ranks.alike([int(found is None), root]):
+            # A rank whose weights have changed, or may have, looks for nothing, or elsewhere.
+            runtime.close_prefixes()
+            runtime.counters.prefix_unused[OTHER_STATE] += found is not None
+            found = None
     if found is None:
         with _looked(model, call, given):
             return compute(input_ids, model_kwargs)
@@ -156,9 +166,7 @@ def compute_prompt(
         with closing(PrefixStore(cache.groups)) as store, _looked(model, call, given):
             prompt = SharedPrompt(new_cache, cache, store, -1, rows, shown, worth)
             return prompt.compute(compute, input_ids, model_kwargs)
-    decoder = model._fastattn.decoder(model)
     kept = runtime.prefix_store(cache.groups)
-    root = kept.root_of(runtime.model_state.of(decoder, decoder.device, seen))
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
     call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
@@ -180,6 +188,13 @@ def _looked(model: Any, call: Any, seen: Seen | None) -> Iterator[None]:
             yield
     finally:
         call.seen = None
+
+
+def _root(model: Any, cache: PagedCache, seen: Seen) -> int:
+    """The beginning of pages that were made in the state of the model as it is."""
+    runtime, decoder = model._fastattn.runtime, model._fastattn.decoder(model)
+    root: int = runtime.prefix_store(cache.groups).root_of(runtime.model_state.of(decoder, decoder.device, seen))
+    return root
 
 
 def _rows(

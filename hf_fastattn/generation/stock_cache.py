@@ -42,6 +42,7 @@ def why_not_here(model: Any) -> str | None:
     if not is_spread(model):
         return None
     reason = why_not_understood(model)
-    return reason or (
-        "tensor parallel: the model was spread after patch()" if model._fastattn.runtime.ranks is None else None
-    )
+    ranks = model._fastattn.runtime.ranks
+    if reason is None and (ranks is None or ranks.why_not_understood is not None):
+        return "tensor parallel: the model was spread, or changed, after patch()"
+    return reason

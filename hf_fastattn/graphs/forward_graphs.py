@@ -16,6 +16,7 @@ from hf_fastattn.cache.crossing import Crossing
 from hf_fastattn.cache.forward_states import ForwardStates
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.counters import CallCounters
+from hf_fastattn.graphs.fingerprint import Fingerprint
 from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.graph_store import BY_ROW, GraphStore
 from hf_fastattn.graphs.held_bytes import held_bytes
@@ -74,6 +75,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._checked: weakref.ref[Any] | None = None
         # Weak reference to the token of the call under way; gives None once the call has ended.
         self._call: Callable[[], Any] | None = None
+        # That of the last `check`.
+        self._agreed: Fingerprint | None = None
         self._failures = 0
         self._resting = False
         self._states: ForwardStates | None = None
@@ -96,6 +99,34 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._states = None
         if self._launched is not None:
             self._launched.clear()
+
+    def forget(self) -> None:
+        """`drop`, and count shapes and failures anew."""
+        super().forget()
+        self._seen.clear()
+        self._failures, self._resting = 0, False
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """See `GraphStore`; a shape is recorded when it comes again."""
+        return *super().history, len(self._seen), self._failures
+
+    def check(self, decoder: Any, device: torch.device, is_known: bool = False) -> bool:
+        """See `GraphStore`.
+
+        Args:
+            is_known: the decoder is as it was at the check before, as a look at the model around it has shown.
+        """
+        if not self._enabled or device.type not in self.forward_type.devices:
+            return True
+        # Forwards of the user's own may have compared another state since.
+        if is_known and self._in_call and self._fingerprint is self._agreed:
+            self._checked = weakref.ref(decoder)
+            return True
+        before = self._fingerprint
+        self._why_not_decoder(decoder, device, lambda: SEVERAL)
+        self._agreed = self._fingerprint
+        return self._fingerprint is before
 
     def make_room(self) -> None:
         """The device's loop is about to hold states too: large ones are not kept twice."""

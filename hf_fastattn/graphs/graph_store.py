@@ -96,7 +96,7 @@ class GraphStore(Generic[Key, Held]):
         self._workspaces = {}
 
     @property
-    def history(self) -> tuple[int, int]:
+    def history(self) -> tuple[int, ...]:
         """How often a forward was recorded, and all were dropped; other numbers on another rank mean other graphs there."""
         return self._captured, self._dropped
 
@@ -201,6 +201,24 @@ class GraphStore(Generic[Key, Held]):
             asked = self._why_not_experts if self._reason is None and has_experts(decoder) else None
             self._steps_alone = asked is not None and asked(decoder, steps=False) is not None
         return before is not None and now.parts == before.parts
+
+    @property
+    def reason(self) -> str | None:
+        """Why no forward can be recorded, when `compare` was last asked."""
+        return self._reason
+
+    def check(self, decoder: Any, device: torch.device) -> bool:
+        """`compare` before ranks compare what they have recorded, which goes where something has changed.
+
+        Returns:
+            Whether everything is as it was, hooks too, for which nothing goes.
+        """
+        if not self._enabled or device.type not in self.forward_type.devices:
+            return True
+        before = self._fingerprint
+        if not self.compare(decoder, device):
+            self.drop()
+        return self._fingerprint is before
 
     @property
     def adapter_names(self) -> tuple[str, ...] | None:

@@ -83,6 +83,11 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         self.state = self.readback = self.copies = self.row_states = None
         self._stacks = {}
 
+    @property
+    def history(self) -> tuple[int, ...]:
+        """See `GraphStore`; what failed is not tried again, and steps differ with copies of weights."""
+        return *super().history, len(self._failed), int(self.copies is not None)
+
     def why_not_here(self, model: Any, cache: Any) -> str | None:
         """Why options, cache, device or backend rule out loop graphs; None if `why_not` has to look at the modules."""
         if not self._enabled:
@@ -245,6 +250,8 @@ class LoopGraphs(GraphStore[GraphKey, RecordedStep]):
         Returns:
             `[rows]` int64, which the next step writes to.
         """
+        if self.ranks is not None:
+            self.ranks.count_step()
         if not self.has(key, groups.storage_version) and key not in self._failed:
             self._capture(key, groups, run, counters)
         held = self._entries.get(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,20 +40,30 @@ class PageGroup:
             self.storage.clear()
         self.pool.ensure(free)
 
-    def grow_storage(self) -> None:
+    def grow_storage(self, alike: Callable[[bool], bool] | None = None) -> None:
         """Give every page of the pool its place in the tensors of all layers; where memory is short, those that are held.
 
+        Args:
+            alike: whether something holds on all processes that compute the model or on none, whose pages stay the same.
+
         Raises:
-            torch.OutOfMemoryError: there is no memory for those either; what the tensors held they hold.
+            torch.OutOfMemoryError: there is no memory for those either, or on some processes only; what the tensors held
+                they hold.
         """
+        before, fits = self.pool.capacity, True
         try:
             self.storage.grow(self.pool.capacity)
         except torch.OutOfMemoryError:
-            before = self.pool.capacity
             self.pool.shrink(self.storage.capacity)
-            if self.pool.capacity == before:
+            if alike is None and self.pool.capacity == before:
                 raise
+            fits = False
         # Not while the error is handled, whose frames hold tensors.
+        if alike is not None and not alike(fits):
+            where = "on another rank" if fits else "on this rank"
+            raise torch.OutOfMemoryError(f"there is no memory for {before} pages of keys and values {where}")
+        if not fits and self.pool.capacity == before:
+            raise torch.OutOfMemoryError(f"there is no memory for {before} pages of keys and values on any rank")
         self.storage.grow(self.pool.capacity)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class PageGroups:
         dtype: dtype that keys will have, for the memory limit; the configuration's by default.
         turn: of whatever else goes with these pages; one of their own by default.
         ranks: processes that the key heads are spread over, for the memory limit.
+        alike: see `PageGroup.grow_storage`; of several processes.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PageGroups:
         dtype: torch.dtype | None = None,
         turn: Turn | None = None,
         ranks: int = 1,
+        alike: Callable[[bool], bool] | None = None,
     ) -> None:
         text = config.get_text_config(decoder=True)
         self.page_size = fastattn.page_size
@@ -53,6 +55,7 @@ class PageGroups:
         # appends here; `settle()` releases their pages.
         self._ended: deque[Any] = deque()
         self._config, self._fastattn, self._dtype, self._ranks = config, fastattn, dtype, ranks
+        self.alike = alike
         windows = [layer_window(layer) for layer in template_layers(config) if is_pageable(layer)]
         heads, head_dim = key_shape(config)
         self.head_dim = head_dim
@@ -162,7 +165,7 @@ class PageGroups:
 
     def emptied(self) -> PageGroups:
         """Other groups of the same kind, without pages."""
-        return PageGroups(self._config, self._fastattn, self._dtype, ranks=self._ranks)
+        return PageGroups(self._config, self._fastattn, self._dtype, ranks=self._ranks, alike=self.alike)
 
     @property
     def nbytes(self) -> int:

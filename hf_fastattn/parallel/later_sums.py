@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_fastattn.parallel.symmetric import without_multicast
+from hf_fastattn.parallel.symmetric import shared_memory
 
 # Rows of a sum at most, half a piece of a prompt (`patches/decoder/chunked_prefill.py`), and by how many slots grow.
 MOST_ROWS, ROWS_STEP = 4096, 1024
@@ -56,19 +56,25 @@ class CopiedSums:
         rows: of a part, at most.
         hidden: columns.
         dtype: of parts.
+        everywhere: whether something holds on both ranks.
     """
 
     SLOTS = 3
 
-    def __init__(self, group: Any, device: torch.device, rows: int, hidden: int, dtype: torch.dtype) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
+    def __init__(
+        self,
+        group: Any,
+        device: torch.device,
+        rows: int,
+        hidden: int,
+        dtype: torch.dtype,
+        everywhere: Callable[[bool], bool],
+    ) -> None:
         self.rows, self.hidden, self.dtype = rows, hidden, dtype
         self.device, self.rank = device, dist.get_rank(group)
         shape = (self.SLOTS, rows, hidden)
-        with torch.inference_mode(False), torch.cuda.device(device), without_multicast():
-            held = symmetric.empty(math.prod(shape), dtype=dtype, device=device)
-            self._handle = symmetric.rendezvous(held, group)
+        held, self._handle = shared_memory(math.prod(shape), dtype, device, group, everywhere)
+        with torch.inference_mode(False), torch.cuda.device(device):
             self._mine = held.view(shape)
             self._theirs = self._handle.get_buffer(1 - self.rank, shape, dtype)
             # Ahead of products: the ranks meet in a launch of one program.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import socket
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_fastattn.parallel.later_sums import LaterSum
-from hf_fastattn.parallel.symmetric import without_multicast
+from hf_fastattn.parallel.symmetric import shared_memory
 
 # Rows of a sum that the slots hold, and bytes that a rank reads of those of the others; more are summed by NCCL, in whose
 # sums each byte crosses twice, however many ranks there are. Four H200 took as long either way at about this size.
@@ -57,6 +58,7 @@ class PeerMemory:
         device: this rank's.
         hidden: columns of a sum.
         dtype: of its parts.
+        everywhere: whether something holds on all ranks.
 
     Attributes:
         flags: `[ranks]` int64 addresses, as this device sees them.
@@ -65,18 +67,19 @@ class PeerMemory:
         pushed: `[MOST_PUSHED]` int32, its `launches`.
     """
 
-    def __init__(self, group: Any, device: torch.device, hidden: int, dtype: torch.dtype) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
+    def __init__(
+        self, group: Any, device: torch.device, hidden: int, dtype: torch.dtype, everywhere: Callable[[bool], bool]
+    ) -> None:
         self.rank: int = torch.distributed.get_rank(group)
         self.hidden, self.dtype = hidden, dtype
         slot_bytes = MOST_ROWS * hidden * dtype.itemsize
         flag_bytes = -(-MOST_ROWS * group.size() * 4 // 256) * 256
         self._words = 0 if hidden * dtype.itemsize % HELD else hidden * dtype.itemsize // HELD
         inbox_bytes = 2 * group.size() * MOST_PUSHED * self._words * WORD
-        with torch.inference_mode(False), torch.cuda.device(device), without_multicast():
-            self._held = symmetric.empty(2 * slot_bytes + flag_bytes + inbox_bytes, dtype=torch.uint8, device=device)
-            self._handle = symmetric.rendezvous(self._held, group)
+        count = 2 * slot_bytes + flag_bytes + inbox_bytes
+        self._held, self._handle = shared_memory(count, torch.uint8, device, group, everywhere)
+        with torch.inference_mode(False), torch.cuda.device(device):
+            # The trial's first sum by the group comes behind it on every rank.
             self._held.zero_()
             starts = [int(address) for address in self._handle.buffer_ptrs]
             self._slots = [

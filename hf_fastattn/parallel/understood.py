@@ -17,8 +17,8 @@ DISTRIBUTED = "transformers.distributed."
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class _Look(NamedTuple):
-    """What was found of a model, for as long as its modules, their forwards and weights are what they were."""
+class Look(NamedTuple):
+    """What was found of a model, for as long as its modules, their forwards, hooks and weights are what they were."""
 
     parts: list[Any]
     weights: list[weakref.ref[Any]]
@@ -26,30 +26,50 @@ class _Look(NamedTuple):
 
 
 # To look at all modules takes the host milliseconds, before every call.
-_looked_at: weakref.WeakKeyDictionary[nn.Module, _Look] = weakref.WeakKeyDictionary()
+_looked_at: weakref.WeakKeyDictionary[nn.Module, Look] = weakref.WeakKeyDictionary()
 
 
 def why_not_understood(model: nn.Module) -> str | None:
     """Why a model that is spread over ranks has to run as Transformers would run it; None if it is understood, or whole."""
+    return looked_at(model).reason
+
+
+def looked_at(model: nn.Module) -> Look:
+    """What was found of a model; the same object as before if its modules, and who hooks into them, are what they were."""
     parts, weights = _parts_of(model)
     known = _looked_at.get(model)
     if known is not None and known.parts == parts and len(known.weights) == len(weights):
         if all(ref() is weight for ref, weight in zip(known.weights, weights, strict=True)):
-            return known.reason
-    reason = _why_not_understood(model)
-    _looked_at[model] = _Look(parts, [weakref.ref(weight) for weight in weights], reason)
-    return reason
+            return known
+    found = _looked_at[model] = Look(parts, [weakref.ref(weight) for weight in weights], _why_not_understood(model))
+    return found
+
+
+def last_look(model: nn.Module) -> Look:
+    """What `looked_at` found last, of a model that it has looked at since code of the user's may have run."""
+    known = _looked_at.get(model)
+    return looked_at(model) if known is None else known
 
 
 def _parts_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """By which a model is known: its modules and their forwards; and what it holds."""
+    """By which a model is known: its modules, their forwards, modes and hooks; and what it holds."""
     parts: list[Any] = []
     weights: list[Any] = []
     stack = [model]
     while stack:
         module = stack.pop()
         state, kind = vars(module), type(module)
-        parts += id(module), kind, kind.forward, state.get("forward"), state.get("_compiled_call_impl")
+        parts += (
+            id(module),
+            kind,
+            kind.forward,
+            state.get("forward"),
+            state.get("_compiled_call_impl"),
+            state.get("training"),
+        )
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state:
+            hooks = *state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values(), state.get("_hf_hook")
+            parts += [(id(hook), getattr(hook, "takes_packed_rows", False)) for hook in hooks]
         weights += [weight for weight in state["_parameters"].values() if weight is not None]
         stack += [child for child in state["_modules"].values() if child is not None]
     return parts, weights

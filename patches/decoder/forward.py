@@ -103,6 +103,16 @@ def _forward(self: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str,
     if state is None:
         return call_original(self, cache, **arguments, **kwargs)
     given, cache = cache, cache if cache is None else state.runtime.take_in(self, cache)
+    if state.runtime.ranks is not None and state.runtime.in_call:
+        with state.runtime.ranks.forward():
+            return _forward_of(self, state, given, arguments, cache, kwargs)
+    return _forward_of(self, state, given, arguments, cache, kwargs)
+
+
+def _forward_of(
+    self: Any, state: ModuleState, given: Any, arguments: dict[str, Any], cache: Any, kwargs: dict[str, Any]
+) -> Any:
+    """The forward with a cache that pages may stand in for; `given` is the caller's."""
     if cache is None and state.runtime.variants:
         return _forward_with_variants(self, arguments, kwargs)
     if not isinstance(cache, PagedCache):
@@ -158,6 +168,9 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
             return call_original(self, cache, **arguments, **kwargs)
     whole = state.family.linear_attention or not state.runtime.variants.causal
     streams = cache.stream is not None
+    call = state.runtime.current
+    # Ranks that differ from each other compute as Transformers does.
+    whole |= call is not None and call.why_apart is not None
     cut = streamed_pieces(arguments, cache, kwargs) if streams else None if whole else pieces(arguments, cache, kwargs)
     try:
         if cut is not None and streams and (counted := why_counted(self)) is not None:
@@ -186,7 +199,8 @@ def _forward_within_memory(self: Any, arguments: dict[str, Any], cache: PagedCac
     try:
         return _forward_in_turn(self, dict(arguments), cache, kwargs)
     except torch.OutOfMemoryError:
-        if why_counted(self) is not None or not cache.save_memory():
+        # Other ranks wait for the sums of the first try.
+        if vars(self)[STATE].runtime.ranks is not None or why_counted(self) is not None or not cache.save_memory():
             raise
     # Not while the error is handled, whose frames hold tensors.
     return _forward_in_turn(self, arguments, cache, kwargs)

@@ -13,6 +13,7 @@ import pytest
 
 from hf_fastattn.eval import speed
 from hf_fastattn.eval.choices import SHAPES
+from hf_fastattn.eval.rank_speed.samples import steady
 from hf_fastattn.eval.rank_speed.table import markdown
 from hf_fastattn.eval.shapes import shape_config
 
@@ -56,6 +57,14 @@ def test_samples(tmp_path: Path) -> None:
         rows = row["prompts"] * row["samples"]
         assert row["shared"]["computed"] == 9 * row["prompts"] and row["alone"]["computed"] == 9 * rows
         assert f"| {row['prompts']} x 9, {row['samples']} samples each |" in table
+        assert row["token_ratio"] > 0 and row["first_ratio"] > 0
+
+
+def test_what_comes_before_steady_steps_is_left_out() -> None:
+    """A step that is recorded first, and a pause of the machine amid the steps."""
+    came = [0.0, 5.0, *(5.0 + 0.01 * number for number in range(1, 30)), *(9.0 + 0.01 * number for number in range(10))]
+    assert steady(came, 1.0) == pytest.approx(0.01)
+    assert steady(came[:9], 1.0) == 1.0
 
 
 def test_a_red_case_and_a_failed_one_are_named(tmp_path: Path) -> None:

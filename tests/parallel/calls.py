@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.tools.models import padded_batch, pair_with_graphs, single
+from tests.tools.models import padded_batch, pair_with_graphs, single, tiny
 from tests.tools.reexecuted import reexecuted_loop
 
 # End tokens that some rows meet early.
@@ -34,6 +34,14 @@ def one_process(family: str, calls: list[dict[str, Any]], **over: Any) -> list[t
             torch.manual_seed(options.pop("seed", 0))
             found.append((model if options["do_sample"] else stock).generate(**options))
     return found
+
+
+def stock_tokens(family: str, call: dict[str, Any]) -> torch.Tensor:
+    """One unpatched process's tokens."""
+    options = dict(call)
+    torch.manual_seed(options.pop("seed", 0))
+    with torch.no_grad():
+        return tiny(family).generate(**options)
 
 
 def assert_looped(call: Any) -> None:

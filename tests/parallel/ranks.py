@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import time
 import warnings
 from typing import Any
 
@@ -16,8 +13,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_fastattn
 from hf_fastattn.generation import agreed_request
-from hf_fastattn.loop.decode_loop import DecodeLoop
-from hf_fastattn.parallel import all_reduce, shared_heads, watch
+from hf_fastattn.parallel import all_reduce, shared_heads
 from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
 from hf_fastattn.parallel.shards import local_of, shards_of
 from hf_fastattn.parallel.understood import why_not_understood
@@ -384,33 +380,3 @@ def patched_and_unpatched(path: str) -> bool:
     return [(kind, state.get("forward")) for kind, state in before] == [
         (kind, state.get("forward")) for kind, state in after
     ]
-
-
-def generate_and_fail(path: str, how: str) -> str:
-    """What a call, and the next one, raise when rank 1 fails in the first: `how` is "raises", "is killed" or "stops"."""
-    watch.POLL, watch.GRACE, watch.SILENT = 0.1, 1.0, 3.0
-    model = load(path)
-    with reexecuted_loop(), hf_fastattn.patched(model, cuda_graphs=True), pytest.MonkeyPatch.context() as patch:
-        take, steps = DecodeLoop._take, 0
-
-        def failing(self: Any, step: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if steps == 10 and rank() == 1:
-                if how != "raises":
-                    # The others have heard of it.
-                    time.sleep(1.0)
-                    os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
-                raise KeyError("somebody's mistake")
-            take(self, step)
-
-        patch.setattr(DecodeLoop, "_take", failing)
-        try:
-            one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 400, "do_sample": False})
-        except Exception as error:
-            first = f"{type(error).__name__}: {error}"
-            try:
-                one(model, {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 4, "do_sample": False})
-            except Exception as error:
-                return f"{first}; then {type(error).__name__}"
-    return "nothing"

@@ -1,4 +1,4 @@
-"""Several processes of one group, with gloo on the CPU: functions run in all of them at once."""
+"""Several processes of one group, with gloo on the CPU, or with NCCL on a GPU each: functions run in all of them at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 90.0
 class Processes:
     """`count` processes that wait for functions to run, until `close()`; what they write to stderr goes to a file."""
 
-    def __init__(self, count: int, errors: str) -> None:
+    def __init__(self, count: int, errors: str, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("forkserver")
         # Imported once, by the process that all others are forked from.
         context.set_forkserver_preload(["tests.parallel.ranks"])
@@ -30,7 +30,7 @@ class Processes:
         self.processes: list[Any] = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, count, port, theirs, errors), daemon=True)
+            process = context.Process(target=_serve, args=(rank, count, port, theirs, errors, backend), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -76,16 +76,16 @@ class Failure:
 
 
 @contextmanager
-def processes(count: int = 2, errors: str = os.devnull) -> Iterator[Processes]:
+def processes(count: int = 2, errors: str = os.devnull, backend: str = "gloo") -> Iterator[Processes]:
     """Processes for the length of a `with` block."""
-    started = Processes(count, errors)
+    started = Processes(count, errors, backend)
     try:
         yield started
     finally:
         started.close()
 
 
-def _serve(rank: int, count: int, port: int, connection: Connection, errors: str) -> None:
+def _serve(rank: int, count: int, port: int, connection: Connection, errors: str, backend: str) -> None:
     # That of the process which all are forked from may be closed by now.
     with open(errors, "a", buffering=1) as file:
         os.dup2(file.fileno(), 2)
@@ -95,7 +95,12 @@ def _serve(rank: int, count: int, port: int, connection: Connection, errors: str
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=PATIENCE))
+    bound: dict[str, Any] = {}
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        bound["device_id"] = torch.device("cuda", rank)
+    patience = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group(backend, rank=rank, world_size=count, timeout=patience, **bound)
     while True:
         function, args = connection.recv()
         try:
