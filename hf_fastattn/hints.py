@@ -50,6 +50,7 @@ HINTS = (
     ("padding stays, since", "leave that argument out, or give prompts of equal length"),
     ("padding stays: ", ROWS),
     ("hooks on all modules", HOOKS),
+    ("was changed between two forwards", "change it before the call: steps after a change are launched layer by layer"),
     (
         "may change or move tensors",
         ONE_DEVICE,

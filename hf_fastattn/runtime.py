@@ -300,6 +300,13 @@ class Runtime:
         """Whether this thread is in a `generate()`."""
         return self.current is not None
 
+    def leave_to_stocks_code(self) -> None:
+        """No code of the user's runs between the innermost call's forwards from here on: one look at the modules will do."""
+        call = self.current
+        if call is not None:
+            call.users_code = False
+            self.graphs.is_left_alone = True
+
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""
         call = self.current

@@ -14,7 +14,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.generation.agreed_request import agreed_request
-from hf_fastattn.generation.prefix_call import keep_row, kept_prompt, may_be_users
+from hf_fastattn.generation.prefix_call import keep_row, kept_prompt
+from hf_fastattn.generation.users_code import may_be_users
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit

@@ -1,0 +1,63 @@
+"""Whether code of the user's runs between two forwards of a call, where it may change the model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers.generation import GenerationMixin
+
+from hf_fastattn.graphs.module_checks import has_global_hooks, why_not_module
+from hf_fastattn.wrappers import PREPARING, origin_of
+
+# Where the code stands that runs before a prompt if no user has replaced it.
+OURS = ("transformers.", "hf_fastattn.", "torch.")
+# The same for functions that libraries put on a model for the length of a call, or longer.
+LIBRARIES = (*OURS, "peft.", "accelerate.")
+
+
+def may_be_users(ran: Any) -> bool:
+    """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
+    own = str(getattr(ran, "__module__", "")).startswith("transformers.")
+    return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
+
+
+def runs_as_written(kind: Any) -> bool:
+    """Whether `generate()` of a patched class, and what it calls, is Transformers' or ours."""
+    return all(origin_of(getattr(kind, name)).startswith(OURS) for name in _called_by_generate(kind._fastattn_base))
+
+
+def runs_between_forwards(model: Any, ran: Iterable[Any]) -> bool:
+    """Whether the user's code may run between two forwards of a call, and change what the next one has to compute.
+
+    Args:
+        model: patched.
+        ran: processors, criteria, streamer and loop of the call.
+    """
+    if any(map(may_be_users, ran)) or has_global_hooks():
+        return True
+    kind, own = type(model), filter(callable, vars(model).values())
+    methods = (getattr(kind, name) for name in PREPARING)
+    if not all(origin_of(method).startswith(LIBRARIES) for method in (*own, *methods)) or not runs_as_written(kind):
+        return True
+    # The hooks and forwards inside the decoder are what recorded forwards depend on.
+    return any(why_not_module(module, model.device) is not None for module in _around(model, model._fastattn.decoder(model)))
+
+
+@functools.cache
+def _called_by_generate(base: Any) -> tuple[str, ...]:
+    names = inspect.unwrap(GenerationMixin.generate).__code__.co_names
+    return ("generate", *(name for name in names if inspect.isfunction(getattr(base, name, None))))
+
+
+def _around(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a model but those in its decoder, which comes too."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        yield module
+        if module is not decoder:
+            stack += [child for child in module._modules.values() if child is not None]
