@@ -1,4 +1,4 @@
-"""A model that the user's own code changes between two tokens computes the next one as it is then: nothing recorded is replayed.
+"""What the user's own code changes in a model between two tokens holds from the next one on: no stale step is replayed.
 
 Without a GPU a step runs again (`reexecuted`), and fails if modules are no longer those that it was recorded with.
 """
