@@ -50,6 +50,8 @@ HINTS = (
     ("padding stays, since", "leave that argument out, or give prompts of equal length"),
     ("padding stays: ", ROWS),
     ("hooks on all modules", HOOKS),
+    ("streamer has changed the model", "change it before the call: from there on Transformers' loop runs"),
+    ("may change the model when some rows", "one row a call, or a streamer of Transformers', such as TextIteratorStreamer"),
     ("was changed between two forwards", "change it before the call: steps after a change are launched layer by layer"),
     (
         "may change or move tensors",

@@ -256,6 +256,11 @@ class Runtime:
         return self._aside.has_mine()
 
     @property
+    def is_calling(self) -> bool:
+        """Whether a `generate()` is under way in any thread."""
+        return self._aside.has_any() or any(call.token() is not None for call in tuple(self._calls))
+
+    @property
     def current(self) -> Call | None:
         """The innermost call of this thread; None outside of a call."""
         if not self._calls or not self.turn.is_mine():

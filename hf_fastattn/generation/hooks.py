@@ -14,7 +14,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
-from hf_fastattn.generation.device_sample import device_sample
+from hf_fastattn.generation.device_sample import GoesOn, device_sample
 from hf_fastattn.generation.drafts import Stateful, check_drafts
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, look_ahead
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
@@ -231,7 +231,9 @@ class FastGenerationMixin(PlainCopies):
         self._note_users_code(ran)
         if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
             result = device_sample(self, *given, streamer, model_kwargs)
-            if result is not None:
+            if isinstance(result, GoesOn):
+                given, model_kwargs = (result.input_ids, *given[1:]), result.model_kwargs
+            elif result is not None:
                 return result
         result = loop(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result, ran)

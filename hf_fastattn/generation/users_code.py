@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers.generation import GenerationMixin
 
+from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.module_checks import has_global_hooks, why_not_module
+from hf_fastattn.graphs.seen_modules import look
 from hf_fastattn.wrappers import PREPARING, origin_of
 
 # Where the code stands that runs before a prompt if no user has replaced it.
@@ -45,6 +48,26 @@ def runs_between_forwards(model: Any, ran: Iterable[Any]) -> bool:
         return True
     # The hooks and forwards inside the decoder are what recorded forwards depend on.
     return any(why_not_module(module, model.device) is not None for module in _around(model, model._fastattn.decoder(model)))
+
+
+class ModelWatch:
+    """Tells whether the user's code has changed a model since: modules, hooks, numbers, adapters, or weights in place.
+
+    Writes through `.data` leave no trace.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._seen = model, look(model)
+        self._weights = [weakref.ref(tensor) for tensor in model.parameters() if not tensor.is_inference()]
+        self._before = self._state()
+
+    def has_changed(self) -> bool:
+        """Whether the model is no longer as it was when the watch began."""
+        return self._state() != self._before or look(self._model) is not self._seen
+
+    def _state(self) -> tuple[Any, ...]:
+        versions = sum(0 if tensor is None else tensor._version for tensor in (ref() for ref in self._weights))
+        return versions, None if self._seen.is_sure else fingerprint_of(self._model, self._model.device)
 
 
 @functools.cache

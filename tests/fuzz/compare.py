@@ -52,7 +52,7 @@ def _errors_differ(stock: Outcome, ours: Outcome, limited: bool) -> str | None:
     theirs, mine = stock.error, ours.error
     if mine is not None and mine[0] == "CacheFullError" and limited:
         return None
-    if theirs is not None and mine is None and (theirs[0] in INSIDE or theirs[1].startswith(STATEFUL)):
+    if theirs is not None and (theirs[1].startswith(STATEFUL) or (mine is None and theirs[0] in INSIDE)):
         return None
     if theirs is None or mine is None:
         return f"stock {theirs or 'works'}, ours {mine or 'works'}"

@@ -63,9 +63,7 @@ class Side:
         self.over = dict(program["over"])
         implementation = self.over.pop("attn_implementation", None)
         self.base = tiny(program["family"], **self.over).to(getattr(torch, program["dtype"]))
-        if program["dtype"] == "float64" and hasattr(self.base, "set_experts_implementation"):
-            # The others have no fp64.
-            self.base.set_experts_implementation("eager")
+        _in_fp64(self.base)
         if implementation:
             self.base.set_attn_implementation(implementation)
         self.model: Any = self.base
@@ -181,7 +179,7 @@ class Side:
         if step.get("assistant") == "early_exit":
             more["assistant_early_exit"] = 1
         elif "assistant" in step:
-            assistant = noisy(tiny(self.program["family"], **self.over).to(self.base.dtype))
+            assistant = _in_fp64(noisy(tiny(self.program["family"], **self.over).to(self.base.dtype)))
             if step["assistant"] == "patched" and self.is_patched:
                 hf_fastattn.patch(assistant, cuda_graphs=False)
             more["assistant_model"] = assistant
@@ -251,7 +249,7 @@ class Side:
         if step["kind"] == "saved":
             with tempfile.TemporaryDirectory() as folder:
                 self.base.save_pretrained(folder)
-                made = type(self.base).from_pretrained(folder, dtype=self.base.dtype).train(self.base.training)
+                made = _in_fp64(type(self.base).from_pretrained(folder, dtype=self.base.dtype)).train(self.base.training)
             made.set_attn_implementation(self.base.config._attn_implementation)
         else:
             made = copy.deepcopy(self.base) if step["kind"] == "deepcopy" else pickle.loads(pickle.dumps(self.base))
@@ -349,6 +347,13 @@ class Notes:
 
     def append(self, note: Any) -> None:
         self.side.seen.append(note)
+
+
+def _in_fp64(model: Any) -> Any:
+    """The model, whose experts can be computed in its dtype: no other implementation of them has fp64."""
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def _shown(batch: dict[str, Tensor]) -> Tensor | None:
