@@ -15,10 +15,14 @@ from hf_fastattn.generation.device_sample import CHANGED, ENDS_APART
 from hf_fastattn.transformers_version import CACHE
 from tests.fuzz.edits import decoder_of
 from tests.generation.calls import run
-from tests.loop.test_decode_loop import both
+from tests.loop.test_decode_loop import ENDS, both
 from tests.tools.models import padded_batch, single
 
 NEW, AT = 14, 7
+
+
+def weights_like(weight: Tensor) -> Tensor:
+    return torch.linspace(-2, 2, len(weight), dtype=weight.dtype, device=weight.device)
 
 
 def add_hook(model: Any) -> None:
@@ -33,16 +37,19 @@ def wrap_forward(model: Any) -> None:
 
 def replace_weight(model: Any) -> None:
     norm = decoder_of(model).norm
-    norm.weight = torch.nn.Parameter(norm.weight.detach().flip(0) * 1.5)
+    norm.weight = torch.nn.Parameter(weights_like(norm.weight))
 
 
 def write_weight(model: Any) -> None:
     with torch.no_grad():
-        decoder_of(model).norm.weight.copy_(decoder_of(model).norm.weight.flip(0) * 1.5)
+        decoder_of(model).norm.weight.copy_(weights_like(decoder_of(model).norm.weight))
 
 
 def change_head(model: Any) -> None:
-    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Softsign())
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False, device=model.device)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight.flip(0))
+    model.lm_head = head
 
 
 class Streamer(BaseStreamer):
@@ -79,8 +86,10 @@ def test_the_next_token_is_of_the_changed_model(family: str, change: Callable[[A
     assert torch.equal(got.sequences, wanted.sequences) and ours.parts == theirs.parts
     assert not torch.equal(plain, wanted.sequences)
     assert call.fast_loops == 1 and dict(call.not_looped) == {CHANGED: 1} and call.forwards == NEW
-    # Steps launched ahead do not count, and the first token is of the prompt. What was written in place, graphs read.
-    assert call.graphs_replayed == AT - 1 or change is write_weight
+    # Steps launched ahead do not count, and the first token is of the prompt. Graphs read what was written in place, those
+    # of a decoder know nothing of its head, and prompts of hybrids are none.
+    others = change in (write_weight, change_head) or family == "qwen3_next"
+    assert call.graphs_replayed >= AT - 1 if others else call.graphs_replayed == AT - 1
     assert got[CACHE].get_seq_length() == wanted[CACHE].get_seq_length()
     del got
     assert hf_fastattn.report(model).pages_in_use == 0
@@ -106,7 +115,7 @@ def test_a_row_that_ends_where_the_model_changes(device: str) -> None:
 
 def test_rows_that_end_apart(device: str) -> None:
     stock, model = both("llama", device)
-    batch, ends = on(device, padded_batch()), list(range(30))
+    batch, ends = on(device, padded_batch()), ENDS[:8]
     theirs, ours = Streamer(stock, add_hook), Streamer(model, add_hook)
     wanted = run(stock, batch, NEW, streamer=theirs, eos_token_id=ends)
     assert torch.equal(run(model, batch, NEW, streamer=ours, eos_token_id=ends), wanted)
