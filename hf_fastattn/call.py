@@ -28,6 +28,8 @@ class Call:
     why_dense: str | None = None
     # Whether torch.compile made parts of the model, which run as they were written; None until somebody looked.
     compiled: bool | None = None
+    # Code of the user's may run between two forwards, and change the model: modules are looked at before each of them.
+    users_code: bool = True
     # The layers of a hybrid are walked through, as was seen at its prompt.
     walks: bool = False
     encoded_from: dict[str, Any] = field(default_factory=dict)

@@ -51,6 +51,9 @@ HINTS = (
     ("padding stays, since", "leave that argument out, or give prompts of equal length"),
     ("padding stays: ", ROWS),
     ("hooks on all modules", HOOKS),
+    ("streamer has changed the model", "change it before the call: from there on Transformers' loop runs"),
+    ("may change the model when some rows", "one row a call, or a streamer of Transformers', such as TextIteratorStreamer"),
+    ("was changed between two forwards", "change it before the call: steps after a change are launched layer by layer"),
     (
         "may change or move tensors",
         ONE_DEVICE,
@@ -140,7 +143,7 @@ HINTS = (
     ("no length is set", "give max_new_tokens"),
     ("sampling='transformers'", "patch with sampling='fast' for draws on the device"),
     ("rows go on after a stop string", "give eos_token_id, and do without return_dict_in_generate"),
-    (" end tokens, ", "fewer of them: at most 64 end tokens and 4,096 rows"),
+    (" end tokens, ", "fewer of them: at most 16 end tokens and 4,096 rows"),
     ("no room for a token", "a larger max_new_tokens or max_length"),
     ("with its own filter_value", "leave filter_value and min_tokens_to_keep as they are by default"),
     ("ignores new tokens", "a prompt_ignore_length of at most the prompt's"),

@@ -143,9 +143,17 @@ def unpatch(model: Model) -> Model:
 
     Returns:
         The same object.
+
+    Raises:
+        RuntimeError: a `generate()` of the model is under way, in this thread or another. The model stays patched.
     """
     target = find_model(model)
     if isinstance(target, FastGenerationMixin):
+        if target._fastattn.runtime.is_calling:
+            raise RuntimeError(
+                "unpatch() of a model whose generate() is under way would leave that without its pages; call it when "
+                "generate() has returned, in every thread"
+            )
         forget_manager(target)
         # Not amid the step of another thread's running batch.
         turn = target._fastattn.runtime.turn

@@ -285,6 +285,11 @@ class Runtime:
         return self._aside.has_mine()
 
     @property
+    def is_calling(self) -> bool:
+        """Whether a `generate()` is under way in any thread."""
+        return self._aside.has_any() or any(call.token() is not None for call in tuple(self._calls))
+
+    @property
     def current(self) -> Call | None:
         """The innermost call of this thread; None outside of a call."""
         if not self._calls or not self.turn.is_mine():
@@ -328,6 +333,13 @@ class Runtime:
     def in_call(self) -> bool:
         """Whether this thread is in a `generate()`."""
         return self.current is not None
+
+    def leave_to_stocks_code(self) -> None:
+        """No code of the user's runs between the innermost call's forwards from here on: one look at the modules will do."""
+        call = self.current
+        if call is not None:
+            call.users_code = False
+            self.graphs.is_left_alone = True
 
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.cache.batch import Batch, SharedPrefixes
 from hf_fastattn.cache.mixed_batch import MixedBatch
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.forward_entry import Entry
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.recorded_forward import RecordedForward
@@ -31,6 +33,7 @@ from hf_fastattn.kernels.sampling import advance_reference, continuations_refere
 from hf_fastattn.kernels.sampling import reference as sampling_reference
 from hf_fastattn.kernels.sampling.params import PARAMS, SamplingParams
 from hf_fastattn.kernels.variants.prepared import PreparedVariant
+from hf_fastattn.loop.decode_loop import DecodeLoop
 from hf_fastattn.loop.device_state import DeviceState
 from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.loop_graphs import LoopGraphs
@@ -161,7 +164,15 @@ class ReexecutedLoopStep(ReexecutedStep):
 @contextmanager
 def reexecuted_loop() -> Iterator[None]:
     """The fast loop runs on the CPU too, and for the reference backend."""
-    make = DeviceState.batch
+    make, launch = DeviceState.batch, DecodeLoop._launch
+
+    def launch_of_what_was_captured(self: DecodeLoop) -> None:
+        held, model = self._graphs._fingerprint, self._model
+        with autocast_as(model.device, forward_dtype(model)):
+            now = fingerprint_of(model, model.device)
+        # A graph would have gone on with the modules that it was captured with; parts of variants come last.
+        assert held is not None and held.parts[: len(now.parts)] == now.parts and not now.hooked
+        launch(self)
 
     def batch(
         self: DeviceState, kind: GraphKey, backend: str, batch_invariant: bool, workspace: Any, place: Any = None
@@ -173,6 +184,7 @@ def reexecuted_loop() -> Iterator[None]:
         stack.enter_context(mock.patch.object(LoopGraphs, "forward_type", ReexecutedLoopStep))
         stack.enter_context(mock.patch.object(LoopGraphs, "staged_type", ReexecutedLoopStep))
         stack.enter_context(mock.patch.object(DeviceState, "batch", batch))
+        stack.enter_context(mock.patch.object(DecodeLoop, "_launch", launch_of_what_was_captured))
         for name, function in () if knobs.runtime.interpret else IN_TORCH:
             stack.enter_context(mock.patch(f"hf_fastattn.{name}", function))
         yield
@@ -233,8 +245,10 @@ def reexecuted() -> Iterator[None]:
 
         def checked() -> Tensor:
             out = run()
-            # A graph would have gone on with the pages that it was captured with.
+            # A graph would have gone on with the pages, and the modules, that it was captured with.
             assert self.storage_version in (-1, cache.groups.storage_version)
+            now = fingerprint_of(decoder, self.inputs.shape.device)
+            assert vars(self).setdefault("captured_with", now) == now
             return out
 
         return checked

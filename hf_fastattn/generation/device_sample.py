@@ -14,7 +14,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_fastattn.autocast import autocast_as, forward_dtype
 from hf_fastattn.generation.agreed_request import agreed_request
-from hf_fastattn.generation.prefix_call import keep_row, kept_prompt, may_be_users
+from hf_fastattn.generation.prefix_call import keep_row, kept_prompt
+from hf_fastattn.generation.users_code import ModelWatch, may_be_users
 from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit
@@ -30,6 +31,23 @@ if TYPE_CHECKING:
     from hf_fastattn.loop.request import LoopRequest
 
 
+CHANGED = "a streamer has changed the model"
+ENDS_APART = "a streamer that is not Transformers' may change the model when some rows have ended"
+
+
+@dataclass(frozen=True)
+class GoesOn:
+    """Where Transformers' own loop goes on, behind tokens that the device's has chosen.
+
+    Attributes:
+        input_ids: `[B, S + new]`, of which the last token's forward is kept as the prompt's outputs.
+        model_kwargs: as they are before that forward.
+    """
+
+    input_ids: Tensor
+    model_kwargs: dict[str, Any]
+
+
 def device_sample(
     model: Any,
     input_ids: Tensor,
@@ -39,27 +57,31 @@ def device_sample(
     streamer: Any,
     model_kwargs: dict[str, Any],
 ) -> Any | None:
-    """What `_sample` returns; None if Transformers' own loop has to run.
+    """What `_sample` returns; None, or from where on, if Transformers' own loop has to run.
 
     Args:
         model: patched; `input_ids [B, S]` and all else are what `_sample` is given.
     """
     runtime = model._fastattn.runtime
     cache = model_kwargs.get(CACHE)
+    users = streamer is not None and may_be_users(streamer)
     private = not generation_config.return_dict_in_generate and runtime.is_private(cache)
 
     def ask() -> Any:
         # Not before: it imports Triton.
         from hf_fastattn.loop.request import loop_request
 
-        return loop_request(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, private)
+        given = (logits_processor, stopping_criteria, generation_config, streamer, private)
+        request = loop_request(model, input_ids, *given)
+        if isinstance(request, str) or not users or len(input_ids) == 1:
+            return request
+        return ENDS_APART if request.ends or request.stop_strings else request
 
     # What a user's streamer changes between two tokens, and changes back, nobody sees: then only the prompt stays.
-    keeps = streamer is None or not may_be_users(streamer)
-    request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask, private, keeps)
+    request = requested(model, input_ids, cache, model_kwargs.get("position_ids"), ask, private, keeps=not users)
     if request is None:
         return None
-    private, keeps = private and runtime.current.is_private, keeps and runtime.current.keeps_rows
+    private, keeps = private and runtime.current.is_private, not users and runtime.current.keeps_rows
     with _rehearsing(model, request, cache, input_ids):
         started = start(model, input_ids, request, generation_config, model_kwargs, spread=True)
     if started is None:
@@ -69,11 +91,14 @@ def device_sample(
 
     kept = kept_prompt(model, cache)
     keep = functools.partial(keep_row, kept) if kept and keeps else None
+    # Streams without end are not Transformers' attention in any case.
+    watch = ModelWatch(model) if users and cache.stream is None else None
     runtime.looping = True
     try:
         loop = DecodeLoop(
             model, runtime.loop_graphs, runtime.counters, request, cache, input_ids, started.positions, private=private,
-            streamer=streamer, limits=runtime.row_limits, keep=keep, **started.parts,
+            streamer=streamer, limits=runtime.row_limits, keep=keep,
+            has_changed=None if watch is None else watch.has_changed, **started.parts,
         )  # fmt: skip
         with settled_offset(model.device, lambda: loop.steps):
             tokens = loop.run(started.logits)
@@ -81,11 +106,27 @@ def device_sample(
         runtime.looping = False
     runtime.current.looped = True
     sequences = torch.cat((input_ids, tokens.to(input_ids.device)), 1)
+    if loop.is_cut_short:
+        return _go_on(model, sequences, started.outputs, model_kwargs, tokens.shape[1])
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+def _go_on(model: Any, sequences: Tensor, outputs: Any, model_kwargs: dict[str, Any], new: int) -> GoesOn:
+    """Compute the last token with the model as it is now, for Transformers' loop to choose the next one.
+
+    Args:
+        outputs: of the prompt, `new` tokens before.
+    """
+    runtime = model._fastattn.runtime
+    runtime.count_not_looped(CHANGED)
+    more = model._update_model_kwargs_for_generation(outputs, dict(model_kwargs), num_new_tokens=new)
+    inputs = model.prepare_inputs_for_generation(sequences, next_sequence_length=1, **more)
+    runtime.keep_prefilled(model(**inputs, return_dict=True))
+    return GoesOn(sequences, more)
 
 
 @contextmanager
@@ -115,11 +156,13 @@ class Start:
     Attributes:
         logits: `[B, V]` after the prompt.
         positions: `[B, 1]` of the first new token.
+        outputs: of the prompt.
         parts: further arguments of a `DecodeLoop`: the parts of a step, and the size of the logits.
     """
 
     logits: Tensor
     positions: Tensor
+    outputs: Any
     parts: dict[str, Any]
 
 
@@ -162,7 +205,7 @@ def start(
     adapters = None if rows is None else RowAdapters.of(rows)
     forward, logits_of = _parts_of_a_step(model, cache, request.max_new, None if adapters is None else adapters.names)
     parts = {"vocabulary": logits.shape[-1], "forward": forward, "logits_of": logits_of, "adapters": adapters}
-    return Start(logits, positions, parts)
+    return Start(logits, positions, outputs, parts)
 
 
 def _why_not_by_row(model: Any, rows: tuple[str, ...], count: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -14,11 +15,12 @@ from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.agreed_call import agreed_path
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
 from hf_fastattn.generation.device_beams import device_beams
-from hf_fastattn.generation.device_sample import device_sample
+from hf_fastattn.generation.device_sample import GoesOn, device_sample
 from hf_fastattn.generation.drafts import Stateful, check_drafts
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, look_ahead
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
+from hf_fastattn.generation.users_code import runs_between_forwards
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
 from hf_fastattn.graphs.seen_modules import Seen
 from hf_fastattn.layer_variants import READS_ROW
@@ -239,14 +241,16 @@ class FastGenerationMixin(PlainCopies):
         **model_kwargs: Any,
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        given, loop = (input_ids, logits_processor, stopping_criteria, generation_config), super()._sample  # type: ignore[misc]
+        ran = (*logits_processor, *stopping_criteria, *(() if streamer is None else (streamer,)), loop)
+        self._note_users_code(ran)
         if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
             result = device_sample(self, *given, streamer, model_kwargs)
-            if result is not None:
+            if isinstance(result, GoesOn):
+                given, model_kwargs = (result.input_ids, *given[1:]), result.model_kwargs
+            elif result is not None:
                 return result
-        loop = super()._sample  # type: ignore[misc]
         result = loop(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-        ran = (*logits_processor, *stopping_criteria, *(() if streamer is None else (streamer,)), loop)
         keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result, ran)
         return result
 
@@ -260,12 +264,18 @@ class FastGenerationMixin(PlainCopies):
         **model_kwargs: Any,
     ) -> Any:
         """The same for beams."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        given, search = (input_ids, logits_processor, stopping_criteria, generation_config), super()._beam_search  # type: ignore[misc]
+        self._note_users_code((*logits_processor, *stopping_criteria, search))
         if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
             result = device_beams(self, *given, model_kwargs)
             if result is not None:
                 return result
-        return super()._beam_search(*given, synced_gpus=synced_gpus, **model_kwargs)  # type: ignore[misc]
+        return search(*given, synced_gpus=synced_gpus, **model_kwargs)
+
+    def _note_users_code(self, ran: Iterable[Any]) -> None:
+        runtime: Runtime = self._fastattn.runtime
+        if runtime.current is not None and not runs_between_forwards(self, ran):
+            runtime.leave_to_stocks_code()
 
     def _may_loop(self, stopping_criteria: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
         """Whether to ask for the device's loop; rows that cannot end early get their pages at once, whichever loop runs."""

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.generation.prompt_tokens import begin_alike, tokens_of_rows, why_not_model, why_not_tokens
 from hf_fastattn.generation.shared_prompt import Compute, SharedPrompt, tokens_in_common
+from hf_fastattn.generation.users_code import may_be_users, runs_as_written
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.module_checks import SCALARS
 from hf_fastattn.graphs.seen_modules import Seen, look
 from hf_fastattn.pages.prefix_index import RowTokens, rows_of_tokens
 from hf_fastattn.patches.modules.watched import why_rows_differ
-from hf_fastattn.wrappers import PREPARING, origin_of
 
 # Tokens that a turn of its own has to save: a pass over the weights takes a large GPU as long as a few hundred tokens do.
 WORTH_A_TURN, WORTH_ON_CPU = 512, 64
 
 
 OTHER_STATE = "the model has changed on another rank, or its state is not known there"
-
-# Where the code stands that runs before a prompt if no user has replaced it.
-OURS = ("transformers.", "hf_fastattn.", "torch.")
-# What runs between `generate()` and the decoder besides what it names.
-BEHIND_GENERATE = ("generate", "_sample", "_beam_search", "_prefill", "__call__", "_call_impl", "forward", *PREPARING)
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Non
     """
     runtime = model._fastattn.runtime
     call, plain = runtime.current, all(map(_is_plain, (*args, *kwargs.values())))
-    if call is None or model.training or not plain or "custom_generate" in kwargs or not _runs_as_written(type(model)):
+    if call is None or model.training or not plain or "custom_generate" in kwargs or not runs_as_written(type(model)):
         return
     seen = look(model)
     if not seen.is_sure or not seen.answer("has no functions", lambda: _has_no_functions(model)):
@@ -99,26 +92,6 @@ def _is_plain(value: Any) -> bool:
         return True
     # Their entries are not called before the prompt is computed.
     return type(value) in (list, LogitsProcessorList, StoppingCriteriaList)
-
-
-def _runs_as_written(kind: Any) -> bool:
-    """Whether what runs between `generate()` of a class and its decoder is Transformers' or ours."""
-    base = kind._fastattn_base
-    methods = _called_by_generate(base)
-    return _are_known((*methods(kind), *methods(base)))
-
-
-@functools.cache
-def _called_by_generate(base: Any) -> Callable[[Any], tuple[Any, ...]]:
-    """Gives a class's methods up to the decoder's forward."""
-    names = inspect.unwrap(GenerationMixin.generate).__code__.co_names
-    return attrgetter(*BEHIND_GENERATE, *(name for name in names if inspect.isfunction(getattr(base, name, None))))
-
-
-@functools.lru_cache(maxsize=64)
-def _are_known(methods: tuple[Any, ...]) -> bool:
-    # Where the code of a function stands never changes.
-    return all(origin_of(method).startswith(OURS) for method in methods)
 
 
 def _has_no_functions(model: Any) -> bool:
@@ -259,12 +232,6 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
         new = sequences[:, prompt_columns:].to("cpu", torch.int64).numpy()
         for row, tokens in enumerate(new):
             keep_row(kept, row, row, tokens)
-
-
-def may_be_users(ran: Any) -> bool:
-    """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
-    own = str(getattr(ran, "__module__", "")).startswith("transformers.")
-    return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
 
 
 def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:

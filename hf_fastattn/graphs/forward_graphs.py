@@ -30,6 +30,7 @@ from hf_fastattn.uncompiled import uncompiled
 
 # Most graphs kept, of decode steps and of forwards of several tokens a row; the least recently used is evicted.
 MAX_GRAPHS, MAX_EXTENDS = 8, 16
+CHANGES = "the model was changed between two forwards of the call"
 # Shapes seen once that are remembered; a shape is captured when it is seen again.
 MAX_SHAPES = 256
 # Bytes of states that are let go when another loop needs as many.
@@ -77,6 +78,10 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._call: Callable[[], Any] | None = None
         # That of the last `check`.
         self._agreed: Fingerprint | None = None
+        # Nothing changes the model between the forwards of the call under way.
+        self.is_left_alone = False
+        # Something has: it may be changed again, and recording would not pay.
+        self._is_changing = False
         self._failures = 0
         self._resting = False
         self._states: ForwardStates | None = None
@@ -91,7 +96,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         Args:
             call: gives None once it has ended, however it did.
         """
-        self.__dict__.update(_checked=None, _call=call, _resting=False)
+        self.__dict__.update(_checked=None, _call=call, _resting=False, is_left_alone=False, _is_changing=False)
 
     def drop(self) -> None:
         """Forget all graphs, and the places of states; caches keep those that they hold."""
@@ -255,11 +260,16 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         return hidden
 
     def _why_not_decoder(self, decoder: Any, device: torch.device, why_not_spread: Callable[[], str | None]) -> str | None:
-        if self._checked is None or self._checked() is not decoder or not self._in_call:
+        first = self._checked is None or self._checked() is not decoder or not self._in_call
+        if first or not self.is_left_alone:
+            before = self._fingerprint
             if not self.compare(decoder, device):
                 self.drop()
                 self._failures, self._resting, self._crossing, self._launched = 0, False, None, set()
+            self._is_changing |= not first and self._fingerprint != before
             self._checked = weakref.ref(decoder) if self._in_call else None
+        if self._is_changing:
+            return CHANGES
         if self._reason is None and self.adapter_names is not None:
             return BY_ROW
         if self._reason is not None or not self.is_spread:

@@ -61,6 +61,8 @@ class DecodeLoop:
         streamer: gets the tokens of every step, `[B]` on the host.
         limits: new tokens a row, at most; those of the request by default.
         adapters: of the rows, if they have different ones.
+        has_changed: says whether the streamer, called just before, has changed the model; the loop ends there then, and a
+            forward of the last token has not been computed.
         keep: called with a row of the cache, its number in the call and its new tokens, `[n]` on the host, before the row
             leaves the cache, or at the end.
     """
@@ -85,11 +87,15 @@ class DecodeLoop:
         streamer: Any = None,
         limits: Sequence[int] | None = None,
         adapters: RowAdapters | None = None,
+        has_changed: Callable[[], bool] | None = None,
         keep: Callable[[int, int, NDArray[np.int64]], None] | None = None,
     ) -> None:
         self._model, self._counters, self._request, self._cache = model, counters, request, cache
         self._decoder = model._fastattn.decoder(model)
         self._forward, self._logits_of, self._streamer, self._keep = forward, logits_of, streamer, keep
+        self._has_changed = has_changed
+        # The streamer has changed the model, and rows go on.
+        self.is_cut_short = False
         rows = input_ids.shape[0]
         self._limits = list(limits) if limits is not None else [request.max_new] * rows
         self._most = max(self._limits)
@@ -178,11 +184,11 @@ class DecodeLoop:
             self._readback.send(packed, self._numbers)
             if self._order is not None and self._most > 1:
                 self._arrange(self._order)
-            while not self._rows.done:
+            while not self._rows.done and not self.is_cut_short:
                 if self._launched < self._most and len(self._readback) <= self._depth:
                     self._launch()
                 arrived = self._receive(len(self._readback) > self._depth or self._launched == self._most)
-                while arrived is not None and not self._rows.done:
+                while arrived is not None and not self._rows.done and not self.is_cut_short:
                     self._take(arrived)
                     arrived = self._receive(False)
         finally:
@@ -212,7 +218,7 @@ class DecodeLoop:
         """Have the states of linear-attention layers, if there are any, in slots that steps read and write."""
         if not self._cache.recurrent_layers or self._most == 1:
             return
-        if not self._private and (self._request.ends or self._request.stop_strings):
+        if (not self._private and (self._request.ends or self._request.stop_strings)) or self._has_changed is not None:
             # A state cannot be cut back to an earlier token: no step may run after the last one.
             self._depth = 0
         self._model._fastattn.runtime.graphs.make_room()
@@ -312,6 +318,9 @@ class DecodeLoop:
             self._appended += 1
         if self._streamer is not None:
             self._streamer.put(self._rows.newest())
+            if self._has_changed is not None and not self._rows.done and self._has_changed():
+                self.is_cut_short = True
+                return
         late_rows = [index for index, number in enumerate(self._numbers) if number in late]
         if late_rows:
             self._state.finish_rows(late_rows, self._drop)
@@ -401,7 +410,7 @@ class DecodeLoop:
         self._readback.clear()
         taken, counters = self._rows.steps, self._counters
         extra = max(self._launched - 1, 0) - max(taken - 1, 0)
-        if not self._private and self._cache.recurrent_layers:
+        if (not self._private or self.is_cut_short) and self._cache.recurrent_layers:
             self._give_states_back(extra)
         if not self._private and self._stream is not None and extra:
             # An interrupted call's, which rows have made room for.

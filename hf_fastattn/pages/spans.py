@@ -56,6 +56,10 @@ class Spans:
         """Whether something is under way in this thread."""
         return bool(self._spans) and any(span.is_mine for span in tuple(self._spans))
 
+    def has_any(self) -> bool:
+        """Whether something is under way in any thread."""
+        return any(span.token() is not None for span in tuple(self._spans))
+
     def _forget_ended(self) -> None:
         for span in tuple(self._spans):
             if span.token() is None:

@@ -291,7 +291,7 @@ def _why_called(
     if cache.records_states and new is not None and len(set(new.sum(1).tolist())) > 1:
         return f"{RECORDS}, and rows get different numbers of tokens"
     call = vars(decoder)[STATE].runtime.current
-    if call is not None and call.walks and columns == 1:
+    if call is not None and call.walks and not call.users_code and columns == 1:
         # To look at all layers at every step would take longer than many a step.
         return why_not_these(decoder, arguments)
     reason = why_not_walked(decoder, arguments)
@@ -403,14 +403,15 @@ def _why_not_tokens(arguments: dict[str, Any], columns: int) -> str | None:
 def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this forward has to run the original attention; None if pages will do."""
     config = decoder.config
-    # `why_not_ours` is asked once a call, before the prompt.
     runtime: Runtime = vars(decoder)[STATE].runtime
-    if not (runtime.in_call and cache.get_seq_length()):
+    call = runtime.current
+    first = call is None or not cache.get_seq_length()
+    if first:
         runtime.variants.refresh()
+    if first or (call is not None and call.users_code):
         changed = why_not_ours(decoder)
         if changed is not None:
             return changed
-    call = runtime.current
     if call is not None and call.why_dense is not None:
         return call.why_dense
     if cache.dense is not None:

@@ -60,6 +60,30 @@ def test_a_second_thread_takes_transformers_own_path() -> None:
     assert_healthy(stock, model)
 
 
+@pytest.mark.parametrize("where", ["the call's thread", "another thread", "a thread aside"])
+def test_unpatch_amid_a_call_says_so(where: str) -> None:
+    stock, model = pair("llama")
+
+    def unpatch() -> str:
+        with pytest.raises(RuntimeError, match="under way") as caught:
+            hf_fastattn.unpatch(model)
+        return str(caught.value)
+
+    class Unpatches(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            unpatch()
+            return scores
+
+    own = Unpatches()
+    other = Meanwhile(unpatch if where == "another thread" else lambda: greedy(model, logits_processor=[own]))
+    tokens = greedy(model, logits_processor=LogitsProcessorList([own if where == "the call's thread" else other]))
+    assert torch.equal(tokens, greedy(stock)) and hf_fastattn.report(model).last_call.forwards == 12
+    assert where == "the call's thread" or len(other.results) == 12
+    assert_books_agree(model)
+    hf_fastattn.unpatch(model)
+    assert torch.equal(greedy(model), tokens) and not hf_fastattn.report(model).patched
+
+
 def test_many_threads() -> None:
     stock, model = pair("qwen2_window")
     prompts = [single(9 + number, seed=number) for number in range(8)]

@@ -16,14 +16,17 @@ Step = dict[str, Any]
 WEIGHTED = ("llama", "llama", "qwen2", "qwen2_window", "mistral_window", "ministral")
 PLACES = ("decoder", "layer", "attention", "mlp", "q_proj", "lm_head", "embeddings", "model")
 HOOKS = ("record", "pool", "steer", "steer_last", "halve_input", "raise")
-PROCESSORS = ("bias", "history", "raise", "nested", "record")
-CRITERIA = ("rows", "all_at", "raise")
+# The second half of them changes the model, or calls it, between two tokens.
+PROCESSORS = ("bias", "history", "raise", "nested", "record", "add_hook", "toggle_hook", "scale", "replace", "forward")
+CRITERIA = ("rows", "all_at", "raise", "toggle_hook", "replace")
 ADAPTERS = ("lora", "lora_two", "lora_names", "lora_disabled", "lora_merged", "ia3", "prefix", "prompt")
 EDITS = ("weights", "norm", "copy_layer", "swap_layers", "append_layer", "window", "eager", "sdpa", "is_causal", "float64",
-         "float32", "head")  # fmt: skip
+         "float32", "head", "resize", "tie", "new_head", "checkpointing", "no_cache", "rope", "scaling", "drop_layer",
+         "assign")  # fmt: skip
 CACHE_EDITS = ("crop", "reorder", "select", "repeat", "deepcopy", "reset")
 # What a user hangs in or changes, beside the arguments of a call.
 OF_THE_USER = ("hook", "wrap", "adapter", "edit", "threads")
+COPIES = ("deepcopy", "pickle", "saved")
 
 
 def is_plain(program: Program) -> bool:
@@ -48,6 +51,8 @@ def draw(seed: int) -> Program:
         program["patch"]["keep_memory"] = rng.choice([0, 0.5])
     if rng.random() < 0.2:
         program["graphs"] = True
+    if rng.random() < 0.2:
+        program["patch"]["prefix_cache"] = True
     foreign = rng.random() < 0.45
     steps = [_step(rng, family, foreign) for _ in range(rng.choice([1, 2, 2, 3, 4]))]
     if steps[-1]["do"] not in ("generate", "forward", "threads"):
@@ -82,8 +87,10 @@ def _step(rng: random.Random, family: str, foreign: bool) -> Step:
         return {"do": "edit_cache", "edit": rng.choice(edits), "amount": rng.randint(1, 12)}
     if choice < 0.87:
         return {"do": "repatch", "unpatched": rng.random() < 0.3}
-    if choice < 0.90:
+    if choice < 0.89:
         return {"do": "train", "on": rng.random() < 0.7}
+    if choice < 0.90:
+        return {"do": "copy", "kind": rng.choice(COPIES)}
     if not foreign:
         return _generate(rng, family, foreign)
     kind = rng.choice(["hook", "hook", "wrap", "adapter", "edit", "edit", "unhook", "threads"])
@@ -145,6 +152,10 @@ def _generate(rng: random.Random, family: str, foreign: bool) -> Step:
         step["processor"] = rng.choice(PROCESSORS)
     if foreign and rng.random() < 0.15:
         step["criterion"] = rng.choice(CRITERIA)
+    if rng.random() < 0.15:
+        step["mode"] = "inference"
+    if mode in ("greedy", "sample") and rng.random() < 0.06:
+        step["custom"] = True
     return step
 
 
@@ -194,6 +205,8 @@ def _wishes(rng: random.Random) -> dict[str, Any]:
         (0.03, {"guidance_scale": 1.5}),
         (0.03, {"renormalize_logits": True}),
         (0.03, {"remove_invalid_values": True}),
+        (0.03, {"low_memory": True}),
+        (0.03, {"max_time": 1e6}),
         (0.08, {"min_new_tokens": rng.choice([1, 3, 9])}),
         (0.04, {"min_length": rng.choice([5, 30])}),
         (0.08, {"stop_strings": letters}),

@@ -96,6 +96,49 @@ def _head(model: Any, step: dict[str, Any]) -> None:
         head.weight.copy_(head.weight.flip(1).clone())
 
 
+def _resize(model: Any, step: dict[str, Any]) -> None:
+    model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 8, mean_resizing=False)
+
+
+def _tie(model: Any, step: dict[str, Any]) -> None:
+    (model.get_output_embeddings() or model.lm_head).weight = model.get_input_embeddings().weight
+
+
+def _new_head(model: Any, step: dict[str, Any]) -> None:
+    head = model.get_output_embeddings() or model.lm_head
+    model.set_output_embeddings(torch.nn.Linear(head.in_features, head.out_features, bias=True, dtype=head.weight.dtype))
+
+
+def _no_cache(model: Any, step: dict[str, Any]) -> None:
+    model.generation_config.use_cache = False
+
+
+def _rope(model: Any, step: dict[str, Any]) -> None:
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
+    if rotary is not None:
+        rotary.inv_freq.mul_(0.8)
+
+
+def _scaling(model: Any, step: dict[str, Any]) -> None:
+    attention = getattr(decoder_of(model).layers[step["layer"]], "self_attn", None)
+    if hasattr(attention, "scaling"):
+        attention.scaling *= 1.2
+
+
+def _drop_layer(model: Any, step: dict[str, Any]) -> None:
+    layers, config = decoder_of(model).layers, model.config.get_text_config(decoder=True)
+    if len(layers) > 2:
+        del layers[-1]
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: len(layers)]
+        config.num_hidden_layers = len(layers)
+
+
+def _assign(model: Any, step: dict[str, Any]) -> None:
+    """New tensors in the place of all weights."""
+    model.load_state_dict({name: tensor * 0.95 for name, tensor in model.state_dict().items()}, assign=True)
+
+
 EDITS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "weights": _weights,
     "norm": _norm,
@@ -109,4 +152,13 @@ EDITS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "float64": lambda model, step: model.to(torch.float64),
     "float32": lambda model, step: model.to(torch.float32),
     "head": _head,
+    "resize": _resize,
+    "tie": _tie,
+    "new_head": _new_head,
+    "checkpointing": lambda model, step: model.gradient_checkpointing_enable(),
+    "no_cache": _no_cache,
+    "rope": _rope,
+    "scaling": _scaling,
+    "drop_layer": _drop_layer,
+    "assign": _assign,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import (
 import hf_fastattn
 from tests.fuzz import adapters, edits
 from tests.fuzz.prompts import prompt_batch
-from tests.fuzz.users import Collect, Criterion, Processor, Thrown, halve_input, hook, wrapped
+from tests.fuzz.users import Collect, Criterion, Processor, Thrown, halve_input, hook, own_loop, wrapped
 from tests.tools.models import VOCAB, letters, noisy, tiny
 
 PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -61,9 +63,7 @@ class Side:
         self.over = dict(program["over"])
         implementation = self.over.pop("attn_implementation", None)
         self.base = tiny(program["family"], **self.over).to(getattr(torch, program["dtype"]))
-        if program["dtype"] == "float64" and hasattr(self.base, "set_experts_implementation"):
-            # The others have no fp64.
-            self.base.set_experts_implementation("eager")
+        _in_fp64(self.base)
         if implementation:
             self.base.set_attn_implementation(implementation)
         self.model: Any = self.base
@@ -127,7 +127,8 @@ class Side:
             plain = {name: options.pop(name) for name in step["with"] if name in options}
             options["generation_config"] = GenerationConfig(pad_token_id=0, **plain)
         self.cache = cache
-        result = self.model.generate(**batch, **options, **self.how_to_call)
+        with torch.inference_mode(step.get("mode") == "inference"):
+            result = self.model.generate(**batch, **options, **self.how_to_call)
         self._drop_repeated_states(step, result, outcome.mask)
         outcome.result = result
         self._remember(result, batch, outcome, cache)
@@ -170,17 +171,22 @@ class Side:
         if "streamer" in step:
             more["streamer"] = Collect(self.seen, 3 if step["streamer"] == "raise" else None)
         if "processor" in step:
-            more["logits_processor"] = LogitsProcessorList([Processor(step["processor"], self.seen, self.model)])
+            more["logits_processor"] = LogitsProcessorList([self._processor(step["processor"])])
         if "criterion" in step:
-            more["stopping_criteria"] = StoppingCriteriaList([Criterion(step["criterion"])])
+            more["stopping_criteria"] = StoppingCriteriaList([Criterion(step["criterion"], self.base, self.handles)])
+        if step.get("custom"):
+            more["custom_generate"] = own_loop
         if step.get("assistant") == "early_exit":
             more["assistant_early_exit"] = 1
         elif "assistant" in step:
-            assistant = noisy(tiny(self.program["family"], **self.over).to(self.base.dtype))
+            assistant = _in_fp64(noisy(tiny(self.program["family"], **self.over).to(self.base.dtype)))
             if step["assistant"] == "patched" and self.is_patched:
                 hf_fastattn.patch(assistant, cuda_graphs=False)
             more["assistant_model"] = assistant
         return more
+
+    def _processor(self, kind: str) -> Processor:
+        return Processor(kind, self.seen, self.model, self.base, self.handles)
 
     def _remember(self, result: Any, batch: dict[str, Tensor], outcome: Outcome, cache: Any) -> None:
         sequences = result if isinstance(result, Tensor) else result.sequences
@@ -235,6 +241,22 @@ class Side:
                 # A model whose attention was wrapped meanwhile is refused, and goes on unpatched.
                 if "undo that before patch()" not in str(refused):
                     raise
+
+    def copy(self, step: dict[str, Any], outcome: Outcome) -> None:
+        """Go on with a copy, patched anew, without the chat, whose pages are the other model's."""
+        if self.model is not self.base or self.handles or self.wrapped:
+            return
+        if step["kind"] == "saved":
+            with tempfile.TemporaryDirectory() as folder:
+                self.base.save_pretrained(folder)
+                made = _in_fp64(type(self.base).from_pretrained(folder, dtype=self.base.dtype)).train(self.base.training)
+            made.set_attn_implementation(self.base.config._attn_implementation)
+        else:
+            made = copy.deepcopy(self.base) if step["kind"] == "deepcopy" else pickle.loads(pickle.dumps(self.base))
+        if self.is_patched:
+            hf_fastattn.patch(made, **self.options)
+        self.base = self.model = made
+        self.tokens = self.mask = self.cache = None
 
     def train(self, step: dict[str, Any], outcome: Outcome) -> None:
         self.model.train(step["on"])
@@ -325,6 +347,13 @@ class Notes:
 
     def append(self, note: Any) -> None:
         self.side.seen.append(note)
+
+
+def _in_fp64(model: Any) -> Any:
+    """The model, whose experts can be computed in its dtype: no other implementation of them has fp64."""
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def _shown(batch: dict[str, Tensor]) -> Tensor | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from tests.fuzz.edits import decoder_of
+
 
 class Thrown(Exception):
     """By a user's code, on purpose."""
@@ -31,14 +33,41 @@ class Collect(BaseStreamer):
         self.seen.append(("streamer", "end"))
 
 
+class Changer:
+    """Changes a model between two tokens: at the third call, or at each; hooks go to `handles`."""
+
+    def __init__(self, kind: str, model: Any, handles: list[Any]) -> None:
+        self.kind, self.model, self.handles, self.count = kind, model, handles, 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        down = decoder_of(self.model).layers[1].mlp
+        if self.kind == "toggle_hook" and self.handles and self.count % 3 == 0:
+            self.handles.pop().remove()
+        elif self.kind in ("add_hook", "toggle_hook") and self.count % 3 == 2:
+            self.handles.append(down.register_forward_hook(hook("steer", 0, [])))
+        elif self.kind == "scale" and self.count == 3:
+            for parameter in down.parameters():
+                parameter.data.mul_(1.1)
+        elif self.kind == "replace" and self.count == 3:
+            for module in down.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.1))
+        elif self.kind == "forward":
+            with torch.no_grad():
+                self.model(input_ids=torch.tensor([[3, self.count]]))
+
+
 class Processor(LogitsProcessor):
     """One of `draw.PROCESSORS`."""
 
-    def __init__(self, kind: str, seen: list[Any], model: Any) -> None:
+    def __init__(self, kind: str, seen: list[Any], model: Any, base: Any, handles: list[Any]) -> None:
         self.kind, self.seen, self.model, self.count = kind, seen, model, 0
+        self.change = Changer(kind, base, handles)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.count += 1
+        self.change()
         if self.kind == "raise" and self.count == 3:
             raise Thrown("processor")
         if self.kind == "record":
@@ -56,15 +85,32 @@ class Processor(LogitsProcessor):
 class Criterion(StoppingCriteria):
     """One of `draw.CRITERIA`."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, base: Any, handles: list[Any]) -> None:
         self.kind, self.count = kind, 0
+        self.change = Changer(kind, base, handles)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.count += 1
+        self.change()
         if self.kind == "raise" and self.count == 3:
             raise Thrown("criterion")
         rows = torch.arange(input_ids.shape[0])
-        return self.count > rows + 1 if self.kind == "rows" else torch.full_like(rows, self.count > 3).bool()
+        if self.kind == "rows":
+            return self.count > rows + 1
+        return torch.full_like(rows, self.kind == "all_at" and self.count > 3).bool()
+
+
+def own_loop(model: Any, input_ids: Tensor, generation_config: Any = None, **kwargs: Any) -> Tensor:
+    """A greedy loop for `custom_generate`."""
+    others = ("logits_processor", "stopping_criteria", "synced_gpus", "streamer", "assistant_model")
+    kwargs = {name: value for name, value in kwargs.items() if name not in others}
+    for step in range(generation_config.max_new_tokens):
+        following = {"next_sequence_length": 1} if step and generation_config.use_cache else {}
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=not step, **following, **kwargs)
+        outputs = model(**inputs, return_dict=True)
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        input_ids = torch.cat([input_ids, outputs.logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return input_ids
 
 
 def hook(kind: str, after: int, seen: list[Any]) -> Callable[..., Any]:
