@@ -34,6 +34,7 @@ NOT_LOOPED = {
     "processor": "a Same looks at the logits",
     "criterion": "stopping criteria Never",
     "scores": "output_scores is asked for",
+    "streamer": "a streamer that is not Transformers' may change the model when some rows have ended",
 }
 
 
@@ -75,7 +76,7 @@ def test_transformers_loop_on_every_rank(two: Processes, saved: Any, what: str, 
 
 
 @pytest.mark.parametrize("where", [0, 1])
-@pytest.mark.parametrize("what", ["streamer", "dict", "dynamic cache", "own paged", "eager"])
+@pytest.mark.parametrize("what", ["dict", "dynamic cache", "own paged", "eager"])
 def test_what_makes_no_difference(two: Processes, saved: Any, what: str, where: int) -> None:
     for calls in found(two, saved, what, "rows", where):
         for _, call in calls:
