@@ -102,7 +102,7 @@ def test_a_failure_in_either_run_fails_both(
 def test_a_failure_is_named_at_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run that is cut off has no summary."""
     (folder / "test_cut_off.py").write_text(CUT_OFF)
-    command = [sys.executable, "-m", "pytest", "-q", "-n1", str(folder / "test_cut_off.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n1", f"--rootdir={folder}", str(folder / "test_cut_off.py")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     subprocess.run(command, env=environment, timeout=300)
     written = capfd.readouterr()
