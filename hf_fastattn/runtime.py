@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.call import Call
 from hf_fastattn.config import FastAttnConfig
+from hf_fastattn.counted_reasons import CountedReasons
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.expansion import Expansion
 from hf_fastattn.graphs.forward_graphs import ForwardGraphs
 from hf_fastattn.graphs.model_state import ModelState
 from hf_fastattn.graphs.rotary_copies import RotaryCopies
-from hf_fastattn.hints import with_hint
 from hf_fastattn.layer_variants import LayerVariants
 from hf_fastattn.loop.loop_graphs import LoopGraphs
 from hf_fastattn.pages.model_layout import keys_dtype, template_layers
@@ -31,9 +30,6 @@ from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.spans import Spans
 from hf_fastattn.pages.turn import Turn
 from hf_fastattn.parallel.ranks import Ranks
-
-logger = logging.getLogger("hf_fastattn")
-
 
 # Seconds that a call waits for one in another thread before Transformers' own path serves it.
 PATIENCE = 0.05
@@ -49,7 +45,7 @@ def _windows(config: Any) -> tuple[Any, ...]:
     return getattr(text, "sliding_window", None), tuple(getattr(text, "layer_types", None) or ())
 
 
-class Runtime:
+class Runtime(CountedReasons):
     """State of one patched model.
 
     Calls of one thread may be nested; one of another thread waits for a moment and then runs as if the model were not
@@ -77,7 +73,7 @@ class Runtime:
         # Key heads are spread evenly, or the model is not understood.
         self._key_ranks = 1 if ranks is None else ranks.count
         self._alike = None if ranks is None else lambda holds: ranks.alike([int(holds)])
-        self.variants = LayerVariants() if variants is None else variants
+        super().__init__(LayerVariants() if variants is None else variants)
         # Dtype, windows and device that the pages were made for; a changed model gets new pages, old caches keep theirs.
         self._made_for: tuple[Any, ...] = (dtype, _windows(model_config), None)
         # The thread with the turn owns the calls under way, the pages, the graphs and their static tensors.
@@ -93,7 +89,6 @@ class Runtime:
         # Those of running batches, which generate() may be called beside; None while a manager has them.
         self._batch_graphs: LoopGraphs | None = None
         self._new_batch_graphs = functools.partial(LoopGraphs, config.cuda_graphs, *recording)
-        self.counters = CallCounters()
         # New tokens of each row of the next calls, at most; evaluations set it to know lengths beforehand.
         self.row_limits: list[int] | None = None
         # Whether rows of a call share pages; evaluations set it to see what that saves.
@@ -108,7 +103,6 @@ class Runtime:
         self.prefixes: PrefixStore | None = None
         self.model_state = ModelState(config.weights == "check", config.backend != "reference")
         self._calls: list[Call] = []
-        self._logged: set[str] = set()
 
     # ---- calls ------------------------------------------------------------------------------------------------
 
@@ -439,39 +433,3 @@ class Runtime:
             self.count_fallback(reason)
             return cache
         return self.new_cache(decoder, call.caches[0].room, call.caches[0].first, cache)
-
-    def count_forward(self, fallback: str | None, prompt_tokens: int) -> None:
-        """Count a forward of the base decoder."""
-        if fallback is not None:
-            self.count_fallback(fallback)
-            return
-        self.counters.forwards += 1
-        self.counters.prompt_tokens += prompt_tokens
-
-    def note(self, reason: str) -> None:
-        """Log once why a call is served in another way than it could be."""
-        if reason not in self._logged:
-            self._logged.add(reason)
-            logger.info("hf_fastattn: %s", with_hint(reason))
-
-    def count_not_looped(self, reason: str) -> None:
-        """Count, and log once, why a call's loop is Transformers' own."""
-        self.counters.not_looped[reason] += 1
-        self.note(f"Transformers' own loop runs: {reason}")
-
-    def count_fallback(self, reason: str, level: int = logging.WARNING) -> None:
-        """Count, and log once, that Transformers' own attention runs.
-
-        Raises:
-            StockAttentionError: a layer has a variant, which that does not compute.
-        """
-        self.count_unshared(reason, level)
-        if self.variants:
-            self.variants.refuse(with_hint(reason))
-
-    def count_unshared(self, reason: str, level: int = logging.WARNING) -> None:
-        """Count, and log once, that something is done as Transformers does, over pages all the same."""
-        self.counters.fallbacks[reason] += 1
-        if reason not in self._logged:
-            self._logged.add(reason)
-            logger.log(level, "hf_fastattn does here as Transformers does: %s", with_hint(reason))

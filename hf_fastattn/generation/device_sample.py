@@ -20,8 +20,9 @@ from hf_fastattn.graphs.drawn_offset import settled_offset
 from hf_fastattn.graphs.placement import SEVERAL
 from hf_fastattn.graphs.weight_copies import copies_fit
 from hf_fastattn.loop.row_adapters import RowAdapters
-from hf_fastattn.patches.decoder.forward import RECORDS, why_not_paged
+from hf_fastattn.patches.decoder.forward import RECORDS
 from hf_fastattn.patches.decoder.visible import visible_columns
+from hf_fastattn.patches.decoder.why_not_paged import why_not_paged
 from hf_fastattn.patches.fused.forward import calls_layers, fused_forward, fused_logits, fused_reason, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import drops_cache
 from hf_fastattn.transformers_version import CACHE

@@ -122,14 +122,12 @@ def compute_prompt(
     if call is not None:
         given, call.seen = call.seen, None
     found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, given) if wanted else None
-    root = 0
-    if keep:
-        root = 0 if found is None else _root(model, cache, found[3])
-        if runtime.ranks is not None and not runtime.ranks.alike([int(found is None), root]):
-            # A rank whose weights have changed, or may have, looks for nothing, or elsewhere.
-            runtime.close_prefixes()
-            runtime.counters.prefix_unused[OTHER_STATE] += found is not None
-            found = None
+    root = _root(model, cache, found[3]) if keep and found is not None else 0
+    if keep and runtime.ranks is not None and not runtime.ranks.alike([int(found is None), root]):
+        # A rank whose weights have changed, or may have, looks for nothing, or elsewhere.
+        runtime.close_prefixes()
+        runtime.counters.prefix_unused[OTHER_STATE] += found is not None
+        found = None
     if found is None:
         with _looked(model, call, given):
             return compute(input_ids, model_kwargs)

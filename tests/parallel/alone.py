@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,17 +42,8 @@ class Counts:
 
 
 @contextlib.contextmanager
-def hooked(model: Any) -> Iterator[dict[str, Any]]:
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, outputs: None)
-    try:
-        yield {}
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def head_hooked(model: Any) -> Iterator[dict[str, Any]]:
-    handle = model.lm_head.register_forward_hook(lambda module, inputs, outputs: None)
+def hooked(model: Any, name: str = "model.layers.1.mlp") -> Iterator[dict[str, Any]]:
+    handle = model.get_submodule(name).register_forward_hook(lambda module, inputs, outputs: None)
     try:
         yield {}
     finally:
@@ -99,7 +91,8 @@ def gradients(model: Any) -> Iterator[dict[str, Any]]:
 
 
 CHANGES: dict[str, Any] = {
-    "hook": hooked, "hook on the head": head_hooked, "wrapped forward": wrapped, "train mode": training, "eager": eager,
+    "hook": hooked, "hook on the head": functools.partial(hooked, name="lm_head"),
+    "wrapped forward": wrapped, "train mode": training, "eager": eager,
     "gradients": gradients,
     "processor": giving(logits_processor=lambda: [Same()]),
     "criterion": giving(stopping_criteria=lambda: [Never()]),
