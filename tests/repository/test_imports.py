@@ -14,10 +14,9 @@ WHOLE = ("kernels", "patches", "eval")
 # Each room may import what stands before it.
 HOUSE = (
     "version", "transformers_version", "hints", "wrappers", "uncompiled", "autocast", "stream_layout", "config", "counters",
-    "expansion", "kernels", "parallel", "quantised", "layer_variants", "counted_reasons", "dense", "stock_batching", "interface",
-    "pages",
-    "cache", "call", "graphs", "loop", "runtime", "patches", "streaming", "batching", "generation", "patching", "memory",
-    "search", "report", "warming", "serving", "eval", "cli", "__main__",
+    "expansion", "kernels", "parallel", "quantised", "layer_variants", "counted_reasons", "dense", "stock_batching",
+    "interface", "pages", "cache", "call", "graphs", "loop", "runtime", "patches", "streaming", "batching",
+    "generation", "patching", "memory", "search", "report", "warming", "serving", "eval", "cli", "__main__",
 )  # fmt: skip
 FLOORS = {
     "kernels": (
