@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels import compile_cases
+from tests.kernels.specialised import BY_SWEEPS, BY_TESTS
 from tests.kernels.sweep import MOST_SPECIALISATIONS
-from tests.kernels.test_compile import jit_functions
 from tests.tools.fake_driver import counting_driver
 from tests.tools.targets import TARGETS
 
@@ -89,10 +89,6 @@ def test_token_choice_is_compiled_once(greedy):
 @pytest.mark.gpu
 def test_the_sweep_needs_few_specialisations():
     """Comes after the sweeps, in the order of the files."""
-    counts = {
-        name: sum(len(cache[0]) for device, cache in function.device_caches.items() if device == 0)
-        for name, function in jit_functions().items()
-    }
     limits = (
         (STEP_KERNELS, MOST_OF_STEP),
         (SAMPLING_KERNELS, MOST_OF_SAMPLING),
@@ -102,6 +98,6 @@ def test_the_sweep_needs_few_specialisations():
         (LINEAR_KERNELS, MOST_OF_LINEAR),
     )
     for kernels, most in limits:
-        assert sum(counts[name] for name in kernels) <= most, counts
-    others = counts.keys() - set[str]().union(*(kernels for kernels, _ in limits))
-    assert sum(counts[name] for name in others) <= MOST_SPECIALISATIONS, counts
+        assert sum(BY_TESTS[name] for name in kernels) <= most, BY_TESTS
+    others = BY_SWEEPS.keys() - set[str]().union(*(kernels for kernels, _ in limits))
+    assert sum(BY_SWEEPS[name] for name in others) <= MOST_SPECIALISATIONS, BY_SWEEPS

@@ -357,16 +357,17 @@ def test_suffixes_begin_when_their_keys_are_there(rows, prefix, hopper):
     new = [[torch.empty(rows, count, dim, dtype=BF16, device="cuda") for count in (heads, groups, groups)] for _ in batches]
     lists: WorkLists = {}
 
-    def slots(batch: Batch) -> torch.Tensor:
-        last = batch.seq_lens.long() - 1
-        return batch.page_table.gather(1, last[:, None] // 16)[:, 0].long() * 16 + last % 16
+    # Made on the host, which a capture does not allow.
+    lengths, tables = [batch.seq_lens for batch, _, _ in batches], [batch.page_table for batch, _, _ in batches]
+    last = [lens.long() - 1 for lens in lengths]
+    slots = [table.gather(1, end[:, None] // 16)[:, 0].long() * 16 + end % 16 for table, end in zip(tables, last, strict=True)]
 
     def chain(shared: bool) -> list[torch.Tensor]:
         lists.clear()
         found = []
-        for (batch, starts, prefixes), inputs in zip(batches, new, strict=True):
-            q = rope_append(*inputs, cos, torch.zeros_like(cos), batch.k_pages, batch.v_pages, slots(batch))
-            where = (q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens)
+        for (batch, starts, prefixes), inputs, table, lens, places in zip(batches, new, tables, lengths, slots, strict=True):
+            q = rope_append(*inputs, cos, torch.zeros_like(cos), batch.k_pages, batch.v_pages, places)
+            where = (q, batch.k_pages, batch.v_pages, table, lens)
             if shared:
                 out, _ = paged_decode_shared(
                     *where, starts, prefixes, max_group_rows=rows, scale=batch.scale, workspace=workspace, hopper=hopper,
@@ -385,11 +386,11 @@ def test_suffixes_begin_when_their_keys_are_there(rows, prefix, hopper):
     with torch.cuda.graph(graph):
         got = chain(True)
     for _ in range(3):
-        for (batch, _, _), inputs in zip(batches, new, strict=True):
+        for (batch, _, _), inputs, places in zip(batches, new, slots, strict=True):
             for x in inputs:
                 x.normal_()
             for pages in (batch.k_pages, batch.v_pages):
-                pages.view(-1, groups, dim)[slots(batch)] = math.nan
+                pages.view(-1, groups, dim)[places] = math.nan
         graph.replay()
         replayed = [out.clone() for out in got]
         for ours, plain in zip(replayed, chain(False), strict=True):
