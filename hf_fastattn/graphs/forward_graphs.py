@@ -82,6 +82,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self.is_left_alone = False
         # Something has: it may be changed again, and recording would not pay.
         self._is_changing = False
+        # How often this call has looked at it.
+        self._looks = 0
         self._failures = 0
         self._resting = False
         self._states: ForwardStates | None = None
@@ -266,7 +268,9 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             if not self.compare(decoder, device):
                 self.drop()
                 self._failures, self._resting, self._crossing, self._launched = 0, False, None, set()
-            self._is_changing |= not first and self._fingerprint != before
+            self._looks = 1 if first else self._looks + 1
+            # What a prompt's forward changes is over: PEFT's takes a merged adapter that is disabled out of the weights.
+            self._is_changing |= self._looks > 2 and self._fingerprint != before
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._is_changing:
             return CHANGES

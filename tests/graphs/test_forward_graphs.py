@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LogitsProcessorList
 
 import hf_fastattn
 from hf_fastattn.generation import columns_at_once
@@ -229,9 +230,9 @@ def test_adapters() -> None:
     patch_with_graphs(model)
     outputs = []
 
-    def check(captured: int | None) -> None:
-        want = run(stock, 16)
-        assert torch.equal(run(model, 16), want)
+    def check(captured: int | None, **options: Any) -> None:
+        want = run(stock, 16, **options)
+        assert torch.equal(run(model, 16, **options), want)
         outputs.append(want)
         assert replays(model)[0] == captured and replays(model)[1] > 0
 
@@ -251,6 +252,9 @@ def test_adapters() -> None:
     for peft in (stock, model):
         peft.merge_adapter()
     check(1)
+    # A forward takes the adapter out of the weights; a user's own processor has the model compared before each.
+    with stock.disable_adapter(), model.disable_adapter():
+        check(1, logits_processor=LogitsProcessorList([lambda ids, scores: scores]))
     different = [outputs[0], *outputs[2:5]]
     assert len({tuple(tokens.flatten().tolist()) for tokens in different}) == 4
 
