@@ -129,6 +129,10 @@ class Batch:
             self._rope[cos.device] = held
         return held[1], held[2]
 
+    def hold_rope(self, cos: Tensor, signed_sin: Tensor) -> None:
+        """Have `rope()` give these tables, both `[B, S, rotary dims]` of the T tokens, for this cos."""
+        self._rope[cos.device] = (cos, cos.view(self.tokens, -1), signed_sin.view(self.tokens, -1))
+
     def places(self, rotation: RotaryFrequencies, device: torch.device) -> tuple[Tensor, Tensor]:
         """`rotation.places` of the new tokens `[T]`, made once for all layers; positions are places in the cache."""
         held = self._rope.get(device)

@@ -23,6 +23,16 @@ def signed_sin(sin: Tensor) -> Tensor:
     return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
 
+def tables(
+    frequencies: Tensor, position_ids: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """cos, sin and `signed_sin` of positions `[B, S]`, `[B, S, rotary dims]` each; see `rope_tables.rope_tables`."""
+    angles = position_ids[..., None].float() * frequencies.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    return cos, sin, signed_sin(sin)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on `x: [T, heads, D]` with `cos`, and `sin` from `signed_sin`, both `[T, rotary dims]`."""
     dim = cos.shape[-1]

@@ -27,8 +27,8 @@ from hf_fastattn.patches.fused.experts import by_batched_mm, held_experts, runs_
 from hf_fastattn.patches.fused.halves import Halves, halves_of, run_in_halves
 from hf_fastattn.patches.fused.linear import add_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
+from hf_fastattn.patches.fused.positions import attention_positions
 from hf_fastattn.patches.fused.rehearse import rehearse
-from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import is_plain, layers_of, plain_shard, written_module
 from hf_fastattn.patches.modules.product_layers import runs_our_forward
@@ -66,9 +66,10 @@ def walk(
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
     leading, runtime = tuple(states.shape[:-1]), vars(decoder)[STATE].runtime
     products = make_products(leading, states.device)
-    positions = _positions(decoder, states, position_ids, place)
+    ours = not isinstance(products, PlainProducts)
+    positions = attention_positions(decoder, cache, states, position_ids, place, ours)
     make_halves = halves_of(decoder, products, cache, states, make_products)
-    if not isinstance(products, PlainProducts):
+    if ours:
 
         def rehearsed(layers: Iterable[Any], states: Tensor, positions: dict[str, Any]) -> None:
             if make_halves is not None and tuple(states.shape[:-1]) == leading:
@@ -96,7 +97,8 @@ def walk(
             place, (x, delta) = wanted, cache.go_on(wanted, x, delta)
             products = make_products(leading, x.device)
             if layers:
-                positions = _positions(decoder, x.view(*leading, -1), cache.positions_on(wanted, position_ids), wanted)
+                there = cache.positions_on(wanted, position_ids)
+                positions = attention_positions(decoder, cache, x.view(*leading, -1), there, wanted, ours)
                 attention_mask = _mask_on(x.device, attention_mask)
         # Each launch would look for its device and switch to it.
         with on_device_of(x):
@@ -120,18 +122,6 @@ def _by_place(decoder: Any, given: torch.device) -> Iterator[tuple[torch.device,
     wanted = place_of(written_module(decoder.norm), place)
     if wanted != place:
         yield wanted, []
-
-
-def _positions(decoder: Any, states: Tensor, position_ids: Tensor, place: torch.device) -> dict[str, Any]:
-    """What attention takes of the positions of `states: [B, S, hidden]`, for layers on the device `place`."""
-    state: ModuleState = vars(decoder)[STATE]
-    if state.runtime.variants.all_inside:
-        # Nobody reads them.
-        unread = states.new_empty(1, states.shape[1], 2)
-        return {"position_embeddings": (unread, unread), "position_ids": position_ids}
-    rotated = _on_three_axes(position_ids) if state.family.axes else position_ids
-    tables = state.runtime.rotary_copies.tables(decoder.rotary_emb, states, rotated, place)
-    return {"position_embeddings": tables, "position_ids": position_ids}
 
 
 def _mask_on(device: torch.device, mask: Any) -> Any:
@@ -172,12 +162,6 @@ def _embedded(module: Any, input_ids: Tensor | None) -> Any:
     if part is None or part.kind != VOCABULARY or input_ids is None:
         return module(input_ids)
     return embedding(input_ids, part.weight, part.size, part.group)
-
-
-def _on_three_axes(position_ids: Tensor) -> Tensor:
-    """Those that RoPE takes, `[3, B, S]`."""
-    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
-    return axes[1:] if len(axes) == 4 else axes.expand(3, -1, -1)
 
 
 def _attention(

@@ -20,6 +20,7 @@ from hf_fastattn.graphs.drawn_offset import unmoved_offset
 from hf_fastattn.graphs.module_checks import submodules, why_not_module
 from hf_fastattn.kernels.launch import power_of_2
 from hf_fastattn.pages.shared_runs import Run
+from hf_fastattn.patches.fused.positions import attention_positions
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
 from hf_fastattn.patches.modules.plain_modules import layers_of
@@ -114,11 +115,9 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     )
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
-    rotary = vars(decoder)[STATE].runtime.rotary_copies
-    embeddings = rotary.tables(decoder.rotary_emb, tokens, position_ids, device)
     shared = None if copies is None else _shared(cache, copies, device)
     with cache.using(Batch.static(tensors, rows, options, shared, is_short(rows, cache.room))):
-        walk(layers, tokens, {"position_embeddings": embeddings, "position_ids": position_ids})
+        walk(layers, tokens, attention_positions(decoder, cache, tokens, position_ids, device, True))
 
 
 def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:

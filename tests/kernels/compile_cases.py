@@ -20,6 +20,7 @@ from tests.kernels.compile_launches import (
     adapted,
     add_norm,
     advanced,
+    angles,
     append,
     at_once,
     chosen,
@@ -126,6 +127,8 @@ CASES = {
     "append, one token": Case(lambda: append(32, 8, 128), ("rope_append_kernel",), programs=8),
     "append, qk-norm": Case(lambda: append(32, 8, 128, tokens=512, norm=True), ("rope_append_kernel",), programs=4),
     "append, partial rotary": Case(lambda: append(4, 4, 80, rotary=32, norm=True), ("rope_append_kernel",), programs=8),
+    "rope tables": Case(lambda: angles(64), ("rope_tables_kernel",), programs=8),
+    "rope tables, 40 pairs, fp32": Case(lambda: angles(40, FP32), ("rope_tables_kernel",), programs=8),
     "decode": Case(lambda: decode(4, 128), ("split_kv_kernel",), programs=2),
     "decode of 16 tokens, fp32": Case(
         lambda: decode(4, 128, FP32, tokens=16), ("split_kv_kernel",), programs=1, exact=True, spilled=64

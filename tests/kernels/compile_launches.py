@@ -14,6 +14,7 @@ from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
 from hf_fastattn.kernels.attention.paged import visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill
+from hf_fastattn.kernels.attention.rope_tables import rope_tables
 from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.attention.short_row import short_row
 from hf_fastattn.kernels.attention.widened_pages import widened_pages
@@ -115,6 +116,10 @@ def short(
         q, k, k, cos, cos, *pages(groups, dim, 16, dtype), lengths, page_table, lengths, scale=1.0, window=window,
         workspace=workspace, keys_settled=True, q_norm=weight, k_norm=weight, tile=tile,
     )  # fmt: skip
+
+
+def angles(half: int, dtype: torch.dtype = BF16) -> object:
+    return rope_tables(torch.ones(half), torch.zeros(1, 1, dtype=torch.int64), 1.0, dtype)
 
 
 def shared_prefix(

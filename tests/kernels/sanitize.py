@@ -26,6 +26,7 @@ from tests.kernels.attention import (
     test_hopper,
     test_merge,
     test_prefill,
+    test_rope_tables,
     test_shared_prefix,
     test_short_row,
     test_work_list,
@@ -69,6 +70,10 @@ def short_row() -> None:
         options = {"page": 16, "dim": 80, "ratio": 3, "rotary": 32, "dtype": BF16, "device": "cuda"}
         test_short_row.check(past, norm=True, **options)
         test_short_row.check(past, window=40, **options)
+
+
+def rope_tables() -> None:
+    test_rope_tables.check(3, 40, BF16, last=1_000_000, device="cuda")
 
 
 def batch_invariant() -> None:
@@ -143,8 +148,8 @@ def linear() -> None:
 
 
 RUNS = (
-    decode, decode_row, short_row, batch_invariant, prefill, gluon, shared_prefix, append, products, between, linear,
-    sampling, advance,
+    decode, decode_row, short_row, rope_tables, batch_invariant, prefill, gluon, shared_prefix, append, products, between,
+    linear, sampling, advance,
 )  # fmt: skip
 
 

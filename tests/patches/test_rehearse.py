@@ -15,6 +15,7 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.call import Call
+from hf_fastattn.kernels.attention import rope_reference
 from hf_fastattn.pages.page_storage import PageStorage
 from hf_fastattn.patches.fused.rehearse import rehearse
 from tests.tools.models import tiny
@@ -27,6 +28,7 @@ def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_fastattn.kernels.rehearsal.DEVICES", ("cpu",))
     monkeypatch.setattr("hf_fastattn.kernels.rehearsal.can_rehearse", lambda: True)
     monkeypatch.setattr("hf_fastattn.kernels.rehearsal.rehearsal", contextlib.nullcontext)
+    monkeypatch.setattr("hf_fastattn.kernels.attention.rope_tables.rope_tables", rope_reference.tables)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fastattn.kernels.attention import rope_reference, rope_tables
 from hf_fastattn.kernels.experts import reference as experts
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.layer import reference
@@ -33,6 +34,7 @@ def fused_in_torch() -> Iterator[None]:
                 patch.setattr(mixture, name, operation)
         patch.setattr(products.quantised, "matvec", _quantised_matvec)
         patch.setattr(products.quantised, "gate_up_silu", lambda x, gate, up, **_: quantised.gate_up_silu(x, gate, up))
+        patch.setattr(rope_tables, "rope_tables", rope_reference.tables)
         patch.setattr(mixture, "route", _route)
         patch.setattr(mixture, "mixture", _mixture)
         yield
