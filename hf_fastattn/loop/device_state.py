@@ -42,6 +42,11 @@ def bucket_of(rows: int) -> int:
     return next((bucket for bucket in BUCKETS if bucket >= rows), -(-rows // last) * last)
 
 
+def columns_for(columns: int) -> int:
+    """Columns of the page tables that steps read, if no row has more pages than `columns`."""
+    return max(power_of_2(columns), MIN_COLUMNS)
+
+
 class DeviceState:
     """Static tensors for up to `rows` rows; a bucket's step works on the first rows of each.
 
@@ -64,7 +69,7 @@ class DeviceState:
         elsewhere: Sequence[torch.device] = (),
     ) -> None:
         self.device, self.windows, self.vocabulary = device, tuple(windows), vocabulary
-        self.rows, self.columns = max(power_of_2(rows), MIN_ROWS), max(power_of_2(columns), MIN_COLUMNS)
+        self.rows, self.columns = max(power_of_2(rows), MIN_ROWS), columns_for(columns)
         rows = self.rows
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

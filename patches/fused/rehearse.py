@@ -98,14 +98,15 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     """
     from hf_fastattn.kernels.attention.configs import is_short
     from hf_fastattn.kernels.attention.workspace import Workspace
-    from hf_fastattn.loop.device_state import bucket_of
+    from hf_fastattn.loop.device_state import bucket_of, columns_for
 
     device, rows = states.device, bucket_of(len(copies or cache.lengths))
 
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
-    columns = -(-cache.room // cache.groups.page_size)
+    # Tiles depend on how many keys a row can have.
+    columns = columns_for(-(-cache.room // cache.groups.page_size))
     tensors = BatchTensors(
         slots={window: numbers(rows) for window in cache.tables},
         page_tables={window: numbers(rows, columns) for window in cache.tables},

@@ -63,8 +63,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
         yield found
 
 
-def generate(family: str = "llama", repeats: int = 1, **options: Any) -> Any:
-    model = hf_fastattn.patch(tiny(family).bfloat16().eval(), cuda_graphs=True, backend="triton")
+def generate(family: str = "llama", repeats: int = 1, variant: hf_fastattn.Variant | None = None, **options: Any) -> Any:
+    model = hf_fastattn.patch(tiny(family).bfloat16().eval(), cuda_graphs=True, backend="triton", variant=variant)
     ids = torch.randint(3, 100, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0)).repeat_interleave(repeats, 0)
     common: dict[str, Any] = {"max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": None}
     model.generate(ids, attention_mask=torch.ones_like(ids), **{**common, **options})
@@ -93,6 +93,12 @@ def test_samples_of_prompts(compiled: Compiled) -> None:
 def test_a_penalty(compiled: Compiled) -> None:
     generate(repetition_penalty=1.2, min_new_tokens=2, eos_token_id=7)
     assert_at_once(compiled, "greedy_chunk_kernel")
+
+
+def test_a_mask(compiled: Compiled) -> None:
+    """The tiles that it shows are listed for steps whose page tables are as wide as the loop's."""
+    generate(variant=hf_fastattn.Variant(mask_mod=lambda b, h, q_idx, kv_idx: (q_idx - kv_idx < 64) | (kv_idx < 4)))
+    assert_at_once(compiled, "visited_kernel", "split_kv_kernel")
 
 
 def test_without_what_is_rehearsed_besides(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
