@@ -25,6 +25,8 @@ from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
 # Fewest keys of a part of a suffix.
 PART_KEYS = tl.constexpr(128)
+# Bits of an empty state's maximum and sum, -inf and 0.
+EMPTY = tl.constexpr(0xFF800000)
 # Fp32 elements of partial states that a thread has in flight, and the most of these states.
 MERGE_ELEMENTS, MOST_MERGED = 64, 16
 
@@ -81,30 +83,36 @@ def suffix_kernel(
         ok_r = r < RATIO  # [BLOCK_R]
         row_max, row_sum, acc = first_rows(row_max, row_sum, acc, BLOCK_R)
         ends = True
+        own = suffix_base + pair * (most_parts * BLOCK_R)
         if parts > 1:
-            first = suffix_base + pair * (most_parts * BLOCK_R)
-            store_state(partial_ptr, partial_sum_ptr, first + part * BLOCK_R + r, ok_r, row_max, row_sum, acc)
+            store_state(partial_ptr, partial_sum_ptr, own + part * BLOCK_R + r, ok_r, row_max, row_sum, acc)
             # Every thread has stored its share of the part before one of them counts it.
             tl.debug_barrier()
             ends = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu") == parts - 1
             if ends:
                 tl.store(arrived_ptr + pair, 0)
                 row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
-                row_max, row_sum, acc = with_parts(
-                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, r, ok_r, BLOCK_R, False, MERGE_PARTS
-                )
         if ends:
-            if OVERLAP:
-                gdc_wait()
-            for level in tl.static_range(LEVELS):
-                place_ptr = places_ptr + pair * PLACE + level * 2
-                has_prefix = (shares >> level) % 2 > 0
-                first = tl.load(place_ptr, mask=has_prefix, other=0, cache_modifier=".cg")
-                prefix_parts = tl.load(place_ptr + 1, mask=has_prefix, other=0, cache_modifier=".cg")
-                row_max, row_sum, acc = with_parts(
-                    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, prefix_parts, r, ok_r, BLOCK_M, True,
-                    MERGE_PARTS,
-                )  # fmt: skip
+            # The parts of the suffix, then those of each level, in one loop: the unrolled one in it is compiled once.
+            for level in range(tl.where(parts > 1, -1, 0), LEVELS):
+                first = own
+                count = parts
+                stride = BLOCK_R
+                skipped = 0
+                if level >= 0:
+                    if OVERLAP:
+                        gdc_wait()
+                    place_ptr = places_ptr + pair * PLACE + level * 2
+                    has_prefix = (shares >> level) % 2 > 0
+                    first = tl.load(place_ptr, mask=has_prefix, other=0, cache_modifier=".cg")
+                    count = tl.load(place_ptr + 1, mask=has_prefix, other=0, cache_modifier=".cg")
+                    # A split prefix starts in the second block of its first program, and goes on in the first of the others.
+                    stride = 2 * BLOCK_M
+                    skipped = BLOCK_M
+                merged_max, merged_sum, merged = merged_states(
+                    partial_ptr, partial_sum_ptr, first, count, stride, skipped, r, ok_r, BLOCK_D, MERGE_PARTS
+                )
+                row_max, row_sum, acc = merge_step(merged_max, merged_sum, merged, row_max, row_sum, acc)
             h_r = head * RATIO + tl.minimum(r, RATIO - 1)
             q_idx_r = tl.zeros_like(r) + length - 1
             out, lse = attention_end(row_max, row_sum, acc, h_r, q_idx_r, tensors, HOOKS)
@@ -124,28 +132,31 @@ def first_rows(row_max, row_sum, acc, ROWS: tl.constexpr):
 
 
 @triton.jit
-def with_parts(
-    row_max, row_sum, acc, partial_ptr, partial_sum_ptr, first, parts, r, ok_r,
-    STRIDE: tl.constexpr, IN_PAIRS: tl.constexpr, MERGE_PARTS: tl.constexpr,
-):  # fmt: skip
-    """A state merged with `parts` more, in order, of which the first begins in row `first` of the partial states."""
-    d = tl.arange(0, acc.shape[1])
+def merged_states(
+    partial_ptr, partial_sum_ptr, first, parts, stride, skipped, r, ok_r, BLOCK_D: tl.constexpr, MERGE_PARTS: tl.constexpr
+):
+    """`parts` partial states, merged in order; number i lies in the rows `first + max(i * stride - skipped, 0) + r`."""
+    # From an empty state, not from the one that the matrix unit left, whose layout would be kept: every step would exchange
+    # maxima and sums through shared memory.
+    row_max, row_sum, acc = empty_state(r.shape[0], BLOCK_D)
+    off_part = r[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_R, BLOCK_D]
     for number in range(0, parts, MERGE_PARTS):
         # Unrolled, and without a reduction over threads: the loads of MERGE_PARTS parts are in flight together.
         for u in tl.static_range(MERGE_PARTS):
             i = number + u
+            at = first + tl.maximum(i * stride - skipped, 0)
             ok = ok_r & (i < parts)
-            if IN_PAIRS:
-                # A split prefix starts in the second block of its first program, and goes on in the first of the others.
-                at = first + tl.maximum(2 * i - 1, 0) * STRIDE + r  # [BLOCK_R]
-            else:
-                at = first + i * STRIDE + r
-            part_max = tl.load(partial_sum_ptr + at * 2, mask=ok, other=float("-inf"), cache_modifier=".cg")
-            part_sum = tl.load(partial_sum_ptr + at * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
-            off_part = at[:, None] * acc.shape[1] + d[None, :]  # [BLOCK_R, BLOCK_D]
-            part_acc = tl.load(partial_ptr + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
+            part_max, part_sum = load_sums(partial_sum_ptr + at * 2, r, ok)
+            part_acc = tl.load(partial_ptr + at * BLOCK_D + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
             row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
     return row_max, row_sum, acc
+
+
+@triton.jit
+def load_sums(ptr, r, ok):
+    """Maximum and sum of the states `r: [BLOCK_R]`, in one load; those of an empty state if not `ok`."""
+    pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + r, mask=ok, other=EMPTY, cache_modifier=".cg")
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 def suffixes_with_prefixes(
