@@ -223,10 +223,11 @@ def _page_too_long(model: Any, count: Callable[[], None]) -> list[Any]:
         lens, starts = made.shared.prefix_lens, made.shared.group_starts[0]
         lengths = made.on(self.tokens.device).seq_lens
         # The first group that shares anything: rows between groups are in groups of no prefix.
-        first = (lens[0] > 0).int().argmax()
+        first = (lens[0] > 0).int().argmax().view(1)
+        begin, end = starts.gather(0, first), starts.gather(0, first + 1)
         order = torch.arange(len(lengths), device=lengths.device)
-        inside = (order >= starts[first]) & (order < starts[first + 1]) & (lengths > 0)
-        long = torch.where(inside, lengths, lengths.amax()).amin() > lens[0, first] + size
+        inside = (order >= begin) & (order < end) & (lengths > 0)
+        long = torch.where(inside, lengths, lengths.amax()).amin() > lens[0].gather(0, first) + size
         changed = lens.clone()
         changed[0] += torch.where((torch.arange(lens.shape[1], device=lens.device) == first) & long & (lens[0] > 0), size, 0)
         return replace(made, shared=replace(made.shared, prefix_lens=changed))
