@@ -58,13 +58,21 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
         return
 
     def run() -> None:
-        # What takes longest is begun first: a prompt's attention, and drawing.
+        copies = None if call is None else call.copies
+        # What takes longest is begun first: attention, of steps too where rows share prefixes, and drawing.
         _attention(cache, layers, states)
+        if steps and copies is not None:
+            batch, tokens, _ = _step(cache, states, copies)
+            if batch.shared is not None:
+                with cache.using(batch):
+                    _attention(cache, layers, tokens)
         if call is not None and call.rehearses_too is not None:
             call.rehearses_too()
         walk(layers, states, positions)
         if steps:
-            _step(decoder, cache, layers, states, walk, None if call is None else call.copies)
+            batch, tokens, position_ids = _step(cache, states, copies)
+            with cache.using(batch):
+                walk(layers, tokens, attention_positions(decoder, cache, tokens, position_ids, device, True))
 
     with unmoved_offset(device):
         compile_ahead(device, run)
@@ -92,8 +100,8 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
         batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
-def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:
-    """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing.
+def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[Batch, Tensor, Tensor]:
+    """A batch as of a step of the device's loop, its hidden states and positions; the tensors hold nothing.
 
     `copies`: which of the prompt's rows each row goes on from, if that is not its own.
     """
@@ -116,8 +124,7 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
     shared = None if copies is None else _shared(cache, copies, device)
-    with cache.using(Batch.static(tensors, rows, options, shared, is_short(rows, cache.room))):
-        walk(layers, tokens, attention_positions(decoder, cache, tokens, position_ids, device, True))
+    return Batch.static(tensors, rows, options, shared, is_short(rows, cache.room)), tokens, position_ids
 
 
 def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:

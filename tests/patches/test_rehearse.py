@@ -92,7 +92,13 @@ def test_steps_are_those_of_the_rows_that_go_on(decoder: Any, monkeypatch: pytes
         seen.append(given[3])
         return begun(*given)
 
+    attended: list[tuple[int, int]] = []
+
+    def attend(self: Batch, q: torch.Tensor, *given: Any, **named: Any) -> None:
+        attended.append((len(q), 0 if self.shared is None else self.shared.max_group_rows))
+
     monkeypatch.setattr(Batch, "static", static)
+    monkeypatch.setattr(Batch, "attend", attend)
     # The layers before the step have made them.
     monkeypatch.setattr(PageStorage, "any_pages", lambda self: torch.zeros(1, size, 1, 16))
     size = decoder._fastattn.runtime.config.page_size
@@ -100,13 +106,17 @@ def test_steps_are_those_of_the_rows_that_go_on(decoder: Any, monkeypatch: pytes
     for copies, pays, groups in ((samples, True, 8), (samples, False, 0), ([0, 1], True, 0), (None, True, 0)):
         monkeypatch.setattr("hf_fastattn.cache.prefix_groups.WORTH_BYTES", 1 if pays else 2**60)
         seen.clear()
+        attended.clear()
         decoder._fastattn.runtime.rehearsed.clear()
         within(decoder, Call(copies=copies), monkeypatch)
         with forward(decoder, 2, size + 3, size + 9) as cache:
             found = walks(decoder, cache, size + 3)
         rows = 16 if copies is samples else 2
         assert [walk[1] for walk in found] == [(2, size + 3), (rows, 1)], (copies, pays)
-        assert [0 if shared is None else shared.max_group_rows for shared in seen] == [groups], (copies, pays)
+        found_groups = {0 if shared is None else shared.max_group_rows for shared in seen}
+        assert found_groups == {groups}, (copies, pays)
+        # Before the layers, as it takes longest to compile.
+        assert attended == [(2 * (size + 3), 0), *([(rows, groups)] if groups else [])], (copies, pays)
 
 
 def test_the_choice_is_rehearsed_with_the_prompt(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
