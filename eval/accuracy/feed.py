@@ -80,12 +80,16 @@ class CallLog:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._calls = [hf_fastattn.report(model).last_call]
+        self._steps: set[tuple[int, int]] = set()
 
     def look(self) -> None:
-        """Note the counters in force; to be called after each `generate()`."""
+        """Note the counters in force and the steps that are recorded; to be called after each `generate()`."""
         call = hf_fastattn.report(self.model).last_call
         if all(call is not known for known in self._calls):
             self._calls.append(call)
+        # They are dropped where a later call has more rows whose states they would have to read.
+        recorded = find_model(self.model)._fastattn.runtime.loop_graphs.recorded
+        self._steps.update((key.rows, key.sharers) for key in recorded)
 
     def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Pass pieces on, and look after each."""
@@ -99,6 +103,7 @@ class CallLog:
         `steps` are the recorded ones, as rows and the greatest number of them that read a prefix once; `shares` is whether
         any may, `keeps` whether pages of prompts stay for later ones.
         """
+        self.look()
         calls = [call for call in self._calls if call]
         found: dict[str, Any] = {name: sum(getattr(call, name) for call in calls) for name in COUNTED}
         for name in BY_REASON:
@@ -107,10 +112,9 @@ class CallLog:
                 reasons.update(getattr(call, name))
             found[name] = dict(reasons)
         report, runtime = hf_fastattn.report(self.model), find_model(self.model)._fastattn.runtime
-        steps = sorted({(key.rows, key.sharers) for key in runtime.loop_graphs.recorded})
         # Layers with windows, and rows that must not depend on each other, read prefixes for themselves.
         shares = not runtime.config.batch_invariant and any(group.window is None for group in runtime.groups)
-        held = {"backend": report.backend, "steps": [list(step) for step in steps]}
+        held = {"backend": report.backend, "steps": [list(step) for step in sorted(self._steps)]}
         return {**found, **held, "shares": shares, "keeps": runtime.config.prefix_cache}
 
 
