@@ -168,7 +168,7 @@ class Engine:
         used = int(batch.rows.slots[-1]) + 1
         pending = sum(len(request.prompt) - request.done for request in batch.prompts)
         found: tuple[int, int] | None = None
-        if self._patient and steps.takes_in(used):
+        if self._patient:
             found = steps.mixed_size(used, pending, True)
             found = found if found is not None and may_wait(batch, found[1]) else None
         return steps.mixed_size(used, pending) if found is None and not burst else found
@@ -239,7 +239,7 @@ class Engine:
         self._write()
         self._steps.record(rows)
         if mixed:
-            self._steps.record_mixed(rows)
+            self._steps.record_mixed()
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 

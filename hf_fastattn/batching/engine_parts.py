@@ -68,7 +68,7 @@ class EngineParts:
         pages.expect(self._expected(pages, hints, columns))
         return Engine(
             model, pages, self.slots, lambda vocabulary: self._steps(columns, vocabulary), deliver, self._choice,
-            min(asked, MOST_TOKENS), self._mixes and _requests(hints) > 0,
+            min(asked, MOST_TOKENS), self._waits(_requests(hints)),
         )  # fmt: skip
 
     def _expected(self, pages: SlotPages, hints: Any, columns: int) -> int:
@@ -83,6 +83,15 @@ class EngineParts:
     def _mixes(self) -> bool:
         """Whether steps are to take in pieces of prompts."""
         return self._runtime.config.mixed_steps
+
+    def _waits(self, requests: int) -> bool:
+        """Whether the requests of a group wait for the one that may get most tokens, as all of them run beside prompts."""
+        if not requests or not self._mixes or self._why_not_recorded() is not None:
+            return False
+        # Not before: it imports Triton.
+        from hf_fastattn.batching.mixed_steps import most_rows
+
+        return requests <= most_rows()
 
     def _steps(self, columns: int, vocabulary: int) -> Any:
         assert self._graphs is not None and self._pages is not None

@@ -17,12 +17,22 @@ from hf_fastattn.loop.piece_inputs import MOST_PIECES, Pieces
 from hf_fastattn.loop.token_choice import choose_first
 from hf_fastattn.patches.fused.forward import fused_forward, step_logits
 
-# Tokens of a forward are a multiple of this: up to 128 a step of an H200 takes hardly longer than for one.
+# Tokens of a forward, in steps with few of them: with up to 128 a step of an H200 takes hardly longer than with one.
 UNIT = 128
 # Pieces grow by UNIT where prompts have more tokens than so many pieces of the smaller size.
 MANY = 4
 # A step with pieces is recorded where so many pieces of its prompts have been computed apart, or are to come.
 WORTH_RECORDING = 24
+
+
+def most_rows() -> int:
+    """Beside more rows a piece takes as long as apart: products of all tokens are no longer bound by reading weights."""
+    return UNIT // 2
+
+
+def _sizes() -> list[tuple[int, int]]:
+    """Rows of steps, and tokens of prompts in them, the smaller one first."""
+    return [(UNIT // 2, UNIT // 2), (UNIT // 2, UNIT // 2 + UNIT)]
 
 
 class MixedSteps(DeviceSteps):
@@ -34,24 +44,13 @@ class MixedSteps(DeviceSteps):
         super().__init__(*args)
         self._apart: Counter[GraphKey] = Counter()
 
-    def takes_in(self, used: int) -> bool:
-        """Whether a step of the first `used` slots takes in a piece in hardly more time than without."""
-        return 2 * used <= UNIT
-
-    def record_mixed(self, rows: int) -> None:
-        """Record the steps of `rows` slots with pieces of prompts, none of which takes part in any."""
+    def record_mixed(self) -> None:
+        """Record the steps with pieces of prompts; nobody takes part in any."""
         windows = [np.full(1, -1, np.int64)] * len(self._pages.cache.tables)
         params = np.array([self._choice.params.values()])
         nothing = Pieces([0], [0], [np.zeros(1, np.int64)], windows, [0], params)
-        for size in self._sizes(rows):
+        for size in _sizes():
             self.launch_mixed(size, nothing)
-
-    @staticmethod
-    def _sizes(used: int) -> list[tuple[int, int]]:
-        """Of steps of the first `used` slots, rows and tokens of prompts, the smaller one first."""
-        rows = UNIT // 2 if 2 * used <= UNIT else -(-used // UNIT) * UNIT
-        small = UNIT // 2 if 2 * used <= UNIT else UNIT
-        return [(rows, small), (rows, small + UNIT)]
 
     def mixed_size(self, used: int, pending: int, patient: bool = False) -> tuple[int, int] | None:
         """Rows of a step for the first `used` slots, and tokens of prompts in it; None if these are to be computed apart.
@@ -60,7 +59,9 @@ class MixedSteps(DeviceSteps):
             pending: tokens that prompts have to compute yet.
             patient: they are not waited for, and pieces small.
         """
-        sizes = self._sizes(used)
+        if used > most_rows():
+            return None
+        sizes = _sizes()
         if patient:
             sizes.pop()
         elif pending > MANY * sizes[0][1]:

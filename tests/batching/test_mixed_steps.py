@@ -25,7 +25,7 @@ def mixing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     if request.param == "steps":
         request.getfixturevalue("on_the_cpu")
-    monkeypatch.setattr(mixed_steps, "UNIT", 16)
+    monkeypatch.setattr(mixed_steps, "UNIT", 32)
     monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 0)
     monkeypatch.setattr(engine_module, "PIECE", 8)
     monkeypatch.setattr(running_batch, "AHEAD", 6)
@@ -47,7 +47,7 @@ def _beside_rows(driven: Driven, given: list[list[int]], later: list[list[int]],
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_beside_rows(family: str, mixing: str) -> None:
-    twins, given, later = Twins(family, mixing, page_size=PAGE, mixed_steps=True), prompts(3, 13, 20), prompts(9, 5, 60)
+    twins, given, later = Twins(family, mixing, page_size=PAGE), prompts(3, 13, 20), prompts(9, 5, 60)
     driven = Driven(twins)
     _beside_rows(driven, given, later, 80)
     for place, prompt in enumerate(given):
@@ -61,14 +61,14 @@ def test_prompts_beside_rows(family: str, mixing: str) -> None:
     assert counters.prompt_tokens + counters.tokens_reused == sum(map(len, [*given, *later]))
 
 
-def test_more_rows_than_slots_of_a_unit(mixing: str) -> None:
-    """Steps of more than one unit of rows, and prompts that end one after the other in one step."""
-    twins, given, later = Twins("llama", mixing, mixed_steps=True), prompts(18, 3, 12), prompts(12, 4, 6)
+def test_beside_many_rows_prompts_are_computed_apart(mixing: str) -> None:
+    """Steps take in pieces once few rows go on."""
+    twins, given, later = Twins("llama", mixing), prompts(18, 3, 12), prompts(12, 4, 6)
     driven = Driven(twins)
-    _beside_rows(driven, given, later, 40)
-    assert [driven.tokens(str(place)) for place in range(18)] == [twins.alone(prompt, 40) for prompt in given]
+    _beside_rows(driven, given, later, 60)
+    assert [driven.tokens(str(place)) for place in range(18)] == [twins.alone(prompt, 60) for prompt in given]
     assert [driven.tokens(f"later {place}") for place in range(12)] == [twins.alone(prompt, 5) for prompt in later]
-    assert driven.release().prompt_pieces_mixed >= 12
+    assert driven.release().prompt_pieces_mixed == 0
 
 
 def test_fewer_slots_than_rows_of_a_step(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_fewer_slots_than_rows_of_a_step(mixing: str, monkeypatch: pytest.Monkey
     from hf_fastattn.batching import mixed_steps
 
     monkeypatch.setattr(mixed_steps, "UNIT", 128)
-    twins, given = Twins("llama", mixing, mixed_steps=True), prompts(6, 3, 20)
+    twins, given = Twins("llama", mixing), prompts(6, 3, 20)
     driven = Driven(twins, max_requests_per_batch=2)
     for place, prompt in enumerate(given):
         driven.add(str(place), prompt, 3 + 9 * (place % 2))
@@ -88,7 +88,7 @@ def test_fewer_slots_than_rows_of_a_step(mixing: str, monkeypatch: pytest.Monkey
 
 def test_page_pressure(mixing: str) -> None:
     """Who makes way for older ones starts over in such steps too."""
-    twins, given = Twins("llama", mixing, page_size=PAGE, mixed_steps=True), prompts(8, 3, 20)
+    twins, given = Twins("llama", mixing, page_size=PAGE), prompts(8, 3, 20)
     driven = Driven(twins, 24 * PAGE)
     for place, prompt in enumerate(given):
         driven.add(str(place), prompt)
@@ -101,7 +101,7 @@ def test_page_pressure(mixing: str) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_random_arrivals_and_page_pressure(seed: int, mixing: str) -> None:
     rng = np.random.default_rng(seed)
-    twins, given = Twins(FAMILIES[seed % 3], mixing, page_size=PAGE, mixed_steps=True), prompts(12, seed % 3, 40)
+    twins, given = Twins(FAMILIES[seed % 3], mixing, page_size=PAGE), prompts(12, seed % 3, 40)
     needed = sum(len(prompt) + NEW for prompt in given)
     driven = Driven(twins, max(needed // 4, 18 * PAGE))
     cancelled, waiting = set(), list(enumerate(given))
@@ -125,9 +125,9 @@ def test_random_arrivals_and_page_pressure(seed: int, mixing: str) -> None:
 
 def test_logprobs_and_own_parameters(mixing: str) -> None:
     """Each request draws by its own parameters, its first token too: with top_k=1 there is one choice."""
-    known = Driven(Twins("llama", mixing, mixed_steps=True)).config.__dataclass_fields__
+    known = Driven(Twins("llama", mixing)).config.__dataclass_fields__
     options = {name: True for name in ("return_logprobs", "per_request_processors") if name in known}
-    twins, given, later = Twins("llama", mixing, mixed_steps=True), prompts(3, 13, 20), prompts(6, 5, 30)
+    twins, given, later = Twins("llama", mixing), prompts(3, 13, 20), prompts(6, 5, 30)
     driven = Driven(twins, generation=GenerationConfig(do_sample=True, temperature=1.0, top_k=1), **options)
     _beside_rows(driven, given, later, 60)
     for place, prompt in enumerate(later):
@@ -148,7 +148,7 @@ def test_recorded_where_it_pays(mixing: str, monkeypatch: pytest.MonkeyPatch) ->
     from hf_fastattn.batching import mixed_steps
 
     monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 8)
-    twins, given, later = Twins("llama", mixing, mixed_steps=True), prompts(3, 13, 20), prompts(16, 5, 8)
+    twins, given, later = Twins("llama", mixing), prompts(3, 13, 20), prompts(16, 5, 8)
     driven = Driven(twins)
     _beside_rows(driven, given, later, 80)
     for place, prompt in enumerate(later):
@@ -176,7 +176,7 @@ def _group(twins: Twins, given: list[list[int]], limits: list[int], **options: A
 def test_who_gets_most_tokens_begins(mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are computed beside rows where no request ends later for it than the last one."""
     monkeypatch.setattr(engine_module, "BURST", 4)
-    twins, given = Twins("llama", mixing, page_size=PAGE, mixed_steps=True), prompts(5, 13, 20)
+    twins, given = Twins("llama", mixing, page_size=PAGE), prompts(5, 13, 20)
     limits = [3, 2, 40, 5, 90]
     driven = _group(twins, given, limits)
     counters = driven.release()
@@ -188,24 +188,34 @@ def test_who_gets_most_tokens_begins(mixing: str, monkeypatch: pytest.MonkeyPatc
 def test_nobody_waits_for_nothing(case: str, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where waiting would cost time, or somebody looks on, all prompts are computed first."""
     monkeypatch.setattr(engine_module, "BURST", 4)
-    twins, given = Twins("llama", mixing, page_size=PAGE, mixed_steps=True), prompts(5, 13, 20)
+    twins, given = Twins("llama", mixing, page_size=PAGE), prompts(5, 13, 20)
     streamed = case == "streamed"
     driven = _group(twins, given, [3, 90, 2, 40, 5] if streamed else [24] * 5, streaming=streamed)
     assert driven.release().prompt_pieces_mixed == 0
+
+
+@pytest.mark.parametrize(("requests", "waits"), [(16, True), (17, False), (None, False)])
+def test_many_requests_do_not_wait(requests: int | None, waits: bool, mixing: str) -> None:
+    """Beside many rows pieces cost as much as apart, and who gets most tokens need not begin."""
+    hints = None if requests is None else WorkloadHints(64, 100, requests)
+    for options, expected in (({}, waits), ({"mixed_steps": False}, False)):
+        driven = Driven(Twins("llama", mixing, **options), hints=hints)
+        assert driven.engine._patient == expected
+        driven.release()
 
 
 def test_warm_up_records_them(mixing: str) -> None:
     """Those of both sizes, but where all requests are there before any row decodes."""
     captured = []
     for hints in (WorkloadHints(64, 100, engine_parts.LIKELY_ROWS), None):
-        twins = Twins("llama", mixing, mixed_steps=True)
+        twins = Twins("llama", mixing)
         Driven(twins).parts.warm_up(hints)
         captured.append(twins.report.last_call.graphs_captured)
     assert captured[1] == captured[0] + 2
 
 
-def test_by_default_prompts_are_computed_apart(mixing: str) -> None:
-    twins, given, later = Twins("llama", mixing), prompts(3, 13, 20), prompts(5, 5, 30)
+def test_without_them_prompts_are_computed_apart(mixing: str) -> None:
+    twins, given, later = Twins("llama", mixing, mixed_steps=False), prompts(3, 13, 20), prompts(5, 5, 30)
     driven = Driven(twins)
     _beside_rows(driven, given, later, 60)
     assert [driven.tokens(f"later {place}") for place in range(5)] == [twins.alone(prompt, 5) for prompt in later]
