@@ -47,7 +47,7 @@ def test_options_and_defaults() -> None:
         "batch_invariant": False, "cuda_graphs": True, "sampling": "fast",
         "keep_in_training": False, "autocast_copies": True, "prefix_cache": False, "weights": "check",
         "streaming": None,
-        "kv_dtype": None, "kv_wide_window": 1024, "mixed_steps": False,
+        "kv_dtype": None, "kv_wide_window": 1024, "mixed_steps": True,
     }  # fmt: skip
 
 
