@@ -97,7 +97,7 @@ def _part_sums(words, x, x_second, scales, table, KIND: tl.constexpr, dtype: tl.
 
 
 @triton.jit
-def _row_sums(sums, WARPS: tl.constexpr):
+def _held_sums(sums, WARPS: tl.constexpr):
     """`[8, 2]`: the sums of all columns of rows g and g + 8."""
     joined = tl.reshape(tl.join(sums[0], sums[1]), (WARPS, 8, 4, 2))
     return tl.sum(tl.sum(joined, 2), 0)
@@ -155,9 +155,9 @@ def codes_held_kernel(
         if GATED:
             sums_u = _part_sums(words_u, x, x_second, magnitudes_of(weight_u, absmax_u, NESTED), table, KIND, dtype)
             words_u, absmax_u = _read_part(weight_u, low, high, lane, warp, K, BLOCK, NESTED)
-        y = _row_sums(sums, WARPS) / FACTOR
+        y = _held_sums(sums, WARPS) / FACTOR
         if GATED:
-            y = silu_gate(y, _row_sums(sums_u, WARPS) / FACTOR)
+            y = silu_gate(y, _held_sums(sums_u, WARPS) / FACTOR)
         b_ptr = b0_ptr
         if b0_ptr is not None:
             b_ptr = pick(this_which, b0_ptr, b1_ptr, b2_ptr, WEIGHTS)
