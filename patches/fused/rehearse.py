@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
@@ -64,7 +64,7 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
             call.rehearses_too()
         walk(layers, states, positions)
         if steps:
-            _step(decoder, cache, layers, states, walk, None if call is None else call.copies)
+            _step(decoder, cache, layers, states, positions, walk, None if call is None else call.copies)
 
     with unmoved_offset(device):
         compile_ahead(device, run)
@@ -92,10 +92,20 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
         batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
-def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, walk: Walk, copies: list[int] | None) -> None:
+def _step(
+    decoder: Any,
+    cache: PagedCache,
+    layers: list[Any],
+    states: Tensor,
+    positions: dict[str, Any],
+    walk: Walk,
+    copies: list[int] | None,
+) -> None:
     """What a step of the device's loop launches, over tensors of the same types and sizes that hold nothing.
 
-    `copies`: which of the prompt's rows each row goes on from, if that is not its own.
+    Args:
+        states: of the prompt, as `positions` are.
+        copies: which of the prompt's rows each row goes on from, if that is not its own.
     """
     from hf_fastattn.kernels.attention.configs import is_short
     from hf_fastattn.kernels.attention.workspace import Workspace
@@ -117,7 +127,17 @@ def _step(decoder: Any, cache: PagedCache, layers: list[Any], states: Tensor, wa
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
     shared = None if copies is None else _shared(cache, copies, device)
     with cache.using(Batch.static(tensors, rows, options, shared, is_short(rows, cache.room))):
-        walk(layers, tokens, attention_positions(decoder, cache, tokens, position_ids, device, True))
+        if _may_be_called(decoder.rotary_emb, device):
+            positions = attention_positions(decoder, cache, tokens, position_ids, device, True)
+        else:
+            unread = positions["position_embeddings"][0].new_zeros(rows, 1, positions["position_embeddings"][0].shape[-1])
+            positions = {"position_embeddings": (unread, unread), "position_ids": position_ids}
+        walk(layers, tokens, positions)
+
+
+def _may_be_called(rotary: Any, device: torch.device) -> bool:
+    """Whether a rotary embedding is as it was after a call; those whose frequencies depend on the length are not."""
+    return isinstance(rotary, nn.Module) and why_not_module(rotary, device) is None
 
 
 def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:
