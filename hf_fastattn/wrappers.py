@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
@@ -38,7 +39,14 @@ def runs_class_forward(module: Any, device: torch.device) -> bool:
 def is_called_as_ever(module: Any) -> bool:
     """Whether calling the module comes to its forward, by way of `Module.compile()` or not."""
     call = vars(module).get("_compiled_call_impl")
-    return call is None or _is_own(module, compiled_from(call), "_call_impl")
+    return (call is None or _is_own(module, compiled_from(call), "_call_impl")) and calls_forward(type(module))
+
+
+def calls_forward(kind: Any) -> bool:
+    """Whether what runs when a module of the class is called is PyTorch's, or Transformers' around PyTorch's."""
+    # A patched class has one of its own, which calls that of the class before.
+    call = vars(kind).get("_fastattn_base", kind).__call__
+    return call is nn.Module._wrapped_call_impl or _is_librarys(call)
 
 
 def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
@@ -170,6 +178,11 @@ def _is_hooked_once(module: Any, forward: Any, device: torch.device) -> bool:
     arguments, names = forward.args, getattr(forward.func, "__globals__", {})
     own = held.__self__ is module and len(arguments) == 1 and arguments[0] is module and names.get("__name__") == HOOKS
     return own and moves_nothing(state.get("_hf_hook"), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_librarys(call: Any) -> bool:
+    return origin_of(call).startswith(("torch.", "transformers."))
 
 
 @functools.lru_cache(maxsize=64)

@@ -69,7 +69,7 @@ def _fingerprint(decoder: nn.Module, options: tuple[Any, ...]) -> Fingerprint:
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
         names_of_state = tuple(state)
-        parts += kind, kind.forward, names_of_state, state.get("training")
+        parts += kind, kind.forward, kind.__call__, names_of_state, state.get("training")
         if "forward" in state or state.get("_compiled_call_impl") is not None:
             parts += why_not_called(module, place), place
         for name in _own(names_of_state):

@@ -105,12 +105,13 @@ def test_a_change_in_a_list_is_seen() -> None:
     assert look(model) is not before
 
 
-def test_a_class_that_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_class_that_changes_is_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    before = look(model)
+    before, depends_on = look(model), fingerprint_of(model.model, model.device)
     kind: Any = type(first(model, "mlp"))
-    monkeypatch.setattr(kind, "forward", lambda self, x: x)
-    assert look(model) is not before
+    monkeypatch.setattr(kind, method, lambda self, x: x, raising=False)
+    assert look(model) is not before and fingerprint_of(model.model, model.device) != depends_on
 
 
 def test_hooks_on_all_modules_are_seen() -> None:

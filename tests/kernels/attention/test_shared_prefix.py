@@ -360,7 +360,8 @@ def test_suffixes_begin_when_their_keys_are_there(rows, prefix, hopper):
     # Made on the host, which a capture does not allow.
     lengths, tables = [batch.seq_lens for batch, _, _ in batches], [batch.page_table for batch, _, _ in batches]
     last = [lens.long() - 1 for lens in lengths]
-    slots = [table.gather(1, end[:, None] // 16)[:, 0].long() * 16 + end % 16 for table, end in zip(tables, last, strict=True)]
+    pages = [table.gather(1, end[:, None] // 16)[:, 0] for table, end in zip(tables, last, strict=True)]
+    slots = [page.long() * 16 + end % 16 for page, end in zip(pages, last, strict=True)]
 
     def chain(shared: bool) -> list[torch.Tensor]:
         lists.clear()
