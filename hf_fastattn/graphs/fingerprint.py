@@ -144,7 +144,8 @@ def _options(decoder: Any) -> tuple[Any, ...]:
         str(getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None)),
         # generate() switches between these two, which compute the same.
         str(getattr(decoder.config, "_experts_implementation", None)).replace("grouped_mm", "batched_mm"),
-        torch.get_float32_matmul_precision(),
+        # PyTorch's older question raises an error once somebody has answered the newer one.
+        matmul.fp32_precision if hasattr(matmul, "fp32_precision") else torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),

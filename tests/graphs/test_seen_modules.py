@@ -15,7 +15,8 @@ from hf_fastattn.graphs import seen_modules
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.seen_modules import look
 from tests.patches.snapshots import lora
-from tests.tools.models import FAMILIES, single, tiny
+from tests.tools.models import FAMILIES, pair_with_graphs, single, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 
 def first(model: Any, name: str) -> Any:
@@ -112,6 +113,25 @@ def test_a_class_that_changes_is_seen(method: str, monkeypatch: pytest.MonkeyPat
     kind: Any = type(first(model, "mlp"))
     monkeypatch.setattr(kind, method, lambda self, x: x, raising=False)
     assert look(model) is not before and fingerprint_of(model.model, model.device) != depends_on
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has no such option")
+def test_either_way_of_asking_for_tf32_is_seen() -> None:
+    """After the newer one PyTorch answers no question about the older."""
+    matmul: Any = torch.backends.cuda.matmul
+    stock, model = pair_with_graphs("llama")
+    before, was = fingerprint_of(model.model, model.device), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert fingerprint_of(model.model, model.device) != before
+        with reexecuted_loop():
+            assert torch.equal(*(side.generate(**single(), max_new_tokens=4, do_sample=False) for side in (stock, model)))
+        matmul.fp32_precision = was
+        torch.set_float32_matmul_precision("high")
+        assert fingerprint_of(model.model, model.device) != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = was
 
 
 def test_hooks_on_all_modules_are_seen() -> None:
