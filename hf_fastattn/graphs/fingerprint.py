@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def _fingerprint(decoder: nn.Module, options: tuple[Any, ...]) -> Fingerprint:
             parts += why_not_called(module, place), place
         for name in _own(names_of_state):
             value = state[name]
-            if type(value) in SCALARS:
+            if type(value) in SCALARS or (value is not None and isinstance(value, Number)):
                 parts.append(value)
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)

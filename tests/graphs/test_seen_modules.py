@@ -115,6 +115,16 @@ def test_a_class_that_changes_is_seen(method: str, monkeypatch: pytest.MonkeyPat
     assert look(model) is not before and fingerprint_of(model.model, model.device) != depends_on
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, float])
+def test_numbers_of_numpys_are_seen(kind: Any) -> None:
+    model = tiny("llama")
+    rotary = model.model.rotary_emb
+    rotary.attention_scaling = kind(1.25)
+    before = fingerprint_of(model.model, model.device)
+    rotary.attention_scaling = kind(1.5)
+    assert fingerprint_of(model.model, model.device) != before
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has no such option")
 def test_either_way_of_asking_for_tf32_is_seen() -> None:
     """After the newer one PyTorch answers no question about the older."""
