@@ -61,7 +61,7 @@ HINTS = (
     ("on several devices", SPREAD),
     ("has hooks", HOOKS),
     ("was replaced", UNWRAP),
-    ("is called by a function of its own", "model.compile() is known; else set module._compiled_call_impl = None"),
+    ("is called by a function of its own", "model.compile() is known; else take away what was put there"),
     ("may do more than launch kernels", "use PyTorch's or Transformers' module, or PEFT's, in its place"),
     ("may look at the whole batch", ROWS),
     (" adapter_names for ", "as many adapter_names as rows"),

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 HOOKS = "accelerate.hooks"
 COMPILER = "torch._dynamo.eval_frame"
 FRAMES = "torch._dynamo.external_utils"
 TRL_UTILS = "trl.trainer.utils"
 RANKS = "transformers.distributed.tensor_parallel"
+# What PyTorch runs when a module is called.
+CALL = nn.Module._wrapped_call_impl
 # By which a model prepares the inputs of a forward, and those of the next from its outputs.
 PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -37,8 +40,21 @@ def runs_class_forward(module: Any, device: torch.device) -> bool:
 
 def is_called_as_ever(module: Any) -> bool:
     """Whether calling the module comes to its forward, by way of `Module.compile()` or not."""
+    if type(module).__call__ is not CALL and not calls_forward(type(module)):
+        return False
     call = vars(module).get("_compiled_call_impl")
     return call is None or _is_own(module, compiled_from(call), "_call_impl")
+
+
+def calls_forward(kind: Any) -> bool:
+    """Whether what runs when a module of the class is called is PyTorch's, or Transformers' around PyTorch's."""
+    # Asked of hundreds of modules a forward.
+    call = kind.__call__
+    if call is CALL:
+        return True
+    # A patched class has one of its own, which calls that of the class before.
+    base = vars(kind).get("_fastattn_base")
+    return calls_forward(base) if base is not None else _is_librarys(call)
 
 
 def below_wrappers(module: Any, forward: Any, device: torch.device) -> Any:
@@ -170,6 +186,11 @@ def _is_hooked_once(module: Any, forward: Any, device: torch.device) -> bool:
     arguments, names = forward.args, getattr(forward.func, "__globals__", {})
     own = held.__self__ is module and len(arguments) == 1 and arguments[0] is module and names.get("__name__") == HOOKS
     return own and moves_nothing(state.get("_hf_hook"), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_librarys(call: Any) -> bool:
+    return origin_of(call).startswith(("torch.", "transformers."))
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_fastattn.cache.batch_tensors import BatchTensors, HostBatch
+from hf_fastattn.cache.tables_source import TablesSource
 from hf_fastattn.kernels.attention import reference, rope_reference
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.backends import choose_backend
@@ -79,7 +80,7 @@ class Batch:
     shared: SharedPrefixes | None = None
     short: bool = False
     _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
-    _rope: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _rope: dict[torch.device, tuple[TablesSource, Tensor, Tensor]] = field(default_factory=dict)
     _work_lists: WorkLists = field(default_factory=dict)
 
     @staticmethod
@@ -120,23 +121,23 @@ class Batch:
     def rope(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin as `[T, rotary dims]`, from the model's `[1 or B, S, rotary dims]`."""
         held = self._rope.get(cos.device)
-        if held is None or held[0] is not cos:
+        if held is None or not held[0].is_still(cos, sin):
             flat = []
             for table in (cos, rope_reference.signed_sin(sin)):
                 rows = self.tokens // table.shape[1]
                 flat.append(table.expand(rows, -1, -1).reshape(self.tokens, -1))
-            held = (cos, flat[0], flat[1])
+            held = (TablesSource(cos, sin), flat[0], flat[1])
             self._rope[cos.device] = held
         return held[1], held[2]
 
-    def hold_rope(self, cos: Tensor, signed_sin: Tensor) -> None:
-        """Have `rope()` give these tables, both `[B, S, rotary dims]` of the T tokens, for this cos."""
-        self._rope[cos.device] = (cos, cos.view(self.tokens, -1), signed_sin.view(self.tokens, -1))
+    def hold_rope(self, cos: Tensor, sin: Tensor, signed_sin: Tensor) -> None:
+        """Have `rope()` give these for cos and sin, all `[B, S, rotary dims]` of the T tokens."""
+        self._rope[cos.device] = (TablesSource(cos, sin), cos.view(self.tokens, -1), signed_sin.view(self.tokens, -1))
 
     def places(self, rotation: RotaryFrequencies, device: torch.device) -> tuple[Tensor, Tensor]:
         """`rotation.places` of the new tokens `[T]`, made once for all layers; positions are places in the cache."""
         held = self._rope.get(device)
-        if held is None or held[0] is not rotation.table:
+        if held is None or not held[0].is_still(rotation.table):
             tensors = self.on(device)
             if tensors.cu_seqlens is None:
                 position = tensors.seq_lens - 1
@@ -145,7 +146,7 @@ class Batch:
                 row = torch.searchsorted(ends, token, right=True, out_int32=True).clamp(max=self.rows - 1)
                 position = tensors.seq_lens[row] - ends[row] + token
             # Rows that take no part have no token.
-            held = (rotation.table, *rotation.places(position.clamp(min=0).long()))
+            held = (TablesSource(rotation.table), *rotation.places(position.clamp(min=0).long()))
             self._rope[device] = held
         return held[1], held[2]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_fastattn.cache.tables_source import version_of
+
 
 class KnownMask:
     """Remembers one mask `[B, columns]`: its first columns show exactly the tokens that are stored, all others are ones.
@@ -22,11 +24,11 @@ class KnownMask:
 
     def tell(self, mask: Tensor, shown: Tensor) -> None:
         """The values of `mask` `[B, columns]` are those of `shown`, bool on the host."""
-        self._told = weakref.ref(mask), _version(mask), shown
+        self._told = weakref.ref(mask), version_of(mask), shown
 
     def told(self, mask: Tensor) -> Tensor | None:
         """The values of `mask`, bool on the host, if they were told and it was not written to since."""
-        if self._told is None or self._told[0]() is not mask or self._told[1] != _version(mask):
+        if self._told is None or self._told[0]() is not mask or self._told[1] != version_of(mask):
             return None
         return self._told[2]
 
@@ -51,15 +53,10 @@ class KnownMask:
 
     def _note(self, mask: Tensor | None, columns: int) -> None:
         self._mask = None if mask is None else weakref.ref(mask)
-        self._version = 0 if mask is None else _version(mask)
+        self._version = 0 if mask is None else version_of(mask)
         self._compared = columns
 
     def _is_the_one(self, mask: Any) -> bool:
         if not isinstance(mask, Tensor) or self._mask is None:
             return False
-        return self._mask() is mask and _version(mask) == self._version
-
-
-def _version(mask: Tensor) -> int:
-    # Writes are not counted inside inference mode, where generate() itself makes the masks and nobody else has them.
-    return 0 if mask.is_inference() else mask._version
+        return self._mask() is mask and version_of(mask) == self._version

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from hf_fastattn.cache.tables_source import TablesSource
+
 
 class Padding:
     """The places of the tokens in a padded batch.
@@ -22,7 +24,7 @@ class Padding:
         self.shape = visible.shape
         # Found on the host: the device need not be waited for.
         self.places = visible.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        self._rope: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._rope: tuple[TablesSource, tuple[Tensor, Tensor]] | None = None
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` to `[1, T, ...]`."""
@@ -35,9 +37,10 @@ class Padding:
 
     def pack_rope(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[1 or B, S, rotary dims]` to `[1, T, rotary dims]`, once for all layers."""
-        if self._rope is None or self._rope[0] is not cos:
+        if self._rope is None or not self._rope[0].is_still(cos, sin):
             rows = self.shape[0]
-            self._rope = (cos, (self.pack(cos.expand(rows, -1, -1)), self.pack(sin.expand(rows, -1, -1))))
+            packed = self.pack(cos.expand(rows, -1, -1)), self.pack(sin.expand(rows, -1, -1))
+            self._rope = (TablesSource(cos, sin), packed)
         return self._rope[1]
 
     def restore(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -69,12 +70,12 @@ def _fingerprint(decoder: nn.Module, options: tuple[Any, ...]) -> Fingerprint:
         state, kind = vars(module), type(module)
         # The names of instance attributes show a replaced forward, or accelerate's hook.
         names_of_state = tuple(state)
-        parts += kind, kind.forward, names_of_state, state.get("training")
+        parts += kind, kind.forward, kind.__call__, names_of_state, state.get("training")
         if "forward" in state or state.get("_compiled_call_impl") is not None:
             parts += why_not_called(module, place), place
         for name in _own(names_of_state):
             value = state[name]
-            if type(value) in SCALARS:
+            if type(value) in SCALARS or (value is not None and isinstance(value, Number)):
                 parts.append(value)
         if state["_parameters"] or state["_buffers"]:
             parts += _tensors(state)
@@ -144,7 +145,8 @@ def _options(decoder: Any) -> tuple[Any, ...]:
         str(getattr(decoder.config.get_text_config(decoder=True), "rope_parameters", None)),
         # generate() switches between these two, which compute the same.
         str(getattr(decoder.config, "_experts_implementation", None)).replace("grouped_mm", "batched_mm"),
-        torch.get_float32_matmul_precision(),
+        # PyTorch's older question raises an error once somebody has answered the newer one.
+        matmul.fp32_precision if hasattr(matmul, "fp32_precision") else torch.get_float32_matmul_precision(),
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),

@@ -46,7 +46,7 @@ class ModuleColumns:
         self._modules = [weakref.ref(module) for module in modules]
         self._kinds, self._held = [*map(type, modules)], [*map(len, states)]
         self._modes = [*map(_mode, states)]
-        self._forwards = {kind: getattr(kind, "forward", None) for kind in self._kinds}
+        self._methods = {kind: _methods(kind) for kind in self._kinds}
         children, *tensors, _, _ = _held(states)
         self._child_counts, self._child_names, children = _entries(children)
         self._children = [_nothing if child is None else weakref.ref(child) for child in children]
@@ -80,7 +80,7 @@ class ModuleColumns:
             and not any(hooks)
             and not any(hooks_before)
             and [*map(_mode, states)] == self._modes
-            and all(getattr(kind, "forward", None) is forward for kind, forward in self._forwards.items())
+            and all(all(map(is_, _methods(kind), methods)) for kind, methods in self._methods.items())
             and self._scalars.now(states) == self._scalars.noted
             and all(map(is_, self._objects.now(states), map(call, self._objects.noted)))
             and [*map(contents_of, self._contents.now(states))] == self._contents.noted
@@ -137,6 +137,11 @@ def _held(states: list[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
 def _entries(held: Sequence[dict[str, Any]]) -> tuple[list[int], list[str], list[Any]]:
     """How many entries each has, their names, and the entries."""
     return [*map(len, held)], [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
+
+
+def _methods(kind: Any) -> tuple[Any, Any]:
+    """What runs when a module of a class is called."""
+    return getattr(kind, "forward", None), kind.__call__
 
 
 def _mode(state: dict[str, Any]) -> Any:

@@ -63,6 +63,7 @@ def _parts_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
             id(module),
             kind,
             kind.forward,
+            kind.__call__,
             state.get("forward"),
             state.get("_compiled_call_impl"),
             state.get("training"),

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.graphs.placement import place_of
+from hf_fastattn.kernels.launch import DTYPES
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE
+from hf_fastattn.patches.modules.plain_modules import is_plain_tensor
 
 
 def attention_positions(
@@ -52,7 +54,10 @@ def _at_once(
     if batch.options.batch_invariant:
         # A token's tables are the same to the bit in prompts.
         return None
-    if position_ids.shape != states.shape[:-1] or position_ids.numel() != batch.tokens or not position_ids.is_contiguous():
+    if position_ids.shape != states.shape[:-1] or position_ids.numel() != batch.tokens or states.dtype not in DTYPES:
+        return None
+    # A user's may be fractions, or lie elsewhere.
+    if not is_plain_tensor(position_ids, states.device, (torch.int64, torch.int32)):
         return None
     # Not before: it imports Triton.
     from hf_fastattn.kernels.attention.rope_tables import rope_tables
@@ -62,7 +67,7 @@ def _at_once(
     if held is None:
         return None
     cos, sin, signed = rope_tables(held.inv_freq, position_ids, held.factor, states.dtype)
-    batch.hold_rope(cos, signed)
+    batch.hold_rope(cos, sin, signed)
     return cos, sin
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_fastattn.autocast import region_dtype
 from hf_fastattn.cache.batch import Batch, BatchOptions, SharedPrefixes
@@ -72,7 +72,7 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
         if steps:
             batch, tokens, position_ids = _step(cache, states, copies)
             with cache.using(batch):
-                walk(layers, tokens, attention_positions(decoder, cache, tokens, position_ids, device, True))
+                walk(layers, tokens, _step_positions(decoder, cache, tokens, position_ids, positions))
 
     with unmoved_offset(device):
         compile_ahead(device, run)
@@ -103,7 +103,9 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
 def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[Batch, Tensor, Tensor]:
     """A batch as of a step of the device's loop, its hidden states and positions; the tensors hold nothing.
 
-    `copies`: which of the prompt's rows each row goes on from, if that is not its own.
+    Args:
+        states: of the prompt.
+        copies: which of the prompt's rows each row goes on from, if that is not its own.
     """
     from hf_fastattn.kernels.attention.configs import is_short
     from hf_fastattn.kernels.attention.workspace import Workspace
@@ -125,6 +127,22 @@ def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
     shared = None if copies is None else _shared(cache, copies, device)
     return Batch.static(tensors, rows, options, shared, is_short(rows, cache.room)), tokens, position_ids
+
+
+def _step_positions(
+    decoder: Any, cache: PagedCache, tokens: Tensor, position_ids: Tensor, positions: dict[str, Any]
+) -> dict[str, Any]:
+    """What attention takes of the positions of a step, by what it took of those of the prompt."""
+    if _may_be_called(decoder.rotary_emb, tokens.device):
+        return attention_positions(decoder, cache, tokens, position_ids, tokens.device, True)
+    cos = positions["position_embeddings"][0]
+    unread = cos.new_zeros(len(tokens), 1, cos.shape[-1])
+    return {"position_embeddings": (unread, unread), "position_ids": position_ids}
+
+
+def _may_be_called(rotary: Any, device: torch.device) -> bool:
+    """Whether a rotary embedding is as it was after a call; those whose frequencies depend on the length are not."""
+    return isinstance(rotary, nn.Module) and why_not_module(rotary, device) is None
 
 
 def _shared(cache: PagedCache, copies: list[int], device: torch.device) -> SharedPrefixes | None:

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_fastattn.patches.modules.module_state import ModuleState
 from hf_fastattn.patches.modules.plain_copies import STATE, plain_class, written_class
 from hf_fastattn.patches.modules.plain_modules import layers_of
+from hf_fastattn.wrappers import calls_forward
 
 # Packages whose functions compute what Transformers' own do: Liger's RoPE is the same in one kernel.
 EQUIVALENT = ("transformers.", "liger_kernel.", "hf_fastattn.")
@@ -33,6 +34,8 @@ def why_not_ours(decoder: Any) -> str | None:
 
 def _why_not_forward(module: Any, state: ModuleState) -> str | None:
     kind = plain_class(type(module))
+    if not calls_forward(kind):
+        return f"a {kind.__name__} is called by a function of its own"
     return None if kind.forward is state.class_forward else f"the forward of class {kind.__name__} was replaced"
 
 

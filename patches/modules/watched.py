@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hf_fastattn.graphs.module_checks import HARMLESS_HOOKS, has_global_hooks, is_our_forward, names_by_row, submodules
 from hf_fastattn.graphs.seen_modules import Seen, look
-from hf_fastattn.wrappers import below_trl, compiled_from, origin_of
+from hf_fastattn.wrappers import below_trl, calls_forward, compiled_from, origin_of
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -80,6 +80,8 @@ def _why_watched(module: nn.Module) -> str | None:
         return None if _only_moves(hook) else f"a {kind.__name__} has a {type(hook).__name__}"
     if "forward" in state and not _is_known_forward(state):
         return f"the forward of a {kind.__name__} was replaced"
+    if not calls_forward(kind):
+        return f"a {kind.__name__} is called by a function of its own"
     return _why_class(cast(Any, kind), getattr(kind, "forward", None))
 
 

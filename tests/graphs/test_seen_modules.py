@@ -15,7 +15,8 @@ from hf_fastattn.graphs import seen_modules
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.seen_modules import look
 from tests.patches.snapshots import lora
-from tests.tools.models import FAMILIES, single, tiny
+from tests.tools.models import FAMILIES, pair_with_graphs, single, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 
 def first(model: Any, name: str) -> Any:
@@ -105,12 +106,42 @@ def test_a_change_in_a_list_is_seen() -> None:
     assert look(model) is not before
 
 
-def test_a_class_that_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_class_that_changes_is_seen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    before = look(model)
+    before, depends_on = look(model), fingerprint_of(model.model, model.device)
     kind: Any = type(first(model, "mlp"))
-    monkeypatch.setattr(kind, "forward", lambda self, x: x)
-    assert look(model) is not before
+    monkeypatch.setattr(kind, method, lambda self, x: x, raising=False)
+    assert look(model) is not before and fingerprint_of(model.model, model.device) != depends_on
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, float])
+def test_numbers_of_numpys_are_seen(kind: Any) -> None:
+    model = tiny("llama")
+    rotary = model.model.rotary_emb
+    rotary.attention_scaling = kind(1.25)
+    before = fingerprint_of(model.model, model.device)
+    rotary.attention_scaling = kind(1.5)
+    assert fingerprint_of(model.model, model.device) != before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has no such option")
+def test_either_way_of_asking_for_tf32_is_seen() -> None:
+    """After the newer one PyTorch answers no question about the older."""
+    matmul: Any = torch.backends.cuda.matmul
+    stock, model = pair_with_graphs("llama")
+    before, was = fingerprint_of(model.model, model.device), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert fingerprint_of(model.model, model.device) != before
+        with reexecuted_loop():
+            assert torch.equal(*(side.generate(**single(), max_new_tokens=4, do_sample=False) for side in (stock, model)))
+        matmul.fp32_precision = was
+        torch.set_float32_matmul_precision("high")
+        assert fingerprint_of(model.model, model.device) != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = was
 
 
 def test_hooks_on_all_modules_are_seen() -> None:

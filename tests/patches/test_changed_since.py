@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +20,9 @@ from transformers.models.llama import modeling_llama
 import hf_fastattn
 from hf_fastattn.transformers_version import CACHE
 from tests.patches.snapshots import UNLIKE, assert_patched_equals, generate
-from tests.tools.models import padded_batch, pair, tiny
+from tests.tools.fused_in_torch import fused_in_torch
+from tests.tools.models import padded_batch, pair, pair_with_graphs, tiny
+from tests.tools.reexecuted import reexecuted_loop
 
 
 def assert_stock(model: Any, stock: Any, reason: str) -> None:
@@ -149,6 +153,46 @@ def test_the_forward_of_a_class_replaced(monkeypatch: pytest.MonkeyPatch, name: 
     assert_stock(model, stock, f"the forward of class {name} was replaced")
     with pytest.raises(ValueError, match=f"{name}.forward was replaced by"):
         hf_fastattn.patch(tiny("llama"))
+
+
+CALLED: dict[str, Callable[[Any], Any]] = {
+    "model": lambda model: model,
+    "decoder": lambda model: model.model,
+    "layer": lambda model: model.model.layers[1],
+    "attention": lambda model: model.model.layers[1].self_attn,
+    "mlp": lambda model: model.model.layers[1].mlp,
+    "norm": lambda model: model.model.norm,
+    "rotary embedding": lambda model: model.model.rotary_emb,
+    "head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("place", CALLED)
+def test_a_class_whose_call_is_replaced_after_the_patch(
+    place: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """What is called runs the user's function, whichever loop would take the model and whatever it would fuse."""
+    stock, model = pair_with_graphs("llama")
+    kind = type(CALLED[place](stock))
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = torch.nn.Module.__call__(self, *args, **kwargs)
+        if isinstance(out, tuple):
+            return (1.5 * out[0], *out[1:])
+        if isinstance(out, torch.Tensor):
+            return out * 1.5 + torch.arange(out.shape[-1])
+        name = "logits" if "logits" in out else "last_hidden_state"
+        out[name] = out[name].roll(1, -1)
+        return out
+
+    with reexecuted_loop(), fused_in_torch() if fused else contextlib.nullcontext():
+        plain = generate(model)
+        assert torch.equal(plain, generate(stock))
+        monkeypatch.setattr(kind, "__call__", called, raising=False)
+        assert torch.equal(generate(model), generate(stock)) and not torch.equal(generate(model), plain)
+        monkeypatch.undo()
+        assert torch.equal(generate(model), plain)
 
 
 @pytest.mark.parametrize("place", ["configuration", "modules"])

@@ -79,6 +79,35 @@ def test_a_prompt_and_its_steps(decoder: Any) -> None:
             assert walks(decoder, cache, 9) == [([decoder.layers[0]], (3, 9), False), *steps], room
 
 
+@pytest.mark.parametrize("whose", ["the length's", "the user's"])
+def test_a_rotary_embedding_that_may_change_is_not_called(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamic RoPE keeps the frequencies of the longest text so far until a text begins anew; a user's may count calls."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 16}
+    over: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": 16} if whose == "the length's" else {}
+    decoder = hf_fastattn.patch(tiny("llama", **over).eval()).model
+    states, calls = torch.zeros(3, 200, decoder.config.hidden_size), list[Any]()
+    if over:
+        decoder.rotary_emb(states, torch.arange(200)[None])
+    else:
+        own = type("Own", (type(decoder.rotary_emb),), {})
+        decoder.rotary_emb.__class__ = own
+    before = decoder.rotary_emb.inv_freq.clone()
+    with forward(decoder, 3, 30, 90) as cache:
+        plain = type(decoder.rotary_emb).forward
+        table = decoder.rotary_emb(states[:, :30], torch.arange(30)[None])
+        monkeypatch.setattr(
+            type(decoder.rotary_emb), "forward", lambda *given, **named: (calls.append(given), plain(*given, **named))[1]
+        )
+        seen: list[tuple[int, ...]] = []
+
+        def walk(layers: Any, states: torch.Tensor, positions: dict[str, Any]) -> None:
+            seen.append(tuple(positions["position_embeddings"][1].shape))
+
+        rehearse(decoder, cache, states[:, :30], {"position_embeddings": table}, walk)
+    assert seen == [(1, 30, 16), (4, 1, 16)] and not calls
+    assert torch.equal(before, decoder.rotary_emb.inv_freq)
+
+
 def within(decoder: Any, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(decoder._fastattn.runtime), "current", call)
 
