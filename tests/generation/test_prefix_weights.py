@@ -15,7 +15,7 @@ from tests.generation.test_prefix_stale import PROMPT, answers
 from tests.tools.models import tiny
 
 USED = int(PROMPT["input_ids"][0, 33])
-UNUSED = next(token for token in range(128) if token not in PROMPT["input_ids"])
+UNUSED = next(token for token in range(127, 0, -1) if token not in PROMPT["input_ids"])
 
 
 def row(model: Any, token: int) -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_embeddings_with_a_function_of_the_users(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("token", "reused"), [(UNUSED, True), (USED, False)])
 def test_batches_and_generate_look_at_the_same_rows(token: int, reused: bool) -> None:
     twins, prompt = Twins("llama", "cpu", page_size=4, prefix_cache=True), PROMPT["input_ids"][0].tolist()
-    run(twins.model, PROMPT, 2)
+    run(twins.model, PROMPT, 1)
     for model in (twins.stock, twins.model):
         row(model, token).mul_(-1)
     twins.changed()
