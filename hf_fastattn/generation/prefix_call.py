@@ -232,7 +232,11 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
             and changed it back: then only the prompt stays.
     """
     kept = kept_prompt(model, cache)
-    if kept is None or any(map(may_be_users, ran)) or why_rows_differ(model) is not None:
+    if kept is None or any(map(may_be_users, ran)):
+        return
+    # Of a call of one token there is nothing but its prompt.
+    grown = cache.dense is not None or cache.lengths != [len(kept.rows[copy]) for copy in kept.copies]
+    if grown and why_rows_differ(model) is not None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
     if len(sequences) == len(cache.lengths):

@@ -88,8 +88,9 @@ class RowSums:
         """
         count = len(weight)
         if tokens is not None:
-            once = np.unique(tokens)
-            once = once[np.searchsorted(once, 0) : np.searchsorted(once, count)]
+            is_there = np.zeros(count, np.bool_)
+            is_there[tokens[(tokens >= 0) & (tokens < count)]] = True
+            once = np.flatnonzero(is_there)
             return EmbeddedRows(once, row_sums(weight, once), count)
         every, whole = np.arange(count), host_sum([weight])
         if self._all is None or self._all[0] != whole or len(self._all[1]) != count:

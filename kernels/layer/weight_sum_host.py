@@ -83,8 +83,7 @@ def row_sums(weight: Tensor, rows: NDArray[np.int64]) -> Words:
         block = bits[rows[start : start + step]]
         # The same mix as between rows of lanes, with another factor at every place.
         block ^= block >> 29
-        block *= factors
-        np.add.reduce(block, 1, out=found[start : start + step])
+        np.einsum("rw,w->r", block, factors, out=found[start : start + step])
     found[found == 0] = 1
     return found
 
