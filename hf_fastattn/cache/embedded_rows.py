@@ -34,7 +34,8 @@ class KnownRows:
         if rows is None:
             return True
         if len(self._sums) < rows.count:
-            self._sums = np.concatenate((self._sums, np.zeros(rows.count - len(self._sums), np.int64)))
+            before, self._sums = self._sums, np.zeros(rows.count, np.int64)
+            self._sums[: len(before)] = before
         known = self._sums[rows.tokens]
         if ((known != rows.sums) & (known != 0)).any():
             return False

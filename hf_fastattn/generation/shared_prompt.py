@@ -174,12 +174,15 @@ class SharedPrompt:
             positions[place, new - count :] = np.arange(held, held + count)
         # What stands before the new tokens is skipped, as the cache holds it.
         ids = torch.zeros(len(counts), past + new, dtype=input_ids.dtype, device=device)
+        shown = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
         # Copies of little, as a device that still computes another part is not waited for then.
         ids[:, past:] = torch.from_numpy(tokens).to(device, non_blocking=True)
         places = torch.from_numpy(positions).to(device, non_blocking=True)
-        sizes = torch.tensor((part.held, counts), device="cpu").to(device, non_blocking=True)
-        mask = torch.cat([_after_padding(own, columns) for own, columns in zip(sizes, (past, new), strict=True)], 1)
-        shown = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
+        if device.type == "cpu":
+            mask = shown
+        else:
+            sizes = torch.tensor((part.held, counts), device="cpu").to(device, non_blocking=True)
+            mask = torch.cat([_after_padding(own, columns) for own, columns in zip(sizes, (past, new), strict=True)], 1)
         part.cache.known_mask.tell(mask, shown)
         return ids, {**model_kwargs, "attention_mask": mask, "position_ids": places, CACHE: part.cache}
 

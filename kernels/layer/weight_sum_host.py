@@ -43,9 +43,7 @@ def whole_words(tensors: Sequence[Tensor]) -> list[Words] | None:
         whole = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() % 8 == 0
         if not whole or tensor.numel() * tensor.element_size() % 8:
             return None
-    sizes = [tensor.numel() * tensor.element_size() // 8 for tensor in tensors]
-    places = zip(tensors, sizes, strict=True)
-    return [np.frombuffer((ctypes.c_int64 * size).from_address(tensor.data_ptr()), np.int64) for tensor, size in places]
+    return [_words_at(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 8) for tensor in tensors]
 
 
 def sum_of_words(words: Sequence[Words]) -> list[int]:
@@ -86,6 +84,10 @@ def row_sums(weight: Tensor, rows: NDArray[np.int64]) -> Words:
         np.einsum("rw,w->r", block, factors, out=found[start : start + step])
     found[found == 0] = 1
     return found
+
+
+def _words_at(address: int, count: int) -> Words:
+    return np.frombuffer(memoryview((ctypes.c_int64 * count).from_address(address)), np.int64)
 
 
 def _words(tensor: Tensor) -> Words:
