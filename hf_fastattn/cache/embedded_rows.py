@@ -14,12 +14,12 @@ class EmbeddedRows(NamedTuple):
     Attributes:
         tokens: `[n]`, each once.
         sums: `[n]`, over the bits of each one's row; none is 0.
-        count: how many rows there are.
+        vocabulary: how many rows there are.
     """
 
     tokens: NDArray[np.int64]
     sums: NDArray[np.int64]
-    count: int
+    vocabulary: int
 
 
 class KnownRows:
@@ -33,8 +33,8 @@ class KnownRows:
         """Whether none of these rows is another one than pages were computed with; if so, they are known from now on."""
         if rows is None:
             return True
-        if len(self._sums) < rows.count:
-            before, self._sums = self._sums, np.zeros(rows.count, np.int64)
+        if len(self._sums) < rows.vocabulary:
+            before, self._sums = self._sums, np.zeros(rows.vocabulary, np.int64)
             self._sums[: len(before)] = before
         known = self._sums[rows.tokens]
         if ((known != rows.sums) & (known != 0)).any():

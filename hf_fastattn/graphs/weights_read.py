@@ -65,7 +65,7 @@ def embeddings_by_rows(decoder: nn.Module) -> Tensor | None:
     module: Any = vars(decoder)["_modules"].get("embed_tokens")
     if type(module) is not nn.Embedding or nn.Embedding.forward is not _LOOK_UP or "forward" in vars(module):
         return None
-    weight = module._parameters["weight"]
+    weight: Any = module._parameters["weight"]
     if module.max_norm is not None or type(weight) not in PLAIN or weight.device.type != "cpu" or not weight.numel():
         return None
     words = weight.is_contiguous() and weight.data_ptr() % 8 == 0 and weight.shape[1] * weight.element_size() % 8 == 0
