@@ -44,9 +44,9 @@ class FastAttnConfig:
             same tokens computes only what is new. They go, the least recently used first, where `memory_limit` (without
             one a quarter of the device's memory) leaves no room; not in train mode, and not for layers with a window.
         weights: how `prefix_cache` knows that pages are those of the model as it is now: `"check"`, by a sum over the bits
-            of all weights before each prompt, which reads them once; or `"frozen"`: you promise that nothing writes to
-            weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model is patched; that
-            weights are replaced by others is seen.
+            of the weights that keys depend on, which are read once before each prompt; or `"frozen"`: you promise that
+            nothing writes to weights in place (an optimiser, `.data`, `load_state_dict`, merging an adapter) while the model
+            is patched; that weights are replaced by others is seen.
         streaming: rows keep their first and their last tokens only, so that they can be generated without end in constant
             memory and time a token; see `Streaming`. Attention then differs from Transformers' for rows that are longer.
         kv_dtype: in which numbers keys and values are stored: `None`, those of the model; `"fp8"`, e4m3 (GPUs from

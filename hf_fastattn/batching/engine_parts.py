@@ -13,6 +13,7 @@ from hf_fastattn.batching.engine import MOST_TOKENS, Engine
 from hf_fastattn.batching.host_steps import HostSteps
 from hf_fastattn.batching.requests import Request
 from hf_fastattn.batching.slot_pages import SlotPages
+from hf_fastattn.cache.embedded_rows import EmbeddedRows
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
 from hf_fastattn.counters import CallCounters
@@ -133,21 +134,21 @@ class EngineParts:
         if self._keeps_prefixes:
             # Pages that stay are generate()'s too.
             store = self._runtime.prefix_store(cache.groups)
-            return store, store.root_of(self._state_now())
+            return store, store.root_of(*self._state_now())
         self._own_store = PrefixStore(cache.groups)
-        return self._own_store, self._own_store.root_of(self._state_now())
+        return self._own_store, self._own_store.root_of(*self._state_now())
 
     @property
     def _keeps_prefixes(self) -> bool:
         return self._runtime.config.prefix_cache and not self._model.training
 
-    def _state_now(self) -> Any:
-        """What pages depend on but for their tokens."""
+    def _state_now(self) -> tuple[Any, EmbeddedRows | None]:
+        """What pages depend on but for their tokens, and the rows of embeddings, of any of which there may be prompts."""
         decoder, states = self._model._fastattn.decoder(self._model), self._runtime.model_state
         towers = self._model.config.get_text_config(decoder=True) is not self._model.config
         if self._keeps_prefixes and not towers and states.why_not(decoder) is None:
             return states.of(decoder, decoder.device)
-        return id(self), self._epoch
+        return (id(self), self._epoch), None
 
     # ---- while it runs ----------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class EngineParts:
 
     def _name_state(self) -> None:
         if self._pages is not None and self._pages.store is not None:
-            self._pages.root = self._pages.store.root_of(self._state_now())
+            self._pages.root = self._pages.store.root_of(*self._state_now())
 
     def warm_up(self, hints: Any) -> None:
         """Serve a request to nobody, so that kernels are compiled and steps recorded; on a CPU there is neither."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_fastattn.cache.embedded_rows import EmbeddedRows, KnownRows
 from hf_fastattn.pages.page_groups import PageGroups
 from hf_fastattn.pages.page_pool import Spare
 from hf_fastattn.pages.prefix_index import PrefixIndex
@@ -35,7 +36,7 @@ class PrefixStore:
         group = groups.group(None)
         self.index = PrefixIndex(group.pool, groups.page_size)
         self.tables: dict[int | None, PrefixIndex] = {None: self.index}
-        self._states: list[tuple[int, Any]] = []
+        self._states: list[tuple[int, Any, KnownRows]] = []
         self._named = 0
         groups.enlist(self, self.tables)
         self._before = group.pool.reclaim, group.pool.spare
@@ -47,17 +48,27 @@ class PrefixStore:
         """How many states of the model have been met."""
         return self._named
 
-    def root_of(self, state: Any) -> int:
-        """The beginning, for `index`, of pages that were made in a state of the model equal to this one."""
-        for entry in self._states:
-            if entry[1] == state:
-                self._states.remove(entry)
-                self._states.append(entry)
+    def root_of(self, state: Any, rows: EmbeddedRows | None = None) -> int:
+        """The beginning, for `index`, of pages that were made in a state of the model equal to this one.
+
+        Args:
+            rows: of the embeddings, those of all tokens that pages are asked for or will be made of, where the state says
+                nothing of embeddings.
+        """
+        for place, entry in enumerate(self._states):
+            if entry[1] == state and entry[2].take(rows):
+                self._states.append(self._states.pop(place))
                 return entry[0]
         self._named += 1
+        known = KnownRows()
+        known.take(rows)
         # What an older state has left is not found any more, and evicted in its turn.
-        self._states = [*self._states[1 - MOST_STATES :], (-self._named, state)]
+        self._states = [*self._states[1 - MOST_STATES :], (-self._named, state, known)]
         return -self._named
+
+    def takes(self, root: int, rows: EmbeddedRows | None) -> bool:
+        """Whether pages of more tokens, computed with these rows, may be found from a beginning."""
+        return any(entry[0] == root and entry[2].take(rows) for entry in self._states)
 
     def close(self) -> None:
         """Hold nothing from now on."""

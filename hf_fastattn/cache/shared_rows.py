@@ -25,6 +25,11 @@ def begin_on(cache: ForwardCache, pages: Sequence[Sequence[int]], tokens: Sequen
     cache.__dict__.update(lengths=list(tokens), _columns=columns, _stored=stored, _is_frugal=True, _loose=False)
 
 
+def as_computed_alone(cache: ForwardCache) -> None:
+    """A cache that has begun on pages and holds its prompt goes on as one whose prompt was computed whole."""
+    cache.__dict__.update(_is_frugal=False)
+
+
 def gather(cache: ForwardCache, parts: Sequence[tuple[ForwardCache, int]], stored: Tensor) -> None:
     """An empty cache takes the rows of others, which are empty then: row b is row r of a cache, by `parts[b] = (cache, r)`.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.generation import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -39,6 +40,7 @@ class KeptPrompt:
         rows: the tokens of each distinct row.
         copies: which of these each row of the batch is.
         paths: of each distinct row the pages of the index that hold it.
+        takes: whether pages of these tokens too, computed with the model as it is, may be found from `root`.
     """
 
     store: PrefixStore
@@ -47,6 +49,7 @@ class KeptPrompt:
     rows: list[RowTokens]
     copies: Sequence[int]
     paths: dict[int, list[int]]
+    takes: Callable[[NDArray[np.int64]], bool]
 
 
 def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ def compute_prompt(
     if call is not None:
         given, call.seen = call.seen, None
     found = _rows(model, cache, input_ids, model_kwargs, generation_config, keep, given) if wanted else None
-    root = _root(model, cache, found[3]) if keep and found is not None else 0
+    root = _root(model, cache, found[0], found[3]) if keep and found is not None else 0
     if keep and runtime.ranks is not None and not runtime.ranks.alike([int(found is None), root]):
         # A rank whose weights have changed, or may have, looks for nothing, or elsewhere.
         runtime.close_prefixes()
@@ -140,7 +143,8 @@ def compute_prompt(
     kept = runtime.prefix_store(cache.groups)
     prompt = SharedPrompt(new_cache, cache, kept, root, rows, shown, worth)
     copies = list(range(len(rows))) if copies is None else copies
-    call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths)
+    takes = functools.partial(_takes, model, kept, root)
+    call.prompt = KeptPrompt(kept, root, cache, rows, copies, prompt.paths, takes)
     # No module has hooks of a user's, or the state would not be known.
     with _looked(model, call, seen):
         return prompt.compute(compute, input_ids, model_kwargs)
@@ -161,11 +165,16 @@ def _looked(model: Any, call: Any, seen: Seen | None) -> Iterator[None]:
         call.seen = None
 
 
-def _root(model: Any, cache: PagedCache, seen: Seen) -> int:
-    """The beginning of pages that were made in the state of the model as it is."""
+def _root(model: Any, cache: PagedCache, rows: list[RowTokens], seen: Seen) -> int:
+    """The beginning of pages that were made in the state of the model as it is, for prompts of these rows."""
     runtime, decoder = model._fastattn.runtime, model._fastattn.decoder(model)
-    root: int = runtime.prefix_store(cache.groups).root_of(runtime.model_state.of(decoder, decoder.device, seen))
+    tokens = np.concatenate([row.ids for row in rows])
+    root: int = runtime.prefix_store(cache.groups).root_of(*runtime.model_state.of(decoder, decoder.device, seen, tokens))
     return root
+
+
+def _takes(model: Any, store: PrefixStore, root: int, tokens: NDArray[np.int64]) -> bool:
+    return store.takes(root, model._fastattn.runtime.model_state.rows(model._fastattn.decoder(model), tokens))
 
 
 def _rows(
@@ -223,7 +232,11 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
             and changed it back: then only the prompt stays.
     """
     kept = kept_prompt(model, cache)
-    if kept is None or any(map(may_be_users, ran)) or why_rows_differ(model) is not None:
+    if kept is None or any(map(may_be_users, ran)):
+        return
+    # Of a call of one token there is nothing but its prompt.
+    grown = cache.dense is not None or cache.lengths != [len(kept.rows[copy]) for copy in kept.copies]
+    if grown and why_rows_differ(model) is not None:
         return
     sequences = result if isinstance(result, Tensor) else result.sequences
     if len(sequences) == len(cache.lengths):
@@ -232,9 +245,12 @@ def keep_generated(model: Any, cache: Any, prompt_columns: int, result: Any, ran
             keep_row(kept, row, row, tokens)
 
 
-def keep_row(kept: KeptPrompt, place: int, number: int, new: np.ndarray) -> None:
+def keep_row(kept: KeptPrompt, place: int, number: int, new: NDArray[np.int64]) -> None:
     """Row `place` of the cache stays: row `number` of the batch, and the `new` tokens after its prompt that it holds."""
     cache, prompt, found = kept.cache, kept.rows[kept.copies[number]], kept.paths.get(kept.copies[number], [])
     count = cache.lengths[place] if cache.dense is None else 0
+    if count > len(prompt) and not kept.takes(new[: count - len(prompt)]):
+        # Embeddings of these tokens are others than those that pages were computed with before.
+        return
     if len(prompt) <= count <= len(prompt) + len(new):
         kept.store.index.insert(kept.root, prompt.longer(new, count), cache.tables[None].rows[place], count, True, found)

@@ -24,6 +24,7 @@ _PLAIN_INPUTS = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_t
 # What a call may ask of the prompt's forward that pages of earlier rows do not have.
 _ASKED_OF_PROMPT = ("output_hidden_states", "output_attentions", "output_router_logits")
 STATES = "states of the prompt's tokens are asked for"
+HIDDEN, NOT_FROM_0 = "the mask hides the last column", "a row's positions do not count its tokens from 0"
 
 
 def why_not_tokens(input_ids: Any, model_kwargs: dict[str, Any], cache: PagedCache, config: Any) -> str | None:
@@ -56,6 +57,8 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
         not isinstance(positions, Tensor) or positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2
     ):
         return "positions are given on several axes"
+    if input_ids.device.type == "cpu":
+        return _tokens_on_host(input_ids, mask, positions)
     real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else (mask != 0).to(input_ids.device)
     counted = real.cumsum(1)
     flags = [real[:, -1].all(), _all(real[:, 1:] >= real[:, :-1])]
@@ -68,15 +71,30 @@ def tokens_of_rows(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[N
     rows, columns = input_ids.shape
     counts, ids = copied[len(flags) : len(flags) + rows], copied[len(flags) + rows :].view(rows, columns)
     if not ends:
-        return "the mask hides the last column"
+        return HIDDEN
     if counts_from_0 == [0]:
-        return "a row's positions do not count its tokens from 0"
+        return NOT_FROM_0
     if on_the_left:
         tokens = counts.tolist()
         found = [row[columns - count :] for row, count in zip(ids.numpy(), tokens, strict=True)]
         return found, host_masks.after_padding(tokens, columns)
     shown = real.to("cpu")
     return [row[kept] for row, kept in zip(ids.numpy(), shown.numpy(), strict=True)], shown
+
+
+def _tokens_on_host(input_ids: Tensor, mask: Any, positions: Any) -> tuple[list[NDArray[np.int64]], Tensor] | str:
+    """The same by NumPy, which begins at once."""
+    ids = input_ids.detach().numpy().astype(np.int64)
+    real = np.ones(ids.shape, np.bool_) if mask is None else mask.detach().cpu().numpy() != 0
+    if not real[:, -1].all():
+        return HIDDEN
+    if real.all():
+        rows, places = list(ids), np.arange(ids.shape[1])
+    else:
+        rows, places = [row[kept] for row, kept in zip(ids, real, strict=True)], real.cumsum(1) - 1
+    if positions is not None and not ((positions.detach().cpu().numpy() == places) | ~real).all():
+        return NOT_FROM_0
+    return rows, torch.from_numpy(real)
 
 
 def _all(flags: Tensor) -> Tensor:

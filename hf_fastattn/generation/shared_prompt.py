@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.cache.prefix_store import PrefixStore
-from hf_fastattn.cache.shared_rows import begin_on, gather
+from hf_fastattn.cache.shared_rows import as_computed_alone, begin_on, gather
 from hf_fastattn.pages.prefix_index import RowTokens
 from hf_fastattn.transformers_version import CACHE
 
@@ -62,6 +62,8 @@ class SharedPrompt:
     worth: int
     paths: dict[int, list[int]] = field(default_factory=dict)
     _parts: list[Part] = field(default_factory=list)
+    # Columns that rows get pages for ahead of their tokens.
+    _ahead: int = 0
 
     def compute(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """The outputs of the prompt's forward, of which there are logits of the last column; the cache holds the prompt.
@@ -70,6 +72,7 @@ class SharedPrompt:
             compute: the forward of a prompt, or of its rows after the tokens that their cache holds.
         """
         waiting = list(range(len(self.rows)))
+        self._ahead = self.cache.ahead_of(self.shown.shape[1])
         while waiting:
             now, waiting = self._turn(waiting)
             if not self._parts and not waiting and not any(held for _, _, held in now):
@@ -77,7 +80,7 @@ class SharedPrompt:
                 outputs = compute(input_ids, model_kwargs)
                 self._note(self.cache, range(len(self.rows)), [[]] * len(self.rows))
                 return outputs
-            is_first, parts = not self._parts, self._begun(now)
+            is_first, parts = not self._parts, self._begun(now, not self._parts and not waiting)
             self._parts += parts
             if is_first:
                 # Not before the pages that rows begin with are held.
@@ -87,6 +90,9 @@ class SharedPrompt:
                 if part.cache.dense is not None:
                     return self._whole(compute, input_ids, model_kwargs)
                 self._note(part.cache, part.rows, part.found)
+        if self._parts[0].cache is self.cache:
+            as_computed_alone(self.cache)
+            return self._outputs(self._parts[0].outputs.logits[:, -1:], model_kwargs)
         return self._joined(input_ids, model_kwargs)
 
     def _turn(self, waiting: list[int]) -> tuple[list[tuple[int, list[int], int]], list[int]]:
@@ -116,7 +122,7 @@ class SharedPrompt:
 
     def _make_room(self, now: list[tuple[int, list[int], int]], waiting: list[int]) -> None:
         """Pages for the whole prompt at once, so that they need not move between its parts."""
-        size, ahead = self.cache.groups.page_size, self.cache.ahead_of(self.shown.shape[1])
+        size, ahead = self.cache.groups.page_size, self._ahead
         followed: dict[tuple[int, bytes], int] = {}
         needed = 0
         # Of the row before: how many columns are pages that are there, and the numbers of those to come.
@@ -137,11 +143,18 @@ class SharedPrompt:
             needed += -(-(len(tokens) + ahead) // size) - len(tokens) // size
         self.cache.groups.group(None).ensure(needed)
 
-    def _begun(self, now: list[tuple[int, list[int], int]]) -> list[Part]:
-        """The rows to compute now in parts, whose caches hold the pages that they begin with."""
+    def _begun(self, now: list[tuple[int, list[int], int]], all_rows: bool) -> list[Part]:
+        """The rows to compute now in parts, whose caches hold the pages that they begin with.
+
+        Args:
+            all_rows: no rows are computed before or after these.
+        """
         parts = []
-        for chosen in _divided(now, [len(self.rows[row]) - held for row, _, held in now]):
-            cache = self.new_cache()
+        divided = _divided(now, [len(self.rows[row]) - held for row, _, held in now])
+        # Of one row without padding nothing has to be put together.
+        alone = all_rows and len(now) == 1 and len(self.rows[0]) == self.shown.shape[1]
+        for chosen in divided:
+            cache = self.cache if alone else self.new_cache()
             rows, pages, held = (list(values) for values in zip(*chosen, strict=True))
             if any(held):
                 begin_on(cache, pages, held)
@@ -161,12 +174,15 @@ class SharedPrompt:
             positions[place, new - count :] = np.arange(held, held + count)
         # What stands before the new tokens is skipped, as the cache holds it.
         ids = torch.zeros(len(counts), past + new, dtype=input_ids.dtype, device=device)
+        shown = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
         # Copies of little, as a device that still computes another part is not waited for then.
         ids[:, past:] = torch.from_numpy(tokens).to(device, non_blocking=True)
         places = torch.from_numpy(positions).to(device, non_blocking=True)
-        sizes = torch.tensor((part.held, counts), device="cpu").to(device, non_blocking=True)
-        mask = torch.cat([_after_padding(own, columns) for own, columns in zip(sizes, (past, new), strict=True)], 1)
-        shown = host_masks.beside(host_masks.after_padding(part.held, past), host_masks.after_padding(counts, new))
+        if device.type == "cpu":
+            mask = shown
+        else:
+            sizes = torch.tensor((part.held, counts), device="cpu").to(device, non_blocking=True)
+            mask = torch.cat([_after_padding(own, columns) for own, columns in zip(sizes, (past, new), strict=True)], 1)
         part.cache.known_mask.tell(mask, shown)
         return ids, {**model_kwargs, "attention_mask": mask, "position_ids": places, CACHE: part.cache}
 
@@ -181,14 +197,16 @@ class SharedPrompt:
         places = {row: (part, place) for part in self._parts for place, row in enumerate(part.rows)}
         order = [places[row] for row in range(len(self.rows))]
         gather(self.cache, [(part.cache, place) for part, place in order], self.shown)
-        self.cache.known_mask.remember(model_kwargs.get("attention_mask"), self.shown.shape[1])
         logits = torch.cat([part.outputs.logits[:, -1:] for part in self._parts])
         rows = [row for part in self._parts for row in part.rows]
         back = torch.tensor([rows.index(row) for row in range(len(rows))], device="cpu")
-        kind = type(self._parts[0].outputs)
         # The device is not waited for.
-        logits = logits.index_select(0, back.to(logits.device, non_blocking=True))
-        return kind(logits=logits, **{CACHE: self.cache})
+        return self._outputs(logits.index_select(0, back.to(logits.device, non_blocking=True)), model_kwargs)
+
+    def _outputs(self, logits: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """The outputs of the prompt, with the `logits` of its last column."""
+        self.cache.known_mask.remember(model_kwargs.get("attention_mask"), self.shown.shape[1])
+        return type(self._parts[0].outputs)(logits=logits, **{CACHE: self.cache})
 
     def _whole(self, compute: Compute, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """The prompt as ever, where a forward went over to Transformers' own cache."""

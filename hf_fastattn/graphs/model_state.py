@@ -1,30 +1,36 @@
-"""`ModelState`: everything that the keys and values of a token depend on besides the tokens before it."""
+"""`ModelState`: everything that the keys and values of a token depend on besides it and the tokens before it."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PretrainedConfig
 
+from hf_fastattn.cache.embedded_rows import EmbeddedRows
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.module_checks import PLAIN, SCALARS, has_foreign_hooks, submodules
 from hf_fastattn.graphs.seen_modules import SWITCHED, Same, Seen, look
+from hf_fastattn.graphs.weights_read import RowSums, embeddings_by_rows, weights_of, weights_read
 from hf_fastattn.kernels.layer import weight_sum_reference
-from hf_fastattn.kernels.layer.weight_sum_host import host_sum
+from hf_fastattn.kernels.layer.weight_sum_host import host_sum, sum_of_words, whole_words
 
 # Attributes that every module has, which the fingerprint looks at, and ours.
 OWN = frozenset(vars(nn.Module())) | {"_fastattn"}
 
 
 class ModelState:
-    """Names the state of a decoder by its modules, options and adapters, and by a sum over the bits of all its weights.
+    """Names the state of a decoder by its modules, options and adapters, and by a sum over the bits of its weights.
+
+    Those weights are not read that no key and no value depends on; of embeddings on the host only the rows of the tokens at
+    hand, which have sums of their own.
 
     Args:
         checked: the weights are looked at, which reads them once; else the owner has promised not to write to them.
@@ -41,10 +47,12 @@ class ModelState:
         # A look at the model since which the tables list all of its weights.
         self._listed: Seen | None = None
         self._storages: dict[int, Any] = {}
+        self._row_sums = RowSums()
 
     def drop(self) -> None:
         """Hold no memory."""
         self._places, self._tables, self._begun, self._listed = None, [], [], None
+        self._row_sums = RowSums()
 
     def forget(self) -> None:
         """What was begun is out of date."""
@@ -63,9 +71,9 @@ class ModelState:
             return
         seen = look(decoder) if seen is None else seen
         if self._listed is not seen:
-            if not seen.answer(("whole", id(decoder)), lambda: any(map(_is_whole, _weights(decoder)))):
+            if not seen.answer(("whole", id(decoder)), lambda: any(map(_is_whole, weights_of(decoder)))):
                 return
-            others = self._place(_weights_once(decoder))
+            others = self._place(weights_read(decoder))
             self._listed = None if others or not seen.is_sure else seen
         self._begun = [Launched(table) for table in self._tables]
 
@@ -84,26 +92,42 @@ class ModelState:
         for module in (root, *submodules(root)):
             if has_foreign_hooks(vars(module)):
                 return f"a {type(module).__name__} has hooks, which may do something else in each call"
-        for tensor in _weights(decoder) if self._checked else ():
+        for tensor in weights_of(decoder) if self._checked else ():
             if type(tensor) not in PLAIN:
                 return f"a parameter is a {type(tensor).__name__}, whose change could go unnoticed"
             if tensor.device.type == "meta":
                 return "the weights are offloaded"
         return None
 
-    def of(self, decoder: nn.Module, device: torch.device, seen: Seen | None = None) -> tuple[Any, ...]:
-        """The state as values to compare; waits for the device, once.
+    def of(
+        self, decoder: nn.Module, device: torch.device, seen: Seen | None = None, tokens: NDArray[np.int64] | None = None
+    ) -> tuple[tuple[Any, ...], EmbeddedRows | None]:
+        """The state as values to compare, and rows of embeddings that it says nothing of; waits for the device, once.
 
         Args:
             seen: a look at the model as it is, if there was one.
+            tokens: those whose rows of the embeddings are wanted; all by default.
         """
         seen = look(decoder) if seen is None else seen
         held = seen.answer(("held", id(decoder)), lambda: (_scalars(decoder), _attributes(decoder)))
         parts = fingerprint_of(decoder, device, seen).parts, held
         if not self._checked:
             # Where weights lie does not tell those that were replaced from those that were there before.
-            return *parts, self._storages_of(_weights_once(decoder))
-        return *parts, self._sums_of([]) if self._listed is seen else self._sums(_weights_once(decoder))
+            return (*parts, self._storages_of(_weights_once(decoder))), None
+        rows = self.rows(decoder, tokens)
+        return (*parts, rows is None, self._sums_of([]) if self._listed is seen else self._sums_now(decoder, seen)), rows
+
+    def _sums_now(self, decoder: nn.Module, seen: Seen) -> tuple[int, ...]:
+        # By their addresses, while a look vouches for these.
+        words = seen.answer(("words", id(decoder)), lambda: whole_words(weights_read(decoder))) if seen.is_sure else None
+        return self._sums(weights_read(decoder)) if words is None else tuple(sum_of_words(words))
+
+    def rows(self, decoder: nn.Module, tokens: NDArray[np.int64] | None = None) -> EmbeddedRows | None:
+        """The rows of the embeddings of these tokens, or of all, as they are; None where the state is of all embeddings."""
+        if not self._checked:
+            return None
+        weight = embeddings_by_rows(decoder)
+        return None if weight is None else self._row_sums.of(weight, tokens)
 
     def _storages_of(self, weights: list[Tensor]) -> tuple[Any, ...]:
         """What is equal for the same storages only: while a state holds them weakly, no other one has their address."""
@@ -189,13 +213,7 @@ def _scalars(decoder: Any) -> tuple[Any, ...]:
 
 
 def _weights_once(decoder: nn.Module) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in _weights(decoder)}.values())
-
-
-def _weights(decoder: nn.Module) -> Iterator[Tensor]:
-    for module in (decoder, *submodules(decoder)):
-        for held in (module._parameters, module._buffers):
-            yield from (tensor for tensor in held.values() if tensor is not None and tensor.numel())
+    return list({id(tensor): tensor for tensor in weights_of(decoder)}.values())
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -9,8 +9,9 @@ import torch
 
 import hf_fastattn
 from hf_fastattn.cache.known_mask import KnownMask
+from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import SAMPLING, assert_same_tokens, run
-from tests.tools.models import VOCAB, assert_fast, pair
+from tests.tools.models import VOCAB, assert_fast, pair, single
 
 SIZE = 16
 
@@ -168,3 +169,26 @@ def test_the_cache_is_the_same_without_sharing() -> None:
     for layer, other in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.allclose(layer.keys.transpose(1, 2)[shown], other.keys.transpose(1, 2)[shown], atol=1e-4)
     assert hf_fastattn.report(model).last_call.tokens_reused
+
+
+@pytest.mark.parametrize("padding", [0, 6, 20])
+def test_one_row_goes_on_from_pages(padding: int) -> None:
+    """Its cache is the one that begins on them if it has no padding; it is as after a prompt that was computed whole."""
+    stock, model = pair("llama", {"prefix_cache": True})
+    ids = torch.cat((torch.zeros(1, padding, dtype=torch.long), single(70)["input_ids"]), 1)
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    ahead = None
+    for reused in (0, 69, 69):
+        found = run(model, batch, 30, return_dict_in_generate=True)
+        assert assert_fast(model, held=None).tokens_reused == reused
+        assert torch.equal(found.sequences, run(stock, batch, 30))
+        cache = found[CACHE]
+        # Columns that a longer answer would get pages for at once.
+        now = cache.ahead_of(cache.get_seq_length())
+        ahead = now if ahead is None else ahead
+        assert cache.get_seq_length() == padding + 70 + 29 and now == ahead and not cache._is_frugal
+        more = torch.cat((found.sequences, torch.tensor([[5, 9]])), 1)
+        longer = {"input_ids": more, "attention_mask": torch.cat((mask, torch.ones(1, 32, dtype=torch.long)), 1)}
+        assert torch.equal(run(model, longer, 8, **{CACHE: cache}), run(stock, longer, 8))

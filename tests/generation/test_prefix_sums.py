@@ -29,6 +29,7 @@ class Sums:
 def beside(monkeypatch: pytest.MonkeyPatch) -> type[Sums]:
     """The weights of a CPU as a device's, which are summed beside what it does."""
     monkeypatch.setattr(model_state, "_is_whole", lambda tensor: True)
+    monkeypatch.setattr(model_state, "whole_words", lambda tensors: None)
     monkeypatch.setattr(model_state, "_table", list)
     monkeypatch.setattr(model_state, "Launched", Sums)
     monkeypatch.setattr(Sums, "made", 0)
