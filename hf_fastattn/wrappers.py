@@ -47,7 +47,7 @@ def is_called_as_ever(module: Any) -> bool:
 
 
 def calls_forward(kind: Any) -> bool:
-    """Whether what runs when a module of the class is called is PyTorch's, or Transformers' around PyTorch's."""
+    """Whether what runs when a module of the class is called is PyTorch's, or a library's around PyTorch's."""
     # Asked of hundreds of modules a forward.
     call = kind.__call__
     if call is CALL:
@@ -190,7 +190,8 @@ def _is_hooked_once(module: Any, forward: Any, device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _is_librarys(call: Any) -> bool:
-    return origin_of(call).startswith(("torch.", "transformers."))
+    # PEFT's holders of tensors have one that raises, as PyTorch's do.
+    return origin_of(call).startswith(("torch.", "transformers.", "peft."))
 
 
 @functools.lru_cache(maxsize=64)
