@@ -269,7 +269,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 self.drop()
                 self._failures, self._resting, self._crossing, self._launched = 0, False, None, set()
             self._looks = 1 if first else self._looks + 1
-            # What a prompt's forward changes is over: PEFT's takes a merged adapter that is disabled out of the weights.
+            # What is seen after the first forward happened once: PEFT takes a merged adapter that is disabled out of the
+            # weights in that forward.
             self._is_changing |= self._looks > 2 and self._fingerprint != before
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._is_changing:
