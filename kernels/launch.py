@@ -19,8 +19,6 @@ LOG2E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The architecture that stands for all without a row of their own in a table of launch configurations.
 DEFAULT = 80
-# Multiprocessors (SMs) of an H100 or H200.
-PROCESSORS = 132
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 # The first compute capability that converts e4m3.
 FP8_CAPABILITY = (8, 9)
@@ -54,12 +52,6 @@ def hash_callees(*functions: Any) -> None:
 def overlaps_launches(arch: int) -> bool:
     """Whether dependent launch works (from Hopper on): a kernel starts before the launch ahead ends, and waits inside."""
     return arch >= 90
-
-
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU; those of an H100 where there is none, and launches are only compiled or interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
 def power_of_2(n: int) -> int:

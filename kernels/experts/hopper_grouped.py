@@ -27,7 +27,8 @@ from hf_fastattn.kernels.experts.hopper_wide import hopper_wide_kernel
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.experts.work_list import WorkList
 from hf_fastattn.kernels.gluon_spelling import load_box
-from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of, processors_of
+from hf_fastattn.kernels.launch import ASSEMBLER_OPTIONS, on_device_of
+from hf_fastattn.kernels.layer.configs import PROCESSORS
 from hf_fastattn.kernels.rehearsal import prepared
 
 # Pairs a tile, weight rows of a box (two boxes a tile), columns a step, and steps that are loaded ahead.
@@ -174,6 +175,11 @@ def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(box), DTYPES[dtype])
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+
 def _product(
     x: Tensor, weight: Tensor, routing: Routing, work: WorkList, gated: bool, programs: int | None
 ) -> Tensor:  # fmt: skip
@@ -186,7 +192,7 @@ def _product(
     x_desc = TensorDescriptor.from_tensor(x, x_box, _layout(tuple(x_box), x.dtype))
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, width), w_box, _layout(tuple(w_box), x.dtype))
     tiles = work.tiles.shape[0] * -(-rows // (BLOCK_N if gated else 2 * BLOCK_N))
-    grid = (min(tiles, programs or processors_of(x.device)),)
+    grid = (min(tiles, programs or _processors(x.device)),)
     given = (x_desc, w_desc, y, work.tiles, work.tile_count, work.order, routing.weights)
     options: dict[str, Any] = {
         "ROWS": rows, "STEPS": -(-width // BLOCK_K), "GATED": gated, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP": GROUP,

@@ -11,8 +11,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hf_fastattn.kernels.launch import PROCESSORS
-
 
 @dataclass(frozen=True)
 class ProductTile:
@@ -108,6 +106,8 @@ SKINNY_FP32: dict[tuple[int, bool], tuple[tuple[ProductTile, int], ...]] = {
     (16, True): ((ProductTile(64, 64, 4, 3), 2),),
     (64, True): ((ProductTile(64, 32, 4, 4), 2),),
 }
+# Multiprocessors (SMs) of an H100 or H200.
+PROCESSORS = 132
 MOST_SPLITS = 8
 # Fewest steps of a split-K part: shorter ones would be mostly prologue and epilogue.
 FEWEST_STEPS = 4

@@ -7,6 +7,7 @@ sums of 64 columns are multiplied with their magnitudes in fp32: a weight errs l
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -14,17 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.tiles import find_tile, pick
-from hf_fastattn.kernels.quantised.code_values import (
-    COLUMNS,
-    PRODUCT_COLUMNS,
-    ROWS,
-    compared_words,
-    magnitudes_of,
-    read_magnitudes,
-    table_of_values,
-)
 from hf_fastattn.kernels.quantised.codes_row import pick_codes
-from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly
+from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly, table_assembly
 from hf_fastattn.kernels.quantised.lanes import (
     added_up,
     emulated_product,
@@ -35,9 +27,37 @@ from hf_fastattn.kernels.quantised.lanes import (
     store_sums,
     two_words,
 )
-from hf_fastattn.kernels.quantised.nibbles import MATRIX
+from hf_fastattn.kernels.quantised.nibbles import MATRIX, compared, matrix_bits
+from hf_fastattn.kernels.quantised.weights import VALUES
 
+# Rows of a fragment, and columns that a warp takes at once: four of its blocks.
+ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(256)
+# What a fragment's product takes at once; blocks are no smaller.
+PRODUCT_COLUMNS = tl.constexpr(64)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TABLES = tl.constexpr({
+    f"{kind} {name} {entries}": table_assembly(matrix_bits(kind, dtype), entries)
+    for kind in VALUES for name, dtype in DTYPES.items() for entries in (1, 2, 4)
+})  # fmt: skip
 PRODUCTS = tl.constexpr({f"{name} {groups}": codes_assembly(name, groups) for name in FORMS for groups in (1, 2)})
+
+
+@triton.jit
+def _table(thread, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Where in shared memory the column of each lane in the table of values begins."""
+    THREADS: tl.constexpr = thread.shape[0]
+    if ASSEMBLY:
+        ENTRIES: tl.constexpr = 256 // THREADS if THREADS < 256 else 1
+        distance = tl.full(thread.shape, THREADS, tl.int32)
+        table = tl.inline_asm_elementwise(
+            TABLES.value[f"{KIND} {dtype} {ENTRIES}"], "=&r,r,r,r", [thread % 256, thread % 32, distance],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.debug_barrier()
+    else:
+        table = thread
+    return table
 
 
 @triton.jit
@@ -45,7 +65,10 @@ def _product(low, high, x, table, KIND: tl.constexpr, dtype: tl.constexpr, SUMS:
     """The sums of 64 columns, as those of `plus_scaled`."""
     if not ASSEMBLY:
         values: tl.constexpr = MATRIX.value[f"{KIND} {dtype}"]
-        a, b = compared_words(low, values), compared_words(high, values)
+        at = tl.arange(0, 16)[None, :]
+        # The upper code of a byte is that of the earlier column.
+        shift = (8 * (at // 2) + 4 * (1 - at % 2)).to(tl.int64)
+        a, b = compared(low[:, None] >> shift & 15, values), compared(high[:, None] >> shift & 15, values)
         found = emulated_product(a, b, numbers_of(x[0], x[1], x[2], x[3], dtype))
         if SUMS == 8:
             found = found + emulated_product(a, b, numbers_of(x[4], x[5], x[6], x[7], dtype))
@@ -66,8 +89,11 @@ def _product(low, high, x, table, KIND: tl.constexpr, dtype: tl.constexpr, SUMS:
 
 @triton.jit
 def _held(weight, low, high, lane, part, K: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr):
-    """Of part number `part` of rows `low` and `high`: four times 8 bytes of codes of each, and two magnitudes."""
-    codes_ptr, _, _, _, _ = weight
+    """Of part number `part` of rows `low` and `high`: 8 bytes of codes in each of four times 64 columns, and two magnitudes.
+
+    Magnitudes are as they lie in memory: what they stand for is looked up later, so that no load waits for another.
+    """
+    codes_ptr, absmax_ptr, nested_ptr, _, _ = weight
     # Where there are no more columns the last are read again: x is zero there.
     last: tl.constexpr = K // PRODUCT_COLUMNS.value - 1
     p, q = codes_ptr + low * (K // 16) + lane, codes_ptr + high * (K // 16) + lane
@@ -87,7 +113,26 @@ def _held(weight, low, high, lane, part, K: tl.constexpr, BLOCK: tl.constexpr, N
         tl.load(p + c, eviction_policy="evict_first"), tl.load(q + c, eviction_policy="evict_first"),
         tl.load(p + d, eviction_policy="evict_first"), tl.load(q + d, eviction_policy="evict_first"),
     )  # fmt: skip
-    return words, read_magnitudes(weight, low, high, block, K, BLOCK, NESTED)
+    at_low = low * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
+    at_high = high * (K // BLOCK) + block * PRODUCT_COLUMNS.value // BLOCK
+    absmax_low, absmax_high = tl.load(absmax_ptr + at_low), tl.load(absmax_ptr + at_high)
+    if NESTED:
+        nested_low, nested_high = tl.load(nested_ptr + at_low // 256), tl.load(nested_ptr + at_high // 256)
+        return words, (absmax_low, absmax_high, nested_low, nested_high)
+    else:
+        return words, (absmax_low, absmax_high)
+
+
+@triton.jit
+def _scales(weight, absmax, NESTED: tl.constexpr):
+    """The magnitudes that two rows have."""
+    _, _, _, levels_ptr, offset = weight
+    if NESTED:
+        low = tl.load(levels_ptr + absmax[0].to(tl.int32)) * absmax[2] + offset
+        high = tl.load(levels_ptr + absmax[1].to(tl.int32)) * absmax[3] + offset
+    else:
+        low, high = absmax
+    return low, high
 
 
 @triton.jit
@@ -139,7 +184,7 @@ def codes_matrix_kernel(
         weight_u = pick_codes(1, w0, w1, w2, 2, NESTED)
         words_u, absmax_u = _held(weight_u, low, high, lane, warp, K, BLOCK, NESTED)
     # The table is made while the first codes are on their way.
-    table = table_of_values(thread, KIND, dtype)
+    table = _table(thread, KIND, dtype)
     if OVERLAP and SETTLED:
         gdc_wait()
     x8_ptr = x_ptr.to(tl.pointer_type(tl.int64)) + 4 * lane
@@ -156,10 +201,10 @@ def codes_matrix_kernel(
                 next_words, next_absmax = _held(weight, low, high, lane, part + WARPS, K, BLOCK, NESTED)
                 if GATED:
                     next_words_u, next_absmax_u = _held(weight_u, low, high, lane, part + WARPS, K, BLOCK, NESTED)
-        scale_low, scale_high = magnitudes_of(weight, absmax, NESTED)
+        scale_low, scale_high = _scales(weight, absmax, NESTED)
         scale_u_low, scale_u_high = scale_low, scale_high
         if GATED:
-            scale_u_low, scale_u_high = magnitudes_of(weight_u, absmax_u, NESTED)
+            scale_u_low, scale_u_high = _scales(weight_u, absmax_u, NESTED)
         for i in tl.static_range(4):
             x = _x_of(x8_ptr, other_ptr, 4 * part + i, K, SUMS, WHOLE)
             product = _product(words[2 * i], words[2 * i + 1], x, table, KIND, dtype, SUMS)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
-
-HOPPER = 90
 
 
 @dataclass(frozen=True)
@@ -30,27 +27,6 @@ def codes_tile(k: int, gated: bool) -> RowTile:
     """For `k` columns in 4-bit codes: `columns` are words of eight."""
     held = 512 if k % 4096 == 0 or k >= 8192 else 256 if k >= 1024 else 128
     return RowTile(2 if gated else 4, held, 4 if held > 128 else 2, 1)
-
-
-# (architecture, K) -> warps of a program of `codes_held.py`: where it was found to be quicker than `codes_matrix.py`.
-HELD: dict[tuple[int, int], int] = {(HOPPER, 4096): 16}
-# Tiles of the smallest product that was measured. With fewer there is little that a program makes once for many.
-FEWEST_HELD = 256
-
-
-@functools.cache
-def codes_held_tile(arch: int, k: int, tiles: int, processors: int) -> dict[str, Any] | None:
-    """For one token times `k` columns in 4-bit codes; None where `codes_matrix.py` is quicker, or may be.
-
-    Args:
-        tiles: of 16 rows, of gate and of up at once.
-        processors: that have a program each.
-    """
-    warps = HELD.get((arch, k))
-    # When a quarter of the programs has no tile left, the many small ones of the other kernel end earlier.
-    if warps is None or tiles < FEWEST_HELD or 4 * (-tiles % processors) > processors:
-        return None
-    return {"WARPS": warps, "num_warps": warps}
 
 
 def codes_matrix_tile(k: int, gated: bool, sums: int) -> dict[str, Any]:

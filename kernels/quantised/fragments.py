@@ -60,33 +60,27 @@ def _words(table: Sequence[int]) -> list[str]:
     return [f"0x{sum(table[4 * word + byte] << 8 * byte for byte in range(4)):08x}" for word in range(4)]
 
 
-def codes_assembly(dtype: str, groups: int, eights: int = 1) -> str:
-    """The sums of `64 * eights` columns, with values by `table_assembly`: four of each group, from $0 on.
+def codes_assembly(dtype: str, groups: int) -> str:
+    """The sums of 64 columns, 16 of a lane, with values by `table_assembly`: four of each group, from $0 on.
 
-    Operands: `eights` times 8 bytes of codes of row g, 16 columns each, as many of row g + 8, 8 bytes of x four times as
-    often for each group, where the table begins.
+    Operands: 8 bytes of codes of row g, of row g + 8, 8 bytes of x four times for each group, where the table begins.
     """
-    sums, words, numbers = 4 * groups, 2 * eights, 4 * eights
-    table = sums + words + numbers * groups
+    sums = 4 * groups
     text = [
-        f"{{ .reg .b32 byte, a0, a1, a2, a3, {', '.join(f'{row}{i}' for row in 'wv' for i in range(words))}, "
-        f"x<{2 * numbers * groups}>; "
+        f"{{ .reg .b32 byte, a0, a1, a2, a3, w0, w1, v0, v1, x<{8 * groups}>; "
+        f"mov.b64 {{w0, w1}}, ${sums}; mov.b64 {{v0, v1}}, ${sums + 1}; "
     ]
-    text += [
-        f"mov.b64 {{{row}{2 * i}, {row}{2 * i + 1}}}, ${sums + eights * place + i}; "
-        for i in range(eights) for place, row in enumerate("wv")
-    ]  # fmt: skip
-    text += [f"mov.b64 {{x{2 * i}, x{2 * i + 1}}}, ${sums + words + i}; " for i in range(numbers * groups)]
+    text += [f"mov.b64 {{x{2 * i}, x{2 * i + 1}}}, ${sums + 2 + i}; " for i in range(4 * groups)]
     text += [f"mov.f32 ${i}, 0f00000000; " for i in range(sums)]
-    for number in range(numbers):
+    for number in range(4):
         first = 2 * (number % 2)
         for name, source, byte in (("a0", "w", first), ("a1", "v", first), ("a2", "w", first + 1), ("a3", "v", first + 1)):
             text.append(
                 f"bfe.u32 byte, {source}{number // 2}, {8 * byte}, 8; "
-                f"mad.lo.u32 byte, byte, {PAIR_STRIDE}, ${table}; ld.shared.b32 {name}, [byte]; "
+                f"mad.lo.u32 byte, byte, {PAIR_STRIDE}, ${2 + 2 * sums}; ld.shared.b32 {name}, [byte]; "
             )
         text += [
-            _multiplied(dtype, group, f"x{2 * (numbers * group + number)}", f"x{2 * (numbers * group + number) + 1}")
+            _multiplied(dtype, group, f"x{8 * group + 2 * number}", f"x{8 * group + 2 * number + 1}")
             for group in range(groups)
         ]
     return "".join(text) + "}"

@@ -12,12 +12,8 @@ from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
 
 WIDE = tl.constexpr("ld.global.v2.b64 {$0, $1}, [$2];")
 WIDE_ONCE = tl.constexpr("ld.global.L1::evict_first.v2.b64 {$0, $1}, [$2];")
-WIDE_OF_SOME = tl.constexpr(
-    "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0; @p ld.global.v2.b64 {$0, $1}, [$2]; }"
-)
 # Of lane 0 to 3 among four.
 FROM_LANE = tl.constexpr([f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff;" for lane in range(4)])
-ACROSS = tl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
 
 
 @triton.jit
@@ -38,18 +34,6 @@ def two_words(pointers, ONCE: tl.constexpr):
 
 
 @triton.jit
-def two_words_of_some(pointers, some):
-    """The same for threads whose int32 `some` is not zero, else zeros; in the interpreter for all threads."""
-    if ASSEMBLY:
-        first, second = tl.inline_asm_elementwise(
-            WIDE_OF_SOME, "=&l,=&l,l,r", [pointers.to(tl.int64), some], dtype=(tl.int64, tl.int64), is_pure=False, pack=1
-        )
-    else:
-        first, second = tl.load(pointers), tl.load(pointers + 1)
-    return first, second
-
-
-@triton.jit
 def of_lane(x, LANE: tl.constexpr):
     """x of lane number LANE of the four that share rows."""
     if ASSEMBLY:
@@ -58,17 +42,6 @@ def of_lane(x, LANE: tl.constexpr):
         four = tl.reshape(x, (x.shape[0] // 4, 4))
         own = tl.sum(tl.where((tl.arange(0, 4) == LANE)[None, :], four, 0.0), 1)
         found = tl.reshape(tl.broadcast_to(own[:, None], four.shape), x.shape)
-    return found
-
-
-@triton.jit
-def of_lane_across(x):
-    """x of the lane two further among the four that share rows."""
-    if ASSEMBLY:
-        found = tl.inline_asm_elementwise(ACROSS, "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
-    else:
-        first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 4, 2, 2)), (0, 2, 1)))
-        found = tl.reshape(tl.permute(tl.join(second, first), (0, 2, 1)), (x.shape[0],))
     return found
 
 
@@ -165,17 +138,8 @@ def store_sums(y, y_ptr, residual_ptr, b_ptr, first, rows, tokens, column, strid
         token += q // 2 % 2 + 8 * (q % 2)
     n = first + lane // 4 + 8 * half
     ok = (n < rows) & (token < tokens)
-    added_ptr = residual_ptr
-    if residual_ptr is not None:
-        added_ptr = residual_ptr + token * stride_r
-    store_rows(y, y_ptr + token * stride_y + column, added_ptr, b_ptr, n, ok)
-
-
-@triton.jit
-def store_rows(y, y_ptr, residual_ptr, b_ptr, n, ok):
-    """y of rows `n` of a weight, with bias and residual; pointers are those of its row 0."""
     if b_ptr is not None:
         y += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=ok)
+        y += tl.load(residual_ptr + token * stride_r + n, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * stride_y + column + n, y.to(y_ptr.dtype.element_ty), mask=ok)

@@ -12,18 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, processors_of
-from hf_fastattn.kernels.quantised.code_values import PRODUCT_COLUMNS, ROWS
-from hf_fastattn.kernels.quantised.codes_held import codes_held_kernel
-from hf_fastattn.kernels.quantised.codes_matrix import codes_matrix_kernel
+from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches
+from hf_fastattn.kernels.quantised.codes_matrix import PRODUCT_COLUMNS, ROWS, codes_matrix_kernel
 from hf_fastattn.kernels.quantised.codes_row import CodePointers, codes_row_kernel
-from hf_fastattn.kernels.quantised.configs import (
-    codes_held_tile,
-    codes_matrix_tile,
-    codes_tile,
-    ints_tile,
-    tiles_matrix_tile,
-)
+from hf_fastattn.kernels.quantised.configs import codes_matrix_tile, codes_tile, ints_tile, tiles_matrix_tile
 from hf_fastattn.kernels.quantised.ints_row import IntPointers, ints_row_kernel
 from hf_fastattn.kernels.quantised.nibbles import MATRIX_FACTORS, factor_of
 from hf_fastattn.kernels.quantised.tiles_matrix import TilePointers, tiles_matrix_kernel
@@ -130,8 +122,6 @@ def _product(
     apart = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0)) if launch.several else ()
     # Not `triton.cdiv`, which costs the host a microsecond a call.
     programs = sum(-(-count // launch.rows) for count in counts[:used])
-    if launch.most:
-        programs = min(programs, launch.most)
     run = prepared(launch.kernel)
     with on_device_of(x):
         run[(programs,)](
@@ -141,30 +131,22 @@ def _product(
 
 
 class _Launch(NamedTuple):
-    """How a product is launched.
-
-    Attributes:
-        held: what the kernel reads of each weight.
-        rows: of each weight that a program takes.
-        several: whether it takes several tokens.
-        most: programs, which go on from rows to the next; 0 where each takes its rows alone.
-    """
+    """A kernel, what it reads of each weight, rows of each that a program takes, its sizes, if it takes several tokens."""
 
     kernel: Any
     held: list[Any]
     rows: int
     sizes: dict[str, Any]
     several: bool = False
-    most: int = 0
 
 
 def _launch_of(weights: Sequence[Any], gated: bool, dtype: torch.dtype, tokens: int) -> _Launch:
     first = weights[0]
     k = first.columns
     if isinstance(first, RowInts):
-        row = ints_tile(k, gated)
-        sizes = {"K": k, "BLOCK_N": row.rows, "BLOCK_K": row.columns, "STAGES": row.stages, "num_warps": row.warps}
-        return _Launch(ints_row_kernel, [IntPointers(each.integers, each.scales) for each in weights], row.rows, sizes)
+        tile = ints_tile(k, gated)
+        sizes = {"K": k, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "STAGES": tile.stages, "num_warps": tile.warps}
+        return _Launch(ints_row_kernel, [IntPointers(each.integers, each.scales) for each in weights], tile.rows, sizes)
     held: list[Any]
     # Numbers that a lane keeps, of two rows.
     sums = 2 if tokens == 1 else 4 if tokens <= MOST_TOKENS // 2 else 8
@@ -175,24 +157,13 @@ def _launch_of(weights: Sequence[Any], gated: bool, dtype: torch.dtype, tokens: 
     sizes = {"K": k, "BLOCK": first.block, "KIND": first.kind, "NESTED": first.nested is not None}
     if _on_matrix_unit(first, dtype):
         held = [_code_pointers(each, torch.int64) for each in weights]
-        sizes["FACTOR"] = MATRIX_FACTORS[first.kind, dtype]
-        tile = _held_tile(weights, gated) if tokens == 1 else None
-        if tile is not None:
-            most = processors_of(first.codes.device)
-            return _Launch(codes_held_kernel, held, ROWS.value, {**sizes, **tile}, most=most)
-        sizes |= {"SUMS": sums, **codes_matrix_tile(k, gated, sums)}
+        sizes |= {"FACTOR": MATRIX_FACTORS[first.kind, dtype], "SUMS": sums}
+        sizes |= codes_matrix_tile(k, gated, sums)
         return _Launch(codes_matrix_kernel, held, ROWS.value, sizes, several=True)
     row = codes_tile(k, gated)
     sizes |= {"FACTOR": factor_of(first.kind, dtype), "BLOCK_N": row.rows, "BLOCK_W": row.columns, "STAGES": row.stages}
     held = [_code_pointers(each, torch.int32) for each in weights]
     return _Launch(codes_row_kernel, held, row.rows, {**sizes, "num_warps": row.warps})
-
-
-def _held_tile(weights: Sequence[BlockCodes], gated: bool) -> dict[str, Any] | None:
-    """The sizes of `codes_held_kernel`, where it is taken for one token."""
-    device = weights[0].codes.device
-    tiles = sum(-(-weight.rows // ROWS.value) for weight in (weights[:1] if gated else weights))
-    return codes_held_tile(arch_of(device), weights[0].columns, tiles, processors_of(device))
 
 
 def _code_pointers(weight: BlockCodes, words: torch.dtype) -> CodePointers:

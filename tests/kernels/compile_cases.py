@@ -477,20 +477,6 @@ CASES = {
     },
     "nf4, 16 tokens, small": Case(lambda: quantised("nf4", 16, 896, (896,)), ("codes_matrix_kernel",), programs=2),
     "fp4, 16 tokens": Case(lambda: quantised("fp4 flat", 16, 14336, (512,), FP16), ("codes_matrix_kernel",), programs=2),
-    # As many rows as the programs of an H100 share.
-    **{
-        f"{kind}, held{what}": Case(
-            functools.partial(quantised, kind, 1, 4096, counts, gated="gate" in what),
-            ("codes_held_kernel",),
-            programs=1,
-            targets=("sm_90",),
-        )
-        for kind in ("nf4", "fp4 flat")
-        for what, counts in (("", QKV), (", o", (4096,)), (", gate and up", (4096, 4096)))
-    },
-    "nf4, held, bias, fp16": Case(
-        lambda: quantised("nf4", 1, 4096, QKV, FP16, bias=True), ("codes_held_kernel",), programs=1, targets=("sm_90",)
-    ),
     "nf4, fp32": Case(lambda: quantised("nf4", 1, 4096, SMALL_QKV, FP32), ("codes_row_kernel",), programs=1, exact=True),
     "lora": Case(lambda: adapted(1, 2048, SMALL_QKV, (16, 16, 16)), ("matvec_kernel",), programs=3),
     "lora, down": Case(lambda: adapted(1, 8192, (2048,), (16,)), ("matvec_kernel",), programs=3),

@@ -294,15 +294,13 @@ def adapted(
 
 
 def quantised(
-    kind: str, tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *, gated: bool = False,
-    bias: bool = False,
-) -> object:  # fmt: skip
+    kind: str, tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *, gated: bool = False
+) -> object:
     x, weights = torch.zeros(tokens, k, dtype=dtype), [of_kind(kind, count, k) for count in counts]
     if gated:
         return quantised_products.gate_up_silu(x, *weights, weights_settled=True)
     residual = torch.zeros(tokens, counts[0], dtype=dtype) if len(counts) == 1 else None
-    biases = [torch.zeros(count, dtype=dtype) for count in counts] if bias else None
-    return quantised_products.matvec(x, weights, biases, residual=residual, weights_settled=True)
+    return quantised_products.matvec(x, weights, residual=residual, weights_settled=True)
 
 
 def routed(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype = BF16, *, shared: bool = False) -> Any:

@@ -76,25 +76,6 @@ def test_sums_of_codes(kind: str, dtype: torch.dtype, groups: int) -> None:
     assert np.allclose(found, (weight @ x.double().t()).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_sums_of_each_lane(kind: str, dtype: torch.dtype) -> None:
-    """Columns of x that a lane gives as those of a token of its own have a sum of their own."""
-    torch.manual_seed(0)
-    warp, begins = table(kind, dtype, 1)
-    codes, x = torch.randint(0, 256, (16, 64), dtype=torch.uint8), torch.randn(128).to(dtype)
-    bytes_of = codes.numpy().view("<u8")  # [16, 8]: 16 columns each
-    numbers = words_of(x).reshape(4, 8, 2)[PLACE]  # lane, eight bytes, word
-    operands = {f"${4 + 2 * i + j}": bytes_of[OWN + 8 * i, 2 * PLACE + j] for i in range(2) for j in range(2)}
-    for i in range(8):
-        operands[f"${8 + i}"] = np.where(OWN == PLACE, numbers[:, i, 0] | numbers[:, i, 1] << np.uint64(32), 0)
-    found = sums_of(warp.run(fragments.codes_assembly(NAMES[dtype], 1, 2), operands | {"$16": begins}), 1)
-    values = torch.tensor(matrix_values(kind, dtype), dtype=torch.float64)
-    weight = torch.stack((values[codes.long() >> 4], values[codes.long() & 15]), -1).view(16, 128)
-    want = (weight * x.double()).view(16, 4, 32).sum(-1)
-    assert np.allclose(found[:, :4], want.numpy(), atol=1e-4) and not found[:, 4:].any()
-
-
 @pytest.mark.parametrize("groups", [1, 2])
 def test_sums_of_tiles(groups: int) -> None:
     torch.manual_seed(0)
