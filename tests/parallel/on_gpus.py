@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_fastattn
+from hf_fastattn.graphs import static_inputs
 from hf_fastattn.parallel.later_sums import CopiedSums
 from hf_fastattn.patches.fused import halves
 from tests.parallel.ranks import load, one, rank
@@ -46,6 +47,9 @@ def in_halves(path: str, call: dict[str, Any]) -> tuple[Any, list[Any], int, str
     with pytest.MonkeyPatch.context() as patch, hf_fastattn.patched(model):
         for name, value in (("FEWEST_TOKENS", 8), ("FEWEST_PRODUCTS", 1), ("TILE", 24), ("most_tokens", lambda _: 0)):
             patch.setattr(halves, name, value)
+        # Prompts as short as these are recorded, in passes of their own; those in halves never are.
+        for name in ("FEWEST_CAPTURED", "MOST_CAPTURED"):
+            patch.setattr(static_inputs, name, 0)
         # The trial of the slots comes first, and is not counted.
         one(model, given)
         patch.setattr(CopiedSums, "begin", counted)
