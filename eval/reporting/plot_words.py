@@ -16,6 +16,7 @@ OPTIONS = {
     "share=on": "shared pages",
     "share=off": "",
     "loop=on": "device's loop",
+    "alone=on": "rows alone",
     "prefix_cache=True": "prefix cache",
     "batch_invariant=True": "batch-invariant",
 }
