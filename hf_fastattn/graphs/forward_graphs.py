@@ -53,9 +53,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
     launches. Forwards of more tokens than `most_tokens` says keep the GPU busy for longer than their launches take, and are
     not captured.
 
-    What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first step of every `generate()`, and
-    in loops made by hand at every step. So callbacks of `generate()` must not exchange modules or adapters half-way;
-    they may change weights in place.
+    What a graph depends on beside its inputs (`fingerprint_of`) is compared at the first forward of every `generate()`, and
+    before each where code of the user's runs between them, as in loops made by hand.
 
     Args:
         enabled: see `GraphStore`; `stocks_draws` likewise.
@@ -80,10 +79,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         self._agreed: Fingerprint | None = None
         # Nothing changes the model between the forwards of the call under way.
         self.is_left_alone = False
-        # Something has: it may be changed again, and recording would not pay.
-        self._is_changing = False
-        # How often this call has looked at it.
-        self._looks = 0
+        # Something has: it may be changed again, and recording would not pay. How often this call has looked.
+        self._is_changing, self._looks = False, 0
         self._failures = 0
         self._resting = False
         self._states: ForwardStates | None = None
@@ -269,8 +266,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
                 self.drop()
                 self._failures, self._resting, self._crossing, self._launched = 0, False, None, set()
             self._looks = 1 if first else self._looks + 1
-            # What is seen after the first forward happened once: PEFT takes a merged adapter that is disabled out of the
-            # weights in that forward.
+            # The first forward may change it once: PEFT's takes a merged adapter that is disabled out of the weights.
             self._is_changing |= self._looks > 2 and self._fingerprint != before
             self._checked = weakref.ref(decoder) if self._in_call else None
         if self._is_changing:
@@ -413,10 +409,8 @@ class ForwardGraphs(GraphStore[Key, Entry]):
             followers.append(inputs.on(place))
             positions[place] = followers[-1].position_ids
             batches[place] = followers[-1].batch(groups.backend, groups.batch_invariant, self._workspaces[place])
-        recorded = self.new_staged_forward(places)
-        return Entry(
-            inputs, batch, recorded, held, crossing=Crossing(batches, positions, self.send), followers=tuple(followers)
-        )
+        recorded, crossing = self.new_staged_forward(places), Crossing(batches, positions, self.send)
+        return Entry(inputs, batch, recorded, held, crossing=crossing, followers=tuple(followers))
 
     def _states_for(self, cache: PagedCache) -> ForwardStates | None:
         """Places for the states of the cache's rows, with the states in them; None if it has none."""
