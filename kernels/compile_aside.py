@@ -29,8 +29,9 @@ logger = logging.getLogger("hf_fastattn")
 
 # A process of much memory takes long to fork, and holds Python's lock meanwhile.
 SLOW_FORK = 0.2
-# Seconds after which a process is given up, as one that waits for a lock which a thread held when it was forked.
-MOST_SECONDS = 120
+# Seconds after which a process is given up. One that waits for a lock which a thread held when it was forked does nothing:
+# without any time of a processor, and without an assembler or a C compiler that it waits for, it is given up much earlier.
+MOST_SECONDS, MOST_IDLE_SECONDS = 120, 5
 # Without the numbers of source lines, which profilers show, the largest kernels compile in three quarters of the time.
 LINES = "TRITON_DISABLE_LINE_INFO"
 # Tokenizers' library warns on the terminal of every fork after it has used threads, where this variable is not set.
@@ -111,6 +112,41 @@ def _quiet_tokenizers() -> Iterator[None]:
             os.environ.pop(TOKENIZERS, None)
 
 
+def _comes(poll: select.poll, process: int) -> bool:
+    """Whether the end of a process is polled in time."""
+    began = moved = time.monotonic()
+    seen: list[bytes] | None = None
+    while not poll.poll(1000 * min(MOST_SECONDS, MOST_IDLE_SECONDS) // 5):
+        now, done = time.monotonic(), _done(process)
+        if done is None or done != seen:
+            seen, moved = done, now
+        if now - began > MOST_SECONDS:
+            return False
+        if now - moved > MOST_IDLE_SECONDS:
+            logger.info("hf_fastattn gives up a process that compiles, and has done nothing for %s s", MOST_IDLE_SECONDS)
+            return False
+    return True
+
+
+def _done(process: int) -> list[bytes] | None:
+    """The processor's time that a sleeping process has had; None if it is under way, or waits for one of its own."""
+    own = _status(process)
+    if not own or own[0] != b"S":
+        return None
+    parents = (_status(int(other))[1:2] for other in os.listdir("/proc") if other.isdecimal())
+    return None if [b"%d" % process] in parents else own[11:]
+
+
+def _status(process: int) -> list[bytes]:
+    """State, parent, and so on, up to the time in code of its own and in the system's, of all threads; empty if unknown."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return []
+    # What is in brackets, a name, may hold anything.
+    return text.rpartition(b")")[2].split()[:13]
+
+
 def _ends_well(process: int) -> bool:
     """Waits for a process, which is ended if it takes too long or waiting is interrupted."""
     ended = False
@@ -119,7 +155,7 @@ def _ends_well(process: int) -> bool:
         try:
             poll = select.poll()
             poll.register(watched, select.POLLIN)
-            ended = bool(poll.poll(1000 * MOST_SECONDS))
+            ended = _comes(poll, process)
         finally:
             os.close(watched)
     finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +129,30 @@ def test_a_process_that_hangs_is_ended(forks: list[int], monkeypatch: pytest.Mon
     aside.compile("key", lambda: time.sleep(60))
     assert not aside.works and time.monotonic() - began < 30
     assert_ended(forks)
+
+
+def test_a_process_that_does_nothing_is_ended_early(forks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_aside, "MOST_IDLE_SECONDS", 1)
+    held = threading.Lock()
+    held.acquire()
+    aside, began = Aside(), time.monotonic()
+    aside.compile("key", held.acquire)
+    assert not aside.works and time.monotonic() - began < 30
+    assert_ended(forks)
+
+
+def works_for_two_seconds() -> None:
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize("work", [works_for_two_seconds, lambda: subprocess.run(["sleep", "2"], check=True)])
+def test_a_process_that_works_or_waits_for_its_own_is_not(work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_aside, "MOST_IDLE_SECONDS", 1)
+    aside = Aside()
+    aside.compile("key", work)
+    assert aside.works
 
 
 def test_children_that_nobody_waits_for(forks: list[int]) -> None:
