@@ -19,9 +19,12 @@ _are_equal = tl.dtype.__eq__
 _broadcast = TritonSemantic.broadcast_impl_value
 _computation_type = TritonSemantic.computation_type_impl
 _np_dtype_of = interpreter._get_np_dtype
+_unwrap = tl.core._unwrap_if_constexpr
 
 # By the name of their elements and their shape.
 _block_types: dict[tuple[Any, ...], Any] = {}
+# What is no constexpr, and holds none.
+_PLAIN = {int, float, bool, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type}
 # NumPy's types by the names of Triton's.
 _np_dtypes: dict[str, np.dtype] = {}
 
@@ -35,11 +38,12 @@ def hasten() -> None:
     TritonSemantic.broadcast_impl_value = _broadcast_impl_value
     TritonSemantic.computation_type_impl = _computation_type_impl
     interpreter._get_np_dtype = _get_np_dtype
+    tl.core._unwrap_if_constexpr = _unwrap_if_constexpr
 
 
 def _known_block_type(cls: type, element_ty: Any, shape: Any) -> Any:
     """The same object for the same elements and shape."""
-    key = (element_ty.name, *shape)
+    key = (element_ty.name, *_sizes(shape))
     if key not in _block_types:
         _block_types[key] = object.__new__(cls)
     return _block_types[key]
@@ -62,13 +66,22 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
         self.handle = handle
 
 
+def _sizes(shape: Any) -> Any:
+    """What is in a tuple of Triton's, without going through its own iterator."""
+    return shape.values if isinstance(shape, tl.tuple) else shape
+
+
+def _unwrap_if_constexpr(o: Any) -> Any:
+    return o if type(o) in _PLAIN else _unwrap(o)
+
+
 def _equal(self: Any, other: Any) -> bool:
     return self is other or _are_equal(self, other)
 
 
 def _broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
     one, other = lhs.type, rhs.type
-    if one is other or (one.is_block() and other.is_block() and list(one.shape) == list(other.shape)):
+    if one is other or (one.is_block() and other.is_block() and _sizes(one.shape) == _sizes(other.shape)):
         return lhs, rhs
     return _broadcast(self, lhs, rhs)
 
