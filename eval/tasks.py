@@ -88,8 +88,8 @@ def run(options: Any) -> dict[str, Any]:
 
     def score(lm: Any, task: str) -> tuple[dict[str, Any], float]:
         start = time.perf_counter()
-        # The harness keeps results in the first process of a machine alone. It has pip list all packages for each task, which
-        # takes seconds; our records say what they were made with.
+        # The harness keeps results in the first process of a machine alone. It has pip list all packages for each task,
+        # which takes seconds; our records say what they were made with.
         environment = mock.patch("lm_eval.evaluator.add_env_info", lambda storage: None)
         with mock.patch.dict(os.environ, LOCAL_RANK="0"), environment:
             found = lm_eval.simple_evaluate(
