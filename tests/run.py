@@ -32,12 +32,12 @@ def run(arguments: list[str], interpret: bool, report: Path) -> int:
 
 
 def workers(arguments: list[str]) -> list[str]:
-    """One worker more than there are cores, since some tests wait, if pytest-xdist is there; or what the arguments say."""
+    """A worker a core if pytest-xdist is there, one more for all tests, of which some wait; or what the arguments say."""
     cores = os.cpu_count() or 1
     if cores == 1 or importlib.util.find_spec("xdist") is None or any(word.startswith("-n") for word in arguments):
         return []
     # Each worker begins with a part of the list of its own, so that what a file's tests share is made once.
-    return ["-n", str(min(cores + 1, MOST_WORKERS)), "--dist", "worksteal"]
+    return ["-n", str(min(cores + (not arguments), MOST_WORKERS)), "--dist", "worksteal"]
 
 
 def count(report: Path) -> tuple[Counter[str], Counter[str], set[str]]:

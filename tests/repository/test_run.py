@@ -67,7 +67,8 @@ def test_the_second_run_takes_the_files_that_were_left_to_it(
 @pytest.mark.parametrize(("cores", "workers"), [(1, None), (2, "3"), (64, "4")])
 def test_workers(cores: int, workers: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert run.workers(["tests"]) == ([] if workers is None else ["-n", workers, "--dist", "worksteal"])
+    assert run.workers([]) == ([] if workers is None else ["-n", workers, "--dist", "worksteal"])
+    assert run.workers(["tests"])[1:2] == ([] if workers is None else [str(min(cores, 4))])
     assert run.workers(["-n0", "tests"]) == []
 
 
