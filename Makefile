@@ -3,6 +3,8 @@
 # make smoke523                             one test per family on the Transformers before the cache was renamed
 # make smoke517                             one test per family and the kernels on the oldest supported versions
 # make newest                               one test per family on the newest releases, past our own upper bounds
+# make environments                         what the others make the first time: with --jobs=2, side by side
+# make record                               write down what kernels take that are new or changed, for both versions of Triton
 #
 # Each target makes its own virtual environment the first time. To use one you have, say where its
 # interpreter is: `make test PYTHON=/path/to/python` (or PYTHON517= for smoke517); nothing but this
@@ -35,7 +37,7 @@ PYTHON517 := $(VENV517)/bin/python
 READY517 := $(VENV517)/.installed
 endif
 
-.PHONY: demo test lint format smoke523 smoke517 newest existing clean
+.PHONY: demo test lint format smoke523 smoke517 newest record environments existing clean
 
 demo: $(READY)
 	@$(PYTHON) -u -m hf_fastattn.eval.demo $(MODEL) $(ARGS)
@@ -63,6 +65,12 @@ newest:
 	@$(VENVNEWEST)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@$(VENVNEWEST)/bin/python tests/newest.py
 	@$(VENVNEWEST)/bin/python tests/run.py tests/patches/test_family_smoke.py
+
+environments: $(READY) $(READY517) $(TRANSFORMERS523)/.installed
+
+record: $(READY) $(READY517)
+	@$(PYTHON) -m tests.kernels.compile_record
+	@FASTATTN_TARGETS=few $(PYTHON517) -m tests.kernels.compile_record
 
 existing:
 	@$(PYTHON) -c "import torch, transformers" || \

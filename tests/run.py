@@ -26,15 +26,18 @@ def run(arguments: list[str], interpret: bool, report: Path) -> int:
     """One pytest run, reported to `report`; returns its exit status."""
     written = [f"--junitxml={report}", "-o", "junit_family=xunit1"]
     command = [sys.executable, "-m", "pytest", "-q", *written, *workers(arguments), *arguments]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": str(int(interpret))}).returncode
+    # Models are tiny: threads of processes that tests start would only wait for each other.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": str(int(interpret))}
+    return subprocess.run(command, env=environment).returncode
 
 
 def workers(arguments: list[str]) -> list[str]:
-    """Two workers or more if pytest-xdist is there, unless the arguments say how many."""
+    """A worker a core if pytest-xdist is there, one more for all tests, of which some wait; or what the arguments say."""
     cores = os.cpu_count() or 1
     if cores == 1 or importlib.util.find_spec("xdist") is None or any(word.startswith("-n") for word in arguments):
         return []
-    return ["-n", str(min(cores, MOST_WORKERS))]
+    # Each worker begins with a part of the list of its own, so that what a file's tests share is made once.
+    return ["-n", str(min(cores + (not arguments), MOST_WORKERS)), "--dist", "worksteal"]
 
 
 def count(report: Path) -> tuple[Counter[str], Counter[str], set[str]]:

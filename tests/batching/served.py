@@ -35,13 +35,14 @@ class Twins:
     Args:
         family: of `tests.tools.models.MODELS`.
         device: of both.
+        layers: how many they have.
         options: of the patch.
     """
 
-    def __init__(self, family: str, device: str, **options: Any) -> None:
-        self.stock = tiny(family).to(device)
+    def __init__(self, family: str, device: str, layers: int = 3, **options: Any) -> None:
+        self.stock = tiny(family, num_hidden_layers=layers).to(device)
         self.model = hf_fastattn.patch(copy.deepcopy(self.stock), **options)
-        self._weights: Any = (family, device)
+        self._weights: Any = (family, device, layers)
 
     def alone(self, prompt: list[int], new: int = NEW, ends: tuple[int, ...] = ()) -> list[int]:
         """The greedy tokens of one prompt, by the unpatched model."""

@@ -10,15 +10,16 @@ from tests.batching.served import Driven, Twins
 pytestmark = pytest.mark.interpreter
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_window"])
-def test_prompts_beside_rows(family: str, on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+# Of layers with a window the first has none.
+@pytest.mark.parametrize(("family", "layers"), [("llama", 1), ("qwen2_window", 2)])
+def test_prompts_beside_rows(family: str, layers: int, on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces that end inside a page, two in a step, and places for pieces that there are none for."""
     from hf_fastattn.batching import mixed_steps
 
     monkeypatch.setattr(mixed_steps, "UNIT", 8)
     monkeypatch.setattr(mixed_steps, "WORTH_RECORDING", 0)
     monkeypatch.setattr(engine_module, "BURST", 0)
-    twins = Twins(family, "cpu", backend="triton", page_size=16, mixed_steps=True)
+    twins = Twins(family, "cpu", layers, backend="triton", page_size=16, mixed_steps=True)
     driven, later = Driven(twins), [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
     driven.add("first", [3, 1, 4, 1, 5], 8)
     driven.run(2)

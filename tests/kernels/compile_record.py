@@ -3,7 +3,8 @@
 A binary follows from the source, constants and options of a kernel, the compiler, the assembler and the target. The record
 holds what was read of it under a hash of these, so that a change to any of them is not found, and is compiled.
 
-`python -m tests.kernels.compile_record` compiles what is missing for the installed Triton, and forgets what no case has.
+`python -m tests.kernels.compile_record` compiles what is missing for the installed Triton, and forgets what no case has;
+cut off, it goes on where it was. `make record` does so with both versions of Triton.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import inspect
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,7 +81,10 @@ def write(record: Record) -> None:
         fields = {**asdict(used), "target": used.target.name}
         lines.append({"triton": triton.__version__, **fields, "key": key})
     texts = sorted(json.dumps(line) for line in lines)
-    RECORD.write_text("".join(f"{text}\n" for text in texts))
+    # Whole at any time, also if this process is ended here.
+    written = RECORD.with_suffix(".written")
+    written.write_text("".join(f"{text}\n" for text in texts))
+    written.replace(RECORD)
 
 
 def recorded(name: str, target_name: str, record: Mapping[str, Resources]) -> Record | None:
@@ -92,6 +98,11 @@ def recorded(name: str, target_name: str, record: Mapping[str, Resources]) -> Re
 def compile_case(name: str, target_name: str) -> Record:
     """What the kernels of one case take, all of them compiled; runs in a worker process."""
     return launch(name, target_name, {}, compiling=True)
+
+
+def complete_case(name: str, target_name: str) -> Record:
+    """The same, with what is in the record taken from there."""
+    return launch(name, target_name, read(), compiling=True)
 
 
 def launch(name: str, target_name: str, record: Mapping[str, Resources], compiling: bool) -> Record:
@@ -187,23 +198,55 @@ def _entry(line: Mapping[str, Any]) -> Resources:
     return Resources(**{**fields, "target": TARGETS[line["target"]], "serialised": tuple(line["serialised"])})
 
 
-def main(cases: Iterable[tuple[str, str]]) -> None:
-    known, asked, pending = read(), Record(), []
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for case in cases:
-            found = recorded(*case, known)
-            if found is None:
-                pending.append(pool.submit(compile_case, *case))
-            else:
-                asked |= found
-        for done, case in enumerate(as_completed(pending), 1):
-            asked |= case.result()
+def completed(cases: list[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], Record | BaseException]]:
+    """What the kernels of each case take, as they are compiled side by side, or why a case does not compile."""
+    left = dict.fromkeys(cases)
+    for case, found in _side_by_side(cases, os.cpu_count()):
+        # The compiler may abort its process, which ends all that are under way.
+        if not isinstance(found, BrokenProcessPool):
+            del left[case]
+            yield case, found
+    for case in left:
+        yield from _side_by_side([case], 1)
+
+
+def _side_by_side(
+    cases: list[tuple[str, str]], processes: int | None
+) -> Iterator[tuple[tuple[str, str], Record | BaseException]]:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(complete_case, *case): case for case in cases}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.exception() or future.result()
+        finally:
+            # Cut off, it ends with the cases that are under way.
+            pool.shutdown(cancel_futures=True)
+
+
+def main(wanted: str) -> int:
+    """Brings the record up to date with what `chosen` gives; 1 if a case does not compile."""
+    known, asked, missing, failed = read(), Record(), [], 0
+    for case in chosen(wanted):
+        found = recorded(*case, known)
+        if found is None:
+            missing.append(case)
+        else:
+            asked |= found
+    for done, (case, found) in enumerate(completed(missing), 1):
+        if isinstance(found, BaseException):
+            failed += 1
+            print(f"{case} does not compile: {found!r}", file=sys.stderr)
+        else:
+            asked |= found
             # A run that is cut off has not been for nothing.
             write(known | asked)
-            print(f"{done} of {len(pending)} cases compiled", flush=True)
-    write(asked)
-    print(f"{len(asked)} kernels, {len(asked.keys() - known.keys())} new, {len(known.keys() - asked.keys())} forgotten")
+        print(f"{done} of {len(missing)} cases compiled", flush=True)
+    new, unasked = len(asked.keys() - known.keys()), len(known.keys() - asked.keys())
+    if not failed:
+        write(asked)
+    print(f"Triton {triton.__version__}: {len(asked)} kernels, {new} new, {0 if failed else unasked} forgotten")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main(chosen(os.environ.get("FASTATTN_TARGETS", "")))
+    sys.exit(main(os.environ.get("FASTATTN_TARGETS", "")))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import triton
 from triton.compiler import ASTSource
 
 from tests.kernels import compile_record
-from tests.kernels.compile_record import key_of, read, recorded, write
+from tests.kernels.compile_record import Record, completed, key_of, read, recorded, write
 from tests.tools.resources import Resources
 from tests.tools.targets import TARGETS
 
@@ -109,3 +111,52 @@ def test_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write({"a": USED})
     assert read() == {"a": USED}
     assert [json.loads(line)["key"] for line in (tmp_path / "compiled.jsonl").read_text().splitlines()] == ["old", "a"]
+
+
+GOOD, OTHER, BAD = ("good", "sm_90"), ("other", "sm_90"), ("bad", "sm_90")
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
+    """Which cases were compiled together; `BAD` aborts the compiler, and what is behind it in the same processes is lost."""
+    together = []
+
+    def side_by_side(cases: list[tuple[str, str]], processes: int) -> Iterator[Any]:
+        together.append(cases)
+        for at, case in enumerate(cases):
+            yield case, BrokenProcessPool() if BAD in cases[: at + 1] else {case[0]: USED}
+
+    monkeypatch.setattr(compile_record, "_side_by_side", side_by_side)
+    return together
+
+
+def test_a_compiler_that_aborts_costs_its_own_case_only(compiles: list[list[tuple[str, str]]]) -> None:
+    found = dict(completed([GOOD, BAD, OTHER]))
+    assert found[GOOD] == {"good": USED} and found[OTHER] == {"other": USED} and isinstance(found[BAD], BrokenProcessPool)
+    assert compiles == [[GOOD, BAD, OTHER], [BAD], [OTHER]]
+
+
+def test_what_is_missing_is_compiled_and_written_at_once(
+    compiles: list[list[tuple[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_record, "RECORD", tmp_path / "compiled.jsonl")
+    monkeypatch.setattr(compile_record, "recorded", lambda name, target, record: {name: USED} if name in record else None)
+
+    def cases(*asked: tuple[str, str]) -> None:
+        monkeypatch.setattr(compile_record, "chosen", lambda wanted: iter(asked))
+
+    def cut_off(record: Record) -> None:
+        write(record)
+        raise KeyboardInterrupt
+
+    cases(GOOD, OTHER)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(compile_record, "write", cut_off)
+        compile_record.main("")
+    assert read() == {"good": USED}
+    assert compile_record.main("") == 0 and compiles == [[GOOD, OTHER], [OTHER]]
+    # Nothing is forgotten while a case does not compile.
+    cases(BAD)
+    assert compile_record.main("") == 1 and set(read()) == {"good", "other"}
+    cases(OTHER)
+    assert compile_record.main("") == 0 and read() == {"other": USED}

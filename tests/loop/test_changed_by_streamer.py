@@ -16,6 +16,7 @@ from hf_fastattn.transformers_version import CACHE
 from tests.fuzz.edits import decoder_of
 from tests.generation.calls import run
 from tests.loop.test_decode_loop import ENDS, both
+from tests.tools.combinations import rest_on_a_gpu
 from tests.tools.models import padded_batch, single
 
 NEW, AT = 14, 7
@@ -73,8 +74,12 @@ def on(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("change", [add_hook, wrap_forward, replace_weight, write_weight, change_head])
-@pytest.mark.parametrize("family", ["llama", "qwen2_window", "qwen3_next"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    rest_on_a_gpu(
+        [("llama", 1), ("llama", 3), ("qwen2_window", 3), ("qwen3_next", 3)], [("qwen2_window", 1), ("qwen3_next", 1)]
+    ),
+)
 def test_the_next_token_is_of_the_changed_model(family: str, change: Callable[[Any], None], rows: int, device: str) -> None:
     stock, model = both(family, device)
     batch = on(device, padded_batch() if rows == 3 else single())

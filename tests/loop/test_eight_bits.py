@@ -14,6 +14,7 @@ from hf_fastattn.eval.accuracy.rounded_caches import rounded_caches
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.transformers_version import CACHE
 from tests.batching.served import prompts
+from tests.tools.combinations import in_turn, rest_on_a_gpu
 from tests.tools.models import (
     WINDOW,
     assert_fast,
@@ -56,8 +57,10 @@ def assert_looped(model: Any, held: int = 0) -> Any:
     return call
 
 
-@pytest.mark.parametrize("kv_dtype", FORMATS)
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    rest_on_a_gpu(in_turn(PLAIN, FORMATS), [(family, kv_dtype) for family in PLAIN for kv_dtype in FORMATS]),
+)
 def test_tokens_are_those_of_a_cache_that_rounds(device: str, family: str, kv_dtype: str) -> None:
     stock, model = both(family, device, kv_dtype, kv_wide_window=0)
     for kwargs in ({}, {"eos_token_id": ENDS}):

@@ -14,6 +14,7 @@ import hf_fastattn
 from hf_fastattn.loop import decode_loop
 from hf_fastattn.loop.forced_tokens import ForcedTokens
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
+from tests.tools.combinations import rest_on_a_gpu
 from tests.tools.models import VOCAB, padded_batch
 
 NEW = 12
@@ -37,16 +38,22 @@ def forced(model: Any, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, ForcedTok
     return out, processor
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_window", "qwen3_moe", "qwen3_5"])
+ASKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"repetition_penalty": 1.4, "eos_token_id": END},
+    {"eos_token_id": END},
+    {"suppress_tokens": ENDS},
+    {"return_dict_in_generate": True},
+)
+
+
+FAMILIES = ("llama", "qwen2_window", "qwen3_moe", "qwen3_5")
+# What is asked for concerns no layer.
+ON_THE_CPU = [("llama", kwargs) for kwargs in ASKED] + [(family, kwargs) for family in FAMILIES[1:] for kwargs in ASKED[:2]]
+
+
 @pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"eos_token_id": END},
-        {"repetition_penalty": 1.4, "eos_token_id": END},
-        {"suppress_tokens": ENDS},
-        {"return_dict_in_generate": True},
-    ],
+    ("family", "kwargs"), rest_on_a_gpu(ON_THE_CPU, [(family, kwargs) for family in FAMILIES for kwargs in ASKED])
 )
 def test_as_in_transformers_loop(device: str, family: str, kwargs: dict[str, Any]) -> None:
     stock, model = both(family, device)

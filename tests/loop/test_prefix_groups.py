@@ -23,6 +23,7 @@ from hf_fastattn.loop.graph_key import GraphKey
 from hf_fastattn.loop.readback import Readback
 from tests.loop.test_decode_loop import ENDS, assert_looped, both, run
 from tests.loop.test_decode_loop_gpu import strictly
+from tests.tools.combinations import rest_on_a_gpu
 from tests.tools.models import VOCAB, assert_fast, padded_batch, pair_with_graphs, patch_with_graphs, tiny
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -85,8 +86,13 @@ def repeated(copies: list[int], longest: int = 37) -> dict[str, torch.Tensor]:
     return {name: value[rows] for name, value in padded_batch(len(copies), longest).items()}
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
-@pytest.mark.parametrize("family", FULL_LAYERS)
+@pytest.mark.parametrize(
+    ("family", "page_size"),
+    rest_on_a_gpu(
+        [*((family, 4) for family in FULL_LAYERS), ("llama", 16), ("qwen2_window", 16)],
+        [(family, 16) for family in FULL_LAYERS],
+    ),
+)
 def test_samples_of_several_prompts(
     device: str, family: str, page_size: int, kinds: list[GraphKey], reads: list[int]
 ) -> None:

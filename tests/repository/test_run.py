@@ -64,6 +64,14 @@ def test_the_second_run_takes_the_files_that_were_left_to_it(
     assert given == [(False, asked), (True, second)]
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, None), (2, "3"), (64, "4")])
+def test_workers(cores: int, workers: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert run.workers([]) == ([] if workers is None else ["-n", workers, "--dist", "worksteal"])
+    assert run.workers(["tests"])[1:2] == ([] if workers is None else [str(min(cores, 4))])
+    assert run.workers(["-n0", "tests"]) == []
+
+
 # Ends the process that reports.
 CUT_OFF = """
 import os, signal, time

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Of all combinations as many as it takes for every two values of two axes to come together."""
@@ -23,6 +25,11 @@ def in_turn(longest: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, .
     """Every value of the longest axis once, each with the next value of the others."""
     assert all(len(other) <= len(longest) for other in others)
     return list(zip(longest, *(itertools.islice(itertools.cycle(other), len(longest)) for other in others), strict=True))
+
+
+def rest_on_a_gpu(chosen: Sequence[tuple[Any, ...]], everything: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The chosen cases, and the others of `everything` where there is a GPU: kernels differ more than references do."""
+    return [*chosen, *(pytest.param(*case, marks=pytest.mark.gpu) for case in everything if case not in chosen)]
 
 
 def _pairs(chosen: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:

@@ -27,6 +27,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests.tools.interpreter_speed import hasten
+
 _original = {name: getattr(InterpreterBuilder, name) for name in ("binary_op", "unary_op", "create_dot", "cast_impl")}
 _original_fma = InterpreterBuilder.create_fma
 _original_clamp = InterpreterBuilder.create_clampf
@@ -59,6 +61,7 @@ def repair() -> None:
     assert not builder.options.debug
     builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter.ReduceScanOpInterface.check_tensor = _check_tensor
+    hasten()
 
 
 def _is_bf16(handle: TensorHandle) -> bool:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.tools.combinations import in_turn, pairwise
+from tests.tools.combinations import in_turn, pairwise, rest_on_a_gpu
 
 AXES = ("abcde", (1, 2, 3), (True, False), "xyzw")
 
@@ -24,3 +24,10 @@ def test_every_value_comes_in_its_turn() -> None:
     assert made == [("a", 1, True), ("b", 2, False), ("c", 3, True), ("d", 1, False), ("e", 2, True)]
     with pytest.raises(AssertionError):
         in_turn("ab", "xyz")
+
+
+def test_the_rest_needs_a_gpu() -> None:
+    everything = list(itertools.product("ab", (1, 2)))
+    made = rest_on_a_gpu(everything[1:3], everything)
+    assert made[:2] == everything[1:3] and [case.values for case in made[2:]] == [("a", 1), ("b", 2)]
+    assert all([mark.name for mark in case.marks] == ["gpu"] for case in made[2:])

@@ -14,6 +14,7 @@ import torch
 
 from hf_fastattn.cache import prefix_groups
 from tests.tools import variant_models
+from tests.tools.combinations import rest_on_a_gpu
 from tests.tools.models import assert_fast, padded_batch, real_tokens
 from tests.tools.reexecuted import reexecuted_loop
 from tests.tools.variant_models import CASES, patched_with, stock_with
@@ -52,8 +53,12 @@ def run(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Ten
     return model.generate(**given).cpu()
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", CASES)
+# On the CPU prompts and steps of every variant, alone and with pages in common; of the other calls one in turn.
+OTHERS = ("beams", "chunked", "ends")
+CELLS = [(name, call) for number, name in enumerate(CASES) for call in ("greedy", "samples", OTHERS[number % 3])]
+
+
+@pytest.mark.parametrize(("name", "call"), rest_on_a_gpu(CELLS, [(name, call) for name in CASES for call in CALLS]))
 def test_tokens(name: str, call: str, device: str) -> None:
     if (name, call) in SKIPPED:
         pytest.skip("chunks see no later ones")
