@@ -71,6 +71,12 @@ def unpack_pairs(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def reciprocal(x):
+    """`1 / x` of fp32, to one unit in the last place; a quotient takes four more instructions, for divisors out of range."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def copy_registers(packed):
     """A copy of `packed`, for which the assembler may choose other registers, at the cost of a move each.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_fastattn.kernels.attention.hopper_registers import row_maxima
+from hf_fastattn.kernels.attention.hopper_registers import reciprocal, row_maxima
 from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 
 LOG2E = gl.constexpr(LOG2E_FLOAT)
@@ -100,7 +100,7 @@ def softmax_step(
             scores = gl.where(_inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N), scores, float("-inf"))
     if HOOKS.sigmoid:
         # Added up as they are.
-        weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
+        weights = reciprocal(1.0 + gl.exp2(scores * -scale))
         new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
         return weights, new_max + 1.0, new_max
     else:
