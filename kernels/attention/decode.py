@@ -69,7 +69,6 @@ def split_kv_kernel(
     stride_qt, stride_qh, stride_page, stride_slot, stride_head, stride_table, tensors, visited,
     GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE_STAGES: tl.constexpr,
     ITEM_KEYS: tl.constexpr, UNEVEN_KEYS: tl.constexpr, MOST_WHOLE: tl.constexpr, MERGED: tl.constexpr,
     MERGE_ROWS: tl.constexpr, MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, ONE_BLOCK: tl.constexpr,
     LISTS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
@@ -89,7 +88,7 @@ def split_kv_kernel(
     counts_ptr = None
     if visited is not None:
         counts_ptr, tiles_ptr, columns = visited
-        counts_ptr += head * 2 if LISTS > 1 else 0
+        counts_ptr += (head * 2 if LISTS > 1 else 0) + 1
     upto, fill, spare, position, end, share, extra = plan_split(
         seq_lens_ptr, cu_seqlens_ptr, rows, window, chunk, tl.num_programs(1),
         RATIO, BLOCK_B, BLOCK_M, BLOCK_N, UNIT, ITEM_KEYS, UNEVEN_KEYS, MOST_WHOLE, MERGED, ONE_BLOCK, HAS_WINDOW,
@@ -123,21 +122,10 @@ def split_kv_kernel(
         table = page_table_ptr + b.to(tl.int64) * stride_table
         listed = None
         if visited is not None:
-            # First the tiles of which the mask hides nothing: a branch in the loop would cost more than a loop of their own.
+            # The entries of the row's list, which ends with its memory.
             listed = tiles_ptr + (b * LISTS + (head if LISTS > 1 else 0)).to(tl.int64) * columns
-            whole = tl.load(counts_ptr + b * LISTS * 2)
-            masked = tl.load(counts_ptr + b * LISTS * 2 + 1)
-            # Entry i of the second list stands at i + gap.
-            gap = columns - whole - masked
-            from_unit = unit * UNIT
-            upto_unit = tl.minimum(from_unit + take * UNIT, whole + masked)
-            row_max, row_sum, acc = attend_tiles(
-                q, row_max, row_sum, acc, from_unit, tl.minimum(upto_unit, whole), k_ptr, v_ptr, table, head * stride_head,
-                last_key, lowest, length, window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-                D, BLOCK_D, PAGE, BLOCK_N, WHOLE_STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, False,
-            )  # fmt: skip
-            start = tl.maximum(from_unit, whole) + gap
-            stop = upto_unit + gap
+            start = columns - tl.load(counts_ptr + b * LISTS * 2) + unit * UNIT
+            stop = tl.minimum(start + take * UNIT, columns)
         else:
             start = (first_unit + unit) * UNIT * BLOCK_N
             stop = tl.minimum(start + take * UNIT * BLOCK_N, length)
@@ -147,6 +135,7 @@ def split_kv_kernel(
             q, row_max, row_sum, acc, start, stop, k_ptr, v_ptr, table, head * stride_head, last_key, lowest, length,
             window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
             D, BLOCK_D, PAGE, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed,
+            True, visited is not None,
         )  # fmt: skip
         if take == count:
             out, lse = attention_end(row_max, row_sum, acc, h, q_idx, tensors, HOOKS)
@@ -351,8 +340,7 @@ def decode_launch(
         dict(
             GROUPS=groups, RATIO=ratio, D=dim, BLOCK_D=block_d, PAGE=page,
             BLOCK_B=max(power_of_2(rows), 16), BLOCK_M=block_m, BLOCK_N=tile.block_n, UNIT=unit,
-            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n),
-            WHOLE_STAGES=stages_with(variant, tile.stages, block_m, tile.block_n, masked=False),
+            STAGES=stages_with(variant, tile.stages, block_m, tile.block_n, masked=visited is None),
             ITEM_KEYS=ITEM_KEYS, UNEVEN_KEYS=UNEVEN_KEYS, MOST_WHOLE=tile.programs,
             MERGED=MERGED_ROWS / min(power_of_2(queries), block_m),
             MERGE_ROWS=merge_rows, MERGE_PARTS=min(max(in_flight // (merge_rows * block_d), 1), 8),

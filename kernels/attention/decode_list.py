@@ -37,9 +37,7 @@ def plan_split(
     blocks = (news * RATIO + BLOCK_M - 1) // BLOCK_M
     units = (lengths + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N)
     if counts_ptr is not None:
-        count_ptr = counts_ptr + row * LISTS * 2
-        units = tl.load(count_ptr, mask=valid, other=0) + tl.load(count_ptr + 1, mask=valid, other=0)
-        units = (units + UNIT - 1) // UNIT
+        units = (tl.load(counts_ptr + row * LISTS * 2, mask=valid, other=0) + UNIT - 1) // UNIT
     elif HAS_WINDOW:
         units -= tl.maximum(lengths - news + 1 - window, 0) // (UNIT * BLOCK_N)
     # A row without keys still has an output to write.
@@ -115,8 +113,8 @@ def find_item(
 ):  # fmt: skip
     """The item at a position of the list, of which `upto: [BLOCK_B]` says where each row ends.
 
-    With `counts_ptr: [B, LISTS, 2]`, those of a `Visited` from the list of this program's kv head on, units are of the tiles
-    that the row visits, in the order of that list.
+    With `counts_ptr: [B, LISTS, 2]`, the second numbers of a `Visited` and of the list of this program's kv head, units are
+    of the tiles that the row visits, in the order of that list.
 
     Returns:
         Row `b`, its keys `length`, its first query token and number of new tokens; the first key that one of them sees, and
@@ -139,8 +137,7 @@ def find_item(
     first_unit = lowest // (UNIT * BLOCK_N)
     if counts_ptr is not None:
         first_unit = 0
-        count_ptr = counts_ptr + b * LISTS * 2
-        count = tl.maximum((tl.load(count_ptr) + tl.load(count_ptr + 1) + UNIT - 1) // UNIT, 1)
+        count = tl.maximum((tl.load(counts_ptr + b * LISTS * 2) + UNIT - 1) // UNIT, 1)
     else:
         count = tl.maximum((length + UNIT * BLOCK_N - 1) // (UNIT * BLOCK_N) - first_unit, 1)
     filled = (count + fill - 1) // fill * fill + tl.where(length > 0, spare, 0)

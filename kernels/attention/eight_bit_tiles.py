@@ -23,7 +23,7 @@ from hf_fastattn.kernels.attention.hooked import LOG2E as TO_BASE_2
 from hf_fastattn.kernels.attention.hooked import hooked_keys, hooked_mask, hooked_scores, sigmoid_weights
 from hf_fastattn.kernels.attention.tile import attend_tiles as attend_wide_tiles
 from hf_fastattn.kernels.attention.tile import softmax_weights, tile_scores
-from hf_fastattn.kernels.attention.visited import number_of
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING, number_of
 
 # Up to so many packed query rows the matrix unit takes both factors from registers, and for heads of at least so many
 # dimensions each of the four products has the 16 columns that it needs.
@@ -36,7 +36,7 @@ def attend_tiles(
     stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    listed=None, MASKED: tl.constexpr = True, WHOLE_TILES: tl.constexpr = True,
+    listed=None, MASKED: tl.constexpr = True, BY_MARK: tl.constexpr = False, WHOLE_TILES: tl.constexpr = True,
 ):  # fmt: skip
     """See `tile.attend_tiles`. WHOLE_TILES: of 8 bits, tiles that no mask cuts have a loop of their own."""
     if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
@@ -51,18 +51,18 @@ def attend_tiles(
             row_max, row_sum, acc = _attend_eight_bits(
                 q, row_max, row_sum, acc, lo, masked_from, k_ptr, v_ptr, table, head_offset, last_key, lowest, length,
                 window, scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-                D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED,
+                D, BLOCK_D, PAGE, BLOCK_N, STAGES, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED, BY_MARK,
             )  # fmt: skip
         row_max, row_sum, acc = _attend_eight_bits(
             q, row_max, row_sum, acc, masked_from, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window,
             scale, softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, EDGE, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, EDGE, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED, BY_MARK,
         )  # fmt: skip
     else:
         row_max, row_sum, acc = attend_wide_tiles(
             q, row_max, row_sum, acc, lo, hi, k_ptr, v_ptr, table, head_offset, last_key, lowest, length, window, scale,
             softcap, stride_page, stride_slot, b, head, h, q_idx, tensors,
-            D, BLOCK_D, PAGE, BLOCK_N, STAGES, EDGE, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED,
+            D, BLOCK_D, PAGE, BLOCK_N, STAGES, EDGE, HAS_WINDOW, HAS_SOFTCAP, PRECISION, HOOKS, listed, MASKED, BY_MARK,
         )  # fmt: skip
     return row_max, row_sum, acc
 
@@ -73,7 +73,7 @@ def _attend_eight_bits(
     stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    listed, MASKED: tl.constexpr,
+    listed, MASKED: tl.constexpr, BY_MARK: tl.constexpr,
 ):  # fmt: skip
     INTEGERS: tl.constexpr = k_ptr.dtype.element_ty == tl.int8
     dtype: tl.constexpr = q.dtype
@@ -99,7 +99,8 @@ def _attend_eight_bits(
     for at in tl.range(lo, hi, BLOCK_N if listed is None else 1, num_stages=STAGES):
         key = at
         if listed is not None:
-            key = number_of(tl.load(listed + at)) * BLOCK_N
+            entry = tl.load(listed + at)
+            key = number_of(entry) * BLOCK_N
         key_n = key + n  # [BLOCK_N]
         if EDGE:
             ok_n = (key_n < length) & (key_n >= lowest)
@@ -129,7 +130,11 @@ def _attend_eight_bits(
             wide = hooked_keys(wide, head, key_n, tensors, HOOKS)
             scores = tile_scores(q, wide, scale, softcap, HAS_SOFTCAP, PRECISION)
         scores = hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS)
-        if MASKED:
+        if MASKED and BY_MARK:
+            # In most tiles a mask hides nothing, and it may read memory.
+            if entry < MASK_HIDES_NOTHING:
+                scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
+        elif MASKED:
             scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
         if EDGE:
             seen = ok_n[None, :]

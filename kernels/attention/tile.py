@@ -20,7 +20,7 @@ from hf_fastattn.kernels.attention.hooked import (
     sigmoid_step,
 )
 from hf_fastattn.kernels.attention.rotated import MOST_TURNED, query_for_tile, rotated_keys, tile_angles, unrotated_keys
-from hf_fastattn.kernels.attention.visited import number_of
+from hf_fastattn.kernels.attention.visited import MASK_HIDES_NOTHING, number_of
 from hf_fastattn.kernels.launch import LOG2E
 from hf_fastattn.kernels.variants.hooks import NO_HOOKS, Hooks
 
@@ -174,11 +174,12 @@ def attend_tiles(
     stride_page, stride_slot, b, head, h, q_idx, tensors,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     EDGE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, HOOKS: tl.constexpr,
-    listed=None, MASKED: tl.constexpr = True,
+    listed=None, MASKED: tl.constexpr = True, BY_MARK: tl.constexpr = False,
 ):  # fmt: skip
     """The state of `q: [BLOCK_M, BLOCK_D]` after the keys of one row in the tiles from `lo` on that begin below `hi`.
 
-    If a list of tiles is given, these are its entries from `lo` to before `hi`. Without MASKED, a variant's mask hides none.
+    If a list of tiles is given, these are its entries from `lo` to before `hi`. Without MASKED, a variant's mask hides none;
+    BY_MARK, it is evaluated only in tiles of the list that are not marked with MASK_HIDES_NOTHING.
     `table` is the row of the page table, `last_key: [BLOCK_M]` the last key that each query sees. With EDGE, keys below
     `lowest`, from `length` on, past `last_key` or outside a query's window are masked; without, every query sees all keys.
     `b`, the kv head `head`, `h: [BLOCK_M]`, `q_idx: [BLOCK_M]` and `tensors` are what a variant's functions get. Where RoPE
@@ -194,7 +195,8 @@ def attend_tiles(
     for at in tl.range(lo, hi, BLOCK_N if listed is None else 1, num_stages=STAGES):
         key = at
         if listed is not None:
-            key = number_of(tl.load(listed + at)) * BLOCK_N
+            entry = tl.load(listed + at)
+            key = number_of(entry) * BLOCK_N
         key_n = key + n  # [BLOCK_N]
         if EDGE:
             ok_n = (key_n < length) & (key_n >= lowest)
@@ -225,7 +227,11 @@ def attend_tiles(
         else:
             scores = tile_scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)  # [BLOCK_M, BLOCK_N]
         scores = hooked_scores(scores, scale, b, h, q_idx, key_n, tensors, HOOKS)
-        if MASKED:
+        if MASKED and BY_MARK:
+            # In most tiles a mask hides nothing, and it may read memory.
+            if entry < MASK_HIDES_NOTHING:
+                scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
+        elif MASKED:
             scores = hooked_mask(scores, b, h, q_idx, key_n, tensors, HOOKS)
         if EDGE:
             seen = ok_n[None, :]

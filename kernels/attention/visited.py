@@ -31,9 +31,9 @@ class Visited(NamedTuple):
     Attributes:
         counts: `[items, lists, 2]` int32: tiles that all queries of the item see wholly, and those that one sees in part.
         tiles: `[items, lists, columns]` int32, numbers of tiles: those seen wholly from the front on, those seen in part
-            before the end; with MASK_HIDES_NOTHING added where that is so. An item is a tile of `block_m` packed queries of
-            one row, numbered as by `prefill.py`; or, if `block_m` is 0, a row of the batch, of whose tiles those count as
-            seen wholly of which the mask hides nothing. There is a list a key/value head, or one for all.
+            before the end; with MASK_HIDES_NOTHING added where that is so. An item is a tile of
+            `block_m` packed queries of one row, numbered as by `prefill.py`; or, if `block_m` is 0, a row of the batch, and
+            all its tiles count as seen in part. There is a list a key/value head, or one for all.
         block_m: packed queries of an item, or 0.
         block_n: keys of a tile.
     """
@@ -149,7 +149,7 @@ def visited_kernel(
             some_t = (seen_t > 0).to(tl.int32)
             all_t = (seen_t == (past - first + 1) * packed * BLOCK_N).to(tl.int32)
             if BY_ROW:
-                all_t = (some_t > 0).to(tl.int32) & (seen_t == most_t).to(tl.int32)
+                all_t = tl.zeros_like(all_t)
             part_t = some_t - all_t
             number = tile + t + tl.where(seen_t == most_t, MASK_HIDES_NOTHING, 0)
             tl.store(list_ptr + whole + tl.cumsum(all_t, 0) - 1, number, mask=all_t != 0)

@@ -71,11 +71,6 @@ def seen_by(variant: Variant, batch: Batch, row: int) -> torch.Tensor:
     return shown if variant.window is None else shown & (key > query[:, None] - variant.window)
 
 
-def unmasked(variant: Variant) -> Variant:
-    """The same with a mask that hides nothing."""
-    return dataclasses.replace(variant, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0)
-
-
 def items_of(batch: Batch, visited: Visited) -> list[tuple[int, int, int]]:
     """Row, first and last packed query of each item."""
     ratio, found = batch.q.shape[1] // batch.k_pages.shape[2], []
@@ -94,19 +89,17 @@ def test_lists_are_those_of_the_mask(name, kind):
     visited = lists_of(batch, kind, variant)
     by_head = visited.counts.shape[1] > 1
     for item, (row, first, last) in enumerate(items_of(batch, visited)):
-        seen, most = seen_by(variant, batch, row), seen_by(unmasked(variant), batch, row)
+        seen = seen_by(variant, batch, row)
         packed = torch.arange(first, last)
         for place in range(visited.counts.shape[1]):
             heads = place * ratio + packed % ratio if by_head else torch.zeros_like(packed)
-            shown, hidden = seen[heads, packed // ratio], (most & ~seen)[heads, packed // ratio]
+            shown = seen[heads, packed // ratio]
             columns = -(-shown.shape[1] // visited.block_n)
             some, whole = torch.zeros(2, columns, dtype=torch.bool)
             for tile in range(columns):
-                place_of = slice(tile * visited.block_n, (tile + 1) * visited.block_n)
-                keys = shown[:, place_of]
+                keys = shown[:, tile * visited.block_n : (tile + 1) * visited.block_n]
                 some[tile], whole[tile] = keys.any(), keys.all() and keys.shape[1] == visited.block_n
-                if visited.block_m == 0:
-                    whole[tile] = some[tile] and not hidden[:, place_of].any()
+            whole &= visited.block_m > 0
             counts, tiles = visited.counts[item, place].tolist(), number_of(visited.tiles[item, place]).tolist()
             assert tiles[: counts[0]] == whole.nonzero()[:, 0].tolist()
             assert sorted(tiles[len(tiles) - counts[1] :]) == (some & ~whole).nonzero()[:, 0].tolist()
@@ -117,10 +110,11 @@ def test_lists_are_those_of_the_mask(name, kind):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_marks_say_where_the_mask_hides_nothing(name, kind):
     variant, batch = VARIANTS[name], make(kind, 4)
+    shown_by_all = dataclasses.replace(variant, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 0)
     visited = lists_of(batch, kind, variant)
     size, marks = visited.block_n, 0
     for item, (row, first, last) in enumerate(items_of(batch, visited)):
-        seen, most = (seen_by(x, batch, row)[:, first // 4 : (last - 1) // 4 + 1] for x in (variant, unmasked(variant)))
+        seen, most = (seen_by(x, batch, row)[:, first // 4 : (last - 1) // 4 + 1] for x in (variant, shown_by_all))
         for place, (whole, partly) in enumerate(visited.counts[item].tolist()):
             heads = slice(place * 4, place * 4 + 4) if visited.counts.shape[1] > 1 else slice(0, 1)
             columns = visited.tiles.shape[2]
@@ -188,20 +182,18 @@ def test_hidden_tiles_are_not_read(kind):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_decode_evaluates_no_mask_in_the_first_tiles(kv_dtype):
-    """With all tiles in front, as if the mask hid nothing of them, all their keys are seen."""
+def test_decode_evaluates_no_mask_in_marked_tiles(kv_dtype):
+    """With all tiles marked, all keys of the tiles on the list are seen."""
     sparse = Variant(mask_mod=lambda b, h, q_idx, kv_idx: (kv_idx >= 64) & (kv_idx % 3 == 0))
     in_tiles = Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx >= 64)
     batch = make("decode", 4) if kv_dtype is None else in_eight_bits(make("decode", 4), kv_dtype)
     inputs = (batch.q, batch.k_pages, batch.v_pages, batch.page_table, batch.seq_lens)
     options = {"scale": batch.scale, "workspace": Workspace(batch.q.device)}
     found = []
-    for variant, in_front in ((sparse, True), (in_tiles, False), (sparse, False)):
+    for variant, mark in ((sparse, True), (in_tiles, False), (sparse, False)):
         visited = lists_of(batch, "decode", variant)
-        if in_front:
-            assert not visited.counts[:, :, 0].any()
-            visited.tiles.copy_(visited.tiles.flip(2))
-            visited.counts.copy_(visited.counts.flip(2))
+        if mark:
+            visited.tiles.copy_(number_of(visited.tiles) + MASK_HIDES_NOTHING.value)
         options |= {"variant": compile_variant(variant, 16, batch.q.device), "visited": visited}
         found.append(paged_decode(*inputs, **options)[0])
     torch.testing.assert_close(found[0], found[1])
@@ -218,7 +210,7 @@ def test_lists_fit_the_launch(kind, invariant):
     begins = None if kind == "decode" else batch.cu_seqlens_q
     options = {"max_query_len": max(batch.counts), "workspace": room, "batch_invariant": invariant, "variant": compiled}
     visited = visited_tiles(batch.q, batch.k_pages, batch.page_table, begins, batch.seq_lens, **options)
-    assert visited is not None and visited.counts.sum() > 0
+    assert visited is not None and visited.counts[:, :, 1].max() > 0
     out, _ = paged_attention(
         batch.q, batch.k_pages, batch.v_pages, batch.page_table, begins, batch.seq_lens,
         scale=batch.scale, visited=visited, **options,
