@@ -235,13 +235,14 @@ def prefill_tile(arch: int, itemsize: int, block_d: int, queries: int | None) ->
 
 def split_kv_tile(
     arch: int, itemsize: int, block_d: int, queries: int, pairs: int | None, processors: int, rotated: bool = False,
-    hooked: bool = False, keys: int | None = None,
+    hooked: bool = False, keys: int | None = None, transformed: bool = False,
 ) -> Tile:  # fmt: skip
     """The tile of a decode or short append of `queries` packed query rows a (row, kv head) pair.
 
     With `pairs` None it depends on architecture, dtype and head dim only. `rotated`: the kernel rotates keys; their angles
     take registers, so that no more than two programs fit on a multiprocessor. `hooked`: it calls a variant's functions, with
-    which SPLIT_KV_WHOLE and the entries for heads of 64 were not measured. `keys`: the most of a row, if known.
+    which the entries for heads of 64 were not measured; `transformed`: one of them transforms keys, for which two warps have
+    too few registers. `keys`: the most of a row, if known.
     """
     found = tile_of(SPLIT_KV_TF32, arch, itemsize, block_d) or tile_of(SPLIT_KV, arch, itemsize, block_d)
     assert found is not None
@@ -255,7 +256,7 @@ def split_kv_tile(
     few, fitting, whole = (
         tile_of(table, arch, itemsize, limit) for table in (SPLIT_KV_FEW, SPLIT_KV_FITTING, SPLIT_KV_WHOLE)
     )
-    if fitting and whole and not hooked and pairs > found.programs * processors:
+    if fitting and whole and not transformed and pairs > found.programs * processors:
         if _fill(whole, pairs, processors) > max(_fill(fitting, pairs, processors), LIST_FILL):
             return whole
     many = pairs > 2 * found.programs * processors

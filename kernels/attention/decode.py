@@ -220,7 +220,9 @@ def tile_of_decode(
     queries, rotated = max_query_len * heads // groups, variant.hooks.rotated > 0
     arch, block_d = arch_of(q.device), power_of_2(q.shape[2])
     itemsize, hooked = element_bytes(q, k_pages), variant.hooks != NO_HOOKS
-    return split_kv_tile(arch, itemsize, block_d, queries, pairs, processors, rotated, hooked, keys)
+    return split_kv_tile(
+        arch, itemsize, block_d, queries, pairs, processors, rotated, hooked, keys, variant.transforms_keys
+    )  # fmt: skip
 
 
 def paged_decode(

@@ -71,6 +71,12 @@ def unpack_pairs(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def reciprocal(x):
+    """`1 / x` of fp32, to one unit in the last place; a quotient takes four more instructions, for divisors out of range."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def copy_registers(packed):
     """A copy of `packed`, for which the assembler may choose other registers, at the cost of a move each.
 
@@ -163,6 +169,20 @@ def schedule_fence(row_sums):
         "=f,=f,f,f",
         [row_sums],
         dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def settled(bits):
+    """int32 `[M, 4]`, unchanged, before what follows is computed: see `schedule_fence`. No integer is as large as 1e30."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 u; .reg .f32 t; xor.b32 u, $2, $3; cvt.rn.f32.u32 t, u; setp.gt.f32 p, t, 0f7149F2CA; "
+        "wait: @p nanosleep.u32 1; @p bra.uni wait; mov.b32 $0, $2; mov.b32 $1, $3; }",
+        "=r,=r,r,r",
+        [bits],
+        dtype=gl.int32,
         is_pure=False,
         pack=2,
     )

@@ -27,7 +27,8 @@ from hf_fastattn.kernels.attention.hopper_registers import (
     turn_wait,
     unpack_pairs,
 )
-from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, shown_pairs, softmax_step, values_of_distances
+from hf_fastattn.kernels.attention.hopper_shown import shown_bits
+from hf_fastattn.kernels.attention.hopper_softmax import LOG2E, softmax_step, values_of_distances
 from hf_fastattn.kernels.attention.prefix_items import ITEM
 from hf_fastattn.kernels.attention.visited import number_of
 from hf_fastattn.kernels.gluon_spelling import load_box
@@ -151,18 +152,6 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _first_weights(scores, given, DTYPE: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
-    """Of the scores of the first tile the weights in pairs, their partial sums, and the maxima."""
-    row_max, scale, last_key, first_key, pairs, by_distance = given
-    LAYOUT: gl.constexpr = scores.type.layout
-    seen = shown_pairs(first_key, pairs, LAYOUT, CFG[1], MASK, HOOKS)
-    weights, decay, row_max = softmax_step(
-        scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, LAYOUT, CFG[1], MASK, HOOKS
-    )
-    return pack_pairs(weights, DTYPE), partial_row_sums(weights), row_max
-
-
-@gluon.jit
 def _step(
     acc, packed, row_max, row_sum, done, first_key, q_s, k_s, v_s, bars, scale, last_key, pairs,
     WARPGROUP: gl.constexpr, CFG: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
@@ -190,10 +179,10 @@ def _step(
     acc = warpgroup_mma(weights, v_s.index(v_stage), acc, is_async=True)
     turn_pass(1 - WARPGROUP)
     by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
-    seen = shown_pairs(first_key, pairs, S_LAYOUT, BLOCK_N, MASK, HOOKS)
+    shown = shown_bits(first_key, last_key, pairs, True, CFG, S_LAYOUT, MASK, HOOKS)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     new, decay, row_max = softmax_step(
-        scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
+        scores, row_max, scale, last_key, first_key, pairs, by_distance, shown, CFG, S_LAYOUT, BLOCK_N, MASK, HOOKS
     )
     sums = schedule_fence(partial_row_sums(new))
     SUMS: gl.constexpr = row_sum.type.layout
@@ -273,16 +262,15 @@ def consumer(
         scores = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
         scores = warpgroup_mma(q_s, k_s.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
         turn_pass(1 - WARPGROUP)
-        given = (row_max, scale, last_key, first_key, pairs, values_of_distances(first_key, pairs, CFG, HOOKS))
+        by_distance = values_of_distances(first_key, pairs, CFG, HOOKS)
+        # Of most first tiles causality alone hides something, and masks may take memory to read.
+        shown = shown_bits(first_key, last_key, pairs, hides, CFG, S_LAYOUT, 1, HOOKS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        if LISTS > 0 and HOOKS.mask_mod is not None:
-            # Of most first tiles causality alone hides something, and masks may take memory to read.
-            if hides:
-                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
-            else:
-                packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 1, HOOKS)
-        else:
-            packed, row_sum, row_max = _first_weights(scores, given, dtype, CFG, 2, HOOKS)
+        weights, decay, row_max = softmax_step(
+            scores, row_max, scale, last_key, first_key, pairs, by_distance, shown, CFG, S_LAYOUT, BLOCK_N, 1, HOOKS
+        )
+        packed = pack_pairs(weights, dtype)
+        row_sum = partial_row_sums(weights)
         if first_key + BLOCK_N > length:
             mbarrier.wait(v_full.index(stage), phase)
             _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
@@ -290,7 +278,7 @@ def consumer(
             key = key_of(listed, visited, j, count, masked, BLOCK_N, LISTS)
             acc, packed, row_max, row_sum = _step(
                 acc, packed, row_max, row_sum, done + j, key, q_s, k_s, v_s, bars, scale, last_key, pairs,
-                WARPGROUP, CFG, 2, HOOKS,
+                WARPGROUP, CFG, 1, HOOKS,
             )  # fmt: skip
         packed = copy_registers(packed)
         for j in range(gl.maximum(masked, 1), count):

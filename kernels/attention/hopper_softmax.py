@@ -1,7 +1,8 @@
 """The softmax of a tile in the Gluon prefill, with a variant's score function and mask.
 
 `pairs` is what these get: row, query heads `[64]`, positions `[64]`, window and tensors; and the first head and position.
-MASK is 0 for a tile that is seen wholly, 1 if causality, the window and the row's end alone hide something of it, else 2.
+MASK is 0 for a tile that is seen wholly, else 1; then `shown` are its `hopper_shown.shown_bits`, which there are with a mask
+or a window; without, causality and the row's end hide something.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_fastattn.kernels.attention.hopper_registers import row_maxima
+from hf_fastattn.kernels.attention.hopper_registers import reciprocal, row_maxima
+from hf_fastattn.kernels.attention.hopper_shown import shown_scores
 from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 
 LOG2E = gl.constexpr(LOG2E_FLOAT)
@@ -45,29 +47,15 @@ def _values_of_pairs(by_distance, LAYOUT: gl.constexpr, CFG: gl.constexpr):
 
 
 @gluon.jit
-def shown_pairs(first_key, pairs, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr):
-    """What a variant's mask shows of a tile, `[64, BLOCK_N]`, or 0 without one; before the scores are there."""
-    if MASK == 2 and HOOKS.mask_mod is not None:
-        b, h, q_idx, window, tensors, head, first_position = pairs
-        key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-        return HOOKS.mask_mod(b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
-    else:
-        return 0
-
-
-@gluon.jit
-def _inside(last_key, first_key, q_idx, window, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What causality, the row's end and the window show of a tile, `[64, BLOCK_N]`."""
+def _inside(last_key, first_key, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """What causality and the row's end show of a tile, `[64, BLOCK_N]`."""
     column = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-    inside = column <= gl.expand_dims(last_key - first_key, 1)
-    if window is not None:
-        inside = inside & (column > gl.expand_dims(q_idx - window - first_key, 1))
-    return inside
+    return column <= gl.expand_dims(last_key - first_key, 1)
 
 
 @gluon.jit
 def softmax_step(
-    scores, row_max, scale, last_key, first_key, pairs, by_distance, seen, CFG: gl.constexpr,
+    scores, row_max, scale, last_key, first_key, pairs, by_distance, shown, CFG: gl.constexpr,
     LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
@@ -88,19 +76,14 @@ def softmax_step(
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
-    if MASK == 2 and HOOKS.mask_mod is not None and tensors is None:
-        # As one condition, since a mask that reads no tensor may hide something of every tile: a dilated window takes a
-        # tenth less time than with a selection for each.
-        inside = seen & _inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N)
-        scores = gl.where(inside, scores, float("-inf"))
-    else:
-        if MASK == 2 and HOOKS.mask_mod is not None:
-            scores = gl.where(seen, scores, float("-inf"))
-        if MASK > 0:
-            scores = gl.where(_inside(last_key, first_key, q_idx, window, LAYOUT, BLOCK_N), scores, float("-inf"))
+    if MASK > 0:
+        if HOOKS.mask_mod is None and window is None:
+            scores = gl.where(_inside(last_key, first_key, LAYOUT, BLOCK_N), scores, float("-inf"))
+        else:
+            scores = shown_scores(scores, shown, LAYOUT, BLOCK_N)
     if HOOKS.sigmoid:
         # Added up as they are.
-        weights = 1.0 / (1.0 + gl.exp2(-(scores * scale)))
+        weights = reciprocal(1.0 + gl.exp2(scores * -scale))
         new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
         return weights, new_max + 1.0, new_max
     else:

@@ -18,8 +18,9 @@ from hf_fastattn.kernels.launch import on_device_of, power_of_2
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.variants.hooks import CompiledVariant
 
-# Pairs of queries and keys that a program evaluates at a time, and most keys of them.
-PAIRS, MOST_KEYS = 8192, 4096
+# Pairs of queries and keys that a program evaluates at a time, and most queries and keys of them: what a mask looks up for a
+# query serves the keys of a thread, of which there are four.
+PAIRS, MOST_QUERIES, MOST_KEYS = 8192, 16, 4096
 # Added to the number of a tile: of it the mask hides nothing that causality and the window show.
 MASK_HIDES_NOTHING = tl.constexpr(1 << 30)
 
@@ -102,12 +103,14 @@ def visited_kernel(
         packed = 1
         if BY_HEAD:
             packed = RATIO
+        first_q = length - new + first
+        past_q = length - new + past
         lowest = 0
         if HAS_WINDOW:
-            lowest = tl.maximum(length - new + first - window + 1, 0)
+            lowest = tl.maximum(first_q - window + 1, 0)
         end = length
         if HOOKS.causal:
-            end = tl.minimum(length - new + past + 1, length)
+            end = tl.minimum(past_q + 1, length)
         list_ptr = tiles_ptr + tl.program_id(0).to(tl.int64) * columns
         n = tl.arange(0, TILES * BLOCK_N)
         t = tl.arange(0, TILES)
@@ -115,35 +118,40 @@ def visited_kernel(
         partly = 0
         for tile in range(lowest // BLOCK_N, tl.cdiv(end, BLOCK_N), TILES):
             key_n = tile * BLOCK_N + n
-            any_n = tl.zeros([TILES * BLOCK_N], tl.int32)
-            all_n = any_n + 1
-            hidden_n = any_n
+            # How many queries see each key, and how many would without the mask.
+            seen_n = tl.zeros([TILES * BLOCK_N], tl.int32)
             for query in range(first * packed, (past + 1) * packed, QUERIES):
                 m = query + tl.arange(0, QUERIES)
                 token = m // packed
-                ok_m = token <= past
                 h = tl.zeros_like(m)
                 if BY_HEAD:
                     h = head * RATIO + m % RATIO
                 q_idx = length - new + token
-                seen = (key_n < length)[None, :] & ok_m[:, None]
+                last = tl.zeros_like(m) + length - 1
                 if HOOKS.causal:
-                    seen = seen & (key_n[None, :] <= q_idx[:, None])
+                    last = tl.minimum(q_idx, last)
+                last = tl.where(token <= past, last, -1)
+                seen = key_n[None, :] <= last[:, None]
                 if HAS_WINDOW:
                     seen = seen & (key_n[None, :] > q_idx[:, None] - window)
                 if HOOKS.mask_mod is not None:
-                    before = seen
                     seen = seen & HOOKS.mask_mod(b, h[:, None], q_idx[:, None], key_n[None, :], tensors)
-                    hidden_n = tl.maximum(hidden_n, tl.max((before & (seen == 0)).to(tl.int32), 0))
-                any_n = tl.maximum(any_n, tl.max(seen.to(tl.int32), 0))
-                all_n = tl.minimum(all_n, tl.min((seen | (ok_m == 0)[:, None]).to(tl.int32), 0))
-            some_t = tl.max(tl.reshape(any_n, (TILES, BLOCK_N)), 1)
-            all_t = tl.min(tl.reshape(all_n, (TILES, BLOCK_N)), 1) * some_t
+                seen_n += tl.sum(seen.to(tl.int32), 0)
+            first_n = tl.zeros_like(n) + first_q
+            if HOOKS.causal:
+                first_n = tl.maximum(first_n, key_n)
+            past_n = tl.zeros_like(n) + past_q
+            if HAS_WINDOW:
+                past_n = tl.minimum(past_n, key_n + window - 1)
+            most_n = tl.where(key_n < length, tl.maximum(past_n - first_n + 1, 0), 0) * packed
+            seen_t = tl.sum(tl.reshape(seen_n, (TILES, BLOCK_N)), 1)
+            most_t = tl.sum(tl.reshape(most_n, (TILES, BLOCK_N)), 1)
+            some_t = (seen_t > 0).to(tl.int32)
+            all_t = (seen_t == (past - first + 1) * packed * BLOCK_N).to(tl.int32)
             if BY_ROW:
                 all_t = tl.zeros_like(all_t)
             part_t = some_t - all_t
-            hidden_t = tl.max(tl.reshape(hidden_n, (TILES, BLOCK_N)), 1)
-            number = tile + t + tl.where(hidden_t == 0, MASK_HIDES_NOTHING, 0)
+            number = tile + t + tl.where(seen_t == most_t, MASK_HIDES_NOTHING, 0)
             tl.store(list_ptr + whole + tl.cumsum(all_t, 0) - 1, number, mask=all_t != 0)
             tl.store(list_ptr + columns - partly - tl.cumsum(part_t, 0), number, mask=part_t != 0)
             whole += tl.sum(all_t, 0)
@@ -228,7 +236,7 @@ def _listed(
     lists, columns, window = heads[1] if by_head else 1, triton.cdiv(most_keys, block_n), variant.window_with(window)
     counts = torch.empty(items, lists, 2, dtype=torch.int32, device=device)
     tiles = torch.empty(items, lists, columns, dtype=torch.int32, device=device)
-    queries = min(power_of_2(most_tokens * (ratio if by_head else 1)), 128)
+    queries = min(power_of_2(most_tokens * (ratio if by_head else 1)), MOST_QUERIES)
     at_once = min(max(min(PAIRS // queries, MOST_KEYS) // block_n, 1), power_of_2(columns))
     with on_device_of(seq_lens):
         prepared(visited_kernel)[(items * lists,)](
@@ -236,6 +244,6 @@ def _listed(
             LISTS=lists, RATIO=ratio, BY_HEAD=by_head, BY_ROW=block_m == 0, BLOCK_B=max(power_of_2(seq_lens.shape[0]), 16),
             TILE=block_m, QUERIES=queries, BLOCK_N=block_n, TILES=at_once,
             HAS_WINDOW=window is not None, HOOKS=variant.hooks,
-            num_warps=4 if queries * at_once * block_n < PAIRS else 8,
+            num_warps=4,
         )  # fmt: skip
     return Visited(counts, tiles, block_m, block_n)

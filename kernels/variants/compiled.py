@@ -25,7 +25,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 
 from hf_fastattn.kernels.variants.hooks import HOOKS, CompiledVariant, Hooks
 from hf_fastattn.kernels.variants.trace import VariantError, trace
-from hf_fastattn.kernels.variants.translate import translatable, translate, translate_parts
+from hf_fastattn.kernels.variants.translate import all_translatable, translatable, translate, translate_parts
 from hf_fastattn.kernels.variants.variant import BuiltInScore, Variant, is_triton, parameters_of, rotation_of
 
 HEADER = """import triton
@@ -62,7 +62,10 @@ def compile_variant(variant: Variant, head_dim: int, device: torch.device) -> Co
             reads_row |= "b" in HOOKS[hook]
             mask_by_head |= hook == "mask_mod"
             continue
-        traced = trace(hook, function, head_dim, device, decompositions())
+        traced = trace(hook, function, head_dim, device)
+        if not all_translatable(traced):
+            # Most functions need none, and to collect how PyTorch writes operations takes longer than all else here.
+            traced = trace(hook, function, head_dim, device, decompositions())
         reads_row |= traced.reads_row
         mask_by_head |= hook == "mask_mod" and traced.reads("h")
         number_of = functools.partial(_number_of, tensors)

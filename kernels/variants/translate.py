@@ -31,6 +31,12 @@ def translatable(name: str) -> bool:
     return any(name in names for names in known)
 
 
+def all_translatable(traced: TracedHook) -> bool:
+    """Whether no operation needs to be decomposed."""
+    called = [node for node in traced.graph.nodes if node.op == "call_function"]
+    return all(name == "getitem" or translatable(name) for name in map(operation, called))
+
+
 def translate(traced: TracedHook, number_of: Callable[[Tensor], int], head_dim: int) -> str:
     """The source of a function of the hook's name.
 

@@ -369,11 +369,15 @@ CASES = {
     "hopper prefill, distance buckets, R = 16, D = 256": Case(
         lambda: hopper(16, 256, page=64, variant=varied(score_mod="distance_buckets")), **HOPPER, spilled=256
     ),
+    "hopper prefill, sigmoid": Case(lambda: hopper(4, 128, variant=varied(normalizer="sigmoid")), **HOPPER),
+    "hopper prefill, window, R = 7, D = 64": Case(
+        lambda: hopper(7, 64, page=64, listed=True, variant=varied(window=100)), **LISTED
+    ),
     "hopper prefill, window": Case(lambda: hopper(4, 128, listed=True, variant=varied(window=100)), **LISTED),
     "hopper prefill, documents": Case(
-        lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=64
+        lambda: hopper(4, 128, listed=True, variant=varied(mask_mod="document")), **LISTED, spilled=176
     ),
-    "hopper prefill, dilated window": Case(lambda: hopper(4, 128, listed=True, variant=dilated()), **LISTED, spilled=144),
+    "hopper prefill, dilated window": Case(lambda: hopper(4, 128, listed=True, variant=dilated()), **LISTED),
     "hopper prefill, block-sparse, D = 256": Case(
         lambda: hopper(8, 256, page=64, listed=True, variant=varied(mask_mod="block_sparse", causal=False)),
         **LISTED,

@@ -53,9 +53,12 @@ def test_decode_on_hopper_takes_what_was_measured(dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_functions_of_a_variant_take_tiles_that_were_measured_with_them(dim):
-    expected = {1: (128, 1), 16: (128, 1), 32: (64, 2), 48: (32, 3), 64: (64, 2), 256: (32, 3)}
+    expected = {1: (128, 1), 16: (128, 1), 32: (64, 2), 48: (32, 3), 64: (32, 4), 256: (32, 4)}
     for rows, tile in expected.items():
         found = split_kv_tile(90, 2, dim, 4, rows * 8, 132, hooked=True)
+        assert (found.block_n, found.programs) == tile, rows
+    for rows, tile in {**expected, 64: (64, 2), 256: (32, 3)}.items():
+        found = split_kv_tile(90, 2, dim, 4, rows * 8, 132, hooked=True, transformed=True)
         assert (found.block_n, found.programs) == tile, rows
 
 

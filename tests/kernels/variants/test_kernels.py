@@ -15,6 +15,7 @@ from hf_fastattn.kernels.attention.shared_prefix import paged_decode_shared
 from hf_fastattn.kernels.attention.variant_reference import variant_attention
 from hf_fastattn.kernels.attention.visited import list_tiles
 from hf_fastattn.kernels.attention.workspace import Workspace
+from hf_fastattn.kernels.variants import built_in
 from hf_fastattn.kernels.variants.compiled import compile_variant
 from hf_fastattn.kernels.variants.variant import Variant
 from tests.kernels.cases import Batch, assert_close, make_batch
@@ -168,38 +169,40 @@ def test_compiled_features(name, kind):
 # New tokens and earlier ones: more than a tile of queries, less, and past keys.
 HOPPER_ROWS = ([200, 9, 60], [0, 20, 131])
 ON_HOPPER = [
-    ("plain", 4), ("relative bias table", 4), ("softcap, then alibi", 4), ("document", 4), ("prefix-LM", 4),
-    ("block-sparse", 4), ("sinks and window", 4), ("alibi in documents", 7), ("block-sparse", 7), ("sinks", 4),
-    ("sigmoid", 4), ("softcap and alibi", 4), ("window", 4), ("softcap", 4), ("distance buckets", 4),
-    ("relative bias table", 7), ("relative bias table", 14), ("distance buckets", 1),
+    ("plain", 4, 128), ("relative bias table", 4, 128), ("softcap, then alibi", 4, 128), ("document", 4, 128),
+    ("prefix-LM", 4, 128), ("block-sparse", 4, 128), ("sinks and window", 4, 128), ("alibi in documents", 7, 128),
+    ("block-sparse", 7, 128), ("sinks", 4, 128), ("sigmoid", 4, 128), ("softcap and alibi", 4, 128), ("window", 4, 128),
+    ("softcap", 4, 128), ("distance buckets", 4, 128), ("relative bias table", 7, 128), ("relative bias table", 14, 128),
+    ("distance buckets", 1, 128), ("dilated window", 4, 128), ("dilated window", 7, 64), ("sinks and window", 4, 256),
+    ("window", 1, 256),
 ]  # fmt: skip
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("tables_on_the_gpu")
-@pytest.mark.parametrize(("name", "ratio"), ON_HOPPER)
-def test_on_hopper(name, ratio):
+@pytest.mark.parametrize(("name", "ratio", "dim"), ON_HOPPER)
+def test_on_hopper(name, ratio, dim):
     """The Gluon kernel; of 7 heads none are packed. What is in no window any more was released."""
     from hf_fastattn.kernels.attention import hopper_prefill
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     mod = MODS.get(name)
-    features = {**FEATURES, "plain": Variant()}
+    features = {**FEATURES, "plain": Variant(), "dilated window": built_in.dilated(3, 30)}
     variant = Variant(score_mod=mod.score, mask_mod=mod.mask, causal=mod.causal) if mod else features[name]
     held = {field: value.cuda() for field, value in vars(variant).items() if isinstance(value, torch.Tensor)}
     if "sinks" in held:
         held["sinks"] = held["sinks"].repeat(28 // len(held["sinks"]))
     variant = dataclasses.replace(variant, **held)
     batch = make_batch(
-        *HOPPER_ROWS, page=16, ratio=ratio, groups=28 // ratio, dim=128, dtype=BF16, scattered=True, device="cuda",
+        *HOPPER_ROWS, page=16, ratio=ratio, groups=28 // ratio, dim=dim, dtype=BF16, scattered=True, device="cuda",
         window=variant.window,
     )  # fmt: skip
-    compiled = compile_variant(variant, 128, batch.q.device)
+    compiled = compile_variant(variant, dim, batch.q.device)
     packed = hopper_prefill.packed_heads(ratio, compiled)
     visited = list_tiles(
         compiled, batch.cu_seqlens_q, batch.seq_lens, tokens=len(batch.q), heads=(28, 28 // packed),
-        most_keys=batch.page_table.shape[1] * 16, block_m=128, block_n=128,
+        most_keys=batch.page_table.shape[1] * 16, block_m=128, block_n=hopper_prefill.TILES[dim][0],
     )  # fmt: skip
     hides = variant.window is not None or variant.mask_mod is not None or not variant.causal
     for listed in (visited,) if hides else (visited, None):

@@ -31,6 +31,7 @@ BATCHES = {
 NAMES = ("document", "prefix-LM", "block-sparse", "sinks and window")
 VARIANTS = {name: Variant(mask_mod=MODS[name].mask, causal=MODS[name].causal) for name in NAMES}
 VARIANTS["dilated window"] = built_in.dilated(3, 9)
+VARIANTS["one key of a window"] = Variant(window=40, mask_mod=lambda b, h, q_idx, kv_idx: kv_idx != 70)
 VARIANTS["nothing"] = Variant(mask_mod=lambda b, h, q_idx, kv_idx: kv_idx < 0)
 
 
