@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def mode(threads: Executor) -> Any:
     aside, turns = Aside(), threading.BoundedSemaphore(MOST_THREADS)
 
     def compiled(key: str, compile_kernel: Callable[[], Any]) -> Any:
-        aside.compile(key, functools.partial(_with_launcher, compile_kernel))
+        aside.compile(key, functools.partial(_beside_launcher, compile_kernel))
         # From disk, if another process has compiled it.
         with contextlib.nullcontext() if aside.works else turns:
             return _with_launcher(compile_kernel)
@@ -62,6 +64,30 @@ def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
     # The first launch finds it on disk: making it takes the C compiler as long as a small kernel takes Triton.
     driver.active.launcher_cls(kernel.src, kernel.metadata)
     return kernel
+
+
+def _beside_launcher(compile_kernel: Callable[[], Any]) -> None:
+    """The same, but the C compiler works while Triton does."""
+    # Triton's function holds what it compiles.
+    source = inspect.getclosurevars(compile_kernel).nonlocals.get("src")
+    beside = threading.Thread(target=_guess_launcher, args=(source,))
+    beside.start()
+    kernel = compile_kernel()
+    beside.join()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
+def _guess_launcher(source: Any) -> None:
+    """Make a launcher before the kernel is there: of what is not known yet, its C code depends on whether boxes go by TMA.
+
+    It lies on disk by its code: one that was guessed wrongly is not found.
+    """
+    try:
+        boxes = sum(str(kind).startswith("tensordesc") for kind in source.signature.values())
+        driver.active.launcher_cls(source, SimpleNamespace(tensordesc_meta=[{}] * boxes))
+    except Exception as error:
+        # As soon as its code is compiled, it asks for what is not known.
+        logger.debug("hf_fastattn has made a launcher as far as %s: %s", type(error).__name__, error)
 
 
 class Rehearsed:

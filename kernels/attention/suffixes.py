@@ -93,7 +93,7 @@ def suffix_kernel(
                 tl.store(arrived_ptr + pair, 0)
                 row_max, row_sum, acc = empty_state(BLOCK_R, BLOCK_D)
         if ends:
-            # The parts of the suffix, then those of each level, in one loop: the unrolled one in it is compiled once.
+            # The parts of the suffix, then those of each level, in one loop, which is compiled once.
             for level in range(tl.where(parts > 1, -1, 0), LEVELS):
                 first = own
                 count = parts
@@ -135,27 +135,37 @@ def first_rows(row_max, row_sum, acc, ROWS: tl.constexpr):
 def merged_states(
     partial_ptr, partial_sum_ptr, first, parts, stride, skipped, r, ok_r, BLOCK_D: tl.constexpr, MERGE_PARTS: tl.constexpr
 ):
-    """`parts` partial states, merged in order; number i lies in the rows `first + max(i * stride - skipped, 0) + r`."""
+    """`parts` partial states, merged; number i lies in the rows `first + max(i * stride - skipped, 0) + r`.
+
+    MERGE_PARTS of them are one block, whose loads are in flight together. Unrolled, with a load for each, they took longer
+    to compile than all else. A thread holds the same columns of all of them, since rows come before parts in the block.
+    """
     # From an empty state, not from the one that the matrix unit left, whose layout would be kept: every step would exchange
     # maxima and sums through shared memory.
     row_max, row_sum, acc = empty_state(r.shape[0], BLOCK_D)
-    off_part = r[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_R, BLOCK_D]
+    u = tl.arange(0, MERGE_PARTS)
+    d = tl.arange(0, BLOCK_D)
     for number in range(0, parts, MERGE_PARTS):
-        # Unrolled, and without a reduction over threads: the loads of MERGE_PARTS parts are in flight together.
-        for u in tl.static_range(MERGE_PARTS):
-            i = number + u
-            at = first + tl.maximum(i * stride - skipped, 0)
-            ok = ok_r & (i < parts)
-            part_max, part_sum = load_sums(partial_sum_ptr + at * 2, r, ok)
-            part_acc = tl.load(partial_ptr + at * BLOCK_D + off_part, mask=ok[:, None], other=0.0, cache_modifier=".cg")
-            row_max, row_sum, acc = merge_step(part_max, part_sum, part_acc, row_max, row_sum, acc)
+        i = number + u  # [MERGE_PARTS]
+        at = (first + tl.maximum(i * stride - skipped, 0))[None, :] + r[:, None]  # [BLOCK_R, MERGE_PARTS]
+        ok = (i < parts)[None, :] & ok_r[:, None]
+        part_max, part_sum = load_sums(partial_sum_ptr, at, ok)
+        states = tl.load(
+            partial_ptr + at[:, :, None] * BLOCK_D + d[None, None, :], mask=ok[:, :, None], other=0.0, cache_modifier=".cg"
+        )  # [BLOCK_R, MERGE_PARTS, BLOCK_D]
+        new_max = tl.max(part_max, 1)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.math.exp2(part_max - shift[:, None])
+        merged_sum = tl.sum(part_sum * weights, 1)
+        merged = tl.sum(states * weights[:, :, None], 1)
+        row_max, row_sum, acc = merge_step(new_max, merged_sum, merged, row_max, row_sum, acc)
     return row_max, row_sum, acc
 
 
 @triton.jit
-def load_sums(ptr, r, ok):
-    """Maximum and sum of the states `r: [BLOCK_R]`, in one load; those of an empty state if not `ok`."""
-    pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + r, mask=ok, other=EMPTY, cache_modifier=".cg")
+def load_sums(ptr, at, ok):
+    """Maximum and sum of the states `at`, in its shape, in one load; those of an empty state if not `ok`."""
+    pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + at, mask=ok, other=EMPTY, cache_modifier=".cg")
     return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 

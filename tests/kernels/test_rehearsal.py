@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 import hf_fastattn
+from hf_fastattn.kernels import rehearsal as rehearsal_module
 from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.layer.matvec import matvec
 from hf_fastattn.kernels.quick_launch import launch
@@ -87,3 +90,38 @@ def test_every_launcher_knows_of_rehearsals() -> None:
     files = [path for path in folder.rglob("*.py") if path.name != "quick_launch.py"]
     found = {path.name: UNPREPARED.findall(path.read_text()) for path in files}
     assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "boxes"), [(["*fp32", "i32"], 0), (["tensordesc<bf16[16,64]>", "tensordesc<bf16[1]>"], 2)]
+)
+def test_a_launcher_is_guessed_from_the_source(kinds: list[str], boxes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, int]] = []
+
+    def make(source: Any, metadata: Any) -> None:
+        given.append((source, len(metadata.tensordesc_meta)))
+        # What is not known yet.
+        assert metadata.launch_pdl
+
+    monkeypatch.setattr(rehearsal_module, "driver", SimpleNamespace(active=SimpleNamespace(launcher_cls=make)))
+    source = SimpleNamespace(signature=dict(enumerate(kinds)))
+    rehearsal_module._guess_launcher(source)
+    assert given == [(source, boxes)]
+
+
+def test_a_launcher_is_made_beside_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, order, src = threading.Event(), list[str](), SimpleNamespace(signature={0: "*fp32"})
+
+    def make(source: Any, metadata: Any) -> None:
+        assert source is src
+        order.append("launcher")
+        begun.set()
+
+    def compile_kernel() -> Any:
+        assert begun.wait(30), "the launcher is not made before the kernel is there"
+        order.append("kernel")
+        return SimpleNamespace(src=src, metadata=SimpleNamespace())
+
+    monkeypatch.setattr(rehearsal_module, "driver", SimpleNamespace(active=SimpleNamespace(launcher_cls=make)))
+    rehearsal_module._beside_launcher(compile_kernel)
+    assert order == ["launcher", "kernel", "launcher"]
