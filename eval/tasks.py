@@ -90,7 +90,7 @@ def run(options: Any) -> dict[str, Any]:
         start = time.perf_counter()
         # The harness keeps results in the first process of a machine alone. It has pip list all packages for each task,
         # which takes seconds; our records say what they were made with.
-        environment = mock.patch("lm_eval.evaluator.add_env_info", lambda storage: None)
+        environment = mock.patch("lm_eval.evaluator.add_env_info", lambda storage: None, create=True)
         with mock.patch.dict(os.environ, LOCAL_RANK="0"), environment:
             found = lm_eval.simple_evaluate(
                 model=lm, tasks=[task], task_manager=manager, num_fewshot=options.num_fewshot, limit=options.limit,
