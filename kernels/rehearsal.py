@@ -68,25 +68,25 @@ def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
 
 def _beside_launcher(compile_kernel: Callable[[], Any]) -> None:
     """The same, but the C compiler works while Triton does."""
-    # Triton's function holds what it compiles.
-    source = inspect.getclosurevars(compile_kernel).nonlocals.get("src")
-    beside = threading.Thread(target=_guess_launcher, args=(source,))
+    beside = threading.Thread(target=_guess_launcher, args=(compile_kernel,))
     beside.start()
     kernel = compile_kernel()
     beside.join()
     driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
-def _guess_launcher(source: Any) -> None:
+def _guess_launcher(compile_kernel: Callable[[], Any]) -> None:
     """Make a launcher before the kernel is there: of what is not known yet, its C code depends on whether boxes go by TMA.
 
     It lies on disk by its code: one that was guessed wrongly is not found.
     """
     try:
+        # Triton's function holds what it compiles.
+        source = inspect.getclosurevars(compile_kernel).nonlocals["src"]
         boxes = sum(str(kind).startswith("tensordesc") for kind in source.signature.values())
         driver.active.launcher_cls(source, SimpleNamespace(tensordesc_meta=[{}] * boxes))
     except Exception as error:
-        # As soon as its code is compiled, it asks for what is not known.
+        # As soon as its code is compiled, it asks for what is not known; another Triton may keep things elsewhere.
         logger.debug("hf_fastattn has made a launcher as far as %s: %s", type(error).__name__, error)
 
 

@@ -30,6 +30,7 @@ from hf_fastattn.kernels.layer.one_wave import one_wave
 from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
+from hf_fastattn.kernels.quantised import products as quantised
 from hf_fastattn.kernels.rehearsal import is_under_way
 from hf_fastattn.parallel.all_reduce import all_reduce, gather_columns
 from hf_fastattn.parallel.later_sums import CopiedSums, LaterSum
@@ -203,9 +204,6 @@ class Products:
         pair = self._quantised((gate, up), normed) if silu and held is None else None
         if pair is not None and pair[0].bias is None and pair[1].bias is None and pair[0].weight.rows == pair[1].weight.rows:
             self.quantised_products += 2
-            # Not before: of most models nobody waits for the sources of its kernels to be read.
-            from hf_fastattn.kernels.quantised import products as quantised
-
             return quantised.gate_up_silu(normed, pair[0].weight, pair[1].weight, weights_settled=True), x
         left, right = self._multiply((gate, up), held, normed)
         # The activations of a long prompt are the largest here.
@@ -428,20 +426,14 @@ class Products:
         found = []
         for linear in linears:
             held = quantised_linear(linear, x.device, x.dtype)
-            if held is None:
+            if held is None or not quantised.pays(held.weight, self.tokens, x.dtype):
                 return None
             found.append(held)
-        from hf_fastattn.kernels.quantised import products as quantised
-
-        if not all(quantised.pays(held.weight, self.tokens, x.dtype) for held in found):
-            return None
         whole = len({held.bias is None for held in found}) == 1 and quantised.alike([held.weight for held in found])
         return found if whole else None
 
     def _launched(self, linears: list[QuantisedLinear], x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
         """The products with quantised weights, `[T, N_i]` each, and with the residual in the one of a single weight."""
-        from hf_fastattn.kernels.quantised import products as quantised
-
         self.quantised_products += len(linears)
         biases = [held.bias for held in linears if held.bias is not None]
         weights = [held.weight for held in linears]

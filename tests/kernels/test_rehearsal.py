@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from pathlib import Path
@@ -104,9 +105,14 @@ def test_a_launcher_is_guessed_from_the_source(kinds: list[str], boxes: int, mon
         assert metadata.launch_pdl
 
     monkeypatch.setattr(rehearsal_module, "driver", SimpleNamespace(active=SimpleNamespace(launcher_cls=make)))
-    source = SimpleNamespace(signature=dict(enumerate(kinds)))
-    rehearsal_module._guess_launcher(source)
-    assert given == [(source, boxes)]
+    src = SimpleNamespace(signature=dict(enumerate(kinds)))
+    rehearsal_module._guess_launcher(lambda: src)
+    assert given == [(src, boxes)]
+    # One that holds nothing, as in another version: none is made, and the kernel compiles.
+    kernel = SimpleNamespace(src=None, metadata=None)
+    monkeypatch.setattr(rehearsal_module.driver.active, "launcher_cls", lambda *those: given.append(those))
+    rehearsal_module._beside_launcher(functools.partial(lambda made: made, kernel))
+    assert given[1:] == [(None, None)]
 
 
 def test_a_launcher_is_made_beside_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from hf_fastattn.kernels.experts import reference as experts
 from hf_fastattn.kernels.experts.routing import Routing
 from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.lora import Adapter, check_adapters
-from hf_fastattn.kernels.quantised import products as quantised_products
 from hf_fastattn.kernels.quantised import reference as quantised
 from hf_fastattn.patches.fused import forward, mixture, products
 
@@ -33,8 +32,8 @@ def fused_in_torch() -> Iterator[None]:
             patch.setattr(products, name, operation)
             if hasattr(mixture, name):
                 patch.setattr(mixture, name, operation)
-        patch.setattr(quantised_products, "matvec", _quantised_matvec)
-        patch.setattr(quantised_products, "gate_up_silu", lambda x, gate, up, **_: quantised.gate_up_silu(x, gate, up))
+        patch.setattr(products.quantised, "matvec", _quantised_matvec)
+        patch.setattr(products.quantised, "gate_up_silu", lambda x, gate, up, **_: quantised.gate_up_silu(x, gate, up))
         patch.setattr(rope_tables, "rope_tables", rope_reference.tables)
         patch.setattr(mixture, "route", _route)
         patch.setattr(mixture, "mixture", _mixture)
