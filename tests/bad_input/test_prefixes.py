@@ -46,13 +46,8 @@ def assert_books_agree(model: Any) -> None:
         assert not pool.unsettled and sum(pool._held) == sum(pool._owners) == pool.in_use == report.pages_kept
 
 
-KEPT: dict[str, Any] = {"prefix_cache": True}
-
-
-# Lines begin with opcodes, so that one of them by lines is enough.
-@pytest.mark.parametrize(
-    ("options", "event"), [({}, "opcode"), (KEPT, "opcode"), ({**KEPT, "memory_limit": 26 * PAGE}, "opcode"), (KEPT, "line")]
-)
+@pytest.mark.parametrize("event", ["opcode", "line"])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": True}, {"prefix_cache": True, "memory_limit": 26 * PAGE}])
 def test_ctrl_c(options: dict[str, Any], event: str) -> None:
     stock, model = tiny("llama", **SMALL), hf_fastattn.patch(tiny("llama", **SMALL), page_size=4, **options)
     expected = [generate(stock, seed) for seed in range(3)]

@@ -32,6 +32,7 @@ WANTED = os.environ.get("FASTATTN_TARGETS", "")
 ANEW = (
     ("append, qk-norm", "sm_90"),
     ("decode, fp32", "sm_90"),
+    ("decode, fp8", "sm_90"),
     ("decode, 16 tokens, fp8", "sm_90"),
     ("experts, 128 tokens, Hopper", "sm_90"),
     ("merge", "sm_80"),

@@ -14,10 +14,7 @@ ENDS = list(range(10, 18))
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 24, "seed": 3}
 
 
-def calls_of(whole: bool = True) -> list[dict[str, Any]]:
-    """Rows that end early, samples, beams; or one call, which is enough to see which part of a layer a rank computes."""
-    if not whole:
-        return [{**padded_batch(), "max_new_tokens": 12, "do_sample": False}]
+def calls_of(family: str) -> list[dict[str, Any]]:
     return [
         {**padded_batch(), "max_new_tokens": 24, "do_sample": False},
         {**padded_batch(9, 37), "max_new_tokens": 40, "do_sample": False, "eos_token_id": ENDS},

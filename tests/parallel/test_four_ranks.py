@@ -35,7 +35,7 @@ def four() -> Iterator[Processes]:
 @pytest.mark.parametrize(("name", "fused"), [*((name, True) for name in FAMILIES), ("qwen3_moe", False)])
 def test_ranks_have_one_process_s_tokens(four: Processes, saved: Any, name: str, fused: bool) -> None:
     family, over = FAMILIES[name]
-    calls = calls_of(whole=fused and name in ("llama", "qwen3_moe"))
+    calls = calls_of(family)
     want = one_process(family, calls, **HEADS, **over)
     for found in four.run(ranks.generate, saved(family, **HEADS, **over), calls, fused):
         for (tokens, call), expected in zip(found, want, strict=True):
@@ -73,7 +73,7 @@ def test_ranks_draw_by_rank_0_s_seed(four: Processes, saved: Any) -> None:
 @pytest.mark.parametrize(("family", "fused"), [("llama", True), ("llama", False), ("qwen3", True), ("qwen3_moe", True)])
 def test_fewer_key_heads_than_ranks(four: Processes, saved: Any, family: str, fused: bool) -> None:
     """Transformers cuts the heads then, and fails when it looks for them; patched, each rank has the whole one it reads."""
-    calls = calls_of(whole=fused and family == "llama")
+    calls = calls_of(family)
     want = one_process(family, calls, **SHARED)
     for found in four.run(ranks.generate, saved(family, **SHARED), calls, fused):
         for (tokens, call), expected in zip(found, want, strict=True):
@@ -83,7 +83,7 @@ def test_fewer_key_heads_than_ranks(four: Processes, saved: Any, family: str, fu
 
 def test_one_key_head(four: Processes, saved: Any) -> None:
     over = {**SHARED, "num_key_value_heads": 1, "attention_bias": True}
-    calls = calls_of()[:2]
+    calls = calls_of("llama")[:2]
     want = one_process("llama", calls, **over)
     for found in four.run(ranks.generate, saved("llama", **over), calls, True):
         assert all(torch.equal(tokens, expected) for (tokens, _), expected in zip(found, want, strict=True))

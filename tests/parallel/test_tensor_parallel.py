@@ -26,7 +26,7 @@ def two() -> Iterator[Processes]:
 @pytest.mark.parametrize("fused", [False, True], ids=["called", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_have_one_process_s_tokens(two: Processes, saved: Any, family: str, fused: bool) -> None:
-    calls = calls_of(whole=family == "llama")
+    calls = calls_of(family)
     want = one_process(family, calls)
     for found in two.run(ranks.generate, saved(family), calls, fused):
         for (tokens, call), expected in zip(found, want, strict=True):
