@@ -38,6 +38,15 @@ def test_all_states(tmp_path: Path) -> None:
     assert all(f"| {state} |" in table for state in ROLLOUTS)
 
 
+def test_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rollouts.SLOWER, "cuda", 1.03)
+    assert rollouts.slower([1.02, 1.02], [1.0, 1.0]) == [] and rollouts.slower([0.5, 1.04], [1.0, 1.0]) == ["a token"]
+    assert rollouts.slower([1.04, 1.04], [1.0, -0.1]) == ["first token"]
+    # No time is too long here, whatever the difference of two calls of a millisecond comes out as.
+    monkeypatch.setitem(rollouts.SLOWER, "cuda", float("inf"))
+    assert rollouts.slower([9.0, 9.0], [1.0, -0.1]) == []
+
+
 def test_what_falls_back_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts.hf_fastattn, "patch", lambda model: _falling(model))
     status, record, table = run(tmp_path, "--state", "bf16+train")
