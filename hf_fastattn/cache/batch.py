@@ -245,7 +245,7 @@ class Batch:
         plan = self.known.plans[window]
         if variant is not None:
             return variant_attention(q, k_pages, v_pages, plan, variant.variant, scale=scale)[0]
-        return reference.paged_attention(q, k_pages, v_pages, plan, scale=scale)[0]
+        return reference.paged_output(q, k_pages, v_pages, plan, scale=scale)
 
     def _attend_triton(
         self,

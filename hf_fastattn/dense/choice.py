@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from hf_fastattn.dense.causal_layout import CausalLayout
 # Reasons that are none to worry about.
 ONE_LAUNCH = "PyTorch's attention does this in one launch"
 SMALL_ON_CPU = "so little on a CPU takes no more in Transformers' steps"
-# Scores of a call (rows * heads * queries * keys) up to which that holds: plain ones, and with softcap or sinks by the
-# bytes of an element, since PyTorch's products in 16 bits are slow on most CPUs and ours are in fp32.
-FEW_SCORES = {"plain": 2**19, 4: 2**21, 2: 2**14}
+# Scores of a call (rows * heads * queries * keys) up to which that holds: of plain ones, and of those with softcap or sinks
+# where PyTorch has quick products of the dtype, and where it has none and ours are in fp32.
+FEW_SCORES = {"plain": 2**19, "quick": 2**21, "slow": 2**14}
+# Of a CPU that multiplies numbers of 16 bits.
+QUICK = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 # Head dims up to this are taken by PyTorch's fused kernels.
 MAX_FUSED_DIM = 256
 
@@ -76,7 +79,17 @@ def why_stock_is_enough(
         return ONE_LAUNCH if fused else None
     if not is_cpu:
         return None
-    kind = "plain" if is_plain else query.element_size()
+    kind = "plain" if is_plain else "quick" if _has_quick_products(query.dtype) else "slow"
     few = rows * heads * queries * key.shape[2] <= FEW_SCORES.get(kind, 0)
-    step = queries == 1 and kind != 2 and not (layout is not None and layout.is_narrow)
+    step = queries == 1 and kind != "slow" and not (layout is not None and layout.is_narrow)
     return SMALL_ON_CPU if few or step else None
+
+
+@functools.cache
+def _has_quick_products(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of `dtype` on this CPU are no slower than those of fp32."""
+    if dtype.itemsize > 2:
+        return True
+    # Absent before PyTorch 2.10.
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name) for name in QUICK.get(dtype, ()))

@@ -110,8 +110,11 @@ def _reference(
     row_step = _row_step(k)
     count = (rows - 1) * row_step + k.shape[2]
     plan = layout.plan(queries, row_step)
-    out, lse = reference.paged_attention(packed, _pages(k, count), _pages(v, count), plan, scale=scale, softcap=softcap)
-    out = with_sinks(out, lse, sinks)
+    given = packed, _pages(k, count), _pages(v, count), plan
+    if sinks is None:
+        out = reference.paged_output(*given, scale=scale, softcap=softcap)
+    else:
+        out = with_sinks(*reference.paged_attention(*given, scale=scale, softcap=softcap), sinks)
     if real is None:
         return out.view(rows, queries, heads, dim)
     padded = out.new_zeros(rows, queries, heads, dim)

@@ -65,6 +65,9 @@ def look_at_once(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Non
     call, plain = runtime.current, all(map(_is_plain, (*args, *kwargs.values())))
     if call is None or model.training or not plain or "custom_generate" in kwargs or not runs_as_written(type(model)):
         return
+    if runtime.prefixes is None and not runtime.graphs.records_on(model.device):
+        # Nothing is compared with what was found before.
+        return
     seen = look(model)
     if not seen.is_sure or not seen.answer("has no functions", lambda: _has_no_functions(model)):
         return

@@ -80,6 +80,8 @@ def distinct_rows(
         encoded_from: the inputs of the towers that ran before, for what `model_kwargs` has of their outputs.
     """
     count = input_ids.shape[0]
+    if count == 1:
+        return None
     repeated = expansion is not None and expansion.copies > 1
     tensors, others, media = [input_ids], {}, {}
     for name, value in model_kwargs.items():

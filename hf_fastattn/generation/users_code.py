@@ -52,7 +52,8 @@ def runs_between_forwards(model: Any, ran: Iterable[Any]) -> bool:
     if not all(origin_of(method).startswith(LIBRARIES) for method in (*own, *methods)) or not runs_as_written(kind):
         return True
     # The hooks and forwards inside the decoder are what recorded forwards depend on.
-    return any(why_not_module(module, model.device) is not None for module in _around(model, model._fastattn.decoder(model)))
+    device = model.device
+    return any(why_not_module(module, device) is not None for module in _around(model, model._fastattn.decoder(model)))
 
 
 class ModelWatch:

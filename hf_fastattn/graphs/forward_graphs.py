@@ -121,7 +121,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         Args:
             is_known: the decoder is as it was at the check before, as a look at the model around it has shown.
         """
-        if not self._enabled or device.type not in self.forward_type.devices:
+        if not self.records_on(device):
             return True
         # Forwards of the user's own may have compared another state since.
         if is_known and self._in_call and self._fingerprint is self._agreed:
@@ -172,7 +172,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         """
         tokens = arguments["input_ids"] if arguments["input_ids"] is not None else arguments["inputs_embeds"]
         batch = cache.paged_batch
-        if not self._enabled or tokens.device.type not in self.forward_type.devices or batch is None:
+        if not self.records_on(tokens.device) or batch is None:
             return None
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
         if (is_decode and cache.get_seq_length() == 0) or (not is_decode and not is_captured(decoder, batch.tokens)):

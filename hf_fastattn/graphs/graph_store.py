@@ -88,6 +88,10 @@ class GraphStore(Generic[Key, Held]):
         """What is held, the least recently used first."""
         return tuple(self._entries)
 
+    def records_on(self, device: torch.device) -> bool:
+        """Whether forwards there may be recorded at all."""
+        return self._enabled and device.type in self.forward_type.devices
+
     def drop(self) -> None:
         """Forget all graphs; their memory is free."""
         self._dropped += 1
@@ -213,7 +217,7 @@ class GraphStore(Generic[Key, Held]):
         Returns:
             Whether everything is as it was, hooks too, for which nothing goes.
         """
-        if not self._enabled or device.type not in self.forward_type.devices:
+        if not self.records_on(device):
             return True
         before = self._fingerprint
         if not self.compare(decoder, device):

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
+
+# Elements of keys, copies of the longest row's length, up to which rows of different lengths are copied to be read at once.
+FEW_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class DecodeReads:
         shared: prefixes that are read once for all their rows.
         rows: the other tokens of each row.
         page_size: tokens a page.
+        width: elements of a token's keys.
     """
 
     shared: list[SharedPrefix]
     rows: list[Run]
     page_size: int
+    width: int
+    _filled_up: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _pages: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -70,3 +77,27 @@ class DecodeReads:
             numbers = [page for run in self.rows for page in run.pages]
             self._pages[device] = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
         return self._pages[device]
+
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether there are several rows, each with a token, and copies of all, as long as the longest, are small."""
+        lengths = [run.length for run in self.rows]
+        return len(lengths) > 1 and min(lengths) > 0 and len(lengths) * max(lengths) * self.width <= FEW_ELEMENTS
+
+    def filled_up(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of any lengths made as long as the longest, L, by repeating their last token.
+
+        Returns:
+            `[B * L]` int64 slots, row after row; `[B, 1, 1, L]` fp32 bias, -inf where a token is a repeated one.
+        """
+        if device not in self._filled_up:
+            lengths = np.array([run.length for run in self.rows])[:, None]
+            place = np.arange(lengths.max())
+            pages = [np.array(run.pages) for run in self.rows]
+            # Where a row's tokens are in its pages.
+            held = np.minimum(place, lengths - 1) + np.array([run.start % self.page_size for run in self.rows])[:, None]
+            slots = [page[row // self.page_size] for page, row in zip(pages, held, strict=True)]
+            slots = np.stack(slots) * self.page_size + held % self.page_size
+            bias = np.where(place < lengths, np.float32(0), np.float32("-inf"))[:, None, None]
+            self._filled_up[device] = tuple(torch.from_numpy(x).to(device) for x in (slots.reshape(-1), bias))  # type: ignore
+        return self._filled_up[device]

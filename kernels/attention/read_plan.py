@@ -59,6 +59,12 @@ class ReadPlan:
         return [self._run(row, self._first_visible(row), length) for row, length in enumerate(self.seq_lens)]
 
     @cached_property
+    def prefill(self) -> tuple[int, int, int] | None:
+        """`DecodeReads.strided` of rows of equally many new tokens and keys; None where rows differ."""
+        alike = self.query_lens[0] > 0 and len({*zip(self.query_lens, self.seq_lens, strict=True)}) == 1
+        return DecodeReads([], self.rows, self.page_size, 0).strided if alike else None
+
+    @cached_property
     def pages_read(self) -> int:
         """The number of the last page in the table, plus one."""
         return max((page for pages in self.pages for page in pages), default=-1) + 1
@@ -75,7 +81,7 @@ class ReadPlan:
             for prefix in shared:
                 for row in range(prefix.first_row, prefix.last_row):
                     rows[row] = self._run(row, prefix.run.length, self.seq_lens[row])
-            self._decodes[width] = DecodeReads(shared, rows, self.page_size)
+            self._decodes[width] = DecodeReads(shared, rows, self.page_size, width)
         return self._decodes[width]
 
     def _shared(self, width: int) -> list[SharedPrefix]:

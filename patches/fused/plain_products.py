@@ -18,6 +18,7 @@ from torch.nn import functional
 from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
+from hf_fastattn.patches.fused.found_parts import FoundParts
 from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
 
 # Dtypes that norms widen to fp32.
@@ -30,15 +31,17 @@ class PlainProducts:
     Args:
         names: of the layers' classes.
         leading: shape that modules see, without its last dimension; T elements.
+        found: what is known of modules, and is added to.
     """
 
     adapters_fused = 0
     quantised_products = 0
 
-    def __init__(self, names: LayerNames, leading: tuple[int, ...]) -> None:
+    def __init__(self, names: LayerNames, leading: tuple[int, ...], found: FoundParts) -> None:
         self.names = names
         self.leading = leading
         self.tokens = math.prod(leading)
+        self._linears, self._norms = found.linears, found.norms
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""
@@ -50,13 +53,23 @@ class PlainProducts:
         # Sums over ranks are made by the layers that are called.
         assert not isinstance(delta, PeerSum | LaterSum)
         x = x if delta is None else x + delta
-        weight = None if self.names.unit_offset else norm_weight(module, self.names.norm, x.device, (x.dtype,))
-        if weight is None or x.dtype not in (*NARROW, torch.float32):
+        known = self._norms.get((module, x.dtype)) or self._plain_norm(module, x)
+        if known is None:
             return self.call(module, x), x
+        weight, eps = known
         if x.dtype is torch.float32:
-            return functional.rms_norm(x, (x.shape[1],), weight, norm_eps(module)), x
+            return functional.rms_norm(x, (x.shape[1],), weight, eps), x
         # Rounded before the weight is multiplied in, as Transformers does.
-        return weight * functional.rms_norm(x.float(), (x.shape[1],), None, norm_eps(module)).to(x.dtype), x
+        return weight * functional.rms_norm(x.float(), (x.shape[1],), None, eps).to(x.dtype), x
+
+    def _plain_norm(self, module: Any, x: Tensor) -> tuple[Tensor, float] | None:
+        if self.names.unit_offset or x.dtype not in (*NARROW, torch.float32):
+            return None
+        weight = norm_weight(module, self.names.norm, x.device, (x.dtype,))
+        if weight is None:
+            return None
+        self._norms[module, x.dtype] = weight, norm_eps(module)
+        return self._norms[module, x.dtype]
 
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
@@ -79,10 +92,16 @@ class PlainProducts:
         return x + self._linear(linear, states), None
 
     def _linear(self, module: Any, x: Tensor) -> Tensor:
-        if type(module) is not nn.Linear or not is_plain(module, "Linear", x.device):
-            return self.call(functools.partial(projected, module), x)
-        held = module._parameters
-        weight = held.get("weight")
-        if weight is None or "bias" not in held:
-            return self.call(module, x)
-        return functional.linear(x, weight, held["bias"])
+        if module not in self._linears:
+            self._linears[module] = _plain_linear(module, x.device)
+        known = self._linears[module]
+        return self.call(functools.partial(projected, module), x) if known is None else functional.linear(x, *known)
+
+
+def _plain_linear(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a plain linear layer; None for what is to be called."""
+    if type(module) is not nn.Linear or not is_plain(module, "Linear", device):
+        return None
+    held = module._parameters
+    weight = held.get("weight")
+    return None if weight is None or "bias" not in held else (weight, held["bias"])

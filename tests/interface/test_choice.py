@@ -123,7 +123,7 @@ def test_one_query_repeats_no_keys(output_attentions: bool) -> None:
 def tensors(cuda: bool = False, dtype: torch.dtype = torch.bfloat16, heads: int = 8, queries: int = 1, dim: int = 64) -> Any:
     shape = torch.Size((2, heads, queries, dim))
     device = torch.device("cuda" if cuda else "cpu")
-    return SimpleNamespace(shape=shape, is_cuda=cuda, device=device, element_size=lambda: dtype.itemsize)
+    return SimpleNamespace(shape=shape, dtype=dtype, is_cuda=cuda, device=device, element_size=lambda: dtype.itemsize)
 
 
 PADDED, HIDDEN = {"padded": True}, {"window": 39}
@@ -168,10 +168,22 @@ def test_the_rule_on_a_gpu(why: str | None, query: dict[str, Any], layout: dict[
 def test_the_rule_on_a_cpu(
     why: str | None, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(choice, "_has_quick_products", lambda dtype: dtype.itemsize > 2)
     few = rule(False, query, layout, kwargs)
     assert few in (ONE_LAUNCH, SMALL_ON_CPU) or "heads" in query
     monkeypatch.setattr(choice, "FEW_SCORES", {})
     assert rule(False, query, layout, kwargs) == why
+
+
+@pytest.mark.parametrize(("feature", "quick"), [("avx512_bf16", True), ("amx_bf16", True), ("avx512_f", False)])
+def test_products_of_16_bits(feature: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True, "amx_fp16": False}, raising=False)
+    monkeypatch.setattr(choice, "_has_quick_products", choice._has_quick_products.__wrapped__)
+    found = [choice._has_quick_products(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+    assert found == [True, True, quick, False]
+    # 2^16 scores: in Transformers' steps where these are quick.
+    capped = rule(False, {"queries": 40, "heads": 8}, {"kv_length": 103, "filled": 103, **PADDED}, CAPPED)
+    assert capped == (SMALL_ON_CPU if quick else None)
 
 
 def rule(cuda: bool, query: dict[str, Any], layout: dict[str, Any], kwargs: dict[str, Any]) -> str | None:

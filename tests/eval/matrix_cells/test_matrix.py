@@ -16,7 +16,7 @@ from hf_fastattn import cli, patching
 from hf_fastattn.eval import matrix
 from hf_fastattn.eval.matrix_cells import calls, families, measure, side, states
 from hf_fastattn.eval.matrix_cells.calls import CALLS
-from hf_fastattn.eval.matrix_cells.cells import ALLOWED, CELLS, QUICK, TRAINER, Cell, choose
+from hf_fastattn.eval.matrix_cells.cells import ALLOWED, CELLS, QUICK, TRAINER, Cell, allowed, choose
 from hf_fastattn.eval.matrix_cells.families import BY_INTERFACE, FAMILIES, FIXED, Size
 from hf_fastattn.eval.matrix_cells.peaks import idle_in_pools, watched
 from tests.tools.models import COMMON, EXPERTS
@@ -41,6 +41,7 @@ def tiny_and_patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny models, and no time that is too long."""
     monkeypatch.setitem(families.SIZES, "cpu", TINY)
     monkeypatch.setitem(measure.SLOWER, "cpu", float("inf"))
+    monkeypatch.setattr(measure, "allowed", lambda *_: None)
     yield
 
 
@@ -60,7 +61,8 @@ def test_the_table_of_cells() -> None:
     assert words == {*states.DTYPES, *states.STATES}
     assert calls.GREEDY == tuple(name for name in CALLS if name not in DRAWING)
     assert all(limit > 1 and reason for entries in ALLOWED.values() for limit, reason in entries.values())
-    assert all(any(fnmatch(name, pattern) for name in names) for entries in ALLOWED.values() for pattern in entries)
+    timed = [f"{name}: {words}" for name in names for words in measure.TIMED.values()]
+    assert all(any(fnmatch(name, pattern) for name in timed) for entries in ALLOWED.values() for pattern in entries)
     assert set(BY_INTERFACE) < set(FAMILIES) and ALLOWED.keys() == measure.SLOWER.keys()
 
 
@@ -147,24 +149,42 @@ def row_of(first: float = 1.0, token: float = 1.0, best: float | None = None, mo
     return {"agrees": True, "ratios": ratios, "best_ratios": best_ratios, "stock": peaks[0], "ours": peaks[1]}
 
 
+LIMITS = {"first": 1.03, "token": 1.03}
+
+
 def test_what_is_red() -> None:
-    assert measure.red(row_of(1.02, 1.02), 1.03) == []
-    assert measure.red(row_of(1.2), 1.03) == ["first token 1.20 x stock's time"]
-    assert measure.red(row_of(token=1.2), 1.03) == ["a token 1.20 x stock's time"]
+    assert measure.red(row_of(1.02, 1.02), LIMITS) == []
+    assert measure.red(row_of(1.2), LIMITS) == ["first token 1.20 x stock's time"]
+    assert measure.red(row_of(token=1.2), LIMITS) == ["a token 1.20 x stock's time"]
+    assert measure.red(row_of(1.2, 1.2), {**LIMITS, "first": 1.25}) == ["a token 1.20 x stock's time"]
     # The best calls say that others were in the way.
-    assert measure.red(row_of(1.2, 1.2, best=1.0), 1.03) == []
-    assert measure.red(row_of(more=2e8), 1.03) == ["200 MB more than stock"]
-    assert measure.red(row_of(more=1e8), 1.03) == [] and measure.red({**row_of(more=2e8), "agrees": False}, 1.03) != []
+    assert measure.red(row_of(1.2, 1.2, best=1.0), LIMITS) == []
+    assert measure.red(row_of(more=2e8), LIMITS) == ["200 MB more than stock"]
+    assert measure.red(row_of(more=1e8), LIMITS) == [] and measure.red({**row_of(more=2e8), "agrees": False}, LIMITS) != []
 
 
-def test_a_named_cell_may_be_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(measure.SLOWER, "cpu", 0.0)
-    for limit, status in ((float("inf"), 0), (0.0, 1)):
-        monkeypatch.setitem(ALLOWED, "cpu", {"llama/fp32/*": (limit, "a good reason")})
+@pytest.mark.parametrize("words", measure.TIMED.values())
+def test_a_named_cell_may_be_slower(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {words: name for name, words in measure.TIMED.items()}
+    # The difference of two calls of a millisecond may come out as anything.
+    monkeypatch.setattr(measure, "ratios", lambda *given: (2.0, 2.0) if given[2] == names[words] else (0.5, 0.5))
+    monkeypatch.setitem(measure.SLOWER, "cpu", 1.1)
+    monkeypatch.setattr(measure, "allowed", allowed)
+    for limit, status in ((2.1, 0), (1.9, 1)):
+        monkeypatch.setitem(ALLOWED, "cpu", {f"llama/fp32/*: {words}": (limit, "a good reason")})
         found, record, text = run("--cell", "llama/fp32/greedy", output=tmp_path)
-        assert found == status and bool(record["cells"][0]["red"]) == bool(status)
+        assert found == status and record["cells"][0]["red"] == [f"{words} 2.00 x stock's time"] * status
         assert len(record["cells"][0]["ours"]["timings"]) == (measure.DOUBTFUL if status else 1)
         assert ("llama/fp32/greedy is allowed to be slower: a good reason." in text) == (not status)
+
+
+def test_a_limit_is_for_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ratios", lambda *given: (2.0, 2.0))
+    monkeypatch.setitem(measure.SLOWER, "cpu", 1.1)
+    monkeypatch.setattr(measure, "allowed", allowed)
+    monkeypatch.setitem(ALLOWED, "cpu", {"llama/fp32/*: first token": (2.1, "a good reason")})
+    status, record, text = run("--cell", "llama/fp32/greedy", output=tmp_path)
+    assert status == 1 and record["cells"][0]["red"] == ["a token 2.00 x stock's time"] and "good reason" not in text
 
 
 @pytest.mark.parametrize(("state", "wide"), [("bf16", torch.float32), ("fp32", torch.float64)])

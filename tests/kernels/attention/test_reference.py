@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_fastattn.kernels import ops
-from hf_fastattn.kernels.attention import read_plan
+from hf_fastattn.kernels.attention import decode_reads, read_plan, reference, softmax_state
 from hf_fastattn.kernels.attention.read_plan import ReadPlan
 from hf_fastattn.kernels.attention.reference import paged_attention
 from hf_fastattn.kernels.attention.softmax_state import attention_state, merge_states
@@ -19,6 +19,8 @@ def check(batch: Batch, *, window=None, softcap=None, prefixes=()):
     plan = ReadPlan(batch.table, batch.counts, batch.lengths, batch.k_pages.shape[1], window, prefixes)
     got = paged_attention(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, softcap=softcap)
     assert_attention(batch, got, window=window, softcap=softcap)
+    alone = reference.paged_output(batch.q, batch.k_pages, batch.v_pages, plan, scale=batch.scale, softcap=softcap)
+    assert_attention(batch, (alone, got[1]), window=window, softcap=softcap)
     return plan
 
 
@@ -33,10 +35,31 @@ def test_ragged_prefill_and_append(dtype, scattered, window, softcap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("window", [None, 3, 20])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_rows_that_are_alike(dtype, past, window, softcap, ratio, monkeypatch):
+    monkeypatch.setattr(softmax_state, "BLOCK_SCORES", 100)
+    monkeypatch.setattr(softmax_state, "LEAST_QUERIES", 2)
+    monkeypatch.setattr(reference, "LEAST_QUERIES", 2)
+    for rows in (1, 3):
+        batch = make_batch([9] * rows, [past] * rows, ratio=ratio, dtype=dtype)
+        assert check(batch, window=window, softcap=softcap).prefill is not None
+        batch = make_batch([9] * rows, [past] * rows, ratio=ratio, dtype=dtype, scattered=True)
+        assert check(batch, window=window, softcap=softcap).prefill is None
+    # One more or less of anything, and each is computed by itself.
+    for counts, pasts in (([9, 9, 8], [past] * 3), ([9] * 3, [past, past + 1, past]), ([0, 0], [past] * 2)):
+        assert check(make_batch(counts, pasts, ratio=ratio, dtype=dtype), window=window, softcap=softcap).prefill is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ratio", [1, 4, 5, 7])
 @pytest.mark.parametrize("pasts", [[0], [15], [16], [17], [40, 40, 40], [3, 31, 64]])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_decode(dtype, ratio, pasts, scattered):
+@pytest.mark.parametrize("few", [0, 2**17])
+def test_decode(dtype, ratio, pasts, scattered, few, monkeypatch):
+    monkeypatch.setattr(decode_reads, "FEW_ELEMENTS", few)
     counts = [1] * len(pasts)
     plan = check(make_batch(counts, pasts, page=16, ratio=ratio, dtype=dtype, scattered=scattered))
     reads = plan.decode(32)
@@ -45,9 +68,13 @@ def test_decode(dtype, ratio, pasts, scattered):
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 100])
-def test_decode_window(window):
-    counts = [1, 1, 1]
-    check(make_batch(counts, [3, 20, 50]), window=window)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("few", [0, 2**17])
+def test_decode_window(window, softcap, scattered, few, monkeypatch):
+    monkeypatch.setattr(decode_reads, "FEW_ELEMENTS", few)
+    plan = check(make_batch([1, 1, 1], [3, 20, 50], scattered=scattered), window=window, softcap=softcap)
+    assert plan.decode(32).is_small == bool(few)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,13 +103,33 @@ def test_extreme_logits():
     check(make_batch([1, 4], [30, 0], factor=1e3))
 
 
-def test_plain_path_agrees_with_the_fused_one(monkeypatch):
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 9, 9))
-    fused = attention_state(q, k, v, scale=0.3)
-    monkeypatch.setattr("hf_fastattn.kernels.attention.softmax_state._CPU_DTYPES", ())
-    plain = attention_state(q, k, v, scale=0.3)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("block", [1, 2**18])
+def test_plain_path_agrees_with_the_fused_one(causal, biased, block, monkeypatch):
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (9 if causal else 5, 9, 9))
+    options = {"causal": causal, "bias": torch.randn(q.shape[2], 9) if biased else None}
+    fused = attention_state(q, k, v, scale=0.3, **({"bias": _both(**options)} if biased else options))
+    monkeypatch.setattr(softmax_state, "_CPU_DTYPES", ())
+    monkeypatch.setattr(softmax_state, "BLOCK_SCORES", block)
+    monkeypatch.setattr(softmax_state, "LEAST_QUERIES", 2)
+    plain = attention_state(q, k, v, scale=0.3, **options)
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def _both(causal, bias):
+    """PyTorch's takes one of them."""
+    return bias.masked_fill(torch.ones_like(bias, dtype=torch.bool).triu(1), -math.inf) if causal else bias
+
+
+def test_gradients_of_the_plain_path(monkeypatch):
+    q, k, v = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    monkeypatch.setattr(softmax_state, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(softmax_state, "LEAST_QUERIES", 2)
+    bias = torch.randn(4, 4, dtype=torch.float64)
+    options = {"scale": 0.3, "causal": True, "bias": bias, "softcap": 2.0}
+    assert torch.autograd.gradcheck(lambda *given: attention_state(*given, **options), (q, k, v))
 
 
 def test_merge_states_is_exact_and_takes_empty_states():
