@@ -137,7 +137,8 @@ def _decode_rows(
 
 def _parts(q: Tensor, keys: Tensor, values: Tensor, plan: ReadPlan) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Of rows that are computed together the first one, their queries, and their keys and values `[B, G, L, D]`."""
-    if plan.prefill is not None:
+    # On a GPU the scores of all rows at once may take too much memory.
+    if q.device.type == "cpu" and plan.prefill is not None:
         first, step, length = plan.prefill
         shape = (len(plan.seq_lens), keys.shape[1], length, keys.shape[2])
         yield 0, q, _strided(keys, shape, first, step), _strided(values, shape, first, step)
