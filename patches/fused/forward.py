@@ -62,7 +62,9 @@ def fused_forward(
     Returns:
         What the original returns.
     """
-    found = found_parts(decoder, vars(decoder)[STATE].runtime.current)
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    found = found_parts(decoder, vars(decoder)[STATE].runtime, tokens.device)
     if called or cache.paged_batch is None or not _walks(decoder, arguments, found):
         with cache_kept(decoder), _blocks(decoder, cache, arguments):
             return call_original(decoder, cache, **arguments)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_fastattn.graphs.seen_modules import look
 
 if TYPE_CHECKING:
-    from hf_fastattn.call import Call
+    from hf_fastattn.runtime import Runtime
 
 
 @dataclass
@@ -37,9 +37,14 @@ class FoundParts:
     norms: dict[tuple[Any, torch.dtype], tuple[Tensor, float]] = field(default_factory=dict)
 
 
-def found_parts(decoder: Any, call: Call | None) -> FoundParts:
-    """What earlier forwards of the call found; empty where modules may have changed since."""
-    if call is None or call.users_code:
+def found_parts(decoder: Any, runtime: Runtime, device: torch.device) -> FoundParts:
+    """What earlier forwards of the call found; empty where modules may have changed since, or steps may be recorded.
+
+    Args:
+        device: of the tokens.
+    """
+    call = runtime.current
+    if call is None or call.users_code or runtime.graphs.records_on(device):
         return FoundParts(decoder)
     if call.found is None:
         # Of a call of one token nothing is read again, and a look takes longer than what is found.
