@@ -6,6 +6,7 @@ In a call between whose forwards no code of the user's runs, one look is enough.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from hf_fastattn.graphs.seen_modules import look
 if TYPE_CHECKING:
     from hf_fastattn.runtime import Runtime
 
+PlainLinear = tuple[Tensor, Tensor | None]
+
 
 @dataclass
 class FoundParts:
@@ -26,14 +29,14 @@ class FoundParts:
         decoder: whose they are.
         backend: of its forwards; None until it is known.
         is_walked: its layers are walked through.
-        linears: weight and bias of plain linear layers; None for what is to be called in the place of one.
+        linears: weight and bias of plain linear layers, or what is to be called in the place of one.
         norms: weight and epsilon of plain norms, by module and dtype of what they are given.
     """
 
     decoder: Any
     backend: str | None = None
     is_walked: bool = False
-    linears: dict[Any, tuple[Tensor, Tensor | None] | None] = field(default_factory=dict)
+    linears: dict[Any, PlainLinear | Callable[[Tensor], Any]] = field(default_factory=dict)
     norms: dict[tuple[Any, torch.dtype], tuple[Tensor, float]] = field(default_factory=dict)
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional
 from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.fused.found_parts import FoundParts
-from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
+from hf_fastattn.patches.fused.found_parts import FoundParts, PlainLinear
+from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, plain_shard, projected
 
 # Dtypes that norms widen to fp32.
 NARROW = (torch.float16, torch.bfloat16)
@@ -95,13 +95,13 @@ class PlainProducts:
         if module not in self._linears:
             self._linears[module] = _plain_linear(module, x.device)
         known = self._linears[module]
-        return self.call(functools.partial(projected, module), x) if known is None else functional.linear(x, *known)
+        return functional.linear(x, *known) if isinstance(known, tuple) else self.call(known, x)
 
 
-def _plain_linear(module: Any, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a plain linear layer; None for what is to be called."""
-    if type(module) is not nn.Linear or not is_plain(module, "Linear", device):
-        return None
-    held = module._parameters
-    weight = held.get("weight")
-    return None if weight is None or "bias" not in held else (weight, held["bias"])
+def _plain_linear(module: Any, device: torch.device) -> PlainLinear | Callable[[Tensor], Any]:
+    """Weight and bias of a plain linear layer, or what is to be called in the place of one."""
+    if type(module) is nn.Linear and is_plain(module, "Linear", device):
+        held = module._parameters
+        weight = held.get("weight")
+        return module if weight is None or "bias" not in held else (weight, held["bias"])
+    return module if plain_shard(module) is None else functools.partial(projected, module)
