@@ -101,6 +101,10 @@ A_CALL = (
     "the 5 to 12 ms that four small layers take; a model of 135 million parameters takes 0.99 to 1.01 of stock's time"
 )
 USERS_CODE = "modules are looked at before each token, since code of the user's runs between two of them"
+GATHERED = (
+    "what rows that share pages read is copied together for PyTorch's attention at each token, and adapters are called; "
+    "the whole call takes less time than stock's"
+)
 # Cells that may be slower than others, by device, and at what: the most that their time may be of stock's, and why.
 ALLOWED: dict[str, dict[str, tuple[float, str]]] = {
     "cuda": {},
@@ -114,6 +118,7 @@ ALLOWED: dict[str, dict[str, tuple[float, str]]] = {
             for call in ("padded", "chat", "embeds", "streamer", "processor", "lookup")
         },
         **{f"*/{call}: a token": (1.20, USERS_CODE) for call in ("streamer", "processor")},
+        **{f"*+lora/{call}: a token": (1.15, GATHERED) for call in ("beams", "repeated")},
     },
 }
 QUICK = (
