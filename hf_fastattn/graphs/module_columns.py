@@ -7,8 +7,8 @@ them is read and compared in one pass of the interpreter's own C, which takes a 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
 from operator import attrgetter, call, getitem, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -45,12 +45,12 @@ class ModuleColumns:
         states = [*map(STATE, modules)]
         self._modules = [weakref.ref(module) for module in modules]
         self._kinds, self._held = [*map(type, modules)], [*map(len, states)]
-        self._modes = [*map(_mode, states)]
+        self._modes = _modes(states)
         self._methods = {kind: _methods(kind) for kind in self._kinds}
         children, *tensors, _, _ = _held(states)
-        self._child_counts, self._child_names, children = _entries(children)
-        self._children = [_nothing if child is None else weakref.ref(child) for child in children]
-        self._scalars = _Own([[*record.scalars.items()] for _, record in noted])
+        self._inside = _Entries(children)
+        self._children = [_nothing if child is None else weakref.ref(child) for child in self._inside.values(children)]
+        self._scalars = _Scalars([record.scalars for _, record in noted])
         self._objects = _Own([record.objects for _, record in noted])
         self._contents = _Own([record.contents for _, record in noted])
         self._tensors = _Tensors(tensors)
@@ -70,22 +70,70 @@ class ModuleColumns:
             return False
         states = [*map(STATE, modules)]
         children, *tensors, hooks, hooks_before = _held(states)
-        counts, names, inside = _entries(children)
         return (
-            counts == self._child_counts
-            and names == self._child_names
-            and all(map(is_, inside, map(call, self._children)))
+            self._inside.hold(children)
+            and all(map(is_, self._inside.values(children), map(call, self._children)))
             and [*map(type, modules)] == self._kinds
             and [*map(len, states)] == self._held
             and not any(hooks)
             and not any(hooks_before)
-            and [*map(_mode, states)] == self._modes
+            and _modes(states) == self._modes
             and all(all(map(is_, _methods(kind), methods)) for kind, methods in self._methods.items())
-            and self._scalars.now(states) == self._scalars.noted
+            and self._scalars.hold(states)
             and all(map(is_, self._objects.now(states), map(call, self._objects.noted)))
             and [*map(contents_of, self._contents.now(states))] == self._contents.noted
             and self._tensors.hold(tensors)
         )
+
+
+class _Entries:
+    """The names that many dictionaries, most of them empty, have values by.
+
+    Args:
+        held: the dictionaries.
+    """
+
+    def __init__(self, held: Sequence[dict[str, Any]]) -> None:
+        self._counts = [*map(len, held)]
+        self._filled = [place for place, count in enumerate(self._counts) if count]
+        self._names = [*chain.from_iterable(self._of(held))]
+
+    def hold(self, held: Sequence[dict[str, Any]]) -> bool:
+        """Whether dictionaries have the same names."""
+        return [*map(len, held)] == self._counts and [*chain.from_iterable(self._of(held))] == self._names
+
+    def values(self, held: Sequence[dict[str, Any]]) -> list[Any]:
+        """The values of dictionaries that have the same names."""
+        return [*chain.from_iterable(map(dict.values, self._of(held)))]
+
+    def _of(self, held: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return map(held.__getitem__, self._filled)
+
+
+class _Scalars:
+    """Numbers and the like that modules have of their own.
+
+    Args:
+        noted: of each module, by name.
+    """
+
+    def __init__(self, noted: Sequence[dict[str, Any]]) -> None:
+        self._places = [place for place, own in enumerate(noted) if own]
+        # One for each combination of names, of which there are few.
+        getters = {names: itemgetter(*names) for names in {tuple(noted[place]) for place in self._places}}
+        self._getters = [getters[tuple(noted[place])] for place in self._places]
+        self._noted = self._now(noted)
+
+    def hold(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether they are what was noted.
+
+        Raises:
+            KeyError: one is no more.
+        """
+        return self._now(states) == self._noted
+
+    def _now(self, states: Sequence[dict[str, Any]]) -> list[Any]:
+        return [*map(call, self._getters, map(states.__getitem__, self._places))]
 
 
 class _Own:
@@ -112,15 +160,19 @@ class _Tensors:
     """
 
     def __init__(self, held: Sequence[Sequence[dict[str, Any]]]) -> None:
-        self._counts, self._names, tensors = _entries([*chain(*held)])
+        both = [*chain(*held)]
+        self._entries = _Entries(both)
+        tensors = self._entries.values(both)
         self._kinds = [*map(type, tensors)]
         self._lie = _lie(tensors)
 
     def hold(self, held: Sequence[Sequence[dict[str, Any]]]) -> bool:
-        counts, names, tensors = _entries([*chain(*held)])
-        same = counts == self._counts and names == self._names and [*map(type, tensors)] == self._kinds
+        both = [*chain(*held)]
+        if not self._entries.hold(both):
+            return False
+        tensors = self._entries.values(both)
         # Those of one device never have the address of another's.
-        return same and _lie(tensors) == self._lie
+        return [*map(type, tensors)] == self._kinds and _lie(tensors) == self._lie
 
 
 def _lie(held: list[Any]) -> tuple[list[Any], ...]:
@@ -134,19 +186,14 @@ def _held(states: list[dict[str, Any]]) -> list[Sequence[dict[str, Any]]]:
     return [*zip(*map(HELD, states), strict=True)] or [()] * 5
 
 
-def _entries(held: Sequence[dict[str, Any]]) -> tuple[list[int], list[str], list[Any]]:
-    """How many entries each has, their names, and the entries."""
-    return [*map(len, held)], [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
-
-
 def _methods(kind: Any) -> tuple[Any, Any]:
     """What runs when a module of a class is called."""
     return getattr(kind, "forward", None), kind.__call__
 
 
-def _mode(state: dict[str, Any]) -> Any:
+def _modes(states: list[dict[str, Any]]) -> list[Any]:
     # What torch.compile put around a module has no mode of its own.
-    return state.get("training")
+    return [*map(dict.get, states, repeat("training"))]
 
 
 def _nothing() -> None:
