@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_fastattn.graphs import seen_modules
+from hf_fastattn.graphs import module_columns, seen_modules
 from hf_fastattn.graphs.fingerprint import fingerprint_of
 from hf_fastattn.graphs.seen_modules import look
 from tests.patches.snapshots import lora
@@ -37,6 +37,18 @@ def names_exchanged(model: Any) -> None:
     held = attention._modules
     keys, values = held["k_proj"], held["v_proj"]
     held.update(k_proj=values, v_proj=keys)
+
+
+def renamed(model: Any) -> None:
+    """The same modules in the same order, two of them under each other's name."""
+    attention = first(model, "self_attn")
+    names = {"k_proj": "v_proj", "v_proj": "k_proj"}
+    attention._modules = {names.get(name, name): module for name, module in attention._modules.items()}
+
+
+def parameter_renamed(model: Any) -> None:
+    held = first(model, "mlp.up_proj")._parameters
+    held["kernel"] = held.pop("weight")
 
 
 def transposed(model: Any) -> None:
@@ -69,6 +81,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a buffer": lambda model: model.model.rotary_emb.register_buffer("more", torch.ones(2)),
     "layers exchanged": exchanged,
     "names exchanged": names_exchanged,
+    "renamed": renamed,
+    "a parameter renamed": parameter_renamed,
     "a module": another_module,
     "a module more": lambda model: first(model, "mlp").add_module("more", torch.nn.Identity()),
     "a module less": lambda model: model.model.layers.__delitem__(1),
@@ -95,6 +109,13 @@ def test_a_change_is_seen(name: str) -> None:
     CHANGES[name](model)
     assert look(model) is not before
     assert look(model.model) is not decoder
+
+
+def test_names_are_told_by_dictionary() -> None:
+    noted = module_columns._Entries([{"a": 1}, {"b": 2}, {}])
+    assert noted.hold([{"a": 1}, {"b": 3}, {}]) and noted.values([{"a": 1}, {"b": 3}, {}]) == [1, 3]
+    for other in ({"a": 1, "b": 2}, {}, {}), ({"a": 1}, {"c": 2}, {}), ({"a": 1}, {"b": 2}, {"c": 3}), ({"a": 1}, {}, {}):
+        assert not noted.hold(other)
 
 
 def test_a_change_in_a_list_is_seen() -> None:
