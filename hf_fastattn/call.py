@@ -30,9 +30,6 @@ class Call:
     compiled: bool | None = None
     # Code of the user's may run between two forwards, and change the model: modules are looked at before each of them.
     users_code: bool = True
-    # What its forwards found of the decoder's modules; and whether a look has told that these stay what they are.
-    found: Any = None
-    is_steady: bool | None = None
     # The layers of a hybrid are walked through, as was seen at its prompt.
     walks: bool = False
     encoded_from: dict[str, Any] = field(default_factory=dict)

@@ -149,6 +149,7 @@ HINTS = (
     ("ignores new tokens", "a prompt_ignore_length of at most the prompt's"),
     ("is no token of the model", "give pad_token_id one of its tokens"),
     ("synced_gpus", "synced_gpus=False, if no weights are sharded"),
+    ("was exchanged", "a class of your own, and Transformers' as they are"),
     ("needs more than its token, its position", MASK),
     ("ends within an image", "let text follow the image"),
     ("checkpointing", NO_GRAD),

@@ -328,12 +328,18 @@ class Runtime(CountedReasons):
         """Whether this thread is in a `generate()`."""
         return self.current is not None
 
-    def leave_to_stocks_code(self) -> None:
-        """No code of the user's runs between the innermost call's forwards from here on: one look at the modules will do."""
+    @contextmanager
+    def left_to_stocks_code(self) -> Iterator[None]:
+        """A block of the innermost call between whose forwards no code of the user's runs: one look at modules will do."""
         call = self.current
-        if call is not None:
-            call.users_code = False
-            self.graphs.is_left_alone = True
+        assert call is not None
+        call.users_code, self.graphs.is_left_alone = False, True
+        try:
+            yield
+        finally:
+            # Whoever began the loop may go on with forwards of his own.
+            call.users_code = True
+            self.graphs.is_left_alone = False
 
     def is_private(self, cache: Any) -> bool:
         """Whether `cache` was made for the innermost call."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from hf_fastattn.generation.drafts import Stateful, check_drafts
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, look_ahead
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
-from hf_fastattn.generation.users_code import runs_between_forwards
+from hf_fastattn.generation.users_code import exchanged_method, runs_between_forwards
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
 from hf_fastattn.graphs.seen_modules import Seen
 from hf_fastattn.layer_variants import READS_ROW
@@ -242,9 +243,22 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The device's own loop if the call allows it; else Transformers', over replayed forwards."""
         given, loop = (input_ids, logits_processor, stopping_criteria, generation_config), super()._sample  # type: ignore[misc]
-        ran = (*logits_processor, *stopping_criteria, *(() if streamer is None else (streamer,)), loop)
-        self._note_users_code(ran)
-        if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
+        held = (logits_processor, *logits_processor, stopping_criteria, *stopping_criteria)
+        ran = (*held, *(() if streamer is None else (streamer,)), loop)
+        with self._left_alone(ran):
+            return self._sampled(given, ran, synced_gpus, streamer, model_kwargs)
+
+    def _sampled(
+        self,
+        given: tuple[Any, Any, Any, Any],
+        ran: tuple[Any, ...],
+        synced_gpus: bool,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        input_ids, _, stopping_criteria, _ = given
+        loop = ran[-1]
+        if self._may_loop(ran, stopping_criteria, synced_gpus, model_kwargs):
             result = device_sample(self, *given, streamer, model_kwargs)
             if isinstance(result, GoesOn):
                 given, model_kwargs = (result.input_ids, *given[1:]), result.model_kwargs
@@ -265,19 +279,25 @@ class FastGenerationMixin(PlainCopies):
     ) -> Any:
         """The same for beams."""
         given, search = (input_ids, logits_processor, stopping_criteria, generation_config), super()._beam_search  # type: ignore[misc]
-        self._note_users_code((*logits_processor, *stopping_criteria, search))
-        if self._may_loop(stopping_criteria, synced_gpus, model_kwargs):
-            result = device_beams(self, *given, model_kwargs)
-            if result is not None:
-                return result
-        return search(*given, synced_gpus=synced_gpus, **model_kwargs)
+        ran = (logits_processor, *logits_processor, stopping_criteria, *stopping_criteria, search)
+        with self._left_alone(ran):
+            if self._may_loop(ran, stopping_criteria, synced_gpus, model_kwargs):
+                result = device_beams(self, *given, model_kwargs)
+                if result is not None:
+                    return result
+            return search(*given, synced_gpus=synced_gpus, **model_kwargs)
 
-    def _note_users_code(self, ran: Iterable[Any]) -> None:
+    @contextmanager
+    def _left_alone(self, ran: Iterable[Any]) -> Iterator[None]:
+        """A loop in which no code of the user's may run between two forwards, if that is so; afterwards it may again."""
         runtime: Runtime = self._fastattn.runtime
-        if runtime.current is not None and not runs_between_forwards(self, ran):
-            runtime.leave_to_stocks_code()
+        if runtime.current is None or runs_between_forwards(self, ran):
+            yield
+            return
+        with runtime.left_to_stocks_code():
+            yield
 
-    def _may_loop(self, stopping_criteria: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
+    def _may_loop(self, ran: Iterable[Any], stopping_criteria: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> bool:
         """Whether to ask for the device's loop; rows that cannot end early get their pages at once, whichever loop runs."""
         cache, runtime = model_kwargs.get(CACHE), self._fastattn.runtime
         if runtime.current is None:
@@ -286,9 +306,12 @@ class FastGenerationMixin(PlainCopies):
         ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
         if isinstance(cache, PagedCache) and not ends:
             cache.first = max(cache.first, cache.room)
+        exchanged = next((name for name in map(exchanged_method, ran) if name is not None), None)
         if synced_gpus:
             runtime.count_not_looped("synced_gpus: several processes take their steps together")
-        return not synced_gpus
+        elif exchanged is not None:
+            runtime.count_not_looped(f"{exchanged} was exchanged")
+        return not synced_gpus and exchanged is None
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1

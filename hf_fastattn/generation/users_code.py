@@ -21,14 +21,32 @@ from hf_fastattn.wrappers import PREPARING, origin_of
 OURS = ("transformers.", "hf_fastattn.", "torch.")
 # What runs between `generate()` and the decoder besides what it names.
 BEHIND_GENERATE = ("generate", "_sample", "_beam_search", "_prefill", "__call__", "_call_impl", "forward", *PREPARING)
+# What calls others of the model's methods.
+LOOPS = ("generate", "_sample", "_beam_search", "_prefill")
+# What is called of processors, criteria and streamers.
+CALLED = ("__call__", "put", "on_finalized_text", "end")
 # The same for functions that libraries put on a model for the length of a call, or longer.
 LIBRARIES = (*OURS, "peft.", "accelerate.")
 
 
 def may_be_users(ran: Any) -> bool:
     """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
-    own = str(getattr(ran, "__module__", "")).startswith("transformers.")
-    return not own or hasattr(ran, "_prefix_allowed_tokens_fn")
+    if not _is_transformers(ran) or hasattr(ran, "_prefix_allowed_tokens_fn") or exchanged_method(ran) is not None:
+        return True
+    # A streamer asks the tokenizer that it was given.
+    tokenizer = getattr(ran, "tokenizer", None)
+    return not (tokenizer is None or _is_transformers(tokenizer))
+
+
+def exchanged_method(ran: Any) -> str | None:
+    """What somebody has exchanged on the class of an object of Transformers', as `class.method`; None if nobody has."""
+    methods = ((name, inspect.getattr_static(type(ran), name, None)) for name in CALLED if _is_transformers(ran))
+    found = (name for name, method in methods if inspect.isfunction(method) and not origin_of(method).startswith(OURS))
+    return next((f"{type(ran).__name__}.{name}" for name in found), None)
+
+
+def _is_transformers(ran: Any) -> bool:
+    return str(getattr(ran, "__module__", "")).startswith("transformers.")
 
 
 def runs_as_written(kind: Any) -> bool:
@@ -79,7 +97,8 @@ class ModelWatch:
 @functools.cache
 def _called_by_generate(base: Any) -> Callable[[Any], tuple[Any, ...]]:
     """Gives a class's methods up to the decoder's forward."""
-    names = inspect.unwrap(GenerationMixin.generate).__code__.co_names
+    loops = (inspect.unwrap(getattr(GenerationMixin, name)) for name in LOOPS)
+    names = dict.fromkeys(name for loop in loops for name in loop.__code__.co_names)
     return attrgetter(*BEHIND_GENERATE, *(name for name in names if inspect.isfunction(getattr(base, name, None))))
 
 

@@ -22,7 +22,6 @@ from hf_fastattn.pages.model_layout import key_shape
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.any_products import AnyProducts
 from hf_fastattn.patches.fused.expert_blocks import blocks_with
-from hf_fastattn.patches.fused.found_parts import FoundParts, found_parts
 from hf_fastattn.patches.fused.layers import walk
 from hf_fastattn.patches.fused.linear import why_not_delta
 from hf_fastattn.patches.fused.plain_products import PlainProducts
@@ -62,16 +61,13 @@ def fused_forward(
     Returns:
         What the original returns.
     """
-    tokens = arguments.get("input_ids")
-    tokens = arguments["inputs_embeds"] if tokens is None else tokens
-    found = found_parts(decoder, vars(decoder)[STATE].runtime, tokens.device)
-    if called or cache.paged_batch is None or not _walks(decoder, arguments, found):
+    if called or cache.paged_batch is None or why_not_walked(decoder, arguments) is not None:
         with cache_kept(decoder), _blocks(decoder, cache, arguments):
             return call_original(decoder, cache, **arguments)
     with _blocks(decoder, cache, arguments):
         hidden = walk(
             decoder,
-            _maker(decoder, copies, adapters, found),
+            _maker(decoder, copies, adapters),
             cache,
             arguments.get("input_ids"),
             arguments.get("inputs_embeds"),
@@ -106,13 +102,13 @@ def _backend(decoder: Any) -> tuple[str, str]:
 
 
 def _maker(
-    decoder: Any, copies: WeightCopies | None, adapters: TokenAdapters | None, found: FoundParts
+    decoder: Any, copies: WeightCopies | None, adapters: TokenAdapters | None
 ) -> Callable[[tuple[int, ...], torch.device], AnyProducts]:
     """What makes the operations of a forward: of our kernels, or of PyTorch's where these do not run."""
     names = vars(decoder)[STATE].family.layers
-    backend = found.backend = found.backend or _backend(decoder)[0]
+    backend = _backend(decoder)[0]
     if backend == "reference":
-        return lambda leading, device: PlainProducts(names, leading, found)
+        return lambda leading, device: PlainProducts(names, leading)
     # Not before: it imports Triton.
     from hf_fastattn.patches.fused.products import Products
 
@@ -194,12 +190,6 @@ def calls_layers(decoder: Any) -> bool:
 def why_not_walked(decoder: Any, arguments: dict[str, Any]) -> str | None:
     """Why a paged forward with these arguments calls the layers of a patched decoder; None if we walk through them."""
     return _why_not_walked(decoder) or why_not_these(decoder, arguments)
-
-
-def _walks(decoder: Any, arguments: dict[str, Any], found: FoundParts) -> bool:
-    """Whether `why_not_walked` has no reason."""
-    found.is_walked = (found.is_walked and not has_global_hooks()) or _why_not_walked(decoder) is None
-    return found.is_walked and why_not_these(decoder, arguments) is None
 
 
 def _asked_for(decoder: Any) -> str | None:

@@ -18,8 +18,7 @@ from torch.nn import functional
 from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.fused.found_parts import FoundParts, PlainLinear
-from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, plain_shard, projected
+from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
 
 # Dtypes that norms widen to fp32.
 NARROW = (torch.float16, torch.bfloat16)
@@ -31,17 +30,15 @@ class PlainProducts:
     Args:
         names: of the layers' classes.
         leading: shape that modules see, without its last dimension; T elements.
-        found: what is known of modules, and is added to.
     """
 
     adapters_fused = 0
     quantised_products = 0
 
-    def __init__(self, names: LayerNames, leading: tuple[int, ...], found: FoundParts) -> None:
+    def __init__(self, names: LayerNames, leading: tuple[int, ...]) -> None:
         self.names = names
         self.leading = leading
         self.tokens = math.prod(leading)
-        self._linears, self._norms = found.linears, found.norms
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""
@@ -53,23 +50,13 @@ class PlainProducts:
         # Sums over ranks are made by the layers that are called.
         assert not isinstance(delta, PeerSum | LaterSum)
         x = x if delta is None else x + delta
-        known = self._norms.get((module, x.dtype)) or self._plain_norm(module, x)
-        if known is None:
+        weight = None if self.names.unit_offset else norm_weight(module, self.names.norm, x.device, (x.dtype,))
+        if weight is None or x.dtype not in (*NARROW, torch.float32):
             return self.call(module, x), x
-        weight, eps = known
         if x.dtype is torch.float32:
-            return functional.rms_norm(x, (x.shape[1],), weight, eps), x
+            return functional.rms_norm(x, (x.shape[1],), weight, norm_eps(module)), x
         # Rounded before the weight is multiplied in, as Transformers does.
-        return weight * functional.rms_norm(x.float(), (x.shape[1],), None, eps).to(x.dtype), x
-
-    def _plain_norm(self, module: Any, x: Tensor) -> tuple[Tensor, float] | None:
-        if self.names.unit_offset or x.dtype not in (*NARROW, torch.float32):
-            return None
-        weight = norm_weight(module, self.names.norm, x.device, (x.dtype,))
-        if weight is None:
-            return None
-        self._norms[module, x.dtype] = weight, norm_eps(module)
-        return self._norms[module, x.dtype]
+        return weight * functional.rms_norm(x.float(), (x.shape[1],), None, norm_eps(module)).to(x.dtype), x
 
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
@@ -92,16 +79,10 @@ class PlainProducts:
         return x + self._linear(linear, states), None
 
     def _linear(self, module: Any, x: Tensor) -> Tensor:
-        if module not in self._linears:
-            self._linears[module] = _plain_linear(module, x.device)
-        known = self._linears[module]
-        return functional.linear(x, *known) if isinstance(known, tuple) else self.call(known, x)
-
-
-def _plain_linear(module: Any, device: torch.device) -> PlainLinear | Callable[[Tensor], Any]:
-    """Weight and bias of a plain linear layer, or what is to be called in the place of one."""
-    if type(module) is nn.Linear and is_plain(module, "Linear", device):
+        if type(module) is not nn.Linear or not is_plain(module, "Linear", x.device):
+            return self.call(functools.partial(projected, module), x)
         held = module._parameters
         weight = held.get("weight")
-        return module if weight is None or "bias" not in held else (weight, held["bias"])
-    return module if plain_shard(module) is None else functools.partial(projected, module)
+        if weight is None or "bias" not in held:
+            return self.call(module, x)
+        return functional.linear(x, weight, held["bias"])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import hf_fastattn
 from hf_fastattn.kernels.layer.reference import rms_norm
 from hf_fastattn.patches.families.llama import FAMILIES
-from hf_fastattn.patches.fused.found_parts import FoundParts
 from hf_fastattn.patches.fused.plain_products import PlainProducts
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
@@ -76,7 +75,7 @@ def test_norm(dtype: torch.dtype) -> None:
         norm.weight.normal_()
         x, delta = (torch.randn(5, norm.weight.numel()).to(dtype) for _ in range(2))
         assert NAMES is not None
-        got, total = PlainProducts(NAMES, (5,), FoundParts(None)).norm(norm, x, delta)
+        got, total = PlainProducts(NAMES, (5,)).norm(norm, x, delta)
         assert torch.equal(total, x + delta)
         assert torch.equal(got, norm(total)) and torch.equal(got, rms_norm(total, norm.weight, norm.variance_epsilon))
 
