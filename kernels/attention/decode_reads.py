@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # Elements of keys, copies of the longest row's length, up to which rows of different lengths are copied to be read at once.
 FEW_ELEMENTS = 2**17
@@ -93,11 +94,16 @@ class DecodeReads:
         if device not in self._filled_up:
             lengths = np.array([run.length for run in self.rows])[:, None]
             place = np.arange(lengths.max())
-            pages = [np.array(run.pages) for run in self.rows]
-            # Where a row's tokens are in its pages.
-            held = np.minimum(place, lengths - 1) + np.array([run.start % self.page_size for run in self.rows])[:, None]
-            slots = [page[row // self.page_size] for page, row in zip(pages, held, strict=True)]
-            slots = np.stack(slots) * self.page_size + held % self.page_size
+            slots = self._slots(np.minimum(place, lengths - 1))
             bias = np.where(place < lengths, np.float32(0), np.float32("-inf"))[:, None, None]
             self._filled_up[device] = tuple(torch.from_numpy(x).to(device) for x in (slots.reshape(-1), bias))  # type: ignore
         return self._filled_up[device]
+
+    def _slots(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of tokens of the rows, `[B, L]`, counted from each row's first one."""
+        firsts = [run.first_slot for run in self.rows]
+        if None not in firsts:
+            return np.array(firsts, np.int64)[:, None] + tokens
+        held = tokens + np.array([run.start % self.page_size for run in self.rows])[:, None]
+        pages = [np.array(run.pages)[row // self.page_size] for run, row in zip(self.rows, held, strict=True)]
+        return np.stack(pages) * self.page_size + held % self.page_size

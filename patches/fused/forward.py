@@ -152,17 +152,20 @@ def _why_not_walked(decoder: Any) -> str | None:
     asked = _asked_for(decoder)
     if asked is not None:
         return asked
-    place, dtype = decoder.device, decoder.dtype
+    # The model's own device and dtype are looked for among all its parameters.
+    own = place = decoder.device
     for layer in layers_of(decoder):
         place = place_of(layer, place)
         if not is_plain_layer(layer, names.layer, place):
             return f"a {type(layer).__name__} was replaced or has hooks"
         linear = layer._modules.get("linear_attn")
         if linear is not None:
-            reason = "a linear attention" if names.delta is None else why_not_delta(linear, names.delta, place, dtype)
+            reason = (
+                "a linear attention" if names.delta is None else why_not_delta(linear, names.delta, place, decoder.dtype)
+            )
             if reason is not None:
                 return reason
-    route = route_of(decoder, None, decoder.device)
+    route = route_of(decoder, None, own)
     return _why_not_spread(decoder, route) if len(route) > 1 else None
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from hf_fastattn.parallel.later_sums import LaterSum
 from hf_fastattn.parallel.peer_memory import Delta, PeerSum
 from hf_fastattn.patches.family import LayerNames
-from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, projected
+from hf_fastattn.patches.modules.plain_modules import is_plain, is_silu, norm_eps, norm_weight, plain_shard, projected
 
 # Dtypes that norms widen to fp32.
 NARROW = (torch.float16, torch.bfloat16)
@@ -80,7 +80,7 @@ class PlainProducts:
 
     def _linear(self, module: Any, x: Tensor) -> Tensor:
         if type(module) is not nn.Linear or not is_plain(module, "Linear", x.device):
-            return self.call(functools.partial(projected, module), x)
+            return self.call(module if plain_shard(module) is None else functools.partial(projected, module), x)
         held = module._parameters
         weight = held.get("weight")
         if weight is None or "bias" not in held:
