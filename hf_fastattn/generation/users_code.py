@@ -105,7 +105,13 @@ def _called_by_generate(base: Any) -> Callable[[Any], tuple[Any, ...]]:
 @functools.lru_cache(maxsize=64)
 def _are_known(methods: tuple[Any, ...]) -> bool:
     # Where the code of a function stands never changes.
-    return all(origin_of(method).startswith(OURS) for method in methods)
+    return all(_written_in(method).startswith(OURS) for method in methods)
+
+
+def _written_in(method: Any) -> str:
+    """`origin_of` a method, or of what contextlib's decorator stands around."""
+    origin = origin_of(method)
+    return origin_of(method.__wrapped__) if origin == "contextlib" and hasattr(method, "__wrapped__") else origin
 
 
 def _around(model: nn.Module, decoder: nn.Module) -> Iterator[nn.Module]:

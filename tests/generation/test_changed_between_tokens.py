@@ -13,9 +13,10 @@ from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaLis
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from hf_fastattn.generation.users_code import runs_as_written, runs_between_forwards
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import run
-from tests.tools.models import pair_with_graphs, single
+from tests.tools.models import FAMILIES, letters, pair_with_graphs, single
 from tests.tools.reexecuted import reexecuted_loop
 
 PROMPT, NEW = single(20), 10
@@ -129,3 +130,13 @@ def test_a_weight_is_exchanged(place: str, recorded: bool, monkeypatch: pytest.M
                 run(model, PROMPT, NEW), run(model, PROMPT, NEW)
             found.append(CODE[place](one, patch))
     assert torch.equal(*found) and not torch.equal(found[0], undisturbed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_transformers_is_taken_for_a_user_s(family: str) -> None:
+    model = pair_with_graphs(family)[1]
+    processors, criteria = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.1)]), StoppingCriteriaList()
+    assert runs_as_written(type(model))
+    assert not runs_between_forwards(
+        model, [processors, *processors, criteria, MaxLengthCriteria(9), TextStreamer(letters())]
+    )
