@@ -105,6 +105,9 @@ CODE: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "the processors' class": in_a_method(LogitsProcessorList, "__call__"),
     "a streamer's class": in_a_method(TextStreamer, "put", streamer=TextStreamer(Tokenizer(lambda: None))),  # type: ignore[arg-type]
     "a method of the loop": in_a_method(GenerationMixin, "_has_unfinished_sequences"),
+    "a method of the loop over replays": in_a_method(
+        GenerationMixin, "_has_unfinished_sequences", return_dict_in_generate=True, output_scores=True
+    ),
     "the streamer's tokenizer": in_the_tokenizer,
     "a module": in_a_module,
     "between two loops": by_hand,
@@ -128,7 +131,8 @@ def test_a_weight_is_exchanged(place: str, recorded: bool, monkeypatch: pytest.M
         with monkeypatch.context() as patch, reexecuted_loop() if recorded and one is model else nullcontext():
             if one is model:
                 run(model, PROMPT, NEW), run(model, PROMPT, NEW)
-            found.append(CODE[place](one, patch))
+            result = CODE[place](one, patch)
+            found.append(result if isinstance(result, Tensor) else result.sequences)
     assert torch.equal(*found) and not torch.equal(found[0], undisturbed)
 
 
