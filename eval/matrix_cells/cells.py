@@ -98,7 +98,7 @@ CELLS = (
 )
 A_CALL = (
     "looking whether modules, mask and cache are what they seem, and making pages, takes the host 0.5 to 1 ms a call, of "
-    "the 5 to 12 ms that four small layers take; a model of 135 million parameters takes 0.99 to 1.01 of stock's time"
+    "the 5 to 12 ms that four small layers take; a model of 135 million parameters takes 0.98 to 1.01 of stock's time"
 )
 USERS_CODE = "modules are looked at before each token, since code of the user's runs between two of them"
 A_STEP = (

@@ -246,27 +246,15 @@ class FastGenerationMixin(PlainCopies):
         held = (logits_processor, *logits_processor, stopping_criteria, *stopping_criteria)
         ran = (*held, *(() if streamer is None else (streamer,)), loop)
         with self._left_alone(ran):
-            return self._sampled(given, ran, synced_gpus, streamer, model_kwargs)
-
-    def _sampled(
-        self,
-        given: tuple[Any, Any, Any, Any],
-        ran: tuple[Any, ...],
-        synced_gpus: bool,
-        streamer: Any,
-        model_kwargs: dict[str, Any],
-    ) -> Any:
-        input_ids, _, stopping_criteria, _ = given
-        loop = ran[-1]
-        if self._may_loop(ran, stopping_criteria, synced_gpus, model_kwargs):
-            result = device_sample(self, *given, streamer, model_kwargs)
-            if isinstance(result, GoesOn):
-                given, model_kwargs = (result.input_ids, *given[1:]), result.model_kwargs
-            elif result is not None:
-                return result
-        result = loop(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-        keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result, ran)
-        return result
+            if self._may_loop(ran, stopping_criteria, synced_gpus, model_kwargs):
+                result = device_sample(self, *given, streamer, model_kwargs)
+                if isinstance(result, GoesOn):
+                    given, model_kwargs = (result.input_ids, *given[1:]), result.model_kwargs
+                elif result is not None:
+                    return result
+            result = loop(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+            keep_generated(self, model_kwargs.get(CACHE), input_ids.shape[1], result, ran)
+            return result
 
     def _beam_search(
         self,

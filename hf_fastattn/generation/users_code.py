@@ -40,9 +40,13 @@ def may_be_users(ran: Any) -> bool:
 
 def exchanged_method(ran: Any) -> str | None:
     """What somebody has exchanged on the class of an object of Transformers', as `class.method`; None if nobody has."""
-    methods = ((name, inspect.getattr_static(type(ran), name, None)) for name in CALLED if _is_transformers(ran))
-    found = (name for name, method in methods if inspect.isfunction(method) and not origin_of(method).startswith(OURS))
-    return next((f"{type(ran).__name__}.{name}" for name in found), None)
+    if not _is_transformers(ran):
+        return None
+    for name in CALLED:
+        method = inspect.getattr_static(type(ran), name, None)
+        if inspect.isfunction(method) and not origin_of(method).startswith(OURS):
+            return f"{type(ran).__name__}.{name}"
+    return None
 
 
 def _is_transformers(ran: Any) -> bool:
