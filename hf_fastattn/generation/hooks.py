@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from hf_fastattn.generation.drafts import Stateful, check_drafts
 from hf_fastattn.generation.prefix_call import compute_prompt, keep_generated, look_ahead
 from hf_fastattn.generation.prompt_rows import PromptRows, distinct_rows
 from hf_fastattn.generation.stock_cache import why_not_here, why_not_prompt, why_stock_cache
-from hf_fastattn.generation.users_code import exchanged_method, runs_between_forwards
+from hf_fastattn.generation.users_code import exchanged_methods, runs_between_forwards
 from hf_fastattn.graphs.module_checks import has_compiled, is_compiled_itself
 from hf_fastattn.graphs.seen_modules import Seen
 from hf_fastattn.layer_variants import READS_ROW
@@ -294,7 +295,7 @@ class FastGenerationMixin(PlainCopies):
         ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
         if isinstance(cache, PagedCache) and not ends:
             cache.first = max(cache.first, cache.room)
-        exchanged = next((name for name in map(exchanged_method, ran) if name is not None), None)
+        exchanged = next(chain.from_iterable(map(exchanged_methods, ran)), None)
         if synced_gpus:
             runtime.count_not_looped("synced_gpus: several processes take their steps together")
         elif exchanged is not None:

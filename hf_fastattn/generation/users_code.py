@@ -31,22 +31,21 @@ LIBRARIES = (*OURS, "peft.", "accelerate.")
 
 def may_be_users(ran: Any) -> bool:
     """Whether an object or a function is not Transformers' own, or calls what the user gave it."""
-    if not _is_transformers(ran) or hasattr(ran, "_prefix_allowed_tokens_fn") or exchanged_method(ran) is not None:
+    if not _is_transformers(ran) or hasattr(ran, "_prefix_allowed_tokens_fn") or any(exchanged_methods(ran)):
         return True
     # A streamer asks the tokenizer that it was given.
     tokenizer = getattr(ran, "tokenizer", None)
     return not (tokenizer is None or _is_transformers(tokenizer))
 
 
-def exchanged_method(ran: Any) -> str | None:
-    """What somebody has exchanged on the class of an object of Transformers', as `class.method`; None if nobody has."""
+def exchanged_methods(ran: Any) -> Iterator[str]:
+    """What somebody has exchanged on the class of an object of Transformers', as `class.method`."""
     if not _is_transformers(ran):
-        return None
+        return
     for name in CALLED:
         method = inspect.getattr_static(type(ran), name, None)
         if inspect.isfunction(method) and not origin_of(method).startswith(OURS):
-            return f"{type(ran).__name__}.{name}"
-    return None
+            yield f"{type(ran).__name__}.{name}"
 
 
 def _is_transformers(ran: Any) -> bool:
