@@ -22,6 +22,7 @@ from hf_fastattn.cache.padding import Padding
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
+from hf_fastattn.cache.shown_states import ShownStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.page_formats import is_eight_bits
@@ -127,6 +128,8 @@ class CacheState(Cache):
     _wrote: set[int]
     # Keys or values set on a layer while a forward is under way; they take effect when it is committed.
     _replaced: dict[tuple[int, str], Tensor | None]
+    # What somebody was shown of the pages.
+    _shown: ShownStates
     # Dense layers that keys are being moved into.
     _moving: DenseLayers | None
 
@@ -156,7 +159,7 @@ class CacheState(Cache):
         return {
             "lengths": [], "_columns": 0, "_stored": None, "known_mask": KnownMask(), "_query_length": 0, "_dense": False,
             "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
-            "_is_frugal": False, **self._closed(),
+            "_is_frugal": False, "_shown": ShownStates(), **self._closed(),
         }  # fmt: skip
 
     @staticmethod
@@ -308,6 +311,10 @@ class CacheState(Cache):
         if is_eight_bits(held[0]):
             return dense_eight_bits(held, slots, missing, self.groups.group(layer.window).storage.dtype or torch.float32)
         return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
+
+    def shown_written(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, keys and values that somebody was shown, and has written into since."""
+        return self._shown.written(self.lengths)
 
     def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
         """Of what the layer has in pages, what Transformers would hold, dense; None before its first write."""

@@ -45,13 +45,14 @@ def shown_columns(mask: Any, rows: int, columns: int) -> Tensor | None:
 
 def read_layers(cache: CacheState, layers: DenseLayers) -> None:
     """Fill `layers` from the pages of `cache`, which gives up what memory it can as it goes."""
+    written = cache.shown_written()
     for index, layer in layers.layers.items():
         view = cache.layers[index]
-        dense = cache.dense_layer(view)
+        dense = written.get(index) or cache.dense_layer(view)
         if dense is None:
             continue
         hidden = cache.hidden.get(index)
-        if hidden is not None:
+        if hidden is not None and index not in written:
             hidden.put_back(cache.get_seq_length() - dense[0].shape[2], *dense)
         fill_layer(layer, *dense, cache.get_seq_length(), cache.record_past)
         if cache.owns_all_pages(view.window):

@@ -26,16 +26,29 @@ class DenseCache(CacheState):
     """The part of a `PagedCache` that is a `DynamicCache` to others; see there."""
 
     def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values of a layer, wherever they are."""
+        """Keys and values of a layer, wherever they are; what is written into them is the layer's from then on."""
         if self.dense is not None:
             keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
-        elif self._open and layer.index in self._wrote:
-            keys, values = self._with_new(layer)
         else:
-            keys, values = self.dense_layer(layer) or (None, None)
-            if keys is not None and values is not None and layer.index in self.hidden:
-                self.hidden[layer.index].put_back(self._columns - keys.shape[2], keys, values)
+            is_new = self._open and layer.index in self._wrote
+            state = self._batch if is_new else self.lengths
+            keys, values = self._shown.of(layer.index, state) or self._show(layer, state, is_new) or (None, None)
         return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
+
+    def _show(self, layer: PagedLayer, state: Any, is_new: bool) -> tuple[Tensor, Tensor] | None:
+        # Writes to tensors that were made in inference mode are not counted.
+        with torch.inference_mode(False), torch.no_grad():
+            states = self._with_new(layer) if is_new else self.dense_layer(layer)
+            if states is None:
+                return None
+            if not is_new and layer.index in self.hidden:
+                self.hidden[layer.index].put_back(self._columns - states[0].shape[2], *states)
+            return self._shown.keep(layer.index, state, states)
+
+    def take_written(self) -> None:
+        """What somebody has written into keys and values that he was shown is what the cache holds."""
+        if self.dense is None and not self._open and self.shown_written():
+            self.hold_dense()
 
     def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
         """What Transformers would hold of the layer, which has written its part of the forward under way."""
@@ -174,6 +187,7 @@ class DenseCache(CacheState):
 
     def copy_of(self, index: int, template: Any = None) -> Any:
         """A layer of Transformers with copies of what layer `index` holds; `template` is an empty one."""
+        self.take_written()
         layer, made = self.layers[index], template or template_layers(self._config)[index]
         if not isinstance(layer, PagedLayer):
             vars(made).update(stock_fields(self.copied_layer(layer, {})))
@@ -187,6 +201,7 @@ class DenseCache(CacheState):
 
     def __reduce__(self) -> Any:
         """Pickles as the layers that Transformers would have, so that loading needs neither the model nor its pages."""
+        self.take_written()
         stored = self.stored if self.dense is None else self._known_stored
         return restore_cache, (type(self), self._config, self._options, self.to_dynamic().layers, stored, self.room)
 

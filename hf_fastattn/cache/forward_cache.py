@@ -240,7 +240,12 @@ class ForwardCache(DenseCache):
         assert batch is not None
         if self._new_stored is not None:
             stored = host_masks.beside(self._stored_until(self._columns), self._new_stored.cpu())
-        replaced = self._replaced
+        written = self._shown.written(batch).items()
+        # What was set in the place of what was written to counts more.
+        replaced = {
+            **{(index, name): held for index, both in written for name, held in zip(("keys", "values"), both, strict=True)},
+            **self._replaced,
+        }
         self.__dict__.update({**self._closed(), "lengths": batch.known.seq_lens, "_columns": columns, "_stored": stored})
         for (index, name), states in replaced.items():
             self.replace(index, name, states)

@@ -30,7 +30,7 @@ class PagedCache(ForwardCache):
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
     expects. Rows share pages after `reorder_cache`, `batch_repeat_interleave` and `batch_select_indices`, and copy the
     last, partial one when they write. A patched model reads the pages in place. For any other model, and once somebody
-    replaces the keys of a layer, the cache holds Transformers' own dense layers (`dense`) and does what a `DynamicCache`
+    replaces or changes the keys of a layer, the cache holds Transformers' own dense layers (`dense`) and does what a `DynamicCache`
     does; the next forward of a patched model takes them into pages again, or runs on them where pages cannot hold
     them. Linear-attention layers keep their recurrent states as in Transformers.
 
@@ -192,6 +192,7 @@ class PagedCache(ForwardCache):
                 `activate_past_recording()` first.
         """
         self._settle()
+        self.take_written()
         self.check_keeps_all("crop()")
         removed = int(tokens_to_remove)
         changes: dict[str, Any] = {"_snapshots": []}
@@ -270,6 +271,7 @@ class PagedCache(ForwardCache):
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
         self._settle()
+        self.take_written()
         if list(rows) == list(range(self.batch_size)):
             return
         if self.dense is not None:
@@ -300,6 +302,7 @@ class PagedCache(ForwardCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A fork: shares the pages, copies what it writes to."""
+        self.take_written()
         # Pages are shared where it is this thread's turn at them, and copied where another one is at work.
         return (self.groups.turn.take(PATIENCE), self._copied(memo, self.groups.turn.is_mine()))[1]
 

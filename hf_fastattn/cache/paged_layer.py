@@ -63,7 +63,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """The keys, `[B, G, L, D]`; from pages, a copy. A tensor set in their place is the layer's from then on."""
+        """The keys, `[B, G, L, D]`; from pages, a copy. What is set in their place, or written into them, is the layer's."""
         return self.cache.states_of(self)[0]
 
     @keys.setter

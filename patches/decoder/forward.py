@@ -152,6 +152,7 @@ def _paged_forward(self: Any, arguments: dict[str, Any], cache: PagedCache, kwar
         )
     if cache.hidden and (arguments["attention_mask"] is None or isinstance(arguments["attention_mask"], Tensor)):
         show_again(cache, arguments["attention_mask"])
+    cache.take_written()
     if cache.dense is not None:
         cache.check_owner(self.config)
         if state.runtime.variants.rotates and not cache.dense.is_empty:

@@ -1,0 +1,203 @@
+"""Keys and values of a cache written in place, as in a layer of Transformers, where they are what the cache holds."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hf_fastattn
+from hf_fastattn.cache.shown_states import Shown, ShownStates
+from hf_fastattn.transformers_version import CACHE
+from tests.cache.test_cache_object import go_on, prefilled, through_pickle
+from tests.generation.calls import run
+from tests.tools.combinations import pairwise
+from tests.tools.models import CORE, assert_fast, padded_batch, pair, single
+
+
+def steer_last_value(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.values[:, :, -1] += 0.7
+
+
+def zero_some_keys(cache: Any) -> None:
+    cache.layers[1].keys[:, 1, -5:-2].zero_()
+
+
+def write_to_views(cache: Any) -> None:
+    """Of tensors that were read before, and of which others are dropped meanwhile."""
+    held = [layer.keys[..., -4:, :] for layer in cache.layers]
+    gc.collect()
+    for states in held:
+        states.mul_(-1)
+
+
+def write_through_what_is_read_twice(cache: Any) -> None:
+    first = cache.layers[0].values
+    cache.layers[0].values[:, :, -3] *= 2
+    first[:, :, -3] += 1
+
+
+def write_before_and_after_another_is_replaced(cache: Any) -> None:
+    held = cache.layers[1].values
+    cache.layers[1].values[:, :, -2] += 1
+    cache.layers[0].keys = cache.layers[0].keys * 0.5
+    held[:, :, -1] -= 1
+
+
+def write_in_inference_mode(cache: Any) -> None:
+    with torch.inference_mode():
+        cache.layers[0].keys[:, :, -1] *= 3
+        cache.layers[1].values[:, :, -1].add_(1)
+
+
+def write_and_crop(cache: Any) -> None:
+    steer_last_value(cache)
+    cache.crop(-1)
+    zero_some_keys(cache)
+
+
+def write_and_reorder(cache: Any) -> None:
+    steer_last_value(cache)
+    rows = cache.layers[0].keys.shape[0]
+    cache.reorder_cache(torch.arange(rows - 1, -1, -1))
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    write.__name__: write
+    for write in (
+        steer_last_value, zero_some_keys, write_to_views, write_through_what_is_read_twice,
+        write_before_and_after_another_is_replaced, write_in_inference_mode, write_and_reorder,
+    )
+}  # fmt: skip
+
+
+def both(family: str, batch: dict[str, torch.Tensor]) -> tuple[Any, Any, Any, Any]:
+    stock, model = pair(family)
+    theirs = prefilled(stock, batch, DynamicCache(config=stock.config))
+    return stock, model, theirs, prefilled(model, batch, hf_fastattn.PagedCache(model.config))
+
+
+@pytest.mark.parametrize(("family", "way", "rows"), pairwise(CORE, list(WAYS), [1, 3]))
+def test_written_in_place(family: str, way: str, rows: int) -> None:
+    batch = padded_batch(rows)
+    mask = batch["attention_mask"]
+    stock, model, theirs, ours = both(family, batch)
+    unwritten = go_on(stock, copy.deepcopy(theirs), mask)
+    for cache in (theirs, ours):
+        WAYS[way](cache)
+    if way == "write_and_reorder":
+        mask = mask.flip(0)
+    forwards = hf_fastattn.report(model).last_call.forwards
+    expected = go_on(stock, theirs, mask)
+    assert not torch.allclose(expected, unwritten, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(go_on(model, ours, mask), expected, rtol=1e-3, atol=1e-3)
+    assert assert_fast(model, held=None).forwards == forwards + 8
+    more = torch.ones(rows, mask.shape[1] + 20, dtype=torch.long)
+    given = {"input_ids": more, "attention_mask": more.clone()}
+    given["attention_mask"][:, : mask.shape[1]] = mask
+    assert torch.equal(run(model, given, 8, **{CACHE: ours}), run(stock, given, 8, **{CACHE: theirs}))
+    assert_fast(model, held=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_written_cropped_and_written(family: str) -> None:
+    stock, model, theirs, ours = both(family, single())
+    for cache in (theirs, ours):
+        write_and_crop(cache)
+    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, through_pickle, lambda cache: cache.to_dynamic()])
+def test_a_copy_has_what_was_written(made: Callable[[Any], Any]) -> None:
+    stock, _, theirs, ours = both("llama", single())
+    for cache in (theirs, ours):
+        steer_last_value(cache)
+    torch.testing.assert_close(go_on(stock, made(ours), None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+
+
+def test_written_and_read_by_another_model() -> None:
+    stock, _, theirs, ours = both("llama", single())
+    for cache in (theirs, ours):
+        zero_some_keys(cache)
+    torch.testing.assert_close(go_on(stock, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+
+
+def test_written_behind_a_hook_of_the_forward() -> None:
+    """After each attention, into what it has just written."""
+    stock, model = pair("llama")
+    caches = {id(stock): DynamicCache(config=stock.config), id(model): hf_fastattn.PagedCache(model.config)}
+    for side in (stock, model):
+        cache = caches[id(side)]
+
+        def steer(module: Any, args: Any, output: Any, cache: Any = cache) -> None:
+            cache.layers[module.layer_idx].values[:, :, -1] += 0.5
+
+        hooks = [layer.self_attn.register_forward_hook(steer) for layer in side.model.layers]
+        prefilled(side, single(), cache)
+        for hook in hooks:
+            hook.remove()
+    ours, theirs = caches[id(model)], caches[id(stock)]
+    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
+
+
+def test_what_was_read_before_a_forward_is_nobodys_after_it() -> None:
+    stock, model, theirs, ours = both("llama", single())
+    held = [(cache, cache.layers[0].keys) for cache in (theirs, ours)]
+    results = [go_on(side, cache, None, 1) for side, cache in ((stock, theirs), (model, ours))]
+    for _, keys in held:
+        keys.zero_()
+    results += [go_on(side, cache, None, 4) for side, cache in ((stock, theirs), (model, ours))]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(results[3], results[2], rtol=1e-3, atol=1e-3)
+
+
+def test_pages_that_others_share_are_as_before() -> None:
+    """A prompt kept for later calls, and a fork of the cache."""
+    stock, model = pair("llama", {"prefix_cache": True})
+    expected = run(stock, single(), 8)
+    assert torch.equal(run(model, single(), 8), expected)
+    out = model.generate(**single(), max_new_tokens=8, return_dict_in_generate=True, do_sample=False)
+    cache = out[CACHE]
+    fork = copy.deepcopy(cache)
+    before = fork.layers[0].keys.clone()
+    steer_last_value(cache)
+    for layer in cache.layers:
+        layer.keys.mul_(0.5)
+    go_on(model, cache, None, 2)
+    assert torch.equal(fork.layers[0].keys, before)
+    assert torch.equal(run(model, single(), 8), expected)
+    assert_fast(model, held=None)
+
+
+def test_reading_alone_keeps_no_copy() -> None:
+    """Layers read one after the other, as to store them, take the memory of one."""
+    _, model, _, ours = both("llama", single())
+    shown: ShownStates = ours._shown
+    for layer in ours.layers:
+        assert layer.keys.shape == layer.values.shape
+        assert len(shown) == 1
+    kept = [layer.keys for layer in ours.layers]
+    assert len(shown) == len(kept)
+    assert [keys.data_ptr() for keys in kept] == [layer.keys.data_ptr() for layer in ours.layers]
+    del kept
+    assert not shown.written(ours.lengths) and not shown and ours.dense is None
+    go_on(model, ours, None)
+    assert_fast(model, held=None)
+
+
+def test_a_memory_that_somebody_has_is_told_apart() -> None:
+    shown = Shown((torch.zeros(3, 4), torch.zeros(4, 3).transpose(0, 1)))
+    assert not shown.is_held
+    view = shown.aliases()[1][:1]
+    assert shown.is_held and not shown.is_written
+    view += 1
+    del view
+    assert not shown.is_held and shown.is_written
