@@ -42,6 +42,7 @@ def _why_not_forward(module: Any, state: ModuleState) -> str | None:
 def _why_not_layers(decoder: Any, state: ModuleState) -> str | None:
     """Whether every layer that has keys and values has them in our attention, at its own place."""
     seen: set[Any] = set()
+    config = decoder.config
     for index, layer in enumerate(layers_of(decoder)):
         attention = _attention_of(layer)
         held = None if attention is None else vars(attention).get(STATE)
@@ -53,6 +54,9 @@ def _why_not_layers(decoder: Any, state: ModuleState) -> str | None:
             return f"layer {index} writes to the cache as layer {attention.layer_idx}"
         if getattr(attention, "is_causal", True) is False:
             return f"is_causal=False in layer {index}"
+        own = vars(attention).get("config", config)
+        if own is not config and own._attn_implementation != config._attn_implementation:
+            return f"attn_implementation={own._attn_implementation!r} in layer {index} alone"
         kinds = type(layer), type(attention)
         if kinds not in seen:
             seen.add(kinds)

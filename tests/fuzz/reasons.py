@@ -104,6 +104,7 @@ FOREIGN = (
     Reason(r"equal rows are computed one by one: .*", (WRAP, call(prompt={"equal": True}))),
     Reason(r"the model is busy in another thread"),
     Reason(r"is_causal=False in layer \d+", (edit("is_causal"), call())),
+    Reason(r"attn_implementation='\w+' in layer \d+ alone"),
     Reason(r"the attention of layer \d+ is not the one that was patched", (edit("copy_layer"), call())),
     Reason(r"layer \d+ writes to the cache as layer \d+", (edit("swap_layers"), call())),
     Reason(r"the forward of class \w+ was replaced"),

@@ -121,6 +121,24 @@ def test_attention_of_the_users_own(before: bool) -> None:
     assert_patched_equals(tiny("llama"), model)
 
 
+@pytest.mark.parametrize("name", ["halved", "eager"])
+def test_attention_of_one_layer_alone(name: str) -> None:
+    """By a configuration of its own; Transformers makes the mask for the attention of all others."""
+    AttentionInterface.register("halved", halved)
+    stock, model = pair("llama")
+    assert_patched_equals(stock, model)
+    for side in (stock, model):
+        attention = side.model.layers[1].self_attn
+        attention.config = copy.deepcopy(attention.config)
+    assert_patched_equals(stock, model)
+    for side in (stock, model):
+        side.model.layers[1].self_attn.config._attn_implementation = name
+    assert_stock(model, stock, f"attn_implementation='{name}' in layer 1 alone")
+    for side in (stock, model):
+        side.model.layers[1].self_attn.config = side.config
+    assert_patched_equals(stock, model)
+
+
 def test_rope_replaced_in_the_models_module(monkeypatch: pytest.MonkeyPatch) -> None:
     stock, model = pair("llama")
     original = modeling_llama.apply_rotary_pos_emb
