@@ -260,7 +260,10 @@ class CacheState(Cache):
 
     @property
     def stored(self) -> Tensor | None:
-        """`[B, columns]` bool on the host: columns whose token is stored; None if all are."""
+        """`[B, columns]` bool on the host: columns whose token is stored; None if all are, or dense layers hold others."""
+        if self.dense is not None:
+            known = self._known_stored
+            return None if known is None or known.shape != (self.dense.batch_size, self.dense.columns) else known
         return None if self._stored is None else self._stored_until(self._columns)
 
     def _stored_until(self, columns: int) -> Tensor:

@@ -106,8 +106,9 @@ class DenseCache(CacheState):
             reason = dense.why_not_pages(dtype)
             if reason is not None:
                 return reason
-            columns, rows = dense.columns, dense.batch_size
-            stored = known if known is not None and known.shape == (rows, columns) else shown_columns(mask, rows, columns)
+            stored = self.stored
+            if stored is None:
+                stored = shown_columns(mask, dense.batch_size, dense.columns)
             try:
                 write_pages(self, dense, stored)
             except BaseException:
@@ -202,8 +203,7 @@ class DenseCache(CacheState):
     def __reduce__(self) -> Any:
         """Pickles as the layers that Transformers would have, so that loading needs neither the model nor its pages."""
         self.take_written()
-        stored = self.stored if self.dense is None else self._known_stored
-        return restore_cache, (type(self), self._config, self._options, self.to_dynamic().layers, stored, self.room)
+        return restore_cache, (type(self), self._config, self._options, self.to_dynamic().layers, self.stored, self.room)
 
 
 def restore_cache(

@@ -199,7 +199,9 @@ class PagedCache(ForwardCache):
         reach = min((layer.reach for layer in self.recurrent_layers.values()), default=0)
         if self.dense is not None:
             self._check_reach(-removed, reach)
+            stored = self.stored
             self.dense.crop(removed)
+            changes["_known_stored"] = None if stored is None else stored[:, : self.dense.columns]
         else:
             removed = -(max(self._columns - removed, 0) if removed > 0 else min(-removed, self._columns))
             changes["_past_from"] = self._columns + removed

@@ -201,3 +201,28 @@ def test_a_memory_that_somebody_has_is_told_apart() -> None:
     view += 1
     del view
     assert not shown.is_held and shown.is_written
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_search_goes_on_from_what_was_written(rows: int) -> None:
+    """Rows of a fork, cut and continued, whose padding stays padding."""
+    batch = padded_batch(rows)
+    stock, model, theirs, ours = both("llama", batch)
+    steer_last_value(theirs)
+    steer_last_value(ours)
+    theirs.reorder_cache(torch.tensor([rows - 1] * rows))
+    fork = hf_fastattn.fork(ours, [rows - 1] * rows)
+    steer_last_value(fork)
+    steer_last_value(theirs)
+    theirs.crop(-2)
+    hf_fastattn.truncate(fork, 35)
+    zero_some_keys(fork)
+    zero_some_keys(theirs)
+    new = single(5)["input_ids"].expand(rows, -1)
+    mask = torch.cat([batch["attention_mask"][[rows - 1] * rows, :35], torch.ones_like(new)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, 35:]
+    with torch.no_grad():
+        given = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
+        expected = stock(**given, **{CACHE: theirs}).logits
+    torch.testing.assert_close(hf_fastattn.append(model, fork, new, logits_to_keep=0), expected, rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
