@@ -30,9 +30,9 @@ class PagedCache(ForwardCache):
     Only tokens that the attention mask shows are stored; `get_seq_length()` counts padding too, as Transformers
     expects. Rows share pages after `reorder_cache`, `batch_repeat_interleave` and `batch_select_indices`, and copy the
     last, partial one when they write. A patched model reads the pages in place. For any other model, and once somebody
-    replaces or changes the keys of a layer, the cache holds Transformers' own dense layers (`dense`) and does what a `DynamicCache`
-    does; the next forward of a patched model takes them into pages again, or runs on them where pages cannot hold
-    them. Linear-attention layers keep their recurrent states as in Transformers.
+    replaces or changes the keys of a layer, the cache holds Transformers' own dense layers (`dense`) and does what a
+    `DynamicCache` does; the next forward of a patched model takes them into pages again, or runs on them where pages
+    cannot hold them. Linear-attention layers keep their recurrent states as in Transformers.
 
     Args:
         config: the model's configuration (`model.config`).
