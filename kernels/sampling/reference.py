@@ -15,13 +15,17 @@ from hf_fastattn.kernels.sampling.params import SamplingParams
 
 
 def process_logits(logits: Tensor, params: SamplingParams, seen: Tensor | None, eos: list[int], step: int) -> Tensor:
-    """fp32 logits `[B, V]` with the penalty on tokens where `seen` is nonzero and, before `min_new_tokens`, eos at -inf."""
+    """fp32 logits `[B, V]` with the penalty on tokens where `seen` is nonzero and, before `min_new_tokens`, eos at -inf.
+
+    As in Transformers, an end token outside of the vocabulary is none of the scores'.
+    """
     x = logits.float()
     if seen is not None:
         penalty = torch.tensor(params.repetition_penalty, dtype=torch.float32, device=x.device)
         x = torch.where(seen != 0, torch.where(x < 0, x * penalty, x * penalty.reciprocal()), x)
     if step < params.min_new_tokens:
-        x = x.index_fill(1, torch.tensor(eos, device=x.device, dtype=torch.int64), -math.inf)
+        inside = [token for token in eos if 0 <= token < x.shape[1]]
+        x = x.index_fill(1, torch.tensor(inside, device=x.device, dtype=torch.int64), -math.inf)
     return x
 
 

@@ -79,6 +79,13 @@ def test_ids_outside_of_the_vocabulary_are_ignored():
     assert (wide == -math.inf).sum() == 2 and (wide[:, 5] == -math.inf).all()
 
 
+def test_the_reference_ignores_them_as_transformers_does():
+    x, ids, seen, eos = inputs(3, 50, 0, BF16, "cpu")
+    params = SamplingParams(repetition_penalty=2.0, min_new_tokens=2)
+    eos = [*eos, 50, 128_001]
+    assert torch.equal(reference.process_logits(x, params, seen, eos, 0), transformers_scores(x, ids, params, eos))
+
+
 @pytest.mark.interpreter
 def test_nothing_to_do():
     params = SamplingParams(repetition_penalty=2.0).tensor("cpu")
