@@ -8,6 +8,7 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.patches.fused.forward import why_not_walked
 
 
@@ -30,5 +31,11 @@ def check_drafts(model: Any, mode: Any, generation_config: Any, cache: Any) -> N
     called = generation_config.output_hidden_states or generation_config.output_attentions
     called = called or why_not_walked(model._fastattn.decoder(model), given) is not None
     # Of a filled cache Transformers forgets what it holds, and gives it the whole prompt again.
-    if called or not isinstance(cache, PagedCache) or cache.get_seq_length():
+    if called or not isinstance(cache, PagedCache) or cache.get_seq_length() or not _drafts_have_pages(cache, generation_config):
         raise ValueError(f"assisted generation is not supported with stateful models, such as {type(model).__name__}")
+
+
+def _drafts_have_pages(cache: PagedCache, generation_config: Any) -> bool:
+    """Whether there is a layer with keys and values among those that draft, if the model's first layers do."""
+    first = generation_config.assistant_early_exit
+    return first is None or any(isinstance(layer, PagedLayer) for layer in cache.layers[:first])

@@ -308,6 +308,18 @@ def test_drafts_are_refused_where_states_cannot_go_back() -> None:
     assert model.generate(**options).shape == (1, single()["input_ids"].shape[1] + 8)
 
 
+def test_first_layers_without_keys_draft_nothing() -> None:
+    stock, model = pair("qwen3_next")
+    for side in (stock, model):
+        layers = side.config.num_hidden_layers
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            side.generate(**single(), max_new_tokens=8, assistant_early_exit=1)
+        assert side.config.num_hidden_layers == layers
+    want = stock.generate(**single(), max_new_tokens=8)
+    assert torch.equal(model.generate(**single(), max_new_tokens=8, assistant_early_exit=2), want)
+    assert_fast(model)
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_a_hybrid_drafts_for_another_model(patched: bool) -> None:
     """In stock its states know of tokens that were not accepted: drafts are worse, and nothing else."""
