@@ -24,6 +24,8 @@ class Call:
     prefilled: Any = None
     # For how many of its last columns the forward under way computes logits; generate() reads them, padding or not.
     logits_read: int = 1
+    # Tokens of the prompt, padding included; 0 if it is given as embeddings.
+    prompt_columns: int = 0
     # Why all its forwards attend as Transformers does, although their cache has pages.
     why_dense: str | None = None
     # Whether torch.compile made parts of the model, which run as they were written; None until somebody looked.

@@ -30,8 +30,9 @@ def check_drafts(model: Any, mode: Any, generation_config: Any, cache: Any) -> N
     given = {"input_ids": torch.empty(0, dtype=torch.int64, device=model.device), "use_cache": True}
     called = generation_config.output_hidden_states or generation_config.output_attentions
     called = called or why_not_walked(model._fastattn.decoder(model), given) is not None
+    called = called or not isinstance(cache, PagedCache) or not _drafts_have_pages(cache, generation_config)
     # Of a filled cache Transformers forgets what it holds, and gives it the whole prompt again.
-    if called or not isinstance(cache, PagedCache) or cache.get_seq_length() or not _drafts_have_pages(cache, generation_config):
+    if called or cache.get_seq_length():
         raise ValueError(f"assisted generation is not supported with stateful models, such as {type(model).__name__}")
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.call import Call
 from hf_fastattn.expansion import expansion_of, unshared
 from hf_fastattn.generation.agreed_call import agreed_path
 from hf_fastattn.generation.columns_at_once import columns_at_once, may_end_early
@@ -114,8 +115,11 @@ class FastGenerationMixin(PlainCopies):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         runtime.expansion = expansion_of(expand_size, before, expanded)
-        if runtime.ranks is not None and runtime.current is not None:
-            runtime.current.input_ids = ids
+        call = runtime.current
+        if call is not None:
+            call.prompt_columns = 0 if ids is None else ids.shape[1]
+        if runtime.ranks is not None and call is not None:
+            call.input_ids = ids
         return ids, expanded
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -191,8 +195,7 @@ class FastGenerationMixin(PlainCopies):
         runtime: Runtime = self._fastattn.runtime
         cache, input_ids, call = kwargs.get(CACHE), kwargs.get("input_ids"), runtime.current
         if call is not None:
-            kept = kwargs.get("logits_to_keep")
-            call.logits_read = kept if isinstance(kept, int) and kept > 0 else 1
+            call.logits_read = self._logits_read(call, runtime.paged_of(cache), kwargs)
         own = not args and input_ids is not None and not runtime.prefilling
         if not isinstance(cache, PagedCache) or not own or not runtime.is_private(cache) or cache.get_seq_length():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -205,6 +208,17 @@ class FastGenerationMixin(PlainCopies):
             outputs = super().__call__(input_ids=input_ids[rows.first], **rows.select(others))  # type: ignore[misc]
         cache.select_rows(rows.copies)
         return rows.expand(outputs)
+
+    def _logits_read(self, call: Call, cache: Any, inputs: dict[str, Any]) -> int:
+        """Of how many last columns of a forward Transformers reads the logits."""
+        kept, new = inputs.get("logits_to_keep"), inputs.get("input_ids")
+        if isinstance(kept, int) and kept > 0:
+            return kept
+        new = inputs.get("inputs_embeds") if new is None else new
+        if new is None or not isinstance(cache, PagedCache):
+            return 1
+        # All logits are made: of a prompt with drafts behind it, its last column's and those of the drafts are read.
+        return max(cache.get_seq_length() + new.shape[1] - call.prompt_columns, 0) + 1
 
     def _distinct_rows(self, input_ids: Tensor, inputs: dict[str, Any]) -> PromptRows | None:
         runtime = self._fastattn.runtime

@@ -70,3 +70,18 @@ def test_prompt_lookup(family: str, sampling: bool) -> None:
         options["prompt_lookup_num_tokens"] = 4
     assert torch.equal(tokens, run(stock, batch, 48, **options))
     assert_fast(model)
+
+
+@pytest.mark.parametrize("drafts", ["prompt", "assistant"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_omni_moe"])
+def test_a_prompt_with_padding_behind_it(family: str, drafts: str) -> None:
+    """Transformers reads the logits of its last column, in the forward that computes the first drafts, too."""
+    stock, model = pair(family)
+    batch = single(16)
+    batch["attention_mask"][:, -7:] = 0
+    options = {"prompt_lookup_num_tokens": 2} if drafts == "prompt" else {"assistant_model": noisy(tiny(family))}
+    for seed in range(4):
+        batch["input_ids"] = (single(16, seed)["input_ids"] % 5 + 1) * batch["attention_mask"]
+        assert torch.equal(run(model, batch, 8, **options), run(stock, batch, 8, **options))
+        reasons = hf_fastattn.report(model).last_call.fallbacks
+        assert list(reasons) == ["the mask hides a column whose logits are read"]
