@@ -83,7 +83,7 @@ PLAIN = (
         ({"do": "forward", "columns": 1, "prompt": {**call(pad="left")["prompt"], "token_types": True}},),
         family="qwen3_vl",
     ),
-    Reason(r"cache_implementation='\w+', use_cache=(True|None)"),
+    Reason(r"cache_implementation='\w+', use_cache=(True|None|False)"),
     Reason(
         r"cache_implementation='static', use_cache=(True|None), and the cache is returned",
         (call(cache_implementation="static", **FULL_DICT),),
