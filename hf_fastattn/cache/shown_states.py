@@ -64,7 +64,7 @@ class ShownStates:
     def keep(self, index: int, state: Any, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Give out new `[B, G, L, D]` keys and values of a layer; what was shown in another state is let go."""
         self._let_go(state)
-        self._shown[index] = Shown(states)
+        self._state, self._shown[index] = state, Shown(states)
         return self._shown[index].aliases()
 
     def written(self, state: Any) -> dict[int, tuple[Tensor, Tensor]]:
@@ -75,4 +75,5 @@ class ShownStates:
     def _let_go(self, state: Any) -> None:
         kept = self._shown if self._state is state else {}
         self._shown = {index: shown for index, shown in kept.items() if shown.is_held or shown.is_written}
-        self._state = state
+        # A forward's batch is not kept for nothing.
+        self._state = state if self._shown else None

@@ -191,6 +191,7 @@ def test_reading_alone_keeps_no_copy() -> None:
     assert not shown.written(ours.lengths) and not shown and ours.dense is None
     go_on(model, ours, None)
     assert_fast(model, held=None)
+    assert shown._state is None
 
 
 def test_a_memory_that_somebody_has_is_told_apart() -> None:
