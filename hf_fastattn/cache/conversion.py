@@ -27,9 +27,11 @@ def why_not_lent(cache: Any, config: Any) -> str | None:
     if len(cache.layers) > len(templates) or (len(cache.layers) < len(templates) and not grows):
         return f"{CACHE} is a DynamicCache of {len(cache.layers)} layers, and the model has {len(templates)}"
     for index, (layer, template) in enumerate(zip(cache.layers, templates, strict=False)):
-        window = getattr(template, "sliding_window", None)
-        if type(layer) is not type(template) or getattr(layer, "sliding_window", None) != window:
+        held, window = (getattr(either, "sliding_window", None) for either in (layer, template))
+        if type(layer) is not type(template):
             return f"layer {index} of {CACHE} is a {type(layer).__name__}, and that of the model a {type(template).__name__}"
+        if held != window:
+            return f"layer {index} of {CACHE} has a window of {held} tokens, and that of the model one of {window}"
         if is_recurrent(layer) and layer.number_of_states != template.number_of_states:
             return f"layer {index} of {CACHE} has {layer.number_of_states} states, not {template.number_of_states}"
     return None

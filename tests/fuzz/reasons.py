@@ -103,6 +103,14 @@ FOREIGN = (
     Reason(r"padding stays: .*", (HOOK, call(pad="left"))),
     Reason(r"equal rows are computed one by one: .*", (WRAP, call(prompt={"equal": True}))),
     Reason(r"the model is busy in another thread"),
+    Reason(
+        r"layer \d+ of (cache|past_key_values) has a window of \d+ tokens, and that of the model one of \d+",
+        (
+            call(pad="hidden_row", **FULL_DICT), edit("window"),
+            call(step={"chat": {"mask": "ones", "new": 4, "cache": "returned"}}),
+        ),
+        family="mistral_window",
+    ),
     Reason(r"is_causal=False in layer \d+", (edit("is_causal"), call())),
     Reason(r"attn_implementation='\w+' in layer \d+ alone"),
     Reason(r"the attention of layer \d+ is not the one that was patched", (edit("copy_layer"), call())),
