@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -91,6 +92,7 @@ class CacheState(Cache):
     hidden: dict[int, Hidden]
     templates: list[Any]
     hold_dense: Callable[[], None]
+    _settle: Callable[[], None]
     _config: Any
     _layout: tuple[Any, ...]
     _options: FastAttnConfig | None
@@ -128,8 +130,9 @@ class CacheState(Cache):
     _wrote: set[int]
     # Keys or values set on a layer while a forward is under way; they take effect when it is committed.
     _replaced: dict[tuple[int, str], Tensor | None]
-    # What somebody was shown of the pages.
+    # What somebody was shown of the pages, and of what a layer holds once it has written in the forward under way.
     _shown: ShownStates
+    _shown_new: ShownStates
     # Dense layers that keys are being moved into.
     _moving: DenseLayers | None
 
@@ -159,7 +162,7 @@ class CacheState(Cache):
         return {
             "lengths": [], "_columns": 0, "_stored": None, "known_mask": KnownMask(), "_query_length": 0, "_dense": False,
             "_reserved_ahead": False, "dense": None, "hidden": {}, "_known_stored": None, "_past_from": 0, "_moving": None,
-            "_is_frugal": False, "_shown": ShownStates(), **self._closed(),
+            "_is_frugal": False, "_shown": ShownStates(), "_shown_new": ShownStates(), **self._closed(),
         }  # fmt: skip
 
     @staticmethod
@@ -296,9 +299,10 @@ class CacheState(Cache):
         return group.storage.layer(layer_idx, states, group.pool.capacity, is_alone)
 
     def owns_all_pages(self, window: int | None) -> bool:
-        """Whether no other cache holds a page of this window."""
-        held = {page for pages in self.tables[window].rows for page in pages if page >= 0}
-        return len(held) == self.groups.group(window).pool.in_use
+        """Whether nobody else holds a page of this window: no other cache, no fork of this one, no kept prompt."""
+        pool = self.groups.group(window).pool
+        held = Counter(page for pages in self.tables[window].rows for page in pages if page >= 0)
+        return len(held) == pool.in_use and all(pool.owners(page) == count for page, count in held.items())
 
     def read_columns(self, layer: PagedLayer, first: int, last: int, stored: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, G, last - first, D]` of these columns, from pages; zero where none are stored.
@@ -315,16 +319,19 @@ class CacheState(Cache):
             return dense_eight_bits(held, slots, missing, self.groups.group(layer.window).storage.dtype or torch.float32)
         return dense_tokens(held[0], slots, missing), dense_tokens(held[1], slots, missing)
 
-    def shown_written(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, keys and values that somebody was shown, and has written into since."""
-        return self._shown.written(self.lengths)
+    def shown_states(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, keys and values that somebody was shown, and has still or has written into."""
+        return self._shown.now(self.lengths)
 
     def dense_layer(self, layer: PagedLayer) -> tuple[Tensor, Tensor] | None:
         """Of what the layer has in pages, what Transformers would hold, dense; None before its first write."""
         held, columns = self.groups.group(layer.window).storage.pages(layer.index), self._columns
         if held is None or not self.lengths:
             return None
-        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        if layer.window is not None and self.record_past:
-            first = max(self._past_from - layer.window + 1, 0)
-        return self.read_columns(layer, first, columns, self.stored)
+        return self.read_columns(layer, self.first_held(layer.window, columns), columns, self.stored)
+
+    def first_held(self, window: int | None, columns: int) -> int:
+        """The first of so many columns that a layer of Transformers with this window still holds."""
+        if window is None:
+            return 0
+        return max((self._past_from if self.record_past else columns) - window + 1, 0)

@@ -47,17 +47,18 @@ def shown_columns(mask: Any, rows: int, columns: int) -> Tensor | None:
 
 def read_layers(cache: CacheState, layers: DenseLayers) -> None:
     """Fill `layers` from the pages of `cache`, which gives up what memory it can as it goes."""
-    written = cache.shown_written()
+    shown, alone = cache.shown_states(), {window: cache.owns_all_pages(window) for window in cache.tables}
     for index, layer in layers.layers.items():
         view = cache.layers[index]
-        dense = written.get(index) or cache.dense_layer(view)
+        # Whoever has the tensors may write into them later.
+        dense = shown.get(index) or cache.dense_layer(view)
         if dense is None:
             continue
         hidden = cache.hidden.get(index)
-        if hidden is not None and index not in written:
+        if hidden is not None and index not in shown:
             hidden.put_back(cache.get_seq_length() - dense[0].shape[2], *dense)
         fill_layer(layer, *dense, cache.get_seq_length(), cache.record_past)
-        if cache.owns_all_pages(view.window):
+        if alone[view.window]:
             cache.groups.group(view.window).storage.forget(index)
 
 

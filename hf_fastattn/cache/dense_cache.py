@@ -16,6 +16,7 @@ from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_len
 from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import stock_fields
+from hf_fastattn.cache.shown_states import ShownStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.pages.model_layout import template_layers
 
@@ -31,23 +32,28 @@ class DenseCache(CacheState):
             keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
         else:
             is_new = self._open and layer.index in self._wrote
-            state = self._batch if is_new else self.lengths
-            keys, values = self._shown.of(layer.index, state) or self._show(layer, state, is_new) or (None, None)
+            shown, state = (self._shown_new, self._batch) if is_new else (self._shown, self.lengths)
+            keys, values = shown.of(layer.index, state) or self._show(layer, shown, state, is_new) or (None, None)
         return self._replaced.get((layer.index, "keys"), keys), self._replaced.get((layer.index, "values"), values)
 
-    def _show(self, layer: PagedLayer, state: Any, is_new: bool) -> tuple[Tensor, Tensor] | None:
+    def _show(self, layer: PagedLayer, shown: ShownStates, state: Any, is_new: bool) -> tuple[Tensor, Tensor] | None:
         # Writes to tensors that were made in inference mode are not counted.
         with torch.inference_mode(False), torch.no_grad():
             states = self._with_new(layer) if is_new else self.dense_layer(layer)
             if states is None:
                 return None
-            if not is_new and layer.index in self.hidden:
-                self.hidden[layer.index].put_back(self._columns - states[0].shape[2], *states)
-            return self._shown.keep(layer.index, state, states)
+            if layer.index in self.hidden:
+                columns = self._columns + (self._query_length if is_new else 0)
+                self.hidden[layer.index].put_back(columns - states[0].shape[2], *states)
+            # As Transformers' own, so that they may be viewed in another shape.
+            given = states[0].contiguous(), states[1].contiguous()
+            del states
+            shown.keep(layer.index, state, given)
+            return given
 
     def take_written(self) -> None:
         """What somebody has written into keys and values that he was shown is what the cache holds."""
-        if self.dense is None and not self._open and self.shown_written():
+        if self.dense is None and not self._open and self._shown.is_written(self.lengths):
             self.hold_dense()
 
     def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
@@ -57,8 +63,7 @@ class DenseCache(CacheState):
             stored = host_masks.beside(self._stored_until(self._columns), self._new_stored.cpu())
         elif stored is not None:
             stored = self._stored_until(columns)
-        first = 0 if layer.window is None else max(columns - layer.window + 1, 0)
-        return self.read_columns(layer, first, columns, stored)
+        return self.read_columns(layer, self.first_held(layer.window, columns), columns, stored)
 
     def replace(self, index: int, name: str, states: Tensor | None) -> None:
         """Put `states` in the place of the `keys` or `values` of a layer."""
@@ -99,6 +104,7 @@ class DenseCache(CacheState):
             mask: of the next forward; columns that it hides are not stored.
             dtype: of the keys that the model will write.
         """
+        self._settle()
         dense, known = self.dense, self._known_stored
         if dense is None:
             return None

@@ -20,6 +20,7 @@ from hf_fastattn.cache.known_mask import KnownMask
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import Pair, RecurrentLayer, own_states
 from hf_fastattn.cache.row_states import RowStates
+from hf_fastattn.cache.shown_states import ShownStates
 from hf_fastattn.kernels.linear.delta_parts import StepStates
 from hf_fastattn.pages.page_pool import CacheFullError
 from hf_fastattn.pages.page_table import PageTable
@@ -240,13 +241,11 @@ class ForwardCache(DenseCache):
         assert batch is not None
         if self._new_stored is not None:
             stored = host_masks.beside(self._stored_until(self._columns), self._new_stored.cpu())
-        written = self._shown.written(batch).items()
-        # What was set in the place of what was written to counts more.
-        replaced = {
-            **{(index, name): held for index, both in written for name, held in zip(("keys", "values"), both, strict=True)},
-            **self._replaced,
-        }
-        self.__dict__.update({**self._closed(), "lengths": batch.known.seq_lens, "_columns": columns, "_stored": stored})
+        replaced, lengths = self._replaced, batch.known.seq_lens
+        changes = {"lengths": lengths, "_columns": columns, "_stored": stored}
+        if len(self._shown) or len(self._shown_new):
+            changes.update(_shown=self._shown_new.carried(batch, lengths), _shown_new=ShownStates())
+        self.__dict__.update({**self._closed(), **changes})
         for (index, name), states in replaced.items():
             self.replace(index, name, states)
         if release:

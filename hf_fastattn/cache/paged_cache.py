@@ -13,6 +13,7 @@ from hf_fastattn.cache.cache_state import PATIENCE, in_turn
 from hf_fastattn.cache.forward_cache import ForwardCache
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import RecurrentLayer
+from hf_fastattn.cache.shown_states import ShownStates
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.kernels.page_formats import is_eight_bits, write_tokens
@@ -192,8 +193,10 @@ class PagedCache(ForwardCache):
                 `activate_past_recording()` first.
         """
         self._settle()
-        self.take_written()
         self.check_keeps_all("crop()")
+        if self.dense is None and self.shown_states():
+            # What Transformers keeps are views of the keys that somebody has.
+            self.hold_dense()
         removed = int(tokens_to_remove)
         changes: dict[str, Any] = {"_snapshots": []}
         reach = min((layer.reach for layer in self.recurrent_layers.values()), default=0)
@@ -274,6 +277,8 @@ class PagedCache(ForwardCache):
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
         self._settle()
         self.take_written()
+        # What somebody was shown is nobody's behind a selection, which Transformers makes a copy for.
+        self._shown = ShownStates()
         if list(rows) == list(range(self.batch_size)):
             return
         if self.dense is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,34 +13,31 @@ class Shown:
     """Keys and values of one layer.
 
     Args:
-        states: `[B, G, L, D]` each, which nobody else has. What is given out are aliases, whose writes count as theirs.
+        states: `[B, G, L, D]` each, which nobody else has yet.
     """
 
     def __init__(self, states: tuple[Tensor, Tensor]) -> None:
         self.states = states
-        self._writes, self._owners = self._count_writes(), self._count_owners()
-
-    def aliases(self) -> tuple[Tensor, Tensor]:
-        """To give out."""
-        keys, values = self.states
-        return keys.detach(), values.detach()
+        self._writes, self._holders = self._count_writes(), self._count_holders()
 
     @property
     def is_written(self) -> bool:
-        """Whether somebody has written into an alias, or a view of one."""
+        """Whether somebody has written into them, or into a view."""
         return self._count_writes() != self._writes
 
     @property
     def is_held(self) -> bool:
-        """Whether somebody has an alias, or a view of one; yes, where PyTorch does not count who shares a memory."""
-        return self._owners is None or self._count_owners() != self._owners
+        """Whether somebody has them, or a view; yes, where PyTorch does not count who shares a memory."""
+        return self._holders is None or self._count_holders() != self._holders
 
     def _count_writes(self) -> list[int]:
         return [part._version for part in self.states]
 
-    def _count_owners(self) -> list[int] | None:
+    def _count_holders(self) -> list[tuple[int, int]] | None:
         count = getattr(torch._C, "_storage_Use_Count", None)
-        return None if count is None else [count(part.untyped_storage()._cdata) for part in self.states]
+        if count is None:
+            return None
+        return [(sys.getrefcount(part), count(part.untyped_storage()._cdata)) for part in self.states]
 
 
 class ShownStates:
@@ -59,18 +57,29 @@ class ShownStates:
     def of(self, index: int, state: Any) -> tuple[Tensor, Tensor] | None:
         """What was shown of a layer in this state of the cache; None if nothing was, or nobody has it any more."""
         shown = self._shown.get(index) if self._state is state else None
-        return None if shown is None else shown.aliases()
+        return None if shown is None else shown.states
 
-    def keep(self, index: int, state: Any, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Give out new `[B, G, L, D]` keys and values of a layer; what was shown in another state is let go."""
+    def keep(self, index: int, state: Any, states: tuple[Tensor, Tensor]) -> None:
+        """Keys and values of a layer, new tensors, are shown to somebody; what was shown in another state is let go."""
         self._let_go(state)
         self._state, self._shown[index] = state, Shown(states)
-        return self._shown[index].aliases()
 
-    def written(self, state: Any) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layers with what was shown of them in this state, and written to since."""
+    def now(self, state: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, what was shown in this state, and somebody has still or has written to."""
         self._let_go(state)
-        return {index: shown.states for index, shown in self._shown.items() if shown.is_written}
+        return {index: shown.states for index, shown in self._shown.items()}
+
+    def is_written(self, state: Any) -> bool:
+        """Whether somebody has written to what was shown in this state."""
+        self._let_go(state)
+        return any(shown.is_written for shown in self._shown.values())
+
+    def carried(self, state: Any, after: Any) -> ShownStates:
+        """The same, of what was shown in `state`, for the state that comes after it."""
+        self._let_go(state)
+        other = ShownStates()
+        other._shown, other._state = self._shown, after
+        return other
 
     def _let_go(self, state: Any) -> None:
         kept = self._shown if self._state is state else {}

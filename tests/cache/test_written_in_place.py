@@ -186,18 +186,22 @@ def test_reading_alone_keeps_no_copy() -> None:
         assert len(shown) == 1
     kept = [layer.keys for layer in ours.layers]
     assert len(shown) == len(kept)
-    assert [keys.data_ptr() for keys in kept] == [layer.keys.data_ptr() for layer in ours.layers]
+    assert all(keys is layer.keys for keys, layer in zip(kept, ours.layers, strict=True))
     del kept
-    assert not shown.written(ours.lengths) and not shown and ours.dense is None
+    assert not shown.now(ours.lengths) and not shown and ours.dense is None
     go_on(model, ours, None)
     assert_fast(model, held=None)
     assert shown._state is None
 
 
-def test_a_memory_that_somebody_has_is_told_apart() -> None:
-    shown = Shown((torch.zeros(3, 4), torch.zeros(4, 3).transpose(0, 1)))
+def test_tensors_that_somebody_has_are_told_apart() -> None:
+    shown = Shown((torch.zeros(3, 4), torch.zeros(3, 4)))
     assert not shown.is_held
-    view = shown.aliases()[1][:1]
+    held = shown.states[0]
+    assert shown.is_held
+    del held
+    assert not shown.is_held
+    view = shown.states[1][:1]
     assert shown.is_held and not shown.is_written
     view += 1
     del view
