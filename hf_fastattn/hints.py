@@ -165,6 +165,7 @@ HINTS = (
     ("attn_implementation=", "attn_implementation='sdpa'"),
     ("was put in after patch()", UNDO),
     ("is not the one that was patched", UNDO),
+    ("has keys and values", "num_hidden_layers as the model was loaded with"),
     ("writes to the cache as layer", "give each layer its place as layer_idx"),
     ("is not Transformers' own layer", "a layer of Transformers' in its place"),
     ("busy in another thread", "one call at a time, or a copy of the model for each thread"),

@@ -256,9 +256,16 @@ class CacheState(Cache):
         return len(self.lengths) or -1 if self.dense is None else self.dense.batch_size
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in the cache, padding included."""
+        """Columns in the cache, padding included, and those that the layer has written in the forward under way."""
         if self.dense is not None:
             return int(self.dense.or_first(layer_idx).get_seq_length())
+        # Layer 0, if it has no keys, stands for the first that has some.
+        is_ahead = self._open and (layer_idx or self._paged[0].index) in self._wrote
+        return self._columns + (self._query_length if is_ahead else 0)
+
+    @property
+    def past_columns(self) -> int:
+        """Columns before the forward under way, padding included."""
         return self._columns
 
     @property
@@ -289,9 +296,13 @@ class CacheState(Cache):
 
     def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to."""
+        self._wrote.add(layer_idx)
+        return self.pages_of(layer_idx, states)
+
+    def pages_of(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The same pages, for states that are not written."""
         window = self.layers[layer_idx].window
         group = self.groups.group(window)
-        self._wrote.add(layer_idx)
 
         def is_alone() -> bool:
             return self._columns == 0 and self.tables[window].held == group.pool.in_use

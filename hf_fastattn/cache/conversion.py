@@ -86,7 +86,7 @@ def write_pages(cache: CacheState, layers: DenseLayers, stored: Tensor | None) -
             shown = None if stored is None else stored[:, columns - layer.keys.shape[2] :]
             if shown is not None and cache.lent is not None:
                 _keep_hidden(cache, index, layer, shown, columns)
-            _write_layer(cache, index, layer, shown, slots[key])
+            _write_layer(cache, index, layer.keys, layer.values, shown, slots[key])
             moved.append((index, layer, columns - layer.keys.shape[2]))
             layer.keys = layer.values = None
         cache.note_pages(counts, columns, stored, columns - min(held.values()))
@@ -100,6 +100,25 @@ def write_pages(cache: CacheState, layers: DenseLayers, stored: Tensor | None) -
         if isinstance(error, CacheFullError):
             raise CacheFullError(cache.groups.describe_full(counts)) from error
         raise
+
+
+def write_past(cache: CacheState, index: int, states: tuple[Tensor, Tensor]) -> None:
+    """Write `[B, G, L, D]` keys and values of the last columns before the forward under way into pages of layer `index`.
+
+    Raises:
+        RuntimeError: others read these pages too.
+    """
+    layer, columns, stored = cache.layers[index], cache.past_columns, cache.stored
+    first = columns - states[0].shape[2]
+    table, pool = cache.tables[layer.window], cache.groups.group(layer.window).pool
+    if any(pool.owners(page) > 1 for pages in table.rows for page in pages if page >= 0):
+        raise RuntimeError(
+            f"keys or values of layer {index} of {CACHE} were written while a forward was under way that had not reached "
+            "the layer, and rows or other caches share their pages; write them before the forward"
+        )
+    held = _tokens_in(cache.lengths, stored, first)
+    slots = _slots(cache, layer.window, cache.lengths, held).to(states[0].device)
+    _write_layer(cache, index, *states, None if stored is None else stored[:, first:], slots)
 
 
 def _reserve(cache: CacheState, counts: list[int], kept: dict[int | None, list[int]], ahead: int) -> None:
@@ -131,14 +150,16 @@ def _slots(cache: CacheState, window: int | None, counts: list[int], held: list[
     )
 
 
-def _write_layer(cache: CacheState, index: int, layer: Any, shown: Tensor | None, slots: Tensor) -> None:
+def _write_layer(
+    cache: CacheState, index: int, keys: Tensor, values: Tensor, shown: Tensor | None, slots: Tensor
+) -> None:
     # Pages are looked up by the shape [.., heads, head dim].
-    held = cache.pages_for(index, layer.keys.transpose(1, 2))
+    held = cache.pages_for(index, keys.transpose(1, 2))
     with torch.no_grad():
         if is_eight_bits(held[0]):
-            write_tokens(*held, slots, *(_tokens_of(states, shown) for states in (layer.keys, layer.values)))
+            write_tokens(*held, slots, *(_tokens_of(states, shown) for states in (keys, values)))
             return
-        for pages, states in zip(held, (layer.keys, layer.values), strict=True):
+        for pages, states in zip(held, (keys, values), strict=True):
             tokens = _tokens_of(states, shown)
             if slots.device.type == "cpu" and is_run(slots):
                 pages.flatten(0, 1)[int(slots[0]) :][: len(slots)].copy_(tokens)

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_fastattn.cache import host_masks
 from hf_fastattn.cache.cache_state import CacheState, in_turn
-from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_lent, write_pages
+from hf_fastattn.cache.conversion import read_layers, shown_columns, why_not_lent, write_pages, write_past
 from hf_fastattn.cache.dense_layers import DenseLayers, fill_layer
 from hf_fastattn.cache.paged_layer import PagedLayer
 from hf_fastattn.cache.recurrent_layer import stock_fields
@@ -55,6 +55,17 @@ class DenseCache(CacheState):
         """What somebody has written into keys and values that he was shown is what the cache holds."""
         if self.dense is None and not self._open and self._shown.is_written(self.lengths):
             self.hold_dense()
+
+    def pages_for(self, layer_idx: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The K and V pages `[N, P, G, D]` that layer `layer_idx` writes `states [..., G, D]` to, its past as it is now."""
+        self._take_past(layer_idx)
+        return super().pages_for(layer_idx, states)
+
+    def _take_past(self, layer_idx: int) -> None:
+        """What somebody has written into a layer's past since the forward under way began is what the layer reads."""
+        written = self._shown.take_written(layer_idx, self.lengths) if self._open and len(self._shown) else None
+        if written is not None:
+            write_past(self, layer_idx, written)
 
     def _with_new(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
         """What Transformers would hold of the layer, which has written its part of the forward under way."""

@@ -79,7 +79,7 @@ class ForwardCache(DenseCache):
         try:
             self.__dict__.update(
                 _open=True, _loose=True, _created_rows=not self.lengths, lengths=lengths, _dense=dense,
-                _new_stored=new, _query_length=query_length, _snapshots=[], _using=None,
+                _new_stored=new, _query_length=query_length, _snapshots=[], _using=None, _wrote=set(),
             )  # fmt: skip
             self._snapshots = [(layer, layer.snapshot(in_place)) for layer in self.recurrent_layers.values()]
             if self._created_rows:

@@ -150,6 +150,7 @@ class PagedCache(ForwardCache):
         if not self._open or self._batch is None:
             # No begin() came before: the model is not patched.
             return self.stock_layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        self._take_past(layer_idx)
         past_keys, past_values = self._past(layer, key_states)
         k_pages, v_pages = self.pages_for(layer_idx, key_states.transpose(1, 2))
         slots = self._batch.on(key_states.device).slots[layer.window]
@@ -301,6 +302,11 @@ class PagedCache(ForwardCache):
         self.groups.settle()
         self.__dict__.update({**self._empty_state(), "_loose": True})
         self._fit_tables()
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every layer with keys and values holds some."""
+        return all(layer.is_initialized for layer in self._paged)
 
     @property
     def max_cache_len(self) -> int:

@@ -116,7 +116,7 @@ class PagedLayer(CacheLayerMixin):
         return self.cache.get_mask_sizes(query_length, self.index)
 
     def get_seq_length(self) -> int:
-        """Columns in the layer, padding included."""
+        """Columns in the layer, padding included, and those that it has written in the forward under way."""
         return self.cache.get_seq_length(self.index)
 
     def get_max_length(self) -> int:

@@ -22,8 +22,8 @@ class Shown:
 
     @property
     def is_written(self) -> bool:
-        """Whether somebody has written into them, or into a view."""
-        return self._count_writes() != self._writes
+        """Whether somebody has written into them, or into a view, or wants their gradients."""
+        return self._count_writes() != self._writes or any(part.requires_grad for part in self.states)
 
     @property
     def is_held(self) -> bool:
@@ -73,6 +73,14 @@ class ShownStates:
         """Whether somebody has written to what was shown in this state."""
         self._let_go(state)
         return any(shown.is_written for shown in self._shown.values())
+
+    def take_written(self, index: int, state: Any) -> tuple[Tensor, Tensor] | None:
+        """What was shown of a layer in this state, if somebody has written to it; it is nobody's from then on."""
+        shown = self._shown.get(index) if self._state is state else None
+        if shown is None or not shown.is_written:
+            return None
+        del self._shown[index]
+        return shown.states
 
     def carried(self, state: Any, after: Any) -> ShownStates:
         """The same, of what was shown in `state`, for the state that comes after it."""

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from hf_fastattn.cache.conversion import why_not_lent
 from hf_fastattn.cache.paged_cache import PagedCache
+from hf_fastattn.pages.model_layout import is_pageable, template_layers
 from hf_fastattn.parallel.ranks import is_spread
 from hf_fastattn.parallel.understood import why_not_understood
 
@@ -24,6 +25,8 @@ def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: A
             return asked
         if generation_config.return_dict_in_generate or generation_config.is_assistant:
             return f"{asked}, and the cache is returned"
+    if isinstance(cache, DynamicCache) and not any(map(is_pageable, cache.layers or template_layers(config))):
+        return "no layer of the model, as its configuration is now, has keys and values"
     return why_not_prompt(model_kwargs)
 
 

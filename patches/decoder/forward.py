@@ -22,7 +22,7 @@ from hf_fastattn.pages.page_storage import NarrowerKeysError
 from hf_fastattn.parallel.gathered_weights import why_counted
 from hf_fastattn.patches.decoder.chunked_prefill import pieces, run_pieces, streamed_pieces
 from hf_fastattn.patches.decoder.visible import visible_columns
-from hf_fastattn.patches.decoder.why_not_paged import HIDES_CACHED, why_not_paged, why_not_tokens
+from hf_fastattn.patches.decoder.why_not_paged import GRADIENTS, HIDES_CACHED, why_not_paged, why_not_tokens
 from hf_fastattn.patches.fused.forward import fused_forward, why_not_fused, why_not_these, why_not_walked
 from hf_fastattn.patches.modules.checkpointing import cache_kept, drops_cache
 from hf_fastattn.patches.modules.module_state import ModuleState, call_original, patched_forward
@@ -229,10 +229,14 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
         reason = _why_padded(self, kwargs, adapters is not None, seen)
     if reason is None:
         reason = why_not_tokens(arguments, columns)
+    if reason is None and tokens.requires_grad and torch.is_grad_enabled():
+        reason = GRADIENTS
     if reason is not None:
         state.runtime.variants.refuse(with_hint(reason))
-    if reason is not None and visible is not None and mask.shape[1] < past + columns:
-        # A later mask, wide enough, may show the tokens that this one does not reach: pages would leave them out.
+    # Pages keep no gradients for later forwards. A later mask, wide enough, may show tokens that this one does not reach:
+    # pages would leave them out.
+    is_short = visible is not None and mask.shape[1] < past + columns
+    if reason == GRADIENTS or (reason is not None and is_short):
         cache.hold_dense()
         state.runtime.count_fallback(reason)
         return call_original(self, cache, **arguments, **kwargs)

@@ -14,6 +14,7 @@ from hf_fastattn.patches.modules.unchanged import why_not_ours
 from hf_fastattn.runtime import Runtime
 
 HIDES_CACHED = "the mask hides tokens that are cached"
+GRADIENTS = "gradients are needed"
 NO_TOKEN = "no row has a new token"
 # Dropout that is applied by functions instead of modules, by its name in the configuration.
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
@@ -36,9 +37,9 @@ def why_not_paged(decoder: Any, mask: Any, cache: PagedCache, visible: Tensor | 
     if cache.dense is not None:
         return "the cache holds dense layers"
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
-        return "gradients are needed"
+        return GRADIENTS
     if torch.is_grad_enabled() and runtime.variants.needs_gradients:
-        return "gradients are needed"
+        return GRADIENTS
     if decoder.training:
         for name in DROPOUTS:
             if getattr(config, name, 0.0):

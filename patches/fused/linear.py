@@ -167,7 +167,7 @@ def _prefilled(x: DeltaInputs, weights: DeltaWeights, products: AnyProducts, cac
 
 
 def _check_held(held: bool, cache: PagedCache, index: int) -> None:
-    if not held and cache.get_seq_length():
+    if not held and cache.past_columns:
         raise ValueError(f"layer {index} has lost its state, as an interrupt may do; use a new {CACHE}")
 
 

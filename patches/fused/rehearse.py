@@ -96,7 +96,7 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
             states.new_empty(batch.tokens, heads, module.head_dim)
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        pages, window = cache.pages_for(module.layer_idx, k), cache.layers[module.layer_idx].window
+        pages, window = cache.pages_of(module.layer_idx, k), cache.layers[module.layer_idx].window
         batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
