@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 import hf_fastattn
+from hf_fastattn.cache import cache_state, dense_cache
 from hf_fastattn.cache.shown_states import Shown, ShownStates
 from hf_fastattn.transformers_version import CACHE
 from tests.cache.test_cache_object import go_on, prefilled, through_pickle
@@ -230,4 +232,84 @@ def test_a_search_goes_on_from_what_was_written(rows: int) -> None:
         given = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
         expected = stock(**given, **{CACHE: theirs}).logits
     torch.testing.assert_close(hf_fastattn.append(model, fork, new, logits_to_keep=0), expected, rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
+
+
+def replace_another(cache: Any) -> None:
+    cache.layers[0].values = cache.layers[0].values * 1.0
+
+
+def write_and(goes_on: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def write(cache: Any) -> None:
+        cache.layers[0].keys[:, :, 3] *= -1
+        goes_on(cache)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        replace_another,
+        write_and(copy.deepcopy),
+        write_and(through_pickle),
+        write_and(lambda cache: copy.deepcopy(cache.layers[2])),
+        write_and(lambda cache: cache.crop(0)),
+    ],
+)
+def test_what_was_read_is_written_later(first: Callable[[Any], None]) -> None:
+    """Tensors that somebody has had since before the cache went over to layers of Transformers."""
+    stock, model, theirs, ours = both("llama", single())
+    for cache in (theirs, ours):
+        held = [layer.keys for layer in cache.layers]
+        first(cache)
+        held[1][:, :, -3:] *= -1
+    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.reorder_cache(torch.arange(3)),
+        lambda cache: cache.batch_repeat_interleave(1),
+        lambda cache: cache.batch_select_indices(torch.arange(3)),
+    ],
+)
+def test_what_was_read_before_a_change(change: Callable[[Any], Any]) -> None:
+    """A crop leaves views, which count; a selection makes copies, beside which what was read does not."""
+    batch = {"input_ids": padded_batch()["input_ids"]}
+    stock, model, theirs, ours = both("llama", batch)
+    for cache in (theirs, ours):
+        held = cache.layers[0].keys
+        change(cache)
+        held[:, :, 5] *= -3
+    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
+    assert_fast(model, held=None)
+
+
+def test_what_is_read_can_be_viewed_in_another_shape() -> None:
+    _, _, theirs, ours = both("llama", single())
+    for cache in (theirs, ours):
+        cache.layers[0].keys.view(1, 2, -1)[:, 0].zero_()
+    torch.testing.assert_close(ours.layers[0].keys, theirs.layers[0].keys, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("place", ["CacheState._fit_tables", "read_layers"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_window"])
+def test_an_interrupt_loses_nothing_that_was_written(monkeypatch: pytest.MonkeyPatch, family: str, place: str) -> None:
+    stock, model, theirs, ours = both(family, single())
+    for cache in (theirs, ours):
+        cache.layers[0].values[:, :, -3:] *= -1
+    owner, name = (cache_state.CacheState, "_fit_tables") if "." in place else (dense_cache, place)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pickle.dumps(ours)
+    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
     assert_fast(model, held=None)

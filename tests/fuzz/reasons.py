@@ -106,7 +106,8 @@ FOREIGN = (
     Reason(
         r"layer \d+ of (cache|past_key_values) has a window of \d+ tokens, and that of the model one of \d+",
         (
-            call(pad="hidden_row", **FULL_DICT), edit("window"),
+            call(pad="hidden_row", **FULL_DICT),
+            edit("window"),
             call(step={"chat": {"mask": "ones", "new": 4, "cache": "returned"}}),
         ),
         family="mistral_window",

@@ -85,3 +85,12 @@ def test_a_prompt_with_padding_behind_it(family: str, drafts: str) -> None:
         assert torch.equal(run(model, batch, 8, **options), run(stock, batch, 8, **options))
         reasons = hf_fastattn.report(model).last_call.fallbacks
         assert list(reasons) == ["the mask hides a column whose logits are read"]
+
+
+def test_no_layer_drafts() -> None:
+    """Which Transformers lets be, and then restores the configuration."""
+    stock, model = pair("llama")
+    assert torch.equal(run(model, single(), 8, assistant_early_exit=0), run(stock, single(), 8, assistant_early_exit=0))
+    assert model.config.num_hidden_layers == stock.config.num_hidden_layers == 3
+    assert torch.equal(run(model, single(), 8), run(stock, single(), 8))
+    assert_fast(model)
