@@ -28,6 +28,9 @@ class DenseCache(CacheState):
 
     def states_of(self, layer: PagedLayer) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of a layer, wherever they are; what is written into them is the layer's from then on."""
+        if self._moving is not None:
+            # An exception came while layers were being filled.
+            self._settle()
         if self.dense is not None:
             keys, values = self.dense[layer.index].keys, self.dense[layer.index].values
         else:

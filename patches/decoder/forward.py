@@ -266,10 +266,10 @@ def _forward_in_turn(self: Any, arguments: dict[str, Any], cache: PagedCache, kw
                 arguments = _packed_arguments(arguments, padding, past, rows, columns)
             forward = functools.partial(fused_forward, adapters=adapters, called=keeps) if reason is None else call_original
             outputs = forward(self, cache, **arguments, **kwargs)
+        cache.commit()
     except BaseException:
         cache.rollback()
         raise
-    cache.commit()
     if reason is None:
         cache.known_mask.remember(mask, past + columns)
     state.runtime.count_forward(reason, batch.tokens if past == 0 or state.runtime.prefilling else 0)
