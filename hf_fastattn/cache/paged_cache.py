@@ -278,9 +278,9 @@ class PagedCache(ForwardCache):
         """Row b becomes a fork of row `rows[b]`, in place; any number of rows."""
         self._settle()
         self.take_written()
-        # What somebody was shown is nobody's behind a selection, which Transformers makes a copy for.
+        # What somebody was shown is nobody's behind a selection, for which Transformers copies: also one of all rows.
         self._shown = ShownStates()
-        if list(rows) == list(range(self.batch_size)):
+        if self.dense is None and list(rows) == list(range(self.batch_size)):
             return
         if self.dense is not None:
             self.dense.select(torch.tensor(rows, device="cpu"))

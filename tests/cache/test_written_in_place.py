@@ -268,6 +268,7 @@ def test_what_was_read_is_written_later(first: Callable[[Any], None]) -> None:
     assert_fast(model, held=None)
 
 
+@pytest.mark.parametrize("first", [lambda cache: None, steer_last_value])
 @pytest.mark.parametrize(
     "change",
     [
@@ -277,12 +278,13 @@ def test_what_was_read_is_written_later(first: Callable[[Any], None]) -> None:
         lambda cache: cache.batch_select_indices(torch.arange(3)),
     ],
 )
-def test_what_was_read_before_a_change(change: Callable[[Any], Any]) -> None:
+def test_what_was_read_before_a_change(change: Callable[[Any], Any], first: Callable[[Any], None]) -> None:
     """A crop leaves views, which count; a selection makes copies, beside which what was read does not."""
     batch = {"input_ids": padded_batch()["input_ids"]}
     stock, model, theirs, ours = both("llama", batch)
     for cache in (theirs, ours):
         held = cache.layers[0].keys
+        first(cache)
         change(cache)
         held[:, :, 5] *= -3
     torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
