@@ -175,7 +175,7 @@ class ForwardGraphs(GraphStore[Key, Entry]):
         if not self.records_on(tokens.device) or batch is None:
             return None
         is_decode = batch.is_decode and tokens.shape[:2] == (batch.rows, 1)
-        if (is_decode and cache.get_seq_length() == 0) or (not is_decode and not is_captured(decoder, batch.tokens)):
+        if (is_decode and cache.past_columns == 0) or (not is_decode and not is_captured(decoder, batch.tokens)):
             return None
         # The model's own dtype would be looked for among all its parameters, at every step. No tensor of the pages is held
         # here: they may be about to grow.

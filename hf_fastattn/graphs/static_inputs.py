@@ -237,7 +237,7 @@ class StaticInputs:
     def _write_tokens(self, arguments: dict[str, Any], cache: PagedCache, batch: Batch) -> None:
         tokens, positions = arguments[self.shape.tokens], arguments["position_ids"]
         if positions is None:
-            past = cache.get_seq_length()
+            past = cache.past_columns
             positions = torch.arange(past, past + tokens.shape[1], device=self.shape.device)[None]
         if self.shape.bucket is None:
             self.tokens.copy_(tokens)

@@ -62,7 +62,7 @@ def walk(
     states = _embedded(decoder.embed_tokens, input_ids) if inputs_embeds is None else inputs_embeds
     place = place_of(decoder.embed_tokens, given.device) if inputs_embeds is None else given.device
     if position_ids is None:
-        past = cache.get_seq_length()
+        past = cache.past_columns
         position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
     leading, runtime = tuple(states.shape[:-1]), vars(decoder)[STATE].runtime
     products = make_products(leading, states.device)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
 import hf_fastattn
 from hf_fastattn.generation import columns_at_once
@@ -300,6 +300,20 @@ def test_rope_whose_frequencies_depend_on_the_length(rope: dict[str, Any]) -> No
     stock, model = pair_with_graphs("llama", **over)
     assert torch.equal(run(model), run(stock))
     assert (replays(model)[1] > 0) == (rope["rope_type"] != "dynamic")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_window"])
+def test_steps_without_positions(family: str) -> None:
+    """A loop by hand that leaves them to the cache: they follow what was there before the step, at a capture too."""
+    stock, model = pair_with_graphs(family)
+    ids, logits = single(12)["input_ids"], []
+    for side in (stock, model):
+        cache: Any = DynamicCache(config=stock.config) if side is stock else hf_fastattn.PagedCache(model.config)
+        with torch.no_grad():
+            side(input_ids=ids, **{CACHE: cache})
+            logits.append([side(input_ids=ids[:, step : step + 1], **{CACHE: cache}).logits for step in range(10)])
+    torch.testing.assert_close(torch.cat(logits[1], 1), torch.cat(logits[0], 1), rtol=1e-3, atol=1e-3)
+    assert len(graphs(model)._entries) == 1
 
 
 def test_unknown_modules_are_called() -> None:
