@@ -48,9 +48,10 @@ class DenseCache(CacheState):
             if layer.index in self.hidden:
                 columns = self._columns + (self._query_length if is_new else 0)
                 self.hidden[layer.index].put_back(columns - states[0].shape[2], *states)
-            # As Transformers' own, so that they may be viewed in another shape.
-            given = states[0].contiguous(), states[1].contiguous()
+            # Contiguous as Transformers' own, which may be viewed in another shape; one after the other, for less memory.
+            made = [*states]
             del states
+            given = made.pop(0).contiguous(), made.pop(0).contiguous()
             shown.keep(layer.index, state, given)
             return given
 

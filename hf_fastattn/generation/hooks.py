@@ -309,7 +309,9 @@ class FastGenerationMixin(PlainCopies):
         ends = runtime.row_limits is not None or may_end_early(stopping_criteria)
         if isinstance(cache, PagedCache) and not ends:
             cache.first = max(cache.first, cache.room)
-        exchanged = next(chain.from_iterable(map(exchanged_methods, ran)), None)
+        # Where no code of the user's runs between forwards, nothing was exchanged.
+        asked = ran if runtime.current.users_code else ()
+        exchanged = next(chain.from_iterable(map(exchanged_methods, asked)), None)
         if synced_gpus:
             runtime.count_not_looped("synced_gpus: several processes take their steps together")
         elif exchanged is not None:
