@@ -19,6 +19,10 @@ from tests.tools.models import OLD, assert_fast, pair, single
 Way = Callable[[Any, Any], None]
 
 
+def own_newest(cache: Any, index: int) -> None:
+    cache.layers[index].values[:, :, -1] += 0.5
+
+
 def own_then_all_read(cache: Any, index: int) -> None:
     cache.layers[index].values[:, :, 4] += 0.7
     for layer in cache.layers:
@@ -41,7 +45,7 @@ def own_past_before_it_is_read(cache: Any, index: int) -> None:
     cache.layers[index].values[:, :, 0:4] += 0.7
 
 
-AFTER, BEFORE = (own_then_all_read, first_then_all_read, later_layers_past), (own_past_before_it_is_read,)
+AFTER, BEFORE = (own_newest, own_then_all_read, first_then_all_read, later_layers_past), (own_past_before_it_is_read,)
 
 
 @contextlib.contextmanager
@@ -66,7 +70,9 @@ def test_written_by_hooks_of_a_forward(family: str, way: Any) -> None:
     stock, model = pair(family)
     for side in (stock, model):
         cache = hf_fastattn.PagedCache(side.config) if side is model else DynamicCache(config=side.config)
-        prefilled(side, single(20), cache)
+        # A layer that has written is there in the first forward, too.
+        with hooked(side, cache, way) if way is own_newest else contextlib.nullcontext():
+            prefilled(side, single(20), cache)
         with hooked(side, cache, way):
             logits.append(go_on(side, cache, None, 1))
         logits.append(go_on(side, cache, None, 4))

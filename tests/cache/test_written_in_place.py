@@ -131,25 +131,6 @@ def test_written_and_read_by_another_model() -> None:
     torch.testing.assert_close(go_on(stock, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
 
 
-def test_written_behind_a_hook_of_the_forward() -> None:
-    """After each attention, into what it has just written."""
-    stock, model = pair("llama")
-    caches = {id(stock): DynamicCache(config=stock.config), id(model): hf_fastattn.PagedCache(model.config)}
-    for side in (stock, model):
-        cache = caches[id(side)]
-
-        def steer(module: Any, args: Any, output: Any, cache: Any = cache) -> None:
-            cache.layers[module.layer_idx].values[:, :, -1] += 0.5
-
-        hooks = [layer.self_attn.register_forward_hook(steer) for layer in side.model.layers]
-        prefilled(side, single(), cache)
-        for hook in hooks:
-            hook.remove()
-    ours, theirs = caches[id(model)], caches[id(stock)]
-    torch.testing.assert_close(go_on(model, ours, None), go_on(stock, theirs, None), rtol=1e-3, atol=1e-3)
-    assert_fast(model, held=None)
-
-
 def test_what_was_read_before_a_forward_is_nobodys_after_it() -> None:
     stock, model, theirs, ours = both("llama", single())
     held = [(cache, cache.layers[0].keys) for cache in (theirs, ours)]
