@@ -130,7 +130,18 @@ def _create_batch_processor(original: Any, self: Any) -> Any:
     processor = original(self)
     if isinstance(processor.cache, StockPages):
         processor.cache.limit_scheduler(processor.scheduler)
+        _settle(self.model.device)
     return processor
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for what was filled on the current stream.
+
+    With graphs, Transformers copies a batch's inputs and computes it on streams of its own, which do not wait for the
+    tensors to be filled: on a busy GPU the first batch lost its inputs.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _switch(original: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -57,6 +57,15 @@ def test_others_are_served_as_before(name: str, monkeypatch: pytest.MonkeyPatch)
     assert not counters.batches and not counters.kernels, counters
 
 
+def test_inputs_are_filled_before_other_streams_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair("llama")
+    settled: list[torch.device] = []
+    monkeypatch.setattr(doors, "_settle", settled.append)
+    batched(model, prompts(2))
+    # Once when the processor is made or taken up again, and before its first batch at the latest.
+    assert settled and set(settled) == {model.device}
+
+
 def test_unknown_names_are_refused_as_before() -> None:
     stock, _ = pair("llama")
     is_flash = initialization.is_flash_attention_requested

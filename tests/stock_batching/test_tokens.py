@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from transformers.generation.continuous_batching import continuous_api
 
 from hf_fastattn.interface import counters
 from tests.stock_batching.served import alone, assert_in_place, batched, batching, pair, prompts
@@ -59,3 +63,20 @@ def test_rings_of_any_size(name: str, window: int) -> None:
     given = [*prompts(4, 60), [5], list(range(1, window + 1))]
     assert batched(model, given, 50, batching(8)) == alone(stock, given, 50)
     assert_in_place()
+
+
+@pytest.mark.gpu
+def test_tokens_of_a_gpu_that_is_busy_when_inputs_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' own streams do not wait for the one on which a processor's inputs are filled."""
+    stock, model = pair("llama", "cuda")
+    given = prompts(6)
+    for name in ("__init__", "reset"):
+        original = getattr(continuous_api.ContinuousBatchProcessor, name)
+
+        def delayed(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            # Some 100 ms.
+            torch.cuda._sleep(200_000_000)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(continuous_api.ContinuousBatchProcessor, name, delayed)
+    assert batched(model, given, config=batching(use_cuda_graph=True)) == alone(stock, given)
