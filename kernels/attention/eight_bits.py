@@ -9,13 +9,11 @@ Sums are those of the 16-bit kernels, in fp32. The layout of pages is that of `q
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-# The interpreter runs no assembly: it computes the same from the bits.
-ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+from hf_fastattn.kernels.assembly import ASSEMBLY
+
 # Four numbers of e4m3 in a word to two words of fp16.
 FP8_TO_FP16 = tl.constexpr(
     "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"

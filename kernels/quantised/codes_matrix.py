@@ -12,12 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
+from hf_fastattn.kernels.assembly import ASSEMBLY, FORMS
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.tiles import find_tile, pick
-from hf_fastattn.kernels.quantised.codes_row import pick_codes
-from hf_fastattn.kernels.quantised.fragments import FORMS, codes_assembly, table_assembly
-from hf_fastattn.kernels.quantised.lanes import (
+from hf_fastattn.kernels.layer.lanes import (
     added_up,
     emulated_product,
     no_sums,
@@ -27,6 +24,9 @@ from hf_fastattn.kernels.quantised.lanes import (
     store_sums,
     two_words,
 )
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.quantised.codes_row import pick_codes
+from hf_fastattn.kernels.quantised.fragments import codes_assembly, table_assembly
 from hf_fastattn.kernels.quantised.nibbles import MATRIX, compared, matrix_bits
 from hf_fastattn.kernels.quantised.weights import VALUES
 

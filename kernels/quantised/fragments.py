@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_fastattn.kernels.assembly import FORMS
+
 # A pair of values for each byte of two codes, and each of them for every lane, so that no two lanes read the same bank.
 PAIRS, PAIR_STRIDE = 256, 128
-# By the names of dtypes in Triton.
-FORMS = {"bf16": "bf16", "fp16": "f16"}
 
 
 def table_assembly(bits: Sequence[int], entries: int) -> str:

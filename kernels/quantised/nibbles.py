@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
+from hf_fastattn.kernels.assembly import ASSEMBLY
 from hf_fastattn.kernels.quantised.weights import VALUES
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

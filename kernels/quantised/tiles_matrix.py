@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
+from hf_fastattn.kernels.assembly import ASSEMBLY
 from hf_fastattn.kernels.layer.activation import silu_gate
-from hf_fastattn.kernels.layer.tiles import find_tile, pick
-from hf_fastattn.kernels.quantised.fragments import ones_assembly, tile_assembly
-from hf_fastattn.kernels.quantised.lanes import (
+from hf_fastattn.kernels.layer.lanes import (
     added_up,
     added_up_apart,
     either,
@@ -27,6 +25,8 @@ from hf_fastattn.kernels.quantised.lanes import (
     store_sums,
     two_words,
 )
+from hf_fastattn.kernels.layer.tiles import find_tile, pick
+from hf_fastattn.kernels.quantised.fragments import ones_assembly, tile_assembly
 
 # Rows of a fragment, and columns that a warp takes at once: those of a tile.
 ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(128)

@@ -22,6 +22,7 @@ FLOORS = {
     "kernels": (
         "page_formats",
         "launch",
+        "assembly",
         "compile_aside",
         "rehearsal",
         "relaunch",

@@ -1,4 +1,6 @@
-"""Triton: tensors of one number for each thread, for `fragments.py`: loads, exchanges, sums, and how these are stored.
+"""Triton: tensors of one number for each thread, for fragments of the matrix unit: loads, exchanges, sums and their stores.
+
+The fragments are those of `quantised/fragments.py`.
 
 A tensor `[32 * warps]` lies one number in each thread, in order. The interpreter runs no assembly: it computes the same.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_fastattn.kernels.attention.eight_bits import ASSEMBLY
+from hf_fastattn.kernels.assembly import ASSEMBLY
 
 WIDE = tl.constexpr("ld.global.v2.b64 {$0, $1}, [$2];")
 WIDE_ONCE = tl.constexpr("ld.global.L1::evict_first.v2.b64 {$0, $1}, [$2];")
