@@ -68,7 +68,8 @@ class Batch:
         options: backend and its mode.
         host: the rows as the host knows them; None where only the device does.
         shared: prefixes that layers without a window read once for all their rows, in decode.
-        short: the only row has few keys, one of them new, and launches under way write nothing but that one.
+        short: most query heads for which the rows have few keys, by `kernels.attention.configs.short_heads`, one key of each
+            new, and launches under way write nothing but these; 0 if that is not so.
     """
 
     rows: int
@@ -78,10 +79,12 @@ class Batch:
     options: BatchOptions
     host: HostBatch | None = None
     shared: SharedPrefixes | None = None
-    short: bool = False
+    short: int = 0
     _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[TablesSource, Tensor, Tensor]] = field(default_factory=dict)
     _work_lists: WorkLists = field(default_factory=dict)
+    # By device: whether the last layer took the launch for short rows.
+    _took_short: dict[torch.device, bool] = field(default_factory=dict)
 
     @staticmethod
     def from_host(host: HostBatch, options: BatchOptions) -> Batch:
@@ -91,7 +94,7 @@ class Batch:
 
     @staticmethod
     def static(
-        tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None, short: bool = False
+        tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None, short: int = 0
     ) -> Batch:
         """The batch of a captured forward.
 
@@ -201,8 +204,9 @@ class Batch:
         variant: PreparedVariant | None = None,
         **norms: Any,
     ) -> Tensor:
-        """`rope_append`, then `attend`: one launch for a step of a single short row, two for everything else."""
-        if self._is_short_row(q, k_pages, variant):
+        """`rope_append`, then `attend`: one launch for a step of few short rows, two for everything else."""
+        self._took_short[q.device] = is_short = self._is_short(q, k_pages, variant)
+        if is_short:
             from hf_fastattn.kernels.attention.short_row import short_row
 
             held = self.on(q.device)
@@ -213,12 +217,21 @@ class Batch:
         q = self.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norms)
         return self.attend(q, k_pages, v_pages, window, scale=scale, variant=variant)
 
-    def _is_short_row(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
-        if not self.short or variant is not None or self.options.batch_invariant or self._backend_of(q) == "reference":
+    def leaves_l1(self, device: torch.device) -> bool:
+        """Whether attention beside a layer's products leaves multiprocessors' memory to the L1 cache, as far as is known.
+
+        Only the launch for short rows needs hardly any shared memory.
+        """
+        return self._took_short.get(device, self.short > 0)
+
+    def _is_short(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
+        if not self.short or self.shared is not None or variant is not None or self.options.batch_invariant:
+            return False
+        if self._backend_of(q) == "reference":
             return False
         from hf_fastattn.kernels.attention.short_row import takes
 
-        return takes(q, k_pages)
+        return takes(q, k_pages, self.short)
 
     def attend(
         self,

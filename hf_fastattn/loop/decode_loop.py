@@ -22,7 +22,7 @@ from hf_fastattn.cache.row_states import RowStates
 from hf_fastattn.counters import CallCounters
 from hf_fastattn.graphs.module_checks import why_not_module
 from hf_fastattn.graphs.placement import place_of, route_of
-from hf_fastattn.kernels.attention.configs import is_short
+from hf_fastattn.kernels.attention.configs import short_heads
 from hf_fastattn.kernels.rehearsal import compile_ahead
 from hf_fastattn.kernels.sampling.advance import advance
 from hf_fastattn.kernels.sampling.loop_tensors import LoopTensors
@@ -254,7 +254,7 @@ class DecodeLoop:
         return GraphKey(
             rows, request.do_sample, request.choice.repetition_penalty != 1.0, request.choice.min_new_tokens > 0,
             worth.sharers, worth.group_count, len(worth.levels) if worth.groups else 0, self._recorded, self._history,
-            self._adapters, forced=self._forced, short=is_short(rows, self._keys),
+            self._adapters, forced=self._forced, short=short_heads(rows, self._keys),
         )  # fmt: skip
 
     def _launch(self) -> None:

@@ -31,7 +31,7 @@ class GraphKey:
         logprobs: the step says how likely each token was.
         forced: columns of the tensor with tokens that rows take whatever is likeliest; 0 if they choose.
         pieces: tokens of prompts that the step computes beside its rows; 0 if there are none.
-        short: of a single row that has few keys in all steps of the call.
+        short: query heads up to which the rows have few keys in all steps of the call; 0 if they have many.
     """
 
     rows: int
@@ -49,7 +49,7 @@ class GraphKey:
     logprobs: bool = False
     forced: int = 0
     pieces: int = 0
-    short: bool = False
+    short: int = 0
 
     def of_beams(self, beams: BeamState) -> GraphKey:
         """The same for a step of a beam search."""

@@ -1,12 +1,12 @@
-"""[qk-norm] + RoPE + append + attention of one new token of a single short row, in one launch.
+"""[qk-norm] + RoPE + append + attention of one new token of each of a few short rows, in one launch.
 
-A program takes one query head and a part of the keys; the new token is a part of its own. Keys and values of earlier tokens
-do not depend on the launch ahead: a program asks for its first tile of them before it waits, and holds it in registers. Then
-it rotates the query by itself. The first program of a kv head writes the new key and value to their slot, which no program
-reads. The last program to arrive at a head merges its parts by LSE, as in `decode_row.py`. Programs have one warp, which
-waits for no other: with so few keys a launch takes as long as its longest chain of instructions. All arithmetic is fp32, on
-the CUDA cores; queries and keys are rounded to the dtype of the pages once they are rotated, as `append.py` does. The plain
-PyTorch versions are `rope_reference.rope_append` and `reference.paged_attention`.
+A program takes one query head of a row and a part of the keys; the new token is a part of its own. Keys and values of
+earlier tokens do not depend on the launch ahead: a program asks for its first tile of them before it waits, and holds it in
+registers. Then it rotates the query by itself. The first program of a kv head writes the new key and value to their slot,
+which no program reads. The last program to arrive at a head of a row merges its parts by LSE, as in `decode_row.py`.
+Programs have one warp, which waits for no other: with so few keys a launch takes as long as its longest chain of
+instructions. All arithmetic is fp32, on the CUDA cores; queries and keys are rounded to the dtype of the pages once they are
+rotated, as `append.py` does. The plain PyTorch versions are `rope_reference.rope_append` and `reference.paged_attention`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _add_tile(q, k, v, ok_n, scale, row_max, row_sum, acc):
 def short_row_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, k_pages_ptr, v_pages_ptr, page_table_ptr, seq_lens_ptr, slot_ptr,
     q_norm_ptr, k_norm_ptr, partial_ptr, partial_sum_ptr, arrived_ptr, splits, window, scale, eps,
-    stride_qh, stride_kh, stride_vh, stride_page, stride_slot, stride_head,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ct, stride_st, stride_page, stride_slot,
+    stride_head, stride_row,
     HEADS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_PARTS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr, HAS_WINDOW: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -105,12 +106,20 @@ def short_row_kernel(
     """One query head and one part: the new token, or of the earlier ones a tile, or several if `splits` parts hold more."""
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS
+    row = tl.program_id(1)
     group = head // RATIO
+    q_ptr += row * stride_qt
+    k_ptr += row * stride_kt
+    v_ptr += row * stride_vt
+    cos_ptr += row * stride_ct
+    sin_ptr += row * stride_st
+    page_table_ptr += row.to(tl.int64) * stride_row
+    number = row * HEADS + head
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     if OVERLAP and not SETTLED:
         gdc_wait()
-    length = tl.load(seq_lens_ptr)
+    length = tl.load(seq_lens_ptr + row)
     past = tl.maximum(length - 1, 0)
     lowest = 0
     if HAS_WINDOW:
@@ -138,7 +147,7 @@ def short_row_kernel(
         raw = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
         raw_k = _with_partners(k_ptr + group * stride_kh, D, ROTARY, BLOCK_D)
         value = tl.load(v_ptr + group * stride_vh + d, mask=d < D, other=0.0)
-        slot = tl.load(slot_ptr).to(tl.int64)
+        slot = tl.load(slot_ptr + row).to(tl.int64)
         q = _rotated(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
         key = _rotated(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
         written = (head % RATIO == 0) & (slot >= 0) & (d < D)
@@ -170,29 +179,29 @@ def short_row_kernel(
                 PAGE, D, BLOCK_D,
             )  # fmt: skip
             row_max, row_sum, acc = _add_tile(q, k, v, first + n < stop, scale, row_max, row_sum, acc)
-    out_at = out_ptr + head * D + d
+    out_at = out_ptr + number * D + d
     if parts == 0:
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=d < D)
     else:
-        states = head * (splits + 1)
+        states = number * (splits + 1)
         tl.store(partial_ptr + (states + part) * BLOCK_D + d, acc)
         tl.store(partial_sum_ptr + (states + part) * 2, row_max)
         tl.store(partial_sum_ptr + (states + part) * 2 + 1, row_sum)
         # Every thread has stored its share of the part before one of them counts it.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(arrived_ptr + number, 1, sem="acq_rel", scope="gpu")
         if arrived == parts:
-            tl.store(arrived_ptr + head, 0)
+            tl.store(arrived_ptr + number, 0)
             _, total_sum, total = merged_parts(partial_ptr, partial_sum_ptr, states, parts + 1, 1, BLOCK_D, MERGE_PARTS)
             out = tl.sum(total / total_sum[:, None], 0)
             tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def takes(q: Tensor, k_pages: Tensor) -> bool:
-    """Whether there is a tile for these queries and pages."""
+def takes(q: Tensor, k_pages: Tensor, most_heads: int) -> bool:
+    """Whether there is a tile for these queries and pages, and no more heads than `configs.short_heads` gave."""
     _, heads, dim = q.shape
     tile = short_row_tile(arch_of(q.device), q.element_size(), power_of_2(dim), heads)
-    return k_pages.dtype is q.dtype and tile is not None
+    return k_pages.dtype is q.dtype and tile is not None and heads <= most_heads
 
 
 def short_row(
@@ -217,16 +226,16 @@ def short_row(
     keys_settled: bool = False,
     tile: ShortRowTile | None = None,
 ) -> Tensor:
-    """`rope_append` and attention of the one new token of a single row, over pages that it is written to as well.
+    """`rope_append` and attention of the one new token of each row, over pages that it is written to as well.
 
     Args:
-        q: `[1, H, D]` queries, before norm and RoPE; bf16 or fp16, any stride but 1 in the last dimension.
-        k: `[1, G, D]` keys, likewise; `v` the values, stored as they are.
-        cos: `[1, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
+        q: `[B, H, D]` queries, before norm and RoPE; bf16 or fp16, any strides but 1 in the last dimension.
+        k: `[B, G, D]` keys, likewise; `v` the values, stored as they are.
+        cos: `[B, rotary dims]`; `sin` likewise, with its sign folded in by `rope_reference.signed_sin`.
         k_pages: `[N, P, G, D]` pages of keys, written in place; `v_pages` of values, with the same strides.
-        slot_mapping: `[1]` int32, `page * P + offset` of the new token; if negative, it is not written.
-        page_table: `[1, columns]` int32.
-        seq_lens: `[1]` int32, keys of the row with the new one.
+        slot_mapping: `[B]` int32, `page * P + offset` of each new token; if negative, it is not written.
+        page_table: `[B, columns]` int32.
+        seq_lens: `[B]` int32, keys of each row with the new one; 0 of a row that takes no part.
         scale: factor on the scores.
         window: keys that the token sees, itself included; all by default.
         workspace: room for partial states, for one stream.
@@ -238,32 +247,33 @@ def short_row(
         tile: launch configuration, for measuring; by default that of `configs.short_row_tile`.
 
     Returns:
-        `[1, H, D]` in the dtype of q.
+        `[B, H, D]` in the dtype of q.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
     check_pages(q, k_pages, v_pages)
-    _, heads, dim = q.shape
+    rows, heads, dim = q.shape
     groups, block_d = k_pages.shape[2], power_of_2(dim)
     arch = arch_of(q.device)
     tile = tile or short_row_tile(arch, q.element_size(), block_d, heads)
-    if tile is None or q.element_size() != 2 or k_pages.dtype is not q.dtype or q.shape[0] != 1:
+    if tile is None or q.element_size() != 2 or k_pages.dtype is not q.dtype or seq_lens.shape != (rows,):
         raise ValueError(
-            f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} must be one token of 16 bits, of a head dim "
-            "that has a tile; take rope_append and paged_attention"
+            f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype} and seq_lens {tuple(seq_lens.shape)} must be one "
+            "token of 16 bits a row, of a head dim that has a tile; take rope_append and paged_attention"
         )
-    out = torch.empty((1, heads, dim), dtype=q.dtype, device=q.device)
-    splits = max(min(tile.programs * workspace.processors // heads, MOST_PARTS), 1)
-    partial, partial_sum, arrived = workspace.split_kv(heads * (splits + 1), 1, block_d)
+    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    splits = max(min(tile.programs * workspace.processors // (rows * heads), MOST_PARTS), 1)
+    partial, partial_sum, arrived = workspace.split_kv(rows * heads * (splits + 1), 1, block_d)
     overlap = overlaps_launches(arch)
     with on_device_of(q):
         launch(
-            short_row_kernel, (heads * (splits + 1),),
+            short_row_kernel, (heads * (splits + 1), rows),
             (
                 q, k, v, cos, sin, out, k_pages, v_pages, page_table, seq_lens, slot_mapping, q_norm, k_norm,
                 partial, partial_sum, arrived, splits, window or 0, scale * LOG2E, eps,
-                q.stride(1), k.stride(1), v.stride(1), *k_pages.stride()[:3],
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0), sin.stride(0), *k_pages.stride()[:3],
+                page_table.stride(0),
             ),
             dict(
                 HEADS=heads, RATIO=heads // groups, D=dim, ROTARY=cos.shape[-1], PAGE=k_pages.shape[1], BLOCK_D=block_d,

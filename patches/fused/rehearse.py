@@ -107,7 +107,7 @@ def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[
         states: of the prompt.
         copies: which of the prompt's rows each row goes on from, if that is not its own.
     """
-    from hf_fastattn.kernels.attention.configs import is_short
+    from hf_fastattn.kernels.attention.configs import short_heads
     from hf_fastattn.kernels.attention.workspace import Workspace
     from hf_fastattn.loop.device_state import bucket_of, columns_for
 
@@ -126,7 +126,7 @@ def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
     shared = None if copies is None else _shared(cache, copies, device)
-    return Batch.static(tensors, rows, options, shared, is_short(rows, cache.room)), tokens, position_ids
+    return Batch.static(tensors, rows, options, shared, short_heads(rows, cache.room)), tokens, position_ids
 
 
 def _step_positions(

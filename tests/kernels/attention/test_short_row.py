@@ -1,4 +1,4 @@
-"""Norm, RoPE, append and attention of one token of a short row in one kernel, against the same steps in PyTorch."""
+"""Norm, RoPE, append and attention of a token of each of a few short rows in one kernel, against these steps in PyTorch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ TILE = ShortRowTile(64, 2)
 
 
 def check(
-    past: int,
-    *,
+    *pasts: int,
     rotary: int | None = None,
     norm: bool = False,
     unit_offset: bool = False,
@@ -34,54 +33,57 @@ def check(
     tile: ShortRowTile = TILE,
     **shape,
 ) -> torch.Tensor:
-    """Output, and the pages after the append, of a row of `past` tokens and a new one."""
-    batch = make_batch([1], [past], scattered=True, window=window, device=device, **shape)
-    dtype, (keys, values) = batch.q.dtype, batch.rows[0]
+    """Output, and the pages after the append, of rows of `pasts` tokens and a new one each."""
+    rows = len(pasts)
+    batch = make_batch([1] * rows, pasts, scattered=True, window=window, device=device, **shape)
+    dtype, olds = batch.q.dtype, batch.rows
     groups, dim = batch.k_pages.shape[2:]
-    page, length = batch.k_pages.shape[1], past + 1
-    generator = torch.Generator(device).manual_seed(past)
+    page = batch.k_pages.shape[1]
+    generator = torch.Generator(device).manual_seed(sum(pasts))
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
     # Slices of one projection, as in a layer.
     heads = batch.q.shape[1]
-    q, k, v = normal(1, heads + 2 * groups, dim).split((heads, groups, groups), 1)
-    angles = normal(1, (dim if rotary is None else rotary) // 2).repeat(1, 2)
+    q, k, v = normal(rows, heads + 2 * groups, dim).split((heads, groups, groups), 1)
+    angles = normal(rows, (dim if rotary is None else rotary) // 2).repeat(1, 2)
     cos, sin = angles.cos(), rope_reference.signed_sin(angles.sin())
     weights = {"q_norm": normal(dim), "k_norm": normal(dim), "eps": 1e-5} if norm else {}
-    slot = torch.full((1,), -1, dtype=torch.int32, device=device)
-    if length:
-        place = batch.table[0][past // page], past % page
-        batch.k_pages[place] = batch.v_pages[place] = math.nan
-        if written:
-            slot.fill_(place[0] * page + place[1])
+    slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    places = {}
+    for row, past in enumerate(pasts):
+        if past >= 0:
+            place = places[row] = batch.table[row][past // page], past % page
+            batch.k_pages[place] = batch.v_pages[place] = math.nan
+            if written:
+                slots[row] = place[0] * page + place[1]
     before = batch.k_pages.clone(), batch.v_pages.clone()
     workspace = workspace or Workspace(torch.device(device))
     if device == "cpu":
         workspace.processors = PROCESSORS
     got = short_row(
-        q, k, v, cos, sin, batch.k_pages, batch.v_pages, slot, batch.page_table, batch.seq_lens,
+        q, k, v, cos, sin, batch.k_pages, batch.v_pages, slots, batch.page_table, batch.seq_lens,
         scale=batch.scale, window=window, workspace=workspace, unit_offset=unit_offset, tile=tile, **weights,
     )  # fmt: skip
-    outs = []
+    outs, keys = [], []
     for target in (dtype, torch.float64):
         turned, key = steps(q, k, cos, sin, weights, unit_offset, target)
-        rows = [
-            torch.cat((old[:-1].to(target), new)) if length else old for old, new in ((keys, key), (values, v.to(target)))
-        ]
-        outs.append(dense_attention(replace(batch, q=turned, rows=[(rows[0], rows[1])]), target, window=window)[0])
-        if length and written:
-            assert torch.equal(batch.v_pages[place], v[0])
-            if target == dtype:
-                plain_key = key
-            else:
-                assert_close("key", batch.k_pages[place][None], plain_key, key)
+        news = key, v.to(target)
+        pairs = [
+            tuple(torch.cat((old[:-1].to(target), new[row : row + 1])) for old, new in zip(pair, news, strict=True))
+            if row in places else pair for row, pair in enumerate(olds)
+        ]  # fmt: skip
+        outs.append(dense_attention(replace(batch, q=turned, rows=pairs), target, window=window)[0])
+        keys.append(key)
     assert_close("output", got, *outs)
+    for row, place in places.items() if written else ():
+        assert torch.equal(batch.v_pages[place], v[row])
+        assert_close("key", batch.k_pages[place][None], *(key[row][None] for key in keys))
     for pages, old in zip((batch.k_pages, batch.v_pages), before, strict=True):
         # A write to slot -1 shows in the page before the first.
         assert pages._base is not None and pages._base[0].isnan().all()
-        if length and written:
+        for place in places.values() if written else ():
             pages[place] = old[place]
         assert torch.equal(pages.nan_to_num(7.0), old.nan_to_num(7.0))
     assert not workspace.split_kv(1, 1, dim)[2].any()
@@ -111,6 +113,14 @@ def test_windows(window):
 @pytest.mark.parametrize("options", [{"rotary": 16}, {"rotary": 0}, {"norm": True, "unit_offset": True, "rotary": 32}])
 def test_rotations(options):
     check(77, page=16, ratio=2, dim=64, dtype=BF16, **options)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("ratio", "window"), [(1, None), (4, None), (2, 30)])
+def test_several_rows(ratio, window):
+    """Also rows that take no part, and those of a new token alone."""
+    check(40, -1, 0, 97, page=16, ratio=ratio, dim=64, dtype=BF16, norm=ratio == 4, window=window)
+    check(16, 15, page=4, ratio=ratio, dim=32, dtype=FP16, groups=1, window=window, tile=ShortRowTile(16, 1))
 
 
 @pytest.mark.interpreter
