@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
+from hf_fastattn.kernels.carve_out import prefer_shared_memory
 from hf_fastattn.kernels.launch import TESTED
 from hf_fastattn.kernels.rehearsal import prepared
 from hf_fastattn.kernels.relaunch import ALIGNMENT
@@ -27,7 +28,9 @@ class _Known:
     kernels: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any], *, carve_out: int | None = None
+) -> None:  # fmt: skip
     """Launch a kernel on the current device.
 
     Args:
@@ -36,6 +39,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
         arguments: tensors, numbers and None in the order of its parameters, up to the compile-time constants. The first is a
             tensor.
         options: all these constants by name, and Triton's options.
+        carve_out: per cent of a multiprocessor's memory that are to be shared memory; see `carve_out.py`.
     """
     taken = prepared(kernel)
     if taken is not kernel or not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED):
@@ -49,6 +53,12 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], optio
     if known is not None:
         known[0][(*grid, 1, 1)[:3]](*arguments, *known[1])
         return
+    if carve_out is not None:
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        # Reading this attribute loads the kernel.
+        if compiled.run is not None:
+            prefer_shared_memory(compiled.function, carve_out)
     compiled = kernel[grid](*arguments, **options)
     names = [parameter.name for parameter in kernel.params[len(arguments) :]]
     _Known.kernels[key] = compiled, tuple(options[name] for name in names)

@@ -1,6 +1,6 @@
 """Triton: tensors of one number for each thread, for fragments of the matrix unit: loads, exchanges, sums and their stores.
 
-The fragments are those of `quantised/fragments.py`.
+The fragments are those of `token_fragments.py` and `quantised/fragments.py`.
 
 A tensor `[32 * warps]` lies one number in each thread, in order. The interpreter runs no assembly: it computes the same.
 """

@@ -2,13 +2,14 @@
 
 `y_i = x W_i^T + b_i` for up to three weights `[N_i, K]` (q, k and v of one input), or `silu(x Wg^T) * (x Wu^T)`. The
 weights are not copied together: a program finds its weight from its program id. One token is multiplied here, without the
-matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `skinny.py`. Everything is summed
-in fp32 and rounded once, after bias, residual and LoRA (see `lora.py`) are added. Under autocast weights may be fp32, and
-are rounded to the dtype of x as they are read; the residual is fp32 then, and so is the result.
+matrix unit: a program takes a few weight rows, a tile of K at a time. More tokens go to `few_rows.py` in 16 bits without
+adapters where that is quicker, else to `skinny.py`. Everything is summed in fp32 and rounded once, after bias, residual and
+LoRA (see `lora.py`) are added. Under autocast weights may be fp32, and are rounded to the dtype of x as they are read; the
+residual is fp32 then, and so is the result.
 
 RMSNorm of x is a launch of its own (`norm.py`): fused here, every program would read the norm's weight beside x, which
-costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. Weights so small
-that all programs run at once take `one_wave.py`, with the norm. The plain PyTorch versions are in `reference.py`.
+costs more than a launch where the L1 cache is small, as after attention kernels with much shared memory. One token of small
+models takes `one_wave.py` with the norm, and more of them `few_rows.py`. The plain PyTorch versions are in `reference.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.launch import DTYPES, arch_of, on_device_of, overlaps_launches, power_of_2
+from hf_fastattn.kernels.layer import few_rows
 from hf_fastattn.kernels.layer.activation import silu_gate
 from hf_fastattn.kernels.layer.configs import MOST_TOKENS, ProductTile, product_tile, room_beside
+from hf_fastattn.kernels.layer.few_rows_configs import few_rows_tile
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums, LoraTile, check_adapters, operands
 from hf_fastattn.kernels.layer.lora_programs import b_of_token, early_sums, expand_token, shrink_token
 from hf_fastattn.kernels.layer.skinny import skinny_product
@@ -159,7 +162,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 
 def _product(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, residual: Tensor | None,
-    gated: bool, sums: SplitSums | None, weights_settled: bool, tile: ProductTile | None,
+    gated: bool, sums: SplitSums | None, weights_settled: bool, asks_for_l1: bool, tile: ProductTile | None,
     lora: Sequence[Adapter | None] | None, lora_sums: LoraSums | None, lora_tile: LoraTile | None,
     lora_numbers: Tensor | None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -177,6 +180,12 @@ def _product(
     if not y.numel():
         return y
     arch = arch_of(x.device)
+    few = few_rows_tile(arch, x.element_size(), tokens, k, sum(counts), gated, False) if tile is lora is None else None
+    if few is not None and few_rows.takes(x, weights, few):
+        return few_rows.few_rows(
+            x, weights, biases, tile=few, residual=residual, gated=gated, weights_settled=weights_settled, out=y,
+            asks_for_l1=asks_for_l1,
+        )  # fmt: skip
     rounds = weights[0].dtype is not x.dtype
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)
@@ -211,6 +220,7 @@ def matvec(
     residual: Tensor | None = None,
     sums: SplitSums | None = None,
     weights_settled: bool = False,
+    asks_for_l1: bool = False,
     tile: ProductTile | None = None,
     lora: Sequence[Adapter | None] | None = None,
     lora_sums: LoraSums | None = None,
@@ -228,6 +238,7 @@ def matvec(
         sums: room for split products, for one stream; made by the call if needed and not given.
         weights_settled: no launch that may still be running writes a weight, so the first tiles of weights are read before
             the launch ahead has ended. Launches overlap, so the one before the last counts too.
+        asks_for_l1: see `few_rows.few_rows`, which some products take.
         tile: launch configuration, for measuring; by default that of `configs.product_tile`.
         lora: an adapter for each weight, or None for those without; None if there are none at all.
         lora_sums: room for the sums of one forward's launches; made by the call if needed and not given.
@@ -241,7 +252,7 @@ def matvec(
     Raises:
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
-    options = (sums, weights_settled, tile, lora, lora_sums, lora_tile, lora_numbers)
+    options = (sums, weights_settled, asks_for_l1, tile, lora, lora_sums, lora_tile, lora_numbers)
     y = _product(x, weights, biases, residual, False, *options, out)
     return y.split([weight.shape[0] for weight in weights], -1)
 
@@ -253,6 +264,7 @@ def gate_up_silu(
     *,
     sums: SplitSums | None = None,
     weights_settled: bool = False,
+    asks_for_l1: bool = False,
     tile: ProductTile | None = None,
     lora: Sequence[Adapter | None] | None = None,
     lora_sums: LoraSums | None = None,
@@ -262,5 +274,5 @@ def gate_up_silu(
     """`silu(x Wg^T) * (x Wu^T)`, `[T, I]`, in one launch; arguments as of `matvec`, both weights `[I, K]`."""
     if w_gate.shape != w_up.shape:
         raise ValueError(f"w_gate {tuple(w_gate.shape)} and w_up {tuple(w_up.shape)} must be of one shape")
-    options = (sums, weights_settled, tile, lora, lora_sums, lora_tile, lora_numbers)
+    options = (sums, weights_settled, asks_for_l1, tile, lora, lora_sums, lora_tile, lora_numbers)
     return _product(x, (w_gate, w_up), None, None, True, *options)

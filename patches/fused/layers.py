@@ -140,6 +140,8 @@ def _run(
 ) -> tuple[Tensor, Delta]:
     """What layers of the decoder make of `x: [T, hidden]` and of what the next norm is to add to it."""
     is_step = cache.paged_batch is not None and cache.paged_batch.is_decode
+    if not isinstance(products, PlainProducts):
+        products.batch = cache.paged_batch
     for layer in layers:
         x, delta = _attention(layer, x, delta, products, cache, positions, attention_mask)
         x, delta = _mlp(layer, x, delta, products, is_step)

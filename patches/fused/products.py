@@ -1,8 +1,8 @@
 """Norms, products and activation of a layer: our kernels where the modules are plain, calls of the modules elsewhere.
 
 Between the layers stands the residual stream `x: [T, hidden]` and, where a module was called that nobody could add to x
-in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is a launch of its own, but for one token of
-small models, where the programs of the product behind it each normalise it themselves (`kernels/layer/one_wave.py`).
+in passing, its output `delta: [T, hidden]`, which the next norm adds. A norm is a launch of its own, but for few tokens,
+where the programs of the product behind it may each normalise them themselves (`at_once.py`).
 
 Under autocast, products take and give 16 bits, and fp32 weights are rounded for them; x, norms and their weights stay as
 they are. What a product takes is rounded by the norm before it.
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_fastattn.autocast import region_dtype
+from hf_fastattn.cache.batch import Batch
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
-from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas, one_wave_tile
+from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
-from hf_fastattn.kernels.layer.one_wave import one_wave
 from hf_fastattn.kernels.layer.pushed_norm import pushed_norm
 from hf_fastattn.kernels.layer.split_sums import SplitSums
 from hf_fastattn.kernels.layer.summed_norm import summed_norm
@@ -39,6 +39,7 @@ from hf_fastattn.parallel.shards import GATHERED, ROWS, Shard
 from hf_fastattn.parallel.shared_heads import HEADS
 from hf_fastattn.patches.family import LayerNames
 from hf_fastattn.patches.fused.adapter_stacks import TokenAdapters, add_by_row
+from hf_fastattn.patches.fused.at_once import Held, product_at_once
 from hf_fastattn.patches.modules.lora_modules import Adapted, adapted_parameters
 from hf_fastattn.patches.modules.plain_modules import (
     is_plain_tensor,
@@ -49,14 +50,6 @@ from hf_fastattn.patches.modules.plain_modules import (
     plain_shard,
 )
 from hf_fastattn.quantised.modules import QuantisedLinear, quantised_linear
-
-
-class Held(NamedTuple):
-    """What products with several linear layers take: all biases or none, adapters or None where no layer has one."""
-
-    weights: list[Tensor]
-    biases: list[Tensor] | None
-    adapters: list[Adapter | None] | None
 
 
 class Products:
@@ -76,6 +69,7 @@ class Products:
 
     Attributes:
         later: makes these sums while other tokens are computed, if anything does.
+        batch: whose attention runs between these products, if any does.
         adapters_fused: LoRA layers that our products took in so far.
         quantised_products: layers with quantised weights that were multiplied with by our kernels so far.
     """
@@ -105,6 +99,7 @@ class Products:
         self.quantised_products = 0
         self._peers, self._slot = peers, 0
         self.later: CopiedSums | None = None
+        self.batch: Batch | None = None
 
     @property
     def narrowed(self) -> bool:
@@ -126,7 +121,16 @@ class Products:
 
     @property
     def _launch(self) -> dict[str, Any]:
-        return {"sums": self.split_sums() if self.tokens > 1 else None, "weights_settled": True}
+        return {
+            "sums": self.split_sums() if self.tokens > 1 else None,
+            "weights_settled": True,
+            "asks_for_l1": self._asks_for_l1,
+        }
+
+    @property
+    def _asks_for_l1(self) -> bool:
+        """Whether launches ask for L1 cache: attention between them takes the memory that it is in."""
+        return self.batch is not None and not self.batch.leaves_l1(self.device)
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Tensor:
         """What the module makes of `x: [T, K]`, given to it as `[B, S, K]`; `[T, N]`."""
@@ -173,7 +177,7 @@ class Products:
     def project(self, norm: Any, linears: tuple[Any, ...], x: Tensor, delta: Delta) -> tuple[tuple[Tensor, ...], Tensor]:
         """The products of the norm of `x + delta` with several weights, `[T, N_i]` each, and the sum."""
         held = self._parameters(linears, x)
-        at_once = self._one_wave(held, x, delta, norm)
+        at_once = self._at_once(held, x, delta, norm)
         if at_once is not None:
             assert held is not None
             return at_once.split([weight.shape[0] for weight in held.weights], -1), x
@@ -195,7 +199,7 @@ class Products:
     def gated(self, norm: Any, gate: Any, up: Any, act_fn: nn.Module, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
         """`act_fn(gate) * up` of the norm of `x + delta`, `[T, I]`, and the sum."""
         held, silu, dtype = self._parameters((gate, up), x), is_silu(act_fn, x.device), self._dtype_of(x)
-        at_once = self._one_wave(held, x, delta, norm, gated=True) if silu else None
+        at_once = self._at_once(held, x, delta, norm, gated=True) if silu else None
         if at_once is not None:
             return at_once, x
         normed, x = self.norm(norm, x, delta, None if held is None else dtype)
@@ -224,7 +228,7 @@ class Products:
         if held is None:
             alone = self._quantised((linear,), states) if x.dtype in (states.dtype, torch.float32) else None
             return (x, self._apply(linear, states)) if alone is None else (self._launched(alone, states, x)[0], None)
-        at_once = self._one_wave(held, states, None, None, residual=x)
+        at_once = self._at_once(held, states, None, None, residual=x)
         if at_once is not None:
             return at_once, None
         return matvec(states, held.weights, held.biases, residual=x, **self._options(held))[0], None
@@ -297,24 +301,19 @@ class Products:
             out.copy_(part)
         return out, slot
 
-    def _one_wave(
+    def _at_once(
         self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor | None:
-        """One token's products with the weights of `held`, after the norm if there is one; None if `matvec` is quicker."""
-        if self.tokens > 1 or held is None or held.adapters is not None or delta is not None or not x.is_contiguous():
-            return None
-        if (gated and held.biases is not None) or (residual is not None and residual.dtype is not x.dtype):
+        """Few tokens' products with the weights of `held`, after the norm if there is one; None if that is not quicker."""
+        if held is None or delta is not None or self.narrowed:
             return None
         weight = None if norm is None else norm_weight(norm, self.names.norm, x.device, (x.dtype,))
-        if (weight is None and norm is not None) or self.narrowed or held.weights[0].dtype is not x.dtype:
+        if weight is None and norm is not None:
             return None
-        rows = sum(weight.shape[0] for weight in held.weights)
-        tile = one_wave_tile(self.arch, x.element_size(), x.shape[1], rows, gated)
-        if tile is None:
-            return None
-        return one_wave(
-            x, held.weights, held.biases, tile=tile, residual=residual, norm=weight, gated=gated, weights_settled=True,
-            eps=0.0 if norm is None else norm_eps(norm), unit_offset=self.names.unit_offset,
+        eps = 0.0 if norm is None else norm_eps(norm)
+        return product_at_once(
+            self.arch, held, x, weight, eps, unit_offset=self.names.unit_offset, gated=gated, residual=residual,
+            asks_for_l1=self._asks_for_l1,
         )  # fmt: skip
 
     def _gathered(self, part: Shard, x: Tensor) -> Tensor:

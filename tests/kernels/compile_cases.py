@@ -30,6 +30,7 @@ from tests.kernels.compile_launches import (
     delta_prompt,
     dilated,
     experts_of,
+    few,
     forked,
     gated,
     hopper,
@@ -163,6 +164,7 @@ CASES = {
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),
     "short row": Case(lambda: short(2, 128, norm=True), ("short_row_kernel",), programs=2),
+    "short rows": Case(lambda: short(4, 128, norm=True, rows=4), ("short_row_kernel",), programs=2),
     "short row, D = 64": Case(lambda: short(4, 64), ("short_row_kernel",), programs=2),
     "short row, D = 80, window": Case(
         lambda: short(7, 80, FP16, rotary=32, norm=True, window=100), ("short_row_kernel",), programs=2
@@ -425,6 +427,23 @@ CASES = {
     ),
     "product at once, K = 3072": Case(
         lambda: at_once(3072, (1024,), FP16, residual=True, bias=True), ("one_wave_kernel",), programs=4
+    ),
+    "products of few tokens": Case(lambda: few(4, 2560, QKV, norm=True), ("few_rows_kernel",), programs=3),
+    "products of few tokens, of 16": Case(lambda: few(16, 4096, QKV, norm=True), ("few_rows_kernel",), programs=3),
+    "products of few tokens, one weight": Case(
+        lambda: few(8, 14336, (4096,), residual=True), ("few_rows_kernel",), programs=2
+    ),
+    "products of few tokens, one weight, of 16": Case(
+        lambda: few(16, 4096, (2560,), FP16, residual=True, bias=True), ("few_rows_kernel",), programs=2
+    ),
+    "products of few tokens, gate and up": Case(
+        lambda: few(4, 2560, (9728, 9728), norm=True, gated=True), ("few_rows_kernel",), programs=2
+    ),
+    "products of few tokens, gate and up, of 16": Case(
+        lambda: few(16, 4096, (14336, 14336), FP16, gated=True), ("few_rows_kernel",), programs=4
+    ),
+    "products of few tokens, small gate and up": Case(
+        lambda: few(16, 2048, MLP, norm=True, gated=True), ("few_rows_kernel",), programs=4, targets=("sm_80", "sm_90")
     ),
     "product, bias": Case(lambda: product(1, 896, (896, 128, 128), FP16, bias=True), ("matvec_kernel",), programs=3),
     "product, fp32": Case(lambda: product(1, 4096, QKV, FP32), ("matvec_kernel",), programs=3),

@@ -25,6 +25,8 @@ from hf_fastattn.kernels.experts.mixture import mixture
 from hf_fastattn.kernels.layer import weight_sum
 from hf_fastattn.kernels.layer.activation import silu_and_mul
 from hf_fastattn.kernels.layer.configs import HOPPER, ProductTile, one_wave_tile
+from hf_fastattn.kernels.layer.few_rows import few_rows
+from hf_fastattn.kernels.layer.few_rows_configs import few_rows_tile
 from hf_fastattn.kernels.layer.lora import Adapter, Members
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import add_rms_norm
@@ -103,15 +105,15 @@ def decode(
 
 def short(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *, rotary: int | None = None, norm: bool = False,
-    window: int | None = None,
+    window: int | None = None, rows: int = 1,
 ) -> object:  # fmt: skip
     groups, workspace = 8, Workspace(torch.device("cpu"))
     workspace.processors = 132
-    q, k = (torch.zeros(1, count, dim, dtype=dtype) for count in (groups * ratio, groups))
+    q, k = (torch.zeros(rows, count, dim, dtype=dtype) for count in (groups * ratio, groups))
     # On every architecture that of Hopper.
     tile = short_row_tile(HOPPER, q.element_size(), dim, groups)
-    cos, weight = torch.zeros(1, rotary or dim, dtype=dtype), torch.ones(dim, dtype=dtype) if norm else None
-    page_table, lengths = table(1, 16)
+    cos, weight = torch.zeros(rows, rotary or dim, dtype=dtype), torch.ones(dim, dtype=dtype) if norm else None
+    page_table, lengths = table(rows, 16)
     return short_row(
         q, k, k, cos, cos, *pages(groups, dim, 16, dtype), lengths, page_table, lengths, scale=1.0, window=window,
         workspace=workspace, keys_settled=True, q_norm=weight, k_norm=weight, tile=tile,
@@ -264,6 +266,25 @@ def at_once(
         [weight[:, 0].contiguous() for weight in weights] if bias else None,
         tile=tile,
         residual=torch.zeros(1, counts[0], dtype=dtype) if residual else None,
+        norm=x[0] if norm else None,
+        gated=gated,
+        weights_settled=True,
+    )
+
+
+def few(
+    tokens: int, k: int, counts: tuple[int, ...], dtype: torch.dtype = BF16, *, norm: bool = False, bias: bool = False,
+    residual: bool = False, gated: bool = False,
+) -> object:  # fmt: skip
+    x, weights = torch.zeros(tokens, k, dtype=dtype), [torch.zeros(count, k, dtype=dtype) for count in counts]
+    tile = few_rows_tile(HOPPER, x.element_size(), tokens, k, sum(counts), gated, norm)
+    assert tile is not None
+    return few_rows(
+        x,
+        weights,
+        [weight[:, 0].contiguous() for weight in weights] if bias else None,
+        tile=tile,
+        residual=torch.zeros(tokens, counts[0], dtype=dtype) if residual else None,
         norm=x[0] if norm else None,
         gated=gated,
         weights_settled=True,

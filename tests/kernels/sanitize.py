@@ -32,7 +32,7 @@ from tests.kernels.attention import (
     test_work_list,
 )
 from tests.kernels.cases import in_eight_bits, make_batch
-from tests.kernels.layer import test_activation, test_lora, test_matvec, test_norm, test_one_wave
+from tests.kernels.layer import test_activation, test_few_rows, test_lora, test_matvec, test_norm, test_one_wave
 from tests.kernels.linear import test_delta_prefill, test_delta_step
 from tests.kernels.sampling import test_advance, test_greedy, test_logprobs, test_typical
 from tests.kernels.sampling import test_draw as test_sampling
@@ -70,6 +70,7 @@ def short_row() -> None:
         options = {"page": 16, "dim": 80, "ratio": 3, "rotary": 32, "dtype": BF16, "device": "cuda"}
         test_short_row.check(past, norm=True, **options)
         test_short_row.check(past, window=40, **options)
+    test_short_row.check(40, -1, 0, 97, page=16, ratio=4, dim=128, dtype=BF16, norm=True, device="cuda")
 
 
 def rope_tables() -> None:
@@ -113,6 +114,10 @@ def products() -> None:
     test_one_wave.check(1000, [1001, 63, 1], bias=True, norm=True, device="cuda")
     test_one_wave.check(896, [250, 250], FP16, gated=True, norm=True, device="cuda")
     test_one_wave.check(3072, [130], residual=True, device="cuda")
+    for tokens in (3, 11):
+        test_few_rows.check(tokens, 1024, [1001, 63, 1], bias=True, norm=True, device="cuda")
+        test_few_rows.check(tokens, 896, [250, 250], FP16, gated=True, wide=8, device="cuda")
+        test_few_rows.check(tokens, 3072, [130], residual=True, wide=24, device="cuda")
 
 
 def between() -> None:

@@ -14,9 +14,9 @@ import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
 from hf_fastattn.kernels.attention import short_row
-from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS, ShortRowTile
+from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS, ShortRowTile, short_heads
 from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
-from hf_fastattn.patches.fused import products
+from hf_fastattn.patches.fused import at_once
 from hf_fastattn.transformers_version import CACHE
 from tests.kernels.cases import assert_close
 from tests.tools.fused_layers import LAYER_COUNT, build, count_launches
@@ -31,7 +31,7 @@ TILE = RowTile(1, 2)
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts = count_launches(monkeypatch)
-    for module, name in ((products, "one_wave"), (short_row, "short_row")):
+    for module, name in ((at_once, "one_wave"), (short_row, "short_row")):
         original = getattr(module, name)
 
         def run(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -46,10 +46,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every single row is short, also one that the host has just made, and every product takes place at once."""
     monkeypatch.setattr(
-        Batch, "_is_short_row", lambda batch, q, *_: batch.rows == 1 and batch.is_decode and q.element_size() == 2
+        Batch, "_is_short", lambda batch, q, *_: batch.rows == 1 and batch.is_decode and q.element_size() == 2
     )
     monkeypatch.setattr(short_row, "short_row_tile", lambda *_: ShortRowTile(16, 1))
-    monkeypatch.setattr(products, "one_wave_tile", lambda _, itemsize, *__: TILE if itemsize == 2 else None)
+    monkeypatch.setattr(at_once, "one_wave_tile", lambda _, itemsize, *__: TILE if itemsize == 2 else None)
 
 
 @pytest.mark.interpreter
@@ -89,7 +89,7 @@ def test_what_does_not_take_place_at_once(change: str, launched: Counter[str], e
     assert launched["one_wave"] == alone, dict(launched)
 
 
-def _batch(short: bool, rows: int = 1, columns: int = 4, **options: Any) -> Batch:
+def _batch(short: int, rows: int = 1, columns: int = 4, **options: Any) -> Batch:
     tensors = BatchTensors(
         slots={None: torch.zeros(rows, dtype=torch.int32)},
         page_tables={None: torch.zeros(rows, columns, dtype=torch.int32)},
@@ -101,32 +101,32 @@ def _batch(short: bool, rows: int = 1, columns: int = 4, **options: Any) -> Batc
 @pytest.mark.parametrize(
     ("short", "options", "dtype", "dim", "variant", "want"),
     [
-        (True, {}, BF16, 64, None, True),
-        (False, {}, BF16, 64, None, False),
-        (True, {"batch_invariant": True}, BF16, 64, None, False),
-        (True, {}, torch.float32, 64, None, False),
-        (True, {}, BF16, 256, None, False),
-        (True, {}, BF16, 64, object(), False),
+        (MOST_SHORT_HEADS, {}, BF16, 64, None, True),
+        (4, {}, BF16, 64, None, True),
+        (2, {}, BF16, 64, None, False),
+        (0, {}, BF16, 64, None, False),
+        (MOST_SHORT_HEADS, {"batch_invariant": True}, BF16, 64, None, False),
+        (MOST_SHORT_HEADS, {}, torch.float32, 64, None, False),
+        (MOST_SHORT_HEADS, {}, BF16, 256, None, False),
+        (MOST_SHORT_HEADS, {}, BF16, 64, object(), False),
     ],
 )
 def test_which_batches_are_short(
-    short: bool, options: dict[str, Any], dtype: torch.dtype, dim: int, variant: Any, want: bool,
+    short: int, options: dict[str, Any], dtype: torch.dtype, dim: int, variant: Any, want: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(Batch, "_backend_of", lambda *_: "triton")
     monkeypatch.setattr(short_row, "arch_of", lambda _: HOPPER)
     q, pages = torch.zeros(1, 4, dim, dtype=dtype), torch.zeros(4, 16, 2, dim, dtype=dtype)
     batch = _batch(short, **options)
-    assert batch._is_short_row(q, pages, variant) is want
-    assert not batch._is_short_row(q.repeat(1, MOST_SHORT_HEADS // 4 + 1, 1), pages, variant)
-    assert not batch._is_short_row(q, pages.to(torch.float8_e4m3fn), variant)
+    assert batch._is_short(q, pages, variant) is want
+    assert not batch._is_short(q.repeat(1, MOST_SHORT_HEADS // 4 + 1, 1), pages, variant)
+    assert not batch._is_short(q, pages.to(torch.float8_e4m3fn), variant)
 
 
-@pytest.mark.parametrize(("prompt", "new", "want"), [(20, 8, True), (MOST_SHORT_KEYS - 8, 9, False)])
-def test_the_loop_knows_how_many_keys_a_row_will_have(
-    prompt: int, new: int, want: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = list[bool]()
+@pytest.mark.parametrize(("prompt", "new"), [(20, 8), (MOST_SHORT_KEYS - 8, 9), (400, 4)])
+def test_the_loop_knows_how_many_keys_a_row_will_have(prompt: int, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[int]()
     append_and_attend = Batch.append_and_attend
 
     def noted(batch: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -137,12 +137,13 @@ def test_the_loop_knows_how_many_keys_a_row_will_have(
     monkeypatch.setattr(Batch, "append_and_attend", noted)
     model = patch_with_graphs(tiny("llama"))
     with reexecuted_loop():
-        for rows, short in ((1, want), (3, False)):
+        for rows in (1, 3, 9):
             seen.clear()
             ids = torch.randint(1, VOCAB, (rows, prompt), generator=torch.Generator().manual_seed(1))
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
             assert hf_fastattn.report(model).last_call.fast_loops == 1
-            assert seen and set(seen) == {short}
+            # Three rows are recorded as four, and nine as twelve.
+            assert seen and set(seen) == {short_heads({3: 4, 9: 12}.get(rows, rows), prompt + new)}
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ FLOORS = {
         "compile_aside",
         "rehearsal",
         "relaunch",
+        "carve_out",
         "quick_launch",
         "gluon_spelling",
         "layer",
