@@ -205,7 +205,7 @@ class Batch:
         **norms: Any,
     ) -> Tensor:
         """`rope_append`, then `attend`: one launch for a step of few short rows, two for everything else."""
-        self._took_short[q.device] = is_short = self._is_short(q, k_pages, variant)
+        self._took_short[q.device] = is_short = self.is_short_step(q, k_pages, variant)
         if is_short:
             from hf_fastattn.kernels.attention.short_row import short_row
 
@@ -224,7 +224,8 @@ class Batch:
         """
         return self._took_short.get(device, self.short > 0)
 
-    def _is_short(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
+    def is_short_step(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
+        """Whether `append_and_attend` takes the launch for short rows with queries, pages and a variant like these."""
         if not self.short or self.shared is not None or variant is not None or self.options.batch_invariant:
             return False
         if self._backend_of(q) == "reference":

@@ -48,7 +48,6 @@ FEW_ROWS_MEASURED: dict[tuple[int, int, bool, bool, bool], FewRowsTile] = {
     (2048, 16384, True, True, False): FewRowsTile(2, 2, 4),
     (4096, 28672, True, True, False): FewRowsTile(2, 2, 4),
     (1024, 6144, True, True, True): FewRowsTile(4, 2, 4),
-    (4096, 28672, True, False, True): FewRowsTile(2, 2, 4),
     (2560, 19456, True, False, False): FewRowsTile(4, 2, 3),
 }
 # Tokens for which a lane holds four sums of two rows. Above, programs read as much of x as of 16 rows of a weight, and those

@@ -97,7 +97,8 @@ def _attention(cache: PagedCache, layers: list[Any], states: Tensor) -> None:
             for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
         pages, window = cache.pages_of(module.layer_idx, k), cache.layers[module.layer_idx].window
-        batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
+        if not batch.is_short_step(q, pages[0], state.variant):
+            batch.attend(q, *pages, window, scale=module.scaling, variant=state.variant)
 
 
 def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[Batch, Tensor, Tensor]:

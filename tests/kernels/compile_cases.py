@@ -429,9 +429,9 @@ CASES = {
         lambda: at_once(3072, (1024,), FP16, residual=True, bias=True), ("one_wave_kernel",), programs=4
     ),
     "products of few tokens": Case(lambda: few(4, 2560, QKV, norm=True), ("few_rows_kernel",), programs=3),
-    "products of few tokens, of 16": Case(lambda: few(16, 4096, QKV, norm=True), ("few_rows_kernel",), programs=3),
+    "products of few tokens, of 16": Case(lambda: few(16, 2560, QKV, norm=True), ("few_rows_kernel",), programs=3),
     "products of few tokens, one weight": Case(
-        lambda: few(8, 14336, (4096,), residual=True), ("few_rows_kernel",), programs=2
+        lambda: few(4, 14336, (4096,), residual=True), ("few_rows_kernel",), programs=2
     ),
     "products of few tokens, one weight, of 16": Case(
         lambda: few(16, 4096, (2560,), FP16, residual=True, bias=True), ("few_rows_kernel",), programs=2
@@ -440,7 +440,7 @@ CASES = {
         lambda: few(4, 2560, (9728, 9728), norm=True, gated=True), ("few_rows_kernel",), programs=2
     ),
     "products of few tokens, gate and up, of 16": Case(
-        lambda: few(16, 4096, (14336, 14336), FP16, gated=True), ("few_rows_kernel",), programs=4
+        lambda: few(16, 2560, (9728, 9728), FP16, gated=True), ("few_rows_kernel",), programs=3
     ),
     "products of few tokens, small gate and up": Case(
         lambda: few(16, 2048, MLP, norm=True, gated=True), ("few_rows_kernel",), programs=4, targets=("sm_80", "sm_90")

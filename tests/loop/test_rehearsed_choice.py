@@ -80,7 +80,8 @@ def assert_at_once(compiled: Compiled, *wanted: str) -> None:
 
 def test_greedy(compiled: Compiled) -> None:
     generate()
-    assert_at_once(compiled, "split_kv_kernel", "greedy_chunk_kernel", "advance_kernel")
+    assert_at_once(compiled, "short_row_kernel", "greedy_chunk_kernel", "advance_kernel")
+    assert all(name != "split_kv_kernel" for _, name in compiled)
 
 
 def test_samples_of_prompts(compiled: Compiled) -> None:

@@ -53,7 +53,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is of short rows, also one that the host has just made, and products of 2 to 16 tokens have a tile."""
-    monkeypatch.setattr(Batch, "_is_short", lambda batch, q, *_: batch.is_decode and q.element_size() == 2)
+    monkeypatch.setattr(Batch, "is_short_step", lambda batch, q, *_: batch.is_decode and q.element_size() == 2)
     monkeypatch.setattr(short_row, "short_row_tile", lambda *_: ShortRowTile(16, 1))
 
     def tile(arch: int, itemsize: int, tokens: int, *_: Any) -> FewRowsTile | None:

@@ -46,7 +46,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every single row is short, also one that the host has just made, and every product takes place at once."""
     monkeypatch.setattr(
-        Batch, "_is_short", lambda batch, q, *_: batch.rows == 1 and batch.is_decode and q.element_size() == 2
+        Batch, "is_short_step", lambda batch, q, *_: batch.rows == 1 and batch.is_decode and q.element_size() == 2
     )
     monkeypatch.setattr(short_row, "short_row_tile", lambda *_: ShortRowTile(16, 1))
     monkeypatch.setattr(at_once, "one_wave_tile", lambda _, itemsize, *__: TILE if itemsize == 2 else None)
@@ -119,9 +119,9 @@ def test_which_batches_are_short(
     monkeypatch.setattr(short_row, "arch_of", lambda _: HOPPER)
     q, pages = torch.zeros(1, 4, dim, dtype=dtype), torch.zeros(4, 16, 2, dim, dtype=dtype)
     batch = _batch(short, **options)
-    assert batch._is_short(q, pages, variant) is want
-    assert not batch._is_short(q.repeat(1, MOST_SHORT_HEADS // 4 + 1, 1), pages, variant)
-    assert not batch._is_short(q, pages.to(torch.float8_e4m3fn), variant)
+    assert batch.is_short_step(q, pages, variant) is want
+    assert not batch.is_short_step(q.repeat(1, MOST_SHORT_HEADS // 4 + 1, 1), pages, variant)
+    assert not batch.is_short_step(q, pages.to(torch.float8_e4m3fn), variant)
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(20, 8), (MOST_SHORT_KEYS - 8, 9), (400, 4)])
