@@ -40,10 +40,12 @@ class RowTile:
     Attributes:
         rows: weight rows a warp (of each of gate and up).
         warps: warps a program.
+        l1: quicker if it asks for L1 cache where attention beside it takes shared memory.
     """
 
     rows: int
     warps: int
+    l1: bool = False
 
 
 # Token counts are rounded up to a bucket, and share its entry.
@@ -68,10 +70,10 @@ MEASURED: dict[tuple[int, int, int, int], ProductTile] = {
 # to be quicker than `matvec.py` in the chain of a model's launches, the norm before it counted in.
 ONE_WAVE: dict[tuple[int, int, int, bool], RowTile] = {
     # Qwen3-0.6B: q, k and v; o; gate and up; down.
-    (HOPPER, 1024, 4096, False): RowTile(4, 4),
-    (HOPPER, 2048, 1024, False): RowTile(1, 1),
-    (HOPPER, 1024, 6144, True): RowTile(2, 8),
-    (HOPPER, 3072, 1024, False): RowTile(1, 4),
+    (HOPPER, 1024, 4096, False): RowTile(4, 4, l1=True),
+    (HOPPER, 2048, 1024, False): RowTile(1, 1, l1=True),
+    (HOPPER, 1024, 6144, True): RowTile(2, 8, l1=True),
+    (HOPPER, 3072, 1024, False): RowTile(1, 4, l1=True),
     # Llama-3.2-1B, all but down; o is also that of Qwen3-1.7B.
     (HOPPER, 2048, 3072, False): RowTile(4, 4),
     (HOPPER, 2048, 2048, False): RowTile(1, 8),

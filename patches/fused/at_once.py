@@ -58,7 +58,7 @@ def product_at_once(
             return None
         return one_wave(
             x, held.weights, held.biases, tile=tile, residual=residual, norm=norm, gated=gated, weights_settled=True,
-            eps=eps, unit_offset=unit_offset, asks_for_l1=asks_for_l1,
+            eps=eps, unit_offset=unit_offset, asks_for_l1=asks_for_l1 and tile.l1,
         )  # fmt: skip
     # Without a norm `matvec` finds by itself which kernel is quickest.
     few = None if norm is None else few_rows_tile(arch, x.element_size(), tokens, k, rows, gated, True)

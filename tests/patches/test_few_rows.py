@@ -15,7 +15,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.kernels.attention import short_row
 from hf_fastattn.kernels.attention.configs import MOST_SHORT_KEYS, MOST_SHORT_ROWS, ShortRowTile, short_heads
 from hf_fastattn.kernels.layer import few_rows, matvec
-from hf_fastattn.kernels.layer.configs import HOPPER
+from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
 from hf_fastattn.kernels.layer.few_rows_configs import FewRowsTile, few_rows_tile
 from hf_fastattn.patches.fused import at_once
 from hf_fastattn.transformers_version import CACHE
@@ -36,6 +36,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def product(*args: Any, **kwargs: Any) -> Any:
         counts["normed" if kwargs.get("norm") is not None else "plain"] += 1
+        counts["asks for L1"] += kwargs["asks_for_l1"]
         return original(*args, **kwargs)
 
     monkeypatch.setattr(few_rows, "few_rows", product)
@@ -106,6 +107,37 @@ def test_what_few_rows_take(change: str, normed: int, plain: int, launched: Coun
     assert (launched["normed"], launched["plain"]) == (normed * LAYER_COUNT, plain * LAYER_COUNT), dict(launched)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("short", [False, True])
+def test_products_ask_for_l1_cache_beside_attention_that_takes_shared_memory(
+    short: bool, launched: Counter[str], everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hf_fastattn.patch(build("llama").to(BF16))
+    monkeypatch.setattr(Batch, "is_short_step", lambda *_: short)
+    with torch.no_grad():
+        model(torch.ones(3, 1, dtype=torch.long), **{CACHE: hf_fastattn.PagedCache(model.config)}, use_cache=True)
+    # What attention the first layer takes is known behind its first product.
+    assert launched["normed"] + launched["plain"] == 4 * LAYER_COUNT
+    assert launched["asks for L1"] == (1 if short else 4 * LAYER_COUNT)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("of_tile", [False, True])
+def test_one_row_asks_where_that_was_measured(asked: bool, of_tile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def noted(x: torch.Tensor, *_: Any, asks_for_l1: bool, **__: Any) -> torch.Tensor:
+        found.append(asks_for_l1)
+        return x
+
+    monkeypatch.setattr(at_once, "one_wave", noted)
+    monkeypatch.setattr(at_once, "one_wave_tile", lambda *_: RowTile(1, 1, l1=of_tile))
+    held = at_once.Held([torch.zeros(8, 64, dtype=BF16)], None, None)
+    options = {"unit_offset": False, "gated": False, "residual": None, "asks_for_l1": asked}
+    at_once.product_at_once(HOPPER, held, torch.zeros(1, 64, dtype=BF16), None, 0.0, **options)
+    assert found == [asked and of_tile]
+
+
 @pytest.mark.parametrize(
     ("arguments", "want"),
     [
@@ -140,6 +172,7 @@ def test_tiles_divide_columns_where_they_can(tokens: int, normalised: bool, gate
 def test_which_rows_are_short() -> None:
     assert short_heads(1, MOST_SHORT_KEYS) == 32 and not short_heads(1, MOST_SHORT_KEYS + 1)
     assert short_heads(4, 640) == 32 and short_heads(4, 1000) == 16 and short_heads(8, 320) == 32
+    assert short_heads(8, 512 + 129) == 16 and short_heads(8, 700) == 8
     assert short_heads(MOST_SHORT_ROWS, 20) == 32 and not short_heads(MOST_SHORT_ROWS + 1, 20)
 
 
