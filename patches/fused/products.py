@@ -23,7 +23,7 @@ from hf_fastattn.cache.batch import Batch
 from hf_fastattn.graphs.weight_copies import WeightCopies
 from hf_fastattn.kernels.launch import DTYPES, arch_of
 from hf_fastattn.kernels.layer.activation import silu_and_mul
-from hf_fastattn.kernels.layer.configs import MOST_TOKENS, beats_cublas
+from hf_fastattn.kernels.layer.configs import FEW_TOKENS, MOST_TOKENS, beats_cublas
 from hf_fastattn.kernels.layer.lora import Adapter, LoraSums
 from hf_fastattn.kernels.layer.matvec import gate_up_silu, matvec
 from hf_fastattn.kernels.layer.norm import MAX_HIDDEN, add_rms_norm, rms_norm
@@ -305,7 +305,7 @@ class Products:
         self, held: Held | None, x: Tensor, delta: Delta, norm: Any, gated: bool = False, residual: Tensor | None = None
     ) -> Tensor | None:
         """Few tokens' products with the weights of `held`, after the norm if there is one; None if that is not quicker."""
-        if held is None or delta is not None or self.narrowed:
+        if self.tokens > FEW_TOKENS or held is None or delta is not None or self.narrowed:
             return None
         weight = None if norm is None else norm_weight(norm, self.names.norm, x.device, (x.dtype,))
         if weight is None and norm is not None:

@@ -440,7 +440,7 @@ CASES = {
         lambda: few(4, 2560, (9728, 9728), norm=True, gated=True), ("few_rows_kernel",), programs=2
     ),
     "products of few tokens, gate and up, of 16": Case(
-        lambda: few(16, 2560, (9728, 9728), FP16, gated=True), ("few_rows_kernel",), programs=3
+        lambda: few(16, 2560, (9728, 9728), FP16, gated=True), ("few_rows_kernel",), programs=2
     ),
     "products of few tokens, small gate and up": Case(
         lambda: few(16, 2048, MLP, norm=True, gated=True), ("few_rows_kernel",), programs=4, targets=("sm_80", "sm_90")

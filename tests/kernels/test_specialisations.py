@@ -13,6 +13,9 @@ from tests.tools.targets import TARGETS
 # Of the products, norms and activations: those of 9 shapes at 1 to 64 tokens, of the splits, and of 9 shapes with LoRA.
 STEP_KERNELS = {"rms_norm_kernel", "silu_and_mul_kernel", "matvec_kernel", "skinny_kernel"}
 MOST_OF_STEP = 130
+# Of the products of 2 to 16 tokens: those of a dozen shapes at up to 8 tokens and at more, in two dtypes.
+FEW_ROWS_KERNELS = {"few_rows_kernel"}
+MOST_OF_FEW_ROWS = 160
 # Of token choice: those of three dtypes, vocabularies divisible by 16 or not, and three sizes of the table of maxima.
 SAMPLING_KERNELS = {
     "scan_logits_kernel",
@@ -59,7 +62,10 @@ LAUNCHES = {
     "product, rows": [lambda n=n: compile_cases.product(1, 896, (n, 8)) for n in (1, 3, 16)],
     "lora, tokens": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8)) for n in (2, 3, 16)],
     "lora, stacked": [lambda n=n: compile_cases.adapted(n, 896, (64, 8), (8, 8), stacked=True) for n in (2, 3, 16)],
-    "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 16)],
+    "product, few tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (2, 3, 8)],
+    "product, up to 16 tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (9, 12, 16)],
+    "product, tokens": [lambda n=n: compile_cases.product(n, 896, (64, 8)) for n in (17, 18, 32)],
+    "short rows": [lambda n=n: compile_cases.short(4, 64, rows=n) for n in (1, 3, 8)],
     "experts, tokens": [lambda n=n: compile_cases.experts_of(n, 256, 128, 4, 2) for n in (9, 12, 16)],
     "router, many tokens": [lambda n=n: compile_cases.routed(n, 256, 4, 2) for n in (17, 18, 32)],
     "advance, rows": [lambda n=n: compile_cases.advanced(n) for n in (33, 48, 64)],
@@ -91,6 +97,7 @@ def test_the_sweep_needs_few_specialisations():
     """Comes after the sweeps, in the order of the files."""
     limits = (
         (STEP_KERNELS, MOST_OF_STEP),
+        (FEW_ROWS_KERNELS, MOST_OF_FEW_ROWS),
         (SAMPLING_KERNELS, MOST_OF_SAMPLING),
         (PREFIX_KERNELS, MOST_OF_PREFIXES),
         (LOOP_KERNELS, MOST_OF_LOOP),
