@@ -28,6 +28,11 @@ class _Known:
     kernels: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+def is_known_version() -> bool:
+    """Whether Triton is of a version that was tried; with others launches are plain, and ask for no division of memory."""
+    return triton.__version__.startswith(TESTED)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any], *, carve_out: int | None = None
 ) -> None:  # fmt: skip
@@ -42,7 +47,7 @@ def launch(
         carve_out: per cent of a multiprocessor's memory that are to be shared memory; see `carve_out.py`.
     """
     taken = prepared(kernel)
-    if taken is not kernel or not isinstance(kernel, JITFunction) or not triton.__version__.startswith(TESTED):
+    if taken is not kernel or not isinstance(kernel, JITFunction) or not is_known_version():
         # The interpreter compiles nothing, and has no driver.
         taken[grid](*arguments, **options)
         return

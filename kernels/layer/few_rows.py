@@ -35,7 +35,7 @@ from hf_fastattn.kernels.layer.token_fragments import (
     weight_fragments,
     x_fragment,
 )
-from hf_fastattn.kernels.quick_launch import launch
+from hf_fastattn.kernels.quick_launch import is_known_version, launch
 
 MOST_WEIGHTS = 3
 # Tokens of which a lane holds sums, and rows of a weight.
@@ -201,10 +201,11 @@ def few_rows(
     return y
 
 
-def takes(x: Tensor, weights: Sequence[Tensor], tile: FewRowsTile) -> bool:
-    """Whether the kernel can read `x: [T, K]` and weights `[N_i, K]` with this tile."""
+def takes(x: Tensor, weights: Sequence[Tensor], tile: FewRowsTile, asks_for_l1: bool = False) -> bool:
+    """Whether the kernel can read `x: [T, K]` and weights `[N_i, K]` with this tile, and gets the L1 cache it asks for."""
     return (
         x.dtype in DTYPES
+        and (is_known_version() or not asks_for_l1)
         and x.shape[0] <= MOST_TOKENS
         and x.shape[1] % (COLUMNS.value * tile.loads) == 0
         and _is_aligned(x)

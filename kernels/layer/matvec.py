@@ -181,7 +181,7 @@ def _product(
         return y
     arch = arch_of(x.device)
     few = few_rows_tile(arch, x.element_size(), tokens, k, sum(counts), gated, False) if tile is lora is None else None
-    if few is not None and few_rows.takes(x, weights, few):
+    if few is not None and few_rows.takes(x, weights, few, asks_for_l1):
         return few_rows.few_rows(
             x, weights, biases, tile=few, residual=residual, gated=gated, weights_settled=weights_settled, out=y,
             asks_for_l1=asks_for_l1,

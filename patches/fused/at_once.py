@@ -62,7 +62,7 @@ def product_at_once(
         )  # fmt: skip
     # Without a norm `matvec` finds by itself which kernel is quickest.
     few = None if norm is None else few_rows_tile(arch, x.element_size(), tokens, k, rows, gated, True)
-    if few is None or norm is None or not takes(x, held.weights, few) or not takes_norm(x, norm):
+    if few is None or norm is None or not takes(x, held.weights, few, asks_for_l1) or not takes_norm(x, norm):
         return None
     return few_rows(
         x, held.weights, held.biases, tile=few, residual=residual, norm=norm, gated=gated, weights_settled=True,

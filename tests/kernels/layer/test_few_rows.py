@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_fastattn.kernels.layer import few_rows as few_rows_module
 from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.configs import HOPPER
-from hf_fastattn.kernels.layer.few_rows import few_rows
+from hf_fastattn.kernels.layer.few_rows import few_rows, takes
 from hf_fastattn.kernels.layer.few_rows_configs import FewRowsTile, few_rows_tile
 from tests.kernels.cases import assert_close
 from tests.kernels.layer.test_norm import rows
@@ -98,6 +99,13 @@ def test_norms_that_multiply_by_one_more():
 def test_rows_within_longer_ones():
     check(5, 128, [24], residual=True, wide=24)
     check(5, 128, [24], norm=True, wide=8, settled=False)
+
+
+def test_without_the_l1_cache_that_is_asked_for_others_are_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(4, 128, dtype=BF16)
+    assert takes(x, [x], TWO) and takes(x, [x], TWO, asks_for_l1=True)
+    monkeypatch.setattr(few_rows_module, "is_known_version", lambda: False)
+    assert takes(x, [x], TWO) and not takes(x, [x], TWO, asks_for_l1=True)
 
 
 @pytest.mark.interpreter
