@@ -23,10 +23,17 @@ class SplitSums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Tensors made in inference mode could not be written outside of it later.
-        with torch.inference_mode(False):
-            self.arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        self._arrived: Tensor | None = None
         self._partial: dict[int, Tensor] = {}
+
+    @property
+    def arrived(self) -> Tensor:
+        """`[MOST_TILES]` int32 counters, made when they are first asked for: many forwards split nothing."""
+        if self._arrived is None:
+            # Tensors made in inference mode could not be written outside of it later.
+            with torch.inference_mode(False):
+                self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=self.device)
+        return self._arrived
 
     def partial(self, elements: int) -> Tensor:
         """Room for that many fp32 elements; kept, since a captured graph holds its address."""

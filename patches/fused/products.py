@@ -107,7 +107,7 @@ class Products:
         return self._region is not None
 
     def split_sums(self) -> SplitSums:
-        """Room for split products; its counters are zeroed once a forward, by a launch that a graph records too."""
+        """Room for split products; its counters are zeroed at most once a forward, by a launch that a graph records too."""
         if self._sums is None:
             self._sums = SplitSums(self.device)
         return self._sums
