@@ -138,7 +138,7 @@ def _settle(device: torch.device) -> None:
     """Wait for what was filled on the current stream.
 
     With graphs, Transformers copies a batch's inputs and computes it on streams of its own, which do not wait for the
-    tensors to be filled: on a busy GPU the first batch lost its inputs.
+    tensors to be filled. On a busy GPU first batches had other tokens, as they would have if they were computed before.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
