@@ -171,13 +171,32 @@ def few_rows(
         ValueError: shapes, dtypes or strides do not fit each other or the kernel.
     """
     _check(x, weights, biases, tile, residual, norm, gated)
-    tokens, k = x.shape
-    counts = [weight.shape[0] for weight in weights]
     dtype = x.dtype if residual is None else residual.dtype
-    shape = (tokens, counts[0] if gated else sum(counts))
+    shape = (x.shape[0], weights[0].shape[0] if gated else sum(weight.shape[0] for weight in weights))
     if out is not None and (out.shape != shape or out.dtype is not dtype or not out.is_contiguous()):
         raise ValueError(f"out {tuple(out.shape)}, {out.dtype}, must be {list(shape)}, {dtype}, contiguous")
     y = torch.empty(shape, dtype=dtype, device=x.device) if out is None else out
+    fill_few_rows(x, weights, biases, residual, y, norm, eps, unit_offset, gated, weights_settled, asks_for_l1, tile)
+    return y
+
+
+def fill_few_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    residual: Tensor | None,
+    y: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+    gated: bool,
+    weights_settled: bool,
+    asks_for_l1: bool,
+    tile: FewRowsTile,
+) -> None:
+    """Fill `y: [T, N]` with the products of `few_rows`, whose arguments it or `matvec` and `takes` have checked."""
+    tokens, k = x.shape
+    counts = [weight.shape[0] for weight in weights]
     used = 1 if gated else len(weights)
     spare: list[Tensor | None] = [None] * (MOST_WEIGHTS - len(weights))
     added = [*biases, *spare] if biases else [None] * MOST_WEIGHTS
@@ -198,7 +217,6 @@ def few_rows(
             ),
             carve_out=(CARVE_OUT_OF_MANY if many else CARVE_OUT) if asks_for_l1 else None,
         )  # fmt: skip
-    return y
 
 
 def takes(x: Tensor, weights: Sequence[Tensor], tile: FewRowsTile, asks_for_l1: bool = False) -> bool:

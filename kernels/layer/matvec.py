@@ -182,10 +182,10 @@ def _product(
     arch = arch_of(x.device)
     few = few_rows_tile(arch, x.element_size(), tokens, k, sum(counts), gated, False) if tile is lora is None else None
     if few is not None and few_rows.takes(x, weights, few, asks_for_l1):
-        return few_rows.few_rows(
-            x, weights, biases, tile=few, residual=residual, gated=gated, weights_settled=weights_settled, out=y,
-            asks_for_l1=asks_for_l1,
+        few_rows.fill_few_rows(
+            x, weights, biases, residual, y, None, 0.0, False, gated, weights_settled, asks_for_l1, few
         )  # fmt: skip
+        return y
     rounds = weights[0].dtype is not x.dtype
     tile = tile or product_tile(arch, x.element_size(), tokens, k, sum(counts), gated, rounds, lora is not None)
     block_t = 1 if tokens == 1 else max(power_of_2(tokens), 16)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hf_fastattn.kernels.layer import few_rows as few_rows_module
-from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.configs import HOPPER
 from hf_fastattn.kernels.layer.few_rows import few_rows, takes
 from hf_fastattn.kernels.layer.few_rows_configs import FewRowsTile, few_rows_tile
 from tests.kernels.cases import assert_close
+from tests.kernels.layer.product_cases import EPS, wanted
 from tests.kernels.layer.test_norm import rows
 from tests.tools.combinations import pairwise
 
@@ -41,23 +41,11 @@ def check(
     stream = _within(rows(tokens, counts[0], dtype, device, 22), wide) if residual else None
     factors = rows(1, k, dtype, device, 23)[0] if norm else None
     got = few_rows(
-        x, weights, biases, residual=stream, norm=factors, eps=1e-5, unit_offset=unit_offset, gated=gated, tile=tile,
+        x, weights, biases, residual=stream, norm=factors, eps=EPS, unit_offset=unit_offset, gated=gated, tile=tile,
         weights_settled=settled,
     )  # fmt: skip
-    outs = []
-    for target in (dtype, torch.float64):
-        y = x.to(target)
-        if factors is not None:
-            y = reference.rms_norm(y, factors.to(target), 1e-5, unit_offset)
-        held = [weight.to(target) for weight in weights]
-        if gated:
-            outs.append(reference.gate_up_silu(y, *held))
-        else:
-            added = {"biases": [one.to(target) for one in biases]} if biases else {}
-            added |= {} if stream is None else {"residual": stream.to(target)}
-            outs.append(torch.cat(reference.matvec(y, held, **added), 1))
     assert got.dtype is dtype
-    assert_close("product", got, *outs)
+    assert_close("product", got, *wanted(x, weights, biases, stream, factors, unit_offset, gated))
 
 
 def _within(x: torch.Tensor, more: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_fastattn.kernels.layer import reference
 from hf_fastattn.kernels.layer.configs import RowTile
 from hf_fastattn.kernels.layer.one_wave import one_wave
 from tests.kernels.cases import assert_close
+from tests.kernels.layer.product_cases import EPS, wanted
 from tests.kernels.layer.test_norm import rows
 from tests.tools.combinations import pairwise
 
@@ -36,23 +36,11 @@ def check(
     stream = rows(1, counts[0], dtype, device, 22) if residual else None
     factors = rows(1, k, dtype, device, 23)[0] if norm else None
     got = one_wave(
-        x, weights, biases, residual=stream, norm=factors, eps=1e-5, unit_offset=unit_offset, gated=gated, tile=tile,
+        x, weights, biases, residual=stream, norm=factors, eps=EPS, unit_offset=unit_offset, gated=gated, tile=tile,
         weights_settled=settled,
     )  # fmt: skip
-    outs = []
-    for target in (dtype, torch.float64):
-        y = x.to(target)
-        if factors is not None:
-            y = reference.rms_norm(y, factors.to(target), 1e-5, unit_offset)
-        held = [weight.to(target) for weight in weights]
-        if gated:
-            outs.append(reference.gate_up_silu(y, *held))
-        else:
-            added = {"biases": [one.to(target) for one in biases]} if biases else {}
-            added |= {} if stream is None else {"residual": stream.to(target)}
-            outs.append(torch.cat(reference.matvec(y, held, **added), 1))
     assert got.dtype is dtype
-    assert_close("product", got, *outs)
+    assert_close("product", got, *wanted(x, weights, biases, stream, factors, unit_offset, gated))
 
 
 @pytest.mark.interpreter
