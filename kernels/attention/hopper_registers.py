@@ -71,6 +71,12 @@ def unpack_pairs(packed, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def power_of_two(x):
+    """`2 ** x` of fp32, as `gl.exp2`, which calls a function of a library that LLVM has to take in for each number."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def reciprocal(x):
     """`1 / x` of fp32, to one unit in the last place; a quotient takes four more instructions, for divisors out of range."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

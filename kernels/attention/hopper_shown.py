@@ -34,6 +34,14 @@ def _bits_upto(last, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def shown_keys(last, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Bits `[64, 4]` of the keys of a tile up to its key `last: [64]`; see `_bits_of`."""
+    bits = partial_row_sums(gl.zeros([64, BLOCK_N], gl.int32, LAYOUT))
+    BITS: gl.constexpr = bits.type.layout
+    return _bits_upto(last, BITS)
+
+
+@gluon.jit
 def shown_bits(
     first_key, last_key, pairs, hides, CFG: gl.constexpr, LAYOUT: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
@@ -60,10 +68,11 @@ def shown_bits(
 
 
 @gluon.jit
-def _shown_where(scores, bits, bit):
-    """Scores, -inf where `bits` have no `bit`; in PTX, since LLVM would gather the conditions, and take them apart again."""
+def _shown_where(scores, bits, bit, FINITE: gl.constexpr):
+    """Scores, hidden where `bits` have no `bit`; in PTX, since LLVM would gather conditions and take them apart again."""
+    HIDDEN: gl.constexpr = "0fF149F2CA" if FINITE else "0fFF800000"
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }",
+        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, " + HIDDEN + ", p; }",
         "=f,f,r,r",
         [scores, bits, bit],
         dtype=gl.float32,
@@ -73,13 +82,17 @@ def _shown_where(scores, bits, bit):
 
 
 @gluon.jit
-def shown_scores(scores, bits, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Scores `[64, BLOCK_N]`, -inf where `bits: [64, 4]` show nothing."""
+def shown_scores(scores, bits, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, FINITE: gl.constexpr = False):
+    """Scores `[64, BLOCK_N]`, -inf where `bits: [64, 4]` show nothing, or if FINITE -1e30.
+
+    With that no maximum is -inf, and nothing has to be looked at for NaN: what a query adds up that sees no key of a tile is
+    multiplied with zero when it sees one, and each query sees the first key of its row.
+    """
     even, odd = gl.split(scores.reshape([64, BLOCK_N // 8, 4, 2]))
     HALF: gl.constexpr = even.type.layout
     place = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, gl.SliceLayout(2, HALF)))
     first = gl.expand_dims(gl.expand_dims(1 << (place * 2), 0), 2)  # [1, BLOCK_N / 8, 1]
     own = gl.expand_dims(gl.convert_layout(bits, gl.SliceLayout(1, HALF), assert_trivial=True), 1)  # [64, 1, 4]
-    even = _shown_where(even, own, first)
-    odd = _shown_where(odd, own, first * 2)
+    even = _shown_where(even, own, first, FINITE)
+    odd = _shown_where(odd, own, first * 2, FINITE)
     return gl.convert_layout(gl.join(even, odd).reshape([64, BLOCK_N]), LAYOUT, assert_trivial=True)

@@ -2,7 +2,7 @@
 
 `pairs` is what these get: row, query heads `[64]`, positions `[64]`, window and tensors; and the first head and position.
 MASK is 0 for a tile that is seen wholly, else 1; then `shown` are its `hopper_shown.shown_bits`, which there are with a mask
-or a window; without, causality and the row's end hide something.
+or a window; without, causality and the row's end hide something. If it is 2, they hide something of a tile that is `masked`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_fastattn.kernels.attention.hopper_registers import reciprocal, row_maxima
-from hf_fastattn.kernels.attention.hopper_shown import shown_scores
+from hf_fastattn.kernels.attention.hopper_registers import power_of_two, reciprocal, row_maxima
+from hf_fastattn.kernels.attention.hopper_shown import shown_keys, shown_scores
 from hf_fastattn.kernels.launch import LOG2E as LOG2E_FLOAT
 
 LOG2E = gl.constexpr(LOG2E_FLOAT)
@@ -47,15 +47,8 @@ def _values_of_pairs(by_distance, LAYOUT: gl.constexpr, CFG: gl.constexpr):
 
 
 @gluon.jit
-def _inside(last_key, first_key, LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What causality and the row's end show of a tile, `[64, BLOCK_N]`."""
-    column = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
-    return column <= gl.expand_dims(last_key - first_key, 1)
-
-
-@gluon.jit
 def softmax_step(
-    scores, row_max, scale, last_key, first_key, pairs, by_distance, shown, CFG: gl.constexpr,
+    scores, row_max, scale, last_key, first_key, pairs, by_distance, shown, masked, CFG: gl.constexpr,
     LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, MASK: gl.constexpr, HOOKS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over scores `[64, BLOCK_N]`, in base 2.
@@ -64,6 +57,8 @@ def softmax_step(
         Weights `[64, BLOCK_N]`, the factor for the sums so far `[64]`, and the new maximum `[64]`.
     """
     b, h, q_idx, window, tensors, head, first_position = pairs
+    # A score function may hide all that causality shows.
+    PLAIN: gl.constexpr = HOOKS.score_mod is None and HOOKS.score_rest is None
     if HOOKS.score_rest is not None:
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         if HOOKS.score_by_distance is not None:
@@ -76,22 +71,25 @@ def softmax_step(
         key = gl.expand_dims(first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)), 0)
         scores = HOOKS.score_mod(scores * scale, b, gl.expand_dims(h, 1), gl.expand_dims(q_idx, 1), key, tensors)
         scale = LOG2E
-    if MASK > 0:
+    if MASK == 2:
+        if masked:
+            keys = shown_keys(last_key - first_key, LAYOUT, BLOCK_N)
+            scores = shown_scores(scores, keys, LAYOUT, BLOCK_N, PLAIN)
+    elif MASK == 1:
         if HOOKS.mask_mod is None and window is None:
-            scores = gl.where(_inside(last_key, first_key, LAYOUT, BLOCK_N), scores, float("-inf"))
-        else:
-            scores = shown_scores(scores, shown, LAYOUT, BLOCK_N)
+            shown = shown_keys(last_key - first_key, LAYOUT, BLOCK_N)
+        scores = shown_scores(scores, shown, LAYOUT, BLOCK_N)
     if HOOKS.sigmoid:
         # Added up as they are.
-        weights = reciprocal(1.0 + gl.exp2(scores * -scale))
+        weights = reciprocal(1.0 + power_of_two(scores * -scale))
         new_max = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
         return weights, new_max + 1.0, new_max
     else:
         new_max = gl.maximum(row_max, row_maxima(scores, LAYOUT) * scale)
-        if MASK > 0:
+        if MASK == 1 or (MASK == 2 and not PLAIN):
             # Without this, a query that has seen no key yet would give -inf - -inf = NaN.
             shift = gl.where(new_max == float("-inf"), 0.0, new_max)
         else:
             shift = new_max
-        weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
-        return weights, gl.exp2(row_max - shift), new_max
+        weights = power_of_two(scores * scale - gl.expand_dims(shift, 1))
+        return weights, power_of_two(row_max - shift), new_max
