@@ -70,6 +70,7 @@ class Batch:
         shared: prefixes that layers without a window read once for all their rows, in decode.
         short: most query heads for which the rows have few keys, by `kernels.attention.configs.short_heads`, one key of each
             new, and launches under way write nothing but these; 0 if that is not so.
+        settled: no launch under way writes lengths or page tables.
     """
 
     rows: int
@@ -80,6 +81,7 @@ class Batch:
     host: HostBatch | None = None
     shared: SharedPrefixes | None = None
     short: int = 0
+    settled: bool = False
     _tensors: dict[torch.device, BatchTensors] = field(default_factory=dict)
     _rope: dict[torch.device, tuple[TablesSource, Tensor, Tensor]] = field(default_factory=dict)
     _work_lists: WorkLists = field(default_factory=dict)
@@ -94,7 +96,12 @@ class Batch:
 
     @staticmethod
     def static(
-        tensors: BatchTensors, tokens: int, options: BatchOptions, shared: SharedPrefixes | None = None, short: int = 0
+        tensors: BatchTensors,
+        tokens: int,
+        options: BatchOptions,
+        shared: SharedPrefixes | None = None,
+        short: int = 0,
+        settled: bool = False,
     ) -> Batch:
         """The batch of a captured forward.
 
@@ -105,7 +112,7 @@ class Batch:
         lengths, decode = tensors.seq_lens, tensors.cu_seqlens is None
         return Batch(
             len(lengths), tokens, 1 if decode else tokens, decode, options,
-            shared=shared, short=short, _tensors={lengths.device: tensors},
+            shared=shared, short=short, settled=settled, _tensors={lengths.device: tensors},
         )  # fmt: skip
 
     @property
@@ -204,7 +211,7 @@ class Batch:
         variant: PreparedVariant | None = None,
         **norms: Any,
     ) -> Tensor:
-        """`rope_append`, then `attend`: one launch for a step of few short rows, two for everything else."""
+        """`rope_append`, then `attend`: one launch for a step of one row or of few short ones, two for everything else."""
         self._took_short[q.device] = is_short = self.is_short_step(q, k_pages, variant)
         if is_short:
             from hf_fastattn.kernels.attention.short_row import short_row
@@ -214,8 +221,29 @@ class Batch:
                 q, k, v, cos, sin, k_pages, v_pages, held.slots[window], held.page_tables[window], held.seq_lens,
                 scale=scale, window=window, workspace=self._workspace(q.device), keys_settled=True, **norms,
             )  # fmt: skip
+        if self._decode_appends(q, k_pages, variant):
+            from hf_fastattn.kernels.attention.decode import paged_decode
+            from hf_fastattn.kernels.attention.new_token import NewToken
+
+            held = self.on(q.device)
+            new = NewToken(k, v, cos, sin, held.slots[window], settled=self.settled, **norms)
+            out, _ = paged_decode(
+                q, k_pages, v_pages, held.page_tables[window], held.seq_lens, scale=scale, window=window, new=new,
+                workspace=self._workspace(q.device),
+            )  # fmt: skip
+            return out
         q = self.rope_append(q, k, v, cos, sin, k_pages, v_pages, window, **norms)
         return self.attend(q, k_pages, v_pages, window, scale=scale, variant=variant)
+
+    def _decode_appends(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
+        """Whether the launch that attends to a single row appends as well."""
+        if self.rows > 1 or not self.is_decode or variant is not None or self.options.batch_invariant:
+            return False
+        if self._backend_of(q) == "reference":
+            return False
+        from hf_fastattn.kernels.attention.decode import appends
+
+        return self.shared is None and appends(q, k_pages)
 
     def leaves_l1(self, device: torch.device) -> bool:
         """Whether attention beside a layer's products leaves multiprocessors' memory to the L1 cache, as far as is known.

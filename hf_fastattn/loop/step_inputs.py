@@ -73,7 +73,7 @@ class StepInputs:
             page_tables=dict(zip(self.windows, (self.tables[place, :rows] for place in places), strict=True)),
             seq_lens=self.seq_lens[:rows],
         )
-        return Batch.static(tensors, rows, options, shared, key.short)
+        return Batch.static(tensors, rows, options, shared, key.short, settled=True)
 
     def write_tables(self, tables: Sequence[NDArray[np.int32]], target: Tensor) -> None:
         """Upload `[B, columns]` page tables by window to `target`, of the shape of `tables`."""

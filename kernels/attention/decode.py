@@ -26,6 +26,7 @@ from hf_fastattn.kernels.attention.decode_list import find_item, part_numbers, p
 from hf_fastattn.kernels.attention.decode_row import MOST_ROWS_OF_8_BITS, decode_row
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
 from hf_fastattn.kernels.attention.hooked import hooked_query
+from hf_fastattn.kernels.attention.new_token import NewToken, check_new_token, takes_new_token
 from hf_fastattn.kernels.attention.tile import (
     attention_end,
     empty_state,
@@ -241,6 +242,7 @@ def paged_decode(
     batch_invariant: bool = False,
     variant: CompiledVariant = PLAIN,
     visited: Visited | None = None,
+    new: NewToken | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of a few new tokens a row over paged keys and values.
 
@@ -259,6 +261,8 @@ def paged_decode(
             and the places of the pages; slower where there are few rows.
         variant: what attention does besides.
         visited: the tiles that its mask shows; see `paged.visited_tiles`. Without it all are visited.
+        new: key and value of the one new token of a single row, which this launch normalises, rotates and writes to their
+            slot; q is before norm and RoPE then. See `appends`.
 
     Returns:
         Output `[T, H, D]` in q's dtype and LSE `[T, H]` fp32, natural logarithm; 0 and -inf where a query sees no key.
@@ -270,8 +274,14 @@ def paged_decode(
     out, lse, _ = decode_launch(
         q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, cu_seqlens_q=cu_seqlens_q,
         max_query_len=max_query_len, workspace=room, batch_invariant=batch_invariant, variant=variant, visited=visited,
+        new=new,
     )  # fmt: skip
     return out, lse
+
+
+def appends(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether decode of one token a row, without variant or softcap, and not batch-invariant, can append it as well."""
+    return q.shape[0] == 1 and takes_new_token(q, k_pages)
 
 
 def decode_launch(
@@ -290,6 +300,7 @@ def decode_launch(
     batch_invariant: bool = False,
     variant: CompiledVariant = PLAIN,
     visited: Visited | None = None,
+    new: NewToken | None = None,
 ) -> tuple[Tensor, Tensor, Launch | None]:
     """`paged_decode`, and the launch, to be repeated on other queries, keys, values and output; None without tokens."""
     check_pages(q, k_pages, v_pages)
@@ -301,10 +312,19 @@ def decode_launch(
         )
     window = variant.window_with(window)
     few = rows <= (MOST_ROWS_OF_8_BITS if is_eight_bits(k_pages) else 1) and cu_seqlens_q is None and rows > 0
-    if few and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS:
+    few = few and not batch_invariant and q.element_size() == 2 and variant.hooks == NO_HOOKS
+    if new is not None:
+        if not few or not appends(q, k_pages) or softcap is not None:
+            raise ValueError(
+                f"q {tuple(q.shape)}, {q.dtype}, over pages of {k_pages.dtype}: a new token is appended to a single row of "
+                "16 bits, without a variant or softcap, and not batch-invariant; take rope_append"
+            )
+        check_new_token(q, k_pages, new)
+    if few:
         return decode_row(
-            q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace
-        )
+            q, k_pages, v_pages, page_table, seq_lens, scale=scale, window=window, softcap=softcap, workspace=workspace,
+            new=new,
+        )  # fmt: skip
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     if not tokens:

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import element_bytes, row_tile
 from hf_fastattn.kernels.attention.eight_bit_tiles import attend_tiles
+from hf_fastattn.kernels.attention.new_token import NewToken, append_and_begin, new_options, new_queries
 from hf_fastattn.kernels.attention.tile import (
     empty_state,
     score_factors,
@@ -48,10 +49,13 @@ def decode_row_kernel(
     ROWS: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MERGE_PARTS: tl.constexpr, OVERLAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HOOKS: tl.constexpr, WHOLE_TILES: tl.constexpr,
+    HOOKS: tl.constexpr, WHOLE_TILES: tl.constexpr, new_token=None, NEW: tl.constexpr = (0, False, False, False),
 ):  # fmt: skip
-    """One part of one kv head of one of `rows`, ROWS at most; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`."""
-    if OVERLAP:
+    """One part of one kv head of one of `rows`, ROWS at most; `partial_ptr` holds `[GROUPS * splits, BLOCK_R, BLOCK_D]`.
+
+    `new_token` and NEW are a `NewToken`, if one is to be appended to the only row.
+    """
+    if OVERLAP and not NEW[2]:
         gdc_wait()
     head = tl.program_id(0) % GROUPS
     number = tl.program_id(0) // GROUPS
@@ -70,18 +74,29 @@ def decode_row_kernel(
         lowest = tl.maximum(length - window, 0)
     first_tile = lowest // BLOCK_N
     tiles = tl.maximum((length + BLOCK_N - 1) // BLOCK_N - first_tile, 0)
+    if OVERLAP and NEW[2]:
+        gdc_wait()
     if part < parts:
         m = tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
         n = tl.arange(0, BLOCK_N)
         ok_d = d < D
         ok_m = m < RATIO
-        q = tl.load(
-            q_ptr + ((head * RATIO + m) * stride_qh)[:, None] + d[None, :], mask=ok_m[:, None] & ok_d[None, :], other=0.0
-        )
+        off_q = (head * RATIO + m) * stride_qh
         row_max, row_sum, acc = empty_state(BLOCK_M, BLOCK_D)
+        past = length
+        if new_token is None:
+            q = tl.load(q_ptr + off_q[:, None] + d[None, :], mask=ok_m[:, None] & ok_d[None, :], other=0.0)
+        else:
+            past = tl.maximum(length - 1, 0)
+            q = new_queries(q_ptr, off_q, ok_m, new_token, D, BLOCK_D, NEW)
+            if part == parts - 1:
+                row_max, row_sum, acc = append_and_begin(
+                    q, head, length, k_ptr, v_ptr, head * stride_head, stride_page, stride_slot, scale, new_token,
+                    D, PAGE, NEW,
+                )  # fmt: skip
         start = (first_tile + tiles * part // parts) * BLOCK_N
-        stop = tl.minimum((first_tile + tiles * (part + 1) // parts) * BLOCK_N, length)
+        stop = tl.minimum((first_tile + tiles * (part + 1) // parts) * BLOCK_N, past)
         if k_ptr.dtype.element_ty.primitive_bitwidth == 8:
             last_key = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
             row_max, row_sum, acc = attend_tiles(
@@ -93,7 +108,7 @@ def decode_row_kernel(
         else:
             for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
                 key_n = key + n  # [BLOCK_N]
-                ok_n = (key_n < length) & (key_n >= lowest)
+                ok_n = (key_n < past) & (key_n >= lowest)
                 page = tl.load(page_table_ptr + key_n // PAGE, mask=ok_n, other=0)
                 # One offset for K and V, whose strides agree.
                 slot = page.to(tl.int64) * stride_page + (key_n % PAGE) * stride_slot
@@ -210,6 +225,7 @@ def decode_row(
     window: int | None,
     softcap: float | None,
     workspace: Workspace,
+    new: NewToken | None = None,
 ) -> tuple[Tensor, Tensor, Launch]:
     """`decode.decode_launch` of one row, or of a few of 8-bit keys, with one new token each; arguments are checked."""
     rows, heads, dim = q.shape
@@ -235,7 +251,7 @@ def decode_row(
             BLOCK_M=max(block_r, 16), BLOCK_R=block_r, BLOCK_N=tile.block_n, STAGES=tile.stages,
             MERGE_PARTS=max(min(MERGE_ELEMENTS // (block_r * block_d), 16), 1),
             OVERLAP=overlap, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HOOKS=NO_HOOKS,
-            WHOLE_TILES=not is_eight_bits(k_pages) or rows * page_table.shape[1] * page >= MANY_KEYS,
+            WHOLE_TILES=not is_eight_bits(k_pages) or rows * page_table.shape[1] * page >= MANY_KEYS, **new_options(new),
             num_warps=tile.warps, **({"launch_pdl": True} if overlap else {}),
         ),
     )  # fmt: skip

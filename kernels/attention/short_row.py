@@ -19,48 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_fastattn.kernels.attention.configs import ShortRowTile, short_row_tile
 from hf_fastattn.kernels.attention.decode_row import MERGE_ELEMENTS, MOST_PARTS, merged_parts
+from hf_fastattn.kernels.attention.new_token import angles_of, rotated_head, with_partners
 from hf_fastattn.kernels.attention.workspace import Workspace
 from hf_fastattn.kernels.launch import LOG2E, arch_of, check_pages, on_device_of, overlaps_launches, power_of_2
 from hf_fastattn.kernels.quick_launch import launch
-
-
-@triton.jit
-def _with_partners(x_ptr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[BLOCK_D]` elements as they are, 0 from column D on, and those that RoPE rotates into each of them."""
-    d = tl.arange(0, BLOCK_D)
-    HALF: tl.constexpr = ROTARY // 2
-    partner = tl.where(d < HALF, d + HALF, d - HALF)
-    return tl.load(x_ptr + d, mask=d < D, other=0.0), tl.load(x_ptr + partner, mask=d < ROTARY, other=0.0)
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr):
-    """cos and sin of the token, `[BLOCK_D]` each."""
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(cos_ptr + d, mask=d < ROTARY, other=0.0), tl.load(sin_ptr + d, mask=d < ROTARY, other=0.0)
-
-
-@triton.jit
-def _rotated(
-    raw, norm, angles, eps, D: tl.constexpr, ROTARY: tl.constexpr, NORMS: tl.constexpr, UNIT_OFFSET: tl.constexpr
-):  # fmt: skip
-    """A head, normalised and rotated: `[BLOCK_D]`, fp32; all but eps are pairs of what `_with_partners` gives."""
-    x = raw[0].to(tl.float32)
-    y = raw[1].to(tl.float32)
-    if NORMS:
-        inverse = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-        first = norm[0].to(tl.float32)
-        second = norm[1].to(tl.float32)
-        if UNIT_OFFSET:
-            first += 1.0
-            second += 1.0
-        x = x * inverse * first
-        y = y * inverse * second
-    if ROTARY > 0:
-        # The sign of rotate_half is folded into sin.
-        turned = x * angles[0].to(tl.float32) + y * angles[1].to(tl.float32)
-        x = tl.where(tl.arange(0, x.shape[0]) < ROTARY, turned, x)
-    return x
 
 
 @triton.jit
@@ -133,23 +95,23 @@ def short_row_kernel(
     NORMS: tl.constexpr = q_norm_ptr is not None
     q_norm = ()
     if NORMS:
-        q_norm = _with_partners(q_norm_ptr, D, ROTARY, BLOCK_D)
+        q_norm = with_partners(q_norm_ptr, D, ROTARY, BLOCK_D)
     if part == 0:
         # The new token, whose key and value no other program needs.
         k_norm = ()
         if NORMS:
-            k_norm = _with_partners(k_norm_ptr, D, ROTARY, BLOCK_D)
+            k_norm = with_partners(k_norm_ptr, D, ROTARY, BLOCK_D)
         if OVERLAP:
             gdc_launch_dependents()
             if SETTLED:
                 gdc_wait()
-        angles = _angles(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
-        raw = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
-        raw_k = _with_partners(k_ptr + group * stride_kh, D, ROTARY, BLOCK_D)
+        angles = angles_of(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
+        raw = with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
+        raw_k = with_partners(k_ptr + group * stride_kh, D, ROTARY, BLOCK_D)
         value = tl.load(v_ptr + group * stride_vh + d, mask=d < D, other=0.0)
         slot = tl.load(slot_ptr + row).to(tl.int64)
-        q = _rotated(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
-        key = _rotated(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
+        q = rotated_head(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
+        key = rotated_head(raw_k, k_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype)
         written = (head % RATIO == 0) & (slot >= 0) & (d < D)
         at = slot // PAGE * stride_page + slot % PAGE * stride_slot + offset + d
         tl.store(k_pages_ptr + at, key, mask=written)
@@ -167,9 +129,9 @@ def short_row_kernel(
             gdc_launch_dependents()
             if SETTLED:
                 gdc_wait()
-        angles = _angles(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
-        raw = _with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
-        q = _rotated(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
+        angles = angles_of(cos_ptr, sin_ptr, ROTARY, BLOCK_D)
+        raw = with_partners(q_ptr + head * stride_qh, D, ROTARY, BLOCK_D)
+        q = rotated_head(raw, q_norm, angles, eps, D, ROTARY, NORMS, UNIT_OFFSET).to(dtype).to(tl.float32)
         row_max, row_sum, acc = _add_tile(
             q, k, v, start + n < stop, scale, float("-inf"), 0.0, tl.zeros([BLOCK_D], tl.float32)
         )

@@ -160,6 +160,15 @@ CASES = {
     "decode, 256 rows, window": Case(
         lambda: decode(8, 64, rows=256, processors=132, window=100), ("split_kv_kernel",), programs=4, targets=("sm_90",)
     ),
+    "decode, one row, appends": Case(
+        lambda: decode(4, 128, rows=1, appends=True, norm=True), ("decode_row_kernel",), programs=1
+    ),
+    "decode, one row, D = 80, window, appends": Case(
+        lambda: decode(7, 80, FP16, rows=1, appends=True, rotary=32, window=100), ("decode_row_kernel",), programs=1
+    ),
+    "decode, one row, D = 256, appends": Case(
+        lambda: decode(8, 256, rows=1, appends=True, norm=True), ("decode_row_kernel",), programs=1
+    ),
     "decode, one row": Case(lambda: decode(4, 128, rows=1), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 80": Case(lambda: decode(7, 80, FP16, rows=1, window=128), ("decode_row_kernel",), programs=1),
     "decode, one row, D = 256": Case(lambda: decode(8, 256, rows=1, softcap=50.0), ("decode_row_kernel",), programs=1),

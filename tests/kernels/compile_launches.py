@@ -12,6 +12,7 @@ from hf_fastattn.kernels.attention.append import rope_append
 from hf_fastattn.kernels.attention.configs import short_row_tile
 from hf_fastattn.kernels.attention.decode import paged_decode
 from hf_fastattn.kernels.attention.merge import merge_states
+from hf_fastattn.kernels.attention.new_token import NewToken
 from hf_fastattn.kernels.attention.paged import visited_tiles
 from hf_fastattn.kernels.attention.prefill import paged_prefill
 from hf_fastattn.kernels.attention.rope_tables import rope_tables
@@ -87,7 +88,7 @@ def table(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(
     ratio: int, dim: int, dtype: torch.dtype = BF16, *,
     page: int = 16, rows: int = 8, columns: int = 16, tokens: int = 1, processors: int = 1, listed: bool = False,
-    kv_dtype: str | None = None, **options: Any,
+    kv_dtype: str | None = None, appends: bool = False, norm: bool = False, rotary: int | None = None, **options: Any,
 ) -> object:  # fmt: skip
     q = torch.zeros(rows * tokens, 8 * ratio, dim, dtype=dtype)
     workspace = Workspace(q.device)
@@ -96,6 +97,10 @@ def decode(
         begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
         options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
     held, batch = pages(8, dim, page, dtype, kv_dtype), table(rows, columns)
+    if appends:
+        k, cos = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dim if rotary is None else rotary, dtype=dtype)
+        weight = torch.ones(dim, dtype=dtype) if norm else None
+        options["new"] = NewToken(k, k, cos, cos, batch[1], weight, weight, settled=True)
     if listed:
         options["visited"] = visited_tiles(
             q, held[0], batch[0], None, batch[1], max_query_len=1, workspace=workspace, variant=options["variant"]

@@ -25,6 +25,7 @@ from tests.kernels.attention import (
     test_decode,
     test_hopper,
     test_merge,
+    test_new_token,
     test_prefill,
     test_rope_tables,
     test_shared_prefix,
@@ -71,6 +72,12 @@ def short_row() -> None:
         test_short_row.check(past, norm=True, **options)
         test_short_row.check(past, window=40, **options)
     test_short_row.check(40, -1, 0, 97, page=16, ratio=4, dim=128, dtype=BF16, norm=True, device="cuda")
+
+
+def new_token() -> None:
+    for past in (-1, 0, 700):
+        test_new_token.check(past, page=16, ratio=4, dim=128, dtype=BF16, norm=True, device="cuda")
+        test_new_token.check(past, page=16, ratio=3, dim=80, dtype=BF16, rotary=32, window=40, device="cuda")
 
 
 def rope_tables() -> None:
@@ -153,8 +160,8 @@ def linear() -> None:
 
 
 RUNS = (
-    decode, decode_row, short_row, rope_tables, batch_invariant, prefill, gluon, shared_prefix, append, products, between,
-    linear, sampling, advance,
+    decode, decode_row, short_row, new_token, rope_tables, batch_invariant, prefill, gluon, shared_prefix, append, products,
+    between, linear, sampling, advance,
 )  # fmt: skip
 
 
