@@ -25,6 +25,7 @@ from hf_fastattn.kernels.variants.variant import Variant
 from hf_fastattn.layer_variants import LayerVariants, asked_variants
 from hf_fastattn.pages.model_layout import is_pageable, is_recurrent, template_layers
 from hf_fastattn.parallel.ranks import ranks_of
+from hf_fastattn.patches.attention.ahead import compile_ahead_of_calls
 from hf_fastattn.patches.attention.forward import ATTENTION_FORWARDS
 from hf_fastattn.patches.attention.inside import ModelRotation, needs_rotation
 from hf_fastattn.patches.decoder.forward import DECODER_FORWARDS
@@ -120,22 +121,8 @@ def patch(model: Model, config: FastAttnConfig | None = None, *, variant: Any = 
         raise
     if runtime.ranks is not None:
         runtime.ranks.say_patched(True)
-    _prepare_compiler(target, family, resolved)
+    compile_ahead_of_calls(_attentions(target, family), target.dtype, resolved, not variants)
     return model
-
-
-def _prepare_compiler(model: Any, family: Family, config: FastAttnConfig) -> None:
-    """Have Triton get ready, in a thread, where the first call will compile kernels."""
-    module = next(iter(_attentions(model, family)), None)
-    if module is None or config.backend == "reference":
-        return
-    device = next(module.parameters()).device
-    if device.type != "cuda" or choose_backend("auto", device, model.dtype, module.head_dim)[0] == "reference":
-        return
-    from hf_fastattn.kernels.rehearsal import can_rehearse, identify_compiler
-
-    if can_rehearse():
-        identify_compiler()
 
 
 def unpatch(model: Model) -> Model:

@@ -36,6 +36,8 @@ MOST_SECONDS, MOST_IDLE_SECONDS = 120, 5
 LINES = "TRITON_DISABLE_LINE_INFO"
 # Tokenizers' library warns on the terminal of every fork after it has used threads, where this variable is not set.
 TOKENIZERS = "TOKENIZERS_PARALLELISM"
+# Held by the thread that has the kernel of this key compiled.
+_turns: dict[str, threading.Lock] = {}
 
 
 class Aside:
@@ -46,7 +48,7 @@ class Aside:
     """
 
     def __init__(self) -> None:
-        self.works = _can_fork()
+        self.works = can_fork()
         self._forking = threading.Lock()
 
     def compile(self, key: str, run: Callable[[], Any]) -> None:
@@ -57,6 +59,12 @@ class Aside:
         """
         if not self.works or _is_kept(key):
             return
+        # Another thread may have it compiled just now.
+        with _turns.setdefault(key, threading.Lock()):
+            if not _is_kept(key):
+                self._compile(run)
+
+    def _compile(self, run: Callable[[], Any]) -> None:
         try:
             with self._forking:
                 began = time.perf_counter()
@@ -69,7 +77,7 @@ class Aside:
             logger.info("hf_fastattn compiles in threads alone: %s", error)
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Whether a process can be forked, and waited for, without harm to what else runs."""
     # Networks may have pages registered that must not be copied.
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -25,7 +25,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from hf_fastattn.kernels.compile_aside import Aside
+from hf_fastattn.kernels.compile_aside import Aside, can_fork
 from hf_fastattn.kernels.launch import TESTED
 
 logger = logging.getLogger("hf_fastattn")
@@ -36,8 +36,8 @@ MOST_THREADS = 6
 MOST_PROCESSES = 32
 # Where launches are of compiled kernels; tests add the CPU.
 DEVICES = ("cuda",)
-# Of this thread alone: what others launch meanwhile is launched.
-_rehearses: ContextVar[bool] = ContextVar("hf_fastattn_rehearses", default=False)
+# Of this thread alone: what others launch meanwhile is launched. A list takes the launches; None if nothing is rehearsed.
+_rehearses: ContextVar[list[Callable[[], Any]] | bool | None] = ContextVar("hf_fastattn_rehearses", default=None)
 
 
 def mode(threads: Executor) -> Any:
@@ -91,26 +91,87 @@ def _guess_launcher(compile_kernel: Callable[[], Any]) -> None:
 
 
 class Rehearsed:
-    """A kernel in a rehearsal: `kernel[grid](...)` has it compiled for these arguments, and launches nothing."""
+    """A kernel in a rehearsal: `kernel[grid](...)` has it compiled for these arguments, and launches nothing.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    Args:
+        notes: takes what would compile it, if that is to be done later.
+    """
+
+    def __init__(self, kernel: Any, notes: list[Callable[[], Any]] | None = None) -> None:
+        self.kernel, self._notes = kernel, notes
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def compile_for(*arguments: Any, **options: Any) -> None:
-            self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+            run = functools.partial(self.kernel.run, *arguments, grid=grid, warmup=True, **options)
+            if self._notes is None:
+                run()
+            else:
+                self._notes.append(run)
 
         return compile_for
 
 
 def prepared(kernel: Any) -> Any:
     """The `@triton.jit` function, as every launcher has to take it: launched by `prepared(kernel)[grid](...)`."""
-    return Rehearsed(kernel) if _rehearses.get() else kernel
+    rehearses = _rehearses.get()
+    return kernel if rehearses is None else Rehearsed(kernel, rehearses if isinstance(rehearses, list) else None)
 
 
 def is_under_way() -> bool:
     """Whether this thread rehearses."""
-    return _rehearses.get()
+    return _rehearses.get() is not None
+
+
+def noted(run: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """What `run` launches, of which nothing is launched or compiled: calls that compile it, for `compile_behind`."""
+    notes: list[Callable[[], Any]] = []
+    before = _rehearses.set(notes)
+    try:
+        run()
+    finally:
+        _rehearses.reset(before)
+    return notes
+
+
+def compile_behind(device: torch.device, notes: list[Callable[[], Any]]) -> threading.Thread | None:
+    """Have what was noted compiled in processes of their own, the last first, and go on meanwhile; None where none can be.
+
+    The thread calls no device: others may be capturing a graph. It is not waited for when Python ends.
+    """
+    if not can_fork():
+        return None
+    thread = threading.Thread(target=_compile_behind, args=(device, notes), name="hf_fastattn compiles ahead", daemon=True)
+    thread.start()
+    return thread
+
+
+def _compile_behind(device: torch.device, notes: list[Callable[[], Any]]) -> None:
+    try:
+        identify_compiler().join()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            found = _asked_for(notes)
+        aside = Aside()
+        for key, compile_kernel in reversed(found):
+            aside.compile(key, functools.partial(_beside_launcher, compile_kernel))
+    except Exception as error:
+        # Whoever launches them finds the same fault, or there is none.
+        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
+
+
+def _asked_for(notes: list[Callable[[], Any]]) -> list[tuple[str, Callable[[], Any]]]:
+    """Triton's keys of the kernels that calls compile, and what does so."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    found: list[tuple[str, Callable[[], Any]]] = []
+
+    class Mode(AsyncCompileMode):
+        def submit(self, key: str, compile_kernel: Callable[[], Any], *finish: Any) -> Any:
+            found.append((key, compile_kernel))
+
+    with Mode(None):
+        for note in notes:
+            note()
+    return found
 
 
 def processors() -> int:
@@ -124,7 +185,7 @@ def can_rehearse() -> bool:
         return False
     from triton.runtime._async_compile import active_mode
 
-    return active_mode.get() is None and not _rehearses.get()
+    return active_mode.get() is None and _rehearses.get() is None
 
 
 @functools.cache
@@ -133,13 +194,19 @@ def identify_compiler() -> threading.Thread:
     from triton.compiler.compiler import make_backend
     from triton.runtime.cache import triton_key
 
-    def run() -> None:
+    def look(at: Callable[[], Any]) -> None:
         try:
-            triton_key()
-            make_backend(driver.active.get_current_target()).hash()
+            at()
         except Exception as error:
             # The first kernel finds the same fault, or there is none.
             logger.debug("hf_fastattn could not look at Triton ahead: %s: %s", type(error).__name__, error)
+
+    def run() -> None:
+        # The assembler is asked for its version in a process of its own, and takes as long as the files.
+        files = threading.Thread(target=look, args=(triton_key,), name="hf_fastattn reads Triton", daemon=True)
+        files.start()
+        look(lambda: make_backend(driver.active.get_current_target()).hash())
+        files.join()
 
     thread = threading.Thread(target=run, name="hf_fastattn identifies Triton", daemon=True)
     thread.start()

@@ -59,20 +59,17 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
 
     def run() -> None:
         copies = None if call is None else call.copies
-        # What takes longest is begun first: attention, of steps too where rows share prefixes, and drawing.
+        # What takes longest is begun first: attention of the prompt, of steps, and drawing.
         _attention(cache, layers, states)
-        if steps and copies is not None:
-            batch, tokens, _ = _step(cache, states, copies)
-            if batch.shared is not None:
-                with cache.using(batch):
-                    _attention(cache, layers, tokens)
-        if call is not None and call.rehearses_too is not None:
-            call.rehearses_too()
-        walk(layers, states, positions)
         if steps:
             batch, tokens, position_ids = _step(cache, states, copies)
             with cache.using(batch):
+                if batch.shared is not None:
+                    _attention(cache, layers, tokens)
                 walk(layers, tokens, _step_positions(decoder, cache, tokens, position_ids, positions))
+        if call is not None and call.rehearses_too is not None:
+            call.rehearses_too()
+        walk(layers, states, positions)
 
     with unmoved_offset(device):
         compile_ahead(device, run)
@@ -127,7 +124,8 @@ def _step(cache: PagedCache, states: Tensor, copies: list[int] | None) -> tuple[
     options = BatchOptions(cache.groups.backend, cache.groups.batch_invariant, workspace=Workspace(device))
     tokens, position_ids = states.new_zeros(rows, 1, states.shape[-1]), numbers(rows, 1).long()
     shared = None if copies is None else _shared(cache, copies, device)
-    return Batch.static(tensors, rows, options, shared, short_heads(rows, cache.room)), tokens, position_ids
+    batch = Batch.static(tensors, rows, options, shared, short_heads(rows, cache.room), settled=True)
+    return batch, tokens, position_ids
 
 
 def _step_positions(

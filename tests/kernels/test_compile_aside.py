@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -20,11 +21,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime.cache import get_cache_manager
 
 from hf_fastattn.kernels import compile_aside
+from hf_fastattn.kernels import rehearsal as rehearsal_module
 from hf_fastattn.kernels.compile_aside import Aside
 from hf_fastattn.kernels.quick_launch import launch
-from hf_fastattn.kernels.rehearsal import can_rehearse, rehearsal
+from hf_fastattn.kernels.rehearsal import can_rehearse, compile_behind, noted, rehearsal
 from tests.kernels.test_relaunch import copy_kernel, launched
 
 __all__ = ["launched"]
@@ -88,10 +91,62 @@ def test_processes_compile_what_is_not_on_disk(launched: list[Any], from_disk: l
     assert from_disk == [True] * 6 and len(forks) == 3
 
 
+def test_what_was_noted_is_compiled_behind(launched: list[Any], from_disk: list[bool], forks: list[int]) -> None:
+    """Nothing is launched or compiled where it is noted; whoever needs it afterwards finds it on disk."""
+    notes = noted(launch_some)
+    assert len(notes) == 3 and not launched and not forks and not from_disk and can_rehearse()
+    copy_kernel.device_caches.clear()
+    thread = compile_behind(torch.device("cpu"), notes)
+    assert thread is not None and thread.daemon
+    thread.join(120)
+    assert not thread.is_alive() and len(forks) == 3 and not from_disk and not launched
+    with rehearsal():
+        launch_some()
+    assert from_disk == [True] * 3 and len(forks) == 3
+    launch_some()
+    assert len(launched) == 3
+
+
+def test_nobody_compiles_behind_without_processes(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process it would take the lock from whatever the user does meanwhile."""
+    monkeypatch.setattr(rehearsal_module, "can_fork", lambda: False)
+    assert compile_behind(torch.device("cpu"), noted(launch_some)) is None
+
+
+def test_a_fault_behind_is_left_to_whoever_launches(launched: list[Any], from_disk: list[bool], forks: list[int]) -> None:
+    thread = compile_behind(torch.device("cpu"), [lambda: 1 // 0, *noted(launch_some)])
+    assert thread is not None
+    thread.join(60)
+    assert not thread.is_alive() and not forks and can_rehearse()
+
+
+def test_one_of_two_threads_compiles_a_kernel(tmp_path: Path, from_disk: list[bool], forks: list[int]) -> None:
+    """The other waits until it is on disk."""
+    folder = tmp_path / get_cache_manager(hashlib.sha256(b"key").hexdigest()).key
+    begun, kept = threading.Event(), folder / "__grp__kernel.json"
+
+    def run() -> None:
+        time.sleep(1)
+        folder.mkdir(exist_ok=True)
+        kept.write_text("{}")
+
+    def compile_it() -> None:
+        begun.set()
+        Aside().compile("key", run)
+        assert kept.exists()
+
+    threads = [threading.Thread(target=compile_it) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert begun.is_set() and len(forks) == 1
+
+
 def test_threads_compile_where_nothing_is_forked(
     launched: list[Any], from_disk: list[bool], forks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile_aside, "_can_fork", lambda: False)
+    monkeypatch.setattr(compile_aside, "can_fork", lambda: False)
     with rehearsal():
         launch_some()
     assert from_disk == [False] * 3 and not forks and can_rehearse()

@@ -76,7 +76,7 @@ def test_a_prompt_and_its_steps(decoder: Any) -> None:
     for room, steps in ((9, []), (10, []), (11, [([decoder.layers[0]], (4, 1), True)])):
         decoder._fastattn.runtime.rehearsed.clear()
         with forward(decoder, 3, 9, room) as cache:
-            assert walks(decoder, cache, 9) == [([decoder.layers[0]], (3, 9), False), *steps], room
+            assert walks(decoder, cache, 9) == [*steps, ([decoder.layers[0]], (3, 9), False)], room
 
 
 @pytest.mark.parametrize("whose", ["the length's", "the user's"])
@@ -104,7 +104,7 @@ def test_a_rotary_embedding_that_may_change_is_not_called(whose: str, monkeypatc
             seen.append(tuple(positions["position_embeddings"][1].shape))
 
         rehearse(decoder, cache, states[:, :30], {"position_embeddings": table}, walk)
-    assert seen == [(1, 30, 16), (4, 1, 16)] and not calls
+    assert seen == [(4, 1, 16), (1, 30, 16)] and not calls
     assert torch.equal(before, decoder.rotary_emb.inv_freq)
 
 
@@ -117,9 +117,9 @@ def test_steps_are_those_of_the_rows_that_go_on(decoder: Any, monkeypatch: pytes
     seen: list[Any] = []
     begun = Batch.static
 
-    def static(*given: Any) -> Batch:
+    def static(*given: Any, **named: Any) -> Batch:
         seen.append(given[3])
-        return begun(*given)
+        return begun(*given, **named)
 
     attended: list[tuple[int, int]] = []
 
@@ -141,7 +141,7 @@ def test_steps_are_those_of_the_rows_that_go_on(decoder: Any, monkeypatch: pytes
         with forward(decoder, 2, size + 3, size + 9) as cache:
             found = walks(decoder, cache, size + 3)
         rows = 16 if copies is samples else 2
-        assert [walk[1] for walk in found] == [(2, size + 3), (rows, 1)], (copies, pays)
+        assert [walk[1] for walk in found] == [(rows, 1), (2, size + 3)], (copies, pays)
         found_groups = {0 if shared is None else shared.max_group_rows for shared in seen}
         assert found_groups == {groups}, (copies, pays)
         # Before the layers, as it takes longest to compile.
