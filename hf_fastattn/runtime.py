@@ -106,11 +106,12 @@ class Runtime(CountedReasons):
 
     # ---- calls ------------------------------------------------------------------------------------------------
 
-    def call(self, training: bool, generate: Callable[[], Any]) -> Any:
+    def call(self, training: bool, generate: Callable[[], Any], why_aside: str | None = None) -> Any:
         """What `generate()` returns, run as a call under way; pages are released however it ends.
 
         Args:
             training: the model is in train mode, where no memory is kept.
+            why_aside: a reason for which it may run as if the model were not patched.
 
         Raises:
             RankFailedError: another process that computes the model failed.
@@ -119,6 +120,11 @@ class Runtime(CountedReasons):
             generate = functools.partial(self.ranks.watched, functools.partial(self._compared, self.ranks, generate))
         if self.is_aside:
             return generate()
+        if why_aside is not None and self.ranks is None and not self.variants:
+            if not self._calls:
+                self.counters = CallCounters()
+            self.count_fallback(why_aside)
+            return (self._aside.open(), generate())[1]
         return (self.turn.take(PATIENCE), self._call(training, generate))[1]
 
     def _compared(self, ranks: Ranks, generate: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from hf_fastattn.batching.hooks import FastBatchingMixin
 from hf_fastattn.generation.hooks import FastGenerationMixin
 from hf_fastattn.generation.prefix_call import look_at_once
+from hf_fastattn.generation.stock_cache import why_no_cache
 from hf_fastattn.runtime import Runtime
 
 
@@ -27,7 +28,7 @@ def fast_class(base: Any) -> type:
             look_at_once(self, args, kwargs)
             return call()
 
-        return runtime.call(self.training, looked_at)
+        return runtime.call(self.training, looked_at, why_no_cache(self, kwargs))
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     bases = (FastGenerationMixin, FastBatchingMixin, base)

@@ -11,6 +11,7 @@ from hf_fastattn.cache.paged_cache import PagedCache
 from hf_fastattn.pages.model_layout import is_pageable, template_layers
 from hf_fastattn.parallel.ranks import is_spread
 from hf_fastattn.parallel.understood import why_not_understood
+from hf_fastattn.transformers_version import CACHE
 
 
 def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: Any, model_kwargs: dict) -> str | None:
@@ -20,7 +21,7 @@ def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: A
     if supplied is not None and (reason := why_not_lent(supplied, config)) is not None:
         return reason
     if supplied is None and (type(cache) is not DynamicCache or getattr(cache, "offloading", False)):
-        asked = f"cache_implementation={generation_config.cache_implementation!r}, use_cache={generation_config.use_cache}"
+        asked = _asked(generation_config.cache_implementation, generation_config.use_cache)
         if type(cache) is not StaticCache or getattr(cache, "offloading", False):
             return asked
         if generation_config.return_dict_in_generate or generation_config.is_assistant:
@@ -28,6 +29,18 @@ def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: A
     if isinstance(cache, DynamicCache) and not any(map(is_pageable, cache.layers or template_layers(config))):
         return "no layer of the model, as its configuration is now, has keys and values"
     return why_not_prompt(model_kwargs)
+
+
+def why_no_cache(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a call of `generate()` with these arguments keeps nothing, if they say so: then there is nothing to hook into."""
+    config = kwargs.get("generation_config") or model.generation_config
+    if CACHE in kwargs or kwargs.get("use_cache", getattr(config, "use_cache", None)) is not False:
+        return None
+    return _asked(kwargs.get("cache_implementation", getattr(config, "cache_implementation", None)), False)
+
+
+def _asked(implementation: Any, use_cache: Any) -> str:
+    return f"cache_implementation={implementation!r}, use_cache={use_cache}"
 
 
 def why_not_prompt(model_kwargs: dict) -> str | None:

@@ -92,7 +92,10 @@ def _only_over(kind: type, ours: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) < 2 and not (isinstance(kwargs.get(CACHE), kind) or isinstance(kwargs.get(OLD_NAME), kind)):
             state = vars(self).get(STATE)
             if state is None or state.variant is None:
-                return original_forward(self)(*args, **kwargs)
+                # As `original_forward`, which binds the module; this is called for every layer.
+                if state is None or state.original is None:
+                    return plain_class(type(self)).forward(self, *args, **kwargs)
+                return state.original(*args, **kwargs)
         return ours(self, *args, **kwargs)
 
     return forward
