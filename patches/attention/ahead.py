@@ -1,10 +1,11 @@
 """The kernel of prompts' attention, begun to be compiled when a model is patched, behind what the user does meanwhile.
 
-Of all kernels of a first call it takes the longest, some three seconds, and depends on the model alone, not on the call.
+Of all kernels of a first call it takes the longest, some two seconds, and depends on the model alone, not on the call.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from hf_fastattn.config import FastAttnConfig
 from hf_fastattn.kernels.backends import choose_backend
 from hf_fastattn.pages.model_layout import is_pageable, layer_window, template_layers
+
+logger = logging.getLogger("hf_fastattn")
 
 
 def compile_ahead_of_calls(attentions: list[Any], dtype: torch.dtype, config: FastAttnConfig, plain: bool) -> None:
@@ -32,7 +35,7 @@ def compile_ahead_of_calls(attentions: list[Any], dtype: torch.dtype, config: Fa
     backend, _ = choose_backend("auto", device, dtype, module.head_dim)
     if backend == "reference":
         return
-    from hf_fastattn.kernels.rehearsal import can_rehearse, compile_behind, identify_compiler, noted
+    from hf_fastattn.kernels.rehearsal import can_rehearse, identify_compiler
 
     if not can_rehearse():
         return
@@ -40,7 +43,7 @@ def compile_ahead_of_calls(attentions: list[Any], dtype: torch.dtype, config: Fa
     gluon = backend == "hopper" and config.backend != "triton"
     full = _attends_to_all(attentions, dtype, config) if gluon and plain else None
     if full is not None:
-        compile_behind(device, noted(lambda: _attend(full, device, dtype, config.page_size)))
+        _begin(full, device, dtype, config.page_size)
 
 
 def _attends_to_all(attentions: list[Any], dtype: torch.dtype, config: FastAttnConfig) -> Any:
@@ -53,6 +56,16 @@ def _attends_to_all(attentions: list[Any], dtype: torch.dtype, config: FastAttnC
 
 def _sees_all_keys(layer: Any) -> bool:
     return is_pageable(layer) and layer_window(layer) is None
+
+
+def _begin(module: Any, device: torch.device, dtype: torch.dtype, page: int) -> None:
+    from hf_fastattn.kernels.rehearsal import compile_behind, noted
+
+    try:
+        compile_behind(device, noted(lambda: _attend(module, device, dtype, page)))
+    except Exception as error:
+        # No memory for a few numbers, say: the first call finds the same fault, or there is none.
+        logger.info("hf_fastattn could not compile ahead: %s: %s", type(error).__name__, error)
 
 
 def _attend(module: Any, device: torch.device, dtype: torch.dtype, page: int) -> None:

@@ -69,3 +69,12 @@ def test_nothing_is_begun_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "compile_behind", None)
     monkeypatch.setattr(rehearsal, "identify_compiler", None)
     hf_fastattn.unpatch(hf_fastattn.patch(tiny("llama").to(BF16)))
+
+
+def test_a_fault_is_none_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ahead, "_attend", fails)
+    ahead._begin(None, CPU, BF16, 16)
+    assert rehearsal.can_rehearse()
