@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache, LogitsProcessorList
 
 import hf_fastattn
+from hf_fastattn.runtime import Runtime
 from hf_fastattn.transformers_version import CACHE
 from tests.generation.calls import SAMPLING, assert_same_tokens, run
 from tests.tools.models import CORE, OLD, assert_fast, padded_batch, pair, single, tiny
@@ -33,13 +32,58 @@ def test_users_subclass_of_a_dynamic_cache_falls_back(family: str) -> None:
     assert call.fallbacks and all("Theirs" in reason for reason in call.fallbacks)
 
 
-def test_no_cache_runs_stock() -> None:
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, **SAMPLING}])
+@pytest.mark.parametrize("by", ["keyword", "configuration", "model"])
+def test_no_cache_runs_stock(options: dict[str, Any], by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the model were not patched: nothing of it is looked at."""
     stock, model = pair("llama")
-    assert_same_tokens(stock, model, padded_batch(), 12, use_cache=False)
+    monkeypatch.setattr("hf_fastattn.generation.hooks.look_ahead", None)
+    monkeypatch.setattr(Runtime, "new_cache", None)
+    monkeypatch.setattr("hf_fastattn.generation.model_class.look_at_once", None)
+    tokens = []
+    for each in (stock, model):
+        torch.manual_seed(0)
+        configuration = copy.deepcopy(each.generation_config)
+        configuration.use_cache = by == "keyword"
+        if by == "model":
+            each.generation_config = configuration
+        given = {"generation_config": configuration} if by == "configuration" else {}
+        given |= {"use_cache": False} if by == "keyword" else {}
+        tokens.append(run(each, padded_batch(), 12, **options, **given))
+    assert torch.equal(*tokens)
     call = hf_fastattn.report(model).last_call
-    assert call.fallbacks and call.forwards == 0
+    assert call.fallbacks == {"cache_implementation=None, use_cache=False": 1} and call.forwards == 0
+    monkeypatch.undo()
+    assert_same_tokens(stock, model, padded_batch(), 12, use_cache=True)
+    assert_fast(model)
+
+
+def test_a_call_without_a_cache_that_fails_leaves_nothing() -> None:
+    stock, model = pair("llama")
+
+    def fails(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert model._fastattn.runtime.is_aside
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(model, single(), 4, use_cache=False, logits_processor=LogitsProcessorList([fails]))
+    assert not model._fastattn.runtime.is_aside
     assert_same_tokens(stock, model, padded_batch(), 12)
     assert_fast(model)
+
+
+def test_a_cache_beside_use_cache_false_is_taken_as_by_stock() -> None:
+    """Nobody's call without a cache: the one that is given is read."""
+    stock, model = pair("llama")
+    caches = [DynamicCache(config=each.config) for each in (stock, model)]
+    first = [run(each, single(), 4, **{CACHE: cache}) for each, cache in zip((stock, model), caches, strict=True)]
+    assert torch.equal(*first)
+    again = [
+        run(each, {"input_ids": first[0]}, 4, use_cache=False, **{CACHE: cache})
+        for each, cache in zip((stock, model), caches, strict=True)
+    ]
+    assert torch.equal(*again)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
 def chat(model: Any, cache: Any, rows: int, **kwargs: Any) -> list[torch.Tensor]:
