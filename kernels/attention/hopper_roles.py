@@ -134,7 +134,7 @@ def producer(descs, buffers, bars, pointers, numbers, visited, CFG: gl.constexpr
 
 
 @gluon.jit
-def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
+def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr, LISTS: gl.constexpr):
     """Zero the rows of a V tile `[BLOCK_N, D]` from `valid` on: the rest of a page may hold NaN, and 0 * NaN is NaN.
 
     Both warpgroups do it, with the same values, so they need not wait for each other.
@@ -145,7 +145,8 @@ def _clear_tail(v, valid, BLOCK_N: gl.constexpr, D: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PANEL], v.dtype)
     parts = reinterpreted(v, v.dtype, [D // PANEL * BLOCK_N // ROWS, ROWS, PANEL], SHARED)
-    for c in range(gl.maximum(valid, 0) // ROWS, BLOCK_N // ROWS):
+    # With lists registers are short: rows that hold keys are written as they are, too.
+    for c in range(0 if LISTS > 0 else gl.maximum(valid, 0) // ROWS, BLOCK_N // ROWS):
         row = c * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         for panel in gl.static_range(D // PANEL):
             part = parts.index(panel * (BLOCK_N // ROWS) + c)
@@ -277,7 +278,7 @@ def consumer(
         row_sum = partial_row_sums(weights)
         if first_key + BLOCK_N > length:
             mbarrier.wait(v_full.index(stage), phase)
-            _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D)
+            _clear_tail(v_s.index(stage), length - first_key, BLOCK_N, D, LISTS)
         # With lists, tiles with a mask may be many, and have a loop of their own. Without, there are one or two more: one
         # loop, which asks of each tile whether it has a mask, compiles in three quarters of the time.
         together: gl.constexpr = LISTS == 0
