@@ -61,23 +61,24 @@ from tests.kernels.variants import mods
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def pages(
-    groups: int, dim: int, page: int, dtype: torch.dtype, kv_dtype: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pages(groups: int, dim: int, page: int, dtype: torch.dtype, kv_dtype: str | None = None) -> tuple[Any, Any]:
     if kv_dtype is not None:
         raw = torch.zeros(4, page_bytes(page, groups, dim), dtype=torch.uint8)
         return page_views(raw, page, groups, dim, KV_DTYPES[kv_dtype])
     return torch.zeros(4, page, groups, dim, dtype=dtype), torch.zeros(4, page, groups, dim, dtype=dtype)
 
 
+def new_heads(rows: int, dim: int, dtype: torch.dtype, rotary: int | None, norm: bool, groups: int = 8) -> tuple[Any, ...]:
+    weight = torch.ones(dim, dtype=dtype) if norm else None
+    return torch.zeros(rows, groups, dim, dtype=dtype), torch.zeros(rows, rotary or dim, dtype=dtype), weight
+
+
 def append(
     heads: int, groups: int, dim: int, *, tokens: int = 1, rotary: int | None = None, norm: bool = False,
     kv_dtype: str | None = None,
 ) -> object:  # fmt: skip
-    q, k = (torch.zeros(tokens, count, dim, dtype=BF16) for count in (heads, groups))
-    cos = torch.zeros(tokens, rotary or dim, dtype=BF16)
-    weight = torch.ones(dim, dtype=BF16) if norm else None
-    slots = torch.zeros(tokens, dtype=torch.int64)
+    q, slots = torch.zeros(tokens, heads, dim, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
+    k, cos, weight = new_heads(tokens, dim, BF16, rotary, norm, groups)
     return rope_append(q, k, k, cos, cos, *pages(groups, dim, 16, BF16, kv_dtype), slots, q_norm=weight, k_norm=weight)
 
 
@@ -94,12 +95,10 @@ def decode(
     workspace = Workspace(q.device)
     workspace.processors = processors
     if tokens > 1:
-        begins = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
-        options |= {"cu_seqlens_q": begins, "max_query_len": tokens}
+        options |= {"cu_seqlens_q": torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32), "max_query_len": tokens}
     held, batch = pages(8, dim, page, dtype, kv_dtype), table(rows, columns)
     if appends:
-        k, cos = torch.zeros(rows, 8, dim, dtype=dtype), torch.zeros(rows, dim if rotary is None else rotary, dtype=dtype)
-        weight = torch.ones(dim, dtype=dtype) if norm else None
+        k, cos, weight = new_heads(rows, dim, dtype, rotary, norm)
         options["new"] = NewToken(k, k, cos, cos, batch[1], weight, weight, settled=True)
     if listed:
         options["visited"] = visited_tiles(
@@ -114,10 +113,9 @@ def short(
 ) -> object:  # fmt: skip
     groups, workspace = 8, Workspace(torch.device("cpu"))
     workspace.processors = 132
-    q, k = (torch.zeros(rows, count, dim, dtype=dtype) for count in (groups * ratio, groups))
+    q, (k, cos, weight) = torch.zeros(rows, groups * ratio, dim, dtype=dtype), new_heads(rows, dim, dtype, rotary, norm)
     # On every architecture that of Hopper.
     tile = short_row_tile(HOPPER, q.element_size(), dim, groups)
-    cos, weight = torch.zeros(rows, rotary or dim, dtype=dtype), torch.ones(dim, dtype=dtype) if norm else None
     page_table, lengths = table(rows, 16)
     return short_row(
         q, k, k, cos, cos, *pages(groups, dim, 16, dtype), lengths, page_table, lengths, scale=1.0, window=window,
@@ -157,10 +155,8 @@ def prefill(
     q, (page_table, lengths) = torch.zeros(tokens, 8 * ratio, dim, dtype=dtype), table(rows, columns)
     begins, held = torch.linspace(0, tokens, rows + 1).to(torch.int32), pages(8, dim, page, dtype, kv_dtype)
     if listed:
-        workspace, variant = Workspace(q.device), options["variant"]
-        options["visited"] = visited_tiles(
-            q, held[0], page_table, begins, lengths, max_query_len=tokens, workspace=workspace, variant=variant
-        )
+        given = {"max_query_len": tokens, "workspace": Workspace(q.device), "variant": options["variant"]}
+        options["visited"] = visited_tiles(q, held[0], page_table, begins, lengths, **given)
     return paged_prefill(q, *held, page_table, begins, lengths, scale=1.0, **options)
 
 
