@@ -237,13 +237,16 @@ class Batch:
 
     def _decode_appends(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
         """Whether the launch that attends to a single row appends as well."""
-        if self.rows > 1 or not self.is_decode or variant is not None or self.options.batch_invariant:
-            return False
-        if self._backend_of(q) == "reference":
+        if self.rows > 1 or not self.is_decode or not self._may_append(q, variant):
             return False
         from hf_fastattn.kernels.attention.decode import appends
 
-        return self.shared is None and appends(q, k_pages)
+        return appends(q, k_pages)
+
+    def _may_append(self, q: Tensor, variant: PreparedVariant | None) -> bool:
+        """Whether a launch that attends may append: Triton's kernels, each row by itself, and nothing between the two."""
+        plain = self.shared is None and variant is None and not self.options.batch_invariant
+        return plain and self._backend_of(q) != "reference"
 
     def leaves_l1(self, device: torch.device) -> bool:
         """Whether attention beside a layer's products leaves multiprocessors' memory to the L1 cache, as far as is known.
@@ -254,9 +257,7 @@ class Batch:
 
     def is_short_step(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
         """Whether `append_and_attend` takes the launch for short rows with queries, pages and a variant like these."""
-        if not self.short or self.shared is not None or variant is not None or self.options.batch_invariant:
-            return False
-        if self._backend_of(q) == "reference":
+        if not self.short or not self._may_append(q, variant):
             return False
         from hf_fastattn.kernels.attention.short_row import takes
 

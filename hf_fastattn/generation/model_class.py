@@ -28,7 +28,7 @@ def fast_class(base: Any) -> type:
             look_at_once(self, args, kwargs)
             return call()
 
-        why_aside = why_no_cache(self, kwargs)
+        why_aside = why_no_cache(self, args, kwargs)
         return runtime.call(self.training, looked_at if why_aside is None else call, why_aside)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -31,9 +32,10 @@ def why_stock_cache(supplied: Any, cache: Any, config: Any, generation_config: A
     return why_not_prompt(model_kwargs)
 
 
-def why_no_cache(model: Any, kwargs: dict[str, Any]) -> str | None:
+def why_no_cache(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
     """Why a call of `generate()` with these arguments keeps nothing, if they say so: then there is nothing to hook into."""
-    config = kwargs.get("generation_config") or model.generation_config
+    # The second argument by position, after the prompt.
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
     if CACHE in kwargs or kwargs.get("use_cache", getattr(config, "use_cache", None)) is not False:
         return None
     return _asked(kwargs.get("cache_implementation", getattr(config, "cache_implementation", None)), False)

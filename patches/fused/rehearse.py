@@ -59,16 +59,16 @@ def rehearse(decoder: Any, cache: PagedCache, states: Tensor, positions: dict[st
 
     def run() -> None:
         copies = None if call is None else call.copies
-        # What takes longest is begun first: attention of the prompt, of steps, and drawing.
+        # What takes longest is begun first: attention of the prompt, drawing, and attention of steps.
         _attention(cache, layers, states)
+        if call is not None and call.rehearses_too is not None:
+            call.rehearses_too()
         if steps:
             batch, tokens, position_ids = _step(cache, states, copies)
             with cache.using(batch):
                 if batch.shared is not None:
                     _attention(cache, layers, tokens)
                 walk(layers, tokens, _step_positions(decoder, cache, tokens, position_ids, positions))
-        if call is not None and call.rehearses_too is not None:
-            call.rehearses_too()
         walk(layers, states, positions)
 
     with unmoved_offset(device):

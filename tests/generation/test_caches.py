@@ -58,6 +58,20 @@ def test_no_cache_runs_stock(options: dict[str, Any], by: str, monkeypatch: pyte
     assert_fast(model)
 
 
+def test_a_configuration_by_position_counts() -> None:
+    """Not the model's own, which asks for no cache."""
+    stock, model = pair("llama")
+    configuration = copy.deepcopy(model.generation_config)
+    configuration.use_cache, configuration.max_new_tokens, configuration.do_sample = True, 12, False
+    model.generation_config.use_cache = False
+    batch = padded_batch()
+    tokens = [
+        each.generate(batch["input_ids"], configuration, attention_mask=batch["attention_mask"]) for each in (stock, model)
+    ]
+    assert torch.equal(*tokens)
+    assert_fast(model)
+
+
 def test_a_call_without_a_cache_that_fails_leaves_nothing() -> None:
     stock, model = pair("llama")
 
