@@ -1,4 +1,4 @@
-"""Decode of a row that normalises, rotates and appends the new token itself, against these steps in PyTorch."""
+"""Parts of a row whose decode appends, and what it refuses; what all kernels of one token do is in `test_one_token.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hf_fastattn.kernels.attention.new_token import NewToken
 from hf_fastattn.kernels.attention.workspace import Workspace
 from tests.kernels.attention import one_token
 from tests.kernels.cases import make_batch
-from tests.tools.combinations import in_turn
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16 = torch.bfloat16
 NORMS = ("q_norm", "k_norm", "eps", "unit_offset")
 
 
@@ -27,37 +26,6 @@ def attend(
 
 def check(*pasts: int, **options: Any) -> torch.Tensor:
     return one_token.check(attend, *pasts, **options)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    in_turn([(1, 64, 16), (2, 128, 16), (4, 64, 32), (5, 80, 16), (8, 96, 64), (16, 256, 32)], [BF16, FP16]),
-)
-@pytest.mark.parametrize("norm", [False, True])
-def test_shapes(shape, dtype, norm):
-    """Also of a row that takes no part, and of one that has the new token alone."""
-    ratio, dim, page = shape
-    for past in (-1, 0, 15, 63, 64, 200):
-        check(past, ratio=ratio, dim=dim, page=page, dtype=dtype, groups=2, norm=norm, processors=4)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("window", [1, 16, 50])
-def test_windows(window):
-    for past in (0, 64, 210):
-        check(past, page=16, ratio=4, dim=32, dtype=BF16, processors=8, window=window)
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("options", [{"rotary": 16}, {"rotary": 0}, {"norm": True, "unit_offset": True, "rotary": 32}])
-def test_rotations(options):
-    check(77, page=16, ratio=2, dim=64, dtype=BF16, **options)
-
-
-@pytest.mark.interpreter
-def test_a_row_without_a_slot_is_not_written():
-    check(40, page=16, dim=32, dtype=BF16, written=False)
 
 
 @pytest.mark.interpreter
