@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import hf_fastattn
 from hf_fastattn.cache.batch import Batch, BatchOptions
 from hf_fastattn.cache.batch_tensors import BatchTensors
-from hf_fastattn.kernels.attention import short_row
+from hf_fastattn.kernels.attention import append, decode, short_row
 from hf_fastattn.kernels.attention.configs import MOST_SHORT_HEADS, MOST_SHORT_KEYS, ShortRowTile, short_heads
 from hf_fastattn.kernels.layer.configs import HOPPER, RowTile
 from hf_fastattn.patches.fused import at_once
@@ -68,6 +68,35 @@ def test_logits(name: str, launched: Counter[str], everywhere: None) -> None:
     with torch.no_grad():
         want, plain = copy.deepcopy(stock).double()(ids).logits, stock(ids).logits
     assert_close("logits", torch.cat(outs, 1), plain, want)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["llama", "qwen3", "ministral"])
+def test_logits_where_decode_appends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single row that is not short has no launch for RoPE and append; two rows have."""
+    counts, paged_decode, rope_append = Counter[str](), decode.paged_decode, append.rope_append
+
+    def attend(*args: Any, new: Any = None, **kwargs: Any) -> Any:
+        counts["decode" if new is None else "decode appends"] += 1
+        return paged_decode(*args, new=new, **kwargs)
+
+    monkeypatch.setattr(decode, "paged_decode", attend)
+    monkeypatch.setattr(append, "rope_append", lambda *args, **kw: (counts.update(append=1), rope_append(*args, **kw))[1])
+    monkeypatch.setattr(Batch, "is_short_step", lambda *_: False)
+    stock, model = build(name).to(BF16), hf_fastattn.patch(build(name).to(BF16))
+    ids = torch.randint(1, VOCAB, (1, 20), generator=torch.Generator().manual_seed(2))
+    outs, cache = [], hf_fastattn.PagedCache(model.config)
+    for begin, end in ((0, 17), (17, 18), (18, 19), (19, 20)):
+        counts.clear()
+        with torch.no_grad():
+            outs.append(model(ids[:, begin:end], **{CACHE: cache}, use_cache=True).logits)
+        assert not begin or counts == {"decode appends": LAYER_COUNT}, counts
+    with torch.no_grad():
+        want, plain = copy.deepcopy(stock).double()(ids).logits, stock(ids).logits
+        assert_close("logits", torch.cat(outs, 1), plain, want)
+        counts.clear()
+        model(ids[:, :1].repeat(2, 1), **{CACHE: hf_fastattn.PagedCache(model.config)}, use_cache=True)
+    assert counts["append"] == LAYER_COUNT and not counts["decode appends"], counts
 
 
 @pytest.mark.interpreter
@@ -132,6 +161,7 @@ def test_the_loop_knows_how_many_keys_a_row_will_have(prompt: int, new: int, mon
     def noted(batch: Batch, *args: Any, **kwargs: Any) -> Any:
         if batch.host is None and batch.is_decode:
             seen.append(batch.short)
+            assert batch.settled
         return append_and_attend(batch, *args, **kwargs)
 
     monkeypatch.setattr(Batch, "append_and_attend", noted)
