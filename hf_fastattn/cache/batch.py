@@ -237,7 +237,7 @@ class Batch:
 
     def _decode_appends(self, q: Tensor, k_pages: Tensor, variant: PreparedVariant | None) -> bool:
         """Whether the launch that attends to a single row appends as well."""
-        if self.rows > 1 or not self.is_decode or not self._may_append(q, variant):
+        if not self.is_decode or not self._may_append(q, variant):
             return False
         from hf_fastattn.kernels.attention.decode import appends
 
